@@ -1,0 +1,39 @@
+"""The exceptions quantkit raises on purpose.
+
+Every message says what is wrong, where (site, file, key), what was found, what was wanted, and a way out.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class QuantkitError(Exception):
+    """Base of every error that quantkit raises about its input or environment."""
+
+
+class SpecError(QuantkitError):
+    """A number format or scheme that does not exist, or that does not fit a tensor."""
+
+
+class RecipeError(QuantkitError):
+    """A recipe that cannot be read or that contradicts the model."""
+
+
+class CalibrationError(QuantkitError):
+    """Calibration or evaluation data that is empty, too short, or produced non-finite numbers."""
+
+
+class FormatError(QuantkitError):
+    """A checkpoint that is missing pieces, damaged, or that contradicts its own config."""
+
+
+class KernelError(QuantkitError):
+    """A kernel that cannot be built or does not support the problem it was asked to solve."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Phrase a suggestion for an unknown name: ``"did you mean 'gptq'? known: gptq, rtn"``."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}known: {', '.join(names) or 'none'}"

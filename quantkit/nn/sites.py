@@ -1,0 +1,74 @@
+"""Sites and blocks: the algorithm's view of a model, free of any model class.
+
+A :class:`Site` is one weight matrix (or a 3-D stack of expert matrices) that can be quantized, always seen as
+(out, in) or (experts, out, in) whatever way its module stores it. A :class:`Block` is one decoder layer: the unit that is
+calibrated, quantized and written at a time.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One quantizable weight.
+
+    Attributes:
+        name: unique name: the module path, plus ``.<parameter>`` when the parameter is not called ``weight``.
+        module: path of the module that owns the parameter.
+        parameter: attribute of the parameter on that module.
+        shape: (out, in) or (experts, out, in).
+        transposed: the parameter is stored with its last two axes swapped (Conv1D, some expert stacks).
+    """
+
+    name: str
+    module: str
+    parameter: str
+    shape: tuple[int, ...]
+    transposed: bool = False
+
+    @property
+    def in_features(self) -> int:
+        """Size of the input (reduction) axis."""
+        return self.shape[-1]
+
+    @property
+    def numel(self) -> int:
+        """Number of weights."""
+        return int(torch.Size(self.shape).numel())
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One repeated layer of the model: the path of its module and its sites in the order they are registered."""
+
+    name: str
+    sites: tuple[Site, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Structure:
+    """What can be quantized in a model.
+
+    Attributes:
+        blocks: the decoder layers in order of execution.
+        outside: sites outside every block (an untied output head, projections around the stack); left alone unless named.
+        skipped: parameter name to reason, for every remaining parameter (norms, biases, embeddings, routers).
+    """
+
+    blocks: tuple[Block, ...]
+    outside: tuple[Site, ...]
+    skipped: dict[str, str]
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """All sites inside blocks, in order."""
+        return tuple(site for block in self.blocks for site in block.sites)
+
+
+def read_weight(model: nn.Module, site: Site) -> Tensor:
+    """Return the site's weight as (out, in) or (experts, out, in): a view of the parameter, detached."""
+    weight: Tensor = getattr(model.get_submodule(site.module), site.parameter)
+    return weight.detach().transpose(-1, -2) if site.transposed else weight.detach()

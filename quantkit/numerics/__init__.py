@@ -1,0 +1,1 @@
+"""The arithmetic of quantization: dtypes, grids and bit packing, in plain torch."""

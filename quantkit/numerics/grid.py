@@ -1,0 +1,109 @@
+r"""Uniform grids: choose scales and zero points, round to codes, and come back.
+
+One convention everywhere, with unsigned codes :math:`q \in [0, 2^b - 1]`:
+
+.. math:: w \approx (q - z) \cdot s
+
+Symmetric grids have :math:`z = 2^{b-1}` (not stored) and :math:`s = \max|w| / ((2^b - 1) / 2)`; asymmetric ones cover
+:math:`[\min(w, 0), \max(w, 0)]`, so 0.0 is always a code. A block of a weight (out, in) shares one scale; scales have the
+shape (..., out / block rows, in / block columns). Scales are rounded to the dtype they are stored in *before* codes are
+chosen, so what is measured is what is written.
+"""
+
+import torch
+from torch import Tensor
+
+from quantkit.errors import SpecError
+from quantkit.numerics.dtypes import SCALE_DTYPES
+from quantkit.spec import QuantSpec
+
+
+def block_size(spec: QuantSpec, shape: tuple[int, ...]) -> tuple[int, int]:
+    """Return the block of ``spec`` with -1 resolved for a weight of ``shape`` (..., out, in).
+
+    Raises:
+        SpecError: if the block does not divide the shape.
+    """
+    if reason := spec.rejects(shape):
+        raise SpecError(reason)
+    rows, cols = spec.block
+    return (shape[-2] if rows == -1 else rows, shape[-1] if cols == -1 else cols)
+
+
+def to_blocks(weight: Tensor, spec: QuantSpec) -> Tensor:
+    """Reshape (..., out, in) to (..., out_blocks, in_blocks, rows * cols): one row per scale. May copy."""
+    rows, cols = block_size(spec, tuple(weight.shape))
+    split = weight.unflatten(-1, (-1, cols)).unflatten(-3, (-1, rows))  # (..., out_blocks, rows, in_blocks, cols)
+    return split.transpose(-3, -2).flatten(-2)
+
+
+def round_scale(scale: Tensor, scale_dtype: str) -> Tensor:
+    """Round float32 scales to ``scale_dtype``; zero becomes one, underflow becomes the smallest positive number.
+
+    Raises:
+        SpecError: if a scale is not finite or overflows ``scale_dtype``.
+    """
+    dtype = SCALE_DTYPES[scale_dtype]
+    stored = torch.where(scale == 0, torch.ones_like(scale), scale).to(dtype)
+    smallest = torch.finfo(dtype).smallest_normal
+    stored = torch.where(stored == 0, torch.full_like(stored, smallest), stored)
+    if not torch.isfinite(stored).all():
+        raise SpecError(f"a scale is not finite in {scale_dtype} (largest {scale.abs().max().item():.4g}); use scale_dtype float32")
+    return stored
+
+
+def choose_qparams(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
+    """Choose scale and zero point of every block from its absolute maximum (symmetric) or its range (asymmetric).
+
+    Args:
+        weight: floating (..., out, in).
+        spec: grid.
+
+    Returns:
+        scale (..., out_blocks, in_blocks) in ``spec.scale_dtype``; zero point uint8 of the same shape, or None if symmetric.
+    """
+    blocks = to_blocks(weight.float(), spec)
+    if spec.symmetric:
+        return round_scale(blocks.abs().amax(-1) / ((2**spec.bits - 1) / 2), spec.scale_dtype), None
+    return range_qparams(blocks.amin(-1), blocks.amax(-1), spec)
+
+
+def range_qparams(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Return the asymmetric scale and uint8 zero point that cover ``[min(low, 0), max(high, 0)]``."""
+    top = 2**spec.bits - 1
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    scale = round_scale((high - low) / top, spec.scale_dtype)
+    return scale, (-low / scale.float()).round_().clamp_(0, top).to(torch.uint8)
+
+
+def expand(values: Tensor, spec: QuantSpec, shape: tuple[int, ...]) -> Tensor:
+    """Broadcast one value per block (..., out_blocks, in_blocks) to a tensor that broadcasts against ``shape``.
+
+    Per-row, per-column repetition is only materialised where a block is neither 1 nor the whole axis.
+    """
+    rows, cols = block_size(spec, shape)
+    if cols not in (1, shape[-1]):
+        values = values.repeat_interleave(cols, -1)
+    if rows not in (1, shape[-2]):
+        values = values.repeat_interleave(rows, -2)
+    return values
+
+
+def zero_code(spec: QuantSpec) -> int:
+    """Return the implicit zero point of a symmetric grid."""
+    return 1 << (spec.bits - 1)
+
+
+def quantize(weight: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
+    """Round ``weight`` (..., out, in) to the nearest codes, clamped to the grid; returns uint8 of the same shape."""
+    shape = tuple(weight.shape)
+    inverse = expand(scale, spec, shape).float().reciprocal()
+    zero: Tensor | int = zero_code(spec) if zero_point is None else expand(zero_point, spec, shape).float()
+    return (weight.float() * inverse).round_().add_(zero).clamp_(0, 2**spec.bits - 1).to(torch.uint8)
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
+    """Return ``(codes - zero_point) * scale`` in float32, same shape as ``codes`` (..., out, in)."""
+    shape = tuple(codes.shape)
+    zero: Tensor | int = zero_code(spec) if zero_point is None else expand(zero_point, spec, shape).float()
+    return (codes.float() - zero).mul_(expand(scale, spec, shape).float())

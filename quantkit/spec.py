@@ -1,0 +1,166 @@
+"""Which numbers exist: the formats a tensor can be stored in, and the schemes that combine them.
+
+A :class:`QuantSpec` names a grid (dtype, block that shares a scale, symmetric or not, scale dtype). It does not say how
+codes were chosen (a quantizer's business) nor where they are stored (a format's).
+
+Preset names follow the field's habit, ``w<bits>a16[-asym][-g<size>|-channel]``: ``w4a16`` is 4-bit symmetric
+weights with 16-bit activations. A preset without a group takes the largest of 128, 64 and 32 that divides every site.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from quantkit.errors import SpecError, nearest
+from quantkit.numerics.dtypes import DTYPES, SCALE_DTYPES
+
+AUTO_GROUP_SIZES = (128, 64, 32)
+"""Group sizes a preset tries, largest first."""
+
+PRESETS: tuple[str, ...] = (
+    "w2a16-asym", "w3a16", "w3a16-asym", "w4a16", "w4a16-asym", "w5a16", "w5a16-asym",
+    "w6a16", "w6a16-asym", "w8a16", "w8a16-asym",
+)  # fmt: skip
+"""Preset names offered in help and documentation; any of them also takes ``-g<size>`` or ``-channel``."""
+
+_PRESET = re.compile(r"w(?P<bits>[2-8])a16(?P<asym>-asym)?(?:-g(?P<group>\d+)|(?P<channel>-channel))?")
+
+
+@dataclass(frozen=True, slots=True)
+class QuantSpec:
+    """One grid of numbers.
+
+    Attributes:
+        dtype: a row of :data:`quantkit.numerics.dtypes.DTYPES`, e.g. ``"int4"``.
+        block: rows x columns of a weight (out, in) that share one scale; -1 means all. ``(1, 128)`` is a group of 128
+            input channels, ``(1, -1)`` per output channel (per token for activations), ``(-1, -1)`` per tensor.
+        symmetric: the zero point is the middle code and is not stored.
+        scale_dtype: dtype of stored scales; scales are rounded to it before codes are chosen.
+        dynamic: (activations) the scale is found at run time and never stored.
+    """
+
+    dtype: str
+    block: tuple[int, int] = (1, -1)
+    symmetric: bool = True
+    scale_dtype: str = "float16"
+    dynamic: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise SpecError(f"unknown dtype {self.dtype!r}; {nearest(self.dtype, DTYPES)}")
+        if self.scale_dtype not in SCALE_DTYPES:
+            raise SpecError(f"unknown scale_dtype {self.scale_dtype!r}; {nearest(self.scale_dtype, SCALE_DTYPES)}")
+        if len(self.block) != 2 or any(b == 0 or b < -1 for b in self.block):
+            raise SpecError(f"block={self.block!r}: want two sizes, each positive or -1 for all")
+
+    @property
+    def bits(self) -> int:
+        """Bits of one code."""
+        return DTYPES[self.dtype].bits
+
+    @property
+    def group_size(self) -> int:
+        """Input channels that share a scale; -1 for all of them."""
+        return self.block[1]
+
+    @property
+    def strategy(self) -> str:
+        """One of ``"tensor"``, ``"channel"``, ``"group"``, ``"block"``."""
+        rows, cols = self.block
+        if rows == 1:
+            return "channel" if cols == -1 else "group"
+        return "tensor" if (rows, cols) == (-1, -1) else "block"
+
+    def describe(self) -> str:
+        """Return a short human name such as ``"int4 g64 asym"``."""
+        shape = f"g{self.group_size}" if self.strategy == "group" else self.strategy
+        return f"{self.dtype} {shape}{'' if self.symmetric else ' asym'}"
+
+    def rejects(self, shape: tuple[int, ...]) -> str | None:
+        """Say why a weight of ``shape`` (..., out, in) cannot be blocked this way; None if it can."""
+        for axis, size, block in (("out", shape[-2], self.block[0]), ("in", shape[-1], self.block[1])):
+            if block != -1 and size % block:
+                fits = [g for g in (*AUTO_GROUP_SIZES, 16, 8) if size % g == 0 and g < block]
+                way_out = f"use {fits[0]} or channel" if fits else "use channel"
+                what = "group_size" if axis == "in" else "block rows"
+                return f"{axis}={size} is not a multiple of {what} {block}; {way_out}"
+        return None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-ready mapping; :meth:`from_dict` reverses it."""
+        return {**dataclasses.asdict(self), "block": list(self.block)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "QuantSpec":
+        """Build a spec from :meth:`to_dict` output; an unknown key is a :class:`SpecError`."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        for key in data:
+            if key not in known:
+                raise SpecError(f"unknown QuantSpec key {key!r}; {nearest(key, known)}")
+        if "dtype" not in data:
+            raise SpecError("QuantSpec: 'dtype' is missing")
+        return cls(**{**data, "block": tuple(data.get("block", (1, -1)))})
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """How one site is quantized: its weight grid and, optionally, its input activations' grid."""
+
+    weight: QuantSpec
+    activation: QuantSpec | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-ready mapping; :meth:`from_dict` reverses it."""
+        return {"weight": self.weight.to_dict(), "activation": self.activation and self.activation.to_dict()}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Scheme":
+        """Build a scheme from :meth:`to_dict` output."""
+        activation = data.get("activation")
+        return cls(QuantSpec.from_dict(data["weight"]), QuantSpec.from_dict(activation) if activation else None)
+
+
+Plan = Mapping[str, Scheme]
+"""Site name to scheme: every site that will be quantized, in model order. A site that is absent stays as it is."""
+
+
+def largest_group_size(in_features: Iterable[int]) -> int:
+    """Return the largest of 128, 64, 32 that divides every value, or -1 (one scale per channel) if none does."""
+    sizes = list(in_features)
+    return next((g for g in AUTO_GROUP_SIZES if all(size % g == 0 for size in sizes)), -1)
+
+
+def preset(
+    name: str,
+    in_features: Iterable[int],
+    *,
+    group_size: int | None = None,
+    symmetric: bool | None = None,
+    scale_dtype: str = "float16",
+) -> Scheme:
+    """Turn a preset name into a scheme for sites with these input sizes.
+
+    Args:
+        name: e.g. ``"w4a16"``, ``"w4a16-asym"``, ``"w4a16-asym-g64"``, ``"w8a16-channel"``.
+        in_features: input size of every site the scheme will apply to; decides the automatic group size.
+        group_size: overrides the automatic choice; -1 is one scale per channel. Not checked here: a size that does
+            not divide a site is reported by :meth:`QuantSpec.rejects`.
+        symmetric: overrides the name.
+        scale_dtype: dtype of the stored scales.
+
+    Raises:
+        SpecError: for a name that is no preset, naming the nearest one, or for two contradicting group sizes.
+    """
+    match = _PRESET.fullmatch(name)
+    if match is None:
+        raise SpecError(f"unknown scheme {name!r}; {nearest(name, PRESETS)}; append -g<size> or -channel to fix the group")
+    named = -1 if match["channel"] else int(match["group"]) if match["group"] else None
+    if named is not None and group_size is not None and named != group_size:
+        raise SpecError(f"scheme {name!r} and group_size={group_size} disagree; give one of them")
+    group = named if named is not None else group_size if group_size is not None else largest_group_size(in_features)
+    if group == 0 or group < -1:
+        raise SpecError(f"group_size={group}: want a positive size, or -1 for one scale per channel")
+    symmetric = symmetric if symmetric is not None else match["asym"] is None
+    return Scheme(QuantSpec(f"int{match['bits']}", (1, group), symmetric, scale_dtype))
