@@ -1,0 +1,230 @@
+r"""What calibration remembers about the inputs of a site.
+
+Every collector sees rows ``x`` of shape (tokens, in) and has three promises: the result does not depend on how the rows
+were split into updates, ``merge`` of two collectors equals one that saw both inputs (up to floating-point summation order),
+and its state is a dictionary of tensors, so that it can be written to a file and continued. Padding never reaches a
+collector: sequences are run without it.
+
+A member of the family registers itself with ``@COLLECTORS.register(name)``; quantizers and transforms name what they need.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from quantkit.errors import CalibrationError
+from quantkit.registry import Registry
+
+
+class Collector(Protocol):
+    """Accumulates a statistic over rows of activations; ``state`` holds everything, as tensors."""
+
+    state: dict[str, Tensor]
+
+    def __init__(self, features: int) -> None: ...
+
+    def update(self, x: Tensor) -> None:
+        """Add rows ``x`` (tokens, features), any floating dtype."""
+
+    def result(self) -> Tensor:
+        """Return the statistic."""
+
+    def merge(self, other: "Collector") -> None:
+        """Add what ``other`` (same kind, same features) has seen."""
+
+
+COLLECTORS: Registry[type[Collector]] = Registry("collector", package="quantkit.calibrate", error=CalibrationError)
+
+
+class _Sum:
+    """Base of collectors whose state is a sum over rows and the number of rows."""
+
+    state: dict[str, Tensor]
+
+    def merge(self, other: Collector) -> None:
+        """Add the other sums and counts."""
+        for name, value in other.state.items():
+            self.state[name] = self.state[name].to(value.device) + value
+
+    def _mean(self, name: str) -> Tensor:
+        count = self.state["count"]
+        if int(count) == 0:
+            raise CalibrationError("no activations were collected: the site was never called during calibration")
+        return self.state[name] / count.to(self.state[name])
+
+
+@COLLECTORS.register("mean_square")
+class MeanSquare(_Sum):
+    """Second moment of every input channel, E[x^2]: float64 (features,)."""
+
+    def __init__(self, features: int) -> None:
+        self.state = {"sum": torch.zeros(features, dtype=torch.float64), "count": torch.zeros((), dtype=torch.int64)}
+
+    def update(self, x: Tensor) -> None:
+        """Add the squares of ``x`` (tokens, features)."""
+        self.state["sum"] = self.state["sum"].to(x.device) + x.double().square().sum(0)
+        self.state["count"] += x.shape[0]
+
+    def result(self) -> Tensor:
+        """Return E[x^2]."""
+        return self._mean("sum")
+
+
+@COLLECTORS.register("hessian")
+class Hessian(_Sum):
+    """Second-moment matrix E[x x^T]: float32 (features, features), accumulated in float32.
+
+    It is half the Hessian of the layer's squared output error (Frantar et al. 2022, arXiv 2210.17323, section 3). Only
+    tiles on and above the diagonal are multiplied: about 5/8 of the arithmetic of a full product.
+    """
+
+    TILES = 4
+
+    def __init__(self, features: int) -> None:
+        self.state = {"sum": torch.zeros(features, features), "count": torch.zeros((), dtype=torch.int64)}
+
+    def update(self, x: Tensor) -> None:
+        """Add ``x^T x`` for ``x`` (tokens, features)."""
+        total = self.state["sum"] = self.state["sum"].to(x.device)
+        x = x.float()
+        tile = max(64, -(-x.shape[1] // self.TILES))
+        for start in range(0, x.shape[1], tile):
+            # One product per strip: columns of this tile against everything from it to the right.
+            total[start : start + tile, start:].addmm_(x[:, start : start + tile].T, x[:, start:])
+        self.state["count"] += x.shape[0]
+
+    def result(self) -> Tensor:
+        """Return E[x x^T], symmetric."""
+        upper = self._mean("sum").triu_()
+        return upper + upper.triu(1).T
+
+    @staticmethod
+    def diagonal(hessian: Tensor) -> Tensor:
+        """Return E[x^2] (features,) of a result."""
+        return hessian.diagonal(dim1=-2, dim2=-1)
+
+
+@COLLECTORS.register("abs_max")
+class AbsMax:
+    """Largest magnitude of every input channel: float32 (features,)."""
+
+    def __init__(self, features: int) -> None:
+        self.state = {"max": torch.zeros(features)}
+
+    def update(self, x: Tensor) -> None:
+        """Take ``x`` (tokens, features) into account."""
+        if x.shape[0]:
+            self.state["max"] = torch.maximum(self.state["max"].to(x.device), x.abs().amax(0).float())
+
+    def result(self) -> Tensor:
+        """Return max |x|."""
+        return self.state["max"]
+
+    def merge(self, other: Collector) -> None:
+        """Take the larger of both maxima."""
+        self.state["max"] = torch.maximum(self.state["max"], other.state["max"])
+
+
+@COLLECTORS.register("min_max")
+class MinMax:
+    """Smallest and largest value of every input channel: float32 (2, features)."""
+
+    def __init__(self, features: int) -> None:
+        self.state = {"range": torch.stack([torch.full((features,), torch.inf), torch.full((features,), -torch.inf)])}
+
+    def update(self, x: Tensor) -> None:
+        """Take ``x`` (tokens, features) into account."""
+        if x.shape[0]:
+            self._widen(torch.stack([x.amin(0), x.amax(0)]).float())
+
+    def result(self) -> Tensor:
+        """Return [min, max]."""
+        return self.state["range"]
+
+    def merge(self, other: Collector) -> None:
+        """Take the union of both ranges."""
+        self._widen(other.state["range"])
+
+    def _widen(self, seen: Tensor) -> None:
+        own = self.state["range"].to(seen.device)
+        self.state["range"] = torch.stack([torch.minimum(own[0], seen[0]), torch.maximum(own[1], seen[1])])
+
+
+@COLLECTORS.register("histogram")
+class Histogram:
+    """Histogram of |x| over all channels: int64 counts of log-spaced bins, exact under any split.
+
+    A bin is the top 14 bits of a float32 without its sign (8 exponent and 6 mantissa bits), so a bin is at most 1/64 of
+    its value wide and no range has to be guessed beforehand. :meth:`percentile` reads it.
+    """
+
+    SHIFT = 17
+    BINS = 1 << 14
+
+    def __init__(self, features: int) -> None:
+        self.state = {"counts": torch.zeros(self.BINS, dtype=torch.int64)}
+
+    def update(self, x: Tensor) -> None:
+        """Count the magnitudes of ``x`` (tokens, features)."""
+        bins = x.float().abs().contiguous().view(torch.int32) >> self.SHIFT
+        self.state["counts"] = self.state["counts"].to(x.device) + torch.bincount(bins.flatten(), minlength=self.BINS)
+
+    def result(self) -> Tensor:
+        """Return the counts, int64 (BINS,)."""
+        return self.state["counts"]
+
+    def merge(self, other: Collector) -> None:
+        """Add the other counts."""
+        self.state["counts"] = self.state["counts"] + other.state["counts"]
+
+    @classmethod
+    def percentile(cls, counts: Tensor, percent: float) -> float:
+        """Return the magnitude that ``percent`` of the values do not exceed (upper edge of its bin)."""
+        if not 0 < percent <= 100 or int(counts.sum()) == 0:
+            raise CalibrationError(f"percentile {percent} of {int(counts.sum())} values: want 0 < percent <= 100 and some values")
+        cumulative = counts.cumsum(0)
+        target = torch.ceil(cumulative[-1].double() * (percent / 100)).long()
+        bin_index = int(torch.searchsorted(cumulative, target))
+        edge = torch.tensor([(bin_index + 1) << cls.SHIFT], dtype=torch.int32).view(torch.float32)
+        return float(edge)
+
+
+@COLLECTORS.register("samples")
+class Samples:
+    """A random sample of at most :attr:`ROWS` input rows, kept as they are: (rows, features).
+
+    The rows with the smallest hash of their own content are kept (bottom-k sampling), which makes the sample independent
+    of order and split; identical rows count once.
+    """
+
+    ROWS = 512
+
+    def __init__(self, features: int) -> None:
+        self.state = {"rows": torch.zeros(0, features), "keys": torch.zeros(0, dtype=torch.int64)}
+
+    def update(self, x: Tensor) -> None:
+        """Offer the rows of ``x`` (tokens, features)."""
+        rows = x.float()
+        bits = rows.contiguous().view(torch.int32).long()
+        generator = torch.Generator().manual_seed(0x5EED)
+        factors = torch.randint(1 << 62, (bits.shape[1],), generator=generator) | 1
+        keys = (bits * factors.to(bits.device)).sum(1)  # wraps around: an exact, order-free integer hash
+        keys = (keys ^ (keys >> 29)) * 0x5851F42D4C957F2D
+        self._keep(rows, keys ^ (keys >> 32))
+
+    def result(self) -> Tensor:
+        """Return the kept rows, ordered by hash."""
+        return self.state["rows"]
+
+    def merge(self, other: Collector) -> None:
+        """Keep the smallest hashes of both samples."""
+        self._keep(other.state["rows"], other.state["keys"])
+
+    def _keep(self, rows: Tensor, keys: Tensor) -> None:
+        rows = torch.cat([self.state["rows"].to(rows.device), rows])
+        keys, order = torch.cat([self.state["keys"].to(keys.device), keys]).sort(stable=True)
+        fresh = torch.ones_like(keys, dtype=torch.bool)
+        fresh[1:] = keys[1:] != keys[:-1]
+        order = order[fresh][: self.ROWS]
+        self.state = {"rows": rows[order], "keys": keys[fresh][: self.ROWS]}

@@ -1,0 +1,225 @@
+r"""The sequential walk through one block: every site sees inputs that the quantized sites before it produced.
+
+A block is run once for all calibration batches. Each batch runs in its own greenlet (a coroutine that can be suspended
+anywhere in a call stack); when a batch is about to multiply by a site's weight, it is suspended. Once all batches wait at
+that site, the statistics of its input are taken, the site is quantized, its float weight is overwritten with the dequantized
+one, and the batches go on. So error compensation sees the real, quantized inputs of every site ("true sequential"), and the
+block costs one forward instead of the two of collect-then-replay. The price is memory: the live intermediates of all
+batches, a few times tokens x hidden.
+
+Sites that read the very same tensor (query, key and value; gate and up) share one set of statistics, computed once: this is
+seen from the tensors themselves, not from names.
+
+Data-dependent control flow is allowed: batches may wait at different sites, then the earliest in the block's order is
+served first with the batches that reached it.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import greenlet
+import torch
+from torch import Tensor, nn
+
+from quantkit.calibrate.collectors import COLLECTORS, Collector
+from quantkit.errors import CalibrationError
+from quantkit.nn.sites import Block, Site
+
+
+@dataclass(slots=True)
+class Inputs:
+    """Rows that are about to be multiplied by a site's weight.
+
+    Attributes:
+        x: (..., in) as the module received it.
+        expert_ids: int64 (rows,) expert of every row, for a 3-D site; None otherwise.
+    """
+
+    x: Tensor
+    expert_ids: Tensor | None = None
+
+    def same_as(self, other: "Inputs | None") -> bool:
+        """Tell whether both read the same memory, so that their statistics are the same."""
+        return (
+            other is not None
+            and self.x.data_ptr() == other.x.data_ptr()
+            and self.x.numel() == other.x.numel()
+            and self.x.shape[-1] == other.x.shape[-1]
+            and (self.expert_ids is None) == (other.expert_ids is None)
+        )
+
+
+@dataclass
+class SiteStatistics:
+    """Results of the collectors of one site; for a 3-D site every result has a leading expert axis.
+
+    Attributes:
+        results: collector name to result.
+        tokens: number of rows seen, per expert for a 3-D site.
+        cache: what a quantizer derived from the results (a factorisation), shared by the sites that share the statistics.
+    """
+
+    results: dict[str, Tensor]
+    tokens: tuple[int, ...]
+    cache: dict[str, Tensor] = field(default_factory=dict)
+
+    def expert(self, index: int) -> "SiteStatistics":
+        """Return the statistics of one expert."""
+        return SiteStatistics({name: value[index] for name, value in self.results.items()}, (self.tokens[index],))
+
+
+def collect(site: Site, needs: Sequence[str], inputs: Sequence[Inputs]) -> SiteStatistics:
+    """Run the named collectors over all ``inputs`` of ``site``.
+
+    Raises:
+        CalibrationError: if an input holds NaN or infinity.
+    """
+    experts = site.shape[0] if len(site.shape) == 3 else 1
+    collectors = [{name: COLLECTORS.get(name)(site.in_features) for name in needs} for _ in range(experts)]
+    tokens = [0] * experts
+    for one in inputs:
+        for expert, rows in _rows_by_expert(one, experts):
+            if not torch.isfinite(rows.abs().amax()):
+                raise CalibrationError(f"{site.name}: calibration inputs hold NaN or infinity; check the model and its dtype")
+            tokens[expert] += rows.shape[0]
+            for collector in collectors[expert].values():
+                collector.update(rows)
+    return SiteStatistics({name: _stack(site, [c[name] for c in collectors], tokens) for name in needs}, tuple(tokens))
+
+
+def _rows_by_expert(inputs: Inputs, experts: int) -> list[tuple[int, Tensor]]:
+    rows = inputs.x.detach().reshape(-1, inputs.x.shape[-1])
+    if inputs.expert_ids is None:
+        return [(0, rows)] if rows.shape[0] else []
+    return [(e, rows[inputs.expert_ids == e]) for e in range(experts) if bool((inputs.expert_ids == e).any())]
+
+
+def _stack(site: Site, collectors: list[Collector], tokens: list[int]) -> Tensor:
+    if len(site.shape) == 2:
+        return collectors[0].result()
+    seen = [c.result() if n else None for c, n in zip(collectors, tokens, strict=True)]
+    like = next((r for r in seen if r is not None), None)
+    if like is None:
+        raise CalibrationError(f"{site.name}: no token reached any expert during calibration; use more calibration text")
+    return torch.stack([torch.zeros_like(like) if r is None else r for r in seen])
+
+
+class _Batch(greenlet.greenlet):
+    """One calibration batch inside a block; ``waiting`` is the site it is suspended at, ``output`` its result."""
+
+    waiting: str | None = None
+    inputs: Inputs | None = None
+    shared: Inputs | None = None
+    output: Tensor | None = None
+
+
+def walk_block(
+    block: nn.Module,
+    block_name: str,
+    sites: Sequence[Site],
+    forwards: Sequence[Callable[[], Tensor]],
+    visit: Callable[[Site, Callable[[Sequence[str]], SiteStatistics]], None],
+) -> list[Tensor]:
+    """Run ``block`` once over all batches, visiting each site when all its inputs are known.
+
+    Args:
+        block: the module of the block.
+        block_name: its path in the model, a prefix of the names of ``sites``.
+        sites: the sites to visit, in registration order.
+        forwards: one zero-argument function per batch that runs the block and returns its output (B, T, H).
+        visit: called once per site that is reached, as ``visit(site, statistics)``; ``statistics(needs)`` runs collectors
+            over the site's inputs. It may overwrite the site's float weight in place: the suspended batches then use it.
+
+    Returns:
+        The outputs of ``forwards``, in order.
+    """
+    order = {site.name: i for i, site in enumerate(sites)}
+    done: set[str] = set()
+    previous: tuple[list[Inputs], dict[str, SiteStatistics]] = ([], {})
+
+    def suspend(site: Site, inputs: Inputs) -> None:
+        batch = greenlet.getcurrent()
+        if site.name not in done and isinstance(batch, _Batch):
+            batch.waiting, batch.inputs = site.name, inputs
+            batch.parent.switch()
+
+    batches = [_Batch(lambda run=run: setattr(greenlet.getcurrent(), "output", run())) for run in forwards]
+    hooks = _attach(block, block_name, sites, suspend)
+    try:
+        running = batches
+        while running:
+            for batch in running:
+                batch.waiting = None
+                batch.switch()
+            waiting = [batch for batch in batches if not batch.dead]
+            if not waiting:
+                break
+            name = min({batch.waiting or "" for batch in waiting}, key=lambda n: order[n])
+            running = [batch for batch in waiting if batch.waiting == name]
+            site = sites[order[name]]
+            inputs = [batch.inputs for batch in running if batch.inputs is not None]
+            shared = len(inputs) == len(previous[0]) and all(a.same_as(b) for a, b in zip(inputs, previous[0], strict=True))
+            previous = (inputs, previous[1] if shared else {})
+            visit(site, _memoised(site, inputs, previous[1]))
+            done.add(name)
+            for batch in running:
+                batch.inputs = None
+    finally:
+        for hook in hooks:
+            hook()
+        for batch in batches:
+            if not batch.dead:
+                batch.throw()  # unwinds a suspended forward, so that nothing keeps its tensors alive
+    return [batch.output for batch in batches if batch.output is not None]
+
+
+def _memoised(
+    site: Site, inputs: list[Inputs], known: dict[str, SiteStatistics]
+) -> Callable[[Sequence[str]], SiteStatistics]:
+    def statistics(needs: Sequence[str]) -> SiteStatistics:
+        key = ",".join(sorted(needs))
+        if key not in known:
+            known[key] = collect(site, needs, inputs)
+        return known[key]
+
+    return statistics
+
+
+def _attach(
+    block: nn.Module, block_name: str, sites: Sequence[Site], suspend: Callable[[Site, Inputs], None]
+) -> list[Callable[[], None]]:
+    """Make every site's module call ``suspend`` before it multiplies; returns functions that undo it."""
+    undo: list[Callable[[], None]] = []
+    experts: dict[str, dict[str, Site]] = {}
+    for site in sites:
+        if len(site.shape) == 3:
+            experts.setdefault(site.module, {})[site.parameter] = site
+            continue
+        module = block.get_submodule(_relative(site.module, block_name))
+
+        def before(_module: nn.Module, args: tuple[Tensor, ...], site: Site = site) -> None:
+            suspend(site, Inputs(args[0]))
+
+        undo.append(module.register_forward_pre_hook(before).remove)
+    for path, by_parameter in experts.items():
+        module = block.get_submodule(_relative(path, block_name))
+        undo.append(_probe(module, by_parameter, suspend))
+    return undo
+
+
+def _probe(module: nn.Module, by_parameter: Mapping[str, Site], suspend: Callable[[Site, Inputs], None]) -> Callable[[], None]:
+    def before(parameter: str, x: Tensor, expert_ids: Tensor) -> None:
+        if parameter in by_parameter:
+            suspend(by_parameter[parameter], Inputs(x, expert_ids))
+
+    module._quantkit_probe = before  # type: ignore[assignment]
+    return lambda: delattr(module, "_quantkit_probe")
+
+
+def _relative(path: str, block_name: str) -> str:
+    return path.removeprefix(block_name).removeprefix(".")
+
+
+def block_sites(block: Block, chosen: Mapping[str, object]) -> list[Site]:
+    """Return the sites of ``block`` whose names are in ``chosen``, in order."""
+    return [site for site in block.sites if site.name in chosen]

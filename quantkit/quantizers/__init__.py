@@ -1,0 +1,1 @@
+"""Quantizers: how the codes of a weight are chosen. One file adds one."""

@@ -1,0 +1,52 @@
+"""Round to nearest: every weight goes to the closest code of its block's grid.
+
+``clip`` says how the grid is chosen: ``absmax`` covers the whole range; ``mse`` searches the range with the least squared
+weight error; ``importance`` weighs that error by the second moment of the inputs and so needs calibration.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from quantkit.numerics import grid
+from quantkit.numerics.search import search_qparams
+from quantkit.qtensor import QTensor
+from quantkit.quantizers.base import QUANTIZERS, Statistics
+from quantkit.spec import QuantSpec
+
+
+@QUANTIZERS.register("rtn")
+@dataclass(frozen=True)
+class RTN:
+    """Round to nearest; needs no calibration.
+
+    Args:
+        clip: ``"absmax"`` (the whole range) or ``"mse"`` (search for the range with the least squared error).
+    """
+
+    clip: Literal["absmax", "mse"] = "absmax"
+    needs: ClassVar[tuple[str, ...]] = ()
+
+    def quantize(self, weight: Tensor, spec: QuantSpec, statistics: Statistics | None) -> tuple[QTensor, tuple[str, ...]]:
+        """Quantize ``weight`` (out, in); ``statistics`` are not used."""
+        qparams = grid.choose_qparams(weight, spec) if self.clip == "absmax" else search_qparams(weight, spec)
+        return nearest(weight, qparams, spec), ()
+
+
+@QUANTIZERS.register("rtn-importance")
+@dataclass(frozen=True)
+class ImportanceRTN:
+    """Round to nearest on the grid that loses least when inputs are weighted by their second moment E[x^2]."""
+
+    needs: ClassVar[tuple[str, ...]] = ("mean_square",)
+
+    def quantize(self, weight: Tensor, spec: QuantSpec, statistics: Statistics | None) -> tuple[QTensor, tuple[str, ...]]:
+        """Quantize ``weight`` (out, in) with importances ``statistics.results["mean_square"]`` (in,)."""
+        importance = statistics.results["mean_square"] if statistics else None
+        return nearest(weight, search_qparams(weight, spec, importance), spec), ()
+
+
+def nearest(weight: Tensor, qparams: tuple[Tensor, Tensor | None], spec: QuantSpec) -> QTensor:
+    """Round ``weight`` to the given grid."""
+    return QTensor.from_codes(grid.quantize(weight, *qparams, spec), *qparams, spec)
