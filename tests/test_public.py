@@ -1,0 +1,43 @@
+"""The public face: every exported name exists, and the version is the same wherever it is written."""
+
+import importlib.metadata
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import quantkit
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("name", quantkit.__all__)
+def test_every_public_name_exists_and_is_documented(name):
+    value = getattr(quantkit, name)
+    assert name == "__version__" or value.__doc__
+
+
+def test_public_names_are_listed_by_dir():
+    assert set(quantkit.__all__) <= set(dir(quantkit))
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="quantise"):
+        quantkit.quantise  # noqa: B018
+
+
+def test_the_promised_names_are_public():
+    assert {"quantize", "load", "evaluate", "generate", "calibrate"} <= set(quantkit.__all__)
+
+
+def test_the_version_is_the_changelogs_newest_and_the_packages():
+    newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest is not None
+    assert newest[1] == quantkit.__version__ == importlib.metadata.version("quantkit")
+
+
+def test_python_m_quantkit_and_the_script_are_the_same_program():
+    out = subprocess.run([sys.executable, "-m", "quantkit", "--version"], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == f"quantkit {quantkit.__version__}"
