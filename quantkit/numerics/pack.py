@@ -46,7 +46,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         stream[..., byte] |= grouped[..., i] << shift
         if shift + bits > 8:
             stream[..., byte + 1] |= grouped[..., i] >> (8 - shift)
-    return stream.flatten(-2)[..., : words * 4].contiguous().view(torch.int32)
+    # clone, not contiguous: a single row counts as contiguous whatever its stride, and view refuses an odd one
+    return stream.flatten(-2)[..., : words * 4].clone(memory_format=torch.contiguous_format).view(torch.int32)
 
 
 def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:

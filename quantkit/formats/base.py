@@ -1,0 +1,124 @@
+"""What a checkpoint format is.
+
+A *format* is two things: a dialect of config.json (``quantization_config``) and one or more *codecs*, each of which
+turns a :class:`~quantkit.qtensor.QTensor` into a few plain tensors and back without losing a bit. A tensor is stored as
+``<module name in the checkpoint>.<suffix>``, e.g. ``model.layers.0.mlp.up_proj.weight_packed``. Formats see names and
+shapes, never a model.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from quantkit.errors import FormatError
+from quantkit.qtensor import QTensor
+from quantkit.registry import Registry
+from quantkit.spec import QuantSpec, Scheme
+
+Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+"""Suffix to (dtype, shape) of every tensor that stands for one quantized weight."""
+
+
+class Codec(Protocol):
+    """An exact mapping between a QTensor and tensors named by suffix."""
+
+    def layout(self, spec: QuantSpec, shape: tuple[int, ...]) -> Layout:
+        """Return what :meth:`encode` produces for a weight of ``shape``: used to predict sizes and to check files."""
+        ...
+
+    def encode(self, qtensor: QTensor) -> dict[str, Tensor]:
+        """Return the tensors of one weight by suffix, contiguous."""
+        ...
+
+    def decode(self, tensors: Mapping[str, Tensor], spec: QuantSpec, shape: tuple[int, ...]) -> QTensor:
+        """Reverse :meth:`encode`.
+
+        Raises:
+            FormatError: a tensor is missing, or its dtype, shape or content contradicts ``spec`` and ``shape``.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """How a config says that one module is stored: its scheme and the codec of its tensors."""
+
+    scheme: Scheme
+    codec: Codec
+
+
+Matcher = Callable[[str], Stored | None]
+"""Checkpoint module name to how it is stored; None for a module that is not quantized."""
+
+
+class Format(Protocol):
+    """One dialect of checkpoint.
+
+    Attributes:
+        quant_method: value of ``quantization_config.quant_method`` that announces this format.
+    """
+
+    quant_method: str
+
+    def rejects(self, scheme: Scheme, shape: tuple[int, ...], dtype: str | None = None) -> str | None:
+        """Say why a weight of ``shape`` (..., out, in) cannot be stored this way; None if it can.
+
+        Args:
+            scheme: the numbers.
+            shape: shape of the weight; a stack of experts is judged by one expert.
+            dtype: dtype of the checkpoint's unquantized weights (``"bfloat16"``), which some formats impose on scales.
+        """
+        ...
+
+    def codec(self, scheme: Scheme) -> Codec:
+        """Return the codec for a scheme that :meth:`rejects` accepts."""
+        ...
+
+    def dump_config(self, plan: Mapping[str, Scheme], ignore: Sequence[str], dtype: str) -> dict[str, Any]:
+        """Return ``quantization_config``.
+
+        Args:
+            plan: checkpoint module name to scheme, every quantized module.
+            ignore: checkpoint names of the modules that are linear but not quantized.
+            dtype: dtype of the checkpoint's unquantized weights.
+        """
+        ...
+
+    def load_config(self, config: Mapping[str, Any], scale_dtype: str) -> Matcher:
+        """Read ``quantization_config``.
+
+        Args:
+            config: the dictionary from config.json.
+            scale_dtype: dtype of stored scales, for a config that does not name it.
+
+        Raises:
+            FormatError: it describes something that cannot be represented exactly.
+        """
+        ...
+
+
+FORMATS: Registry[Format] = Registry("format", package="quantkit.formats", error=FormatError)
+"""All formats by name."""
+
+
+def check_layout(tensors: Mapping[str, Tensor], layout: Layout) -> None:
+    """Raise a FormatError unless ``tensors`` are exactly those of ``layout``."""
+    if missing := sorted(layout.keys() - tensors.keys()):
+        raise FormatError(f"missing {', '.join(missing)}; found {', '.join(sorted(tensors)) or 'nothing'}")
+    if extra := sorted(tensors.keys() - layout.keys()):
+        raise FormatError(f"unexpected {', '.join(extra)}; want only {', '.join(layout)}")
+    for suffix, (dtype, shape) in layout.items():
+        found = tensors[suffix]
+        if found.dtype != dtype or tuple(found.shape) != shape:
+            raise FormatError(f"{suffix}: {found.dtype} {tuple(found.shape)}, want {dtype} {shape}")
+
+
+def group_by_scheme(plan: Mapping[str, Scheme]) -> dict[Scheme, list[str]]:
+    """Return scheme to module names, in order of first appearance."""
+    groups: dict[Scheme, list[str]] = {}
+    for name, scheme in plan.items():
+        groups.setdefault(scheme, []).append(name)
+    return groups
