@@ -1,0 +1,70 @@
+"""The command ``quantkit``: thin, everything it does is a function of the library.
+
+Heavy imports happen inside commands, so that ``quantkit --help`` answers at once. An error that quantkit raises on purpose is
+printed as it is, without a traceback, and the exit code is 2; ``quantkit --debug ...`` shows the traceback. Ctrl-C exits with
+130 and says how to go on.
+"""
+
+import logging
+import os
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from quantkit import __version__
+from quantkit.errors import QuantkitError
+
+RESUMABLE = ("demo", "run")
+"""Commands that continue an interrupted run when they are given again."""
+
+
+class _Guarded(TyperGroup):
+    """Turns errors and Ctrl-C into a line and an exit code, in one place for all commands."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except QuantkitError as error:
+            if ctx.params.get("debug"):
+                raise
+            typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
+            raise typer.Exit(2) from error
+        except KeyboardInterrupt:
+            again = "; give the same command again to continue where it stopped" if ctx.invoked_subcommand in RESUMABLE else ""
+            typer.secho(f"interrupted{again}", fg=typer.colors.YELLOW, err=True)
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    cls=_Guarded,
+    help="Quantize a language model, prove the checkpoint, measure it, ship it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        typer.echo(f"quantkit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _settings(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and everything the library logs.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what is going on.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    level = logging.DEBUG if debug else logging.INFO if verbose else logging.WARNING
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("quantkit").setLevel(level)
+    os.environ.setdefault("TQDM_DISABLE", "1")  # bars of the libraries below would fight with ours
+
+
+from quantkit.cli import looking, working  # noqa: E402, F401  (they add their commands to the app)

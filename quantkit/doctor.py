@@ -1,0 +1,57 @@
+"""What this machine can do for quantkit, and why it cannot do the rest: versions, processor, compilers, caches, kernels."""
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+from typing import Any
+
+import torch
+
+from quantkit import __version__, kernels
+from quantkit.hf.demo_model import cache_dir
+
+PACKAGES = ("torch", "transformers", "safetensors", "compressed-tensors", "gguf", "datasets", "numpy")
+
+
+def examine() -> dict[str, Any]:
+    """Return a JSON-able description of the machine; ``kernels`` is :func:`quantkit.kernels.report` (which may compile)."""
+    return {
+        "quantkit": __version__,
+        "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        "packages": {name: _version(name) for name in PACKAGES},
+        "processor": f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads, {_capability()}",
+        "cuda": _cuda(),
+        "nvcc": _nvcc(),
+        "cache": str(cache_dir()),
+        "kernels": kernels.report(),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _capability() -> str:
+    return f"torch was built for {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _cuda() -> str:
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA"
+    if not torch.cuda.is_available():
+        return f"torch is built for CUDA {torch.version.cuda}, no device is visible"
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return f"CUDA {torch.version.cuda}: {', '.join(names)}"
+
+
+def _nvcc() -> str:
+    path = shutil.which("nvcc")
+    if path is None:
+        return "not found"
+    done = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
+    return next((line.strip() for line in done.stdout.splitlines() if "release" in line), path)
