@@ -1,0 +1,110 @@
+"""A transformers model as a :class:`quantkit.engine.engine.Step`. The one file that knows transformers' cache.
+
+The cache is transformers' own ``DynamicCache``, built from the model's config, so sliding-window, hybrid and recurrent
+layers each get the kind of memory they want. Three cases differ:
+
+* the usual one: only new tokens go through the model;
+* LongRoPE (``rope_type`` "longrope": other frequencies past a length): when the sequence grows past that length, keys in
+  the cache were rotated with the wrong frequencies, so the whole sequence is read again, once;
+* models whose memory is not a transformers ``Cache``: the whole sequence is read again at every step. Correct, slow, and
+  said once per model class through :mod:`logging`.
+"""
+
+import functools
+import inspect
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from quantkit.errors import QuantkitError
+
+logger = logging.getLogger(__name__)
+
+
+class TransformersStep:
+    """Run a causal language model of transformers one step at a time, for one sequence.
+
+    The model is used as it is (its dtype, device and train/eval mode) and is never changed; all state is the cache,
+    which belongs to this object. Runs under ``torch.inference_mode``: logits cannot be used for training.
+
+    Attributes:
+        cached: whether decoding reuses a cache; False means full recompute at every step.
+
+    Raises:
+        QuantkitError: an encoder-decoder model, or (at the first call) one that returns no logits.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._name = type(model).__name__
+        if getattr(model.config, "is_encoder_decoder", False):
+            raise QuantkitError(f"{self._name} is an encoder-decoder model; quantkit generates with decoder-only models")
+        self._model = model
+        accepted = inspect.signature(model.forward).parameters
+        self._options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        self._options["return_dict"] = True
+        self._cache_argument = _cache_argument(model, accepted)
+        self.cached = self._cache_argument is not None
+        if not self.cached:
+            _warn_uncached(self._name)
+        self._rope_switch = _rope_switch(model.config)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything read."""
+        self._cache: DynamicCache | None = None
+        self._seen: list[Tensor] = []
+        self._tokens = 0
+
+    def __call__(self, ids: Tensor, position: int) -> Tensor:
+        """Read ``ids`` (1, T) int64 standing at ``position``; return logits (1, V) after the last, in the model's dtype."""
+        if ids.ndim != 2 or ids.shape[0] != 1 or not ids.shape[1]:
+            raise QuantkitError(f"ids: shape {tuple(ids.shape)}, want (1, T) with T >= 1; this step holds one sequence")
+        if position != self._tokens:
+            raise QuantkitError(f"position {position}, but {self._tokens} tokens have been read; call reset() to start over")
+        self._tokens += ids.shape[1]
+        switching = self._rope_switch is not None and position <= self._rope_switch < self._tokens
+        if not self.cached or self._rope_switch is not None:
+            self._seen.append(ids)
+        if not self.cached or switching:
+            ids = torch.cat(self._seen, dim=1)
+        with torch.inference_mode():
+            if self.cached and (self._cache is None or switching):
+                self._cache = DynamicCache(config=self._model.config.get_text_config(decoder=True))
+            return self._forward(ids)[:, -1].clone()  # a view could keep the logits of the whole prompt alive
+
+    def _forward(self, ids: Tensor) -> Tensor:
+        memory = (
+            {"use_cache": False} if self._cache_argument is None else {"use_cache": True, self._cache_argument: self._cache}
+        )
+        output = self._model(input_ids=ids, **memory, **self._options)
+        logits: Tensor | None = getattr(output, "logits", None)
+        if logits is None:
+            raise QuantkitError(
+                f"{self._name} returns no logits; load the model with its language-modelling head (AutoModelForCausalLM)"
+            )
+        return logits
+
+
+@functools.cache  # once per class
+def _warn_uncached(name: str) -> None:
+    logger.warning("%s has no cache quantkit can use: each new token reads the whole sequence again; correct, but slow", name)
+
+
+def _cache_argument(model: PreTrainedModel, accepted: Any) -> str | None:
+    """Return the name under which ``model.forward`` takes a DynamicCache, or None if it cannot use one."""
+    supports = getattr(model, "_supports_default_dynamic_cache", None)
+    if supports is not None and not supports():
+        return None
+    return next((name for name in ("past_key_values", "cache_params") if name in accepted), None)
+
+
+def _rope_switch(config: Any) -> int | None:
+    """Return the length beyond which LongRoPE uses other frequencies, or None for a model without it."""
+    rope = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    for parameters in (rope, *(value for value in rope.values() if isinstance(value, dict))):  # one set, or one per layer type
+        if parameters.get("rope_type") == "longrope":
+            return int(parameters["original_max_position_embeddings"])
+    return None
