@@ -1,0 +1,116 @@
+"""Run mixture-of-experts layers through one function of ours, float or quantized.
+
+transformers keeps the experts of a layer as 3-D parameters and looks up the function that runs them by name, in
+``ALL_EXPERTS_FUNCTIONS``. :func:`enable_experts` registers :func:`experts_forward` there under ``"quantkit"`` and points a
+model at it. For tokens ``x``, chosen experts ``e`` and routing weights ``r``:
+
+.. math:: y_t = \\sum_k r_{tk} \\; D_{e_{tk}} \\, a(U_{e_{tk}} x_t)
+
+where ``a`` is the module's own gate or activation. Rows are sorted by expert once, each expert multiplies one contiguous
+slice, and the results go back to token order before they are summed; the sum over k is done in float32.
+
+The flags that transformers sets on such a module are honoured: ``has_gate`` (``gate_up_proj`` or ``up_proj``),
+``has_bias``, ``is_transposed`` (float parameters only: a :class:`~quantkit.nn.linear.QuantWeight` is always
+(experts, out, in)) and ``has_post_expert_norm`` (newer releases). Extra memory: tokens x top_k rows of each activation.
+
+**Probe.** Calibration sees the inputs of each expert through the attribute ``module._quantkit_probe`` (a :data:`Probe`, or
+None): it is called with the parameter's name, the rows about to be multiplied and the expert of each row, just before each
+of the two matmuls.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+Probe = Callable[[str, Tensor, Tensor], None]
+"""``probe(parameter, x, expert_ids)``: x (rows, in) sorted by expert, expert_ids int64 (rows,). Must not change them."""
+
+NAME = "quantkit"
+"""Name of our experts function in transformers' registry."""
+
+
+def uses_experts_interface(module: nn.Module) -> bool:
+    """Say whether transformers looks up the function that runs this module's experts."""
+    return all(hasattr(module, flag) for flag in ("has_gate", "has_bias", "is_transposed", "_apply_gate", "config"))
+
+
+def expert_parameters(module: nn.Module) -> tuple[str, str]:
+    """Return the names of a module's two expert stacks in the order they are multiplied."""
+    return ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
+
+
+def enable_experts(model: nn.Module) -> tuple[str, ...]:
+    """Switch every experts module of ``model`` that goes through the interface to :func:`experts_forward`.
+
+    Changes the experts implementation of the configs those modules hold; idempotent, harmless for a dense model.
+
+    Returns:
+        The paths of the modules switched.
+    """
+    ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
+    switched = []
+    for path, module in model.named_modules():
+        if uses_experts_interface(module):
+            module.config._experts_implementation = NAME
+            switched.append(path)
+    return tuple(switched)
+
+
+def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Run the chosen experts of each token and return their weighted sum.
+
+    Args:
+        module: experts module with the flags of transformers' interface; its stacks are parameters or ``QuantWeight``.
+        hidden_states: (tokens, in).
+        top_k_index: int64 (tokens, k); an index outside the experts contributes nothing.
+        top_k_weights: (tokens, k).
+
+    Returns:
+        (tokens, out) in the dtype of ``hidden_states``.
+    """
+    tokens, k = top_k_index.shape
+    up_name, down_name = expert_parameters(module)
+    experts = getattr(module, up_name).shape[0]
+    flat = top_k_index.reshape(-1)
+    kept = ((flat >= 0) & (flat < experts)).nonzero().squeeze(-1)  # rows of (tokens * k,) that have a real expert
+    order = kept[torch.argsort(flat[kept], stable=True)]
+    ids = flat[order]
+    counts = torch.bincount(ids, minlength=experts).tolist()
+
+    rows = _multiply(module, up_name, hidden_states[order // k], ids, counts)
+    rows = module._apply_gate(rows) if module.has_gate else module.act_fn(rows)
+    rows = _multiply(module, down_name, rows, ids, counts)
+    if getattr(module, "has_post_expert_norm", False):
+        rows = module.post_expert_norm(rows)
+    exact = torch.promote_types(rows.dtype, torch.float32)
+    rows = rows.to(exact) * top_k_weights.reshape(-1)[order].to(exact).unsqueeze(-1)
+
+    placed = rows.new_zeros(tokens * k, rows.shape[-1]).index_copy(0, order, rows)
+    return placed.view(tokens, k, rows.shape[-1]).sum(1).to(hidden_states.dtype)
+
+
+def _multiply(module: Any, name: str, x: Tensor, ids: Tensor, counts: list[int]) -> Tensor:
+    """Multiply rows ``x`` (rows, in), sorted by expert, by their expert's matrix and add its bias: (rows, out)."""
+    probe: Probe | None = getattr(module, "_quantkit_probe", None)
+    if probe is not None:
+        probe(name, x, ids)
+    weight = getattr(module, name)
+    bias = getattr(module, f"{name}_bias") if module.has_bias else None
+    outputs, start = [], 0
+    for expert, count in enumerate(counts):
+        if not count:
+            continue
+        part, start = x[start : start + count], start + count
+        if not isinstance(weight, Tensor):  # a QuantWeight
+            product = weight.matmul(part, expert)
+        else:
+            product = functional.linear(part, weight[expert].T if module.is_transposed else weight[expert])
+        outputs.append(product if bias is None else product + bias[expert])
+    if outputs:
+        return torch.cat(outputs)
+    stored_transposed = isinstance(weight, Tensor) and module.is_transposed
+    return x.new_zeros(0, weight.shape[-1 if stored_transposed else -2])

@@ -1,0 +1,201 @@
+"""Find what can be quantized in a model, without a table of architectures.
+
+:func:`describe` looks at the module tree and answers three questions about every parameter:
+
+* **Is it inside the decoder stack?** The stack is the ``nn.ModuleList`` that carries most parameters (inside the text
+  decoder, where the model has other towers). Its children are the blocks, in order of execution.
+* **Is it a weight that multiplies activations?** ``nn.Linear``, transformers' ``Conv1D`` (stored transposed), and the 3-D
+  stacks of experts that transformers runs through its experts interface. Those become sites: inside the blocks, or
+  ``outside`` (an untied output head, projections around the stack, other towers).
+* **Otherwise, why not?** Every other parameter is listed with a reason. Nothing is skipped in silence.
+
+Routers choose experts; an error there sends a token to the wrong expert, so they stay float. A router is recognised by
+where it stands: beside a module that holds experts, it is the child whose only matrix has one output per expert (or one
+output: the gate of a shared expert), or a child of its own class that wraps exactly one matrix.
+
+Only names, classes and shapes are read, so a model on the meta device will do; cost is milliseconds.
+"""
+
+import copy
+import logging
+from collections import defaultdict
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.conv import _ConvNd
+from transformers.pytorch_utils import Conv1D
+
+from quantkit.errors import SpecError
+from quantkit.hf.experts import expert_parameters, uses_experts_interface
+from quantkit.nn.sites import Block, Site, Structure
+
+logger = logging.getLogger(__name__)
+
+NO_INTERFACE = "experts module does not use transformers' experts interface"
+"""Reason given for expert weights that no experts function can reach."""
+
+_Odd = dict[type, str | None]
+"""Class of a linear layer to the reason why it cannot be replaced, or None if it can."""
+
+
+def describe(model: nn.Module) -> Structure:
+    """Return the blocks of ``model``, their sites, and a reason for every parameter that is not a site.
+
+    Every parameter name (tied names included) is in exactly one of ``sites``, ``outside`` and ``skipped``.
+
+    Args:
+        model: a decoder-only transformers model, or any module tree with a ``ModuleList`` of layers; may be on meta.
+
+    Raises:
+        SpecError: for an encoder-decoder model, a model without repeated layers, or one with nothing to quantize.
+    """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise SpecError(f"{type(model).__name__} is an encoder-decoder; want a decoder-only model: quantize its decoder alone")
+    stack = _find_stack(model)
+    found, skipped = _sort_parameters(model, stack)
+    names = [f"{stack}.{name}" for name, _ in model.get_submodule(stack).named_children()]
+    inside: dict[str, list[Site]] = {name: [] for name in names}
+    outside: list[Site] = []
+    for site in found:
+        block = next((name for name in names if f"{site.module}.".startswith(f"{name}.")), None)
+        (outside if block is None else inside[block]).append(site)
+    if not any(inside.values()):
+        raise SpecError(
+            f"{type(model).__name__}: nothing to quantize in {stack} ({len(names)} layers): no nn.Linear, Conv1D or expert "
+            f"stack with floating-point weights; reasons: {', '.join(sorted(set(skipped.values()))) or 'no parameters'}"
+        )
+    return Structure(tuple(Block(name, tuple(sites)) for name, sites in inside.items()), tuple(outside), skipped)
+
+
+def _find_stack(model: nn.Module) -> str:
+    """Return the path of the ModuleList with most parameters, inside the text decoder if the model names one."""
+    sizes: dict[str, int] = {
+        name: sum(parameter.numel() for parameter in module.parameters())
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and any(True for _ in module.parameters())
+    }
+    if not sizes:
+        raise SpecError(f"{type(model).__name__}: no repeated layers; want an nn.ModuleList of decoder layers")
+    get_decoder = getattr(model, "get_decoder", None)
+    decoder = get_decoder() if get_decoder is not None else None
+    within = {id(module) for module in decoder.modules()} if isinstance(decoder, nn.Module) else set()
+    text = {name: size for name, size in sizes.items() if id(model.get_submodule(name)) in within}
+    return max(text or sizes, key=lambda name: sizes[name])
+
+
+def _sort_parameters(model: nn.Module, stack: str) -> tuple[list[Site], dict[str, str]]:
+    """Split all parameter names into sites (in the order they are registered) and skipped ones with their reason."""
+    names_of: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names_of[id(parameter)].append(name)
+    routers = set(_routers(model, stack))
+    odd: _Odd = {}
+    sites: list[Site] = []
+    skipped: dict[str, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        path, _, attribute = name.rpartition(".")
+        module = model.get_submodule(path)
+        others = [other for other in names_of[id(parameter)] if other != name]
+        if name in routers:
+            skipped[name] = "router"
+        elif others and not isinstance(module, nn.Embedding):
+            embeddings = (o for o in others if isinstance(model.get_submodule(o.rpartition(".")[0]), nn.Embedding))
+            skipped[name] = f"tied to {next(embeddings, others[0])}"
+        else:
+            verdict = _as_site(path, module, attribute, parameter, odd) or _reason(module, attribute, parameter)
+            if isinstance(verdict, Site):
+                sites.append(verdict)
+            else:
+                skipped[name] = verdict
+    return sites, skipped
+
+
+def _as_site(path: str, module: nn.Module, attribute: str, parameter: Tensor, seen: _Odd) -> Site | str | None:
+    """Return the site a parameter is, a reason why a weight that looks like one is not, or None if it is something else."""
+    shape = tuple(parameter.shape)
+    if isinstance(module, nn.Linear | Conv1D) and attribute == "weight":
+        if not parameter.is_floating_point():
+            return f"weight is {parameter.dtype}, not floating point"
+        if type(module) not in seen:
+            seen[type(module)] = None if type(module) in (nn.Linear, Conv1D) else _forward_differs(module)
+        if reason := seen[type(module)]:
+            return reason
+        transposed = isinstance(module, Conv1D)
+        return Site(path, path, attribute, shape[::-1] if transposed else shape, transposed)
+    if parameter.ndim == 3 and uses_experts_interface(module) and attribute in expert_parameters(module):
+        transposed = bool(getattr(module, "is_transposed", False))
+        shape = (shape[0], shape[2], shape[1]) if transposed else shape
+        return Site(f"{path}.{attribute}", path, attribute, shape, transposed)
+    return None
+
+
+def _forward_differs(module: nn.Module) -> str | None:
+    """Say why a subclass of nn.Linear or Conv1D cannot be replaced: its output is not x @ weight.T + bias."""
+    twin = copy.copy(module)
+    generator = torch.Generator().manual_seed(0)
+    fresh = {name: p if p is None else torch.randn(p.shape, generator=generator) for name, p in module._parameters.items()}
+    twin.__dict__["_parameters"] = {name: p if p is None else nn.Parameter(p) for name, p in fresh.items()}
+    weight = fresh["weight"]
+    assert weight is not None
+    weight = weight.T if isinstance(module, Conv1D) else weight
+    x = torch.randn(3, weight.shape[1], generator=generator)
+    name = type(module).__name__
+    try:
+        with torch.no_grad():
+            got = type(module).forward(twin, x)
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+        logger.debug("%s is not a plain linear layer: %s", name, error)
+        return f"{name} is no plain linear layer"
+    want = functional.linear(x, weight, fresh.get("bias"))
+    same = isinstance(got, Tensor) and got.shape == want.shape and torch.allclose(got, want, rtol=1e-3, atol=1e-3)
+    return None if same else f"{name} is no plain linear layer"
+
+
+def _reason(module: nn.Module, attribute: str, parameter: Tensor) -> str:
+    """Say what a parameter is that is neither a site nor tied nor a router's."""
+    kind = type(module).__name__
+    if attribute == "bias" or attribute.endswith("_bias"):
+        return "bias"
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    if "norm" in kind.lower():
+        return "norm"
+    if isinstance(module, _ConvNd):
+        return "convolution"
+    if parameter.ndim > 1 and "expert" in kind.lower():
+        return NO_INTERFACE
+    return f"{parameter.ndim}-D parameter" + ("" if parameter.ndim < 2 else f" of {kind}, which is no linear layer")
+
+
+def _routers(model: nn.Module, stack: str) -> Iterator[str]:
+    """Yield the names of the weights that choose experts (or scale a shared one) in the stack."""
+    for path, module in model.get_submodule(stack).named_modules(prefix=stack):
+        if path == stack:
+            continue
+        if isinstance(module, nn.Linear) and "router" in path[len(stack) :].lower():
+            yield f"{path}.weight"
+        children = dict(module.named_children())
+        gate_widths = {count for child in children.values() if (count := _expert_count(child))}
+        for name, child in children.items():
+            bare = isinstance(child, nn.Linear | Conv1D)
+            matrices = [(inner, p) for inner, p in child.named_parameters() if p.ndim > 1 and (bare or p.squeeze().ndim > 1)]
+            if not gate_widths or _expert_count(child) or len(matrices) != 1 or isinstance(child, nn.Embedding | _ConvNd):
+                continue
+            inner, weight = matrices[0]
+            outputs = weight.shape[1] if isinstance(child, Conv1D) else weight.shape[0]
+            if not bare or outputs in (1, *gate_widths):
+                yield f"{path}.{name}.{inner}"
+
+
+def _expert_count(module: nn.Module) -> int | None:
+    """Return how many experts a module holds as 3-D parameters or as a list of equal modules; None if it holds none."""
+    if isinstance(module, nn.ModuleList | nn.ModuleDict):
+        members = list(module.children())
+        same = len({type(member) for member in members}) == 1
+        return len(members) if len(members) > 1 and same and any(p.ndim > 1 for p in members[0].parameters()) else None
+    if isinstance(module, _ConvNd):
+        return None
+    leading = {p.shape[0] for p in module._parameters.values() if p is not None and p.ndim == 3 and p.shape[0] > 1}
+    return leading.pop() if len(leading) == 1 else None

@@ -1,0 +1,61 @@
+"""Put a quantized weight where the float one was.
+
+A linear layer's whole module is replaced by a :class:`~quantkit.nn.linear.QuantLinear` that keeps its bias; of an experts
+module only the 3-D parameter is replaced, by a :class:`~quantkit.nn.linear.QuantWeight` of the same name. The float weight
+is freed as soon as nobody else holds it.
+"""
+
+from torch import Tensor, nn
+
+from quantkit.errors import SpecError
+from quantkit.nn.linear import QuantLinear, QuantWeight
+from quantkit.nn.sites import Site
+from quantkit.qtensor import QTensor
+
+
+def install(model: nn.Module, site: Site, qtensor: QTensor) -> None:
+    """Replace the weight of ``site`` in ``model``, in place.
+
+    The new module takes the old one's training flag and name; forward hooks of a replaced linear layer are lost.
+
+    Args:
+        model: the model that holds the site (its weights may be on meta).
+        site: a site of that model, not yet replaced.
+        qtensor: the quantized weight, (out, in) or (experts, out, in) also where the parameter was stored transposed.
+
+    Raises:
+        SpecError: if the site is not there, shapes differ, or another module shares the weight (replacing it here would
+            silently part the two).
+    """
+    module, weight = _find(model, site)
+    if tuple(qtensor.shape) != site.shape:
+        raise SpecError(f"{site.name}: quantized weight has shape {tuple(qtensor.shape)}, want {site.shape}")
+    own = f"{site.module}.{site.parameter}"
+    sharing = [name for name, p in model.named_parameters(remove_duplicate=False) if p is weight and name != own]
+    if sharing:
+        raise SpecError(f"{site.name}: its weight is shared with {', '.join(sharing)}; leave both in float or untie them")
+    if len(site.shape) == 3:
+        del module._parameters[site.parameter]
+        module.add_module(site.parameter, QuantWeight(qtensor).train(module.training))
+        return
+    parent, _, name = site.module.rpartition(".")
+    replacement = QuantLinear(qtensor, bias=getattr(module, "bias", None)).train(module.training)
+    setattr(model.get_submodule(parent), name, replacement)
+
+
+def _find(model: nn.Module, site: Site) -> tuple[nn.Module, Tensor]:
+    """Return the module and the float parameter of a site, checked against the site's shape."""
+    try:
+        module = model.get_submodule(site.module)
+    except AttributeError as error:
+        raise SpecError(f"{site.name}: {type(model).__name__} has no module {site.module!r}") from error
+    weight = module._parameters.get(site.parameter)
+    if weight is None:
+        raise SpecError(
+            f"{site.name}: {type(module).__name__} has no float parameter {site.parameter!r}; is it quantized already?"
+        )
+    shape = tuple(weight.shape)
+    shape = (*shape[:-2], shape[-1], shape[-2]) if site.transposed else shape
+    if shape != site.shape:
+        raise SpecError(f"{site.name}: the model's weight has shape {shape} (out, in), the site says {site.shape}")
+    return module, weight
