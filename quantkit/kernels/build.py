@@ -1,0 +1,234 @@
+"""Compile the C++ kernels on first use and load them with ctypes.
+
+The sources in ``csrc`` know no torch: plain C functions on raw pointers. So the wheel is pure Python, one build serves
+every Python and torch version, and a machine without a compiler still runs, on the reference kernel.
+
+A library lies in ``$XDG_CACHE_HOME/quantkit/kernels`` (``~/.cache`` by default) under a name that hashes everything it
+depends on: sources, flags, compiler and its version, and the CPU's features, since it is compiled for the CPU it runs on.
+It is written under a temporary name and renamed, so processes may build at once. The SHA-256 of the library follows it
+in the file (loaders ignore trailing bytes): a damaged file is noticed before it is mapped, and rebuilt.
+"""
+
+import atexit
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from quantkit.errors import KernelError
+from quantkit.files import atomic_path
+
+logger = logging.getLogger(__name__)
+
+ABI_VERSION: Final = 1
+"""What ``qk_abi_version()`` of a fitting library returns; raise both when a signature changes."""
+
+DTYPE_CODES: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+"""How a float dtype is called across the C interface."""
+
+FLAGS: Final = ("-std=c++17", "-O3", "-fno-math-errno", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden", "-Wno-psabi")
+
+_ARM: Final = platform.machine().lower() in ("aarch64", "arm64")
+
+ISA_FLAGS: Final[dict[str, tuple[str, ...]]] = {
+    "native": ("-mcpu=native",) if _ARM else ("-march=native",),
+    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"),
+    "avx2": ("-mavx2", "-mfma", "-mf16c"),
+    "portable": (),
+}
+"""Instruction sets a library can be built for; ``native`` is whatever this CPU has, the others are for tests."""
+
+_POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+_SIGNATURES: Final = {
+    "qk_abi_version": (_INT, []),
+    "qk_isa": (ctypes.c_char_p, []),
+    "qk_use_openmp": (_INT, [_POINTER]),
+    "qk_wq_matmul": (_INT, [_POINTER] * 6 + [_LONG] * 4 + [_INT] * 5),
+    "qk_wq_dequantize": (_INT, [_POINTER] * 4 + [_LONG] * 6 + [_INT] * 5),
+}
+_WAY_OUT: Final = (
+    "install a C++ compiler (apt install g++, dnf install gcc-c++, conda install gxx, xcode-select --install) "
+    "or set CXX to one; QUANTKIT_KERNEL=reference does without"
+)
+
+
+def library() -> ctypes.CDLL:
+    """Return the library for this CPU, building it if the cache has none. The outcome is kept for the process.
+
+    Raises:
+        KernelError: with the compiler's output, if it cannot be built or loaded.
+    """
+    outcome = _native()
+    if isinstance(outcome, KernelError):
+        raise outcome
+    return outcome
+
+
+@functools.cache
+def _native() -> ctypes.CDLL | KernelError:
+    try:
+        return load("native")
+    except KernelError as error:
+        return error
+
+
+def load(isa: str) -> ctypes.CDLL:
+    """Build (or find in the cache) and load the library for one of :data:`ISA_FLAGS`.
+
+    Raises:
+        KernelError: if there is no compiler, it fails, or what it made cannot be loaded.
+    """
+    command = [*compiler(), *FLAGS, *ISA_FLAGS[isa]]
+    directory = cache_directory()
+    path = directory / f"quantkit-{isa}-{_key(command)}.so"
+    if path.exists() and (reason := _damage(path)):
+        logger.warning("kernel library %s is damaged (%s); building it again", path, reason)
+        path.unlink(missing_ok=True)
+    if not path.exists():
+        _compile(command, path)
+    return _open(path)
+
+
+def compiler() -> list[str]:
+    """Return the compiler's command line: ``$CXX`` or the first of g++, c++ and clang++ on the PATH.
+
+    Raises:
+        KernelError: if there is none.
+    """
+    named = shlex.split(os.environ.get("CXX", ""))
+    found = [path for name in (named[:1] or ["g++", "c++", "clang++"]) if (path := shutil.which(name))]
+    if not found:
+        raise KernelError(f"no C++ compiler: {f'CXX={named[0]}' if named else 'g++, c++, clang++'} not found; {_WAY_OUT}")
+    return [found[0], *named[1:]]
+
+
+@functools.cache
+def cache_directory() -> Path:
+    """Return the directory that built libraries are kept in, made if need be.
+
+    If it cannot be written to, a private temporary directory of this process stands in for it, with a warning.
+    """
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    directory = Path(base) / "quantkit" / "kernels"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            return directory
+    except OSError as error:
+        temporary = Path(tempfile.mkdtemp(prefix="quantkit-kernels-"))
+        atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+        warn_once(
+            f"cannot write to the kernel cache {directory} ({error}): compiling into {temporary} for this process alone; "
+            "set XDG_CACHE_HOME to a directory you can write to"
+        )
+        return temporary
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Log ``message`` as a warning, once per process."""
+    logger.warning("%s", message)
+
+
+def details() -> dict[str, str]:
+    """Return compiler, cache, instruction set and threads, for ``quantkit doctor``; what is missing says so."""
+    facts = {"cache": str(cache_directory())}
+    try:
+        command = compiler()
+        facts |= {"compiler": shlex.join(command), "compiler_version": _version(tuple(command)).partition("\n")[0]}
+        facts["isa"] = library().qk_isa().decode()
+        facts["threads"] = f"{torch.get_num_threads()}, torch's OpenMP team" if _openmp() else "1, no OpenMP in this process"
+    except KernelError as error:
+        facts["error"] = str(error)
+    return facts
+
+
+def sources() -> list[Path]:
+    """Return every file of ``csrc``, sorted by name."""
+    return sorted(path for path in (Path(__file__).parent / "csrc").iterdir() if path.suffix in (".cpp", ".h"))
+
+
+def _key(command: list[str]) -> str:
+    digest = hashlib.sha256()
+    texts = [path.name.encode() + b"\0" + path.read_bytes() for path in sources()]
+    for part in (*texts, shlex.join(command).encode(), _version(tuple(command)).encode(), _cpu().encode()):
+        digest.update(hashlib.sha256(part).digest())
+    return digest.hexdigest()[:24]
+
+
+@functools.cache
+def _version(command: tuple[str, ...]) -> str:
+    try:
+        done = subprocess.run([command[0], "--version"], capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise KernelError(f"the C++ compiler {command[0]} does not run ({error}); {_WAY_OUT}") from error
+    return done.stdout
+
+
+@functools.cache
+def _cpu() -> str:
+    """Return the CPU's model and feature flags: what ``-march=native`` depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    wanted = ("vendor_id", "cpu family", "model", "flags", "Features", "CPU part")
+    return platform.machine() + "".join(sorted({line for line in lines if line.partition("\t")[0].strip(": ") in wanted}))
+
+
+def _compile(command: list[str], path: Path) -> None:
+    files = [str(source) for source in sources() if source.suffix == ".cpp"]
+    logger.info("compiling the kernels into %s (a few seconds, once)", path)
+    try:
+        with atomic_path(path) as temporary:
+            line = [*command, *files, "-o", str(temporary)]
+            done = subprocess.run(line, capture_output=True, text=True, timeout=600, check=False)
+            if done.returncode:
+                output = done.stderr.strip()[-4000:]
+                raise KernelError(f"the C++ compiler failed ({done.returncode}): {shlex.join(line)}\n{output}\n{_WAY_OUT}")
+            content = temporary.read_bytes()
+            temporary.write_bytes(content + hashlib.sha256(content).digest())
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise KernelError(f"the kernels could not be compiled into {path} ({error}); {_WAY_OUT}") from error
+
+
+def _damage(path: Path) -> str | None:
+    content = path.read_bytes()
+    return None if hashlib.sha256(content[:-32]).digest() == content[-32:] else "its checksum differs"
+
+
+def _open(path: Path) -> ctypes.CDLL:
+    try:
+        lib = ctypes.CDLL(str(path))
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(lib, name)
+            function.restype, function.argtypes = result, arguments
+    except (OSError, AttributeError) as error:
+        raise KernelError(f"the kernel library {path} cannot be loaded ({error}); remove it to have it built again") from error
+    if (version := lib.qk_abi_version()) != ABI_VERSION:
+        raise KernelError(
+            f"the kernel library {path} has interface {version}, want {ABI_VERSION}; remove it to have it built again"
+        )
+    if address := _openmp():
+        lib.qk_use_openmp(address)
+    else:
+        warn_once("no OpenMP runtime (GOMP_parallel) in this process: quantized layers run on one thread")
+    return lib
+
+
+def _openmp() -> int | None:
+    """Return the address of the process's ``GOMP_parallel``, which torch brings along, or None."""
+    try:
+        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value
+    except AttributeError:
+        return None

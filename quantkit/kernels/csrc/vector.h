@@ -1,0 +1,115 @@
+// One vector register, on any machine.
+//
+// GCC and Clang vector types turn into the target's instructions, so one source is the fast path and the portable path.
+// The width is the target's: types wider than a register compile too, but to memory traffic. Only half-float conversion
+// needs the target's name.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace qk {
+
+constexpr int kLanes = 16;  // rows per block of the weight layout, whatever the machine
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;  // rows per register
+#elif defined(__AVX2__)
+constexpr int kWidth = 8;
+#else
+constexpr int kWidth = 4;
+#endif
+constexpr int kParts = kLanes / kWidth;  // registers per block
+
+typedef float Floats __attribute__((vector_size(kWidth * 4)));
+typedef uint32_t Words __attribute__((vector_size(kWidth * 4)));
+typedef uint32_t WordsAnywhere __attribute__((vector_size(kWidth * 4), aligned(4)));
+typedef float FloatsAnywhere __attribute__((vector_size(kWidth * 4), aligned(4)));
+typedef uint16_t HalvesAnywhere __attribute__((vector_size(kWidth * 2), aligned(2)));
+typedef uint8_t BytesAnywhere __attribute__((vector_size(kWidth), aligned(1)));
+
+enum DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+
+inline float bits_to_float(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline uint32_t float_to_bits(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  return bits;
+}
+
+inline Floats splat(float value) { return Floats{} + value; }
+
+inline Floats load_bytes(const uint8_t* p) {
+  return __builtin_convertvector(*reinterpret_cast<const BytesAnywhere*>(p), Floats);
+}
+
+// Half to float: move exponent and mantissa in place and multiply by 2^112, which also normalises subnormals exactly;
+// infinity and NaN get the full exponent back.
+inline float half_to_float(uint16_t half) {
+#if defined(__F16C__)
+  return _cvtsh_ss(half);
+#else
+  uint32_t magnitude = half & 0x7fffu;
+  float value = bits_to_float(magnitude << 13) * 0x1p112f;
+  if (magnitude >= 0x7c00u) value = bits_to_float((magnitude << 13) | 0x7f800000u);
+  return bits_to_float(float_to_bits(value) | (static_cast<uint32_t>(half & 0x8000u) << 16));
+#endif
+}
+
+inline Floats load_halves(const uint16_t* p) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__AVX2__) && defined(__F16C__)
+  return (Floats)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  Floats result;
+  for (int i = 0; i < kWidth; ++i) result[i] = half_to_float(p[i]);
+  return result;
+#endif
+}
+
+// Float to half, to nearest even. Adding 0.5 * 2^e (the magnitude's unit in the last half-float place, scaled to float)
+// lets the float adder do the rounding.
+inline uint16_t float_to_half(float value) {
+#if defined(__F16C__)
+  return static_cast<uint16_t>(_cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT));
+#else
+  uint32_t bits = float_to_bits(value), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);   // NaN
+  if (magnitude >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // rounds to 65536 or more
+  if (magnitude < 0x38800000u) {                                              // below 2^-14: a subnormal half
+    float shifted = bits_to_float(magnitude) + 0.5f;                          // unit in the last place of [0.5, 1) is 2^-24
+    return static_cast<uint16_t>(sign | (float_to_bits(shifted) - 0x3f000000u));
+  }
+  uint32_t rounded = magnitude + 0xfffu + ((magnitude >> 13) & 1u);
+  return static_cast<uint16_t>(sign | ((rounded >> 13) - (112u << 10)));
+#endif
+}
+
+inline uint16_t float_to_bfloat(float value) {
+  uint32_t bits = float_to_bits(value);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40u);  // keep NaN quiet
+  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+inline float load_one(const void* p, int64_t i, int32_t dtype) {
+  if (dtype == kFloat32) return static_cast<const float*>(p)[i];
+  uint16_t raw = static_cast<const uint16_t*>(p)[i];
+  return dtype == kFloat16 ? half_to_float(raw) : bits_to_float(static_cast<uint32_t>(raw) << 16);
+}
+
+inline void store_one(void* p, int64_t i, int32_t dtype, float value) {
+  if (dtype == kFloat32) {
+    static_cast<float*>(p)[i] = value;
+  } else {
+    static_cast<uint16_t*>(p)[i] = dtype == kFloat16 ? float_to_half(value) : float_to_bfloat(value);
+  }
+}
+
+}  // namespace qk

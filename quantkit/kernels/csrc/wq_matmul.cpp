@@ -1,0 +1,275 @@
+// y = x @ w.T + bias for weights of 2, 4 or 8 stored bits, w = (code - zero) * scale, everything accumulated in float32.
+//
+// Layout. Rows of w come in blocks of 16, one row per lane. words[block][group][word][lane] holds 32 / bits codes of one
+// row, first code in the lowest bits; a group is padded to whole words. scale[block][group][lane] is half or float;
+// zero[block][group][lane] is a byte, or absent for one zero code shared by all.
+//
+// Codes to floats without a shift or a conversion: OR-ing a code's bits, where they stand in the lower half of the word,
+// into the bits of 2^23 gives the float 2^23 + code * 2^s, where s is the code's bit position; subtracting 2^23 + zero *
+// 2^s is exact and leaves (code - zero) * 2^s. The 2^-s goes into x once per call. So a weight costs one logic op (AND and
+// OR are one ternary op on AVX-512), one subtraction and M multiply-adds, and one shift serves half a word.
+//
+// Sums: a group is summed in order, and its sum times the scale is added to the row's total. The order depends neither on
+// M nor on the threads, so a row of x gives the same bits alone or in a batch. Multiply-adds have a latency, so a tile
+// keeps at least four independent sums (rows of w times rows of x) in flight.
+//
+// A "unit" is a register's worth of a block: the whole block on AVX-512, half of it on AVX2, a quarter elsewhere.
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+#include "parallel.h"
+#include "vector.h"
+
+namespace qk {
+namespace {
+
+struct Weight {
+  const uint32_t* words;
+  const void* scale;
+  const uint8_t* zero;
+  int64_t rows, columns, group, groups, words_per_group;
+  int32_t scale_dtype, zero_code;
+};
+
+struct Job {
+  Weight w;
+  const void* bias;
+  const float* x;  // (m, groups, words_per_group, codes per word), zero padded, scaled by 2^-s
+  void* y;         // (m, rows), or (columns, m) when dequantizing
+  int64_t m, first_block;
+  int32_t dtype;  // of x, y and bias
+};
+
+inline int64_t scale_at(const Weight& w, int64_t unit, int64_t group) {
+  return (unit / kParts * w.groups + group) * kLanes + unit % kParts * kWidth;
+}
+
+inline const uint32_t* words_at(const Weight& w, int64_t unit) {
+  return w.words + unit / kParts * w.groups * w.words_per_group * kLanes + unit % kParts * kWidth;
+}
+
+inline Floats load_scale(const Weight& w, int64_t at) {
+  if (w.scale_dtype == kFloat16) return load_halves(static_cast<const uint16_t*>(w.scale) + at);
+  return *reinterpret_cast<const FloatsAnywhere*>(static_cast<const float*>(w.scale) + at);
+}
+
+template <int BITS>
+inline void load_offsets(const Weight& w, int64_t at, Floats* offsets) {
+  Floats zero = w.zero ? load_bytes(w.zero + at) : splat(static_cast<float>(w.zero_code));
+  for (int f = 0; f < 16 / BITS; ++f) offsets[f] = 0x1p23f + zero * static_cast<float>(1 << (BITS * f));
+}
+
+template <int BITS>
+inline Floats decode(Words word, int field, Floats offset) {
+  const uint32_t mask = ((1u << BITS) - 1u) << (BITS * field);
+  return (Floats)((word & mask) | 0x4b000000u) - offset;
+}
+
+inline void store(const Job& job, int64_t m, int64_t unit, Floats total) {
+  int64_t row = unit * kWidth, count = job.w.rows - row < kWidth ? job.w.rows - row : kWidth;
+  int64_t at = m * job.w.rows + row;
+  if (job.dtype == kFloat32 && count == kWidth && !job.bias) {
+    *reinterpret_cast<FloatsAnywhere*>(static_cast<float*>(job.y) + at) = total;
+    return;
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    float value = job.bias ? total[i] + load_one(job.bias, row + i, job.dtype) : total[i];
+    store_one(job.y, at + i, job.dtype, value);
+  }
+}
+
+// UNITS x kWidth outputs of M rows of x.
+template <int BITS, int M, int UNITS>
+void tile(const Job& job, int64_t unit, int64_t m0) {
+  constexpr int kFields = 16 / BITS, kCodes = 32 / BITS;
+  const Weight& w = job.w;
+  const int64_t x_stride = w.groups * w.words_per_group * kCodes;
+  const float* x = job.x + m0 * x_stride;
+  const uint32_t* words[UNITS];
+  const int64_t ahead = words_at(w, unit + UNITS) - words_at(w, unit);
+  for (int u = 0; u < UNITS; ++u) words[u] = words_at(w, unit + u);
+  Floats total[UNITS][M] = {};
+  for (int64_t g = 0; g < w.groups; ++g) {
+    Floats sum[UNITS][M] = {}, offsets[UNITS][kFields];
+    for (int u = 0; u < UNITS; ++u) load_offsets<BITS>(w, scale_at(w, unit + u, g), offsets[u]);
+    for (int64_t i = 0; i < w.words_per_group; ++i, x += kCodes) {
+      Words word[UNITS];
+      for (int u = 0; u < UNITS; ++u) {
+        word[u] = *reinterpret_cast<const WordsAnywhere*>(words[u]);
+        if (kParts == 1) __builtin_prefetch(words[u] + ahead);  // the next tile's: rows are too short for the hardware's
+        words[u] += kLanes;
+      }
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+#pragma GCC unroll 8
+        for (int f = 0; f < kFields; ++f) {
+          Floats code[UNITS];
+          for (int u = 0; u < UNITS; ++u) code[u] = decode<BITS>(word[u], f, offsets[u][f]);
+          for (int m = 0; m < M; ++m) {
+            Floats value = splat(x[m * x_stride + half * kFields + f]);
+            for (int u = 0; u < UNITS; ++u) sum[u][m] += code[u] * value;
+          }
+        }
+        for (int u = 0; u < UNITS; ++u) word[u] >>= 16;
+      }
+    }
+    for (int u = 0; u < UNITS; ++u) {
+      Floats scale = load_scale(w, scale_at(w, unit + u, g));
+      for (int m = 0; m < M; ++m) total[u][m] += scale * sum[u][m];
+    }
+  }
+  for (int u = 0; u < UNITS; ++u)
+    for (int m = 0; m < M; ++m) store(job, m0 + m, unit + u, total[u][m]);
+}
+
+template <int BITS, int UNITS>
+void tile_rows(const Job& job, int64_t unit) {
+  int64_t m = 0;
+  for (; kWidth == 16 && m + 8 <= job.m; m += 8) tile<BITS, 8, UNITS>(job, unit, m);
+  for (; m + 4 <= job.m; m += 4) tile<BITS, 4, UNITS>(job, unit, m);
+  for (; m + 2 <= job.m; m += 2) tile<BITS, 2, UNITS>(job, unit, m);
+  for (; m < job.m; ++m) tile<BITS, 1, UNITS>(job, unit, m);
+}
+
+template <int BITS>
+void matmul_blocks(const void* argument, int64_t begin, int64_t end) {
+  const Job& job = *static_cast<const Job*>(argument);
+  int64_t unit = begin * kParts, last = end * kParts;
+  for (; job.m == 1 && unit + 4 <= last; unit += 4) tile<BITS, 1, 4>(job, unit, 0);
+  for (; unit + 2 <= last; unit += 2) tile_rows<BITS, 2>(job, unit);
+  for (; unit < last; ++unit) tile_rows<BITS, 1>(job, unit);
+}
+
+// One register of weights at `out`: as float32, or as two bfloat16 values whose sum keeps 16 bits of mantissa, the second
+// `low` elements after the first.
+inline void put(void* out, int64_t at, int64_t low, int32_t dtype, Floats value) {
+  if (dtype == kFloat32) {
+    *reinterpret_cast<FloatsAnywhere*>(static_cast<float*>(out) + at) = value;
+    return;
+  }
+  uint16_t* p = static_cast<uint16_t*>(out) + at;
+  Words bits = (Words)value, high = (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
+  Words rest = (Words)(value - (Floats)high);
+  *reinterpret_cast<HalvesAnywhere*>(p) = __builtin_convertvector(high >> 16, HalvesAnywhere);
+  *reinterpret_cast<HalvesAnywhere*>(p + low) = __builtin_convertvector((rest + 0x7fffu) >> 16, HalvesAnywhere);
+}
+
+// Blocks of w, transposed: out[column][row - first row], `ld` elements between columns.
+template <int BITS>
+void dequantize_blocks(const void* argument, int64_t begin, int64_t end) {
+  constexpr int kFields = 16 / BITS, kCodes = 32 / BITS;
+  const Job& job = *static_cast<const Job*>(argument);
+  const Weight& w = job.w;
+  const int64_t ld = job.m, first = job.first_block * kParts;
+  for (int64_t unit = first + begin * kParts; unit < first + end * kParts; ++unit) {
+    const uint32_t* words = words_at(w, unit);
+    for (int64_t g = 0; g < w.groups; ++g) {
+      Floats offsets[kFields], scale = load_scale(w, scale_at(w, unit, g));
+      load_offsets<BITS>(w, scale_at(w, unit, g), offsets);
+      const int64_t out = g * w.group * ld + (unit - first) * kWidth;
+      for (int64_t i = 0; i < w.words_per_group; ++i, words += kLanes) {
+        Words word = *reinterpret_cast<const WordsAnywhere*>(words);
+        for (int c = 0; c < kCodes && i * kCodes + c < w.group; ++c) {
+          const int f = c % kFields;
+          Floats code = decode<BITS>(c < kFields ? word : word >> 16, f, offsets[f]);
+          code *= 1.0f / static_cast<float>(1 << (BITS * f));
+          put(job.y, out + (i * kCodes + c) * ld, w.columns * ld, job.dtype, code * scale);
+        }
+      }
+    }
+  }
+}
+
+struct Free {
+  void operator()(float* p) const { free(p); }
+};
+
+// Grow-only scratch of the calling thread, freed when the thread ends.
+float* scratch(int64_t count) {
+  static thread_local std::unique_ptr<float, Free> buffer;
+  static thread_local int64_t capacity = 0;
+  if (count > capacity) {
+    buffer.reset(static_cast<float*>(malloc(static_cast<size_t>(count) * sizeof(float))));
+    capacity = buffer ? count : 0;
+  }
+  return buffer.get();
+}
+
+// x (m, columns) to float32 in the words' order, each element scaled by 2^-s of the field it meets.
+void arrange(const void* x, int64_t m, int32_t dtype, const Weight& w, int bits, float* out) {
+  const int64_t padded = w.words_per_group * (32 / bits);
+  float scales[16];
+  for (int c = 0; c < 16; ++c) scales[c] = 1.0f / static_cast<float>(1 << (bits * (c % (16 / bits))));
+  for (int64_t from = 0; from < m * w.columns; from += w.group, out += padded) {
+    if (dtype == kFloat32) {
+      const float* source = static_cast<const float*>(x) + from;
+      for (int64_t k = 0; k < w.group; ++k) out[k] = source[k] * scales[k & 15];
+    } else {
+      for (int64_t k = 0; k < w.group; ++k) out[k] = load_one(x, from + k, dtype) * scales[k & 15];
+    }
+    for (int64_t k = w.group; k < padded; ++k) out[k] = 0.0f;
+  }
+}
+
+Weight weight(const void* words, const void* scale, const void* zero, int64_t rows, int64_t columns, int64_t group,
+              int32_t bits, int32_t zero_code, int32_t scale_dtype) {
+  const int64_t codes = 32 / bits;
+  return {static_cast<const uint32_t*>(words), scale, static_cast<const uint8_t*>(zero), rows, columns, group,
+          columns / group, (group + codes - 1) / codes, scale_dtype, zero_code};
+}
+
+RangeBody pick(int32_t bits, RangeBody two, RangeBody four, RangeBody eight) {
+  return bits == 2 ? two : bits == 4 ? four : bits == 8 ? eight : nullptr;
+}
+
+}  // namespace
+}  // namespace qk
+
+#define QK_EXPORT extern "C" __attribute__((visibility("default")))
+
+QK_EXPORT int32_t qk_abi_version() { return 1; }
+
+QK_EXPORT const char* qk_isa() {
+#if defined(__AVX512F__)
+  return "avx512";
+#elif defined(__AVX2__)
+  return "avx2";
+#elif defined(__ARM_NEON)
+  return "neon";
+#else
+  return "portable";
+#endif
+}
+
+// y (m, rows) = x (m, columns) @ w.T + bias; x, y and bias share `dtype`. Returns 0, 1 for bad bits, 2 for no memory.
+QK_EXPORT int32_t qk_wq_matmul(const void* words, const void* scale, const void* zero, const void* bias, const void* x, void* y,
+                               int64_t m, int64_t rows, int64_t columns, int64_t group, int32_t bits, int32_t zero_code,
+                               int32_t scale_dtype, int32_t dtype, int32_t threads) {
+  using namespace qk;
+  RangeBody body = pick(bits, matmul_blocks<2>, matmul_blocks<4>, matmul_blocks<8>);
+  if (!body) return 1;
+  Weight w = weight(words, scale, zero, rows, columns, group, bits, zero_code, scale_dtype);
+  float* arranged = scratch(m * w.groups * w.words_per_group * (32 / bits));
+  if (!arranged) return 2;
+  arrange(x, m, dtype, w, bits, arranged);
+  Job job{w, bias, arranged, y, m, 0, dtype};
+  // Few blocks: one range per thread. Many: four, so that a thread the system puts aside is waited for less.
+  const int64_t blocks = (rows + kLanes - 1) / kLanes, ranges = blocks < 32 * threads ? threads : 4 * threads;
+  parallel_for(blocks, ((blocks + ranges - 1) / ranges + 1) / 2 * 2, threads, body, &job);
+  return 0;
+}
+
+// Rows [16 * first_block, 16 * last_block) of w, transposed; rows past the last are written too.
+// dtype float32: out (columns, ld). dtype bfloat16: out (2 * columns, ld), high parts above low parts.
+QK_EXPORT int32_t qk_wq_dequantize(const void* words, const void* scale, const void* zero, void* out, int64_t ld,
+                                   int64_t first_block, int64_t last_block, int64_t rows, int64_t columns, int64_t group,
+                                   int32_t bits, int32_t zero_code, int32_t scale_dtype, int32_t dtype, int32_t threads) {
+  using namespace qk;
+  RangeBody body = pick(bits, dequantize_blocks<2>, dequantize_blocks<4>, dequantize_blocks<8>);
+  if (!body || dtype == kFloat16) return 1;
+  Weight w = weight(words, scale, zero, rows, columns, group, bits, zero_code, scale_dtype);
+  Job job{w, nullptr, nullptr, out, ld, first_block, dtype};
+  parallel_for(last_block - first_block, 2, threads, body, &job);
+  return 0;
+}
