@@ -59,9 +59,11 @@ class Format(Protocol):
 
     Attributes:
         quant_method: value of ``quantization_config.quant_method`` that announces this format.
+        stem: first part of the names of weight files; ``"model"`` is what transformers looks for.
     """
 
     quant_method: str
+    stem: str
 
     def rejects(self, scheme: Scheme, shape: tuple[int, ...], dtype: str | None = None) -> str | None:
         """Say why a weight of ``shape`` (..., out, in) cannot be stored this way; None if it can.

@@ -18,6 +18,10 @@ Readers create scales in the checkpoint's dtype: a float16 scale in a bfloat16 c
 loaded. So the scale dtype must be the checkpoint's dtype, or the checkpoint must be float32, which holds every float16
 and bfloat16 exactly; then ``scale_dtype`` names the narrower type that the file holds.
 
+What transformers (5.23 with compressed-tensors 0.20) makes of our files: symmetric ones load compressed; asymmetric ones load
+with ``CompressedTensorsConfig(dequantize=True)`` only, because the package prepares unpacked zero points for them; stacks
+of experts load if they are symmetric; GPT-2's Conv1D layers are not recognised at all.
+
 Not representable here: blocks of several rows (use ``native``), activation grids other than dynamic 8-bit, stored
 ``weight_g_idx`` (act order by group, which compressed-tensors itself has removed), KV-cache scales, sparsity, transforms.
 """
@@ -143,6 +147,7 @@ class CompressedTensors:
     """The format ``compressed-tensors``."""
 
     quant_method = "compressed-tensors"
+    stem = "model"
 
     def rejects(self, scheme: Scheme, shape: tuple[int, ...], dtype: str | None = None) -> str | None:
         """Reject what readers would misread; see the module's docstring."""

@@ -7,7 +7,9 @@ Tensors of a weight (..., out, in), where ``...`` is empty or the number of expe
 - ``zero_point`` int32 (..., in_blocks, ceil(out_blocks * bits / 32)), the codes of the zero points of one column of
   blocks packed like weights; absent for symmetric grids.
 
-It has no limits: any block, any scale dtype, 3-D stacks. Only quantkit reads it; use ``compressed-tensors`` to go elsewhere.
+It has no limits: any block, any scale dtype, 3-D stacks. Only quantkit reads it; use ``compressed-tensors`` to go
+elsewhere. Weight files are called ``quantkit*.safetensors``, not ``model*``, because transformers would otherwise skip the
+quantization it does not know and fill the model with random weights.
 """
 
 from collections.abc import Mapping, Sequence
@@ -63,6 +65,7 @@ class Native:
     """The format ``native``."""
 
     quant_method = "quantkit"
+    stem = "quantkit"
 
     def rejects(self, scheme: Scheme, shape: tuple[int, ...], dtype: str | None = None) -> str | None:
         """Reject only a block that does not divide the shape."""

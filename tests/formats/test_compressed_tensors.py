@@ -133,7 +133,9 @@ def test_scale_dtype_must_fit_the_checkpoint() -> None:
     assert RULE.rejects(scheme, (8, 64), "float16") is None
     assert RULE.rejects(scheme, (8, 64), "float32") is None
     assert "scale_dtype bfloat16" in (RULE.rejects(scheme, (8, 64), "bfloat16") or "")
-    assert RULE.dump_config({"m": scheme}, [], "float32")["config_groups"]["group_0"]["weights"]["scale_dtype"] == "torch.float16"
+    assert (
+        RULE.dump_config({"m": scheme}, [], "float32")["config_groups"]["group_0"]["weights"]["scale_dtype"] == "torch.float16"
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,134 @@
+"""Everything that can be refused before a byte is written: sites, directory, disk."""
+
+import copy
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from quantkit.checkpoint.contents import Contents, Entry, contents_of, lookup, rejections_of
+from quantkit.checkpoint.files import INCOMPLETE
+from quantkit.errors import FormatError, SpecError, nearest
+from quantkit.files import write_atomic
+from quantkit.formats.base import FORMATS, Layout
+from quantkit.spec import Plan
+
+MODEL_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
+"""Files that make a directory a model."""
+
+
+def rejections(model: PreTrainedModel, plan: Plan, format: str = "compressed-tensors") -> dict[str, str]:
+    """Say which sites of ``plan`` the format cannot store in this model's checkpoint layout.
+
+    Unlike :meth:`Format.rejects`, this knows the checkpoint's dtype and how transformers cuts stacks of experts apart.
+
+    Returns:
+        Site name to reason; empty if everything can be written.
+    """
+    return _rejections(contents_of(config_of(model)), plan, format, dtype_name(model))
+
+
+def _rejections(contents: Contents, plan: Plan, format: str, dtype: str) -> dict[str, str]:
+    if unknown := sorted(plan.keys() - contents.sites.keys()):
+        raise SpecError(f"plan names {unknown[0]!r}, which is no site of the model; {nearest(unknown[0], contents.sites)}")
+    rule = FORMATS.get(format)
+
+    def ask(name: str, shape: tuple[int, ...]) -> str | None:
+        scheme = plan[name]
+        if reason := rule.rejects(scheme, shape, dtype):
+            return reason
+        try:
+            rule.codec(scheme).layout(scheme.weight, shape)
+        except FormatError as error:
+            return str(error)
+        return None
+
+    refused = rejections_of(contents, plan, ask)
+    for name, scheme in plan.items():
+        rows = scheme.weight.block[0]
+        cuts = [p for e in contents.entries if e.site and e.site.name == name for p in e.source.pieces]
+        height = contents.sites[name].shape[-2]
+        block = height if rows == -1 else rows
+        if name not in refused and any(p.start % block or p.stop % block for p in cuts):
+            refused[name] = f"the checkpoint cuts it in rows that split a block of {block}; use channel or a group size"
+    return refused
+
+
+def check_output(
+    path: str | Path,
+    model: PreTrainedModel,
+    plan: Plan,
+    *,
+    format: str = "compressed-tensors",
+    overwrite: bool = False,
+) -> int:
+    """Make sure that a checkpoint of ``plan`` can be written to ``path``; return its predicted size in bytes.
+
+    Raises:
+        SpecError: the plan names a site that the model does not have.
+        FormatError: the format cannot store a site, the directory holds another model (and ``overwrite`` is False), cannot
+            be written to, or the disk is too small.
+    """
+    return check(contents_of(config_of(model)), Path(path), model, plan, format, overwrite)
+
+
+def check(contents: Contents, path: Path, model: PreTrainedModel, plan: Plan, format: str, overwrite: bool) -> int:
+    """Do what :func:`check_output` says, given the contents."""
+    _refuse(_rejections(contents, plan, format, dtype_name(model)), format)
+    total = sum(layout_bytes(layout_of(contents, model, plan, format, entry)) for entry in contents.entries)
+    _check_directory(path, total, overwrite)
+    return total
+
+
+def _refuse(refused: Mapping[str, str], format: str) -> None:
+    if refused:
+        name, reason = next(iter(refused.items()))
+        more = f" (and {len(refused) - 1} more sites)" if len(refused) > 1 else ""
+        raise FormatError(f"format {format}: {name}: {reason}{more}")
+
+
+def _check_directory(path: Path, total: int, overwrite: bool) -> None:
+    if path.exists() and not path.is_dir():
+        raise FormatError(f"{path} is a file; want a directory to write the checkpoint to")
+    found = [file for pattern in MODEL_FILES for file in path.glob(pattern)]
+    if found and not (path / INCOMPLETE).exists() and not overwrite:
+        raise FormatError(f"{path} already holds a model ({found[0].name}); choose another directory or pass overwrite=True")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        write_atomic(path / ".probe", "")
+        (path / ".probe").unlink()
+        free = shutil.disk_usage(path).free
+    except OSError as error:
+        raise FormatError(f"cannot write to {path}: {error}; choose a directory you may write to") from error
+    if total > free:
+        raise FormatError(f"{path}: the checkpoint takes {total / 1e9:.2f} GB but only {free / 1e9:.2f} GB are free there")
+
+
+def config_of(model: PreTrainedModel) -> Any:
+    """Return a copy of the model's config with its class recorded."""
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    return config
+
+
+def dtype_name(model: PreTrainedModel) -> str:
+    """Return the dtype of the model's float weights as config.json spells it."""
+    return str(model.dtype).removeprefix("torch.")
+
+
+def layout_bytes(layout: Layout) -> int:
+    """Return the bytes of all tensors in a layout."""
+    return sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in layout.values())
+
+
+def layout_of(contents: Contents, model: nn.Module, plan: Plan, format: str, entry: Entry) -> Layout:
+    """Return full tensor name to (dtype, shape) of everything that stands for ``entry`` in the checkpoint."""
+    scheme = plan.get(entry.site.name) if entry.site else None
+    if scheme is None:
+        return {entry.name: (lookup(model, entry.source.pieces[0].parameter).dtype, entry.shape)}
+    layout = FORMATS.get(format).codec(scheme).layout(scheme.weight, entry.weight_shape)
+    return {f"{entry.module}.{suffix}": what for suffix, what in layout.items()}

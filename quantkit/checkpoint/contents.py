@@ -1,0 +1,228 @@
+"""What a checkpoint of a model consists of: every tensor's name, shape and origin, in the order it is written.
+
+Derived from the model's config alone (through an empty model), so writer and reader cannot disagree.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from quantkit.errors import FormatError, SpecError
+from quantkit.hf.load import empty_model
+from quantkit.hf.names import CheckpointTensor, Piece, checkpoint_names
+from quantkit.hf.structure import describe
+from quantkit.nn.sites import Site, Structure
+from quantkit.qtensor import QTensor, concatenate, stack
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor of the float checkpoint, and where it belongs.
+
+    Attributes:
+        name: its name in the checkpoint.
+        source: which rows of which parameter it holds.
+        shape: its shape in the checkpoint.
+        block: index of the block it belongs to; the number of blocks for everything outside.
+        site: the site it is part of; None for what is never quantized.
+    """
+
+    name: str
+    source: CheckpointTensor
+    shape: tuple[int, ...]
+    block: int
+    site: Site | None
+
+    @property
+    def module(self) -> str:
+        """Name that quantized tensors get their suffix appended to."""
+        return self.name.removesuffix(".weight")
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Shape as (out, in), or (experts, out, in) for a stack."""
+        return (*self.shape[:-2], self.shape[-1], self.shape[-2]) if self.source.transposed else self.shape
+
+
+@dataclass(frozen=True)
+class Contents:
+    """All entries of a model's checkpoint, with the empty model they come from."""
+
+    model: PreTrainedModel
+    structure: Structure
+    entries: tuple[Entry, ...]
+    transposed: frozenset[str]
+
+    @property
+    def sites(self) -> dict[str, Site]:
+        """All sites by name, those outside the blocks included."""
+        return {site.name: site for site in (*self.structure.sites, *self.structure.outside)}
+
+
+def contents_of(config: PretrainedConfig) -> Contents:
+    """Work out the contents of a checkpoint of the model that ``config`` describes."""
+    model = empty_model(config)
+    structure = describe(model)
+    sites = {parameter_of(site): site for site in (*structure.sites, *structure.outside)}
+    transposed = frozenset(name for name, site in sites.items() if site.transposed)
+    blocks = [f"{block.name}." for block in structure.blocks]
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    entries = []
+    for name, source in checkpoint_names(model, transposed).items():
+        first = source.pieces[0].parameter
+        block = next((i for i, prefix in enumerate(blocks) if first.startswith(prefix)), len(blocks))
+        entries.append(Entry(name, source, _shape(source, shapes, transposed), block, sites.get(first)))
+    entries.sort(key=lambda entry: entry.block)  # stable: the model's order within a block
+    return Contents(model, structure, tuple(entries), transposed)
+
+
+def parameter_of(site: Site) -> str:
+    """Return the full name of a site's parameter."""
+    return f"{site.module}.{site.parameter}"
+
+
+def _shape(source: CheckpointTensor, shapes: Mapping[str, tuple[int, ...]], transposed: frozenset[str]) -> tuple[int, ...]:
+    first = source.pieces[0]
+    shape = shapes[first.parameter]
+    if len(shape) < 2:
+        return (sum(p.stop - p.start for p in source.pieces),) if shape else ()
+    if first.parameter in transposed:
+        shape = (*shape[:-2], shape[-1], shape[-2])
+    whole = first.expert is None
+    rows = shape[-2] if whole and len(source.pieces) == 1 and len(shape) > 2 else sum(p.stop - p.start for p in source.pieces)
+    oriented = (*(shape[:-2] if whole else ()), rows, shape[-1])
+    return (*oriented[:-2], oriented[-1], oriented[-2]) if source.transposed else oriented
+
+
+def rejections_of(
+    contents: Contents, chosen: Iterable[str], check: Callable[[str, tuple[int, ...]], str | None]
+) -> dict[str, str]:
+    """Ask ``check(site name, shape)`` about every checkpoint tensor of the chosen sites; return site name to reason."""
+    chosen = set(chosen)
+    refused: dict[str, str] = {}
+    for entry in contents.entries:
+        if entry.site is None or entry.site.name not in chosen:
+            continue
+        owners = {piece.parameter for piece in entry.source.pieces}
+        if owners != {parameter_of(entry.site)}:
+            reason: str | None = f"the checkpoint joins {', '.join(sorted(owners))} in {entry.name}; leave them unquantized"
+        else:
+            reason = check(entry.site.name, entry.weight_shape)
+        if reason is not None:
+            refused.setdefault(entry.site.name, reason)
+    return refused
+
+
+def linear_modules(contents: Contents, quantized: Iterable[str]) -> list[str]:
+    """Return the names of modules that a reader may take for linear layers and that are not quantized.
+
+    Both names where they differ: transformers matches the module in memory, everybody else the checkpoint.
+    """
+    quantized = set(quantized)
+    names = []
+    for entry in contents.entries:
+        if entry.name in quantized or len(entry.shape) != 2 or not entry.name.endswith(".weight"):
+            continue
+        owner = contents.model.get_submodule(entry.source.pieces[0].parameter.rpartition(".")[0])
+        if not isinstance(owner, nn.Embedding):
+            names += aliases(entry)
+    for tied in contents.model.all_tied_weights_keys:
+        module, _, attribute = tied.rpartition(".")
+        if attribute == "weight" and isinstance(contents.model.get_submodule(module), nn.Linear):
+            names.append(module)
+    return sorted(set(names))
+
+
+def aliases(entry: Entry) -> list[str]:
+    """Return the module's name in the checkpoint, and the one in memory if it is another."""
+    first = entry.source.pieces[0]
+    in_memory = first.parameter.removesuffix(".weight")
+    return [entry.module] if first.expert is not None or in_memory == entry.module else [entry.module, in_memory]
+
+
+def lookup(model: nn.Module, name: str) -> Tensor:
+    """Return the parameter or buffer called ``name``, detached."""
+    module, _, attribute = name.rpartition(".")
+    try:
+        tensor = getattr(model.get_submodule(module), attribute)
+    except AttributeError:
+        tensor = None
+    if not isinstance(tensor, Tensor):
+        raise FormatError(f"the model has no float tensor {name}; it does not match its config, or the site is quantized")
+    return tensor.detach()
+
+
+def float_tensor(model: nn.Module, entry: Entry, transposed: frozenset[str]) -> Tensor:
+    """Assemble an unquantized checkpoint tensor from the model, on the CPU, in storage of its own."""
+    parts = []
+    for piece in entry.source.pieces:
+        tensor = lookup(model, piece.parameter)
+        if piece.parameter in transposed:
+            tensor = tensor.transpose(-1, -2)
+        parts.append(_slice(tensor, piece))
+    joined = parts[0] if len(parts) == 1 else torch.cat(parts, 0)
+    joined = (joined.transpose(-1, -2) if entry.source.transposed else joined).cpu().contiguous()
+    return joined if joined.untyped_storage().nbytes() == joined.nbytes else joined.clone()
+
+
+def _slice(tensor: Tensor, piece: Piece) -> Tensor:
+    tensor = tensor if piece.expert is None else tensor[piece.expert]
+    if tensor.ndim < 2:
+        return tensor if tensor.ndim == 0 else tensor[piece.start : piece.stop]
+    return tensor[..., piece.start : piece.stop, :]
+
+
+def quantized_slice(qtensor: QTensor, entry: Entry) -> QTensor:
+    """Return the part of a site's QTensor that an entry stores."""
+    parts = []
+    for piece in entry.source.pieces:
+        one = qtensor if piece.expert is None else qtensor[piece.expert]
+        parts.append(one if (piece.start, piece.stop) == (0, one.shape[-2]) else one.rows(piece.start, piece.stop))
+    return parts[0] if len(parts) == 1 else concatenate(parts)
+
+
+def assemble(site: Site, stored: Iterable[tuple[Entry, QTensor]]) -> QTensor:
+    """Put a site's QTensor together from what its entries hold; reverses :func:`quantized_slice`.
+
+    Raises:
+        FormatError: the parts have different grids.
+    """
+    parts: dict[int | None, list[tuple[int, QTensor]]] = {}
+    for entry, qtensor in stored:
+        offset = 0
+        for piece in entry.source.pieces:
+            height = piece.stop - piece.start
+            rows = qtensor if height == qtensor.shape[-2] else qtensor.rows(offset, offset + height)
+            parts.setdefault(piece.expert, []).append((piece.start, rows))
+            offset += height
+    try:
+        joined = []
+        for expert in sorted(parts, key=lambda e: -1 if e is None else e):
+            rows_of_expert = [q for _, q in sorted(parts[expert], key=lambda part: part[0])]
+            joined.append(rows_of_expert[0] if len(rows_of_expert) == 1 else concatenate(rows_of_expert))
+        return joined[0] if None in parts else stack(joined)
+    except SpecError as error:
+        raise FormatError(f"{site.name}: its parts in the checkpoint do not fit together: {error}") from error
+
+
+def restore(name: str, shape: tuple[int, ...], stored: Iterable[tuple[Entry, Tensor]], transposed: bool) -> Tensor:
+    """Put a float parameter together from what its entries hold; reverses :func:`float_tensor`."""
+    oriented = (*shape[:-2], shape[-1], shape[-2]) if transposed else shape
+    result: Tensor | None = None
+    for entry, tensor in stored:
+        rows = tensor.transpose(-1, -2) if entry.source.transposed else tensor
+        if result is None:
+            result = torch.empty(oriented, dtype=tensor.dtype)
+        offset = 0
+        for piece in entry.source.pieces:
+            height = piece.stop - piece.start
+            if piece.parameter == name:
+                target = _slice(result, piece)
+                target.copy_(_slice(rows, Piece(name, None, offset, offset + height)))
+            offset += height
+    if result is None:
+        raise FormatError(f"{name}: no tensor of the checkpoint holds it")
+    return result.transpose(-1, -2).contiguous() if transposed else result

@@ -1,0 +1,294 @@
+"""Reading: everything is validated before a model is built, and nothing in a file is trusted."""
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+
+from quantkit.checkpoint.contents import Contents, Entry, assemble, contents_of, parameter_of, restore
+from quantkit.checkpoint.files import INCOMPLETE, Shards, read_json
+from quantkit.errors import FormatError, QuantkitError
+from quantkit.formats.base import FORMATS, Format, Matcher, Stored
+from quantkit.hf.experts import enable_experts
+from quantkit.nn.install import install
+from quantkit.nn.sites import Site
+from quantkit.qtensor import QTensor
+from quantkit.spec import Scheme
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint whose files agree with its config.
+
+    Attributes:
+        path: the directory.
+        config: content of config.json.
+        format_name: name in the registry.
+        contents: what the model's config says a checkpoint holds.
+        stored: entry name to how it is stored, for every quantized tensor.
+        shards: the tensors.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    format_name: str
+    contents: Contents
+    stored: dict[str, Stored]
+    shards: Shards
+
+    @property
+    def schemes(self) -> dict[str, Scheme]:
+        """Site name to scheme."""
+        return {e.site.name: self.stored[e.name].scheme for e in self.contents.entries if e.site and e.name in self.stored}
+
+    def qtensor(self, site: Site) -> QTensor:
+        """Read and decode one quantized site."""
+        parts = []
+        for entry in self.contents.entries:
+            if entry.site != site:
+                continue
+            stored = self.stored[entry.name]
+            layout = stored.codec.layout(stored.scheme.weight, entry.weight_shape)
+            tensors = {suffix: self.shards.read(f"{entry.module}.{suffix}") for suffix in layout}
+            try:
+                parts.append((entry, stored.codec.decode(tensors, stored.scheme.weight, entry.weight_shape)))
+            except QuantkitError as error:
+                raise FormatError(f"{self.path}: {entry.module}: {error}") from error
+        return assemble(site, parts)
+
+
+@contextmanager
+def open_checkpoint(path: str | Path) -> Iterator[Opened]:
+    """Open and validate a quantized checkpoint.
+
+    Raises:
+        FormatError: it is unfinished, damaged, not quantized, or its config contradicts its tensors.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise FormatError(f"{path} is not a directory; want a quantized checkpoint")
+    if (path / INCOMPLETE).exists():
+        reason = read_json(path / INCOMPLETE).get("incomplete", "unknown reason")
+        raise FormatError(f"{path} is marked incomplete: {reason}")
+    config = read_json(path / "config.json")
+    quantization = config.get("quantization_config")
+    if not isinstance(quantization, dict):
+        raise FormatError(
+            f"{path}/config.json has no quantization_config: a float model; load it with transformers, or quantize it"
+        )
+    name, rule = _find_format(path, quantization)
+    contents = _contents(path)
+    with Shards(path, rule.stem) as shards:
+        matcher = _matcher(path, rule, quantization, shards, config)
+        stored = _match_entries(path, contents, matcher)
+        _check_tensors(path, contents, stored, shards)
+        yield Opened(path, config, name, contents, stored, shards)
+
+
+def _find_format(path: Path, quantization: Mapping[str, Any]) -> tuple[str, Format]:
+    method = quantization.get("quant_method")
+    for name, rule in FORMATS:
+        if rule.quant_method == method:
+            return name, rule
+    known = ", ".join(rule.quant_method for _, rule in FORMATS)
+    raise FormatError(f"{path}/config.json: quant_method is {method!r}; quantkit reads {known}")
+
+
+def _contents(path: Path) -> Contents:
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FormatError(f"{path}/config.json: transformers cannot read it: {error}") from error
+    try:
+        return contents_of(config)
+    except QuantkitError as error:
+        raise FormatError(f"{path}/config.json: {error}") from error
+
+
+def _matcher(path: Path, rule: Format, quantization: Mapping[str, Any], shards: Shards, config: Mapping[str, Any]) -> Matcher:
+    found = {str(h.dtype).removeprefix("torch.") for n, h in shards.headers.items() if n.endswith(".weight_scale")}
+    if len(found) > 1:
+        raise FormatError(f"{path}: scales of several dtypes ({', '.join(sorted(found))}) cannot be told apart")
+    dtype = found.pop() if found else str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    try:
+        return rule.load_config(quantization, dtype)
+    except QuantkitError as error:
+        raise FormatError(f"{path}/config.json: {error}") from error
+
+
+def _match_entries(path: Path, contents: Contents, matcher: Matcher) -> dict[str, Stored]:
+    """Find which entries are quantized, and check that every site is so as a whole and fits its grid."""
+    stored: dict[str, Stored] = {}
+    seen: dict[str, Scheme | None] = {}
+    for entry in contents.entries:
+        if entry.site is None:
+            continue
+        found = matcher(entry.module)
+        scheme = found.scheme if found else None
+        if seen.setdefault(entry.site.name, scheme) != scheme:
+            raise FormatError(
+                f"{path}/config.json: the parts of {entry.site.name} have different schemes; {entry.module} differs"
+            )
+        if found is None:
+            continue
+        if reason := found.scheme.weight.rejects(entry.weight_shape):
+            raise FormatError(f"{path}/config.json: {entry.module}: {reason}")
+        stored[entry.name] = found
+    if not stored:
+        raise FormatError(f"{path}/config.json: quantization_config names no weight of this model")
+    return stored
+
+
+def _check_tensors(path: Path, contents: Contents, stored: Mapping[str, Stored], shards: Shards) -> None:
+    """Compare the names, dtypes and shapes in the files with what config.json promises."""
+    expected: set[str] = set()
+    dtypes = {name: tensor.dtype for name, tensor in contents.model.state_dict().items()}
+    for entry in contents.entries:
+        if entry.name in stored:
+            how = stored[entry.name]
+            try:
+                layout = how.codec.layout(how.scheme.weight, entry.weight_shape)
+            except QuantkitError as error:
+                raise FormatError(f"{path}: {entry.module}: {error}") from error
+            for suffix, (dtype, shape) in layout.items():
+                expected.add(f"{entry.module}.{suffix}")
+                _check_tensor(path, shards, f"{entry.module}.{suffix}", shape, (dtype,))
+        else:
+            expected.add(entry.name)
+            own = dtypes[entry.source.pieces[0].parameter]
+            _check_tensor(path, shards, entry.name, entry.shape, _FLOATS if own.is_floating_point else (own,))
+    ignorable = getattr(contents.model, "_keys_to_ignore_on_load_unexpected", None) or []
+    extra = [
+        name
+        for name in shards.headers
+        if name not in expected
+        and name not in contents.model.all_tied_weights_keys
+        and not any(re.search(pattern, name) for pattern in ignorable)
+    ]
+    if extra:
+        hint = "; permuted groups (weight_g_idx) are not supported" if any(n.endswith("weight_g_idx") for n in extra) else ""
+        raise FormatError(f"{path}: {len(extra)} tensors that config.json does not account for: {', '.join(extra[:3])}{hint}")
+
+
+def _check_tensor(path: Path, shards: Shards, name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
+    header = shards.headers.get(name)
+    if header is None:
+        raise FormatError(f"{path}: tensor {name} is missing, though config.json promises it; copy the whole checkpoint again")
+    if header.dtype not in dtypes or header.shape != shape:
+        want = f"{' or '.join(str(dtype) for dtype in dtypes)} {shape}"
+        raise FormatError(f"{path}/{header.file}: {name} is {header.dtype} {header.shape}, config.json promises {want}")
+
+
+def load(
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    ignore_activations: bool = False,
+) -> PreTrainedModel:
+    """Load a quantized checkpoint, ready to run, in evaluation mode.
+
+    Codes and scales come back bit for bit; the files may be deleted afterwards.
+
+    Args:
+        path: directory written by quantkit (any format) or by another writer of compressed-tensors integer weights.
+        dtype: dtype of the unquantized tensors; None keeps what the files hold.
+        device: where the model goes.
+        ignore_activations: run a checkpoint that asks for quantized activations (W8A8) with float ones.
+
+    Raises:
+        FormatError: the checkpoint is unfinished, damaged, contradicts itself, or cannot be represented exactly.
+    """
+    with open_checkpoint(path) as opened:
+        active = {s.activation.describe() for s in opened.schemes.values() if s.activation is not None}
+        if active and not ignore_activations:
+            raise FormatError(
+                f"{path} asks for quantized activations ({', '.join(sorted(active))}), which quantkit cannot run yet; pass "
+                "ignore_activations=True to run its quantized weights with float activations"
+            )
+        contents = opened.contents
+        model: Any = contents.model  # Any: transformers types neither eval nor to
+        quantized = {parameter_of(contents.sites[name]): contents.sites[name] for name in opened.schemes}
+        _load_floats(model, opened, set(quantized), dtype)
+        for site in quantized.values():
+            install(model, site, opened.qtensor(site))
+        model.tie_weights()
+        left = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+        if left:
+            raise FormatError(f"{path}: nothing was loaded into {', '.join(left[:5])}")
+        if any(len(site.shape) == 3 for site in quantized.values()):
+            enable_experts(model)
+        model.config.dtype = model.dtype
+        if (Path(path) / "generation_config.json").exists() and hasattr(model, "generation_config"):
+            model.generation_config = GenerationConfig.from_pretrained(path)
+    loaded: PreTrainedModel = model.requires_grad_(False).eval().to(device)
+    return loaded
+
+
+def _load_floats(model: PreTrainedModel, opened: Opened, quantized: set[str], dtype: torch.dtype | None) -> None:
+    sources: dict[str, list[Entry]] = {}
+    for entry in opened.contents.entries:
+        for piece in {p.parameter: p for p in entry.source.pieces}.values():
+            sources.setdefault(piece.parameter, []).append(entry)
+    for name, entries in sources.items():
+        if name in quantized:
+            continue
+        module_name, _, attribute = name.rpartition(".")
+        module = model.get_submodule(module_name)
+        own = getattr(module, attribute)
+        parts = ((entry, opened.shards.read(entry.name)) for entry in entries)
+        value = restore(name, tuple(own.shape), parts, name in opened.contents.transposed)
+        if dtype is not None and value.is_floating_point():
+            value = value.to(dtype)
+        setattr(module, attribute, nn.Parameter(value, requires_grad=False) if isinstance(own, nn.Parameter) else value)
+
+
+def inspect(path: str | Path) -> dict[str, Any]:
+    """Describe a checkpoint without loading it: formats, schemes, bytes, shards, metadata. JSON-able.
+
+    Raises:
+        FormatError: as :func:`load`.
+    """
+    with open_checkpoint(path) as opened:
+        weights = {e.name: torch.Size(e.shape).numel() for e in opened.contents.entries if e.name in opened.stored}
+        prefixes = {e.module: e.name for e in opened.contents.entries if e.name in opened.stored}
+        quantized_bytes = sum(
+            h.nbytes for n, h in opened.shards.headers.items() if n.rpartition(".")[0] in prefixes and n not in _bias(prefixes)
+        )
+        every = sum(torch.Size(e.shape).numel() for e in opened.contents.entries)
+        files = {f: (opened.path / f).stat().st_size for f in sorted({h.file for h in opened.shards.headers.values()})}
+        return {
+            "path": str(path),
+            "format": opened.format_name,
+            "model": (opened.config.get("architectures") or [opened.config.get("model_type")])[0],
+            "dtype": opened.config.get("dtype") or opened.config.get("torch_dtype"),
+            "schemes": _scheme_table(opened),
+            "modules": {name: scheme.weight.describe() for name, scheme in opened.schemes.items()},
+            "parameters": every,
+            "quantized_parameters": sum(weights.values()),
+            "quantized_bytes": quantized_bytes,
+            "quantized_bits_per_weight": quantized_bytes * 8 / sum(weights.values()),
+            "bytes": sum(files.values()),
+            "bits_per_weight": sum(files.values()) * 8 / every,
+            "shards": files,
+            "metadata": opened.config.get("quantkit", {}),
+        }
+
+
+def _bias(modules: Mapping[str, str]) -> set[str]:
+    return {f"{module}.bias" for module in modules}
+
+
+def _scheme_table(opened: Opened) -> list[dict[str, Any]]:
+    counts: dict[Scheme, int] = {}
+    for scheme in opened.schemes.values():
+        counts[scheme] = counts.get(scheme, 0) + 1
+    return [{"scheme": scheme.to_dict(), "describe": scheme.weight.describe(), "sites": n} for scheme, n in counts.items()]

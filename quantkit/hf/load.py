@@ -1,0 +1,128 @@
+"""Models from the outside: a hub id, a directory, a GGUF file or a model object in; a plain float model out."""
+
+import copy
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from quantkit.errors import QuantkitError
+
+log = logging.getLogger(__name__)
+
+
+def load_float(
+    source: str | Path | PreTrainedModel,
+    dtype: torch.dtype | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """Load an unquantized causal language model in evaluation mode on the CPU.
+
+    Args:
+        source: hub id, directory, ``.gguf`` file (dequantized), or a model, which is returned as it is.
+        dtype: dtype of the weights; None keeps the checkpoint's (float32 for GGUF files that do not say).
+        tokenizer: returned instead of the source's own.
+        trust_remote_code: allow code from the hub repository to run. Never the default.
+
+    Returns:
+        The model and its tokenizer; None where the source has no tokenizer.
+
+    Raises:
+        QuantkitError: the source is not there, is already quantized, or cannot be read.
+    """
+    if isinstance(source, PreTrainedModel):
+        if dtype is not None and source.dtype != dtype:
+            raise QuantkitError(f"the model is {source.dtype}, dtype={dtype} was asked for; convert it with model.to first")
+        source.train(False)
+        return source, tokenizer
+    path = Path(source)
+    if path.suffix == ".gguf":
+        model, found = _load_gguf(path, dtype)
+        return model, tokenizer or found
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        if getattr(config, "quantization_config", None):
+            raise QuantkitError(f"{source} is already quantized; load it with quantkit.load, or start from the float model")
+        model = AutoModelForCausalLM.from_pretrained(
+            source, config=config, dtype=dtype or "auto", trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise QuantkitError(f"cannot load a model from {source}: {error}") from error
+    model.train(False)
+    return model, tokenizer or load_tokenizer(source, trust_remote_code=trust_remote_code)
+
+
+def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
+    """Return the tokenizer of a hub id or directory, or None where there is none (logged)."""
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        log.info("%s has no usable tokenizer: %s", source, error)
+        return None
+    return tokenizer
+
+
+def empty_model(config: PretrainedConfig) -> PreTrainedModel:
+    """Build the model of ``config`` with parameters on the meta device and buffers real.
+
+    Raises:
+        QuantkitError: transformers does not know the architecture.
+    """
+    plain = copy.deepcopy(config)
+    plain.__dict__.pop("quantization_config", None)
+    names = plain.architectures or []
+    named = getattr(transformers, names[0], None) if names else None
+    known = isinstance(named, type) and issubclass(named, PreTrainedModel)
+    build: Any = named._from_config if known else AutoModelForCausalLM.from_config  # type: ignore[union-attr]
+    with init_empty_weights(include_buffers=False):
+        try:
+            model: PreTrainedModel = build(plain)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise QuantkitError(f"cannot build a {names[0] if names else plain.model_type} from its config: {error}") from error
+    model.tie_weights()
+    model.train(False)
+    return model
+
+
+def _load_gguf(path: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """Dequantize a GGUF file into a plain model, and read its tokenizer."""
+    if not path.is_file():
+        raise QuantkitError(f"no such file: {path}")
+    place: dict[str, Any] = {"gguf_file": path.name}
+    options: dict[str, Any] = {"dtype": dtype} if dtype is not None else {}
+    if hasattr(transformers, "GgufConfig"):  # releases that can keep GGUF blocks in memory must be told not to
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(path.parent, **place, **options)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, **place)
+    except ImportError as error:
+        raise QuantkitError(f"reading {path.name} needs the gguf package: pip install 'quantkit[demo]' ({error})") from error
+    except (OSError, ValueError, KeyError, NotImplementedError) as error:
+        raise QuantkitError(f"cannot read {path}: {error}") from error
+    # transformers keeps a model loaded from GGUF marked as quantized and then refuses to save it: move its weights into
+    # a model that was never anything but plain.
+    loaded.config.architectures = [type(loaded).__name__]
+    model = empty_model(loaded.config)
+    model.config.dtype = loaded.dtype
+    state = {name: tensor for name, tensor in loaded.state_dict().items() if name in model.state_dict()}
+    missing, _ = model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()
+    left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if left:
+        raise QuantkitError(f"{path}: no weights for {', '.join(left[:5])} (missing {len(missing)})")
+    model.generation_config = loaded.generation_config
+    model.train(False)
+    return model, tokenizer

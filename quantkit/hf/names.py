@@ -1,0 +1,155 @@
+"""Which rows of which parameter each checkpoint tensor holds.
+
+In transformers 5 a parameter in memory and a tensor in a file are not the same thing: mixtral's
+``mlp.experts.gate_up_proj`` (experts, 2I, H) is stored as ``block_sparse_moe.experts.0.w1.weight`` (I, H), ``...w3.weight``
+and so on, and the library converts both ways while it loads and saves. A writer of quantized files needs that
+correspondence, not the conversion. So we let transformers convert *tracers*: a tensor per parameter with all of its
+rows but at most two columns, each element carrying a number that says where it came from. What comes out names, for every
+checkpoint tensor, the parameter, the expert and the rows it is made of, and whether it was transposed. There is no
+table per architecture; conversions that are more than slicing, joining, reordering of rows and transposition are refused.
+
+Memory: two int64 per output row of the model, a few megabytes for a billion parameters. Works on meta models.
+"""
+
+import itertools
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from quantkit.errors import FormatError
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Rows ``start:stop`` of a parameter.
+
+    Attributes:
+        parameter: name of the parameter (or persistent buffer) in the model.
+        expert: index along the leading axis of a 3-D parameter; None for other parameters, or for the whole stack.
+        start, stop: range along the output axis (the only axis of a 1-D parameter).
+    """
+
+    parameter: str
+    expert: int | None
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointTensor:
+    """One checkpoint tensor: pieces joined along the output axis, then transposed to (in, out) if ``transposed``."""
+
+    pieces: tuple[Piece, ...]
+    transposed: bool
+
+
+def checkpoint_names(model: PreTrainedModel, transposed: Collection[str] = ()) -> dict[str, CheckpointTensor]:
+    """Return checkpoint tensor name to what it holds, for everything that a checkpoint of ``model`` contains.
+
+    Tied weights appear once, non-persistent buffers not at all.
+
+    Args:
+        model: float model, possibly on the meta device. One built from its config gives the names that every reader of
+            that config expects; one loaded from files repeats the names of those files.
+        transposed: names of parameters that are stored (..., in, out); their pieces count output rows all the same.
+
+    Raises:
+        FormatError: transformers stores a parameter in a way that is not made of whole rows.
+    """
+    shapes = {
+        name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys
+    }
+    names = list(shapes)
+    bases: list[int] = []
+    tracers: dict[str, Tensor] = {}
+    base = 0
+    for name, shape in shapes.items():
+        bases.append(base)
+        tracers[name] = _tracer(shape, base, name in transposed)
+        base += 2 * _row_count(shape, name in transposed)
+    try:
+        converted = revert_weight_conversion(model, tracers)
+    except (RuntimeError, ValueError, KeyError, IndexError) as error:
+        raise FormatError(f"{type(model).__name__}: cannot follow how transformers renames its weights: {error}") from error
+    starts = torch.tensor(bases) // 2
+    found = {}
+    for stored_name, tensor in converted.items():
+        rows, swapped = _decode(stored_name, tensor)
+        owners = torch.searchsorted(starts, rows, right=True) - 1
+        local = rows - starts[owners]
+        pieces = _pieces(stored_name, owners, local, names, shapes, transposed, stacked=tensor.ndim > 2)
+        found[stored_name] = CheckpointTensor(pieces, swapped)
+    return found
+
+
+def _row_count(shape: tuple[int, ...], transposed: bool) -> int:
+    if len(shape) < 2:
+        return shape[0] if shape else 1
+    return torch.Size(shape[:-2]).numel() * shape[-1 if transposed else -2]
+
+
+def _tracer(shape: tuple[int, ...], base: int, transposed: bool) -> Tensor:
+    """Number the rows of a parameter: element (row, column) of the first two columns holds ``base + 2 * row + column``."""
+    count = _row_count(shape, transposed)
+    if len(shape) < 2:
+        return (base + 2 * torch.arange(count)).reshape(shape)
+    rows, columns = (shape[-1], shape[-2]) if transposed else (shape[-2], shape[-1])
+    ids = (base + torch.arange(2 * count)).reshape(*shape[:-2], rows, 2)[..., : min(2, columns)]
+    return ids.transpose(-1, -2).contiguous() if transposed else ids.contiguous()
+
+
+def _decode(name: str, tensor: Tensor) -> tuple[Tensor, bool]:
+    """Return the global row numbers of a converted tracer and whether its last two axes are swapped."""
+    if tensor.ndim < 2:
+        return tensor.reshape(-1) // 2, False
+    for candidate, swapped in ((tensor, False), (tensor.transpose(-1, -2), True)):
+        first = candidate[..., :1]
+        if (
+            candidate.shape[-1] <= 2
+            and bool((first % 2 == 0).all())
+            and torch.equal(candidate[..., 1:], first[..., : candidate.shape[-1] - 1] + 1)
+        ):
+            return candidate[..., 0].reshape(-1) // 2, swapped
+    raise FormatError(
+        f"{name}: transformers stores it in a way that is not made of whole rows; quantkit cannot write this model"
+    )
+
+
+def _pieces(
+    stored_name: str,
+    owners: Tensor,
+    local: Tensor,
+    names: list[str],
+    shapes: dict[str, tuple[int, ...]],
+    transposed: Collection[str],
+    *,
+    stacked: bool,
+) -> tuple[Piece, ...]:
+    """Merge consecutive rows of one parameter and expert; a 3-D checkpoint tensor must be one whole parameter."""
+    involved = [names[i] for i in sorted(set(owners.tolist()))]
+    if stacked:
+        name, shape = involved[0], shapes[involved[0]]
+        if len(involved) > 1 or not torch.equal(local, torch.arange(_row_count(shape, name in transposed))):
+            raise FormatError(
+                f"{stored_name}: transformers rearranges {name} when it saves it; quantkit cannot write this model"
+            )
+        return (Piece(name, None, 0, shape[-1 if name in transposed else -2]),)
+    heights = torch.tensor([_height(shape, name in transposed) for name, shape in shapes.items()])
+    experts, rows = local // heights[owners], local % heights[owners]
+    breaks = (owners.diff() != 0) | (experts.diff() != 0) | (rows.diff() != 1)
+    edges = [0, *(breaks.nonzero().flatten() + 1).tolist(), len(owners)]
+    pieces = []
+    for first, last in itertools.pairwise(edges):
+        name = names[int(owners[first])]
+        expert = int(experts[first]) if len(shapes[name]) == 3 else None
+        pieces.append(Piece(name, expert, int(rows[first]), int(rows[last - 1]) + 1))
+    return tuple(pieces)
+
+
+def _height(shape: tuple[int, ...], transposed: bool) -> int:
+    """Return the rows of one matrix of a parameter."""
+    return max(1, shape[-1 if transposed else -2] if len(shape) == 3 else _row_count(shape, transposed))
