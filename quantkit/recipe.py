@@ -176,7 +176,6 @@ class Evaluation(_Section):
     length: AtLeastTwo = 512
     against: Literal["base", "none"] = "base"
     latency: bool = True
-    report: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,14 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from quantkit import checkpoint
 from quantkit.checkpoint.contents import Contents, contents_of
 from quantkit.errors import RecipeError
+from quantkit.evaluate import EvalReport, evaluate
 from quantkit.forecast import Forecast, forecast
-from quantkit.hf.load import load_float, load_tokenizer
-from quantkit.hf.source import load_config, locate
+from quantkit.hf.source import load_config
+from quantkit.models import open_model
+from quantkit.pipeline import QuantizeResult, quantize
+from quantkit.progress import ProgressCallback, ignore
 from quantkit.recipe import Recipe, Resolution
 
 log = logging.getLogger(__name__)
@@ -65,21 +67,62 @@ def plan_recipe(recipe: Recipe) -> Preview:
     return Preview(recipe, contents, resolution, predicted, dtype)
 
 
-def open_model(source: str | Path, dtype: torch.dtype | None = None) -> tuple[nn.Module, Any]:
-    """Open any model that a user may name: a quantized checkpoint, a float directory, a hub id, a GGUF file, ``"demo"``.
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a recipe left behind: the quantized model with its coverage and losses, and its evaluation if one was asked for."""
 
-    Returns:
-        The model, ready to run, and its tokenizer (None where there is none).
+    preview: Preview
+    result: QuantizeResult
+    report: EvalReport | None
+
+
+def run_recipe(recipe: Recipe, progress: ProgressCallback = ignore) -> Outcome:
+    """Carry a recipe out; an interrupted run of the same recipe is continued.
+
+    Args:
+        recipe: the recipe.
+        progress: receives the events of every stage.
+
+    Raises:
+        QuantkitError: before long work wherever that is possible; see :func:`plan_recipe`.
     """
-    place = locate(source)
-    if _is_quantized(Path(place)):
-        return checkpoint.load(place, dtype=dtype), load_tokenizer(place)
-    return load_float(place, dtype)
-
-
-def _is_quantized(path: Path) -> bool:
-    """Whether a directory must go to :func:`quantkit.checkpoint.load`, an unfinished one included: it says what is wrong."""
-    if (path / checkpoint.INCOMPLETE).exists():
-        return True
-    config = path / "config.json"
-    return config.is_file() and '"quantization_config"' in config.read_text(encoding="utf-8")
+    preview = plan_recipe(recipe)
+    for note in preview.resolution.notes:
+        log.info(note)
+    model, tokenizer = open_model(recipe.model, preview.dtype)
+    calibration, output, measure = recipe.calibration, recipe.output, recipe.evaluate
+    result = quantize(
+        model,
+        quantizer=recipe.quantizer.build(),
+        plan=preview.resolution.plan,
+        ignore=tuple(preview.resolution.skipped),
+        data=calibration.data,
+        tokenizer=tokenizer,
+        samples=calibration.samples,
+        length=calibration.length,
+        batch_size=calibration.batch_size,
+        mode=calibration.mode,
+        out=output.path,
+        format=output.format,
+        overwrite=output.overwrite,
+        resume=recipe.resume,
+        strict=recipe.strict,
+        progress=progress,
+    )
+    if measure is None:
+        return Outcome(preview, result, None)
+    base = open_model(recipe.model, preview.dtype)[0] if measure.against == "base" else None  # quantize changed the first one
+    report = evaluate(
+        result.model,
+        base,
+        data=measure.data,
+        tokenizer=tokenizer,
+        windows=measure.windows,
+        length=measure.length,
+        latency=measure.latency,
+        label=Path(output.path).name,
+        base_label=recipe.model,
+        progress=progress,
+    )
+    report.save(Path(output.path) / "evaluation.json")
+    return Outcome(preview, result, report)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from quantkit.cli import app
-from quantkit.cli.show import console, facts, parse_settings, size, table
+from quantkit.cli.show import facts, parse_settings, say, size, table
 
 Settings = Annotated[
     list[str] | None,
@@ -43,7 +43,7 @@ def plan(recipe: Path, settings: Settings = None, as_json: AsJson = False) -> No
         }
     )
     for note in preview.resolution.notes:
-        console().print(f"note: {note}", markup=False, highlight=False)
+        say(f"note: {note}")
 
 
 @app.command()
@@ -64,9 +64,9 @@ def inspect(path: Path, as_json: AsJson = False) -> None:
             "bits per quantized weight": f"{found['quantized_bits_per_weight']:.3f}",
             "bits per parameter": f"{found['bits_per_weight']:.3f}",
             "size": f"{size(found['bytes'])} in {len(found['shards'])} file(s)",
-            **{key: json.dumps(value) for key, value in found["metadata"].items()},
         }
     )
+    facts(_flat(found["metadata"]))
 
 
 @app.command()
@@ -81,6 +81,13 @@ def doctor(as_json: AsJson = False) -> None:
     rows = [(row["kernel"], "yes" if row["available"] else "no", _reason(row)) for row in found.pop("kernels")]
     facts({name: json.dumps(value) if isinstance(value, dict) else str(value) for name, value in found.items()})
     table("kernels, best first", ("kernel", "runs", "details"), rows)
+
+
+def _flat(value: Any, name: str = "recorded") -> dict[str, str]:
+    """Return a nested mapping as dotted names and texts."""
+    if not isinstance(value, dict):
+        return {name: str(value)}
+    return {key: text for k, v in value.items() for key, text in _flat(v, f"{name}.{k}").items()}
 
 
 def _reason(row: dict[str, Any]) -> str:

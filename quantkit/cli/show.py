@@ -21,6 +21,11 @@ def console(stderr: bool = False) -> "Console":
     return Console(stderr=stderr)
 
 
+def say(text: str, stderr: bool = False) -> None:
+    """Print a line as it is."""
+    console(stderr).print(text, markup=False, highlight=False)
+
+
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table; columns of numbers are right-aligned."""
     from rich.table import Table

@@ -1,19 +1,158 @@
 """Commands that work: demo, run, eval, bench, generate."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from quantkit.cli import app
-from quantkit.cli.show import console
+from quantkit.cli.looking import Settings
+from quantkit.cli.show import console, facts, parse_settings, progress_bars, say, size, table
+
+Model = Annotated[str, typer.Argument(help="Checkpoint directory, float model, hub id, or demo.")]
+
+
+@app.command()
+def demo(
+    model: Annotated[str, typer.Option(help="Hub id, directory, or demo for the embedded SmolLM2-135M-Instruct.")] = "demo",
+    data: Annotated[str | None, typer.Option(help="Calibration text: file, folder or datasets name.")] = None,
+    out: Annotated[Path, typer.Option(help="Where checkpoints and reports go; those of an earlier demo are replaced.")] = Path(
+        "quantkit-demo"
+    ),
+    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
+    length: Annotated[int, typer.Option(help="Tokens of a calibration window.")] = 512,
+    windows: Annotated[int, typer.Option(help="Evaluation windows of 512 tokens.")] = 16,
+    quick: Annotated[bool, typer.Option("--quick", help="Little data: does it work? Not enough to judge by.")] = False,
+) -> None:
+    """Quantize a model four ways, reload it, compare it with the original and time it."""
+    from quantkit.demo import DemoSettings, plan_demo, run_demo
+    from quantkit.report import comparison_table, coverage_table
+
+    settings = DemoSettings(model=model, data=data, out=out, samples=samples, length=length, windows=windows)
+    settings = settings.quick() if quick else settings
+    variants = plan_demo(settings)
+    rows = [
+        (
+            v.label,
+            ", ".join(v.forecast.schemes),
+            f"{v.forecast.bits_per_weight:.3f}",
+            size(v.forecast.total_bytes),
+            size(v.forecast.peak_bytes),
+        )
+        for v in variants
+    ]
+    table(
+        f"plan for {model}: bfloat16 is {size(variants[0].forecast.float_bytes)}",
+        ("row", "grid", "bits", "file", "peak memory"),
+        rows,
+    )
+    with progress_bars() as progress:
+        result = run_demo(settings, variants, progress)
+    console().print(coverage_table(result.coverage))
+    console().print(comparison_table(result.reports))
+    best = next(reversed(result.checkpoints.values()))
+    facts(
+        {
+            "report": f"{result.html} (open it in a browser), {result.json}",
+            "look": f"quantkit inspect {best}",
+            "talk": f'quantkit generate {best} --chat "What is the capital of France?"',
+            "use": f'transformers: AutoModelForCausalLM.from_pretrained("{best}"); vLLM: vllm serve {best}',
+        }
+    )
+
+
+@app.command()
+def run(recipe: Path, settings: Settings = None) -> None:
+    """Carry out a recipe: quantize, write, prove, measure. An interrupted run continues."""
+    from quantkit.recipe import load_recipe
+    from quantkit.report import comparison_table, coverage_table
+    from quantkit.run import run_recipe
+
+    loaded = load_recipe(recipe, parse_settings(settings))
+    with progress_bars() as progress:
+        outcome = run_recipe(loaded, progress)
+    for note in outcome.preview.resolution.notes:
+        say(f"note: {note}")
+    console().print(coverage_table(outcome.result.coverage))
+    if outcome.report is not None:
+        console().print(comparison_table([outcome.report]))
+    say(f"written to {outcome.result.path}")
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    base: Annotated[str | None, typer.Option(help="The model it should agree with, for KL and agreement.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Text file, folder or datasets name; default: text every Python carries.")
+    ] = None,
+    windows: int = 20,
+    length: Annotated[int, typer.Option(help="Tokens of a window.")] = 1024,
+    latency: Annotated[bool, typer.Option(help="Measure speed too.")] = True,
+    out: Annotated[Path | None, typer.Option(help="Write the report here (JSON).")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page with plots here.")] = None,
+) -> None:
+    """Measure a model: perplexity, distance from a base model, speed, size."""
+    from quantkit.evaluate import evaluate as measure
+    from quantkit.models import open_model
+    from quantkit.report import comparison_table, write_html
+
+    opened, tokenizer = open_model(model)
+    with progress_bars() as progress:
+        report = measure(
+            opened,
+            open_model(base)[0] if base else None,
+            data=data,
+            tokenizer=tokenizer,
+            windows=windows,
+            length=length,
+            latency=latency,
+            label=Path(model).name,
+            base_label=base,
+            progress=progress,
+        )
+    console().print(comparison_table([report]))
+    if out is not None:
+        report.save(out)
+    if html is not None:
+        write_html(html, [report])
+
+
+@app.command()
+def bench(
+    models: Annotated[list[str], typer.Argument(help="Models to time; speed-ups are against the first.")],
+    context: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 256,
+    new_tokens: Annotated[int, typer.Option(help="Tokens decoded per round.")] = 32,
+    rounds: int = 5,
+) -> None:
+    """Time several models in turn, round by round."""
+    from quantkit.evaluate import compare_latency
+    from quantkit.models import open_model
+
+    opened = {name: open_model(name)[0] for name in models}
+    with progress_bars() as progress:
+        found = compare_latency(opened, context=context, new_tokens=new_tokens, rounds=rounds, progress=progress)
+    rows = [
+        (
+            name,
+            f"{one.prefill_tokens_per_s.median:.0f}",
+            f"{one.decode_ms.median:.2f}",
+            f"{one.decode_ms.p90:.2f}",
+            f"{one.speedup.decode.median:.2f}x" if one.speedup else "1",
+        )
+        for name, one in found.items()
+    ]
+    first = next(iter(found.values()))
+    title = f"prompt {context}, {new_tokens} new tokens, {rounds} rounds in turn, {first.threads} threads, {first.device}"
+    table(title, ("model", "prefill tokens/s", "decode ms", "p90", "decode speed-up"), rows)
 
 
 @app.command()
 def generate(
-    model: Annotated[str, typer.Argument(help="Checkpoint directory, float model, or demo.")],
+    model: Model,
     prompt: str,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n")] = 128,
-    temperature: float = 0.0,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
@@ -23,7 +162,7 @@ def generate(
 ) -> None:
     """Continue a prompt and show the text as it comes."""
     from quantkit.generate import generate as continue_text
-    from quantkit.run import open_model
+    from quantkit.models import open_model
 
     opened, tokenizer = open_model(model)
     done = continue_text(
@@ -42,5 +181,4 @@ def generate(
     typer.echo()
     later = sorted(done.decode_ms)
     speed = f", {later[len(later) // 2]:.1f} ms per token (median)" if later else ""
-    summary = f"[{len(done.ids)} tokens, {done.finish_reason}; first token after {done.prefill_ms:.0f} ms{speed}]"
-    console(stderr=True).print(summary, markup=False, highlight=False)
+    say(f"[{len(done.ids)} tokens, {done.finish_reason}; first token after {done.prefill_ms:.0f} ms{speed}]", stderr=True)

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from quantkit.errors import QuantkitError
+from quantkit.hf.source import locate
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +33,8 @@ def load_float(
     """Load an unquantized causal language model in evaluation mode on the CPU.
 
     Args:
-        source: hub id, directory, ``.gguf`` file (dequantized), or a model, which is returned as it is.
+        source: hub id, directory, ``.gguf`` file (dequantized), ``"demo"`` (the embedded default), or a model, which is
+            returned as it is.
         dtype: dtype of the weights; None keeps the checkpoint's (float32 for GGUF files that do not say).
         tokenizer: returned instead of the source's own.
         trust_remote_code: allow code from the hub repository to run. Never the default.
@@ -48,6 +50,7 @@ def load_float(
             raise QuantkitError(f"the model is {source.dtype}, dtype={dtype} was asked for; convert it with model.to first")
         source.train(False)
         return source, tokenizer
+    source = locate(source)
     path = Path(source)
     if path.suffix == ".gguf":
         model, found = _load_gguf(path, dtype)

@@ -1,0 +1,33 @@
+"""Fixtures that several test files share: a float directory and a quantized checkpoint of one tiny model."""
+
+from pathlib import Path
+
+import pytest
+import tiny
+
+
+@pytest.fixture(scope="session")
+def tiny_float(tmp_path_factory) -> Path:
+    """A directory with a tiny float llama and its tokenizer, as transformers writes it."""
+    path = tmp_path_factory.mktemp("float")
+    tiny.tiny_llama(tie_word_embeddings=True).save_pretrained(path)
+    tiny.tiny_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_text(tmp_path_factory) -> Path:
+    """A text file that the tiny tokenizer knows."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(tiny.TEXT * 4)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_quantized(tiny_float, tmp_path_factory) -> Path:
+    """A compressed-tensors checkpoint of the tiny model, 4 bits, rounded to nearest."""
+    from quantkit.pipeline import quantize
+
+    path = tmp_path_factory.mktemp("quantized") / "w4"
+    quantize(tiny_float, "w4a16", quantizer="rtn", out=path)
+    return path
