@@ -249,6 +249,7 @@ QK_EXPORT int32_t qk_wq_matmul(const void* words, const void* scale, const void*
   using namespace qk;
   RangeBody body = pick(bits, matmul_blocks<2>, matmul_blocks<4>, matmul_blocks<8>);
   if (!body) return 1;
+  if (m == 0) return 0;
   Weight w = weight(words, scale, zero, rows, columns, group, bits, zero_code, scale_dtype);
   float* arranged = scratch(m * w.groups * w.words_per_group * (32 / bits));
   if (!arranged) return 2;

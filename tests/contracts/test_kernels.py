@@ -1,0 +1,213 @@
+"""What every kernel in the registry promises: the float64 product of the dequantized weight, for every spec it accepts.
+
+Tolerance: float32 sums of K products, the rounding of the result to x's dtype, and what the kernel says it rounds weights to
+(the reference: x's dtype; others: nothing, but for 2^-16 where bfloat16 rows go to matrix tiles).
+"""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quantkit.errors import KernelError
+from quantkit.kernels import KERNELS, Problem, report, select
+from quantkit.numerics import grid
+from quantkit.qtensor import QTensor
+from quantkit.spec import QuantSpec
+
+NAMES = KERNELS.names()
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+BLOCKS = {  # block -> K it is tried with
+    (1, 32): (64,),
+    (1, 64): (192, 576),
+    (1, 128): (256,),
+    (1, 12): (36,),
+    (1, -1): (37, 576),
+    (-1, -1): (40,),
+}
+
+
+def random_qtensor(spec: QuantSpec, shape: tuple[int, ...], seed: int = 0) -> QTensor:
+    """Every code and zero point possible: more than a quantizer would produce."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, cols = grid.block_size(spec, shape)
+    blocks = (*shape[:-2], shape[-2] // rows, shape[-1] // cols)
+    codes = torch.randint(0, 2**spec.bits, shape, generator=generator, dtype=torch.uint8)
+    scale = grid.round_scale(torch.rand(blocks, generator=generator) + 0.01, spec.scale_dtype)
+    zero = None if spec.symmetric else torch.randint(0, 2**spec.bits, blocks, generator=generator, dtype=torch.uint8)
+    return QTensor.from_codes(codes, scale, zero, spec)
+
+
+def kernel_for(name: str, qtensor: QTensor, dtype: torch.dtype):
+    kernel = KERNELS.get(name)
+    reason = kernel.rejects(Problem(qtensor.spec, (qtensor.shape[0], qtensor.shape[1]), "cpu", dtype))
+    if name in ("reference", "cpu"):
+        assert reason is None
+    return kernel if reason is None else None
+
+
+def assert_product(name: str, y: torch.Tensor, x: torch.Tensor, qtensor: QTensor, bias: torch.Tensor | None) -> None:
+    weight = qtensor.dequantize().double()
+    exact = x.double() @ weight.T + (0 if bias is None else bias.double())
+    size = x.double().abs() @ weight.abs().T
+    eps = torch.finfo(x.dtype).eps
+    rounded = eps if name == "reference" else 2.0**-16 if x.dtype == torch.bfloat16 else 0.0
+    tolerance = (2 * torch.finfo(torch.float32).eps * x.shape[-1] ** 0.5 + rounded) * size + eps * exact.abs() + 1e-7
+    assert y.dtype == x.dtype
+    assert y.shape == exact.shape
+    error = (y.double() - exact).abs()
+    assert (error <= tolerance).all(), (qtensor.spec.describe(), tuple(x.shape), (error / tolerance).max().item())
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("name", NAMES)
+def test_equals_the_dequantized_product(name, bits, symmetric):
+    for block, columns in BLOCKS.items():
+        spec = QuantSpec(f"int{bits}", block, symmetric)
+        for k in columns:
+            for n in (1, 7, 64, 193):
+                qtensor = random_qtensor(spec, (n, k))
+                kernel = kernel_for(name, qtensor, torch.float32)
+                if kernel is None:
+                    continue
+                state = kernel.prepack(qtensor)
+                assert torch.equal(kernel.restore(state), qtensor.dequantize())
+                for m in (1, 2, 3, 5, 17, 33):
+                    x = torch.randn(m, k)
+                    assert_product(name, kernel.matmul(x, state, None), x, qtensor, None)
+
+
+@pytest.mark.parametrize("biased", [True, False], ids=["bias", "plain"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_activation_dtype(name, dtype, biased):
+    for spec in (QuantSpec("int4", (1, 64), False), QuantSpec("int8"), QuantSpec("int3", (1, 32), scale_dtype="bfloat16")):
+        qtensor = random_qtensor(spec, (193, 192))
+        if (kernel := kernel_for(name, qtensor, dtype)) is None:
+            continue
+        state = kernel.prepack(qtensor)
+        bias = torch.randn(193).to(dtype) if biased else None
+        for m in (1, 2, 3, 5, 9, 17, 33, 101):
+            x = torch.randn(m, 192).to(dtype)
+            assert_product(name, kernel.matmul(x, state, bias), x, qtensor, bias)
+
+
+@pytest.mark.parametrize("scale_dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("block", [(1, 16), (4, 32), (-1, 16), (-1, -1)], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_scales_of_every_dtype_and_block(name, block, scale_dtype):
+    for symmetric in (True, False):
+        qtensor = random_qtensor(QuantSpec("int4", block, symmetric, scale_dtype), (36, 64))
+        if kernel := kernel_for(name, qtensor, torch.float32):
+            state, x = kernel.prepack(qtensor), torch.randn(3, 64)
+            assert torch.equal(kernel.restore(state), qtensor.dequantize())
+            assert_product(name, kernel.matmul(x, state, None), x, qtensor, None)
+
+
+@given(
+    bits=st.integers(2, 8),
+    symmetric=st.booleans(),
+    group=st.integers(1, 40),
+    groups=st.integers(1, 4),
+    n=st.integers(1, 40),
+    m=st.integers(0, 40),
+    dtype=st.sampled_from(DTYPES),
+    biased=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=60, deadline=None)
+def test_any_problem(bits, symmetric, group, groups, n, m, dtype, biased, seed):
+    torch.manual_seed(seed)
+    qtensor = random_qtensor(QuantSpec(f"int{bits}", (1, group), symmetric), (n, group * groups), seed)
+    bias = torch.randn(n).to(dtype) if biased else None
+    x = torch.randn(m, group * groups).to(dtype)
+    for name in NAMES:
+        if kernel := kernel_for(name, qtensor, dtype):
+            assert_product(name, kernel.matmul(x, kernel.prepack(qtensor), bias), x, qtensor, bias)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_layout_of_x(name):
+    qtensor = random_qtensor(QuantSpec("int4", (1, 32)), (33, 64))
+    kernel = kernel_for(name, qtensor, torch.float32)
+    if kernel is None:
+        return
+    state = kernel.prepack(qtensor)
+    wide = torch.randn(2, 40, 200)
+    layouts = (wide[:, :3, 5:69], wide[..., 1:129:2], torch.randn(64, 7).T, torch.randn(64, 50).T, wide[0, 0, 9:73])
+    for x in (*layouts, torch.randn(2, 3, 4, 64), torch.empty(0, 64), torch.empty(2, 0, 64)):
+        before = x.clone()
+        assert_product(name, kernel.matmul(x, state, None), x, qtensor, None)
+        assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_large_and_non_finite_values_pass_through(name):
+    qtensor = random_qtensor(QuantSpec("int4", (1, 32), False), (17, 64))
+    kernel = kernel_for(name, qtensor, torch.float32)
+    if kernel is None:
+        return
+    state = kernel.prepack(qtensor)
+    x = torch.randn(1, 64) * 1e30
+    assert_product(name, kernel.matmul(x, state, None) / 1e30, x / 1e30, qtensor, None)
+    x[0, 3] = float("nan")
+    assert kernel.matmul(x, state, None).isnan().all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_prepacking_leaves_the_weight_alone_and_is_deterministic(name):
+    qtensor = random_qtensor(QuantSpec("int5", (1, 32), False), (20, 64))
+    kernel = kernel_for(name, qtensor, torch.float32)
+    if kernel is None:
+        return
+    before, x = qtensor.dequantize(), torch.randn(3, 64)
+    state = kernel.prepack(qtensor)
+    first = kernel.matmul(x, state, None)
+    assert torch.equal(kernel.matmul(x, kernel.prepack(qtensor), None), first)
+    assert torch.equal(kernel.matmul(x, state, None), first)
+    assert torch.equal(qtensor.dequantize(), before)
+
+
+def problem(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Problem:
+    return Problem(QuantSpec("int4", (1, 64)), (64, 64), device, dtype)
+
+
+def test_the_fastest_that_accepts_is_selected(monkeypatch):
+    monkeypatch.delenv("QUANTKIT_KERNEL", raising=False)
+    assert select(problem()) is KERNELS.get("cpu")
+    assert select(problem(dtype=torch.float64)) is KERNELS.get("reference")
+    assert select(problem(device="meta")) is KERNELS.get("reference")
+
+
+def test_a_kernel_can_be_forced(monkeypatch):
+    monkeypatch.setenv("QUANTKIT_KERNEL", "reference")
+    assert select(problem()) is KERNELS.get("reference")
+    monkeypatch.setenv("QUANTKIT_KERNEL", "")
+    assert select(problem()) is KERNELS.get("cpu")
+
+
+def test_a_forced_kernel_that_rejects_is_an_error_with_every_reason(monkeypatch):
+    monkeypatch.setenv("QUANTKIT_KERNEL", "cpu")
+    with pytest.raises(KernelError, match="QUANTKIT_KERNEL=cpu") as caught:
+        select(problem(dtype=torch.float64))
+    assert "cpu: activations are torch.float64" in str(caught.value)
+    assert "reference: can run it" in str(caught.value)
+    monkeypatch.setenv("QUANTKIT_KERNEL", "cpp")
+    with pytest.raises(KernelError, match="did you mean 'cpu'"):
+        select(problem())
+
+
+def test_nobody_accepts(monkeypatch):
+    monkeypatch.delenv("QUANTKIT_KERNEL", raising=False)
+    with pytest.raises(KernelError, match="no kernel can run int4 g64, out=64 in=64, int32 on cpu") as caught:
+        select(problem(dtype=torch.int32))
+    assert all(name in str(caught.value) for name in NAMES)
+
+
+def test_report_lists_every_kernel_best_first():
+    rows = report()
+    assert sorted(row["kernel"] for row in rows) == NAMES
+    assert [row["priority"] for row in rows] == sorted((row["priority"] for row in rows), reverse=True)
+    assert all((row["reason"] is None) == row["available"] for row in rows)
+    assert {"compiler", "isa", "cache", "threads"} <= rows[0]["details"].keys()
