@@ -137,7 +137,8 @@ def quantize_blocks(
     for index, block in enumerate(structure.blocks):
         sites = block_sites(block, plan)
         if index < finished and store is not None:
-            quantized = store.load(index)
+            loaded = store.load(index)
+            quantized = {site.name: loaded[site.name] for site in sites}
         else:
             report = _reporter(progress, len(plan), len(results))
             with torch.no_grad(), resident(model.get_submodule(block.name), compute):

@@ -46,6 +46,12 @@ def sync_directory(path: Path) -> None:
             os.close(handle)
 
 
+def remove_temporaries(directory: str | Path) -> None:
+    """Remove what a killed :func:`atomic_path` left in ``directory``; nobody else may be writing there."""
+    for leftover in Path(directory).glob(".*.tmp"):
+        leftover.unlink(missing_ok=True)
+
+
 def write_atomic(path: str | Path, data: bytes | str) -> None:
     """Write ``data`` to ``path`` atomically (text as UTF-8)."""
     with atomic_path(path) as temporary:

@@ -19,7 +19,9 @@ def select_sites(sites: Iterable[Site], ignore: Sequence[str]) -> list[Site]:
     for pattern in ignore:
         hit = {s.name for s in chosen if fnmatch.fnmatch(s.name, pattern) or s.name.endswith(f".{pattern}")}
         if not hit:
-            raise SpecError(f"ignore: {pattern!r} matches no site; {nearest(pattern, {s.name.rsplit('.', 1)[-1] for s in chosen})}")
+            raise SpecError(
+                f"ignore: {pattern!r} matches no site; {nearest(pattern, {s.name.rsplit('.', 1)[-1] for s in chosen})}"
+            )
         chosen = [site for site in chosen if site.name not in hit]
     return chosen
 

@@ -37,7 +37,9 @@ class QTensor:
         blocks = (*lead, self.shape[-2] // rows, self.shape[-1] // cols)
         words = (*self.shape[:-1], packed_words(self.shape[-1], self.spec.bits))
         if tuple(self.packed.shape) != words or self.packed.dtype != torch.int32:
-            raise SpecError(f"packed codes: {self.packed.dtype} {tuple(self.packed.shape)}, want int32 {words} for {self.shape}")
+            raise SpecError(
+                f"packed codes: {self.packed.dtype} {tuple(self.packed.shape)}, want int32 {words} for {self.shape}"
+            )
         if tuple(self.scale.shape) != blocks:
             raise SpecError(f"scale: shape {tuple(self.scale.shape)}, want {blocks} for {self.shape} {self.spec.describe()}")
         if self.spec.symmetric != (self.zero_point is None):
@@ -99,7 +101,11 @@ class QTensor:
 
 def concatenate(parts: Sequence[QTensor]) -> QTensor:
     """Join quantized tensors of one spec along their output rows."""
-    return _combine(parts, lambda tensors: torch.cat(tensors, -2), (*parts[0].shape[:-2], sum(p.shape[-2] for p in parts), parts[0].shape[-1]))
+    return _combine(
+        parts,
+        lambda tensors: torch.cat(tensors, -2),
+        (*parts[0].shape[:-2], sum(p.shape[-2] for p in parts), parts[0].shape[-1]),
+    )
 
 
 def stack(parts: Sequence[QTensor]) -> QTensor:

@@ -7,17 +7,18 @@ be continued from.
 """
 
 import hashlib
+import importlib.metadata
 import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from quantkit import __version__
 from quantkit.errors import FormatError
 from quantkit.files import atomic_path, write_json
 from quantkit.qtensor import QTensor
@@ -79,7 +80,13 @@ class ResumeStore:
             tensors |= {f"{name}|packed": q.packed, f"{name}|scale": q.scale}
             if q.zero_point is not None:
                 tensors[f"{name}|zero_point"] = q.zero_point
-            facts = {"spec": q.spec.to_dict(), "shape": q.shape, "loss": one.loss, "notes": one.notes, "fell_back": one.fell_back}
+            facts = {
+                "spec": q.spec.to_dict(),
+                "shape": q.shape,
+                "loss": one.loss,
+                "notes": one.notes,
+                "fell_back": one.fell_back,
+            }
             notes[name] = json.dumps(facts)
         with atomic_path(self._block(index)) as temporary:
             save_file({key: value.contiguous() for key, value in tensors.items()}, temporary, metadata=notes)
@@ -93,9 +100,17 @@ class ResumeStore:
             for name, text in (file.metadata() or {}).items():
                 facts = json.loads(text)
                 # Cloned, so that the values do not depend on the file's mapping or on its alignment.
-                parts = {k: file.get_tensor(f"{name}|{k}").clone() for k in ("packed", "scale", "zero_point") if f"{name}|{k}" in keys}
+                parts = {
+                    k: file.get_tensor(f"{name}|{k}").clone()
+                    for k in ("packed", "scale", "zero_point")
+                    if f"{name}|{k}" in keys
+                }
                 qtensor = QTensor(
-                    parts["packed"], parts["scale"], parts.get("zero_point"), QuantSpec.from_dict(facts["spec"]), tuple(facts["shape"])
+                    parts["packed"],
+                    parts["scale"],
+                    parts.get("zero_point"),
+                    QuantSpec.from_dict(facts["spec"]),
+                    tuple(facts["shape"]),
                 )
                 result[name] = Quantized(qtensor, facts["loss"], tuple(facts["notes"]), facts["fell_back"])
         return result
@@ -106,9 +121,14 @@ class ResumeStore:
             return [file.get_tensor(key).clone() for key in sorted(file.keys())]
 
     def clear(self) -> None:
-        """Remove everything: the run is finished, or starts over."""
-        if self.path.exists():
-            shutil.rmtree(self.path)
+        """Remove everything: the run is finished."""
+        self.remove(self.path)
+
+    @staticmethod
+    def remove(path: Path) -> None:
+        """Delete a resume directory, of whatever run, if it exists."""
+        if path.exists():
+            shutil.rmtree(path)
 
     def _block(self, index: int) -> Path:
         return self.path / f"block-{index:05d}.safetensors"
@@ -117,14 +137,16 @@ class ResumeStore:
         return self.path / f"chain-{index:05d}.safetensors"
 
 
+def versions() -> dict[str, str]:
+    """Return the versions that decide a run's result."""
+    return {"quantkit": __version__, **{name: importlib.metadata.version(name) for name in ("torch", "transformers")}}
+
+
 def settings_of(quantizer: object, plan: Mapping[str, Any], calibration: str) -> dict[str, Any]:
     """Collect what decides a run's result, for :func:`fingerprint`."""
-    from quantkit import __version__
-
     return {
         "quantizer": repr(quantizer),
         "plan": {name: scheme.to_dict() for name, scheme in plan.items()},
         "calibration": calibration,
-        "quantkit": __version__,
-        "torch": torch.__version__,
+        "versions": versions(),
     }

@@ -182,7 +182,9 @@ class Histogram:
     def percentile(cls, counts: Tensor, percent: float) -> float:
         """Return the magnitude that ``percent`` of the values do not exceed (upper edge of its bin)."""
         if not 0 < percent <= 100 or int(counts.sum()) == 0:
-            raise CalibrationError(f"percentile {percent} of {int(counts.sum())} values: want 0 < percent <= 100 and some values")
+            raise CalibrationError(
+                f"percentile {percent} of {int(counts.sum())} values: want 0 < percent <= 100 and some values"
+            )
         cumulative = counts.cumsum(0)
         target = torch.ceil(cumulative[-1].double() * (percent / 100)).long()
         bin_index = int(torch.searchsorted(cumulative, target))

@@ -173,9 +173,7 @@ def walk_block(
     return [batch.output for batch in batches if batch.output is not None]
 
 
-def _memoised(
-    site: Site, inputs: list[Inputs], known: dict[str, SiteStatistics]
-) -> Callable[[Sequence[str]], SiteStatistics]:
+def _memoised(site: Site, inputs: list[Inputs], known: dict[str, SiteStatistics]) -> Callable[[Sequence[str]], SiteStatistics]:
     def statistics(needs: Sequence[str]) -> SiteStatistics:
         key = ",".join(sorted(needs))
         if key not in known:

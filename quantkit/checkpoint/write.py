@@ -16,7 +16,7 @@ from quantkit.checkpoint.contents import Entry, aliases, contents_of, float_tens
 from quantkit.checkpoint.files import INCOMPLETE, index_name, mark_incomplete, single_name, write_shard
 from quantkit.checkpoint.prove import installed, verify
 from quantkit.errors import FormatError
-from quantkit.files import write_atomic, write_json
+from quantkit.files import remove_temporaries, write_atomic, write_json
 from quantkit.formats.base import FORMATS
 from quantkit.qtensor import QTensor
 from quantkit.spec import Plan, Scheme
@@ -192,6 +192,7 @@ class CheckpointWriter:
         for name in [n for n in names if n != "config.json"] + ["config.json"]:
             (self._stage / name).replace(self.path / name)
         self._stage.rmdir()
+        remove_temporaries(self.path)
         (self.path / INCOMPLETE).unlink()
 
 

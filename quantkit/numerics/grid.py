@@ -48,7 +48,9 @@ def round_scale(scale: Tensor, scale_dtype: str) -> Tensor:
     smallest = torch.finfo(dtype).smallest_normal
     stored = torch.where(stored == 0, torch.full_like(stored, smallest), stored)
     if not torch.isfinite(stored).all():
-        raise SpecError(f"a scale is not finite in {scale_dtype} (largest {scale.abs().max().item():.4g}); use scale_dtype float32")
+        raise SpecError(
+            f"a scale is not finite in {scale_dtype} (largest {scale.abs().max().item():.4g}); use scale_dtype float32"
+        )
     return stored
 
 

@@ -57,9 +57,7 @@ def search_qparams(
     return scale, zero
 
 
-def _search(
-    blocks: Tensor, weights: Tensor, spec: QuantSpec, ratios: Sequence[float], refit: bool
-) -> tuple[Tensor, Tensor]:
+def _search(blocks: Tensor, weights: Tensor, spec: QuantSpec, ratios: Sequence[float], refit: bool) -> tuple[Tensor, Tensor]:
     """Search blocks (n, in_blocks, size); returns float scales (already rounded) and uint8 zeros, (n, in_blocks)."""
     top = 2**spec.bits - 1
     if spec.symmetric:

@@ -66,9 +66,7 @@ class Quantized:
     fell_back: bool = False
 
 
-def quantize_site(
-    quantizer: Quantizer, name: str, weight: Tensor, spec: QuantSpec, statistics: Statistics | None
-) -> Quantized:
+def quantize_site(quantizer: Quantizer, name: str, weight: Tensor, spec: QuantSpec, statistics: Statistics | None) -> Quantized:
     """Quantize the weight (out, in) or (experts, out, in) of the site called ``name``.
 
     Experts are quantized one by one, each with its own statistics; one that saw no token in calibration falls back.

@@ -113,7 +113,8 @@ def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
                 return upper, damping
         if damping * 10 > _MAX_DAMPING:
             raise CalibrationError(
-                f"the Hessian of {len(diagonal)} inputs cannot be factorised even with damping {damping:g}; use more calibration text"
+                f"the Hessian of {len(diagonal)} inputs cannot be factorised even with damping {damping:g}; "
+                "use more calibration text"
             )
         damping = max(damping, 1e-4) * 10
 

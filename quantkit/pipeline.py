@@ -1,0 +1,351 @@
+"""quantize(): the whole story in one function.
+
+describe the model -> plan every site and ask grid and format whether they can -> walk the blocks in order, each seeing the
+quantized outputs of those before it -> install quantized modules -> write, reload and compare the checkpoint. Every finished
+block is on the disk, so a killed run continues where it stopped.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from quantkit import checkpoint
+from quantkit.blockwise import Chain, Compute, collect_statistics, quantize_blocks
+from quantkit.calibrate.data import Batch, encoder, load_texts, text_default, token_batches
+from quantkit.calibrate.data import fingerprint as data_fingerprint
+from quantkit.calibrate.statistics import load_statistics
+from quantkit.calibrate.walk import SiteStatistics
+from quantkit.errors import CalibrationError, SpecError
+from quantkit.evaluate.coverage import CoverageRow
+from quantkit.hf.blocks import check_chain
+from quantkit.hf.experts import enable_experts
+from quantkit.hf.load import load_float
+from quantkit.hf.structure import describe
+from quantkit.nn.sites import Structure, read_weight
+from quantkit.plan import check_plan, make_plan
+from quantkit.progress import ProgressCallback
+from quantkit.progress import ignore as ignore_progress
+from quantkit.proof import Proof
+from quantkit.quantizers.base import QUANTIZERS, Quantized, Quantizer
+from quantkit.resume import ResumeStore, fingerprint, settings_of, versions
+from quantkit.spec import Plan, Scheme
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Which text calibrates: ``samples`` windows of ``length`` tokens of ``data``, run ``batch_size`` at a time.
+
+    Args:
+        data: see :func:`quantkit.calibrate.data.load_texts`; a list of batches or of int64 tensors (B, T) is used as it is;
+            None is the text that every Python carries.
+        samples: number of windows (packed) or of texts (ragged).
+        length: tokens per window, or the longest a text may be.
+        batch_size: windows per forward.
+        mode: ``"packed"`` (one stream cut in windows) or ``"ragged"`` (one text per row; rows of equal length run together,
+            so there is never any padding).
+    """
+
+    data: Any = None
+    samples: int = 128
+    length: int = 512
+    batch_size: int = 8
+    mode: Literal["packed", "ragged"] = "packed"
+
+    def batches(self, tokenizer: Any) -> list[Batch]:
+        """Tokenize and cut the text.
+
+        Raises:
+            CalibrationError: if there is no tokenizer for text, or too little text.
+        """
+        if isinstance(self.data, Sequence) and self.data and isinstance(self.data[0], Batch | Tensor):
+            return [item if isinstance(item, Batch) else Batch(item, None) for item in self.data]
+        if tokenizer is None:
+            raise CalibrationError(
+                "calibration text needs a tokenizer; pass tokenizer=, or data= as tensors of token ids (B, T)"
+            )
+        texts = text_default()[0] if self.data is None else load_texts(self.data)
+        return token_batches(
+            texts,
+            encoder(tokenizer),
+            samples=self.samples,
+            length=self.length,
+            batch_size=self.batch_size,
+            mode=self.mode,
+            shortfall="warn" if self.data is None else "error",
+        )
+
+
+@dataclass(frozen=True)
+class QuantizeResult:
+    """What :func:`quantize` returns.
+
+    Attributes:
+        model: the quantized model, ready to run.
+        tokenizer: its tokenizer, if one is known.
+        plan: site name to scheme, as carried out.
+        coverage: one row per weight of the model: quantized, skipped or fell back, and why.
+        losses: site name to relative squared output error over the calibration inputs.
+        path: the checkpoint directory, or None if none was asked for.
+        metadata: what was recorded in the checkpoint: scheme, quantizer, calibration, versions, measured quality.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    plan: dict[str, Scheme]
+    coverage: list[CoverageRow]
+    losses: dict[str, float]
+    path: Path | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+def quantize(
+    model: nn.Module | str | Path,
+    scheme: str | Scheme = "w4a16",
+    *,
+    quantizer: str | Quantizer = "gptq",
+    plan: Plan | None = None,
+    group_size: int | None = None,
+    symmetric: bool | None = None,
+    ignore: Sequence[str] = (),
+    data: Any = None,
+    tokenizer: Any = None,
+    samples: int = 128,
+    length: int = 512,
+    batch_size: int = 8,
+    mode: Literal["packed", "ragged"] = "packed",
+    statistics: str | Path | Mapping[str, SiteStatistics] | None = None,
+    out: str | Path | None = None,
+    format: str = "compressed-tensors",
+    overwrite: bool = False,
+    resume: bool = True,
+    strict: bool = False,
+    compute: Compute | None = None,
+    progress: ProgressCallback = ignore_progress,
+) -> QuantizeResult:
+    """Quantize a causal language model and, if ``out`` is given, write a checkpoint that has been read back and compared.
+
+    Args:
+        model: a transformers model (changed in place), or a hub id, directory or GGUF file to load.
+        scheme: preset name such as ``"w4a16"`` or ``"w4a16-asym-g64"``, or a full :class:`Scheme`.
+        quantizer: name from the registry (``"gptq"``, ``"rtn"``, ...) or an instance with options.
+        plan: site name to scheme; replaces ``scheme``, ``group_size``, ``symmetric`` and ``ignore``.
+        group_size: input channels per scale; None takes the largest of 128, 64, 32 that divides every site.
+        symmetric: overrides the preset.
+        ignore: names or globs of sites to leave in float; one that matches nothing is an error.
+        data, samples, length, batch_size, mode: see :class:`Calibration`.
+        tokenizer: needed for text; found by itself when ``model`` is a path.
+        statistics: from :func:`collect` or its file, used instead of a sequential calibration.
+        out: directory of the checkpoint.
+        format: checkpoint format, ``"compressed-tensors"`` or ``"native"``.
+        overwrite: replace an existing checkpoint at ``out``.
+        resume: continue an interrupted run of the same settings (state lives in ``<out>.resume`` until the run is done).
+        strict: fail if any linear layer would be left in float without being named in ``ignore``, or falls back.
+        compute: device and dtype of the block at work; default GPU, else CPU in float32.
+        progress: receives :class:`quantkit.progress.Progress` events.
+
+    Returns:
+        A :class:`QuantizeResult`.
+
+    Raises:
+        SpecError, CalibrationError, FormatError: before long work starts where that is possible.
+    """
+    method = QUANTIZERS.get(quantizer)() if isinstance(quantizer, str) else quantizer
+    model, tokenizer = _resolve_model(model, tokenizer)
+    structure = describe(model)
+    if plan is None:
+        dtype = _scale_dtype(model)
+        plan = make_plan(structure, scheme, group_size=group_size, symmetric=symmetric, ignore=ignore, scale_dtype=dtype)
+    plan = dict(plan)
+    if not plan:
+        raise SpecError("nothing to quantize: the plan is empty")
+    check_plan(plan, structure, format if out is not None else None)
+    if strict:
+        _refuse_gaps(structure, plan, ignore)
+    compute = compute or Compute.default(model)
+    known = load_statistics(statistics)[0] if isinstance(statistics, str | Path) else statistics
+    walk = bool(method.needs) and known is None
+    batches = Calibration(data, samples, length, batch_size, mode).batches(tokenizer) if walk else []
+    calibration = data_fingerprint(batches) if batches else "none"
+    _check_model(model, structure)
+    if out is not None:
+        checkpoint.check_output(out, model, plan, format=format, overwrite=overwrite)
+    store = _open_store(model, method, plan, calibration, out, resume)
+    proof = Proof.start(model, tokenizer)
+    chain = Chain(model, structure, unpadded(batches), compute) if walk else None
+    rows = _coverage_before(model, structure, plan)
+    results = quantize_blocks(
+        model, structure, plan, method, chain, compute=compute, store=store, known=known, progress=progress
+    )
+    coverage = _coverage_after(rows, results)
+    fallen = [row.name for row in coverage if row.kind == "fell back"]
+    if fallen:
+        log.warning("%d sites fell back to rounding: %s ...", len(fallen), fallen[0])
+        if strict:
+            raise CalibrationError(f"{fallen[0]} (and {len(fallen) - 1} more) fell back to rounding; strict=True forbids that")
+    metadata = _metadata(method, plan, calibration, batches, results, proof.measure(model))
+    path = None
+    if out is not None:
+        path = checkpoint.save(
+            model, out, plan=plan, format=format, tokenizer=tokenizer, metadata=metadata, overwrite=overwrite,
+            prove=lambda stage: {"reload_kl": proof.check_reloaded(model, checkpoint.load(stage))},
+        )  # fmt: skip
+        if store is not None:
+            store.clear()
+    return QuantizeResult(model, tokenizer, plan, coverage, {k: v.loss for k, v in results.items()}, path, metadata)
+
+
+def collect(
+    model: nn.Module | str | Path,
+    collectors: Sequence[str] = ("hessian",),
+    *,
+    data: Any = None,
+    tokenizer: Any = None,
+    samples: int = 128,
+    length: int = 512,
+    batch_size: int = 8,
+    mode: Literal["packed", "ragged"] = "packed",
+    compute: Compute | None = None,
+    progress: ProgressCallback = ignore_progress,
+) -> tuple[dict[str, SiteStatistics], str]:
+    """Run the float model over calibration text once and collect statistics of every site's input.
+
+    The statistics serve any number of :func:`quantize` calls (``statistics=``) and can be kept with
+    :func:`quantkit.calibrate.statistics.save_statistics`. The model is not changed. Arguments as in :func:`quantize`.
+
+    Returns:
+        Site name to statistics, and the fingerprint of the calibration tokens.
+    """
+    model, tokenizer = _resolve_model(model, tokenizer)
+    structure = describe(model)
+    batches = Calibration(data, samples, length, batch_size, mode).batches(tokenizer)
+    _check_model(model, structure)
+    compute = compute or Compute.default(model)
+    found = collect_statistics(model, structure, unpadded(batches), collectors, compute=compute, progress=progress)
+    return found, data_fingerprint(batches)
+
+
+def unpadded(batches: Sequence[Batch]) -> list[Tensor]:
+    """Return the batches as int64 ids (B, T) without padding: rows of equal length together, in order of first appearance.
+
+    Running sequences without padding keeps it out of every statistic, wherever in a block it is taken.
+    """
+    result: list[Tensor] = []
+    for batch in batches:
+        by_length: dict[int, list[Tensor]] = {}
+        for row in batch.rows():
+            by_length.setdefault(len(row), []).append(row)
+        result += [torch.stack(rows) for rows in by_length.values()]
+    return result
+
+
+def _resolve_model(model: nn.Module | str | Path, tokenizer: Any) -> tuple[nn.Module, Any]:
+    if isinstance(model, nn.Module):
+        return model.eval(), tokenizer
+    loaded, found = load_float(model)
+    return loaded, tokenizer if tokenizer is not None else found
+
+
+def _check_model(model: nn.Module, structure: Structure) -> None:
+    """Make sure that the model's numbers are sound and that its blocks can be run one by one, before hours are spent."""
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter.detach().abs().amax())):
+            raise CalibrationError(f"{name}: the weight holds NaN or infinity; repair or reload the model")
+    enable_experts(model)
+    check_chain(model, structure)
+
+
+def _scale_dtype(model: nn.Module) -> str:
+    """Scales are stored in the checkpoint's dtype, because its readers hold them in it; float16 for a float32 model."""
+    dtype = next(model.parameters()).dtype
+    return "bfloat16" if dtype == torch.bfloat16 else "float16"
+
+
+def _open_store(
+    model: nn.Module, method: Quantizer, plan: Plan, calibration: str, out: str | Path | None, resume: bool
+) -> ResumeStore | None:
+    if out is None:
+        return None
+    path = Path(f"{out}.resume")
+    run = fingerprint(model, settings_of(method, plan, calibration))
+    if not resume:
+        ResumeStore.remove(path)
+    return ResumeStore(path, run)
+
+
+def _refuse_gaps(structure: Structure, plan: Plan, ignore: Sequence[str]) -> None:
+    """With strict=True, every linear layer must be in the plan or named in ``ignore``."""
+    gaps = [name for name, reason in structure.skipped.items() if reason.startswith("experts module")]
+    if not ignore:
+        gaps += [site.name for site in structure.sites if site.name not in plan]
+    if gaps:
+        raise SpecError(f"{gaps[0]} (and {len(gaps) - 1} more) would stay in float; strict=True wants them in `ignore`")
+
+
+def _coverage_before(model: nn.Module, structure: Structure, plan: Plan) -> list[CoverageRow]:
+    rows = []
+    for site in (*structure.sites, *structure.outside):
+        weight = read_weight(model, site)
+        kind = type(model.get_submodule(site.module)).__name__
+        where = "outside the blocks" if site in structure.outside else "left out of the plan"
+        rows.append(
+            CoverageRow(
+                "skipped", site.name, kind, site.numel, weight.nbytes, weight.nbytes, None, None if site.name in plan else where
+            )
+        )
+    for name, reason in structure.skipped.items():
+        parameter = model.get_parameter(name)
+        kind = type(model.get_submodule(name.rpartition(".")[0])).__name__
+        # A tied parameter is stored, and counted, where it is tied to.
+        count, size = (0, 0) if reason.startswith("tied to") else (parameter.numel(), parameter.nbytes)
+        rows.append(CoverageRow("skipped", name, kind, count, size, size, None, reason))
+    return rows
+
+
+def _coverage_after(rows: list[CoverageRow], results: Mapping[str, Quantized]) -> list[CoverageRow]:
+    done = []
+    for row in rows:
+        one = results.get(row.name)
+        if one is not None:
+            kind = "fell back" if one.fell_back else "quantized"
+            scheme, reason = one.qtensor.spec.describe(), "; ".join(one.notes) or None
+            row = CoverageRow(
+                kind, row.name, row.module_type, row.parameters, row.bytes_before, one.qtensor.nbytes, scheme, reason
+            )
+        done.append(row)
+    return done
+
+
+def _metadata(
+    method: Quantizer,
+    plan: Plan,
+    calibration: str,
+    batches: Sequence[Batch],
+    results: Mapping[str, Quantized],
+    quality: dict[str, Any],
+) -> dict[str, Any]:
+    schemes: dict[str, int] = {}
+    for scheme in plan.values():
+        schemes[scheme.weight.describe()] = schemes.get(scheme.weight.describe(), 0) + 1
+    losses = [one.loss for one in results.values()]
+    return {
+        "schemes": schemes,
+        "quantizer": repr(method),
+        "calibration": {"fingerprint": calibration, "tokens": sum(batch.tokens for batch in batches)},
+        "bits_per_weight": bits_per_weight(results),
+        "output_error": {"mean": sum(losses) / len(losses), "max": max(losses)},
+        "fell_back": [name for name, one in results.items() if one.fell_back],
+        "quality": quality,
+        "versions": versions(),
+    }
+
+
+def bits_per_weight(results: Mapping[str, Quantized]) -> float:
+    """Return stored bits per quantized weight: codes, scales, zero points and padding."""
+    return sum(r.qtensor.nbytes for r in results.values()) * 8 / sum(r.qtensor.numel for r in results.values())
