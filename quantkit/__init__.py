@@ -1,3 +1,103 @@
-"""quantkit: quantize a language model, prove the checkpoint, measure it, ship it."""
+"""quantkit: quantize a language model, prove the checkpoint, measure it, ship it.
+
+>>> import quantkit
+>>> result = quantkit.quantize("HuggingFaceTB/SmolLM2-135M-Instruct", "w4a16", out="smollm2-w4")  # doctest: +SKIP
+>>> model = quantkit.load("smollm2-w4")  # doctest: +SKIP
+
+Names are resolved on first use, so that importing quantkit is quick and loads no model library.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from quantkit.calibrate.statistics import load_statistics, save_statistics
+    from quantkit.checkpoint import inspect, load, save
+    from quantkit.errors import (
+        CalibrationError,
+        FormatError,
+        KernelError,
+        QuantkitError,
+        RecipeError,
+        SpecError,
+    )
+    from quantkit.evaluation import EvalReport, evaluate
+    from quantkit.generation import Generation, generate
+    from quantkit.pipeline import QuantizeResult, collect, quantize
+    from quantkit.progress import Progress
+    from quantkit.qtensor import QTensor
+    from quantkit.report import comparison_table, write_html
+    from quantkit.spec import Plan, QuantSpec, Scheme, preset
+
+_HOME = {
+    "CalibrationError": "errors",
+    "EvalReport": "evaluation",
+    "FormatError": "errors",
+    "Generation": "generation",
+    "KernelError": "errors",
+    "Plan": "spec",
+    "Progress": "progress",
+    "QTensor": "qtensor",
+    "QuantSpec": "spec",
+    "QuantizeResult": "pipeline",
+    "QuantkitError": "errors",
+    "RecipeError": "errors",
+    "Scheme": "spec",
+    "SpecError": "errors",
+    "collect": "pipeline",
+    "comparison_table": "report",
+    "evaluate": "evaluation",
+    "generate": "generation",
+    "inspect": "checkpoint",
+    "load": "checkpoint",
+    "load_statistics": "calibrate.statistics",
+    "preset": "spec",
+    "quantize": "pipeline",
+    "save": "checkpoint",
+    "save_statistics": "calibrate.statistics",
+    "write_html": "report",
+}
+
+__all__ = [
+    "CalibrationError",
+    "EvalReport",
+    "FormatError",
+    "Generation",
+    "KernelError",
+    "Plan",
+    "Progress",
+    "QTensor",
+    "QuantSpec",
+    "QuantizeResult",
+    "QuantkitError",
+    "RecipeError",
+    "Scheme",
+    "SpecError",
+    "collect",
+    "comparison_table",
+    "evaluate",
+    "generate",
+    "inspect",
+    "load",
+    "load_statistics",
+    "preset",
+    "quantize",
+    "save",
+    "save_statistics",
+    "write_html",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the module that a public name lives in, and remember the name."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'quantkit' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"quantkit.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -161,7 +161,7 @@ def generate(
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt through the model's chat template.")] = False,
 ) -> None:
     """Continue a prompt and show the text as it comes."""
-    from quantkit.generate import generate as continue_text
+    from quantkit.generation import generate as continue_text
     from quantkit.models import open_model
 
     opened, tokenizer = open_model(model)

@@ -2,8 +2,6 @@
 
 from typing import ClassVar
 
-from typing import ClassVar
-
 import pytest
 import torch
 from safetensors.torch import load_file
