@@ -1,0 +1,75 @@
+"""What happened to every weight of a model: quantized, left alone, or fallen back to a simpler method, and why.
+
+A quantized model whose report does not list what was *not* quantized cannot be trusted: an expert stack left in float costs
+memory without a word, and a site that fell back to rounding costs accuracy.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from quantkit.errors import SpecError
+
+KINDS = ("quantized", "fell back", "skipped")
+
+
+@dataclass(frozen=True, slots=True)
+class CoverageRow:
+    """One weight.
+
+    Attributes:
+        kind: ``"quantized"`` as planned; ``"fell back"``: quantized by a simpler method than planned; ``"skipped"``: kept.
+        name: site or parameter name.
+        module_type: class name of the module that owns it, e.g. ``"Linear"``.
+        parameters: number of weights.
+        bytes_before, bytes_after: stored size; equal when skipped.
+        scheme: the grid, e.g. ``"int4 g64"``; None when skipped.
+        reason: why it was skipped or fell back, or a note.
+    """
+
+    kind: str
+    name: str
+    module_type: str
+    parameters: int
+    bytes_before: int
+    bytes_after: int
+    scheme: str | None = None
+    reason: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise SpecError(f"coverage of {self.name}: kind {self.kind!r}; want one of {', '.join(KINDS)}")
+
+
+@dataclass(frozen=True, slots=True)
+class CoverageSummary:
+    """Totals of rows that share kind, module type, scheme and reason."""
+
+    kind: str
+    module_type: str
+    scheme: str | None
+    reason: str | None
+    count: int
+    parameters: int
+    bytes_before: int
+    bytes_after: int
+
+
+def summarise(rows: Iterable[CoverageRow]) -> list[CoverageSummary]:
+    """Group rows by kind, module type, scheme and reason: quantized first, then fallen back, then skipped, big ones first.
+
+    The totals of the groups are the totals of the rows: nothing is left out.
+    """
+    groups: dict[tuple[str, str, str | None, str | None], list[CoverageRow]] = {}
+    for row in rows:
+        groups.setdefault((row.kind, row.module_type, row.scheme, row.reason), []).append(row)
+    summary = [
+        CoverageSummary(
+            *key,
+            count=len(members),
+            parameters=sum(row.parameters for row in members),
+            bytes_before=sum(row.bytes_before for row in members),
+            bytes_after=sum(row.bytes_after for row in members),
+        )
+        for key, members in groups.items()
+    ]
+    return sorted(summary, key=lambda s: (KINDS.index(s.kind), -s.parameters))
