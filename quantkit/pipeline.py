@@ -25,6 +25,7 @@ from quantkit.evaluate.coverage import CoverageRow
 from quantkit.hf.blocks import check_chain
 from quantkit.hf.experts import enable_experts
 from quantkit.hf.load import load_float
+from quantkit.hf.source import locate
 from quantkit.hf.structure import describe
 from quantkit.nn.sites import Structure, read_weight
 from quantkit.plan import check_plan, make_plan
@@ -132,7 +133,8 @@ def quantize(
     """Quantize a causal language model and, if ``out`` is given, write a checkpoint that has been read back and compared.
 
     Args:
-        model: a transformers model (changed in place), or a hub id, directory or GGUF file to load.
+        model: a transformers model (changed in place), or a hub id, directory or GGUF file to load
+            (``"demo"`` is the embedded default).
         scheme: preset name such as ``"w4a16"`` or ``"w4a16-asym-g64"``, or a full :class:`Scheme`.
         quantizer: name from the registry (``"gptq"``, ``"rtn"``, ...) or an instance with options.
         plan: site name to scheme; replaces ``scheme``, ``group_size``, ``symmetric`` and ``ignore``.
@@ -248,7 +250,7 @@ def unpadded(batches: Sequence[Batch]) -> list[Tensor]:
 def _resolve_model(model: nn.Module | str | Path, tokenizer: Any) -> tuple[nn.Module, Any]:
     if isinstance(model, nn.Module):
         return model.eval(), tokenizer
-    loaded, found = load_float(model)
+    loaded, found = load_float(locate(model))
     return loaded, tokenizer if tokenizer is not None else found
 
 
