@@ -54,7 +54,7 @@ def wq_matmul() -> Callable[..., Tensor]:
     library = torch.library.Library("quantkit", "FRAGMENT")  # type: ignore[no-untyped-call]
     library.define(SCHEMA)  # type: ignore[no-untyped-call]
     library.impl("wq_matmul", _plain, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-    library.impl("wq_matmul", _cpu, "CPU")  # type: ignore[no-untyped-call]
+    library.impl("wq_matmul", compute, "CPU")  # type: ignore[no-untyped-call]
     torch.library.register_fake("quantkit::wq_matmul", _fake, lib=library)
     _library.append(library)
     operator: Callable[..., Tensor] = torch.ops.quantkit.wq_matmul.default
@@ -81,7 +81,7 @@ def _fake(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None, rows: in
     return x.new_empty((*x.shape[:-1], rows))
 
 
-def _cpu(
+def compute(
     x: Tensor,
     words: Tensor,
     scale: Tensor,
@@ -92,6 +92,7 @@ def _cpu(
     zero_code: int,
     bias: Tensor | None,
 ) -> Tensor:
+    """Run the operator on CPU tensors without dispatch: what :func:`wq_matmul` does there, for eager callers in a hurry."""
     columns = x.shape[-1]
     if columns != words.shape[1] * group or x.dtype not in build.DTYPE_CODES or (bias is not None and bias.dtype != x.dtype):
         raise KernelError(

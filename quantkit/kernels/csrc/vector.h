@@ -98,6 +98,43 @@ inline uint16_t float_to_bfloat(float value) {
   return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
+inline HalvesAnywhere to_halves(Floats values) {
+#if defined(__AVX512F__)
+  return (HalvesAnywhere)_mm512_maskz_cvtps_ph(0xffff, (__m512)values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__AVX2__) && defined(__F16C__)
+  return (HalvesAnywhere)_mm256_cvtps_ph((__m256)values, _MM_FROUND_TO_NEAREST_INT);
+#else
+  HalvesAnywhere result;
+  for (int i = 0; i < kWidth; ++i) result[i] = float_to_half(values[i]);
+  return result;
+#endif
+}
+
+inline HalvesAnywhere to_bfloats(Floats values) {
+  Words bits = (Words)values, rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  Words nan = (Words)((bits & 0x7fffffffu) > 0x7f800000u);  // all ones where true
+  return __builtin_convertvector((nan & ((bits >> 16) | 0x40u)) | (~nan & rounded), HalvesAnywhere);
+}
+
+inline Floats load_bfloats(const uint16_t* p) {
+  return (Floats)(__builtin_convertvector(*reinterpret_cast<const HalvesAnywhere*>(p), Words) << 16);
+}
+
+inline Floats load_floats(const void* p, int64_t i, int32_t dtype) {
+  if (dtype == kFloat32) return *reinterpret_cast<const FloatsAnywhere*>(static_cast<const float*>(p) + i);
+  const uint16_t* raw = static_cast<const uint16_t*>(p) + i;
+  return dtype == kFloat16 ? load_halves(raw) : load_bfloats(raw);
+}
+
+inline void store_floats(void* p, int64_t i, int32_t dtype, Floats values) {
+  if (dtype == kFloat32) {
+    *reinterpret_cast<FloatsAnywhere*>(static_cast<float*>(p) + i) = values;
+  } else {
+    HalvesAnywhere* raw = reinterpret_cast<HalvesAnywhere*>(static_cast<uint16_t*>(p) + i);
+    *raw = dtype == kFloat16 ? to_halves(values) : to_bfloats(values);
+  }
+}
+
 inline float load_one(const void* p, int64_t i, int32_t dtype) {
   if (dtype == kFloat32) return static_cast<const float*>(p)[i];
   uint16_t raw = static_cast<const uint16_t*>(p)[i];

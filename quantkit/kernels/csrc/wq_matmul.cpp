@@ -49,11 +49,6 @@ inline const uint32_t* words_at(const Weight& w, int64_t unit) {
   return w.words + unit / kParts * w.groups * w.words_per_group * kLanes + unit % kParts * kWidth;
 }
 
-inline Floats load_scale(const Weight& w, int64_t at) {
-  if (w.scale_dtype == kFloat16) return load_halves(static_cast<const uint16_t*>(w.scale) + at);
-  return *reinterpret_cast<const FloatsAnywhere*>(static_cast<const float*>(w.scale) + at);
-}
-
 template <int BITS>
 inline void load_offsets(const Weight& w, int64_t at, Floats* offsets) {
   Floats zero = w.zero ? load_bytes(w.zero + at) : splat(static_cast<float>(w.zero_code));
@@ -69,8 +64,8 @@ inline Floats decode(Words word, int field, Floats offset) {
 inline void store(const Job& job, int64_t m, int64_t unit, Floats total) {
   int64_t row = unit * kWidth, count = job.w.rows - row < kWidth ? job.w.rows - row : kWidth;
   int64_t at = m * job.w.rows + row;
-  if (job.dtype == kFloat32 && count == kWidth && !job.bias) {
-    *reinterpret_cast<FloatsAnywhere*>(static_cast<float*>(job.y) + at) = total;
+  if (count == kWidth) {
+    store_floats(job.y, at, job.dtype, job.bias ? total + load_floats(job.bias, row, job.dtype) : total);
     return;
   }
   for (int64_t i = 0; i < count; ++i) {
@@ -115,7 +110,7 @@ void tile(const Job& job, int64_t unit, int64_t m0) {
       }
     }
     for (int u = 0; u < UNITS; ++u) {
-      Floats scale = load_scale(w, scale_at(w, unit + u, g));
+      Floats scale = load_floats(w.scale, scale_at(w, unit + u, g), w.scale_dtype);
       for (int m = 0; m < M; ++m) total[u][m] += scale * sum[u][m];
     }
   }
@@ -144,15 +139,8 @@ void matmul_blocks(const void* argument, int64_t begin, int64_t end) {
 // One register of weights at `out`: as float32, or as two bfloat16 values whose sum keeps 16 bits of mantissa, the second
 // `low` elements after the first.
 inline void put(void* out, int64_t at, int64_t low, int32_t dtype, Floats value) {
-  if (dtype == kFloat32) {
-    *reinterpret_cast<FloatsAnywhere*>(static_cast<float*>(out) + at) = value;
-    return;
-  }
-  uint16_t* p = static_cast<uint16_t*>(out) + at;
-  Words bits = (Words)value, high = (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
-  Words rest = (Words)(value - (Floats)high);
-  *reinterpret_cast<HalvesAnywhere*>(p) = __builtin_convertvector(high >> 16, HalvesAnywhere);
-  *reinterpret_cast<HalvesAnywhere*>(p + low) = __builtin_convertvector((rest + 0x7fffu) >> 16, HalvesAnywhere);
+  store_floats(out, at, dtype, value);
+  if (dtype == kBFloat16) store_floats(out, at + low, dtype, value - load_floats(out, at, dtype));
 }
 
 // Blocks of w, transposed: out[column][row - first row], `ld` elements between columns.
@@ -165,7 +153,7 @@ void dequantize_blocks(const void* argument, int64_t begin, int64_t end) {
   for (int64_t unit = first + begin * kParts; unit < first + end * kParts; ++unit) {
     const uint32_t* words = words_at(w, unit);
     for (int64_t g = 0; g < w.groups; ++g) {
-      Floats offsets[kFields], scale = load_scale(w, scale_at(w, unit, g));
+      Floats offsets[kFields], scale = load_floats(w.scale, scale_at(w, unit, g), w.scale_dtype);
       load_offsets<BITS>(w, scale_at(w, unit, g), offsets);
       const int64_t out = g * w.group * ld + (unit - first) * kWidth;
       for (int64_t i = 0; i < w.words_per_group; ++i, words += kLanes) {
@@ -197,18 +185,17 @@ float* scratch(int64_t count) {
 }
 
 // x (m, columns) to float32 in the words' order, each element scaled by 2^-s of the field it meets.
-void arrange(const void* x, int64_t m, int32_t dtype, const Weight& w, int bits, float* out) {
-  const int64_t padded = w.words_per_group * (32 / bits);
-  float scales[16];
-  for (int c = 0; c < 16; ++c) scales[c] = 1.0f / static_cast<float>(1 << (bits * (c % (16 / bits))));
+template <int BITS>
+void arrange(const Weight& w, const void* x, int64_t m, int32_t dtype, float* out) {
+  constexpr int kCodes = 32 / BITS;
+  const int64_t padded = w.words_per_group * kCodes;
   for (int64_t from = 0; from < m * w.columns; from += w.group, out += padded) {
-    if (dtype == kFloat32) {
-      const float* source = static_cast<const float*>(x) + from;
-      for (int64_t k = 0; k < w.group; ++k) out[k] = source[k] * scales[k & 15];
-    } else {
-      for (int64_t k = 0; k < w.group; ++k) out[k] = load_one(x, from + k, dtype) * scales[k & 15];
-    }
-    for (int64_t k = w.group; k < padded; ++k) out[k] = 0.0f;
+    int64_t k = 0;
+    for (; k + kWidth <= w.group; k += kWidth) *reinterpret_cast<FloatsAnywhere*>(out + k) = load_floats(x, from + k, dtype);
+    for (; k < w.group; ++k) out[k] = load_one(x, from + k, dtype);
+    for (; k < padded; ++k) out[k] = 0.0f;
+    for (k = 0; k < padded; k += kCodes)
+      for (int c = 0; c < kCodes; ++c) out[k + c] *= 1.0f / static_cast<float>(1 << (BITS * (c % (kCodes / 2))));
   }
 }
 
@@ -253,7 +240,7 @@ QK_EXPORT int32_t qk_wq_matmul(const void* words, const void* scale, const void*
   Weight w = weight(words, scale, zero, rows, columns, group, bits, zero_code, scale_dtype);
   float* arranged = scratch(m * w.groups * w.words_per_group * (32 / bits));
   if (!arranged) return 2;
-  arrange(x, m, dtype, w, bits, arranged);
+  (bits == 2 ? arrange<2> : bits == 4 ? arrange<4> : arrange<8>)(w, x, m, dtype, arranged);
   Job job{w, bias, arranged, y, m, 0, dtype};
   // Few blocks: one range per thread. Many: four, so that a thread the system puts aside is waited for less.
   const int64_t blocks = (rows + kLanes - 1) / kLanes, ranges = blocks < 32 * threads ? threads : 4 * threads;
