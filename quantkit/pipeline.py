@@ -9,7 +9,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from quantkit.errors import CalibrationError, SpecError
 from quantkit.evaluate.coverage import CoverageRow
 from quantkit.hf.blocks import check_chain
 from quantkit.hf.experts import enable_experts
-from quantkit.hf.load import load_float
+from quantkit.hf.load import PreTrainedModel, load_float
 from quantkit.hf.source import locate
 from quantkit.hf.structure import describe
 from quantkit.nn.sites import Structure, read_weight
@@ -247,9 +247,9 @@ def unpadded(batches: Sequence[Batch]) -> list[Tensor]:
     return result
 
 
-def _resolve_model(model: nn.Module | str | Path, tokenizer: Any) -> tuple[nn.Module, Any]:
+def _resolve_model(model: nn.Module | str | Path, tokenizer: Any) -> tuple[PreTrainedModel, Any]:
     if isinstance(model, nn.Module):
-        return model.eval(), tokenizer
+        return cast(PreTrainedModel, model.eval()), tokenizer
     loaded, found = load_float(locate(model))
     return loaded, tokenizer if tokenizer is not None else found
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from quantkit.checkpoint.contents import Contents, Entry, contents_of, lookup, rejections_of
 from quantkit.checkpoint.files import INCOMPLETE
 from quantkit.errors import FormatError, SpecError, nearest
 from quantkit.files import write_atomic
 from quantkit.formats.base import FORMATS, Layout
+from quantkit.hf.load import PreTrainedModel
 from quantkit.spec import Plan
 
 MODEL_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")

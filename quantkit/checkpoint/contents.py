@@ -8,10 +8,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
 
 from quantkit.errors import FormatError, SpecError
-from quantkit.hf.load import empty_model
+from quantkit.hf.load import PretrainedConfig, PreTrainedModel, empty_model
 from quantkit.hf.names import CheckpointTensor, Piece, checkpoint_names
 from quantkit.hf.structure import describe
 from quantkit.nn.sites import Site, Structure
@@ -62,9 +61,20 @@ class Contents:
         return {site.name: site for site in (*self.structure.sites, *self.structure.outside)}
 
 
-def contents_of(config: PretrainedConfig) -> Contents:
-    """Work out the contents of a checkpoint of the model that ``config`` describes."""
+def contents_of(config: PretrainedConfig, *, most_weights: int | None = None) -> Contents:
+    """Work out the contents of a checkpoint of the model that ``config`` describes.
+
+    Args:
+        config: config of the model.
+        most_weights: more weights than this are refused before anything of their size is allocated.
+
+    Raises:
+        FormatError: too many weights, or a layout that cannot be followed.
+    """
     model = empty_model(config)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    if most_weights is not None and count > most_weights:
+        raise FormatError(f"it describes a model of {count} weights, but the files can hold at most {most_weights}")
     structure = describe(model)
     sites = {parameter_of(site): site for site in (*structure.sites, *structure.outside)}
     transposed = frozenset(name for name, site in sites.items() if site.transposed)

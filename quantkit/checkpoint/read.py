@@ -9,17 +9,20 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from quantkit.checkpoint.contents import Contents, Entry, assemble, contents_of, parameter_of, restore
 from quantkit.checkpoint.files import INCOMPLETE, Shards, read_json
 from quantkit.errors import FormatError, QuantkitError
 from quantkit.formats.base import FORMATS, Format, Matcher, Stored
 from quantkit.hf.experts import enable_experts
+from quantkit.hf.load import PreTrainedModel, read_config, read_generation_config
 from quantkit.nn.install import install
 from quantkit.nn.sites import Site
 from quantkit.qtensor import QTensor
 from quantkit.spec import Scheme
+
+MIN_BITS = 2
+"""Bits of the narrowest weight that any format stores."""
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -85,8 +88,8 @@ def open_checkpoint(path: str | Path) -> Iterator[Opened]:
             f"{path}/config.json has no quantization_config: a float model; load it with transformers, or quantize it"
         )
     name, rule = _find_format(path, quantization)
-    contents = _contents(path)
     with Shards(path, rule.stem) as shards:
+        contents = _contents(path, shards)
         matcher = _matcher(path, rule, quantization, shards, config)
         stored = _match_entries(path, contents, matcher)
         _check_tensors(path, contents, stored, shards)
@@ -102,13 +105,17 @@ def _find_format(path: Path, quantization: Mapping[str, Any]) -> tuple[str, Form
     raise FormatError(f"{path}/config.json: quant_method is {method!r}; quantkit reads {known}")
 
 
-def _contents(path: Path) -> Contents:
+def _contents(path: Path, shards: Shards) -> Contents:
     try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        config = read_config(path)
+        layers = getattr(config.get_text_config(), "num_hidden_layers", None) or 0
+    except Exception as error:  # transformers validates with exceptions of many libraries; none of them may pass for ours
         raise FormatError(f"{path}/config.json: transformers cannot read it: {error}") from error
+    if layers > len(shards.headers):
+        raise FormatError(f"{path}/config.json: {layers} layers, but the files hold only {len(shards.headers)} tensors")
+    most = 8 * sum(header.nbytes for header in shards.headers.values()) // MIN_BITS
     try:
-        return contents_of(config)
+        return contents_of(config, most_weights=most)
     except QuantkitError as error:
         raise FormatError(f"{path}/config.json: {error}") from error
 
@@ -228,7 +235,7 @@ def load(
             enable_experts(model)
         model.config.dtype = model.dtype
         if (Path(path) / "generation_config.json").exists() and hasattr(model, "generation_config"):
-            model.generation_config = GenerationConfig.from_pretrained(path)
+            model.generation_config = read_generation_config(path)
     loaded: PreTrainedModel = model.requires_grad_(False).eval().to(device)
     return loaded
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from quantkit import __version__
 from quantkit.checkpoint.check import MODEL_FILES, check, config_of, dtype_name, layout_bytes, layout_of
@@ -18,6 +17,7 @@ from quantkit.checkpoint.prove import installed, verify
 from quantkit.errors import FormatError
 from quantkit.files import remove_temporaries, write_atomic, write_json
 from quantkit.formats.base import FORMATS
+from quantkit.hf.load import PreTrainedModel
 from quantkit.qtensor import QTensor
 from quantkit.spec import Plan, Scheme
 

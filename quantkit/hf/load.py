@@ -12,6 +12,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -19,6 +20,16 @@ from transformers import (
 
 from quantkit.errors import QuantkitError
 from quantkit.hf.source import locate
+
+__all__ = [
+    "PreTrainedModel",
+    "PretrainedConfig",
+    "empty_model",
+    "load_float",
+    "load_tokenizer",
+    "read_config",
+    "read_generation_config",
+]
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +87,18 @@ def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> Pr
         log.info("%s has no usable tokenizer: %s", source, error)
         return None
     return tokenizer
+
+
+def read_config(path: str | Path) -> PretrainedConfig:
+    """Return the config of a directory, whatever it says; transformers' own errors pass through."""
+    config: PretrainedConfig = AutoConfig.from_pretrained(path)
+    return config
+
+
+def read_generation_config(path: str | Path) -> GenerationConfig:
+    """Return the generation settings of a directory."""
+    config: GenerationConfig = GenerationConfig.from_pretrained(path)
+    return config
 
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:

@@ -33,7 +33,7 @@ def block_size(spec: QuantSpec, shape: tuple[int, ...]) -> tuple[int, int]:
 def to_blocks(weight: Tensor, spec: QuantSpec) -> Tensor:
     """Reshape (..., out, in) to (..., out_blocks, in_blocks, rows * cols): one row per scale. May copy."""
     rows, cols = block_size(spec, tuple(weight.shape))
-    split = weight.unflatten(-1, (-1, cols)).unflatten(-3, (-1, rows))  # (..., out_blocks, rows, in_blocks, cols)
+    split: Tensor = weight.unflatten(-1, (-1, cols)).unflatten(-3, (-1, rows))  # (..., out_blocks, rows, in_blocks, cols)
     return split.transpose(-3, -2).flatten(-2)
 
 

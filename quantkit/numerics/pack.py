@@ -47,7 +47,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         if shift + bits > 8:
             stream[..., byte + 1] |= grouped[..., i] >> (8 - shift)
     # clone, not contiguous: a single row counts as contiguous whatever its stride, and view refuses an odd one
-    return stream.flatten(-2)[..., : words * 4].clone(memory_format=torch.contiguous_format).view(torch.int32)
+    packed: Tensor = stream.flatten(-2)[..., : words * 4].clone(memory_format=torch.contiguous_format).view(torch.int32)
+    return packed
 
 
 def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
@@ -84,4 +85,5 @@ def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
         if shift + bits > 8:
             value = value | (stream[..., byte + 1] << (8 - shift))
         codes[..., i] = value & mask
-    return codes.flatten(-2)[..., :columns].contiguous()
+    flat: Tensor = codes.flatten(-2)[..., :columns].contiguous()
+    return flat

@@ -130,8 +130,8 @@ def sweep(
     top = 2**spec.bits - 1
     columns = weight.float().T[order].contiguous()  # (in, out)
     scales = _per_column(qparams[0].float(), spec, shape)[order]
-    zero = grid.zero_code(spec) if qparams[1] is None else qparams[1].float()
-    zeros = None if qparams[1] is None else _per_column(zero, spec, shape)[order]
+    zero = grid.zero_code(spec)
+    zeros = None if qparams[1] is None else _per_column(qparams[1].float(), spec, shape)[order]
     inverse = scales.reciprocal()
     codes = torch.empty_like(columns)
     diagonal = factor.diagonal().tolist()
