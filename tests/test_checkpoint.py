@@ -578,6 +578,12 @@ def weights_of(config: dict) -> dict:
         (lambda c: c.update(num_hidden_layers=3), r"layers\.2.*missing"),
         (lambda c: c.update(num_hidden_layers=1), "not account for"),
         (lambda c: c.update(model_type="nonsense"), "transformers cannot read"),
+        (lambda c: c.update(hidden_size="big"), "transformers cannot read"),
+        (lambda c: c.update(vocab_size=10**12), r"weights, but the files can hold|allocate"),
+        (lambda c: c.update(vocab_size=10**7), "weights, but the files can hold at most"),
+        (lambda c: c.update(num_hidden_layers=10**9), "layers, but the files hold only"),
+        (lambda c: c.update(num_attention_heads=0), "config.json"),
+        (lambda c: c.update(hidden_size=-64), "config.json"),
     ],
 )
 def test_configs_that_contradict_the_tensors(change, message: str, victim: Path) -> None:

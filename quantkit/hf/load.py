@@ -116,7 +116,7 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     with init_empty_weights(include_buffers=False):
         try:
             model: PreTrainedModel = build(plain)
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
             raise QuantkitError(f"cannot build a {names[0] if names else plain.model_type} from its config: {error}") from error
     model.tie_weights()
     model.train(False)

