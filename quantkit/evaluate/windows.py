@@ -19,11 +19,11 @@ Perplexities are comparable only if length, stride, BOS and text agree; :class:`
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from quantkit.calibrate.data import Batch
 from quantkit.errors import CalibrationError
 
 
@@ -123,27 +123,16 @@ def cut_windows(
     return Windows(ids, scored, stride, bos_id is not None, available)
 
 
-def from_batches(batches: Sequence[Any]) -> Windows:
-    """Turn batches with ``ids`` (B, T) and an optional ``mask`` (B, T, True = real) into windows that score every real token.
-
-    Rows of different lengths are padded on the right; a token counts if it and the one before it are real.
-
-    Raises:
-        CalibrationError: if a mask has a hole or is padded on the left, where a causal model would see the padding.
-    """
+def from_batches(batches: Sequence[Batch]) -> Windows:
+    """Turn batches into windows that score every real token after the first of its row; widths may differ."""
     if not batches:
         raise CalibrationError("evaluation data is empty: no batches")
     width = max(batch.ids.shape[1] for batch in batches)
-    ids, real = [], []
+    ids, scored = [], []
     for batch in batches:
-        mask = torch.ones_like(batch.ids, dtype=torch.bool) if batch.mask is None else batch.mask.bool()
+        mask = torch.ones_like(batch.ids, dtype=torch.bool) if batch.mask is None else batch.mask.clone()
+        mask[:, 0] = False  # padding stands behind the tokens, so a real token's predecessor is real too
         pad = (0, width - batch.ids.shape[1])
         ids.append(torch.nn.functional.pad(batch.ids.cpu(), pad))
-        real.append(torch.nn.functional.pad(mask.cpu(), pad))
-    mask = torch.cat(real)
-    bad = (mask[:, 1:] & ~mask[:, :-1]).any(1).nonzero().flatten().tolist()
-    if bad:
-        raise CalibrationError(f"window {bad[0]}: padding comes before real tokens; pad on the right")
-    scored = mask.clone()
-    scored[:, 0] = False
-    return Windows(torch.cat(ids).to(torch.int64), scored, available=len(mask))
+        scored.append(torch.nn.functional.pad(mask.cpu(), pad))
+    return Windows(torch.cat(ids), torch.cat(scored), available=sum(len(part) for part in ids))

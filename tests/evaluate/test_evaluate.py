@@ -11,6 +11,7 @@ import torch
 
 import quantkit.evaluate
 from quantkit.calibrate.data import Batch
+from quantkit.checkpoint import save
 from quantkit.errors import CalibrationError, FormatError, SpecError
 from quantkit.evaluate import BaseLogits, EvalReport, compare_latency, cut_windows, evaluate, footprint, measure_latency, score
 from quantkit.evaluate.coverage import CoverageRow, summarise
@@ -18,7 +19,7 @@ from quantkit.evaluate.latency import Spread, max_positions
 from quantkit.nn.linear import QuantLinear
 from quantkit.numerics import grid
 from quantkit.qtensor import QTensor
-from quantkit.spec import QuantSpec
+from quantkit.spec import QuantSpec, Scheme
 from tests.tiny import FAMILIES, TEXT, tiny_llama, tiny_tokenizer
 
 
@@ -152,6 +153,17 @@ def test_a_directory_is_loaded_and_weighed(tmp_path):
     assert found.footprint.disk_bytes == sum(f.stat().st_size for f in (tmp_path / "tiny").iterdir())
     same = evaluate(model, data=[TEXT], tokenizer=tokenizer, windows=2, length=16, latency=False, path=tmp_path / "tiny")
     assert same.footprint == found.footprint
+
+
+def test_a_quantized_checkpoint_is_loaded_as_one(tmp_path):
+    spec = QuantSpec("int8", (1, 32))
+    model = quantized(tiny_llama(), spec)
+    plan = {name: Scheme(spec) for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+    save(model, tmp_path / "w8", plan=plan, tokenizer=tiny_tokenizer())
+    found = evaluate(tmp_path / "w8", model, data=[TEXT], windows=2, length=16, latency=False)
+    assert (found.label, found.footprint.bits_per_weight) == ("w8", 8.5)
+    assert found.quality.divergence.mean < 1e-9
+    assert found.footprint.disk_bytes > found.footprint.stored_bytes
 
 
 def test_one_base_for_several_models_is_a_remembered_one():

@@ -1,0 +1,184 @@
+"""Numbers as text: the columns of a comparison, shared by the terminal and the page."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from quantkit.evaluate.latency import Latency
+from quantkit.evaluate.quality import Divergence
+from quantkit.evaluate.record import EvalReport
+
+T = TypeVar("T")
+MIB = 1 << 20
+DASH = "\N{EN DASH}"  # in a cell without a value
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One column: its title, what it means, and how to get its cell from a report (None: nothing was measured).
+
+    ``short`` is the cell for a terminal, where it differs; ``wide`` columns do not fit there at all.
+    """
+
+    title: str
+    meaning: str
+    cell: Callable[[EvalReport], str | None]
+    short: Callable[[EvalReport], str | None] | None = None
+    wide: bool = False
+
+
+def significant(value: float, digits: int = 3) -> str:
+    """Format with so many significant digits and no exponent above 1e-4: ``0.174``, ``22.6``, ``0.00210``, ``3.2e-06``."""
+    if value == 0 or not math.isfinite(value):
+        return "0" if value == 0 else str(value)
+    if abs(value) < 1e-4 or abs(value) >= 1e7:
+        return f"{value:.{digits - 1}e}"
+    return f"{value:.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}"
+
+
+def plus_minus(value: float, error: float | None, least: int = 0) -> str:
+    """Format a value with its standard error to one digit of the error, and at least so many decimals."""
+    if error is None or not math.isfinite(error):
+        return significant(value, 4)
+    if error == 0:
+        return "0" if value == 0 else f"{significant(value, 4)} ± 0"
+    if max(abs(value), error) < 1e-4 or abs(value) >= 1e7:
+        return f"{value:.2e} ± {error:.0e}"
+    decimals = max(least, min(6, -math.floor(math.log10(error))))
+    return f"{value:.{decimals}f} ± {error:.{decimals}f}"
+
+
+def mib(size: float) -> str:
+    """Format bytes as MiB: one decimal below 1000."""
+    return f"{size / MIB:,.1f}" if size < 1000 * MIB else f"{size / MIB:,.0f}"
+
+
+def ppl_increase(report: EvalReport) -> tuple[float, float | None] | None:
+    """Return the increase of perplexity over the base in percent and its paired standard error, by the delta method."""
+    divergence = report.quality.divergence
+    if divergence is None:
+        return None
+    ratio = math.exp(min(divergence.nll_increase, 700))
+    se = divergence.nll_increase_se
+    return 100 * (ratio - 1), None if se is None else 100 * ratio * se
+
+
+def _increase(report: EvalReport) -> str | None:
+    found = ppl_increase(report)
+    if found is None:
+        return None
+    sign = "+" if found[0] > 0 else ""
+    return sign + plus_minus(*found, least=1) if max(abs(found[0]), found[1] or 0) < 1e4 else f"+{found[0]:.1e}"
+
+
+def _divergence(show: Callable[[Divergence], str]) -> Callable[[EvalReport], str | None]:
+    return lambda r: None if r.quality.divergence is None else show(r.quality.divergence)
+
+
+def _latency(show: Callable[[Latency], str | None]) -> Callable[[EvalReport], str | None]:
+    return lambda r: None if r.latency is None else show(r.latency)
+
+
+def _speedup(latency: Latency) -> str | None:
+    return f"{latency.speedup.decode.median:.2f}x" if latency.speedup else None
+
+
+def _size(report: EvalReport, disk: bool) -> str:
+    found = report.footprint
+    return mib(found.disk_bytes if disk and found.disk_bytes is not None else found.stored_bytes)
+
+
+QUALITY = (
+    Column(
+        "perplexity",
+        "exp of the mean negative log-likelihood per token; ± one standard error over windows: of the text, not of the model",
+        lambda r: plus_minus(r.quality.perplexity, r.quality.perplexity_se, 2),
+    ),
+    Column(
+        "vs base %",
+        "increase of perplexity over the base on the same tokens; ± one paired standard error",
+        _increase,
+        wide=True,
+    ),
+    Column(
+        "KL",
+        "mean KL divergence from the base's next-token distribution, nats per token; ± one standard error over windows",
+        _divergence(lambda d: plus_minus(d.mean, d.mean_se)),
+        short=_divergence(lambda d: significant(d.mean)),
+    ),
+    Column("KL p99", "the divergence that one token in a hundred exceeds", _divergence(lambda d: significant(d.p99))),
+    Column(
+        "top-1 %",
+        "tokens for which model and base rank the same token first",
+        _divergence(lambda d: f"{100 * d.same_top1:.1f}"),
+    ),
+    Column(
+        "flips",
+        "tokens where the base's first choice was the text's and the model's is not / the other way round",
+        _divergence(lambda d: f"{d.right_to_wrong:,} / {d.wrong_to_right:,}"),
+        wide=True,
+    ),
+)
+
+SPEED = (
+    Column("decode ms", "milliseconds per generated token, median", _latency(lambda t: f"{t.decode_ms.median:.2f}")),
+    Column(
+        "speed-up",
+        "decode, against the first model timed in the same run: median over rounds of the ratio",
+        _latency(_speedup),
+        wide=True,
+    ),
+    Column(
+        "prefill tok/s",
+        "prompt tokens read per second, median",
+        _latency(lambda t: f"{t.prefill_tokens_per_s.median:,.0f}"),
+    ),
+    Column(
+        "peak MiB",
+        "peak memory of the process while this model was timed, other models in memory included",
+        _latency(lambda t: f"{t.peak_bytes / MIB:,.0f}"),
+    ),
+)
+
+
+def columns(reports: Sequence[EvalReport]) -> list[Column]:
+    """Return the columns for which at least one report has a value."""
+    disk = all(report.footprint.disk_bytes is not None for report in reports)
+    size = ("MiB on disk", "files of the directory") if disk else ("MiB", "weights as a checkpoint stores them, tied ones once")
+    weights = (
+        Column("model", "name of the row", lambda r: r.label),
+        Column(
+            "bits per weight",
+            "stored bits per quantized weight: codes, scales, zero points, padding; of all weights where none is quantized",
+            lambda r: f"{r.footprint.bits_per_weight:.2f}",
+        ),
+        Column(*size, lambda r: _size(r, disk)),
+    )
+    return [column for column in (*weights, *QUALITY, *SPEED) if any(column.cell(report) is not None for report in reports)]
+
+
+def protocol_lines(reports: Sequence[EvalReport]) -> list[str]:
+    """Say in words how the rows were measured; the first line warns where rows cannot be compared."""
+    lines = []
+    if len({(r.protocol.fingerprint, r.protocol.length, r.protocol.bos) for r in reports}) > 1:
+        lines.append("Rows were scored on different text or windows: their perplexities cannot be compared.")
+    for p in _distinct(report.protocol for report in reports):
+        overlap = "" if p.stride in (0, p.length - p.bos) else f", stride {p.stride}"
+        compared = f"; compared with the base on {p.kl_tokens:,}" if 0 < p.kl_tokens != p.tokens else ""
+        lines.append(
+            f"Text: {p.source}; {p.windows} of {p.available_windows} windows of {p.length} tokens{overlap}, "
+            f"{'each begun with the' if p.bos else 'no'} BOS token; {p.tokens:,} tokens scored{compared}."
+        )
+    for setting in _distinct((r.latency.context_tokens, r.latency.new_tokens, r.latency.rounds) for r in reports if r.latency):
+        lines.append("Speed: batch 1, prompt of {} tokens, {} decoded, {} rounds.".format(*setting))
+    for e in _distinct(report.environment for report in reports):
+        lines.append(
+            f"Machine: {e.gpu or e.cpu}, {e.threads} threads, {e.system}; quantkit {e.quantkit}, torch {e.torch}, "
+            f"transformers {e.transformers}, Python {e.python}; {e.dtype} weights where not quantized."
+        )
+    return lines
+
+
+def _distinct(values: Iterable[T]) -> list[T]:
+    return list(dict.fromkeys(values))

@@ -1,0 +1,138 @@
+"""One self-contained HTML page: what the numbers say, the tables, the plots, the coverage, and how it was measured.
+
+Nothing is fetched: style and plots are inside. It is readable in light and dark and on paper. Everything that comes from
+outside (titles, names, reasons) is escaped.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from quantkit.errors import CalibrationError
+from quantkit.evaluate.coverage import KINDS, CoverageRow, CoverageSummary, summarise
+from quantkit.evaluate.record import EvalReport
+from quantkit.files import write_atomic
+from quantkit.report import plots
+from quantkit.report.cells import DASH, columns, mib, protocol_lines, significant
+from quantkit.report.findings import findings, headline
+
+TEMPLATES = Path(__file__).parent.parent / "templates"
+
+Losses = Mapping[str, float] | Sequence[Mapping[str, Any]]
+"""Site name to loss, or rows ``{"site": name, "block": number, "loss": value}``."""
+
+
+def write_html(
+    path: str | Path,
+    reports: Sequence[EvalReport],
+    *,
+    coverage: Iterable[CoverageRow] | None = None,
+    losses: Losses | None = None,
+    title: str = "Quantization report",
+) -> None:
+    """Write the page, atomically.
+
+    Args:
+        path: the file.
+        reports: one row each, in this order; the first that is not quantized is what sizes are compared with.
+        coverage: what happened to every weight of one of the models.
+        losses: relative squared output error of every site of one of the models.
+        title: heading of the page.
+
+    Raises:
+        CalibrationError: if there is no report.
+    """
+    write_atomic(path, render_html(reports, coverage=coverage, losses=losses, title=title))
+
+
+def render_html(
+    reports: Sequence[EvalReport],
+    *,
+    coverage: Iterable[CoverageRow] | None = None,
+    losses: Losses | None = None,
+    title: str = "Quantization report",
+) -> str:
+    """Return the page as text; arguments as in :func:`write_html`."""
+    import jinja2
+    from markupsafe import Markup
+
+    if not reports:
+        raise CalibrationError("nothing to show: no evaluation report was given")
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    rows = site_losses(losses or {})
+    shown = columns(reports)
+    loss_map = plots.losses_by_block([(kind, block, loss) for _, kind, block, loss in rows])
+    return environment.get_template("report.html").render(
+        title=title,
+        dash=DASH,
+        headline=headline(reports),
+        findings=findings(reports),
+        protocol=protocol_lines(reports),
+        columns=[(column.title, column.meaning) for column in shown],
+        cells=[[column.cell(report) for column in shown] for report in reports],
+        figures=_figures(reports),
+        losses=loss_map and Markup(loss_map),
+        worst=[(site, significant(loss)) for site, _, _, loss in sorted(rows, key=lambda row: -row[3])[:8]],
+        coverage=_coverage(summarise(coverage)) if coverage is not None else None,
+    )
+
+
+def site_losses(losses: Losses) -> list[tuple[str, str, int, float]]:
+    """Return (site, kind, block, loss): the block is the first number in the site's path, the kind is what follows it."""
+    if isinstance(losses, Mapping):
+        found = [(site, re.search(r"\.(\d+)(?=\.)", site), loss) for site, loss in losses.items()]
+        rows = [(site, int(match[1]) if match else 0, loss) for site, match, loss in found]
+    else:
+        rows = [(str(row["site"]), int(row["block"]), row["loss"]) for row in losses]
+    return [(site, site.partition(f".{block}.")[2] or site, block, float(loss)) for site, block, loss in rows]
+
+
+def _figures(reports: Sequence[EvalReport]) -> list[tuple[str, str, str, bool]]:
+    """Return (SVG, heading, explanation, takes the full width) of every plot there is data for."""
+    from markupsafe import Markup
+
+    drawn = [
+        (
+            plots.bits_against_kl(reports),
+            "Size against loss",
+            "Down and to the left is better. Bars: one standard error.",
+            False,
+        ),
+        (
+            plots.latency_against_kl(reports),
+            "Speed against loss",
+            "Down and to the left is better. Horizontal bars: 10th to 90th percentile of single tokens.",
+            False,
+        ),
+        (
+            plots.kl_distribution(reports),
+            "Where the loss sits",
+            "KL of single tokens: line from the 5th to the 95th percentile, box from the 25th to the 75th, circle at the "
+            "median, diamond at the mean, tick at the 99th, cross at the worst token.",
+            True,
+        ),
+    ]
+    return [(Markup(svg), name, text, wide) for svg, name, text, wide in drawn if svg is not None]
+
+
+def _coverage(groups: Sequence[CoverageSummary]) -> dict[str, Any]:
+    """Prepare the bar (share of the original bytes by kind), the table and its totals."""
+    before = sum(group.bytes_before for group in groups) or 1
+    percent = {kind: 100 * sum(g.bytes_before for g in groups if g.kind == kind) / before for kind in KINDS}
+    rows = [
+        (g.kind, g.module_type, g.scheme or DASH, f"{g.count:,}", f"{g.parameters:,}", mib(g.bytes_before), mib(g.bytes_after))
+        for g in groups
+    ]
+    total = [sum(getattr(g, name) for g in groups) for name in ("count", "parameters", "bytes_before", "bytes_after")]
+    return {
+        "shares": [(kind, kind.replace(" ", "-"), f"{p:.3f}", f"{p:.1f}") for kind, p in percent.items() if p],
+        "rows": [(*row, group.reason or "") for row, group in zip(rows, groups, strict=True)],
+        "total": ("total", "", "", f"{total[0]:,}", f"{total[1]:,}", mib(total[2]), mib(total[3]), ""),
+    }

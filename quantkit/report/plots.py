@@ -1,0 +1,234 @@
+"""Plots as inline SVG that takes the page's colours and font, in light and dark alike.
+
+matplotlib draws with stand-in colours; :func:`_svg` replaces them by CSS variables and strips everything a browser would
+look up elsewhere. Names are drawn as plain text, never as TeX. No global state of matplotlib is touched.
+"""
+
+import functools
+import io
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ParamSpec
+
+import numpy as np
+
+from quantkit.evaluate.record import EvalReport
+
+INK, SOFT, PAPER = "#010203", "#040506", "#070809"
+"""Stand-ins for the colours of text, of grid lines, and of the page."""
+
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8172b2", "#7f7f7f")
+"""Colours that colour-blind readers can tell apart and that show on white and on black (after Okabe and Ito, 2008)."""
+
+MARKERS = "osD^vPX*"
+
+_STYLE: Any = {
+    "svg.fonttype": "none", "text.parse_math": False, "font.size": 9.5, "axes.labelsize": 9.5, "text.color": INK,
+    "axes.labelcolor": INK, "axes.edgecolor": SOFT, "xtick.color": INK, "ytick.color": INK, "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": SOFT,
+    "grid.linewidth": 0.6, "axes.axisbelow": True, "xtick.major.size": 0, "ytick.major.size": 0, "xtick.minor.size": 0,
+    "ytick.minor.size": 0,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A labelled point with error bars (distance below, above)."""
+
+    label: str
+    x: float
+    y: float
+    x_error: tuple[float, float] = (0.0, 0.0)
+    y_error: tuple[float, float] = (0.0, 0.0)
+    style: int = 0
+
+
+P = ParamSpec("P")
+
+
+def _styled(draw: Callable[P, str | None]) -> Callable[P, str | None]:
+    """Run a drawing function under the page's style: matplotlib reads it whenever it makes an artist."""
+
+    @functools.wraps(draw)
+    def styled(*args: P.args, **kwargs: P.kwargs) -> str | None:
+        import matplotlib as mpl
+
+        with mpl.rc_context(_STYLE):
+            return draw(*args, **kwargs)
+
+    return styled
+
+
+@_styled
+def bits_against_kl(reports: Sequence[EvalReport]) -> str | None:
+    """Plot stored bits per weight against mean KL; None with fewer than two models that differ from the base."""
+    points = []
+    for i, report in enumerate(reports):
+        d = report.quality.divergence
+        if d is not None and d.mean > 0:
+            points.append(
+                Point(report.label, report.footprint.bits_per_weight, d.mean, y_error=_error(d.mean, d.mean_se), style=i)
+            )
+    return _scatter(points, "bits per weight", "mean KL from the base, nats", "bits")
+
+
+@_styled
+def latency_against_kl(reports: Sequence[EvalReport]) -> str | None:
+    """Plot decode time per token (bar: 10th to 90th percentile) against mean KL; None with fewer than two such models."""
+    points = []
+    for i, report in enumerate(reports):
+        d, latency = report.quality.divergence, report.latency
+        if d is not None and d.mean > 0 and latency is not None:
+            t = latency.decode_ms
+            x_error = (max(t.median - t.p10, 0.0), max(t.p90 - t.median, 0.0))
+            points.append(Point(report.label, t.median, d.mean, x_error, _error(d.mean, d.mean_se), style=i))
+    return _scatter(points, "decode, ms per token", "mean KL from the base, nats", "latency")
+
+
+@_styled
+def kl_distribution(reports: Sequence[EvalReport]) -> str | None:
+    """Plot where the KL of single tokens lies, one line per model; None if no model differs from its base."""
+    rows = [(i, r, d) for i, r in enumerate(reports) if (d := r.quality.divergence) is not None and d.median > 0]
+    if not rows:
+        return None
+    figure, axes = _figure(9.9, 0.75 + 0.34 * len(rows))
+    floor = min(max(dict(d.quantiles)[0.05], 1e-7) for _, _, d in rows) / 2
+    for place, (i, _, d) in enumerate(rows):
+        q = {level: max(value, floor) for level, value in d.quantiles}
+        color = PALETTE[i % len(PALETTE)]
+        axes.plot([q[0.05], q[0.95]], [place, place], color=color, linewidth=1.2, solid_capstyle="butt")
+        axes.plot([q[0.25], q[0.75]], [place, place], color=color, linewidth=7, solid_capstyle="butt", alpha=0.75)
+        axes.plot([q[0.5]], [place], "o", color=PAPER, markeredgecolor=color, markersize=6)
+        axes.plot([q[0.99]], [place], "|", color=color, markersize=11, markeredgewidth=1.6)
+        axes.plot([d.max], [place], "x", color=color, markersize=5)
+        axes.plot([d.mean], [place], "D", color=color, markeredgecolor=PAPER, markersize=6)
+    _log_axis(axes.xaxis, floor, max(d.max for _, _, d in rows))
+    axes.set_yticks(range(len(rows)), [_short(r.label) for _, r, _ in rows])
+    axes.set_ylim(len(rows) - 0.45, -0.55)
+    axes.grid(False, axis="y")
+    axes.set_xlabel("KL of one token, nats")
+    return _svg(figure, "distribution")
+
+
+@_styled
+def losses_by_block(losses: Sequence[tuple[str, int, float]]) -> str | None:
+    """Draw (kind of site, block, loss) as a map, one row per kind and one column per block; None without positive losses."""
+    from matplotlib.colors import LogNorm
+
+    kinds, blocks = list(dict.fromkeys(kind for kind, _, _ in losses)), sorted({block for _, block, _ in losses})
+    grid = np.full((len(kinds), len(blocks)), np.nan)
+    for kind, block, loss in losses:
+        if loss > 0:
+            row, column = kinds.index(kind), blocks.index(block)
+            grid[row, column] = np.nanmax([grid[row, column], loss])  # several sites of one kind: the worst
+    if np.isnan(grid).all():
+        return None
+    figure, axes = _figure(9.9, 0.75 + 0.24 * len(kinds))
+    low, high = float(np.nanmin(grid)), float(np.nanmax(grid))
+    mesh = axes.pcolormesh(
+        np.ma.masked_invalid(grid), cmap="viridis", norm=LogNorm(low, max(high, low * 1.01)), edgecolors=PAPER, linewidth=0.6
+    )
+    step = -(-len(blocks) // 32)
+    axes.set_xticks(np.arange(0, len(blocks), step) + 0.5, [str(b) for b in blocks[::step]])
+    axes.set_yticks(np.arange(len(kinds)) + 0.5, [_short(kind, 32) for kind in kinds])
+    axes.invert_yaxis()
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
+    axes.set_xlabel("block")
+    bar = figure.colorbar(mesh, ax=axes, pad=0.015, aspect=12)
+    bar.outline.set_visible(False)
+    _log_axis(bar.ax.yaxis, low, high, scale=False)
+    return _svg(figure, "losses")
+
+
+def _log_axis(axis: Any, low: float, high: float, *, scale: bool = True) -> None:
+    """Make an axis logarithmic with plain numbers at decades, and at 2 and 5 between them where the range is short."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+    if scale:
+        getattr(axis.axes, f"set_{axis.axis_name}scale")("log")
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 40 * low else (1.0,)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _error(mean: float, se: float | None) -> tuple[float, float]:
+    """Return one standard error below and above, kept positive on a logarithmic axis."""
+    return (min(se or 0.0, 0.9 * mean), se or 0.0)
+
+
+def _scatter(points: Sequence[Point], x_label: str, y_label: str, name: str) -> str | None:
+    if len(points) < 2:
+        return None
+    figure, axes = _figure(4.6, 3.3)
+    for point in points:
+        color = PALETTE[point.style % len(PALETTE)]
+        axes.errorbar(
+            [point.x], [point.y], xerr=[[e] for e in point.x_error], yerr=[[e] for e in point.y_error], color=color,
+            fmt=MARKERS[point.style % len(MARKERS)], markersize=6.5, elinewidth=1.1, markeredgecolor=PAPER, markeredgewidth=0.6,
+        )  # fmt: skip
+    _log_axis(axes.yaxis, min(p.y for p in points), max(p.y for p in points))
+    axes.margins(x=0.12, y=0.15)
+    axes.set_xlim(left=max(0.0, axes.get_xlim()[0]))
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    _label_points(figure, axes, points)
+    return _svg(figure, name)
+
+
+def _label_points(figure: Any, axes: Any, points: Sequence[Point]) -> None:
+    """Write each point's name above it, towards the side with room, pushed up where it would cover another's."""
+    figure.draw_without_rendering()
+    box = axes.get_window_extent()
+    placed: list[tuple[float, float, float]] = []  # left, right, height of a name
+    for point in sorted(points, key=lambda p: p.y):
+        x, y = axes.transData.transform((point.x, point.y))
+        text, right = _short(point.label), x < box.x0 + 0.55 * box.width
+        width = 5.6 * len(text)
+        span = (x + 3, x + 3 + width) if right else (x - 3 - width, x - 3)
+        height = y + 9
+        for left_edge, right_edge, other in placed:
+            if span[0] < right_edge and left_edge < span[1] and abs(height - other) < 12:
+                height = other + 12
+        placed.append((*span, height))
+        offset = (3 if right else -3, height - y)
+        axes.annotate(
+            text,
+            (point.x, point.y),
+            offset,
+            textcoords="offset points",
+            va="center",
+            ha="left" if right else "right",
+            color=INK,
+        )
+
+
+def _short(text: str, length: int = 28) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    """Return a figure of so many inches and its axes; nothing is registered globally."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=72, layout="constrained")
+    return figure, figure.subplots()
+
+
+def _svg(figure: Any, name: str) -> str:
+    """Render to SVG without prologue, metadata or colours of its own; ids start with ``name``."""
+    import matplotlib as mpl
+
+    out = io.StringIO()
+    with mpl.rc_context({"svg.hashsalt": name}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # the browser draws the text and has more fonts
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+    svg = out.getvalue()
+    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    for color, variable in ((INK, "--ink"), (SOFT, "--line"), (PAPER, "--paper")):
+        svg = svg.replace(color, f"var({variable})")
+    svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{name}-", svg)
+    return re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', rf'<svg viewBox="\1" role="img" data-plot="{name}">', svg, count=1)
