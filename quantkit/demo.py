@@ -119,9 +119,10 @@ def run_demo(settings: DemoSettings, variants: list[Variant] | None = None, prog
     variants, out = variants or plan_demo(settings), Path(settings.out)
     reference, tokenizer = open_model(settings.model, torch.float32)
     base = BaseLogits(reference)
-    plain = copy.deepcopy(reference).to(DTYPE)
+    plain = _in_dtype(reference)
     models: dict[str, nn.Module] = {"bf16": plain}
     coverage: list[CoverageRow] = []
+    losses: dict[str, float] = {}
     for variant in variants:
         done = quantize(
             copy.deepcopy(plain),
@@ -135,7 +136,7 @@ def run_demo(settings: DemoSettings, variants: list[Variant] | None = None, prog
             overwrite=True,
             progress=_labelled(progress, variant.label),
         )
-        coverage = done.coverage
+        coverage, losses = done.coverage, done.losses
         del done
         gc.collect()  # the quantized model in memory; what is measured is the one on the disk
         models[variant.label] = checkpoint.load(out / variant.folder)
@@ -156,9 +157,18 @@ def run_demo(settings: DemoSettings, variants: list[Variant] | None = None, prog
     timings = compare_latency(models, rounds=settings.rounds, progress=progress)
     reports = [dataclasses.replace(report, latency=timings[report.label]) for report in reports]
     write_json(out / "report.json", [report.to_dict() for report in reports])
-    write_html(out / "report.html", reports, coverage=coverage)
+    write_html(out / "report.html", reports, coverage=coverage, losses=losses, title=f"{settings.model}: quantized by quantkit")
     paths = {variant.label: out / variant.folder for variant in variants}
     return DemoResult(reports, coverage, paths, out / "report.html", out / "report.json")
+
+
+def _in_dtype(model: nn.Module) -> nn.Module:
+    """Return a copy whose weights are in :data:`DTYPE`. Buffers stay: rotary frequencies lose the position in 16 bits."""
+    other: Any = copy.deepcopy(model)
+    for parameter in other.parameters():
+        parameter.data = parameter.data.to(DTYPE)
+    other.config.dtype = DTYPE
+    return other  # type: ignore[no-any-return]
 
 
 def _labelled(progress: ProgressCallback, label: str) -> ProgressCallback:

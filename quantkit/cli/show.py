@@ -94,10 +94,9 @@ def progress_bars() -> Iterator[ProgressCallback]:
             started[event.stage] = time.monotonic()
         detail = event.detail if event.loss is None else f"{event.detail}  loss {event.loss:.2e}"
         bars.update(tasks[event.stage], completed=event.done, total=event.total, detail=detail)
-        if event.done == event.total and not terminal.is_terminal:
-            seconds = time.monotonic() - started.pop(event.stage, time.monotonic())
+        if event.done == event.total and not terminal.is_terminal and event.stage in started:
+            seconds = time.monotonic() - started.pop(event.stage)
             terminal.print(f"{event.stage}: {event.total} steps in {seconds:.1f} s", markup=False, highlight=False)
-            del tasks[event.stage]
 
     with bars:
         yield show

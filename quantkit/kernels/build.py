@@ -54,6 +54,9 @@ _SIGNATURES: Final = {
     "qk_isa": (ctypes.c_char_p, []),
     "qk_use_openmp": (_INT, [_POINTER]),
     "qk_wq_matmul": (_INT, [_POINTER] * 6 + [_LONG] * 4 + [_INT] * 5),
+    "qk_search": (_INT, [_POINTER] * 5 + [_LONG] * 4 + [_INT] * 5),
+    "qk_sweep_rows": (_INT, []),
+    "qk_sweep": (_INT, [_POINTER] * 5 + [_LONG] * 2 + [_INT] * 3),
     "qk_wq_dequantize": (_INT, [_POINTER] * 4 + [_LONG] * 6 + [_INT] * 5),
 }
 _WAY_OUT: Final = (

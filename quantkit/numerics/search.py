@@ -41,11 +41,7 @@ def search_qparams(
     """
     rows, cols = block_size(spec, tuple(weight.shape))
     scale, zero = choose_qparams(weight, spec)
-    weights = torch.ones(weight.shape[-1], device=weight.device) if importance is None else importance.float().clamp(min=0)
-    # A block none of whose inputs was ever active still deserves a sensible grid: fall back to equal weights there.
-    per_block = weights.reshape(-1, cols)
-    per_block = torch.where(per_block.sum(-1, keepdim=True) > 0, per_block, torch.ones_like(per_block))
-    per_block = per_block.repeat(1, rows)  # (in_blocks, rows * cols), matching to_blocks
+    per_block = group_weights(importance, weight.shape[-1], cols, weight.device).repeat(1, rows)  # matching to_blocks
     step = max(1, _SLICE // (rows * weight.shape[-1]))
     for start in range(0, scale.shape[0], step):
         part = slice(start, start + step)
@@ -55,6 +51,17 @@ def search_qparams(
         if zero is not None:
             zero[part] = found_zero
     return scale, zero
+
+
+def group_weights(importance: Tensor | None, columns: int, group: int, device: torch.device) -> Tensor:
+    """Return float32 weights (columns / group, group) of the squared errors; all ones without ``importance``.
+
+    A group none of whose inputs was ever active still deserves a sensible grid: its weights are equal.
+    """
+    if importance is None:
+        return torch.ones(columns // group, group, device=device)
+    weights = importance.to(device, torch.float32).clamp(min=0).reshape(-1, group)
+    return torch.where(weights.sum(-1, keepdim=True) > 0, weights, torch.ones_like(weights))
 
 
 def _search(blocks: Tensor, weights: Tensor, spec: QuantSpec, ratios: Sequence[float], refit: bool) -> tuple[Tensor, Tensor]:

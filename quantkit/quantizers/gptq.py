@@ -11,10 +11,9 @@ With :math:`H = E[x x^T]` and :math:`U` the upper Cholesky factor of :math:`(H +
   original order and their grids are fixed beforehand ("static groups"), so files need no index;
 - grids minimise the error weighted by :math:`H_{kk}` (:mod:`quantkit.numerics.search`);
 - inputs that never were active ("dead" columns, :math:`H_{kk} = 0`) are rounded to nearest and take no part;
-- if the Cholesky factorisation fails, damping is multiplied by ten and that is noted;
-- updates are batched over :attr:`GPTQ.block_columns` columns (section 3.3, step 2).
+- if the Cholesky factorisation fails, damping is multiplied by ten and that is noted.
 
-Cost: out x in^2 multiply-adds and three factorisations of an in x in matrix; everything in float32.
+Cost: out x in^2 / 2 multiply-adds, one factorisation and one triangular inverse of an in x in matrix, all in float32.
 """
 
 from dataclasses import dataclass
@@ -24,8 +23,8 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import CalibrationError
+from quantkit.kernels import rounding
 from quantkit.numerics import grid
-from quantkit.numerics.search import search_qparams
 from quantkit.qtensor import QTensor
 from quantkit.quantizers.base import QUANTIZERS, Statistics
 from quantkit.quantizers.rtn import nearest
@@ -43,13 +42,11 @@ class GPTQ:
         damping: lambda as a fraction of the mean of the Hessian's diagonal.
         act_order: visit columns by falling importance; otherwise from first to last.
         clip: how grids are chosen: ``"importance"`` (weighted search), ``"mse"`` (unweighted search) or ``"absmax"``.
-        block_columns: columns per lazy batch of updates.
     """
 
     damping: float = 0.01
     act_order: bool = True
     clip: Literal["importance", "mse", "absmax"] = "importance"
-    block_columns: int = 64
     needs: ClassVar[tuple[str, ...]] = ("hessian",)
 
     def quantize(self, weight: Tensor, spec: QuantSpec, statistics: Statistics | None) -> tuple[QTensor, tuple[str, ...]]:
@@ -62,13 +59,13 @@ class GPTQ:
         hessian = statistics.results["hessian"].to(weight.device)
         qparams = self._grid(weight, spec, hessian.diagonal())
         order, factor, notes = self._factorise(hessian, statistics)
-        codes = sweep(weight, qparams, spec, order, factor, self.block_columns)
+        codes = rounding.sweep(weight, qparams, spec, order, factor)
         return QTensor.from_codes(codes, *qparams, spec), notes
 
     def _grid(self, weight: Tensor, spec: QuantSpec, importance: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.clip == "absmax":
             return grid.choose_qparams(weight, spec)
-        return search_qparams(weight, spec, importance if self.clip == "importance" else None)
+        return rounding.search_qparams(weight, spec, importance if self.clip == "importance" else None)
 
     def _factorise(self, hessian: Tensor, statistics: Statistics) -> tuple[Tensor, Tensor, tuple[str, ...]]:
         """Return the column order, U in that order, and notes; computed once for sites that share their statistics."""
@@ -106,10 +103,12 @@ def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
         damped = hessian.clone()
         damped.diagonal().add_(damping * mean)
         damped.diagonal()[dead] = mean
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        # With J the reversal and J H J = L L^T, the wanted factor is J L^-1 J: no inverse of H, no second factorisation.
+        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if not int(failed):
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not int(failed) and bool(torch.isfinite(upper).all()):
+            identity = torch.eye(len(diagonal), dtype=hessian.dtype, device=hessian.device)
+            upper = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
+            if bool(torch.isfinite(upper).all()):
                 return upper, damping
         if damping * 10 > _MAX_DAMPING:
             raise CalibrationError(
@@ -117,41 +116,3 @@ def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
                 "use more calibration text"
             )
         damping = max(damping, 1e-4) * 10
-
-
-def sweep(
-    weight: Tensor, qparams: tuple[Tensor, Tensor | None], spec: QuantSpec, order: Tensor, factor: Tensor, block_columns: int
-) -> Tensor:
-    """Round the columns of ``weight`` (out, in) in ``order``, feeding each error forward; returns uint8 codes (out, in).
-
-    Everything is kept transposed, (in, out), so that a column is contiguous.
-    """
-    shape = tuple(weight.shape)
-    top = 2**spec.bits - 1
-    columns = weight.float().T[order].contiguous()  # (in, out)
-    scales = _per_column(qparams[0].float(), spec, shape)[order]
-    zero = grid.zero_code(spec)
-    zeros = None if qparams[1] is None else _per_column(qparams[1].float(), spec, shape)[order]
-    inverse = scales.reciprocal()
-    codes = torch.empty_like(columns)
-    diagonal = factor.diagonal().tolist()
-    for start in range(0, shape[1], block_columns):
-        stop = min(start + block_columns, shape[1])
-        block, errors = columns[start:stop], torch.empty_like(columns[start:stop])
-        for i in range(stop - start):
-            k = start + i
-            middle = zero if zeros is None else zeros[k]
-            code = torch.mul(block[i], inverse[k], out=codes[k]).round_().add_(middle).clamp_(0, top)
-            torch.sub(block[i], (code - middle).mul_(scales[k]), out=errors[i])
-            errors[i].mul_(1 / diagonal[k])
-            if k + 1 < stop:
-                block[i + 1 :].addr_(factor[k, k + 1 : stop], errors[i], alpha=-1)
-        columns[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
-    result = torch.empty(shape[1], shape[0], dtype=torch.uint8, device=weight.device)
-    result[order] = codes.to(torch.uint8)
-    return result.T.contiguous()
-
-
-def _per_column(values: Tensor, spec: QuantSpec, shape: tuple[int, ...]) -> Tensor:
-    """Expand per-block values to one row per column, (in, out)."""
-    return grid.expand(values, spec, shape).expand(shape).T.contiguous()

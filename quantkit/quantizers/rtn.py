@@ -9,8 +9,8 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from quantkit.kernels import rounding
 from quantkit.numerics import grid
-from quantkit.numerics.search import search_qparams
 from quantkit.qtensor import QTensor
 from quantkit.quantizers.base import QUANTIZERS, Statistics
 from quantkit.spec import QuantSpec
@@ -30,7 +30,7 @@ class RTN:
 
     def quantize(self, weight: Tensor, spec: QuantSpec, statistics: Statistics | None) -> tuple[QTensor, tuple[str, ...]]:
         """Quantize ``weight`` (out, in); ``statistics`` are not used."""
-        qparams = grid.choose_qparams(weight, spec) if self.clip == "absmax" else search_qparams(weight, spec)
+        qparams = grid.choose_qparams(weight, spec) if self.clip == "absmax" else rounding.search_qparams(weight, spec)
         return nearest(weight, qparams, spec), ()
 
 
@@ -44,7 +44,7 @@ class ImportanceRTN:
     def quantize(self, weight: Tensor, spec: QuantSpec, statistics: Statistics | None) -> tuple[QTensor, tuple[str, ...]]:
         """Quantize ``weight`` (out, in) with importances ``statistics.results["mean_square"]`` (in,)."""
         importance = statistics.results["mean_square"] if statistics else None
-        return nearest(weight, search_qparams(weight, spec, importance), spec), ()
+        return nearest(weight, rounding.search_qparams(weight, spec, importance), spec), ()
 
 
 def nearest(weight: Tensor, qparams: tuple[Tensor, Tensor | None], spec: QuantSpec) -> QTensor:

@@ -128,8 +128,7 @@ def test_gptq_matches_the_unblocked_algorithm() -> None:
     """Algorithm 1 written as plainly as possible, in float64, gives the same codes."""
     weight, statistics = problem(out=12, features=96, seed=7)
     spec = QuantSpec("int4", (1, 32), symmetric=False)
-    quantizer = GPTQ(block_columns=20)
-    result = quantize_site(quantizer, "s", weight, spec, statistics).qtensor
+    result = quantize_site(GPTQ(), "s", weight, spec, statistics).qtensor
     hessian = statistics.results["hessian"].double()
     order = statistics.results["hessian"].diagonal().argsort(descending=True, stable=True)
     hessian = hessian[order][:, order] + 0.01 * hessian.diagonal().mean() * torch.eye(96, dtype=torch.float64)
