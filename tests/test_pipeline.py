@@ -10,8 +10,10 @@ from quantkit import checkpoint
 from quantkit.calibrate.data import from_ids
 from quantkit.calibrate.statistics import load_statistics, save_statistics
 from quantkit.errors import CalibrationError, FormatError, SpecError
+from quantkit.hf.structure import describe
 from quantkit.nn.linear import QuantLinear
 from quantkit.pipeline import collect, quantize, unpadded
+from quantkit.plan import make_plan
 from quantkit.progress import Progress
 from quantkit.quantizers.base import QUANTIZERS
 from tests.tiny import FAMILIES
@@ -30,8 +32,8 @@ def logits(model: nn.Module) -> Tensor:
 def test_quantize_save_load_gives_the_same_logits(family: str, tmp_path: Path) -> None:
     model = FAMILIES[family]()
     before = logits(model)
-    # transformers cannot take the expert stacks of gpt_oss apart, so only the native format can hold them
-    format = "native" if family == "gpt_oss" else "compressed-tensors"
+    # Neither the expert stacks of gpt_oss, which transformers does not take apart, nor Conv1D fit compressed-tensors' readers.
+    format = "native" if family in ("gpt_oss", "gpt2") else "compressed-tensors"
     result = quantize(model, "w4a16-asym", quantizer="gptq", data=token_ids(), out=tmp_path / "q", format=format)
     assert result.path is not None
     after = logits(result.model)
@@ -162,6 +164,15 @@ def test_an_output_that_holds_another_model_is_left_alone(tmp_path: Path) -> Non
     quantize(FAMILIES["qwen3"](), quantizer="rtn", out=tmp_path / "q", overwrite=True)
     assert checkpoint.load(tmp_path / "q").config.model_type == "qwen3"
     assert first.model.config.model_type == "llama"
+
+
+def test_layers_that_other_readers_would_load_as_garbage_are_refused() -> None:
+    model = FAMILIES["gpt2"]()
+    plan = make_plan(describe(model), "w4a16")
+    reasons = checkpoint.rejections(model, plan, "compressed-tensors")
+    assert reasons.keys() == plan.keys()
+    assert all("Conv1D" in reason and "use native" in reason for reason in reasons.values())
+    assert not checkpoint.rejections(model, plan, "native")
 
 
 def test_strict_refuses_a_fallback() -> None:

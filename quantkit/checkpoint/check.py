@@ -39,6 +39,9 @@ def _rejections(contents: Contents, plan: Plan, format: str, dtype: str) -> dict
 
     def ask(name: str, shape: tuple[int, ...]) -> str | None:
         scheme = plan[name]
+        site = contents.sites[name]
+        if not rule.conv1d and site.transposed and len(site.shape) == 2:
+            return "it is a Conv1D, which other readers of this format leave uninitialised without an error; use native"
         if reason := rule.rejects(scheme, shape, dtype):
             return reason
         try:

@@ -1,7 +1,6 @@
 """Writing: from a model and its quantized sites to a directory that other programs can load."""
 
 import json
-import logging
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,8 +22,6 @@ from quantkit.spec import Plan, Scheme
 
 MAX_SHARD_BYTES = 5_000_000_000
 """Largest shard, unless one weight alone is larger."""
-
-log = logging.getLogger(__name__)
 
 _STAGE = "incomplete"
 
@@ -66,9 +63,6 @@ class CheckpointWriter:
         if not any(self.path.glob("config.json")):
             mark_incomplete(self.path, "a quantkit run has not finished writing this checkpoint; run it again")
         mark_incomplete(self._stage, "a quantkit run has not finished writing this checkpoint; run it again")
-        conv1d = [name for name in self.plan if self._contents.sites[name].transposed]
-        if conv1d and format == "compressed-tensors":
-            log.warning("%s is a Conv1D: quantkit loads this checkpoint, transformers does not know such layers", conv1d[0])
         self._shard_of, self._sizes = self._plan_shards()
         self._waiting = [sum(1 for shard in self._shard_of.values() if shard == i) for i in range(len(self._sizes))]
         self._tensors: list[dict[str, Tensor]] = [{} for _ in self._sizes]

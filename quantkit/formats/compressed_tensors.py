@@ -148,6 +148,7 @@ class CompressedTensors:
 
     quant_method = "compressed-tensors"
     stem = "model"
+    conv1d = False
 
     def rejects(self, scheme: Scheme, shape: tuple[int, ...], dtype: str | None = None) -> str | None:
         """Reject what readers would misread; see the module's docstring."""
