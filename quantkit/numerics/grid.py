@@ -99,9 +99,9 @@ def zero_code(spec: QuantSpec) -> int:
 def quantize(weight: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
     """Round ``weight`` (..., out, in) to the nearest codes, clamped to the grid; returns uint8 of the same shape."""
     shape = tuple(weight.shape)
-    inverse = expand(scale, spec, shape).float().reciprocal()
+    step = expand(scale, spec, shape).float()
     zero: Tensor | int = zero_code(spec) if zero_point is None else expand(zero_point, spec, shape).float()
-    return (weight.float() * inverse).round_().add_(zero).clamp_(0, 2**spec.bits - 1).to(torch.uint8)
+    return (weight.float() / step).round_().add_(zero).clamp_(0, 2**spec.bits - 1).to(torch.uint8)
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
