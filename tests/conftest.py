@@ -10,7 +10,7 @@ import tiny
 def tiny_float(tmp_path_factory) -> Path:
     """A directory with a tiny float llama and its tokenizer, as transformers writes it."""
     path = tmp_path_factory.mktemp("float")
-    tiny.tiny_llama(tie_word_embeddings=True).save_pretrained(path)
+    tiny.tiny_llama(tie_word_embeddings=True, max_position_embeddings=512).save_pretrained(path)
     tiny.tiny_tokenizer().save_pretrained(path)
     return path
 

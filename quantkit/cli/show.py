@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,12 +14,19 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+PIPE_COLUMNS = 140
+"""Width of tables that go to a file or a pipe."""
+
+
 @functools.cache
 def console(stderr: bool = False) -> "Console":
-    """Return the terminal (results go to stdout, progress to stderr)."""
+    """Return the terminal (results go to stdout, progress to stderr); a file or pipe is given room for whole rows."""
     from rich.console import Console
 
-    return Console(stderr=stderr)
+    found = Console(stderr=stderr)
+    if not found.is_terminal and "COLUMNS" not in os.environ:
+        found.width = PIPE_COLUMNS
+    return found
 
 
 def say(text: str, stderr: bool = False) -> None:
@@ -87,11 +95,13 @@ def progress_bars() -> Iterator[ProgressCallback]:
     bars = Bars(*columns, TextColumn("{task.fields[detail]}", markup=False), console=terminal, disable=not terminal.is_terminal)
     tasks: dict[str, Any] = {}
     started: dict[str, float] = {}
+    last_event = [time.monotonic()]  # a stage begins where the one before it ended
 
     def show(event: Progress) -> None:
         if event.stage not in tasks or event.done < bars.tasks[tasks[event.stage]].completed:
             tasks[event.stage] = bars.add_task(event.stage, total=event.total, detail="")
-            started[event.stage] = time.monotonic()
+            started[event.stage] = last_event[0]
+        last_event[0] = time.monotonic()
         detail = event.detail if event.loss is None else f"{event.detail}  loss {event.loss:.2e}"
         bars.update(tasks[event.stage], completed=event.done, total=event.total, detail=detail)
         if event.done == event.total and not terminal.is_terminal and event.stage in started:

@@ -1,0 +1,84 @@
+"""The whole story: the demo and every recipe from end to end, on a tiny model and on the real one."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from quantkit import checkpoint
+from quantkit.demo import DemoSettings, plan_demo, run_demo
+from quantkit.progress import Progress
+from quantkit.recipe import load_recipe
+from quantkit.run import run_recipe
+
+RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+FEW = {"calibration.samples": 4, "calibration.length": 128, "evaluate.windows": 1, "evaluate.length": 128}
+
+
+def test_the_promised_recipes_are_there():
+    assert {path.stem for path in RECIPES} >= {"w4a16-rtn", "w4a16-gptq", "w8a16", "demo"}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_runs_on_a_tiny_model(path, tiny_float, tmp_path):
+    changes = {**FEW, "model": str(tiny_float), "output.path": str(tmp_path / "out"), "dtype": "float32"}
+    if path.stem == "demo":
+        changes["rules"] = [
+            {"match": "*.mlp.down_proj", "scheme": "w8a16"},
+            {"match": "re:model\\.layers\\.0\\..*", "skip": True},
+        ]
+    outcome = run_recipe(load_recipe(path, changes))
+    assert checkpoint.inspect(tmp_path / "out")["quantized_parameters"] == outcome.preview.forecast.weights
+    assert outcome.report is not None
+    assert outcome.report.quality.divergence is not None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_runs_on_the_real_model(path, tmp_path):
+    outcome = run_recipe(load_recipe(path, {**FEW, "output.path": str(tmp_path / "out"), "evaluate.latency": False}))
+    predicted, written = outcome.preview.forecast, checkpoint.inspect(tmp_path / "out")
+    assert written["quantized_bytes"] == predicted.quantized_bytes
+    assert written["metadata"]["bits_per_weight"] == predicted.bits_per_weight
+    assert abs(written["bytes"] - predicted.total_bytes) < 0.001 * predicted.total_bytes  # headers
+    assert outcome.report is not None
+    assert outcome.report.quality.divergence is not None
+    assert 0 < outcome.report.quality.divergence.mean < 1
+    assert {row.kind for row in outcome.result.coverage} == {"quantized", "skipped"}
+
+
+def test_the_demo_on_a_tiny_model(tiny_float, tmp_path):
+    stages: list[str] = []
+
+    def progress(event: Progress) -> None:
+        stages.append(event.stage)
+
+    settings = DemoSettings(model=str(tiny_float), out=tmp_path, samples=4, length=64, windows=2, window_length=64, rounds=1)
+    variants = plan_demo(settings)
+    result = run_demo(settings, variants, progress)
+    assert [report.label for report in result.reports] == ["bf16", "W8", "W4 RTN g32", "W4 GPTQ g32"]
+    assert [variant.label for variant in variants] == list(result.checkpoints)
+    for report in result.reports:
+        assert report.base == "float32"
+        assert report.quality.divergence is not None
+        assert report.latency is not None
+        assert report.environment.dtype == "bfloat16"
+    for report, variant in zip(result.reports[1:], variants, strict=True):
+        assert report.footprint.bits_per_weight == variant.forecast.bits_per_weight
+    assert {"W4 GPTQ g32: quantize", "bf16: evaluate", "latency"} <= set(stages)
+    assert len(json.loads(result.json.read_text())) == 4
+    assert "W4 GPTQ g32" in result.html.read_text()
+    run_demo(settings)  # a second demo replaces the first
+
+
+@pytest.mark.slow
+def test_the_demo_on_the_real_model(tmp_path):
+    result = run_demo(DemoSettings(out=tmp_path).quick())
+    rows = {report.label: report.quality for report in result.reports}
+    assert list(rows) == ["bf16", "W8", "W4 RTN g64", "W4 GPTQ g64"]
+    bf16, w8, rtn, gptq = (quality.divergence for quality in rows.values())
+    assert None not in (bf16, w8, rtn, gptq)
+    assert gptq.mean < 0.75 * rtn.mean, "GPTQ beats rounding"
+    assert w8.mean < 0.02, "8 bits are within the noise of bfloat16"
+    assert abs(rows["W8"].perplexity - rows["bf16"].perplexity) < rows["bf16"].perplexity_se
+    assert (result.checkpoints["W4 GPTQ g64"] / "config.json").exists()
