@@ -148,8 +148,8 @@ def run_score(arguments: argparse.Namespace) -> dict:
 
     import quantkit
     from quantkit.calibrate.data import encoder, load_texts, text_default
-    from quantkit.evaluation.quality import score
-    from quantkit.evaluation.windows import cut_windows
+    from quantkit.evaluate.quality import score
+    from quantkit.evaluate.windows import cut_windows
     from quantkit.hf.load import load_float
 
     base, tokenizer = load_float(Path(arguments.work) / "float")
@@ -178,7 +178,8 @@ def cpu_name() -> str:
 
 
 def print_table(rows: dict[str, dict], arguments: argparse.Namespace) -> None:
-    print(f"\n{arguments.scheme}, {arguments.samples} x {arguments.length} calibration tokens, {arguments.windows} x 1024 evaluated")
+    tokens = f"{arguments.samples} x {arguments.length} calibration tokens, {arguments.windows} x 1024 evaluated"
+    print(f"\n{arguments.scheme}, {tokens}")
     print(f"{'':16}{'seconds':>9}{'peak MiB':>10}{'bits':>7}{'KL':>9}{'KL p99':>9}{'top-1':>8}{'ppl':>8}")
     for name, row in rows.items():
         print(

@@ -88,6 +88,6 @@ def _windows(model: nn.Module, tokenizer: Any) -> tuple[Windows, str]:
     if tokenizer is not None:
         batches = token_batches(text_default()[1], encoder(tokenizer), samples=WINDOWS, length=length, batch_size=WINDOWS)
         return from_batches(batches), "held-out Python documentation"
-    words = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator,union-attr]
+    words = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     ids = torch.randint(words, (WINDOWS, length), generator=torch.Generator().manual_seed(0))
     return from_batches([Batch(ids, None)]), "random tokens"

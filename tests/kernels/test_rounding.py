@@ -1,7 +1,5 @@
 """The compiled search and sweep do what their plain forms do, on every instruction set."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -23,12 +21,11 @@ SPECS = [
 
 
 @pytest.fixture(params=["native", "avx512", "avx2", "portable"])
-def _isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param != "native" and request.param not in _runnable():
         pytest.skip(f"this CPU cannot run {request.param}")
     lib = build.load(request.param)
     monkeypatch.setattr(build, "library", lambda: lib)
-    yield
 
 
 def _runnable() -> set[str]:
