@@ -18,8 +18,8 @@ from torch import nn
 
 from quantkit import checkpoint
 from quantkit.checkpoint.contents import contents_of
-from quantkit.evaluate import BaseLogits, EvalReport, compare_latency, evaluate
-from quantkit.evaluate.coverage import CoverageRow
+from quantkit.evaluation import BaseLogits, EvalReport, compare_latency, evaluate
+from quantkit.evaluation.coverage import CoverageRow
 from quantkit.files import write_json
 from quantkit.forecast import Forecast, forecast
 from quantkit.hf.demo_model import DEMO_MODEL

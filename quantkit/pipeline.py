@@ -21,7 +21,7 @@ from quantkit.calibrate.data import fingerprint as data_fingerprint
 from quantkit.calibrate.statistics import load_statistics
 from quantkit.calibrate.walk import SiteStatistics
 from quantkit.errors import CalibrationError, SpecError
-from quantkit.evaluate.coverage import CoverageRow
+from quantkit.evaluation.coverage import CoverageRow
 from quantkit.hf.blocks import check_chain
 from quantkit.hf.experts import enable_experts
 from quantkit.hf.load import PreTrainedModel, load_float

@@ -2,7 +2,7 @@
 
 A few windows of held-out text are run through the float model before anything is changed, through the quantized model in
 memory, and through the checkpoint as read back from the disk. It proves that the files are sound and gives an honest first
-number; :func:`quantkit.evaluate.evaluate` measures properly.
+number; :func:`quantkit.evaluation.evaluate` measures properly.
 """
 
 from collections.abc import Mapping
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from quantkit.calibrate.data import Batch, encoder, text_default, token_batches
 from quantkit.errors import CalibrationError, FormatError
-from quantkit.evaluate.base import evaluating, run_model
-from quantkit.evaluate.quality import score
-from quantkit.evaluate.windows import Windows, from_batches
+from quantkit.evaluation.base import evaluating, run_model
+from quantkit.evaluation.quality import score
+from quantkit.evaluation.windows import Windows, from_batches
 
 WINDOWS, LENGTH = 4, 128
 """Size of the proof: 4 windows of 128 tokens; their float logits are held in memory meanwhile."""

@@ -10,7 +10,7 @@ import torch
 from quantkit import checkpoint
 from quantkit.checkpoint.contents import Contents, contents_of
 from quantkit.errors import RecipeError
-from quantkit.evaluate import EvalReport, evaluate
+from quantkit.evaluation import EvalReport, evaluate
 from quantkit.forecast import Forecast, forecast
 from quantkit.hf.source import load_config
 from quantkit.models import open_model

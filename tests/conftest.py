@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import pytest
-import tiny
+
+from tests import tiny
 
 
 @pytest.fixture(scope="session")

@@ -29,7 +29,7 @@ def test_an_unknown_name_is_an_attribute_error():
 
 
 def test_the_promised_names_are_public():
-    assert {"quantize", "load", "evaluate", "generate", "calibrate"} <= set(quantkit.__all__)
+    assert {"quantize", "load", "evaluate", "generate"} <= set(quantkit.__all__)
 
 
 def test_the_version_is_the_changelogs_newest_and_the_packages():

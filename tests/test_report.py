@@ -12,10 +12,10 @@ import torch
 from rich.console import Console
 
 from quantkit.errors import CalibrationError
-from quantkit.evaluate import CoverageRow, Divergence, EvalReport, Footprint, Latency, Protocol, Quality
-from quantkit.evaluate.latency import Speedup, Spread
-from quantkit.evaluate.quality import QUANTILES
-from quantkit.evaluate.record import describe_environment
+from quantkit.evaluation import CoverageRow, Divergence, EvalReport, Footprint, Latency, Protocol, Quality
+from quantkit.evaluation.latency import Speedup, Spread
+from quantkit.evaluation.quality import QUANTILES
+from quantkit.evaluation.record import describe_environment
 from quantkit.report import comparison_table, coverage_table, render_html, write_html
 from quantkit.report.cells import columns, mib, plus_minus, ppl_increase, protocol_lines, significant
 from quantkit.report.findings import findings, headline

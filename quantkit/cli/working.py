@@ -93,7 +93,7 @@ def evaluate(
     html: Annotated[Path | None, typer.Option(help="Write a page with plots here.")] = None,
 ) -> None:
     """Measure a model: perplexity, distance from a base model, speed, size."""
-    from quantkit.evaluate import evaluate as measure
+    from quantkit.evaluation import evaluate as measure
     from quantkit.models import open_model
     from quantkit.report import comparison_table, write_html
 
@@ -126,7 +126,7 @@ def bench(
     rounds: int = 5,
 ) -> None:
     """Time several models in turn, round by round."""
-    from quantkit.evaluate import compare_latency
+    from quantkit.evaluation import compare_latency
     from quantkit.models import open_model
 
     opened = {name: open_model(name)[0] for name in models}

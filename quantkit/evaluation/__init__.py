@@ -1,6 +1,6 @@
 """Measure a model: how well it predicts text, how far it is from another model, how fast it is, what it weighs.
 
-:func:`evaluate` does all of it and returns an :class:`~quantkit.evaluate.record.EvalReport`. The modules do one thing each:
+:func:`evaluate` does all of it and returns an :class:`~quantkit.evaluation.record.EvalReport`. The modules do one thing each:
 windows (what is scored), quality (perplexity and divergence), base (a base model's logits, reused), latency, footprint,
 coverage (what was quantized), record (the result). Nothing here is random: the same model, text and machine score the same.
 """
@@ -8,7 +8,6 @@ coverage (what was quantized), record (the result). Nothing here is random: the 
 import json
 import logging
 import sys
-import types
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,13 @@ from torch import Tensor, nn
 
 from quantkit.calibrate.data import Batch, encoder, load_texts, text_default
 from quantkit.errors import CalibrationError
-from quantkit.evaluate.base import BaseLogits
-from quantkit.evaluate.coverage import CoverageRow, summarise
-from quantkit.evaluate.footprint import Footprint, footprint
-from quantkit.evaluate.latency import Latency, compare_latency, max_positions, measure_latency
-from quantkit.evaluate.quality import Divergence, Quality, score
-from quantkit.evaluate.record import Environment, EvalReport, Protocol, describe_environment
-from quantkit.evaluate.windows import Windows, cut_windows, from_batches
+from quantkit.evaluation.base import BaseLogits
+from quantkit.evaluation.coverage import CoverageRow, summarise
+from quantkit.evaluation.footprint import Footprint, footprint
+from quantkit.evaluation.latency import Latency, compare_latency, max_positions, measure_latency
+from quantkit.evaluation.quality import Divergence, Quality, score
+from quantkit.evaluation.record import Environment, EvalReport, Protocol, describe_environment
+from quantkit.evaluation.windows import Windows, cut_windows, from_batches
 from quantkit.nn.linear import QuantLinear, QuantWeight
 from quantkit.progress import ProgressCallback, ignore
 
@@ -166,12 +165,3 @@ def _tokens(data: Any, tokenizer: Any) -> tuple[Tensor, str]:
         source = f"{len(texts)} texts"
     encode = encoder(tokenizer)
     return torch.cat([torch.as_tensor(encode(text), dtype=torch.int64) for text in texts]), source
-
-
-class _CallableModule(types.ModuleType):
-    """Let ``quantkit.evaluate(...)`` work although importing this package puts the package under that very name."""
-
-    __call__ = staticmethod(evaluate)
-
-
-sys.modules[__name__].__class__ = _CallableModule

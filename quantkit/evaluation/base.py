@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.errors import CalibrationError
-from quantkit.evaluate.windows import Windows
+from quantkit.evaluation.windows import Windows
 
 logger = logging.getLogger(__name__)
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from quantkit.engine.engine import Step, decode_one_token, prefill
 from quantkit.errors import CalibrationError
-from quantkit.evaluate.base import evaluating
-from quantkit.evaluate.footprint import peak_memory_bytes, reset_peak_memory
+from quantkit.evaluation.base import evaluating
+from quantkit.evaluation.footprint import peak_memory_bytes, reset_peak_memory
 from quantkit.progress import Progress, ProgressCallback, ignore
 
 

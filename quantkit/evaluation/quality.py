@@ -27,8 +27,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from quantkit.errors import CalibrationError
-from quantkit.evaluate.base import BaseLogits, LogitsFunction, evaluating, run_model
-from quantkit.evaluate.windows import Windows
+from quantkit.evaluation.base import BaseLogits, LogitsFunction, evaluating, run_model
+from quantkit.evaluation.windows import Windows
 from quantkit.progress import Progress, ProgressCallback, ignore
 
 TILE = 1 << 22

@@ -16,9 +16,9 @@ import torch
 
 from quantkit import __version__
 from quantkit.errors import FormatError
-from quantkit.evaluate.footprint import Footprint
-from quantkit.evaluate.latency import Latency
-from quantkit.evaluate.quality import Quality
+from quantkit.evaluation.footprint import Footprint
+from quantkit.evaluation.latency import Latency
+from quantkit.evaluation.quality import Quality
 from quantkit.files import write_json
 
 SCHEMA = "quantkit.eval-report/1"

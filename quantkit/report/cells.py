@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from quantkit.evaluate.latency import Latency
-from quantkit.evaluate.quality import Divergence
-from quantkit.evaluate.record import EvalReport
+from quantkit.evaluation.latency import Latency
+from quantkit.evaluation.quality import Divergence
+from quantkit.evaluation.record import EvalReport
 
 T = TypeVar("T")
 MIB = 1 << 20

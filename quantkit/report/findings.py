@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Sequence
 
-from quantkit.evaluate.record import EvalReport
+from quantkit.evaluation.record import EvalReport
 from quantkit.report.cells import mib, plus_minus, ppl_increase, significant
 
 

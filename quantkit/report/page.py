@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.errors import CalibrationError
-from quantkit.evaluate.coverage import KINDS, CoverageRow, CoverageSummary, summarise
-from quantkit.evaluate.record import EvalReport
+from quantkit.evaluation.coverage import KINDS, CoverageRow, CoverageSummary, summarise
+from quantkit.evaluation.record import EvalReport
 from quantkit.files import write_atomic
 from quantkit.report import plots
 from quantkit.report.cells import DASH, columns, mib, protocol_lines, significant

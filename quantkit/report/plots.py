@@ -14,7 +14,7 @@ from typing import Any, ParamSpec
 
 import numpy as np
 
-from quantkit.evaluate.record import EvalReport
+from quantkit.evaluation.record import EvalReport
 
 INK, SOFT, PAPER = "#010203", "#040506", "#070809"
 """Stand-ins for the colours of text, of grid lines, and of the page."""

@@ -7,8 +7,8 @@ from rich.table import Table
 from rich.text import Text
 
 from quantkit.errors import CalibrationError
-from quantkit.evaluate.coverage import CoverageRow, summarise
-from quantkit.evaluate.record import EvalReport
+from quantkit.evaluation.coverage import CoverageRow, summarise
+from quantkit.evaluation.record import EvalReport
 from quantkit.report.cells import DASH, columns, mib, protocol_lines
 
 

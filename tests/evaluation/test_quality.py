@@ -9,10 +9,10 @@ from torch import nn
 
 from quantkit.calibrate.data import Batch
 from quantkit.errors import CalibrationError
-from quantkit.evaluate import quality
-from quantkit.evaluate.base import BaseLogits, evaluating
-from quantkit.evaluate.quality import clustered_mean, score
-from quantkit.evaluate.windows import Windows, cut_windows, from_batches
+from quantkit.evaluation import quality
+from quantkit.evaluation.base import BaseLogits, evaluating
+from quantkit.evaluation.quality import clustered_mean, score
+from quantkit.evaluation.windows import Windows, cut_windows, from_batches
 from tests.tiny import FAMILIES, tiny_llama
 
 VOCABULARY = 192

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from quantkit.calibrate.data import Batch
 from quantkit.errors import CalibrationError
-from quantkit.evaluate.windows import Windows, cut_windows, from_batches
+from quantkit.evaluation.windows import Windows, cut_windows, from_batches
 
 BOS = 999
 
