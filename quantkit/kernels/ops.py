@@ -4,10 +4,10 @@ Three faces, as torch wants them: a schema, a fake (shapes only, for tracing), a
 the CPU, plain torch anywhere else. Nothing is registered before :func:`wq_matmul` is first called, and nothing is
 compiled before the operator first runs on the CPU.
 
-Few rows of x (M < 32) go to the compiled matmul, which reads each weight once. More rows are arithmetic, not
-bandwidth: the weight is dequantized a cache-sized slice at a time and multiplied by torch. In float32, or, for bfloat16
-rows on a CPU with matrix tiles (AMX), as two bfloat16 parts stacked along K, ``[x x] @ [high; low]``: bfloat16 products
-are exact in the tiles' float32 sums and the parts keep 16 bits of each weight, so only the result's rounding shows.
+The compiled matmul serves any number of rows. One case is better left to torch: many bfloat16 rows on a CPU with matrix
+tiles (AMX). There the weight is split, a cache-sized slice at a time, into two bfloat16 parts stacked along K, and
+``[x x] @ [high; low]`` is computed: products of bfloat16 are exact in the tiles' float32 sums and the parts keep 16 bits of
+each weight, so only the result's rounding shows.
 """
 
 import functools
@@ -27,14 +27,11 @@ SCHEMA = (
     "int rows, int group, int bits, int zero_code, Tensor? bias) -> Tensor"
 )
 
-MANY_ROWS = 32
-"""Rows of x from which dequantizing and calling torch's matmul is faster than the compiled matmul."""
-
 TILE_ROWS = 96
-"""Rows of a bfloat16 x from which two bfloat16 products on matrix tiles are faster than one in float32."""
+"""Rows of a bfloat16 x from which two products on matrix tiles are faster than the compiled float32 one."""
 
 SLICE_BYTES = 1 << 19
-"""Dequantized weights held at a time: a quarter of a common level-2 cache."""
+"""Split weights held at a time: a quarter of a common level-2 cache."""
 
 _library: list[torch.library.Library] = []  # keeps the registration alive
 
@@ -101,8 +98,8 @@ def compute(
         )
     y = x.new_empty((*x.shape[:-1], rows))
     m = x.numel() // columns
-    if m >= MANY_ROWS:
-        _many_rows(x.reshape(m, columns), y.view(m, rows), words, scale, zero, group, bits, zero_code, bias)
+    if m >= TILE_ROWS and x.dtype == torch.bfloat16 and _matrix_tiles():
+        _on_tiles(x.reshape(m, columns), y.view(m, rows), words, scale, zero, group, bits, zero_code, bias)
         return y
     if not x.is_contiguous():
         x = x.contiguous()
@@ -128,7 +125,7 @@ def compute(
     return y
 
 
-def _many_rows(
+def _on_tiles(
     x: Tensor,
     y: Tensor,
     words: Tensor,
@@ -139,15 +136,14 @@ def _many_rows(
     zero_code: int,
     bias: Tensor | None,
 ) -> None:
-    """Write ``x @ w.T + bias`` for x (M, K) into y (M, N), a slice of output rows at a time."""
-    (m, columns), rows, blocks = x.shape, y.shape[1], words.shape[0]
-    parts = 2 if x.dtype == torch.bfloat16 and m >= TILE_ROWS and _matrix_tiles() else 1
-    x = torch.cat([x, x], 1) if parts == 2 else x.float()
-    step = max(1, min(blocks, SLICE_BYTES // (columns * 64)))  # blocks of 16 rows; two bfloat16 parts weigh as much
-    weight = x.new_empty(columns * parts, step * 16)
+    """Write ``x @ w.T + bias`` for bfloat16 x (M, K) into y (M, N), a slice of output rows at a time."""
+    columns, rows, blocks = x.shape[1], y.shape[1], words.shape[0]
+    x = torch.cat([x, x], 1)
+    step = max(1, min(blocks, SLICE_BYTES // (columns * 64)))  # blocks of 16 rows; two bfloat16 numbers a weight
+    weight = x.new_empty(columns * 2, step * 16)
     for first in range(0, blocks, step):
         last = min(first + step, blocks)
-        build.library().qk_wq_dequantize(
+        build.library().qk_wq_split(
             words.data_ptr(),
             scale.data_ptr(),
             None if zero is None else zero.data_ptr(),
@@ -161,17 +157,14 @@ def _many_rows(
             bits,
             zero_code,
             build.DTYPE_CODES[scale.dtype],
-            build.DTYPE_CODES[x.dtype],
             torch.get_num_threads(),
         )
         start, stop = first * 16, min(last * 16, rows)
         part, out = weight[:, : stop - start], y[:, start:stop]
-        if bias is not None:
-            out.copy_(torch.addmm(bias[start:stop].to(x.dtype), x, part))
-        elif y.dtype == x.dtype:
+        if bias is None:
             torch.mm(x, part, out=out)
         else:
-            out.copy_(torch.mm(x, part))
+            torch.addmm(bias[start:stop], x, part, out=out)
 
 
 @functools.cache

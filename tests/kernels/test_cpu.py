@@ -58,13 +58,13 @@ def test_every_instruction_set_gives_the_same_product(isa, monkeypatch):
 
 def test_a_row_gives_the_same_bits_alone_in_a_batch_and_on_any_number_of_threads(threads):
     state = CPU.prepack(quantized(shape=(1000, 128)))
-    x = torch.randn(31, 128)
+    x = torch.randn(3000, 128)  # more than is arranged at a time
     threads(1)
     whole = CPU.matmul(x, state, None)
     for count in (1, 2, 3):
         threads(count)
         assert torch.equal(CPU.matmul(x, state, None), whole)
-        for rows in (1, 2, 3, 5, 12):
+        for rows in (1, 2, 3, 5, 12, 700):
             assert torch.equal(CPU.matmul(x[:rows], state, None), whole[:rows])
 
 

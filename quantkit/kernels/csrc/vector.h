@@ -43,7 +43,8 @@ inline uint32_t float_to_bits(float value) {
   return bits;
 }
 
-inline Floats splat(float value) { return Floats{} + value; }
+// A difference: x - 0 is x for every x, so it compiles to a broadcast; 0 + x is not x for -0 and would be an addition.
+inline Floats splat(float value) { return value - Floats{}; }
 
 inline Floats load_bytes(const uint8_t* p) {
   return __builtin_convertvector(*reinterpret_cast<const BytesAnywhere*>(p), Floats);

@@ -11,7 +11,8 @@
 //
 // Sums: a group is summed in order, and its sum times the scale is added to the row's total. The order depends neither on
 // M nor on the threads, so a row of x gives the same bits alone or in a batch. Multiply-adds have a latency, so a tile
-// keeps at least four independent sums (rows of w times rows of x) in flight.
+// keeps at least four independent sums (rows of w times rows of x) in flight. Eight rows of x share the decoding of a
+// weight, which is then a fifth of the work: many rows need no other algorithm, only to be taken a cache-full at a time.
 //
 // A "unit" is a register's worth of a block: the whole block on AVX-512, half of it on AVX2, a quarter elsewhere.
 #include <cstdlib>
@@ -23,6 +24,8 @@
 
 namespace qk {
 namespace {
+
+constexpr int64_t kPanelFloats = 1 << 18;  // of x at a time: half of a common level-2 cache
 
 struct Weight {
   const uint32_t* words;
@@ -36,7 +39,7 @@ struct Job {
   Weight w;
   const void* bias;
   const float* x;  // (m, groups, words_per_group, codes per word), zero padded, scaled by 2^-s
-  void* y;         // (m, rows), or (columns, m) when dequantizing
+  void* y;         // (m, rows), or (2 * columns, m) when splitting
   int64_t m, first_block;
   int32_t dtype;  // of x, y and bias
 };
@@ -136,20 +139,14 @@ void matmul_blocks(const void* argument, int64_t begin, int64_t end) {
   for (; unit < last; ++unit) tile_rows<BITS, 1>(job, unit);
 }
 
-// One register of weights at `out`: as float32, or as two bfloat16 values whose sum keeps 16 bits of mantissa, the second
-// `low` elements after the first.
-inline void put(void* out, int64_t at, int64_t low, int32_t dtype, Floats value) {
-  store_floats(out, at, dtype, value);
-  if (dtype == kBFloat16) store_floats(out, at + low, dtype, value - load_floats(out, at, dtype));
-}
-
-// Blocks of w, transposed: out[column][row - first row], `ld` elements between columns.
+// Blocks of w, transposed, each weight as two bfloat16 values whose sum keeps 16 bits of its mantissa:
+// out[column][row - first row] and, w.columns columns later, the rest; `ld` elements between columns.
 template <int BITS>
-void dequantize_blocks(const void* argument, int64_t begin, int64_t end) {
+void split_blocks(const void* argument, int64_t begin, int64_t end) {
   constexpr int kFields = 16 / BITS, kCodes = 32 / BITS;
   const Job& job = *static_cast<const Job*>(argument);
   const Weight& w = job.w;
-  const int64_t ld = job.m, first = job.first_block * kParts;
+  const int64_t ld = job.m, first = job.first_block * kParts, low = w.columns * ld;
   for (int64_t unit = first + begin * kParts; unit < first + end * kParts; ++unit) {
     const uint32_t* words = words_at(w, unit);
     for (int64_t g = 0; g < w.groups; ++g) {
@@ -160,9 +157,11 @@ void dequantize_blocks(const void* argument, int64_t begin, int64_t end) {
         Words word = *reinterpret_cast<const WordsAnywhere*>(words);
         for (int c = 0; c < kCodes && i * kCodes + c < w.group; ++c) {
           const int f = c % kFields;
-          Floats code = decode<BITS>(c < kFields ? word : word >> 16, f, offsets[f]);
-          code *= 1.0f / static_cast<float>(1 << (BITS * f));
-          put(job.y, out + (i * kCodes + c) * ld, w.columns * ld, job.dtype, code * scale);
+          const int64_t at = out + (i * kCodes + c) * ld;
+          Floats value = decode<BITS>(c < kFields ? word : word >> 16, f, offsets[f]);
+          value *= scale * (1.0f / static_cast<float>(1 << (BITS * f)));
+          store_floats(job.y, at, kBFloat16, value);
+          store_floats(job.y, at + low, kBFloat16, value - load_floats(job.y, at, kBFloat16));
         }
       }
     }
@@ -184,15 +183,25 @@ float* scratch(int64_t count) {
   return buffer.get();
 }
 
-// x (m, columns) to float32 in the words' order, each element scaled by 2^-s of the field it meets.
+struct Arrangement {
+  const Weight& w;
+  const void* x;
+  float* out;
+  int32_t dtype;
+};
+
+// Rows of x (m, columns) to float32 in the words' order, each element scaled by 2^-s of the field it meets.
 template <int BITS>
-void arrange(const Weight& w, const void* x, int64_t m, int32_t dtype, float* out) {
+void arrange(const void* argument, int64_t row, int64_t last_row) {
   constexpr int kCodes = 32 / BITS;
-  const int64_t padded = w.words_per_group * kCodes;
-  for (int64_t from = 0; from < m * w.columns; from += w.group, out += padded) {
+  const Arrangement& job = *static_cast<const Arrangement*>(argument);
+  const int64_t group = job.w.group, padded = job.w.words_per_group * kCodes;
+  float* out = job.out + row * job.w.groups * padded;
+  for (int64_t from = row * job.w.columns; from < last_row * job.w.columns; from += group, out += padded) {
     int64_t k = 0;
-    for (; k + kWidth <= w.group; k += kWidth) *reinterpret_cast<FloatsAnywhere*>(out + k) = load_floats(x, from + k, dtype);
-    for (; k < w.group; ++k) out[k] = load_one(x, from + k, dtype);
+    for (; k + kWidth <= group; k += kWidth)
+      *reinterpret_cast<FloatsAnywhere*>(out + k) = load_floats(job.x, from + k, job.dtype);
+    for (; k < group; ++k) out[k] = load_one(job.x, from + k, job.dtype);
     for (; k < padded; ++k) out[k] = 0.0f;
     for (k = 0; k < padded; k += kCodes)
       for (int c = 0; c < kCodes; ++c) out[k + c] *= 1.0f / static_cast<float>(1 << (BITS * (c % (kCodes / 2))));
@@ -234,30 +243,37 @@ QK_EXPORT int32_t qk_wq_matmul(const void* words, const void* scale, const void*
                                int64_t m, int64_t rows, int64_t columns, int64_t group, int32_t bits, int32_t zero_code,
                                int32_t scale_dtype, int32_t dtype, int32_t threads) {
   using namespace qk;
-  RangeBody body = pick(bits, matmul_blocks<2>, matmul_blocks<4>, matmul_blocks<8>);
-  if (!body) return 1;
-  if (m == 0) return 0;
+  RangeBody multiply = pick(bits, matmul_blocks<2>, matmul_blocks<4>, matmul_blocks<8>);
+  if (!multiply) return 1;
+  RangeBody prepare = pick(bits, arrange<2>, arrange<4>, arrange<8>);
   Weight w = weight(words, scale, zero, rows, columns, group, bits, zero_code, scale_dtype);
-  float* arranged = scratch(m * w.groups * w.words_per_group * (32 / bits));
-  if (!arranged) return 2;
-  (bits == 2 ? arrange<2> : bits == 4 ? arrange<4> : arrange<8>)(w, x, m, dtype, arranged);
-  Job job{w, bias, arranged, y, m, 0, dtype};
+  const int64_t width = w.groups * w.words_per_group * (32 / bits), size = dtype == kFloat32 ? 4 : 2;
+  const int64_t fits = kPanelFloats / width / 8 * 8, panel = fits > 32 ? fits : 32;
+  float* arranged = scratch((m < panel ? m : panel) * width);
+  if (m > 0 && !arranged) return 2;
   // Few blocks: one range per thread. Many: four, so that a thread the system puts aside is waited for less.
   const int64_t blocks = (rows + kLanes - 1) / kLanes, ranges = blocks < 32 * threads ? threads : 4 * threads;
-  parallel_for(blocks, ((blocks + ranges - 1) / ranges + 1) / 2 * 2, threads, body, &job);
+  for (int64_t from = 0; from < m; from += panel) {
+    const int64_t count = m - from < panel ? m - from : panel;
+    Arrangement arrangement{w, static_cast<const char*>(x) + from * columns * size, arranged, dtype};
+    parallel_for(count, 16, threads, prepare, &arrangement);
+    Job job{w, bias, arranged, static_cast<char*>(y) + from * rows * size, count, 0, dtype};
+    parallel_for(blocks, ((blocks + ranges - 1) / ranges + 1) / 2 * 2, threads, multiply, &job);
+  }
   return 0;
 }
 
-// Rows [16 * first_block, 16 * last_block) of w, transposed; rows past the last are written too.
-// dtype float32: out (columns, ld). dtype bfloat16: out (2 * columns, ld), high parts above low parts.
-QK_EXPORT int32_t qk_wq_dequantize(const void* words, const void* scale, const void* zero, void* out, int64_t ld,
-                                   int64_t first_block, int64_t last_block, int64_t rows, int64_t columns, int64_t group,
-                                   int32_t bits, int32_t zero_code, int32_t scale_dtype, int32_t dtype, int32_t threads) {
+// Rows [16 * first_block, 16 * last_block) of w to out (2 * columns, ld) bfloat16, transposed, high parts above low parts;
+// rows past the last are written too.
+QK_EXPORT int32_t qk_wq_split(const void* words, const void* scale, const void* zero, void* out, int64_t ld, int64_t first_block,
+                              int64_t last_block, int64_t rows, int64_t columns, int64_t group, int32_t bits, int32_t zero_code,
+                              int32_t scale_dtype, int32_t threads) {
   using namespace qk;
-  RangeBody body = pick(bits, dequantize_blocks<2>, dequantize_blocks<4>, dequantize_blocks<8>);
-  if (!body || dtype == kFloat16) return 1;
+  RangeBody body = pick(bits, split_blocks<2>, split_blocks<4>, split_blocks<8>);
+  if (!body) return 1;
   Weight w = weight(words, scale, zero, rows, columns, group, bits, zero_code, scale_dtype);
-  Job job{w, nullptr, nullptr, out, ld, first_block, dtype};
-  parallel_for(last_block - first_block, 2, threads, body, &job);
+  Job job{w, nullptr, nullptr, out, ld, first_block, kBFloat16};
+  const int64_t blocks = last_block - first_block;
+  parallel_for(blocks, (blocks + threads - 1) / threads, threads, body, &job);
   return 0;
 }
