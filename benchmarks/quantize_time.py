@@ -148,8 +148,8 @@ def run_score(arguments: argparse.Namespace) -> dict:
 
     import quantkit
     from quantkit.calibrate.data import encoder, load_texts, text_default
-    from quantkit.evaluate.quality import score
-    from quantkit.evaluate.windows import cut_windows
+    from quantkit.evaluation.quality import score
+    from quantkit.evaluation.windows import cut_windows
     from quantkit.hf.load import load_float
 
     base, tokenizer = load_float(Path(arguments.work) / "float")

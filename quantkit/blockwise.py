@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from quantkit.calibrate.walk import SiteStatistics, block_sites, walk_block
 from quantkit.errors import CalibrationError
-from quantkit.hf.blocks import BlockCalls, call_block, cast_call, record_block_calls
+from quantkit.hf.blocks import call_block, cast_call, record_block_calls
 from quantkit.nn.install import install
-from quantkit.nn.sites import Block, Site, Structure, read_weight
+from quantkit.nn.sites import Block, Site, Structure, read_weight, write_weight
 from quantkit.progress import Progress, ProgressCallback
 from quantkit.quantizers.base import Quantized, Quantizer, quantize_site
 from quantkit.resume import ResumeStore
@@ -74,8 +74,9 @@ class Chain:
 
     def __init__(self, model: nn.Module, structure: Structure, batches: Sequence[Tensor], compute: Compute) -> None:
         self.model, self.structure, self.compute = model, structure, compute
-        self.calls: list[BlockCalls] = [record_block_calls(model, structure, ids, None) for ids in batches]
-        self.hidden: list[Tensor] = [call.hidden.to(compute.dtype) for call in self.calls]
+        recorded = [record_block_calls(model, structure, ids) for ids in batches]
+        self.hidden: list[Tensor] = [one.hidden.to(compute.dtype) for one in recorded]
+        self.calls = [one.calls for one in recorded]
 
     def advance(self, index: int, sites: Sequence[Site], visit: Visit) -> None:
         """Run block ``index`` (resident already) over all batches, visiting ``sites``; its outputs become the inputs."""
@@ -87,7 +88,7 @@ class Chain:
 
         def forward(batch: int) -> Callable[[], Tensor]:
             def run() -> Tensor:
-                args, kwargs = cast_call(*self.calls[batch].calls[index], dtype, device)
+                args, kwargs = cast_call(*self.calls[batch][index], dtype, device)
                 # The chain gives up its reference, so that a block's input is freed as soon as the block is done with it.
                 hidden, pending[batch] = pending[batch].to(device), pending[batch].new_empty(0)
                 return call_block(module, hidden, args, kwargs).cpu()
@@ -176,7 +177,7 @@ def _quantize_block(
     def choose(site: Site, statistics: SiteStatistics | None) -> None:
         weight = read_weight(model, site)
         one = quantize_site(quantizer, site.name, weight, plan[site.name].weight, statistics)
-        weight.copy_(one.qtensor.dequantize(weight.dtype))  # later sites and blocks see the quantized weight
+        write_weight(model, site, one.qtensor.dequantize())  # later sites and blocks see the quantized weight
         quantized[site.name] = Quantized(one.qtensor.to("cpu"), one.loss, one.notes, one.fell_back)
         report(site.name, one, len(quantized))
 

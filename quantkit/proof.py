@@ -18,8 +18,8 @@ from quantkit.evaluation.base import evaluating, run_model
 from quantkit.evaluation.quality import score
 from quantkit.evaluation.windows import Windows, from_batches
 
-WINDOWS, LENGTH = 4, 128
-"""Size of the proof: 4 windows of 128 tokens; their float logits are held in memory meanwhile."""
+WINDOWS, LENGTH = 2, 128
+"""Size of the proof: 2 windows of 128 tokens; their float logits are held in memory meanwhile."""
 
 MAX_RELOAD_KL = 1e-4
 """Nats per token by which the reloaded checkpoint may differ from the model in memory: the same numbers, run anew."""

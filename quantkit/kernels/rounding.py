@@ -58,9 +58,7 @@ def search_qparams(
     return scale.to(SCALE_DTYPES[spec.scale_dtype]), None if spec.symmetric else zero
 
 
-def sweep(
-    weight: Tensor, qparams: tuple[Tensor, Tensor | None], spec: QuantSpec, order: Tensor, factor: Tensor
-) -> Tensor:
+def sweep(weight: Tensor, qparams: tuple[Tensor, Tensor | None], spec: QuantSpec, order: Tensor, factor: Tensor) -> Tensor:
     """Round column by column, feeding errors forward; see :func:`quantkit.numerics.sweep.sweep`."""
     if weight.device.type != "cpu" or not _compiled():
         return plain.sweep(weight, qparams, spec, order, factor)

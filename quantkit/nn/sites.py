@@ -72,3 +72,13 @@ def read_weight(model: nn.Module, site: Site) -> Tensor:
     """Return the site's weight as (out, in) or (experts, out, in): a view of the parameter, detached."""
     weight: Tensor = getattr(model.get_submodule(site.module), site.parameter)
     return weight.detach().transpose(-1, -2) if site.transposed else weight.detach()
+
+
+def write_weight(model: nn.Module, site: Site, value: Tensor) -> None:
+    """Give the site's parameter a new value, (out, in) or (experts, out, in), in the parameter's dtype and device.
+
+    The parameter gets new memory: the old may be shared, or a file's pages, which writing would make copies of for good.
+    """
+    parameter: Tensor = getattr(model.get_submodule(site.module), site.parameter)
+    value = value.to(parameter.device, parameter.dtype)
+    parameter.data = value.transpose(-1, -2).contiguous() if site.transposed else value

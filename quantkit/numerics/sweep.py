@@ -14,9 +14,7 @@ BLOCK_COLUMNS = 64
 """Columns whose updates of the later ones are applied together; the result does not depend on it but for rounding."""
 
 
-def sweep(
-    weight: Tensor, qparams: tuple[Tensor, Tensor | None], spec: QuantSpec, order: Tensor, factor: Tensor
-) -> Tensor:
+def sweep(weight: Tensor, qparams: tuple[Tensor, Tensor | None], spec: QuantSpec, order: Tensor, factor: Tensor) -> Tensor:
     """Round the columns of ``weight`` in ``order`` on a fixed grid.
 
     Args:
