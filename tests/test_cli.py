@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -151,6 +152,23 @@ def test_bench_times_models_in_turn(tiny_quantized, tiny_float):
     shown = call("bench", tiny_float, tiny_quantized, "--context", 8, "--new-tokens", 2, "--rounds", 1)
     assert "prefill tokens/s" in shown
     assert "x" in shown.splitlines()[-2]
+
+
+def test_demo_replaces_an_earlier_one_and_says_what_to_do_next(tiny_float, tiny_quantized, tmp_path):
+    shutil.copytree(tiny_quantized, tmp_path / "w8")
+    shown = call("demo", "--model", tiny_float, "--out", tmp_path, "--quick")
+    for text in (
+        "bf16",
+        "W8",
+        "W4 RTN g32",
+        "W4 GPTQ g32",
+        "report.html",
+        "quantkit generate",
+        "from_pretrained",
+        "vllm serve",
+    ):
+        assert text in shown
+    assert json.loads(call("inspect", tmp_path / "w8", "--json"))["schemes"][0]["describe"] == "int8 g32"
 
 
 def test_generate_streams_and_is_deterministic(tiny_quantized):
