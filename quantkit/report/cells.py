@@ -38,14 +38,16 @@ def significant(value: float, digits: int = 3) -> str:
 
 
 def plus_minus(value: float, error: float | None, least: int = 0) -> str:
-    """Format a value with its standard error to one digit of the error, and at least so many decimals."""
+    """Format ``value ± error`` to one digit of the error (two if that is 1 or 2) and at least ``least`` decimals."""
     if error is None or not math.isfinite(error):
         return significant(value, 4)
     if error == 0:
         return "0" if value == 0 else f"{significant(value, 4)} ± 0"
     if max(abs(value), error) < 1e-4 or abs(value) >= 1e7:
         return f"{value:.2e} ± {error:.0e}"
-    decimals = max(least, min(6, -math.floor(math.log10(error))))
+    exponent = math.floor(math.log10(error))
+    digits = 2 if error < 3 * 10**exponent else 1
+    decimals = max(least, min(6, digits - 1 - exponent))
     return f"{value:.{decimals}f} ± {error:.{decimals}f}"
 
 
