@@ -5,6 +5,7 @@ activations between blocks (tokens x hidden) are kept in the compute dtype.
 """
 
 import contextlib
+import ctypes
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -149,8 +150,15 @@ def quantize_blocks(
         for site in sites:
             install(model, site, quantized[site.name].qtensor)
         results |= quantized
+        _return_freed_memory()
         progress(Progress("quantize", len(results), len(plan), block.name))
     return _quantize_outside(model, structure, plan, quantizer, compute, results, progress)
+
+
+def _return_freed_memory() -> None:
+    """Give freed memory back to the system: a block frees hundreds of megabytes in pieces that fragment glibc's heap."""
+    with contextlib.suppress(AttributeError, OSError):  # only glibc has malloc_trim
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _reporter(progress: ProgressCallback, total: int, before: int) -> Callable[[str, Quantized, int], None]:

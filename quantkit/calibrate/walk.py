@@ -14,6 +14,7 @@ Data-dependent control flow is allowed: batches may wait at different sites, the
 served first with the batches that reached it.
 """
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -37,16 +38,6 @@ class Inputs:
 
     x: Tensor
     expert_ids: Tensor | None = None
-
-    def same_as(self, other: "Inputs | None") -> bool:
-        """Tell whether both read the same memory, so that their statistics are the same."""
-        return (
-            other is not None
-            and self.x.data_ptr() == other.x.data_ptr()
-            and self.x.numel() == other.x.numel()
-            and self.x.shape[-1] == other.x.shape[-1]
-            and (self.expert_ids is None) == (other.expert_ids is None)
-        )
 
 
 @dataclass
@@ -109,7 +100,6 @@ class _Batch(greenlet.greenlet):
 
     waiting: str | None = None
     inputs: Inputs | None = None
-    shared: Inputs | None = None
     output: Tensor | None = None
 
 
@@ -135,7 +125,9 @@ def walk_block(
     """
     order = {site.name: i for i, site in enumerate(sites)}
     done: set[str] = set()
-    previous: tuple[list[Inputs], dict[str, SiteStatistics]] = ([], {})
+    # The inputs of the site before, weakly: they must not be kept from being freed, and a dead one equals nothing.
+    previous: list[weakref.ref[Tensor]] = []
+    known: dict[str, SiteStatistics] = {}
 
     def suspend(site: Site, inputs: Inputs) -> None:
         batch = greenlet.getcurrent()
@@ -158,12 +150,14 @@ def walk_block(
             running = [batch for batch in waiting if batch.waiting == name]
             site = sites[order[name]]
             inputs = [batch.inputs for batch in running if batch.inputs is not None]
-            shared = len(inputs) == len(previous[0]) and all(a.same_as(b) for a, b in zip(inputs, previous[0], strict=True))
-            previous = (inputs, previous[1] if shared else {})
-            visit(site, _memoised(site, inputs, previous[1]))
+            if len(inputs) != len(previous) or any(one.x is not ref() for one, ref in zip(inputs, previous, strict=True)):
+                known = {}
+            visit(site, _memoised(site, inputs, known))
             done.add(name)
+            previous = [weakref.ref(one.x) for one in inputs]
             for batch in running:
                 batch.inputs = None
+            del inputs
     finally:
         for hook in hooks:
             hook()
