@@ -5,7 +5,7 @@ headers, config and tokenizer. Peak memory is an estimate: the sum of what is al
 
 - the model as loaded, and the finished codes;
 - one block in float32;
-- with calibration: tokens x (3 hidden + widest input) x 4 bytes, the suspended batches of one block;
+- with calibration: tokens x (2 hidden + 3 widest input) x 4 bytes, the suspended batches of one block (a gated MLP's);
 - with calibration: 5 x widest input^2 x 4 bytes, a Hessian, its damped copy, factor and inverse;
 - the logits of one window in float32, three times over, while the result is proven;
 - what Python and torch need to exist.
@@ -142,5 +142,5 @@ def _working_bytes(model: nn.Module, structure: Structure, sites: list[Site], to
     block = max((sum(p.numel() for p in model.get_submodule(b.name).parameters()) for b in structure.blocks), default=0)
     vocabulary, hidden = model.get_input_embeddings().weight.shape  # type: ignore[operator]
     widest = max(site.in_features for site in sites)
-    calibrating = tokens * (3 * hidden + widest) + 5 * widest**2 if tokens else 0
+    calibrating = tokens * (2 * hidden + 3 * widest) + 5 * widest**2 if tokens else 0
     return int(4 * (block + max(calibrating, 3 * WINDOW * vocabulary)))
