@@ -5,7 +5,6 @@ windows (what is scored), quality (perplexity and divergence), base (a base mode
 coverage (what was quantized), record (the result). Nothing here is random: the same model, text and machine score the same.
 """
 
-import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -114,13 +113,9 @@ def _load(model: nn.Module | str | Path) -> tuple[nn.Module, Any]:
     """Return the model and its tokenizer (None for a model object)."""
     if isinstance(model, nn.Module):
         return model, None
-    from quantkit.checkpoint import load  # transformers is slow to import; a model object does not need it
-    from quantkit.hf.load import load_float, load_tokenizer
+    from quantkit.models import open_model  # transformers is slow to import; a model object does not need it
 
-    config = Path(model) / "config.json"
-    if config.is_file() and "quantization_config" in json.loads(config.read_text(encoding="utf-8")):
-        return load(model), load_tokenizer(model)
-    return load_float(model)
+    return open_model(model)
 
 
 def _label(model: Any) -> str:
