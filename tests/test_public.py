@@ -41,3 +41,12 @@ def test_the_version_is_the_changelogs_newest_and_the_packages():
 def test_python_m_quantkit_and_the_script_are_the_same_program():
     out = subprocess.run([sys.executable, "-m", "quantkit", "--version"], capture_output=True, text=True, check=True).stdout
     assert out.strip() == f"quantkit {quantkit.__version__}"
+
+
+def test_the_readme_gives_two_commands_and_ci_runs_the_second_word_for_word():
+    quickstart = (ROOT / "README.md").read_text().split("## Quickstart")[1].split("\n## ")[0]
+    commands = re.findall(r"```bash\n(.*?)\n```", quickstart, re.DOTALL)
+    assert len(commands) == 2
+    assert all("\n" not in command for command in commands)
+    assert commands[0].endswith("/quantkit demo")
+    assert commands[1] in (ROOT / ".ci" / "run").read_text().splitlines()
