@@ -43,7 +43,7 @@ def main() -> None:
         rows[name] = {key: statistics.median(run[key] for run in runs[name]) for key in runs[name][0]} | quality
     print_table(rows, arguments)
     if arguments.json:
-        facts = {"scheme": arguments.scheme, "samples": arguments.samples, "rounds": arguments.rounds, "cpu": cpu_name()}
+        facts = {"scheme": arguments.scheme, "compute": arguments.compute, "samples": arguments.samples, "rounds": arguments.rounds, "cpu": cpu_name()}
         Path(arguments.json).write_text(json.dumps(facts | {"rows": rows, "runs": runs}, indent=2) + "\n")
 
 
@@ -57,6 +57,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--windows", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--compute", default="float32", choices=["float32", "bfloat16"], help="dtype quantkit runs a block in")
     parser.add_argument("--json")
     parser.add_argument("--work", help="directory for models and checkpoints (default: a temporary one)")
     parser.add_argument("--worker", choices=["quantkit", "llm-compressor", "score"], help=argparse.SUPPRESS)
@@ -83,7 +84,7 @@ def prepare(arguments: argparse.Namespace, work: Path) -> None:
 
 def call(python: str, worker: str, arguments: argparse.Namespace, work: Path, **extra: object) -> dict:
     command = [python, __file__, "--worker", worker, "--work", str(work), "--scheme", arguments.scheme]
-    command += ["--windows", str(arguments.windows)]
+    command += ["--windows", str(arguments.windows), "--compute", arguments.compute]
     command += ["--eval-data", arguments.eval_data] if arguments.eval_data else []
     for key, value in extra.items():
         command += [f"--{key}", str(value)]
@@ -95,16 +96,21 @@ def call(python: str, worker: str, arguments: argparse.Namespace, work: Path, **
 
 
 def run_quantkit(arguments: argparse.Namespace) -> dict:
+    import torch
     from safetensors.torch import load_file
 
     import quantkit
+    from quantkit.blockwise import Compute
     from quantkit.hf.load import load_float
 
     work = Path(arguments.work)
     ids = load_file(work / "calibration.safetensors")["ids"]
     model, tokenizer = load_float(work / "float")
     start = time.perf_counter()
-    result = quantkit.quantize(model, arguments.scheme, quantizer="gptq", data=list(ids.split(8)), tokenizer=tokenizer)
+    compute = Compute(torch.device("cpu"), getattr(torch, arguments.compute))
+    result = quantkit.quantize(
+        model, arguments.scheme, quantizer="gptq", data=list(ids.split(8)), tokenizer=tokenizer, compute=compute
+    )
     seconds, peak = time.perf_counter() - start, peak_mib()
     start = time.perf_counter()
     quantkit.save(result.model, work / "quantkit", tokenizer=tokenizer, overwrite=True)
