@@ -43,7 +43,13 @@ def main() -> None:
         rows[name] = {key: statistics.median(run[key] for run in runs[name]) for key in runs[name][0]} | quality
     print_table(rows, arguments)
     if arguments.json:
-        facts = {"scheme": arguments.scheme, "compute": arguments.compute, "samples": arguments.samples, "rounds": arguments.rounds, "cpu": cpu_name()}
+        facts = {
+            "scheme": arguments.scheme,
+            "compute": arguments.compute,
+            "samples": arguments.samples,
+            "rounds": arguments.rounds,
+            "cpu": cpu_name(),
+        }
         Path(arguments.json).write_text(json.dumps(facts | {"rows": rows, "runs": runs}, indent=2) + "\n")
 
 
