@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_RECIPE_LINES = 400, 60, 30
 
 FLOORS = (
-    {"errors", "files", "numerics", "progress", "qtensor", "registry", "spec"},
+    {"errors", "files", "memory", "numerics", "progress", "qtensor", "registry", "spec"},
     {"kernels", "nn"},
     {"calibrate", "engine", "formats", "quantizers"},
     {"hf"},

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from quantkit.calibrate.collectors import COLLECTORS, Collector
 from quantkit.errors import CalibrationError
+from quantkit.memory import return_freed_memory
 from quantkit.nn.sites import Block, Site
 
 
@@ -158,6 +159,7 @@ def walk_block(
             for batch in running:
                 batch.inputs = None
             del inputs
+            return_freed_memory()  # before the batches go on: what they free in pieces is a third of the peak otherwise
     finally:
         for hook in hooks:
             hook()
