@@ -19,10 +19,37 @@ PAGE_BYTES = mmap.PAGESIZE
 _FILE_BIT = 61  # of a pagemap entry: the page is the file's own (or shared); bit 63: it is present
 
 
+def resident_bytes() -> int:
+    """Return the memory of this process that is resident now; 0 where the system does not say."""
+    with contextlib.suppress(OSError):
+        return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE_BYTES
+    return 0
+
+
 def return_freed_memory() -> None:
     """Give freed heap back: a block frees hundreds of megabytes in pieces that fragment glibc's heap."""
     with contextlib.suppress(AttributeError, OSError):  # only glibc has malloc_trim
         ctypes.CDLL(None).malloc_trim(0)
+
+
+class HeapWatch:
+    """Give freed heap back whenever the process has grown by ``step_bytes``.
+
+    Holes that tensors leave in glibc's heap are not reused by tensors of the same size (before 2.38 an aligned allocation
+    looks for more than it needs), so a loop that keeps one of every two tensors it makes holds twice what it keeps.
+    """
+
+    def __init__(self, step_bytes: int = 64 << 20) -> None:
+        self._step, self._last = step_bytes, resident_bytes()
+
+    def check(self) -> None:
+        """Look, and trim if it is time."""
+        now = resident_bytes()
+        if now > self._last + self._step:
+            return_freed_memory()
+            now = resident_bytes()
+            self._last = now
+        self._last = min(self._last, now)
 
 
 def mapped_pages(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
