@@ -128,7 +128,8 @@ def turnings(call: Call) -> Iterator[Turning]:
         return
     cos, sin = (flat(part).float() for part in call.outputs)
     dim = cos.shape[1]
-    if dim % 2 or len(cos) != TOKENS or not agrees(cos.square() + sin.square(), torch.ones_like(cos) * cos[0, 0].square()):
+    radius = torch.full_like(cos, float(cos[0, 0].square())).to(call.y.dtype)
+    if dim % 2 or len(cos) != TOKENS or not agrees(cos.square() + sin.square(), radius):
         return
     if torch.equal(cos[:, : dim // 2], cos[:, dim // 2 :]):  # the model wrote cat(angles, angles)
         yield Turning(call, False, slice(0, dim // 2))

@@ -1,9 +1,10 @@
 """Lower a model of transformers to a decoder program, without a table of architectures, and prove it.
 
-:func:`lower` watches one forward pass (``quantkit/hf/watch.py``), finds out how the values follow from one another, writes that down
-as a :class:`~quantkit.kernels.program.Program`, and then runs the program's definition beside the recorded pass: each layer on the input
-the model's own layer had, and the logits. A model for which any of this fails is refused with the reason, and runs through its
-modules instead. So a family is claimed when it is proven, and what no one has heard of yet may work too.
+:func:`lower` watches one forward pass (``quantkit/hf/watch.py``), finds out how the values follow from one another, writes
+that down as a :class:`~quantkit.kernels.program.Program`, and then runs the program's definition beside the recorded pass:
+each layer on the input the model's own layer had, and the logits. A model for which any of this fails is refused with the
+reason, and runs through its modules instead. So a family is claimed when it is proven, and what no one has heard of yet may
+work too.
 
 What a few tokens cannot show is asked at far positions instead: windows through the mask function, rotary tables from the
 model's own rotary module. Weights are shared with the model, norms are copied in float32.
@@ -37,8 +38,8 @@ class CannotLower(QuantkitError):
 def lower(model: PreTrainedModel) -> Program:
     """Return the program that computes what ``model`` does.
 
-    The model is run once, on :data:`~quantkit.hf.watch.TOKENS` tokens, in its own dtype and evaluation mode. Its weights are shared:
-    the program sees values changed in place; weights or modules that are *replaced* later need a new program.
+    The model is run once, on :data:`~quantkit.hf.watch.TOKENS` tokens, in its own dtype; it must be in evaluation mode. Its
+    weights are shared: the program sees values changed in place (norms excepted); what is *replaced* later needs a new program.
 
     Raises:
         CannotLower: with the first thing about the model that no program describes, or where the proof failed.

@@ -2,8 +2,8 @@
 
 A model's config says what its author called things; a forward pass says what is computed. :func:`watch` runs a few random
 tokens through a model with hooks on every module and with an attention function of its own behind transformers'
-``ALL_ATTENTION_FUNCTIONS``, and keeps all values, layer by layer. ``quantkit/hf/lower.py`` then finds out how they follow from one
-another. Nothing of the model is changed (the attention implementation is put back); cost is one forward of
+``ALL_ATTENTION_FUNCTIONS``, and keeps all values, layer by layer. ``quantkit/hf/lower.py`` then finds out how they follow
+from one another. Nothing of the model is changed (the attention implementation is put back); cost is one forward of
 :data:`TOKENS` tokens.
 """
 
