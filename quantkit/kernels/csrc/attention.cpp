@@ -203,7 +203,7 @@ Span span(const AttentionJob& job, int64_t row) {
 }
 
 float* partial_at(const AttentionJob& job, int64_t row, int64_t head, int64_t chunk_index) {
-  return job.partial + ((row * job.a->heads + head) * job.chunks + chunk_index) * (job.a->head_dim + 2);
+  return job.partial + ((row * job.a->heads + head) * job.batch->chunks + chunk_index) * (job.a->head_dim + 2);
 }
 
 constexpr int64_t kBlockQueries = 32;  // that read a chunk together, while it is in the cache

@@ -12,110 +12,18 @@
 #include <cmath>
 #include <cstring>
 
+#include "buffers.h"
+
 namespace qk {
 namespace {
 
-constexpr int64_t kPrivateRows = 2;
-constexpr int64_t kActivationBlock = 32;  // columns that share a scale, with int8 activations
-
-int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
-
-// Widths of a program's buffers.
-struct Sizes {
-  int64_t wide = 0;     // outputs of linears that are read once: [q | k | v], [gate | up], router
-  int64_t input = 0;    // inputs of linears
-  int64_t partial = 0;  // floats of attention's partial results, per row and chunk
-
-  explicit Sizes(const Program& p) {
-    input = p.hidden;
-    for (int64_t i = 0; i < p.layer_count; ++i) {
-      const Layer& layer = p.layers[i];
-      const Attention& a = layer.attention;
-      wide = most(wide, (a.heads + 2 * a.kv_heads) * a.head_dim);
-      input = most(input, a.heads * a.head_dim);
-      partial = most(partial, attention_partial_floats(a));
-      wide = most(wide, layer.experts);
-      for (int64_t e = 0; e < most(layer.experts, 1); ++e) {
-        input = most(input, layer.mlps[e].down->columns);
-        wide = most(wide, layer.mlps[e].down->columns * (layer.mlps[e].gated ? 2 : 1));
-      }
-    }
-  }
-};
-
-// Activations made ready for linears, and the floats they were made from.
-struct Ready {
-  float* x;
-  Rows rows;
-};
-
-// Hands out aligned pieces of one buffer; with no buffer it only counts.
-struct Arena {
-  char* base;
-  int64_t used = 0;
-
-  template <typename T>
-  T* take(int64_t count) {
-    T* piece = base ? reinterpret_cast<T*>(base + used) : nullptr;
-    used += aligned(count * static_cast<int64_t>(sizeof(T)));
-    return piece;
-  }
-
-  Ready take_ready(int64_t rows, int64_t width) {
-    const int64_t blocks = (width + kActivationBlock - 1) / kActivationBlock;
-    Ready ready{};
-    ready.x = take<float>(rows * width);
-    ready.rows.q = take<int8_t>(rows * padded_columns(width));
-    ready.rows.scale = take<float>(rows * blocks);
-    ready.rows.sum = take<int32_t>(rows * blocks);
-    ready.rows.block = kActivationBlock;
-    return ready;
-  }
-};
-
-struct Buffers {
-  float *residual, *before, *wide, *narrow, *attended, *mixed, *partial, *weights;
-  int32_t* chosen;
-  Ready shared;
-  char* privates;
-  int64_t private_bytes;
-
-  Buffers(Arena& arena, const Program& p, int64_t rows, int64_t chunks, int64_t threads) {
-    const Sizes sizes(p);
-    residual = arena.take<float>(rows * p.hidden);
-    before = arena.take<float>(rows * p.hidden);
-    wide = arena.take<float>(rows * sizes.wide);
-    narrow = arena.take<float>(rows * p.hidden);
-    attended = arena.take<float>(rows * sizes.input);
-    mixed = arena.take<float>(rows * p.hidden);
-    partial = arena.take<float>((rows < kSplitRows ? rows : kSplitRows) * chunks * sizes.partial);
-    weights = arena.take<float>(rows * sizes.wide);
-    chosen = arena.take<int32_t>(rows * sizes.wide);
-    shared = arena.take_ready(rows, sizes.input);
-    Arena count{nullptr};
-    count.take_ready(kPrivateRows, sizes.input);
-    private_bytes = count.used;
-    privates = arena.take<char>(private_bytes * threads);
-  }
-};
-
-struct Call {
-  const Program& p;
-  const Batch& batch;
-  const Kv& kv;
-  Buffers buffers;
-  int64_t chunks;
-};
+void copy(float* to, const float* from, int64_t count) { memcpy(to, from, static_cast<size_t>(count) * sizeof(float)); }
 
 // One member's run through the program.
 class Run {
  public:
-  Run(const Call& call, const Member& me)
-      : p_(call.p), batch_(call.batch), kv_(call.kv), b_(call.buffers), chunks_(call.chunks), me_(me), sizes_(call.p) {
-    Arena arena{b_.privates + b_.private_bytes * me.index};
-    mine_ = arena.take_ready(kPrivateRows, sizes_.input);
-  }
+  Run(const Program& program, const Batch& batch, const Kv& kv, const Buffers& buffers, const Member& me)
+      : p_(program), batch_(batch), kv_(kv), b_(buffers), me_(me), mine_(buffers.member(me.index)) {}
 
   void operator()() {
     embed();
@@ -129,102 +37,113 @@ class Run {
   }
 
  private:
-  // Fill rows of activations with fill(row, destination) and make them ready for linears that read `columns` of them. On
-  // return they are complete.
+  // Fill rows of activations with fill(row, destination) and make them ready for `linears`. On return they are complete.
   template <typename Fill>
-  const Rows& prepare(int64_t rows, int64_t columns, Fill fill) {
+  const Ready& prepare(int64_t rows, const Linear* linears, int64_t count, Fill fill) {
     const bool alone = rows <= kPrivateRows;
-    Ready& ready = alone ? mine_ : b_.shared;
-    Rows& r = ready.rows;
+    ready_ = alone ? mine_.ready : b_.shared;
+    ready_.fit(rows, linears, count, batch_.activation_block, batch_.exact != 0);
     int64_t begin = 0, end = rows;
     if (!alone) share(me_, rows, 1, &begin, &end);
-    Rows& local = alone ? r : shared_rows_;
-    local = r;
-    local.x = ready.x;
-    local.m = rows;
-    local.columns = columns;
-    local.stride = columns;
-    for (int64_t row = begin; row < end; ++row) fill(row, ready.x + row * columns);
-    if (!batch_.exact) prepare_rows(local, begin, end);
+    for (int64_t row = begin; row < end; ++row) fill(row, ready_.x + row * linears->columns);
+    for (int64_t i = 0; i < ready_.kinds; ++i) prepare_rows(ready_.rows[i], begin, end);
     if (!alone) me_.wait();
-    return local;
+    return ready_;
   }
 
-  // My share of linears whose outputs lie side by side in rows of y; returns nothing to wait for.
-  void multiply(const Linear* linears, int64_t count, const Rows& rows, float* y, int64_t y_stride) {
+  // My share of linears whose outputs lie side by side in rows of y; others' may not be there yet.
+  void multiply(const Linear* linears, int64_t count, const Ready& ready, float* y, int64_t y_stride) {
     int64_t total = 0, begin, end;
     for (int64_t i = 0; i < count; ++i) total += linear_blocks(linears[i]);
     share(me_, total, 1, &begin, &end);
     for (int64_t i = 0, first = 0; i < count; ++i) {
       const int64_t blocks = linear_blocks(linears[i]);
       const int64_t from = begin > first ? begin - first : 0, to = end - first < blocks ? end - first : blocks;
-      if (from < to) linear_share(linears[i], rows, batch_.exact != 0, y, y_stride, from, to, nullptr);
+      if (from < to) linear_share(linears[i], ready.of(linears[i]), batch_.exact != 0, y, y_stride, from, to, mine_.scratch);
       first += blocks;
       y += linears[i].rows;
     }
   }
 
+  // My share of a (rows, columns) array: whole rows if there are enough, else columns of every row.
+  template <typename F>
+  void each_part(int64_t rows, int64_t columns, F f) {
+    int64_t begin, end;
+    const bool by_row = rows >= me_.count;
+    share(me_, by_row ? rows : columns, by_row ? 1 : kWidth, &begin, &end);
+    for (int64_t row = by_row ? begin : 0; row < (by_row ? end : rows); ++row)
+      f(row, by_row ? 0 : begin, by_row ? columns : end);
+  }
+
   void embed() {
-    int64_t begin, end;
-    share(me_, batch_.rows * p_.hidden, kWidth, &begin, &end);
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t row = i / p_.hidden, column = i % p_.hidden;
-      const float value = load_one(p_.embedding, batch_.tokens[row] * p_.hidden + column, p_.embedding_dtype);
-      b_.residual[i] = value * p_.embedding_scale;
-    }
+    each_part(batch_.rows, p_.hidden, [&](int64_t row, int64_t begin, int64_t end) {
+      const int64_t token = batch_.tokens[row] * p_.hidden;
+      for (int64_t i = begin; i < end; ++i)
+        b_.residual[row * p_.hidden + i] = load_one(p_.embedding, token + i, p_.embedding_dtype) * p_.embedding_scale;
+    });
     me_.wait();
   }
 
+  // A parallel block's networks both read what the layer was given.
   void keep() {
-    int64_t begin, end;
-    share(me_, batch_.rows * p_.hidden, kWidth, &begin, &end);
-    memcpy(b_.before + begin, b_.residual + begin, static_cast<size_t>(end - begin) * sizeof(float));
-    me_.wait();
-  }
-
-  const Rows& normalized(const Norm& norm, const float* x) {
-    return prepare(batch_.rows, p_.hidden, [&](int64_t row, float* to) {
-      if (norm.gain) normalize_row(norm, x + row * p_.hidden, to);
-      else memcpy(to, x + row * p_.hidden, static_cast<size_t>(p_.hidden) * sizeof(float));
+    each_part(batch_.rows, p_.hidden, [&](int64_t row, int64_t begin, int64_t end) {
+      copy(b_.before + row * p_.hidden + begin, b_.residual + row * p_.hidden + begin, end - begin);
     });
   }
 
-  // residual += scale * norm(y); my rows of w have been written to y, others' have not yet.
+  const Ready& normalized(const Norm& norm, const float* x, const Linear* linears, int64_t count) {
+    return prepare(batch_.rows, linears, count, [&](int64_t row, float* to) {
+      if (norm.gain) normalize_row(norm, x + row * p_.hidden, to);
+      else copy(to, x + row * p_.hidden, p_.hidden);
+    });
+  }
+
+  // residual += scale * norm(y), for a y that all have written their part of.
   void add(const Norm& norm, float* y, float scale) {
     me_.wait();
-    int64_t begin, end;
     if (norm.gain) {
+      int64_t begin, end;
       share(me_, batch_.rows, 1, &begin, &end);
       for (int64_t row = begin; row < end; ++row) normalize_row(norm, y + row * p_.hidden, y + row * p_.hidden);
-      begin *= p_.hidden;
-      end *= p_.hidden;
+      for (int64_t i = begin * p_.hidden; i < end * p_.hidden; ++i) b_.residual[i] += scale * y[i];
     } else {
-      share(me_, batch_.rows * p_.hidden, kWidth, &begin, &end);
+      each_part(batch_.rows, p_.hidden, [&](int64_t row, int64_t begin, int64_t end) {
+        for (int64_t i = row * p_.hidden + begin; i < row * p_.hidden + end; ++i) b_.residual[i] += scale * y[i];
+      });
     }
-    for (int64_t i = begin; i < end; ++i) b_.residual[i] += scale * y[i];
+    me_.wait();
+  }
+
+  // residual += scale * norm(w x): without a norm everyone adds what it computed, and nobody waits in between.
+  void multiply_add(const Linear& w, const Ready& ready, const Norm& norm, float scale) {
+    multiply(&w, 1, ready, b_.narrow, p_.hidden);
+    if (norm.gain) return add(norm, b_.narrow, scale);
+    int64_t begin, end;
+    share(me_, linear_blocks(w), 1, &begin, &end);
+    end = end * 16 < p_.hidden ? end * 16 : p_.hidden;
+    for (int64_t row = 0; row < batch_.rows; ++row)
+      for (int64_t i = row * p_.hidden + begin * 16; i < row * p_.hidden + end; ++i) b_.residual[i] += scale * b_.narrow[i];
     me_.wait();
   }
 
   void attention(const Layer& layer, int64_t index) {
     const Attention& a = layer.attention;
-    const int64_t width = (a.heads + 2 * a.kv_heads) * a.head_dim;
-    multiply(a.qkv, a.qkv_count, normalized(layer.attention_in, b_.residual), b_.wide, width);
+    const int64_t width = (a.heads + 2 * a.kv_heads) * a.head_dim, inner = a.heads * a.head_dim;
+    multiply(a.qkv, a.qkv_count, normalized(layer.attention_in, b_.residual, a.qkv, a.qkv_count), b_.wide, width);
     me_.wait();
     wide_norms(a, width);
     const bool split = batch_.rows <= kSplitRows;
-    AttentionJob job{&a,  a.rotary < 0 ? nullptr : p_.rotaries + a.rotary, &batch_, &kv_, index, b_.wide, b_.attended,
-                     split ? b_.partial : nullptr, chunks_};
+    const AttentionJob job{&a,      a.rotary < 0 ? nullptr : p_.rotaries + a.rotary, &batch_, &kv_, index, b_.wide,
+                           b_.attended, split ? b_.partial : nullptr};
     append_share(job, me_);
     me_.wait();
     attention_share(job, me_);
     me_.wait();
-    const int64_t inner = a.heads * a.head_dim;
-    const Rows& rows = prepare(batch_.rows, inner, [&](int64_t row, float* to) {
+    const Ready& ready = prepare(batch_.rows, a.out, 1, [&](int64_t row, float* to) {
       if (split) merge_row(job, row, to);
-      else memcpy(to, b_.attended + row * inner, static_cast<size_t>(inner) * sizeof(float));
+      else copy(to, b_.attended + row * inner, inner);
     });
-    multiply(a.out, 1, rows, b_.narrow, p_.hidden);
-    add(layer.attention_out, b_.narrow, layer.attention_scale);
+    multiply_add(*a.out, ready, layer.attention_out, layer.attention_scale);
   }
 
   // Norms over all heads of a row at once.
@@ -242,120 +161,163 @@ class Run {
   }
 
   void feed_forward(const Layer& layer) {
-    const Rows& rows = normalized(layer.mlp_in, layer.parallel ? b_.before : b_.residual);
+    const float* x = layer.parallel ? b_.before : b_.residual;
     if (layer.experts) {
-      mixture(layer, rows);
+      mixture(layer, normalized(layer.mlp_in, x, layer.router, 1));
       return add(layer.mlp_out, b_.mixed, layer.mlp_scale);
     }
-    network(*layer.mlps, rows, batch_.rows, b_.narrow);
-    add(layer.mlp_out, b_.narrow, layer.mlp_scale);
+    const Mlp& mlp = *layer.mlps;
+    const Ready& active = activated(mlp, normalized(layer.mlp_in, x, mlp.up, mlp.up_count), batch_.rows);
+    multiply_add(*mlp.down, active, layer.mlp_out, layer.mlp_scale);
   }
 
-  // y = down(act(up(x))); my part of y is written, others' not yet.
-  void network(const Mlp& mlp, const Rows& rows, int64_t count, float* y) {
+  // act(gate) * up, ready for the down projection.
+  const Ready& activated(const Mlp& mlp, const Ready& ready, int64_t rows) {
     const int64_t inner = mlp.down->columns, width = inner * (mlp.gated ? 2 : 1);
-    multiply(mlp.up, mlp.up_count, rows, b_.wide, width);
+    multiply(mlp.up, mlp.up_count, ready, b_.wide, width);
     me_.wait();
-    const Rows& active = prepare(count, inner, [&](int64_t row, float* to) {
+    return prepare(rows, mlp.down, 1, [&](int64_t row, float* to) {
       activate_row(mlp.activation, mlp.gated != 0, b_.wide + row * width, to, inner);
     });
-    multiply(mlp.down, 1, active, y, p_.hidden);
   }
 
-  void mixture(const Layer& layer, const Rows& rows);
-
-  void read_out() {
-    const int64_t count = batch_.wanted_count;
-    if (!count) return;
-    const int64_t begin_row = 0;
-    (void)begin_row;
-    for (int64_t first = 0; first < count; first += batch_.rows) {  // wanted rows may repeat, but not fit the buffers
-      const int64_t some = count - first < batch_.rows ? count - first : batch_.rows;
-      const Rows& rows = prepare(some, p_.hidden, [&](int64_t i, float* to) {
-        const float* x = b_.residual + batch_.wanted[first + i] * p_.hidden;
-        if (p_.final_norm.gain) normalize_row(p_.final_norm, x, to);
-        else memcpy(to, x, static_cast<size_t>(p_.hidden) * sizeof(float));
-      });
-      float* logits = batch_.logits + first * batch_.vocabulary;
-      multiply(p_.head, 1, rows, logits, batch_.vocabulary);
-      me_.wait();
-      finish(logits, some * batch_.vocabulary);
-    }
-    if (!batch_.argmax) return;
+  // Experts one after another: each reads the rows that chose it, and what it returns is added to theirs.
+  void mixture(const Layer& layer, const Ready& ready) {
+    const int64_t hidden = p_.hidden;
+    float* inputs = b_.attended;  // the experts' own activations overwrite what `ready` holds
+    multiply(layer.router, 1, ready, b_.wide, layer.experts);
+    each_part(batch_.rows, hidden, [&](int64_t row, int64_t begin, int64_t end) {
+      copy(inputs + row * hidden + begin, ready.x + row * hidden + begin, end - begin);
+      memset(b_.mixed + row * hidden + begin, 0, static_cast<size_t>(end - begin) * sizeof(float));
+    });
     me_.wait();
     int64_t begin, end;
-    share(me_, count, 1, &begin, &end);
-    for (int64_t i = begin; i < end; ++i) batch_.argmax[i] = largest(batch_.logits + i * batch_.vocabulary);
-  }
-
-  void finish(float* logits, int64_t total) {
-    if (p_.logit_scale == 1.0f && p_.logit_softcap == 0.0f) return;
-    int64_t begin, end;
-    share(me_, total, kWidth, &begin, &end);
-    const float cap = p_.logit_softcap;
-    for (int64_t i = begin; i < end; ++i) {
-      const float value = logits[i] * p_.logit_scale;
-      logits[i] = cap > 0 ? cap * tanhf(value / cap) : value;
+    share(me_, batch_.rows, 1, &begin, &end);
+    for (int64_t row = begin; row < end; ++row) choose(layer, row);
+    me_.wait();
+    for (int64_t e = 0; e < layer.experts; ++e) {
+      int64_t count = 0;
+      for (int64_t i = 0; i < batch_.rows * layer.top_k; ++i)
+        if (b_.chosen[i] == e) mine_.picked[count++] = static_cast<int32_t>(i);
+      if (!count) continue;
+      const Mlp& mlp = layer.mlps[e];
+      const Ready& some = prepare(count, mlp.up, mlp.up_count, [&](int64_t i, float* to) {
+        copy(to, inputs + mine_.picked[i] / layer.top_k * hidden, hidden);
+      });
+      const Ready& active = activated(mlp, some, count);
+      multiply(mlp.down, 1, active, b_.narrow, hidden);
+      me_.wait();
+      each_part(count, hidden, [&](int64_t i, int64_t from, int64_t to) {
+        const float* y = b_.narrow + i * hidden;
+        float* sum = b_.mixed + mine_.picked[i] / layer.top_k * hidden;
+        for (int64_t d = from; d < to; ++d) sum[d] += b_.weights[mine_.picked[i]] * y[d];
+      });
+      me_.wait();
     }
   }
 
-  int32_t largest(const float* row) const {
-    int32_t best = 0;
-    for (int64_t i = 1; i < batch_.vocabulary; ++i)
-      if (row[i] > row[best]) best = static_cast<int32_t>(i);
-    return best;
+  // The most probable experts of a row and their weights.
+  void choose(const Layer& layer, int64_t row) {
+    float *p = b_.wide + row * layer.experts, *weight = b_.weights + row * layer.top_k;
+    float top = p[0], total = 0, sum = 0;
+    for (int64_t e = 1; e < layer.experts; ++e) top = p[e] > top ? p[e] : top;
+    for (int64_t e = 0; e < layer.experts; ++e) total += p[e] = expf(p[e] - top);
+    for (int64_t i = 0; i < layer.top_k; ++i) {
+      int64_t best = 0;
+      for (int64_t e = 1; e < layer.experts; ++e) best = p[e] > p[best] ? e : best;
+      b_.chosen[row * layer.top_k + i] = static_cast<int32_t>(best);
+      sum += weight[i] = p[best] / total;
+      p[best] = -1;
+    }
+    for (int64_t i = 0; i < layer.top_k; ++i) weight[i] *= layer.expert_scale / (layer.normalize ? sum : 1.0f);
+  }
+
+  void read_out() {
+    const int64_t count = batch_.wanted_count, width = batch_.vocabulary;
+    if (!count) return;
+    const Ready& ready = prepare(count, p_.head, 1, [&](int64_t i, float* to) {
+      const float* x = b_.residual + batch_.wanted[i] * p_.hidden;
+      if (p_.final_norm.gain) normalize_row(p_.final_norm, x, to);
+      else copy(to, x, p_.hidden);
+    });
+    multiply(p_.head, 1, ready, batch_.logits, width);
+    int64_t begin, end;
+    share(me_, linear_blocks(*p_.head), 1, &begin, &end);
+    begin *= 16;
+    end = end * 16 < width ? end * 16 : width;
+    for (int64_t i = 0; i < count; ++i) finish(i, begin, end);
+    if (!batch_.argmax) return;
+    me_.wait();
+    for (int64_t i = 0; me_.index == 0 && i < count; ++i) {
+      int64_t best = b_.best[i];
+      for (int32_t t = 1; t < me_.count; ++t) {
+        const int64_t other = b_.best[t * batch_.rows + i];
+        if (other >= 0 && (best < 0 || batch_.logits[i * width + other] > batch_.logits[i * width + best])) best = other;
+      }
+      batch_.argmax[i] = static_cast<int32_t>(best);
+    }
+  }
+
+  // My logits of one row: scale, cap, and where the largest is.
+  void finish(int64_t row, int64_t begin, int64_t end) {
+    float* logits = batch_.logits + row * batch_.vocabulary;
+    const float cap = p_.logit_softcap;
+    if (p_.logit_scale != 1.0f || cap > 0)
+      for (int64_t i = begin; i < end; ++i) {
+        logits[i] *= p_.logit_scale;
+        if (cap > 0) logits[i] = cap * tanhf(logits[i] / cap);
+      }
+    int64_t i = begin, best = begin < end ? begin : -1;
+    if (batch_.argmax && best >= 0) {
+      Floats most = splat(-INFINITY);
+      for (; i + kWidth <= end; i += kWidth) {
+        const Floats values = load(logits + i);
+        most = values > most ? values : most;
+      }
+      float top = -INFINITY;
+      for (int lane = 0; lane < kWidth; ++lane) top = most[lane] > top ? most[lane] : top;
+      for (; i < end; ++i) top = logits[i] > top ? logits[i] : top;
+      for (i = begin; i < end && logits[i] != top; ++i) {
+      }
+      if (i < end) best = i;
+    }
+    b_.best[me_.index * batch_.rows + row] = static_cast<int32_t>(best);
   }
 
   const Program& p_;
   const Batch& batch_;
   const Kv& kv_;
-  Buffers b_;
-  const int64_t chunks_;
+  const Buffers& b_;
   const Member& me_;
-  const Sizes sizes_;
-  Ready mine_;
-  Rows shared_rows_;
+  const Buffers::Private mine_;
+  Ready ready_;
 };
 
-// Experts one after another; each reads the rows that chose it, and what it returns is added in the order of experts.
-void Run::mixture(const Layer& layer, const Rows& rows) {
-  const int64_t experts = layer.experts, k = layer.top_k, hidden = p_.hidden;
-  multiply(layer.router, 1, rows, b_.wide, experts);
-  float* inputs = b_.attended;  // free by now; the experts' networks overwrite what `rows` points at
-  int64_t begin, end;
-  share(me_, batch_.rows, 1, &begin, &end);
-  for (int64_t row = begin; row < end; ++row) memcpy(inputs + row * hidden, rows.x + row * hidden, static_cast<size_t>(hidden) * 4);
-  me_.wait();
-  for (int64_t row = begin; row < end; ++row) {
-    float *p = b_.wide + row * experts, *weight = b_.weights + row * k, total = 0, sum = 0, top = p[0];
-    int32_t* chosen = b_.chosen + row * k;
-    for (int64_t e = 0; e < experts; ++e) top = p[e] > top ? p[e] : top;
-    for (int64_t e = 0; e < experts; ++e) total += p[e] = expf(p[e] - top);
-    for (int64_t i = 0; i < k; ++i) {
-      int64_t best = 0;
-      for (int64_t e = 1; e < experts; ++e)
-        if (p[e] > p[best]) best = e;
-      chosen[i] = static_cast<int32_t>(best);
-      weight[i] = p[best] / total;
-      sum += weight[i];
-      p[best] = -1.0f;
-    }
-    for (int64_t i = 0; i < k; ++i) weight[i] = weight[i] * layer.expert_scale / (layer.normalize ? sum : 1.0f);
-    memset(b_.mixed + row * hidden, 0, static_cast<size_t>(hidden) * sizeof(float));
-  }
-  me_.wait();
-  for (int64_t e = 0; e < experts; ++e) {
-    int64_t count = 0;
-    int32_t* picked = picked_rows(e, k, &count);
-    if (!count) continue;
-    const Rows& some = prepare(count, hidden, [&](int64_t i, float* to) {
-      memcpy(to, inputs + picked[i] * hidden, static_cast<size_t>(hidden) * sizeof(float));
-    });
-    network(layer.mlps[e], some, count, b_.narrow);
-    me_.wait();
-    share(me_, count, 1, &begin, &end);
-  }
+struct Call {
+  const Program& program;
+  const Batch& batch;
+  const Kv& kv;
+  const Buffers& buffers;
+};
+
+void run(const Member& me, void* argument) {
+  const Call& call = *static_cast<const Call*>(argument);
+  Run(call.program, call.batch, call.kv, call.buffers, me)();
 }
 
 }  // namespace
 }  // namespace qk
+
+#define QK_EXPORT extern "C" __attribute__((visibility("default")))
+
+// Bytes of scratch memory (64-byte aligned) for calls of up to `rows` rows, contexts of `chunks`, and `threads` threads.
+QK_EXPORT int64_t qk_decoder_bytes(const qk::Program* program, int64_t rows, int64_t chunks, int32_t block, int32_t threads) {
+  return qk::Buffers(*program, rows, chunks, block, threads, nullptr).bytes;
+}
+
+// Run one call. Nothing is checked here: kernels/decoder.py has.
+QK_EXPORT void qk_decoder_run(const qk::Program* program, const qk::Batch* batch, const qk::Kv* kv, void* scratch, int32_t threads) {
+  const qk::Buffers buffers(*program, batch->rows, batch->chunks, batch->activation_block, threads, static_cast<char*>(scratch));
+  qk::Call call{*program, *batch, *kv, buffers};
+  qk::run_team(threads, qk::run, &call);
+}

@@ -83,10 +83,12 @@ struct Batch {
   int64_t rows;
   const int32_t *tokens, *positions, *slots;
   const int32_t* wanted;  // [wanted_count]: rows whose logits are wanted
-  int64_t wanted_count, vocabulary;
+  int64_t wanted_count, vocabulary;  // wanted_count <= rows
   float* logits;    // [wanted_count][vocabulary]
   int32_t* argmax;  // [wanted_count], or null
-  int32_t exact;    // float activations, or int8 ones
+  int64_t chunks;   // of kChunkTokens keys, that the longest context takes
+  int32_t exact;    // float activations, or int8 ones with a scale per `activation_block` columns
+  int32_t activation_block;
 };
 
 // What attention needs of a call.
@@ -98,8 +100,7 @@ struct AttentionJob {
   int64_t layer;
   float* qkv;            // [rows][(heads + 2 kv_heads) * head_dim]; queries are normalized and rotated in place
   float* out;            // [rows][heads * head_dim]
-  float* partial;        // see attention.cpp; null: no splitting along the context
-  int64_t chunks;        // per row, room in `partial`
+  float* partial;        // [row][head][chunk]: see attention.cpp; null: contexts are not split
 };
 
 constexpr int64_t kChunkTokens = 128;  // keys whose softmax is taken at once; partial results are merged in order
