@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from quantkit.engine.engine import FinishReason, generate_ids
 from quantkit.engine.sampling import Sampling
 from quantkit.errors import QuantkitError
-from quantkit.hf.cache import TransformersStep
+from quantkit.hf.step import open_step
 
 Message = dict[str, Any]
 Prompt = str | Sequence[int] | Sequence[Message] | Tensor
@@ -60,6 +60,8 @@ def generate(
     stop: str | int | Sequence[str | int] = (),
     seed: int | None = None,
     stream: Callable[[str], None] | None = None,
+    engine: str = "auto",
+    activations: str = "float",
 ) -> Generation:
     """Continue a prompt.
 
@@ -73,6 +75,8 @@ def generate(
             from the model's generation config except its end-of-sequence tokens.
         stop: strings or token ids that also end the answer.
         stream: called with each piece of text as soon as it is certain.
+        engine: ``"native"``, ``"modules"``, or the first where it can run the model: see :func:`quantkit.hf.step.open_step`.
+        activations: ``"int8"`` is faster and less exact; native only.
 
     Returns:
         The answer and its timings.
@@ -88,8 +92,8 @@ def generate(
     ids = encode_prompt(prompt, tokenizer)
     _check_fits(model, ids, max_new_tokens)
     text = None if tokenizer is None else TextStream(tokenizer, stop_strings, stream)
-    step = TransformersStep(model)  # type: ignore[arg-type]
     with _evaluating(model):
+        step = open_step(model, engine, activations=activations)  # type: ignore[arg-type]
         done = generate_ids(
             step,
             ids.to(_input_device(model)),

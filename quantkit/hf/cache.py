@@ -37,6 +37,9 @@ class TransformersStep:
         QuantkitError: an encoder-decoder model, or (at the first call) one that returns no logits.
     """
 
+    engine = "modules"
+    """What runs a step, for reports."""
+
     def __init__(self, model: PreTrainedModel) -> None:
         self._name = type(model).__name__
         if getattr(model.config, "is_encoder_decoder", False):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from quantkit.hf.watch import TOKENS, Call, flat
 from quantkit.kernels.interpret import ACTIVATIONS, normalize, rotate
 from quantkit.kernels.program import Norm
+from quantkit.nn.linear import QuantLinear
 
 _EPS_NAMES = ("variance_epsilon", "eps", "epsilon", "layer_norm_eps", "norm_eps", "rms_norm_eps")
 
@@ -175,11 +176,14 @@ def find(calls: Iterable[Call], *, x: Tensor | None = None, y: Tensor | None = N
             yield call
 
 
-def matrix(module: nn.Module) -> Any | None:
+def matrix(call: Call) -> Any | None:
     """Return the weight of a linear layer as a program holds it (a float tensor or the quantized module), or None."""
-    from quantkit.nn.linear import QuantLinear
-
+    module = call.module
     if isinstance(module, QuantLinear):
         return module
-    weight = getattr(module, "weight", None)
-    return weight.detach() if isinstance(module, nn.Linear) and isinstance(weight, Tensor) else None
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    if not isinstance(module, nn.Linear) or not isinstance(weight, Tensor):
+        return None
+    # A subclass may round or add something of its own.
+    plain = type(module) is nn.Linear or error(nn.functional.linear(call.x, weight, bias), call.y) < 1e-6
+    return weight.detach() if plain else None

@@ -104,7 +104,7 @@ def _head(trace: Trace, config: Any) -> tuple[Linear, Norm | None, float, float 
     last = _out(trace.layers[-1].y)
     norms = [(call, norm) for call in facts.find(trace.after, x=last) if (norm := facts.as_norm(call)) is not None]
     inner, final_norm = (flat(norms[0][0].y), norms[0][1]) if norms else (last, None)
-    call = next((c for c in facts.find(trace.after, x=inner) if facts.matrix(c.module) is not None), None)
+    call = next((c for c in facts.find(trace.after, x=inner) if facts.matrix(c) is not None), None)
     if call is None or trace.logits is None:
         raise CannotWatch("the output head does not read the final norm")
     y, logits = flat(call.y), trace.logits

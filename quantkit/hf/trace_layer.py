@@ -10,15 +10,17 @@ from torch import Tensor, nn
 from quantkit.hf import facts
 from quantkit.hf.experts import expert_parameters, uses_experts_interface
 from quantkit.hf.watch import AttentionCall, Call, CannotWatch, LayerTrace, flat
-from quantkit.kernels.interpret import ACTIVATIONS
+from quantkit.kernels.interpret import ACTIVATIONS, linear, mixture
 from quantkit.kernels.program import Attention, Experts, Layer, Linear, Mlp, Norm, Rotary
+from quantkit.nn.linear import QuantWeight
 
 
 def linear_of(call: Call) -> Linear:
     """Return the linear layer that a call ran; its module is one that :func:`facts.matrix` knows."""
     bias = getattr(call.module, "bias", None)
     shape = (call.y.shape[-1], call.x.shape[-1])
-    return Linear(facts.matrix(call.module), shape, None if bias is None else bias.detach())
+    weight: Any = facts.matrix(call)
+    return Linear(weight, shape, None if bias is None else bias.detach())
 
 
 class Rotaries:
@@ -54,8 +56,8 @@ class LayerReader:
         self.trace, self.config, self.rotaries = trace, config, rotaries
         self.seen: AttentionCall = trace.attention[0]
         self.norms = [(call, norm) for call in trace.calls if (norm := facts.as_norm(call)) is not None]
-        self.linears = [call for call in trace.calls if facts.matrix(call.module) is not None]
-        self.earlier = [call for call in trace.calls[: self.seen.order] if facts.matrix(call.module) is not None]
+        self.linears = [call for call in trace.calls if facts.matrix(call) is not None]
+        self.earlier = [call for call in trace.calls[: self.seen.order] if facts.matrix(call) is not None]
 
     def read(self) -> Layer:
         """Return the layer.
@@ -203,7 +205,7 @@ class LayerReader:
         args, kwargs = call.arguments
         index, weights = [*args, *kwargs.values()][1:3]
         router = self._router(x, module)
-        probabilities = torch.nn.functional.linear(x.float(), router.weight.float()).softmax(-1)  # type: ignore[union-attr,operator]
+        probabilities = linear(x.float(), router).softmax(-1)
         top = probabilities.gather(-1, index)
         if not torch.equal(probabilities.topk(index.shape[1], -1).indices.sort(-1).values, index.sort(-1).values):
             raise CannotWatch("the chosen experts are not the most probable ones of the softmax")
@@ -213,8 +215,6 @@ class LayerReader:
             raise CannotWatch("the experts' weights are not their softmax probabilities")
         for name in ACTIVATIONS:
             moe = Experts(router, tuple(_experts(module, name)), index.shape[1], rule[0], rule[1])
-            from quantkit.kernels.interpret import mixture
-
             if facts.agrees(mixture(moe, x.float()).to(y.dtype), y):
                 return moe, x, y
         raise CannotWatch("the experts are no plain gated networks with a known activation")
@@ -239,8 +239,6 @@ def _by_token(x: Tensor, tokens: int, size: int) -> Tensor:
 
 def _experts(module: nn.Module, activation: str) -> Iterator[Mlp]:
     """Yield every expert of a module as a feed-forward network."""
-    from quantkit.nn.linear import QuantWeight
-
     owner: Any = module
     names = expert_parameters(owner)
     stacks = [getattr(owner, name) for name in names]

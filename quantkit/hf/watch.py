@@ -146,12 +146,12 @@ class _Recorder:
         layers = {id(layer) for layer in stack.children()}
         for path, module in model.named_modules():
             if id(module) in layers:
-                handles = (
+                handles = [
                     module.register_forward_pre_hook(self._enter, with_kwargs=True),
                     module.register_forward_hook(self._leave),
-                )
+                ]
             elif not any(True for _ in module.children()) or uses_experts_interface(module):
-                handles = (module.register_forward_hook(self._called(path), with_kwargs=True),)
+                handles = [module.register_forward_hook(self._called(path), with_kwargs=True)]
             else:
                 continue
             for handle in handles:

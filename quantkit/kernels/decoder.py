@@ -12,6 +12,7 @@ times faster, at an error that shows in the fourth digit of the logits. Float we
 """
 
 import ctypes
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -215,11 +216,12 @@ class NativeDecoder:
             raise KernelError(f"{program.name}: {reason}")
         self.program, self.threads, self.long = program, threads, False
         self._library = build.library()
+        self._turn = threading.Lock()  # scratch memory is shared by all steps
         self._kept: list[Any] = []  # what the structs point at
         self._struct = self._describe()
         self._tokens = 0
         self._scratch = torch.empty(0, dtype=torch.uint8)
-        self._scratch_key: tuple[int, ...] = (0, 0, 0)
+        self._scratch_size = (0, 0, 0)
 
     def run(self, rows: Rows, kv: KvPages, *, exact: bool = True, argmax: bool = False) -> Tensor:
         """Read the rows, append their keys and values to ``kv``, and return what comes after the wanted ones.
@@ -241,7 +243,6 @@ class NativeDecoder:
         )
         table = np.ascontiguousarray(rows.block_table, dtype=np.int32)
         longest = self._check(tokens, positions, slots, wanted, table, kv)
-        self._lengthen(longest)
         logits = torch.empty(len(wanted), self.program.vocabulary)
         best = torch.empty(len(wanted), dtype=torch.int32)
         threads = self.threads or torch.get_num_threads()
@@ -258,10 +259,12 @@ class NativeDecoder:
             exact,
             ACTIVATION_BLOCK,
         )
-        scratch = self._memory(len(tokens), chunks, threads)
-        self._library.qk_decoder_run(
-            ctypes.addressof(self._struct), ctypes.addressof(batch), ctypes.addressof(kv.struct), scratch, threads
-        )
+        with self._turn:
+            self._lengthen(longest)
+            scratch = self._memory(len(tokens), chunks, threads)
+            self._library.qk_decoder_run(
+                ctypes.addressof(self._struct), ctypes.addressof(batch), ctypes.addressof(kv.struct), scratch, threads
+            )
         return best if argmax else logits
 
     def _check(self, tokens: Any, positions: Any, slots: Any, wanted: Any, table: Any, kv: KvPages) -> int:
@@ -288,7 +291,9 @@ class NativeDecoder:
             raise KernelError(f"the pages are of {len(kv.keys)} layers, the program has {len(self.program.layers)}")
         switch = self.program.rope_switch
         if switch is not None and not self.long and longest > switch:
-            raise KernelError(f"position {longest - 1} needs the long rotary tables (beyond {switch}); set `long` and start over")
+            raise KernelError(
+                f"position {longest - 1} needs the long rotary tables (beyond {switch}); set `long` and start over"
+            )
         return longest
 
     @staticmethod
@@ -300,12 +305,12 @@ class NativeDecoder:
 
     def _memory(self, rows: int, chunks: int, threads: int) -> int:
         """Return the address of enough scratch memory."""
-        key = (rows, chunks, threads)
-        if any(wanted > had for wanted, had in zip(key, self._scratch_key, strict=True)):
-            key = tuple(max(pair) for pair in zip(key, self._scratch_key, strict=True))
-            size = self._library.qk_decoder_bytes(ctypes.addressof(self._struct), *key[:2], ACTIVATION_BLOCK, key[2])
+        had = self._scratch_size
+        want = (max(rows, had[0]), max(chunks, had[1]), max(threads, had[2]))
+        if want != had:
+            size = self._library.qk_decoder_bytes(ctypes.addressof(self._struct), *want[:2], ACTIVATION_BLOCK, want[2])
             self._scratch = torch.empty(size + 64, dtype=torch.uint8)
-            self._scratch_key = key
+            self._scratch_size = want
         return -(-self._scratch.data_ptr() // 64) * 64
 
     def set_long(self, long: bool) -> None:
