@@ -6,8 +6,10 @@ each layer on the input the model's own layer had, and the logits. A model for w
 reason, and runs through its modules instead. So a family is claimed when it is proven, and what no one has heard of yet may
 work too.
 
-What a few tokens cannot show is asked at far positions instead: windows through the mask function, rotary tables from the
-model's own rotary module. Weights are shared with the model, norms are copied in float32.
+What a few first tokens cannot show is asked far out: the proof is repeated at the last positions of the model, the sizes of
+windows are read off the mask function, rotary tables come from the model's own rotary module. What depends on how large a
+value gets (a clipped projection) can hide from any proof by example; configs that ask for it are refused by name.
+Weights are shared with the model, norms are copied in float32.
 """
 
 import logging
@@ -21,11 +23,14 @@ from quantkit.errors import QuantkitError
 from quantkit.hf import facts
 from quantkit.hf.structure import find_stack
 from quantkit.hf.trace_layer import LayerReader, Rotaries, linear_of
-from quantkit.hf.watch import CannotWatch, Trace, flat, watch
+from quantkit.hf.watch import FAR, TOKENS, CannotWatch, Trace, flat, watch
 from quantkit.kernels import interpret
 from quantkit.kernels.program import Layer, Linear, Norm, Program
 
 log = logging.getLogger(__name__)
+
+_CLIPPING = ("clip_qkv",)
+"""Config options that change large values only."""
 
 _LAYER_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest error of a layer's output relative to its largest value; the model's own rounding is all that may show."""
@@ -51,6 +56,9 @@ def lower(model: PreTrainedModel) -> Program:
         trace = watch(model, stack)
         program = _write(model, trace)
         _prove(program, trace)
+        limit = min(length for length in (program.max_tokens, program.rope_switch, FAR // 4) if length)
+        if limit > 2 * TOKENS:
+            _prove(program, watch(model, stack, limit - TOKENS))
     except CannotWatch as error:
         raise CannotLower(str(error)) from error
     except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError, StopIteration) as error:
@@ -60,6 +68,9 @@ def lower(model: PreTrainedModel) -> Program:
 
 def _write(model: PreTrainedModel, trace: Trace) -> Program:
     config: Any = model.config.get_text_config(decoder=True)
+    for option in _CLIPPING:
+        if getattr(config, option, None) is not None:
+            raise CannotWatch(f"the config asks for {option}")
     embedding, scale = _embedding(trace, config)
     rotaries = Rotaries([*trace.before, *(call for layer in trace.layers for call in layer.calls)])
     layers: list[Layer] = []
@@ -141,7 +152,8 @@ def _prove(program: Program, trace: Trace) -> None:
     dtype = trace.layers[0].x.dtype
     limit = _LAYER_TOLERANCE.get(dtype, 1e-4)
     with torch.inference_mode():
-        tables = [rotary.tables(len(trace.ids)) for rotary in program.rotaries]
+        end = trace.start + len(trace.ids)
+        tables = [(cos[trace.start :], sin[trace.start :]) for cos, sin in (r.tables(end) for r in program.rotaries)]
         _compare("the first layer's input", interpret.embed(program, trace.ids), trace.layers[0].x, limit)
         for index, (layer, seen) in enumerate(zip(program.layers, trace.layers, strict=True)):
             got = interpret.run_layer(program, layer, seen.x.float(), tables)

@@ -93,17 +93,21 @@ class LayerTrace:
 
 @dataclass(slots=True, eq=False)
 class Trace:
-    """A watched forward pass of ids (T,): the layers in order, calls before and after them, and the logits (T, V)."""
+    """A watched forward pass of ids (T,) from position ``start``: the layers in order, calls before and after, logits (T, V)."""
 
     ids: Tensor
+    start: int = 0
     layers: list[LayerTrace] = field(default_factory=list)
     before: list[Call] = field(default_factory=list)
     after: list[Call] = field(default_factory=list)
     logits: Tensor | None = None
 
 
-def watch(model: PreTrainedModel, stack: nn.Module) -> Trace:
+def watch(model: PreTrainedModel, stack: nn.Module, start: int = 0) -> Trace:
     """Run :data:`TOKENS` random tokens through ``model``, whose decoder layers are the children of ``stack``.
+
+    Args:
+        start: position of the first token; what a model does differently far out shows there.
 
     Raises:
         CannotWatch: the model does not use transformers' attention interface, or a mask that is not a causal window.
@@ -111,11 +115,12 @@ def watch(model: PreTrainedModel, stack: nn.Module) -> Trace:
     generator = torch.Generator().manual_seed(0)
     embedding: Any = model.get_input_embeddings()
     ids = torch.randint(0, embedding.weight.shape[0], (1, TOKENS), generator=generator).to(embedding.weight.device)
-    recorder = _Recorder(Trace(ids[0]))
+    recorder = _Recorder(Trace(ids[0], start))
+    where = {"position_ids": start + torch.arange(TOKENS, device=ids.device)[None]} if start else {}
     with ExitStack() as cleanup, torch.no_grad():
         recorder.hook(model, stack, cleanup)
         _interpose(model, recorder, cleanup)
-        output = model(input_ids=ids, use_cache=False, return_dict=True)
+        output = model(input_ids=ids, use_cache=False, return_dict=True, **where)
     logits = getattr(output, "logits", None)
     if logits is None:
         raise CannotWatch("the model returns no logits")
