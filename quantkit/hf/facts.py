@@ -26,7 +26,7 @@ def error(got: Tensor, want: Tensor) -> float:
     """Return the largest difference relative to the largest value wanted; infinite where shapes differ."""
     if got.shape != want.shape:
         return float("inf")
-    got, want = got.float(), want.float()
+    got, want = got.detach().float(), want.detach().float()
     return float((got - want).abs().max() / want.abs().max().clamp_min(1e-30))
 
 
@@ -53,7 +53,7 @@ def best(candidates: Iterable[tuple[Any, Tensor]], want: Tensor) -> Any | None:
 def as_norm(call: Call) -> Norm | None:
     """Return the norm that a call's module is, or None if it is none."""
     module = call.module
-    if call.x.shape != call.y.shape or any(parameter.ndim > 1 for parameter in module.parameters(recurse=False)):
+    if call.x.shape != call.y.shape or any(p.ndim > 1 for p in module.parameters()) or any(True for _ in module.children()):
         return None
     width = call.x.shape[-1]
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
