@@ -113,8 +113,6 @@ class LayerReader:
         unknown = set(seen.options) - {"softcap"}
         if unknown:
             raise CannotWatch(f"attention is called with {', '.join(sorted(unknown))}")
-        if seen.v.shape != seen.k.shape:
-            raise CannotWatch("keys and values differ in shape")
         qkv, parts = self._projections()
         heads, size = seen.q.shape[1:]
         (q_norm, q), (k_norm, k) = (self._head_norm(part, size) for part in parts)

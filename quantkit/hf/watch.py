@@ -199,6 +199,9 @@ class _Recorder:
         """Stand in for transformers' attention functions: record the call and compute it in plain torch."""
         if attention_mask is None or id(attention_mask) not in self.windows or self.inside is None:
             raise CannotWatch("attention is not called with the mask that transformers' mask functions made")
+        if key.shape != value.shape or query.shape[-1] != key.shape[-1] or query.shape[1] % key.shape[1]:
+            shapes = ", ".join(str(tuple(part.shape[1:])) for part in (query, key, value))
+            raise CannotWatch(f"queries, keys and values of shapes {shapes} (latent attention?)")
         scale, softcap = options.get("scaling"), options.get("softcap")
         scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
         repeats = query.shape[1] // key.shape[1]

@@ -142,13 +142,38 @@ def test_what_no_program_describes_is_refused_by_name(family, reason):
         lower(FAMILIES[family]())
 
 
-def test_other_refusals():
-    with pytest.raises(CannotLower, match="clip_qkv"):
-        lower(build("olmo", head_dim=None, clip_qkv=8.0))
-    chunked = dict.fromkeys(("attention_chunk_size",), 8)
-    kept = {"num_local_experts": 2, "intermediate_size_mlp": 96, "interleave_moe_layer_step": 1, **chunked}
-    with pytest.raises(CannotLower):
-        lower(build("llama4_text", layer_types=["chunked_attention"] * 2, **kept))
+@pytest.mark.parametrize(
+    ("family", "options", "reason"),
+    [
+        ("olmo", {"head_dim": None, "clip_qkv": 8.0}, "clip_qkv"),
+        (
+            "llama4_text",
+            {
+                "layer_types": ["chunked_attention"] * 2,
+                "num_local_experts": 2,
+                "intermediate_size_mlp": 96,
+                "interleave_moe_layer_step": 1,
+                "attention_chunk_size": 8,
+            },
+            "chunked attention",
+        ),
+        ("bloom", {"head_dim": None, "num_key_value_heads": None, "n_layer": 2, "n_head": 4}, "attention interface"),
+        (
+            "qwen2_moe",
+            {
+                "num_experts": 4,
+                "moe_intermediate_size": 32,
+                "shared_expert_intermediate_size": 32,
+                "num_experts_per_tok": 2,
+                "head_dim": None,
+            },
+            "output is not its residual stream plus",
+        ),
+    ],
+)
+def test_features_that_are_refused(family, options, reason):
+    with pytest.raises(CannotLower, match=reason):
+        lower(build(family, **options))
 
 
 class Doubled(nn.Linear):
