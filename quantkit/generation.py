@@ -62,6 +62,7 @@ def generate(
     stream: Callable[[str], None] | None = None,
     engine: str = "auto",
     activations: str = "float",
+    head: str = "float",
 ) -> Generation:
     """Continue a prompt.
 
@@ -76,7 +77,7 @@ def generate(
         stop: strings or token ids that also end the answer.
         stream: called with each piece of text as soon as it is certain.
         engine: ``"native"``, ``"modules"``, or the first where it can run the model: see :func:`quantkit.hf.step.open_step`.
-        activations: ``"int8"`` is faster and less exact; native only.
+        activations, head: ``"int8"`` is faster and less exact; native only.
 
     Returns:
         The answer and its timings.
@@ -93,7 +94,7 @@ def generate(
     _check_fits(model, ids, max_new_tokens)
     text = None if tokenizer is None else TextStream(tokenizer, stop_strings, stream)
     with _evaluating(model):
-        step = open_step(model, engine, activations=activations)  # type: ignore[arg-type]
+        step = open_step(model, engine, activations=activations, head=head)  # type: ignore[arg-type]
         done = generate_ids(
             step,
             ids.to(_input_device(model)),

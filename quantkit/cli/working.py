@@ -12,6 +12,7 @@ from quantkit.cli.show import console, facts, parse_settings, progress_bars, say
 Model = Annotated[str, typer.Argument(help="Checkpoint directory, float model, hub id, or demo.")]
 Engine = Annotated[str, typer.Option(help="native (one call per token, CPU), modules (transformers' forward), or auto.")]
 Activations = Annotated[str, typer.Option(help="float, or int8: faster, less exact, native engine only.")]
+Head = Annotated[str, typer.Option(help="float, or int8: the output head rounded on the way, native engine only.")]
 
 
 @app.command()
@@ -128,6 +129,7 @@ def bench(
     rounds: int = 5,
     engine: Engine = "auto",
     activations: Activations = "float",
+    head: Head = "float",
 ) -> None:
     """Time several models in turn, round by round."""
     from quantkit.evaluation import compare_latency
@@ -142,6 +144,7 @@ def bench(
             rounds=rounds,
             engine=engine,
             activations=activations,
+            head=head,
             progress=progress,
         )
     rows = [
@@ -174,6 +177,7 @@ def generate(
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt through the model's chat template.")] = False,
     engine: Engine = "auto",
     activations: Activations = "float",
+    head: Head = "float",
 ) -> None:
     """Continue a prompt and show the text as it comes."""
     from quantkit.generation import generate as continue_text
@@ -194,6 +198,7 @@ def generate(
         stream=lambda piece: typer.echo(piece, nl=False),
         engine=engine,
         activations=activations,
+        head=head,
     )
     typer.echo()
     later = sorted(done.decode_ms)

@@ -1,13 +1,46 @@
 """A decoder program on the CPU as a :class:`quantkit.engine.engine.Step`: one native call per step."""
 
+import dataclasses
+
 import numpy as np
 from torch import Tensor
 
 from quantkit.errors import QuantkitError
 from quantkit.kernels.decoder import PAGE_TOKENS, KvPages, NativeDecoder, Rows
+from quantkit.kernels.program import Linear, Program
+from quantkit.nn.linear import QuantLinear
+from quantkit.numerics import grid
+from quantkit.qtensor import QTensor
+from quantkit.spec import QuantSpec
 
 PREFILL_ROWS = 512
 """Tokens of a prompt that one native call reads; more would only need more memory."""
+
+
+HEAD_SPEC = QuantSpec("int8", (1, 64))
+"""Grid of a head that is quantized on the way: 8.25 bits a weight."""
+
+
+def quantize_head(program: Program) -> Program:
+    """Return the program with its head rounded to nearest on :data:`HEAD_SPEC`; one that is quantized already stays.
+
+    The head is read whole for every token: of a small model with a large vocabulary it is most of what decoding reads. A tied
+    embedding stays as it is.
+
+    Raises:
+        QuantkitError: if the hidden size does not fit the grid.
+    """
+    head = program.head
+    if not isinstance(head.weight, Tensor):
+        return program
+    if head.shape[1] % HEAD_SPEC.block[1]:
+        raise QuantkitError(
+            f"{program.name}: a hidden size of {head.shape[1]} is no multiple of {HEAD_SPEC.block[1]}; head='float'"
+        )
+    weight = head.weight.float()
+    scale, zero = grid.choose_qparams(weight, HEAD_SPEC)
+    qtensor = QTensor.from_codes(grid.quantize(weight, scale, zero, HEAD_SPEC), scale, zero, HEAD_SPEC)
+    return dataclasses.replace(program, head=Linear(QuantLinear(qtensor, head.bias), head.shape, head.bias))
 
 
 class NativeStep:
@@ -26,7 +59,10 @@ class NativeStep:
 
     def __init__(self, decoder: NativeDecoder, *, kv: str = "float32", exact: bool = True) -> None:
         self.decoder, self.exact = decoder, exact
-        self.engine = "native" if exact else "native, int8 activations"
+        head = decoder.program.head.weight
+        rounded = [] if exact else ["int8 activations"]
+        rounded += [f"{head.spec.describe()} head"] if isinstance(head, QuantLinear) else []
+        self.engine = ", ".join(["native", *rounded])
         self._kv = KvPages(decoder.program, 1, dtype=kv)
         self.reset()
 

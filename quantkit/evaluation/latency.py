@@ -87,6 +87,7 @@ def measure_latency(
     rounds: int = 3,
     engine: str = "auto",
     activations: str = "float",
+    head: str = "float",
     progress: ProgressCallback = ignore,
 ) -> Latency:
     """Time one model; arguments as in :func:`compare_latency`."""
@@ -98,6 +99,7 @@ def measure_latency(
         rounds=rounds,
         engine=engine,
         activations=activations,
+        head=head,
         progress=progress,
     )["model"]
 
@@ -111,6 +113,7 @@ def compare_latency(
     rounds: int = 3,
     engine: str = "auto",
     activations: str = "float",
+    head: str = "float",
     progress: ProgressCallback = ignore,
 ) -> dict[str, Latency]:
     """Time several models in turn, in one run.
@@ -122,8 +125,8 @@ def compare_latency(
         new_tokens: tokens decoded after it. The next token is the most likely one, so models may read different text;
             the work is the same.
         rounds: timed rounds after one warm-up; percentiles are over ``rounds`` prefills and ``rounds * new_tokens`` steps.
-        engine, activations: what runs the steps, see :func:`quantkit.hf.step.open_step`; models that "auto" runs differently
-            are compared with their engines, which the result names.
+        engine, activations, head: what runs the steps, see :func:`quantkit.hf.step.open_step`; "auto" may run models
+            differently, and the result names what ran each.
         progress: receives stage ``"latency"`` after every model and round.
 
     Raises:
@@ -144,7 +147,10 @@ def compare_latency(
     samples: dict[str, list[_Round]] = {name: [] for name in models}
     peaks = dict.fromkeys(models, 0)
     with evaluating(*models.values()):
-        steps = {name: open_step(model, engine, activations=activations) for name, model in models.items()}  # type: ignore[arg-type]
+        steps = {
+            name: open_step(model, engine, activations=activations, head=head)  # type: ignore[arg-type]
+            for name, model in models.items()
+        }
         prompts = {name: _prompt(model, prompt, context) for name, model in models.items()}
         for turn in range(rounds + 1):
             for i, name in enumerate(models):

@@ -93,7 +93,7 @@ class LayerTrace:
 
 @dataclass(slots=True, eq=False)
 class Trace:
-    """A watched forward pass of ids (T,) from position ``start``: the layers in order, calls before and after, logits (T, V)."""
+    """A watched pass over ids (T,) from position ``start``: layers in order, calls before and after them, logits (T, V)."""
 
     ids: Tensor
     start: int = 0

@@ -22,9 +22,8 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import KernelError
-from quantkit.kernels import build, layout
-from quantkit.kernels.interpret import ACTIVATIONS
-from quantkit.kernels.program import Attention, Experts, Layer, Linear, Mlp, Norm, Program
+from quantkit.kernels import build, structs
+from quantkit.kernels.program import Program
 
 PAGE_TOKENS: Final = 32
 """Tokens of one sequence that a page of keys and values holds."""
@@ -39,65 +38,6 @@ MAX_HEAD_DIM: Final = 512
 
 KV_DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 """How keys and values can be stored; int8 with a float32 scale per token and head. The order is ``KvKind`` of decoder.h."""
-
-_POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
-
-
-def _struct(name: str, *fields: tuple[str, Any]) -> type[ctypes.Structure]:
-    return type(name, (ctypes.Structure,), {"_fields_": fields})
-
-
-def _all(kind: Any, names: str) -> tuple[tuple[str, Any], ...]:
-    return tuple((name, kind) for name in names.split())
-
-
-# The structs of decoder.h, field by field.
-_Norm = _struct("_Norm", *_all(_POINTER, "gain shift"), ("width", _LONG), ("eps", _FLOAT), ("center", _INT))
-_Attention = _struct(
-    "_Attention",
-    ("qkv", _POINTER),
-    ("qkv_count", _LONG),
-    ("out", _POINTER),
-    *_all(_Norm, "q_norm k_norm"),
-    *_all(_LONG, "heads kv_heads head_dim rotary window"),
-    *_all(_FLOAT, "scale softcap"),
-)
-_Mlp = _struct("_Mlp", ("up", _POINTER), ("up_count", _LONG), ("down", _POINTER), *_all(_INT, "activation gated"))
-_Layer = _struct(
-    "_Layer",
-    ("attention", _Attention),
-    *_all(_Norm, "attention_in attention_out mlp_in mlp_out"),
-    ("mlps", _POINTER),
-    ("experts", _LONG),
-    ("router", _POINTER),
-    ("top_k", _LONG),
-    *_all(_FLOAT, "attention_scale mlp_scale expert_scale"),
-    *_all(_INT, "normalize parallel"),
-)
-_Rotary = _struct("_Rotary", *_all(_POINTER, "cos sin"), *_all(_LONG, "length dim"), ("interleaved", _INT))
-_Program = _struct(
-    "_Program",
-    ("embedding", _POINTER),
-    ("hidden", _LONG),
-    ("layers", _POINTER),
-    ("layer_count", _LONG),
-    *_all(_POINTER, "rotaries head"),
-    ("final_norm", _Norm),
-    *_all(_FLOAT, "embedding_scale logit_scale logit_softcap"),
-    ("embedding_dtype", _INT),
-)
-_Kv = _struct(
-    "_Kv", *_all(_POINTER, "keys values key_scales value_scales block_table"), ("table_stride", _LONG), ("kind", _INT)
-)
-_Batch = _struct(
-    "_Batch",
-    ("rows", _LONG),
-    *_all(_POINTER, "tokens positions slots wanted"),
-    *_all(_LONG, "wanted_count vocabulary"),
-    *_all(_POINTER, "logits argmax"),
-    ("chunks", _LONG),
-    *_all(_INT, "exact activation_block"),
-)
 
 
 def rejects(program: Program) -> str | None:
@@ -152,10 +92,10 @@ class KvPages:
         self.key_scales = _grown(self.key_scales, scales, torch.float32)
         self.value_scales = _grown(self.value_scales, scales, torch.float32)
         self.pages = pages
-        self.struct, self._arrays = _Kv(), []
+        self.struct, self._arrays = structs.KvStruct(), []
         for name in ("keys", "values", "key_scales", "value_scales"):
             tensors = getattr(self, name)
-            array = (_POINTER * max(len(tensors), 1))(*(tensor.data_ptr() for tensor in tensors))
+            array = (ctypes.c_void_p * max(len(tensors), 1))(*(tensor.data_ptr() for tensor in tensors))
             self._arrays.append(array)
             setattr(self.struct, name, ctypes.addressof(array))
         self.struct.kind = list(KV_DTYPES).index(self.dtype)
@@ -217,8 +157,8 @@ class NativeDecoder:
         self.program, self.threads, self.long = program, threads, False
         self._library = build.library()
         self._turn = threading.Lock()  # scratch memory is shared by all steps
-        self._kept: list[Any] = []  # what the structs point at
-        self._struct = self._describe()
+        self._laid_out = structs.LaidOut(program)
+        self._struct = self._laid_out.struct
         self._tokens = 0
         self._scratch = torch.empty(0, dtype=torch.uint8)
         self._scratch_size = (0, 0, 0)
@@ -248,7 +188,7 @@ class NativeDecoder:
         threads = self.threads or torch.get_num_threads()
         chunks = -(-longest // CHUNK_TOKENS) + 1
         kv.struct.block_table, kv.struct.table_stride = table.ctypes.data, table.shape[1]
-        batch = _Batch(
+        batch = structs.BatchStruct(
             len(tokens),
             *(part.ctypes.data for part in (tokens, positions, slots, wanted)),
             len(wanted),
@@ -326,99 +266,11 @@ class NativeDecoder:
         size = max(tokens, 2 * self._tokens, 2048)
         if switch is not None:
             size = max(size, switch + 1) if self.long else switch
-        structs = (_Rotary * max(len(self.program.rotaries), 1))()
+        array = (structs.RotaryStruct * max(len(self.program.rotaries), 1))()
         self._tables = [rotary.tables(size) for rotary in self.program.rotaries]
-        for struct, rotary, (cos, sin) in zip(structs, self.program.rotaries, self._tables, strict=False):
+        for struct, rotary, (cos, sin) in zip(array, self.program.rotaries, self._tables, strict=False):
             struct.cos, struct.sin = cos.data_ptr(), sin.data_ptr()
             struct.length, struct.dim, struct.interleaved = size, rotary.dim, rotary.interleaved
-        self._rotaries = structs
-        self._struct.rotaries = ctypes.addressof(structs)
+        self._rotaries = array
+        self._struct.rotaries = ctypes.addressof(array)
         self._tokens = size
-
-    def _describe(self) -> Any:
-        program = self.program
-        layers = self._keep(_array(_Layer, [self._layer(layer) for layer in program.layers]))
-        embedding = self._keep(program.embedding.contiguous())
-        return _Program(
-            embedding.data_ptr(),
-            program.hidden,
-            ctypes.addressof(layers),
-            len(program.layers),
-            None,
-            self._linears((program.head,)),
-            self._norm(program.final_norm, program.hidden),
-            program.embedding_scale,
-            program.logit_scale,
-            program.logit_softcap or 0.0,
-            layout.DTYPE_CODES[embedding.dtype],
-        )
-
-    def _layer(self, layer: Layer) -> Any:
-        hidden = self.program.hidden
-        norms = (layer.attention_in, layer.attention_out, layer.mlp_in, layer.mlp_out)
-        moe = layer.mlp if isinstance(layer.mlp, Experts) else None
-        mlps = _array(_Mlp, [self._mlp(mlp) for mlp in (moe.experts if moe else (layer.mlp,))])  # type: ignore[arg-type]
-        return _Layer(
-            self._attention(layer.attention),
-            *(self._norm(norm, hidden) for norm in norms),
-            ctypes.addressof(self._keep(mlps)),
-            len(moe.experts) if moe else 0,
-            self._linears((moe.router,)) if moe else None,
-            moe.top_k if moe else 0,
-            layer.attention_scale,
-            layer.mlp_scale,
-            moe.scale if moe else 1.0,
-            moe.normalize if moe else 0,
-            layer.parallel,
-        )
-
-    def _attention(self, attention: Attention) -> Any:
-        size = attention.head_dim
-        return _Attention(
-            self._linears(attention.qkv),
-            len(attention.qkv),
-            self._linears((attention.out,)),
-            self._norm(attention.q_norm, size),
-            self._norm(attention.k_norm, size),
-            attention.heads,
-            attention.kv_heads,
-            size,
-            -1 if attention.rotary is None else attention.rotary,
-            attention.window or 0,
-            attention.scale,
-            attention.softcap or 0.0,
-        )
-
-    def _mlp(self, mlp: Mlp) -> Any:
-        activation = list(ACTIVATIONS).index(mlp.activation)
-        return _Mlp(self._linears(mlp.up), len(mlp.up), self._linears((mlp.down,)), activation, mlp.gated)
-
-    def _norm(self, norm: Norm | None, width: int) -> Any:
-        if norm is None:
-            return _Norm(None, None, width, 0.0, 0)
-        gain = self._keep(norm.gain.contiguous())
-        shift = None if norm.shift is None else self._keep(norm.shift.contiguous()).data_ptr()
-        return _Norm(gain.data_ptr(), shift, len(gain), norm.eps, norm.center)
-
-    def _linears(self, linears: tuple[Linear, ...]) -> int:
-        structs = []
-        for linear in linears:
-            bias = None if linear.bias is None else self._keep(linear.bias.detach().float().contiguous())
-            structs.append(self._keep(_prepacked(linear)).struct(bias))
-        return ctypes.addressof(self._keep(_array(layout.LinearStruct, structs)))
-
-    def _keep(self, value: Any) -> Any:
-        self._kept.append(value)
-        return value
-
-
-def _array(kind: Any, items: Sequence[Any]) -> Any:
-    return (kind * len(items))(*items)
-
-
-def _prepacked(linear: Linear) -> layout.Prepacked:
-    """Return a linear's weight in the kernels' layout."""
-    weight: Any = linear.weight
-    if isinstance(weight, Tensor):
-        return layout.prepack_float(weight if weight.dtype in (torch.float32, torch.bfloat16) else weight.float())
-    return layout.prepack(weight.qtensor if linear.expert is None else weight.qtensor[linear.expert])

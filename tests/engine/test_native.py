@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from quantkit.engine.engine import generate_ids
-from quantkit.engine.native import NativeStep
+from quantkit.engine.native import NativeStep, quantize_head
 from quantkit.engine.sampling import Sampling
 from quantkit.errors import QuantkitError
 from quantkit.evaluation import compare_latency
@@ -89,7 +89,7 @@ def test_misuse_is_named():
         step(prompt_of(4)[None], 0)
     with pytest.raises(QuantkitError, match=r"want \(1, T\)"):
         step(prompt_of(4).view(2, 2), 4)
-    for options in ({"engine": "fast"}, {"activations": "int4"}):
+    for options in ({"engine": "fast"}, {"activations": "int4"}, {"head": "int4"}):
         with pytest.raises(QuantkitError, match="want one of"):
             open_step(tiny_llama(), **options)
     with pytest.raises(QuantkitError, match="only the native engine"):
@@ -126,7 +126,8 @@ def test_a_decoder_is_kept_until_the_model_changes():
     before = open_step(model)(prompt[None], 0)
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.mul_(2.0)  # written to
-    assert not torch.equal(changed := open_step(model)(prompt[None], 0), before)
+    changed = open_step(model)(prompt[None], 0)
+    assert not torch.equal(changed, before)
     torch.testing.assert_close(changed, TransformersStep(model)(prompt[None], 0), atol=2e-5, rtol=1e-4)
     model.model.norm.weight = torch.nn.Parameter(model.model.norm.weight * 3.0)  # replaced
     torch.testing.assert_close(
@@ -144,6 +145,26 @@ def test_generate_and_bench_use_it_and_say_so():
     assert compare_latency({"a": model}, context=8, new_tokens=2, rounds=1, engine="modules")["a"].engine == "modules"
     rounded = compare_latency({"a": model}, context=8, new_tokens=2, rounds=1, activations="int8")
     assert rounded["a"].engine == "native, int8 activations"
+
+
+def test_a_head_can_be_rounded_on_the_way():
+    model, prompt = FAMILIES["llama_tied"](), prompt_of(30)
+    exact, rounded = open_step(model), open_step(model, head="int8")
+    assert rounded.engine == "native, int8 g64 head"
+    want, got = exact(prompt[None], 0), rounded(prompt[None], 0)
+    assert 0 < (got - want).abs().max() < 0.02 * want.abs().max()
+    assert type(model.lm_head) is torch.nn.Linear  # in the native copy alone
+    kept = quantize_head(rounded.decoder.program)
+    assert kept is rounded.decoder.program
+    with pytest.raises(QuantkitError, match="no multiple of 64"):
+        open_step(tiny_llama(hidden_size=96), head="int8")
+
+
+def test_keys_and_values_are_stored_as_the_models():
+    assert open_step(tiny_llama())._kv.dtype == "float32"
+    assert open_step(tiny_llama().to(torch.bfloat16))._kv.dtype == "bfloat16"
+    assert open_step(tiny_llama().to(torch.float16))._kv.dtype == "float32"
+    assert open_step(tiny_llama(), kv="int8")._kv.dtype == "int8"
 
 
 def cut(ids: list[int], model: PreTrainedModel) -> list[int]:
