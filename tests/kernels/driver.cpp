@@ -13,6 +13,8 @@ int32_t qk_wq_split(const void*, const void*, const void*, void*, int64_t, int64
                     int32_t, int32_t, int32_t);
 }
 
+void decoder_problems();
+
 static int problems = 0;
 
 static void check(bool right, const char* what) {
@@ -105,6 +107,7 @@ static void halves() {
 
 int main() {
   halves();
+  decoder_problems();
   for (int32_t bits : {2, 4, 8})
     for (int64_t group : {1, 5, 16, 37})
       for (int64_t rows : {1, 7, 32, 49})

@@ -125,7 +125,8 @@ def test_no_byte_out_of_place(isa, tmp_path):
     files = [str(path) for path in build.sources() if path.suffix == ".cpp"]
     command = [*build.compiler(), "-std=c++17", "-O1", "-g1", "-Wno-psabi", "-pthread", *build.ISA_FLAGS[isa]]
     command += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-I{build.sources()[0].parent}"]
-    command += [*files, str(Path(__file__).with_name("driver.cpp")), "-o", str(driver)]
+    drivers = [str(Path(__file__).with_name(name)) for name in ("driver.cpp", "decoder_problems.cpp")]
+    command += [*files, *drivers, "-o", str(driver)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     done = subprocess.run([driver], capture_output=True, text=True, timeout=120, check=False)
