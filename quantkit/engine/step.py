@@ -1,0 +1,97 @@
+"""What the engine asks of a model: run these tokens of these sequences, remember their keys and values, return logits.
+
+    logits = backend.step(spans, copies)
+
+A :class:`Span` is a run of tokens of one sequence with consecutive positions: a chunk of a prompt, one decoded token, or one
+decoded token and the draft tokens to verify after it. One call takes spans of several sequences, so its rows are M pairs of
+(sequence, position) whatever they are for. Keys and values are addressed through each span's block table (:mod:`.pages`);
+writing one position twice overwrites it, and positions past the end of what the engine has accepted may hold rubbish.
+
+Two backends exist for transformers models (:mod:`quantkit.hf.backend`): pages filled by a registered attention function, and
+transformers' own cache for models whose memory is not keys and values. A third one, native, needs only this file.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Consecutive tokens of one sequence.
+
+    Attributes:
+        slot: a small number that this sequence keeps while it runs, for what a backend stores per running sequence.
+        start: position of the first token; everything before it has been stepped.
+        ids: the tokens, at least one.
+        table: pages of the sequence, enough for ``start + len(ids)`` tokens.
+        wanted: for how many of the last tokens logits are wanted; 0 inside a prompt.
+        fresh: the first span since the sequence got its slot: what the slot held belongs to somebody else.
+    """
+
+    slot: int
+    start: int
+    ids: Sequence[int]
+    table: Sequence[int]
+    wanted: int
+    fresh: bool = False
+
+
+class Copy(NamedTuple):
+    """The first ``tokens`` tokens of page ``source`` are needed in page ``target`` too."""
+
+    source: int
+    target: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """The key/value memory a backend is asked to hold.
+
+    Attributes:
+        pages: number of pages.
+        page_tokens: tokens in a page.
+        slots: sequences that run at once.
+    """
+
+    pages: int
+    page_tokens: int
+    slots: int
+
+
+class Backend(Protocol):
+    """A causal language model with paged memory.
+
+    Attributes:
+        device: where logits come from.
+        context_tokens: longest sequence the model reads; None if it does not say.
+        shares_pages: equal prefixes may share pages, and a page may be copied.
+        rewinds: a position may be stepped again, as verification of drafts needs.
+        notice: why this is not the fast way, for people; None if it is.
+    """
+
+    device: torch.device
+    context_tokens: int | None
+    shares_pages: bool
+    rewinds: bool
+    notice: str | None
+
+    def reserve(self, memory: Memory) -> None:
+        """Allocate the memory; what was there before is gone."""
+        ...
+
+    def bytes_for(self, memory: Memory) -> int:
+        """Return how many bytes :meth:`reserve` allocates for ``memory``."""
+        ...
+
+    def step(self, spans: Sequence[Span], copies: Sequence[Copy] = ()) -> Tensor:
+        """Carry out ``copies`` in order, then run ``spans``, each of another sequence.
+
+        Returns:
+            Logits (R, V) in the model's dtype, where R is the sum of ``wanted``, in the order of the spans.
+        """
+        ...
