@@ -161,7 +161,9 @@ class KVScheme:
         """Return a short human name such as ``"keys int4 block asym, values int4 g32 asym, 64 recent in float"``."""
         if not self.quantized:
             return "float"
-        parts = [f"{what} {spec.describe() if spec else 'float'}" for what, spec in (("keys", self.key), ("values", self.value))]
+        parts = [
+            f"{what} {spec.describe() if spec else 'float'}" for what, spec in (("keys", self.key), ("values", self.value))
+        ]
         parts += [f"{self.recent} recent in float"] if self.recent else []
         return ", ".join([*parts, *(["rotated"] if self.rotate else [])])
 

@@ -91,13 +91,12 @@ class Reading:
 
 
 class Pool(Protocol):
-    """Keys or values of one layer.
+    """Keys or values of one layer."""
 
-    Attributes:
-        rotation: (dim, dim) matrix that was applied to what is stored, or None.
-    """
-
-    rotation: Tensor | None
+    @property
+    def rotation(self) -> Tensor | None:
+        """The (dim, dim) matrix that was applied to what is stored, or None."""
+        ...
 
     def copy(self, copies: Sequence[Copy]) -> None:
         """Copy the beginnings of pages."""
@@ -181,8 +180,8 @@ class QuantizedPool:
             raise SpecError(f"key/value heads of {dim} channels: {reason}")
         if self._per_channel and recent < 2 * memory.page_tokens:
             raise SpecError(
-                f"a grid per channel is chosen when a page of {memory.page_tokens} tokens is full; until then its tokens are kept "
-                f"in float: want recent >= {2 * memory.page_tokens}, got {recent}"
+                f"a grid per channel is chosen when a page of {memory.page_tokens} tokens is full; until then its tokens are "
+                f"kept in float: want recent >= {2 * memory.page_tokens}, got {recent}"
             )
         self.rotation = hadamard(dim).to(device, dtype) if rotate else None
         shape = (memory.pages, memory.page_tokens, heads, packed_words(dim, spec.bits))

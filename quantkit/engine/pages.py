@@ -137,7 +137,7 @@ class Pages:
 
     def match(self, tokens: Sequence[int], limit: int) -> Match:
         """Return the longest published prefix of ``tokens``, at most ``limit`` of them. Takes no reference."""
-        size, node, pages = self.page_tokens, ROOT, []
+        size, node, pages = self.page_tokens, ROOT, list[int]()
         while (len(pages) + 1) * size <= limit:
             start = len(pages) * size
             page = self._by_edge.get((node, tuple(tokens[start : start + size])))

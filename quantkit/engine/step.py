@@ -7,7 +7,7 @@ decoded token and the draft tokens to verify after it. One call takes spans of s
 (sequence, position) whatever they are for. Keys and values are addressed through each span's block table (:mod:`.pages`);
 writing one position twice overwrites it, and positions past the end of what the engine has accepted may hold rubbish.
 
-Two backends exist for transformers models (:mod:`quantkit.hf.backend`): pages filled by a registered attention function, and
+Two backends exist for models of transformers (``quantkit/hf/backend.py``): pages filled by a registered attention function, and
 transformers' own cache for models whose memory is not keys and values. A third one, native, needs only this file.
 """
 
@@ -64,21 +64,32 @@ class Memory:
 
 
 class Backend(Protocol):
-    """A causal language model with paged memory.
+    """A causal language model with paged memory."""
 
-    Attributes:
-        device: where logits come from.
-        context_tokens: longest sequence the model reads; None if it does not say.
-        shares_pages: equal prefixes may share pages, and a page may be copied.
-        rewinds: a position may be stepped again, as verification of drafts needs.
-        notice: why this is not the fast way, for people; None if it is.
-    """
+    @property
+    def device(self) -> torch.device:
+        """Where logits come from."""
+        ...
 
-    device: torch.device
-    context_tokens: int | None
-    shares_pages: bool
-    rewinds: bool
-    notice: str | None
+    @property
+    def context_tokens(self) -> int | None:
+        """Longest sequence the model reads; None if it does not say."""
+        ...
+
+    @property
+    def shares_pages(self) -> bool:
+        """Whether equal prefixes may share pages, and pages may be copied."""
+        ...
+
+    @property
+    def rewinds(self) -> bool:
+        """Whether a position may be stepped again, as verification of drafts needs."""
+        ...
+
+    @property
+    def notice(self) -> str | None:
+        """Why this is not the fast way, for people; None if it is."""
+        ...
 
     def reserve(self, memory: Memory) -> None:
         """Allocate the memory; what was there before is gone."""
@@ -95,3 +106,23 @@ class Backend(Protocol):
             Logits (R, V) in the model's dtype, where R is the sum of ``wanted``, in the order of the spans.
         """
         ...
+
+
+class OneSequence:
+    """A backend for a single sequence, a call at a time: what timing a model needs.
+
+    Args:
+        backend: the model; its memory is reserved here.
+        tokens: longest sequence.
+    """
+
+    PAGE_TOKENS = 16
+
+    def __init__(self, backend: Backend, tokens: int) -> None:
+        pages = -(-tokens // self.PAGE_TOKENS)
+        self._backend, self._table = backend, range(pages)
+        backend.reserve(Memory(pages, self.PAGE_TOKENS, 1))
+
+    def __call__(self, ids: Sequence[int], position: int) -> Tensor:
+        """Read ``ids``, the first of which stands at ``position``; return logits (1, V) after the last. 0 starts over."""
+        return self._backend.step([Span(0, position, ids, self._table, 1, fresh=position == 0)])

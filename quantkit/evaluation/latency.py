@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from quantkit.engine.engine import Step, decode_one_token, prefill
+from quantkit.engine.step import OneSequence
 from quantkit.errors import CalibrationError
 from quantkit.evaluation.base import evaluating
 from quantkit.evaluation.footprint import peak_memory_bytes, reset_peak_memory
@@ -124,12 +124,12 @@ def compare_latency(
             raise CalibrationError(
                 f"{name}: context={context} and new_tokens={new_tokens} need more than its {limit} positions; lower either"
             )
-    from quantkit.hf.cache import TransformersStep  # transformers is slow to import, and quality needs none of it
+    from quantkit.hf.backend import make_backend  # transformers is slow to import, and quality needs none of it
 
     samples: dict[str, list[_Round]] = {name: [] for name in models}
     peaks = dict.fromkeys(models, 0)
     with evaluating(*models.values()):
-        steps = {name: TransformersStep(model) for name, model in models.items()}  # type: ignore[arg-type]
+        steps = {name: OneSequence(make_backend(model), context + new_tokens) for name, model in models.items()}  # type: ignore[arg-type]
         prompts = {name: _prompt(model, prompt, context) for name, model in models.items()}
         for turn in range(rounds + 1):
             for i, name in enumerate(models):
@@ -139,7 +139,6 @@ def compare_latency(
                 peaks[name] = max(peaks[name], peak_memory_bytes(device))
                 if turn:  # round 0 warms up
                     samples[name].append(timed)
-                steps[name].reset()  # the cache is not needed while others run
                 progress(Progress("latency", turn * len(models) + i + 1, (rounds + 1) * len(models), name))
     first = next(iter(models))
     return {
@@ -164,14 +163,14 @@ class _Round:
     decode_s: list[float]
 
 
-def _time_round(step: Step, prompt: Tensor, new_tokens: int) -> _Round:
+def _time_round(step: OneSequence, prompt: Tensor, new_tokens: int) -> _Round:
     """Read the prompt, then ``new_tokens`` greedy tokens one by one."""
-    step.reset()
+    ids = prompt.tolist()
     start = _now(prompt.device)
-    token = prefill(step, prompt).argmax(-1)
+    token = int(step(ids, 0).argmax(-1))
     times = [_now(prompt.device)]
     for i in range(new_tokens):
-        token = decode_one_token(step, token, len(prompt) + i).argmax(-1)
+        token = int(step([token], len(ids) + i).argmax(-1))
         times.append(_now(prompt.device))
     return _Round(times[0] - start, [after - before for before, after in itertools.pairwise(times)])
 

@@ -69,8 +69,8 @@ def _attention(
     if attention_mask is not None or options.get("position_bias") is not None:
         raise _Unpaged("its attention takes a mask or a bias that is not made from positions")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]  # (M, heads, dim)
-    return _current.get().attend(*rows, scale, options)[None], None
+    queries, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (M, heads, dim)
+    return _current.get().attend(queries, keys, values, scale, options)[None], None
 
 
 ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, _attention)
@@ -168,7 +168,9 @@ class PagedBackend:
         keep = torch.tensor(wanted or [row - 1], device=self.device)
         logits = _forward(self._model, self._configs, self, ids, self._layout.rows.positions[None], self._slices_logits, keep)
         if self._layer != len(self.layers):
-            raise QuantkitError(f"attention ran in {self._layer} layers, it did in {len(self.layers)} before; make a new engine")
+            raise QuantkitError(
+                f"attention ran in {self._layer} layers, it did in {len(self.layers)} before; make a new engine"
+            )
         return logits if wanted else logits[:0]
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, options: dict[str, Any]) -> Tensor:
@@ -275,7 +277,7 @@ def _describe(model: PreTrainedModel) -> tuple[LayerShape, ...] | str:
 
 def _prove(model: PreTrainedModel, kinds: list[str]) -> tuple[LayerShape, ...]:
     """Find what the layers store and compare logits on pages, in chunks and beside another sequence, with a plain forward."""
-    device, size = _device(model), model.get_input_embeddings().weight.shape[0]
+    device, size = _device(model), len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
     ids = (torch.arange(11, device=device) * 7919 + 3) % size
     with torch.inference_mode():
         plain = model(input_ids=ids[None], use_cache=False, return_dict=True)
@@ -294,9 +296,9 @@ def _prove(model: PreTrainedModel, kinds: list[str]) -> tuple[LayerShape, ...]:
     sliding = [kind == "sliding_attention" for kind in kinds]
     if kinds and any(want and not window for want, window in zip(sliding, shapes.windows, strict=True)):
         raise _Unpaged("its sliding layers do not tell the attention function their window")
-    if not kinds and getattr(config, "sliding_window", None) and not any(shapes.windows):
-        if getattr(config, "use_sliding_window", True):
-            raise _Unpaged("its sliding window does not reach the attention function")
+    slides = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    if not kinds and slides and not any(shapes.windows):
+        raise _Unpaged("its sliding window does not reach the attention function")
     backend = PagedBackend(model, KVScheme(), shapes.layers)
     backend.reserve(Memory(8, 4, 2))
     tokens = ids.tolist()
@@ -358,5 +360,5 @@ def context_tokens(model: PreTrainedModel) -> int | None:
 
 
 def _device(model: PreTrainedModel) -> torch.device:
-    device: torch.device = model.get_input_embeddings().weight.device
+    device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[assignment]
     return device

@@ -1,4 +1,4 @@
-"""A transformers model as a :class:`quantkit.engine.engine.Step`. The one file that knows transformers' cache.
+"""A transformers model, one sequence, a call at a time, on transformers' own cache: the one file that knows it.
 
 The cache is transformers' own ``DynamicCache``, built from the model's config, so sliding-window, hybrid and recurrent
 layers each get the kind of memory they want. Three cases differ:
