@@ -89,6 +89,7 @@ def evaluate(
     windows: int = 20,
     length: Annotated[int, typer.Option(help="Tokens of a window.")] = 1024,
     latency: Annotated[bool, typer.Option(help="Measure speed too.")] = True,
+    kv: Annotated[str | None, typer.Option(help="Read keys and values from a memory: float, int8 or int4.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the report here (JSON).")] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page with plots here.")] = None,
 ) -> None:
@@ -107,6 +108,7 @@ def evaluate(
             windows=windows,
             length=length,
             latency=latency,
+            kv=kv,
             label=Path(model).name,
             base_label=base,
             progress=progress,
