@@ -160,6 +160,8 @@ def generate(
     min_p: float | None = None,
     repetition_penalty: float = 1.0,
     seed: int | None = None,
+    kv: Annotated[str, typer.Option(help="Keys and values: float, int8 or int4.")] = "float",
+    drafter: Annotated[str | None, typer.Option(help="Guess ahead: ngram, or a smaller model's path.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt through the model's chat template.")] = False,
 ) -> None:
     """Continue a prompt and show the text as it comes."""
@@ -167,6 +169,7 @@ def generate(
     from quantkit.models import open_model
 
     opened, tokenizer = open_model(model)
+    draft = open_model(drafter)[0] if drafter not in (None, "ngram") else drafter  # type: ignore[arg-type]
     done = continue_text(
         opened,
         [{"role": "user", "content": prompt}] if chat else prompt,
@@ -178,9 +181,13 @@ def generate(
         min_p=min_p,
         repetition_penalty=repetition_penalty,
         seed=seed,
+        kv=kv,
+        drafter=draft,
         stream=lambda piece: typer.echo(piece, nl=False),
     )
     typer.echo()
     later = sorted(done.decode_ms)
     speed = f", {later[len(later) // 2]:.1f} ms per token (median)" if later else ""
-    say(f"[{len(done.ids)} tokens, {done.finish_reason}; first token after {done.prefill_ms:.0f} ms{speed}]", stderr=True)
+    guessed = f", {done.accepted} of {done.drafted} guesses right" if drafter else ""
+    first = f"first token after {done.prefill_ms:.0f} ms"
+    say(f"[{len(done.ids)} tokens, {done.finish_reason}; {first}{speed}{guessed}]", stderr=True)
