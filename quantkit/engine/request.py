@@ -34,7 +34,7 @@ class Limits:
 
     running: int = 8
     step_tokens: int = 512
-    page_tokens: int = 16
+    page_tokens: int = 32
     kv_tokens: int | None = None
     context_tokens: int | None = None
     waiting: int = 4096

@@ -116,7 +116,7 @@ class OneSequence:
         tokens: longest sequence.
     """
 
-    PAGE_TOKENS = 16
+    PAGE_TOKENS = 32
 
     def __init__(self, backend: Backend, tokens: int) -> None:
         pages = -(-tokens // self.PAGE_TOKENS)

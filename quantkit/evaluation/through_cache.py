@@ -26,7 +26,7 @@ class ThroughCache:
         QuantkitError: the model cannot run on pages and ``kv`` is quantized.
     """
 
-    PAGE_TOKENS = 16
+    PAGE_TOKENS = 32
 
     def __init__(self, model: nn.Module, kv: str | KVScheme, *, chunk: int = 16) -> None:
         from quantkit.hf.backend import make_backend  # transformers is slow to import, and plain scoring needs none of it

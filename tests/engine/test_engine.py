@@ -240,4 +240,4 @@ def test_limits_are_stated_and_kept():
     with pytest.raises(QuantkitError, match="longest_draft=9: want 1 to page_tokens=4"):
         TokenEngine(SumBackend(), VOCAB, limits=Limits(page_tokens=4), longest_draft=9)
     found = TokenEngine(SumBackend(), VOCAB, limits=Limits(running=2)).limits
-    assert (found.context_tokens, found.kv_tokens) == (200, 2 * 208)
+    assert (found.context_tokens, found.kv_tokens) == (200, 2 * 224)
