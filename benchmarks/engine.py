@@ -76,11 +76,10 @@ def identity(model: Any, tokenizer: Any, arguments: argparse.Namespace) -> dict[
     for name, options in {
         "alone": {"running": 1},
         "batch of 8": {"running": 8},
-        "batch of 8, dense": {"running": 8, "page_tokens": 512, "kv_tokens": 4096},
         "batch of 8, n-gram drafts": {"running": 8},
     }.items():
         limits = Limits(**{"kv_tokens": 4096, **options})
-        engine = Engine(model, limits=limits, drafter="ngram" if "drafts" in name else None)
+        engine = Engine(model, limits=limits, drafter="ngram" if "drafts" in name else None, engine=arguments.engine)
         ours = answers(engine, prompts, new)
         same = sum(a == b for a, b in zip(ours, theirs, strict=True))
         found[name] = {"same": same, "of": len(prompts), "accepted": engine.stats["accepted"]}
@@ -93,7 +92,7 @@ def kv(model: Any, tokenizer: Any, arguments: argparse.Namespace) -> dict[str, A
     cut = cut_windows(ids, length=arguments.length, count=arguments.windows)
     base, found = BaseLogits(model), {}
     for name in arguments.schemes:
-        through = ThroughCache(model, kv_preset(name), chunk=arguments.chunk)
+        through = ThroughCache(model, kv_preset(name), chunk=arguments.chunk, engine=arguments.engine)
         quality = score(through, cut, base, batch_size=arguments.windows)
         assert quality.divergence is not None
         backend: Any = through._backend
@@ -113,7 +112,8 @@ def speculate(model: Any, tokenizer: Any, arguments: argparse.Namespace) -> dict
     for name, text in TEXTS.items():
         prompt, times = chat(tokenizer, text), dict[str, list[float]]()
         limits = Limits(running=1, kv_tokens=2048)
-        engines = {"plain": Engine(model, limits=limits), "ngram": Engine(model, limits=limits, drafter="ngram")}
+        engines = {"plain": Engine(model, limits=limits, engine=arguments.engine)}
+        engines["ngram"] = Engine(model, limits=limits, engine=arguments.engine, drafter="ngram")
         tokens = {}
         for turn in range(arguments.rounds + 1):
             for kind, engine in engines.items():
@@ -139,6 +139,7 @@ def main() -> None:
     parser.add_argument("what", choices=("identity", "kv", "speculate"))
     parser.add_argument("--model", default="demo")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--engine", default="auto")
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--text", help="kv: text to score")

@@ -72,7 +72,9 @@ class Engine(TokenEngine):
         limits: how much to take on; None for the defaults.
         drafter: guesses ahead, to decode several tokens at once: ``"ngram"``, a smaller model with the same vocabulary, or
             any :class:`~quantkit.engine.drafters.Drafter`. Answers do not change.
-        longest_draft: at most so many guesses per sequence and step.
+        engine: ``"native"`` (one call per step; CPU), ``"modules"`` (the model's own forward), or ``"auto"``, the first that
+            can run it.
+        activations: ``"int8"`` is faster and less exact; native only.
 
     Raises:
         QuantkitError: what :func:`~quantkit.hf.backend.make_backend` and :class:`~quantkit.engine.engine.TokenEngine` refuse.
@@ -85,10 +87,11 @@ class Engine(TokenEngine):
         kv: str | KVScheme = "float",
         limits: Limits | None = None,
         drafter: str | nn.Module | Drafter | None = None,
-        longest_draft: int = 8,
+        engine: str = "auto",
+        activations: str = "float",
     ) -> None:
-        model.eval()
-        super().__init__(make_backend(model, kv), _vocabulary(model), limits=limits, longest_draft=longest_draft)  # type: ignore[arg-type]
+        backend = make_backend(model.eval(), kv, engine=engine, activations=activations)  # type: ignore[arg-type]
+        super().__init__(backend, _vocabulary(model), limits=limits)
         self.use_drafter(_drafter(drafter, self))
 
 
@@ -115,6 +118,8 @@ def generate(  # type: ignore[misc]  # the overloads leave the options to this s
     kv: str | KVScheme = "float",
     drafter: str | nn.Module | Drafter | None = None,
     batch_size: int = 8,
+    engine: str = "auto",
+    activations: str = "float",
 ) -> Generation | list[Generation]:
     """Continue a prompt, or each of a list of prompts.
 
@@ -133,6 +138,7 @@ def generate(  # type: ignore[misc]  # the overloads leave the options to this s
         logprobs: report each token's log probability, and those of so many most likely ones.
         kv: see :class:`Engine`, as is ``drafter``.
         batch_size: prompts that run at once.
+        engine: see :class:`Engine`, as is ``activations``.
 
     Returns:
         The answer and its timings; for a list of prompts, a list.
@@ -151,12 +157,12 @@ def generate(  # type: ignore[misc]  # the overloads leave the options to this s
     given = cast(Sequence[Prompt], prompt if several else [prompt])
     prompts = [encode_prompt(one, tokenizer).tolist() for one in given]
     with _evaluating(model):
-        backend = make_backend(model, kv)  # type: ignore[arg-type]
-        engine = TokenEngine(backend, _vocabulary(model), limits=_limits_for(backend, prompts, max_new_tokens, batch_size))
-        engine.use_drafter(_drafter(drafter, engine))
+        backend = make_backend(model, kv, engine=engine, activations=activations)  # type: ignore[arg-type]
+        runner = TokenEngine(backend, _vocabulary(model), limits=_limits_for(backend, prompts, max_new_tokens, batch_size))
+        runner.use_drafter(_drafter(drafter, runner))
         texts = [None if tokenizer is None else TextStream(tokenizer, stop_strings, stream) for _ in prompts]
         requests = [
-            engine.submit(
+            runner.submit(
                 ids,
                 max_new_tokens=max_new_tokens,
                 min_new_tokens=min_new_tokens,
@@ -167,7 +173,7 @@ def generate(  # type: ignore[misc]  # the overloads leave the options to this s
             )
             for ids, text in zip(prompts, texts, strict=True)
         ]
-        for event in engine.run():
+        for event in runner.run():
             if event.request.error is not None:
                 raise event.request.error
     answers = [_generation(request, text) for request, text in zip(requests, texts, strict=True)]

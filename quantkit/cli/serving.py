@@ -7,6 +7,7 @@ import typer
 
 from quantkit.cli import app
 from quantkit.cli.show import console, facts, progress_bars, say, size, table
+from quantkit.cli.working import Activations, Engine
 from quantkit.errors import QuantkitError, nearest
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -27,6 +28,8 @@ def serve(
     waiting: Annotated[int, typer.Option(help="Requests that may wait; more are refused (429).")] = 1024,
     kv_tokens: Annotated[int | None, typer.Option(help="Tokens of key/value memory; default: what fits into 1 GiB.")] = None,
     context: Annotated[int | None, typer.Option(help="Longest prompt and answer; default: the model's limit.")] = None,
+    engine: Engine = "auto",
+    activations: Activations = "float",
 ) -> None:
     """Serve a model to OpenAI clients: one process, for you and a few others. A fleet belongs on vLLM."""
     from quantkit.engine.request import Limits
@@ -37,20 +40,31 @@ def serve(
     limits = Limits(running=running, waiting=waiting, kv_tokens=kv_tokens, context_tokens=context)
     draft = open_model(drafter)[0] if drafter not in (None, "ngram") else drafter  # type: ignore[arg-type]
     server = open_server(
-        opened, tokenizer, name=name or model, host=host, port=port, token=token, kv=kv, drafter=draft, limits=limits
+        opened,
+        tokenizer,
+        name=name or model,
+        host=host,
+        port=port,
+        token=token,
+        kv=kv,
+        drafter=draft,
+        limits=limits,
+        engine=engine,
+        activations=activations,
     )
-    engine = server.engine
+    runner = server.engine
     facts(
         {
             "address": f"http://{host}:{server.port}/v1 (model {name or model})",
-            "memory": f"{engine.limits.kv_tokens} tokens of keys and values, {size(engine.backend.bytes_for(engine.memory))}",
-            "at once": f"{running} requests of up to {engine.limits.context_tokens} tokens, {waiting} waiting",
+            "memory": f"{runner.limits.kv_tokens} tokens of keys and values, {size(runner.backend.bytes_for(runner.memory))}",
+            "at once": f"{running} requests of up to {runner.limits.context_tokens} tokens, {waiting} waiting",
+            "run by": runner.backend.engine,
             "watch": "/metrics, /health",
             "fleet": f"this is one process on one machine; for many users: vllm serve {model}",
         }
     )
-    if engine.backend.notice:
-        say(f"note: {engine.backend.notice}; requests run one after another")
+    if runner.backend.notice:
+        say(f"note: {runner.backend.notice}; requests run one after another")
     if host not in LOCAL and token is None:
         say(f"warning: {host} may be reachable by others, and no --token is set")
     console().file.flush()  # a pipe would hold the address back for as long as the server runs
@@ -68,6 +82,8 @@ def trace(
     even: Annotated[bool, typer.Option("--even", help="Uniform lengths; default: log-uniform, most are short.")] = False,
     running: Annotated[int, typer.Option(help="Requests that run at once.")] = 8,
     kv: Annotated[str, typer.Option(help="Keys and values: float, int8 or int4.")] = "float",
+    engine: Engine = "auto",
+    activations: Activations = "float",
     ways: Annotated[str, typer.Option(help="What to compare: padded, static, continuous.")] = "padded,continuous",
     price: Annotated[float | None, typer.Option(help="Price of this machine per hour: adds the cost of tokens.")] = None,
     seed: int = 0,
@@ -79,7 +95,7 @@ def trace(
     from quantkit.engine.request import Limits
     from quantkit.evaluation.trace import poisson_trace, read_lengths, serve_trace
     from quantkit.files import write_json
-    from quantkit.generation import Engine
+    from quantkit.generation import Engine as Runner
     from quantkit.models import open_model
 
     opened, _ = open_model(model)
@@ -99,8 +115,9 @@ def trace(
     for way in _ways(ways):
         batching = "continuous" if way == "continuous" else "static"
         limits = Limits(running=running, kv_tokens=running * longest, waiting=max(requests, 1), batching=batching)  # type: ignore[arg-type]
+        runner = Runner(opened, kv=kv, limits=limits, engine=engine, activations=activations)
         with progress_bars() as progress:
-            found[way] = serve_trace(Engine(opened, kv=kv, limits=limits), arrivals, padded=way == "padded", progress=progress)
+            found[way] = serve_trace(runner, arrivals, padded=way == "padded", progress=progress)
     rows = []
     for way, one in found.items():
         ttft, itl = one.first_token_ms, one.token_ms

@@ -10,6 +10,8 @@ from quantkit.cli.looking import Settings
 from quantkit.cli.show import console, facts, parse_settings, progress_bars, say, size, table
 
 Model = Annotated[str, typer.Argument(help="Checkpoint directory, float model, hub id, or demo.")]
+Engine = Annotated[str, typer.Option(help="native (one call per token, CPU), modules (transformers' forward), or auto.")]
+Activations = Annotated[str, typer.Option(help="float, or int8: faster, less exact, native engine only.")]
 
 
 @app.command()
@@ -126,6 +128,8 @@ def bench(
     context: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 256,
     new_tokens: Annotated[int, typer.Option(help="Tokens decoded per round.")] = 32,
     rounds: int = 5,
+    engine: Engine = "auto",
+    activations: Activations = "float",
 ) -> None:
     """Time several models in turn, round by round."""
     from quantkit.evaluation import compare_latency
@@ -133,10 +137,19 @@ def bench(
 
     opened = {name: open_model(name)[0] for name in models}
     with progress_bars() as progress:
-        found = compare_latency(opened, context=context, new_tokens=new_tokens, rounds=rounds, progress=progress)
+        found = compare_latency(
+            opened,
+            context=context,
+            new_tokens=new_tokens,
+            rounds=rounds,
+            engine=engine,
+            activations=activations,
+            progress=progress,
+        )
     rows = [
         (
             name,
+            one.engine,
             f"{one.prefill_tokens_per_s.median:.0f}",
             f"{one.decode_ms.median:.2f}",
             f"{one.decode_ms.p90:.2f}",
@@ -146,7 +159,7 @@ def bench(
     ]
     first = next(iter(found.values()))
     title = f"prompt {context}, {new_tokens} new tokens, {rounds} rounds in turn, {first.threads} threads, {first.device}"
-    table(title, ("model", "prefill tokens/s", "decode ms", "p90", "decode speed-up"), rows)
+    table(title, ("model", "run by", "prefill tokens/s", "decode ms", "p90", "decode speed-up"), rows)
 
 
 @app.command()
@@ -163,6 +176,8 @@ def generate(
     kv: Annotated[str, typer.Option(help="Keys and values: float, int8 or int4.")] = "float",
     drafter: Annotated[str | None, typer.Option(help="Guess ahead: ngram, or a smaller model's path.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt through the model's chat template.")] = False,
+    engine: Engine = "auto",
+    activations: Activations = "float",
 ) -> None:
     """Continue a prompt and show the text as it comes."""
     from quantkit.generation import generate as continue_text
@@ -184,6 +199,8 @@ def generate(
         kv=kv,
         drafter=draft,
         stream=lambda piece: typer.echo(piece, nl=False),
+        engine=engine,
+        activations=activations,
     )
     typer.echo()
     later = sorted(done.decode_ms)

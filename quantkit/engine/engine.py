@@ -40,7 +40,6 @@ class TokenEngine:
         backend: the model; its memory is reserved here.
         vocabulary: token ids it knows.
         limits: how much to take on.
-        longest_draft: at most so many guesses per sequence and step.
 
     Attributes:
         limits: with everything that was None filled in.
@@ -56,11 +55,8 @@ class TokenEngine:
         vocabulary: int,
         *,
         limits: Limits | None = None,
-        longest_draft: int = 8,
     ) -> None:
         self.limits = limits = _resolve(limits or Limits(), backend)
-        if not 1 <= longest_draft <= limits.page_tokens:
-            raise QuantkitError(f"longest_draft={longest_draft}: want 1 to page_tokens={limits.page_tokens}")
         assert limits.kv_tokens is not None
         pages = Pages(limits.kv_tokens // limits.page_tokens, limits.page_tokens)
         self.memory = Memory(pages.count, limits.page_tokens, limits.running)
@@ -71,7 +67,6 @@ class TokenEngine:
         backend.reserve(self.memory)
         self.stats: Counter[str] = Counter()
         self._drafter: Drafter | None = None
-        self._longest_draft = longest_draft
         self._lengths: dict[Request, DraftLength] = {}
         self._requests: dict[Running, Request] = {}
         self._pending: list[Event] = []
@@ -202,7 +197,7 @@ class TokenEngine:
             request = self._requests[sequence]
             count = 0
             if sequence.decoding and request.remaining > 1 and not sequence.drafts:
-                length = self._lengths.setdefault(request, DraftLength(self._longest_draft))
+                length = self._lengths.setdefault(request, DraftLength(min(self.limits.draft_tokens, self.limits.page_tokens)))
                 count = min(length.ask(), request.remaining - 1)
             if count:
                 assert sequence.slot is not None

@@ -29,6 +29,7 @@ class Limits:
             running sequence at its longest if that is less.
         context_tokens: longest prompt and answer together; None for the model's own limit, and never beyond it.
         waiting: requests that may wait.
+        draft_tokens: at most so many guesses of a drafter per sequence and step, and never more than a page.
         batching: ``"continuous"``; ``"static"`` lets nobody join until all are done, for comparison.
     """
 
@@ -38,10 +39,11 @@ class Limits:
     kv_tokens: int | None = None
     context_tokens: int | None = None
     waiting: int = 4096
+    draft_tokens: int = 8
     batching: Batching = "continuous"
 
     def __post_init__(self) -> None:
-        for name in ("running", "step_tokens", "page_tokens", "kv_tokens", "context_tokens", "waiting"):
+        for name in ("running", "step_tokens", "page_tokens", "kv_tokens", "context_tokens", "waiting", "draft_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise QuantkitError(f"limits: {name}={value}, want at least 1")

@@ -91,6 +91,11 @@ class Backend(Protocol):
         """Why this is not the fast way, for people; None if it is."""
         ...
 
+    @property
+    def engine(self) -> str:
+        """What runs a step, for reports."""
+        ...
+
     def reserve(self, memory: Memory) -> None:
         """Allocate the memory; what was there before is gone."""
         ...
@@ -121,6 +126,7 @@ class OneSequence:
     def __init__(self, backend: Backend, tokens: int) -> None:
         pages = -(-tokens // self.PAGE_TOKENS)
         self._backend, self._table = backend, range(pages)
+        self.engine = backend.engine
         backend.reserve(Memory(pages, self.PAGE_TOKENS, 1))
 
     def __call__(self, ids: Sequence[int], position: int) -> Tensor:

@@ -63,6 +63,7 @@ class Latency:
         decode_ms: milliseconds per token, over all tokens of all rounds.
         peak_bytes: peak memory of the process (or the GPU) while this model was timed, other resident models included.
         speedup: against the first model of the same run; None for it, and for a model timed alone.
+        engine: what ran the steps: ``"native"`` or ``"modules"``, and how activations were rounded, if they were.
     """
 
     context_tokens: int
@@ -74,6 +75,7 @@ class Latency:
     decode_ms: Spread
     peak_bytes: int
     speedup: Speedup | None = None
+    engine: str = "modules"
 
 
 def measure_latency(
@@ -83,11 +85,20 @@ def measure_latency(
     context: int = 256,
     new_tokens: int = 32,
     rounds: int = 3,
+    engine: str = "auto",
+    activations: str = "float",
     progress: ProgressCallback = ignore,
 ) -> Latency:
     """Time one model; arguments as in :func:`compare_latency`."""
     return compare_latency(
-        {"model": model}, prompt=prompt, context=context, new_tokens=new_tokens, rounds=rounds, progress=progress
+        {"model": model},
+        prompt=prompt,
+        context=context,
+        new_tokens=new_tokens,
+        rounds=rounds,
+        engine=engine,
+        activations=activations,
+        progress=progress,
     )["model"]
 
 
@@ -98,6 +109,8 @@ def compare_latency(
     context: int = 256,
     new_tokens: int = 32,
     rounds: int = 3,
+    engine: str = "auto",
+    activations: str = "float",
     progress: ProgressCallback = ignore,
 ) -> dict[str, Latency]:
     """Time several models in turn, in one run.
@@ -109,6 +122,8 @@ def compare_latency(
         new_tokens: tokens decoded after it. The next token is the most likely one, so models may read different text;
             the work is the same.
         rounds: timed rounds after one warm-up; percentiles are over ``rounds`` prefills and ``rounds * new_tokens`` steps.
+        engine, activations: what runs the steps, see :func:`quantkit.hf.backend.make_backend`; models that "auto" runs differently
+            are compared with their engines, which the result names.
         progress: receives stage ``"latency"`` after every model and round.
 
     Raises:
@@ -129,7 +144,11 @@ def compare_latency(
     samples: dict[str, list[_Round]] = {name: [] for name in models}
     peaks = dict.fromkeys(models, 0)
     with evaluating(*models.values()):
-        steps = {name: OneSequence(make_backend(model), context + new_tokens) for name, model in models.items()}  # type: ignore[arg-type]
+        backends = {
+            name: make_backend(model, engine=engine, activations=activations)  # type: ignore[arg-type]
+            for name, model in models.items()
+        }
+        steps = {name: OneSequence(backend, context + new_tokens) for name, backend in backends.items()}
         prompts = {name: _prompt(model, prompt, context) for name, model in models.items()}
         for turn in range(rounds + 1):
             for i, name in enumerate(models):
@@ -152,6 +171,7 @@ def compare_latency(
             decode_ms=Spread.of([s * 1e3 for r in timings for s in r.decode_s]),
             peak_bytes=peaks[name],
             speedup=None if name == first else _speedup(first, samples[first], timings),
+            engine=steps[name].engine,
         )
         for name, timings in samples.items()
     }

@@ -21,6 +21,7 @@ class ThroughCache:
         model: a causal language model of transformers that runs on pages.
         kv: how keys and values are stored.
         chunk: tokens per step; 1 is exactly what decoding does, and slow.
+        engine: see :func:`quantkit.hf.backend.make_backend`.
 
     Raises:
         QuantkitError: the model cannot run on pages and ``kv`` is quantized.
@@ -28,12 +29,12 @@ class ThroughCache:
 
     PAGE_TOKENS = 32
 
-    def __init__(self, model: nn.Module, kv: str | KVScheme, *, chunk: int = 16) -> None:
+    def __init__(self, model: nn.Module, kv: str | KVScheme, *, chunk: int = 16, engine: str = "auto") -> None:
         from quantkit.hf.backend import make_backend  # transformers is slow to import, and plain scoring needs none of it
 
         self._model, self._chunk = model, chunk
         with evaluating(model):
-            self._backend: Backend = make_backend(model, kv)  # type: ignore[arg-type]
+            self._backend: Backend = make_backend(model, kv, engine=engine)  # type: ignore[arg-type]
 
     def __call__(self, ids: Tensor) -> Tensor:
         """Return logits (B, T, vocabulary) for int64 ``ids`` (B, T)."""

@@ -1,6 +1,8 @@
 """A transformers model as a :class:`quantkit.engine.step.Backend`.
 
-The fast way: transformers lets one register attention functions, and calls the chosen one in every layer with that layer's
+The fastest way is native (:class:`~quantkit.engine.native.NativeBackend`): a model that lowers to a program runs in one call.
+
+Through its modules: transformers lets one register attention functions, and calls the chosen one in every layer with that layer's
 queries, keys and values. Ours writes keys and values to our own pages and attends from there, so the model may be fed any mix
 of rows of any sequences as one packed batch, and no cache of transformers is involved (:class:`PagedBackend`).
 
@@ -28,15 +30,22 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from quantkit.engine.attention import Layout, attend, in_order
 from quantkit.engine.kvstore import Pool, make_pool, pool_bytes
+from quantkit.engine.native import NativeBackend
 from quantkit.engine.step import Backend, Copy, Memory, Span
 from quantkit.errors import QuantkitError
 from quantkit.hf.cache import TransformersStep, require_decoder, rope_types
+from quantkit.hf.native import native_decoder
+from quantkit.kernels.decoder import NativeDecoder
 from quantkit.spec import KVScheme, kv_preset
 
 logger = logging.getLogger(__name__)
 
 FALLBACKS: collections.Counter[str] = collections.Counter()
-"""How often a model had to run on transformers' own cache, by model class and reason."""
+"""How often a model could not run natively, or not on pages, by model class and reason."""
+
+ENGINES = ("auto", "native", "modules")
+ACTIVATIONS = ("float", "int8")
+_NATIVE_KV = {KVScheme(): "float32", kv_preset("int8"): "int8"}
 
 _ATTENTION = "quantkit"
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
@@ -117,6 +126,7 @@ class PagedBackend:
 
     shares_pages = rewinds = True
     notice = None
+    engine = "modules"
 
     def __init__(self, model: PreTrainedModel, scheme: KVScheme, layers: Sequence[LayerShape]) -> None:
         self._model, self.scheme, self.layers = model, scheme, tuple(layers)
@@ -201,6 +211,7 @@ class SequentialBackend:
     """
 
     shares_pages = rewinds = False
+    engine = "modules, one sequence at a time"
 
     def __init__(self, model: PreTrainedModel, notice: str) -> None:
         self._model, self.notice = model, notice
@@ -229,19 +240,54 @@ class SequentialBackend:
         return torch.cat(found)
 
 
-def make_backend(model: PreTrainedModel, kv: str | KVScheme = "float") -> Backend:
+def make_backend(
+    model: PreTrainedModel, kv: str | KVScheme = "float", *, engine: str = "auto", activations: str = "float"
+) -> Backend:
     """Return the best backend for ``model``.
 
     Args:
         model: a causal language model in eval mode.
         kv: how keys and values are stored: a scheme or its name.
+        engine: ``"native"`` (one call per step; CPU), ``"modules"`` (transformers' own forward), or ``"auto"``, the first
+            that can.
+        activations: ``"int8"`` rounds them where they meet quantized weights: faster, less exact; native only.
 
     Raises:
-        QuantkitError: an encoder-decoder model, one without logits, or quantized keys and values for a model that cannot run
-            on pages.
+        QuantkitError: an encoder-decoder model, one without logits, an unknown engine, or options that the engine lacks.
     """
+    for option, value, known in (("engine", engine, ENGINES), ("activations", activations, ACTIVATIONS)):
+        if value not in known:
+            raise QuantkitError(f"{option}={value!r}: want one of {', '.join(known)}")
     scheme = kv_preset(kv)
     require_decoder(model)
+    if engine != "modules":
+        decoder = _native(model, scheme)
+        if isinstance(decoder, NativeDecoder):
+            exact = activations == "float"
+            return NativeBackend(decoder, kv=_NATIVE_KV[scheme], exact=exact, context_tokens=context_tokens(model))
+        if engine == "native":
+            raise QuantkitError(f"{type(model).__name__} cannot run natively: {decoder}; engine='modules' can run it")
+        _fall_back(f"{type(model).__name__} runs through its modules, not natively: {decoder}")
+    if activations != "float":
+        raise QuantkitError(f"activations={activations!r}: only the native engine has them, modules compute as loaded")
+    return _modules(model, scheme)
+
+
+def describe_engine(model: PreTrainedModel) -> str:
+    """Say in a sentence how ``model`` would generate with ``engine="auto"``."""
+    decoder = _native(model, KVScheme())
+    if isinstance(decoder, NativeDecoder):
+        return f"native: {len(decoder.program.layers)} layers in one call per step"
+    return f"modules: {decoder}"
+
+
+def _native(model: PreTrainedModel, scheme: KVScheme) -> NativeDecoder | str:
+    if scheme not in _NATIVE_KV:
+        return f"it stores keys and values in float or int8, not as {scheme.describe()}"
+    return native_decoder(model)
+
+
+def _modules(model: PreTrainedModel, scheme: KVScheme) -> Backend:
     known = _described.get(model)
     if known is None:
         known = _described[model] = _describe(model)
@@ -249,10 +295,15 @@ def make_backend(model: PreTrainedModel, kv: str | KVScheme = "float") -> Backen
         return PagedBackend(model, scheme, known)
     if scheme.quantized:
         raise QuantkitError(f"kv={scheme.describe()!r} needs keys and values in pages, but {known}; use kv='float'")
-    if not FALLBACKS[known]:
-        logger.warning("%s: sequences run one after another on transformers' own cache", known)
-    FALLBACKS[known] += 1
+    _fall_back(f"{known}: sequences run one after another on transformers' own cache")
     return SequentialBackend(model, known)
+
+
+def _fall_back(notice: str) -> None:
+    """Count a fallback, and log it once."""
+    if not FALLBACKS[notice]:
+        logger.warning("%s", notice)
+    FALLBACKS[notice] += 1
 
 
 _described: weakref.WeakKeyDictionary[PreTrainedModel, tuple[LayerShape, ...] | str] = weakref.WeakKeyDictionary()

@@ -52,7 +52,9 @@ _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 _SIGNATURES: Final = {
     "qk_abi_version": (_INT, []),
     "qk_isa": (ctypes.c_char_p, []),
-    "qk_use_openmp": (_INT, [_POINTER]),
+    "qk_use_openmp": (None, [_POINTER] * 3),
+    "qk_decoder_bytes": (_LONG, [_POINTER] + [_LONG] * 2 + [_INT] * 2),
+    "qk_decoder_run": (None, [_POINTER] * 4 + [_INT]),
     "qk_wq_matmul": (_INT, [_POINTER] * 6 + [_LONG] * 4 + [_INT] * 5),
     "qk_search": (_INT, [_POINTER] * 5 + [_LONG] * 4 + [_INT] * 5),
     "qk_sweep_rows": (_INT, []),
@@ -150,7 +152,7 @@ def details() -> dict[str, str]:
         command = compiler()
         facts |= {"compiler": shlex.join(command), "compiler_version": _version(tuple(command)).partition("\n")[0]}
         facts["isa"] = library().qk_isa().decode()
-        facts["threads"] = f"{torch.get_num_threads()}, torch's OpenMP team" if _openmp() else "1, no OpenMP in this process"
+        facts["threads"] = f"{torch.get_num_threads()}, {'the OpenMP team of torch' if _openmp() else 'our own'}"
     except KernelError as error:
         facts["error"] = str(error)
     return facts
@@ -222,16 +224,15 @@ def _open(path: Path) -> ctypes.CDLL:
         raise KernelError(
             f"the kernel library {path} has interface {version}, want {ABI_VERSION}; remove it to have it built again"
         )
-    if address := _openmp():
-        lib.qk_use_openmp(address)
-    else:
-        warn_once("no OpenMP runtime (GOMP_parallel) in this process: quantized layers run on one thread")
+    lib.qk_use_openmp(*(_openmp() or (None, None, None)))
     return lib
 
 
-def _openmp() -> int | None:
-    """Return the address of the process's ``GOMP_parallel``, which torch brings along, or None."""
+def _openmp() -> tuple[int | None, ...] | None:
+    """Return the entries of the process's OpenMP runtime, which torch brings along, or None: threads of our own will do."""
+    process = ctypes.CDLL(None)
     try:
-        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value
+        entries = (process.GOMP_parallel, process.omp_get_num_threads, process.omp_get_thread_num)
     except AttributeError:
         return None
+    return tuple(ctypes.cast(entry, ctypes.c_void_p).value for entry in entries)

@@ -42,6 +42,8 @@ def open_server(
     kv: str | KVScheme = "float",
     drafter: str | nn.Module | Drafter | None = None,
     limits: Limits | None = None,
+    engine: str = "auto",
+    activations: str = "float",
 ) -> Server:
     """Make an engine and a server for it, and bind the port.
 
@@ -52,7 +54,7 @@ def open_server(
         host: address; the default answers this machine only.
         port: 0 takes a free one.
         token: bearer token that clients must send.
-        kv, drafter, limits: see :class:`quantkit.Engine`.
+        kv, drafter, limits, engine, activations: see :class:`quantkit.Engine`.
 
     Raises:
         QuantkitError: the extra ``serve`` is not installed, there is no tokenizer, or the port is taken.
@@ -65,7 +67,7 @@ def open_server(
         raise QuantkitError(f"serving needs {error.name}: pip install 'quantkit[serve]'") from error
     if tokenizer is None:
         raise QuantkitError("the model has no tokenizer, and a server needs text; put tokenizer files into its directory")
-    engine = Engine(model, kv=kv, drafter=drafter, limits=limits)
+    runner = Engine(model, kv=kv, drafter=drafter, limits=limits, engine=engine, activations=activations)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     bound = socket.socket(family, socket.SOCK_STREAM)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -75,9 +77,9 @@ def open_server(
         bound.close()
         raise QuantkitError(f"cannot listen on {host}:{port}: {error.strerror}; give another --host or --port") from error
     settings = ServerSettings(name, frozenset(end_tokens(model)), token)
-    app = make_app(engine, tokenizer, settings)
-    runner = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
-    return Server(engine, bound.getsockname()[1], runner, bound)
+    app = make_app(runner, tokenizer, settings)
+    listener = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
+    return Server(runner, bound.getsockname()[1], listener, bound)
 
 
 def run_server(server: Server) -> None:

@@ -17,6 +17,7 @@ class SumBackend:
     """Predicts (sum of everything read) mod 10, read from pages; fails and breaks on demand."""
 
     device, context_tokens, shares_pages, rewinds, notice = torch.device("cpu"), 200, True, True, None
+    engine = "toy"
 
     def __init__(self) -> None:
         self.calls: list[list[tuple[int, int]]] = []
@@ -58,7 +59,7 @@ def follow(prompt: list[int], count: int) -> list[int]:
 
 def engine_on(backend=None, **limits) -> TokenEngine:
     limits = {"running": 3, "step_tokens": 8, "page_tokens": SIZE, "kv_tokens": 120, **limits}
-    return TokenEngine(backend or SumBackend(), VOCAB, limits=Limits(**limits), longest_draft=4)
+    return TokenEngine(backend or SumBackend(), VOCAB, limits=Limits(**limits))
 
 
 def finish(engine: TokenEngine) -> list:
@@ -237,7 +238,5 @@ def test_limits_are_stated_and_kept():
             Limits(**{name: 0})
     with pytest.raises(QuantkitError, match="batching='lazy'"):
         Limits(batching="lazy")
-    with pytest.raises(QuantkitError, match="longest_draft=9: want 1 to page_tokens=4"):
-        TokenEngine(SumBackend(), VOCAB, limits=Limits(page_tokens=4), longest_draft=9)
     found = TokenEngine(SumBackend(), VOCAB, limits=Limits(running=2)).limits
     assert (found.context_tokens, found.kv_tokens) == (200, 2 * 224)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from quantkit.engine.drafters.ngram import NgramDrafter
+from quantkit.engine.native import NativeBackend
 from quantkit.engine.request import Limits
 from quantkit.engine.sampling import Sampling
 from quantkit.errors import QuantkitError
@@ -21,6 +22,10 @@ SEQUENTIAL = {"falcon"}
 """Families whose attention does not go through transformers' registered functions."""
 
 
+NATIVE = [family for family in FAMILIES if family not in ("gpt2", "gpt_neox", "opt", "falcon", "gpt_oss")]
+"""Families that lower to a program."""
+
+
 def prompt_of(length: int, seed: int = 0) -> list[int]:
     return torch.randint(3, VOCAB, (length,), generator=torch.Generator().manual_seed(100 * length + seed)).tolist()
 
@@ -33,11 +38,9 @@ def theirs(family: str, length: int, count: int, **options) -> list[int]:
     return found[0, length:].tolist()
 
 
-def engine_of(family: str, drafter=None, **limits) -> Engine:
-    engine = Engine(FAMILIES[family](), limits=Limits(**{"kv_tokens": 512, **limits}), longest_draft=4)
-    if drafter is None or not engine.backend.rewinds:
-        return engine
-    return Engine(FAMILIES[family](), limits=engine.limits, drafter=drafter, longest_draft=4)
+def engine_of(family: str, drafter=None, engine="modules", **limits) -> Engine:
+    limits = Limits(**{"kv_tokens": 512, "draft_tokens": 4, **limits})
+    return Engine(FAMILIES[family](), limits=limits, drafter=drafter, engine=engine)
 
 
 LAYOUTS = {"paged": {"page_tokens": 4, "step_tokens": 16}, "dense": {"page_tokens": 128, "kv_tokens": 1024, "step_tokens": 512}}
@@ -66,6 +69,17 @@ def test_drafts_change_nothing(family):
         list(engine.run())
         assert [r.ids for r in requests] == [theirs(family, n, 12) for n in LENGTHS]
     assert engine.stats["accepted"] == engine.stats["drafted"] > 20  # the last drafter was the model itself
+
+
+@pytest.mark.parametrize("family", NATIVE)
+def test_native_equals_transformers_in_a_ragged_batch_with_drafts_and_under_pressure(family):
+    for drafter, kv_tokens in ((None, 512), ("ngram", 512), (FAMILIES[family](), 512), (None, 128)):
+        engine = engine_of(family, drafter, "native", kv_tokens=kv_tokens, step_tokens=16, running=4)
+        assert isinstance(engine.backend, NativeBackend)
+        requests = [engine.submit(prompt_of(n), max_new_tokens=12) for n in LENGTHS]
+        list(engine.run())
+        assert [r.ids for r in requests] == [theirs(family, n, 12) for n in LENGTHS]
+        assert engine.scheduler.pages.used == 0
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_oss", "falcon"])
@@ -154,10 +168,11 @@ def test_what_cannot_run_on_pages_says_so_once_and_is_counted(caplog):
         for _ in range(2):
             backend = make_backend(model)
     assert isinstance(backend, SequentialBackend)
-    (reason,) = backends.FALLBACKS
-    assert backends.FALLBACKS[reason] == 2
-    assert reason.startswith("MambaForCausalLM: it ")
-    assert len([r for r in caplog.records if r.name == "quantkit.hf.backend"]) == 1
+    native, paged = backends.FALLBACKS
+    assert backends.FALLBACKS[native] == backends.FALLBACKS[paged] == 2
+    assert native.startswith("MambaForCausalLM runs through its modules, not natively: ")
+    assert paged.startswith("MambaForCausalLM: it ")
+    assert len([r for r in caplog.records if r.name == "quantkit.hf.backend"]) == 2
     with pytest.raises(QuantkitError, match="needs keys and values in pages, but MambaForCausalLM"):
         make_backend(model, "int8")
     with pytest.raises(QuantkitError, match="drafts cannot be verified"):
@@ -187,7 +202,7 @@ def test_a_model_whose_layers_remember_more_is_found_out():
 
     model = tiny_llama()
     model.model.layers[1].mlp = Counting(model.model.layers[1].mlp)
-    assert "differ from a plain forward" in str(make_backend(model).notice)
+    assert "differ from a plain forward" in str(make_backend(model, engine="modules").notice)
 
 
 def test_the_model_is_left_as_it_was():
@@ -195,7 +210,7 @@ def test_the_model_is_left_as_it_was():
     before = model.config._attn_implementation
     prompt = torch.tensor([prompt_of(9)])
     want = model(prompt).logits
-    engine = Engine(model, limits=Limits(kv_tokens=64))
+    engine = Engine(model, limits=Limits(kv_tokens=64), engine="modules")
     engine.submit(prompt_of(9), max_new_tokens=3)
     calls = []
 

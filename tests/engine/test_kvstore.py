@@ -146,11 +146,14 @@ def test_bytes_are_as_predicted(scheme, memory):
 
 
 def test_bytes_of_a_model():
-    engine = Engine(tiny_llama(), kv="int8", limits=Limits(running=2, kv_tokens=64))
+    engine = Engine(tiny_llama(), kv="int8", engine="modules", limits=Limits(running=2, kv_tokens=64))
     per_token = 2 * 2 * 2 * (16 + 2)  # layers, keys and values, heads; codes and a float16 scale
     assert engine.backend.nbytes == engine.backend.bytes_for(engine.memory) == 64 * per_token
-    float_bytes = Engine(tiny_llama(), limits=Limits(running=2, kv_tokens=64)).backend.nbytes
-    assert float_bytes == 64 * 2 * 2 * 2 * 16 * 4
+    for engine in ("modules", "native"):
+        found = Engine(tiny_llama(), engine=engine, limits=Limits(running=2, kv_tokens=64))
+        assert found.backend.nbytes == found.backend.bytes_for(found.memory) == 64 * 2 * 2 * 2 * 16 * 4
+    native = Engine(tiny_llama(), kv="int8", engine="native", limits=Limits(kv_tokens=64))
+    assert native.backend.nbytes == native.backend.bytes_for(native.memory) == 64 * 2 * 2 * 2 * (16 + 4)
 
 
 def plain_attention(query, key, value, scale, window, softcap, sinks):
@@ -207,9 +210,9 @@ def test_hadamard_is_orthogonal_and_symmetric():
 def test_answers_with_quantized_memory_do_not_depend_on_batches_or_pressure():
     model = tiny_llama()
     prompts = [torch.randint(3, VOCAB, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (5, 20, 33, 8)]
-    alone = [generate(model, prompt, kv="int8", max_new_tokens=16).ids for prompt in prompts]
-    assert [one.ids for one in generate(model, prompts, kv="int8", max_new_tokens=16)] == alone
-    engine = Engine(model, kv="int8", limits=Limits(kv_tokens=64, page_tokens=4, step_tokens=8, running=3), longest_draft=2)
+    alone = [generate(model, prompt, kv="int8", engine="modules", max_new_tokens=16).ids for prompt in prompts]
+    assert [one.ids for one in generate(model, prompts, kv="int8", engine="modules", max_new_tokens=16)] == alone
+    engine = Engine(model, kv="int8", engine="modules", limits=Limits(kv_tokens=64, page_tokens=4, step_tokens=8, running=3))
     requests = [engine.submit(prompt, max_new_tokens=16) for prompt in prompts]
     list(engine.run())
     assert engine.scheduler.preemptions > 0

@@ -2,13 +2,11 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
-#include <thread>
 #include <vector>
 
 #include "vector.h"
 
 extern "C" {
-int32_t qk_use_openmp(void*);
 int32_t qk_wq_matmul(const void*, const void*, const void*, const void*, const void*, void*, int64_t, int64_t, int64_t, int64_t,
                      int32_t, int32_t, int32_t, int32_t, int32_t);
 int32_t qk_wq_split(const void*, const void*, const void*, void*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int32_t,
@@ -25,14 +23,6 @@ static void check(bool right, const char* what) {
 }
 
 static float uniform() { return static_cast<float>(rand()) / static_cast<float>(RAND_MAX) - 0.5f; }
-
-// What an OpenMP runtime does with GOMP_parallel.
-static void team(void (*body)(void*), void* argument, unsigned threads, unsigned) {
-  std::vector<std::thread> others;
-  for (unsigned i = 1; i < threads; ++i) others.emplace_back(body, argument);
-  body(argument);
-  for (auto& other : others) other.join();
-}
 
 struct Case {
   int64_t m, rows, columns, group;
@@ -115,16 +105,13 @@ static void halves() {
 
 int main() {
   halves();
-  for (int threaded = 0; threaded < 2; ++threaded) {
-    if (threaded) qk_use_openmp(reinterpret_cast<void*>(team));
-    for (int32_t bits : {2, 4, 8})
-      for (int64_t group : {1, 5, 16, 37})
-        for (int64_t rows : {1, 7, 32, 49})
-          for (int64_t m : {0, 1, 2, 3, 5, 13, 35}) {
-            const int n = problems;
-            run({m, rows, group * (1 + n % 3), group, bits, n % 2, n % 3, n % 5 < 2, n % 7 < 3});
-          }
-  }
+  for (int32_t bits : {2, 4, 8})
+    for (int64_t group : {1, 5, 16, 37})
+      for (int64_t rows : {1, 7, 32, 49})
+        for (int64_t m : {0, 1, 2, 3, 5, 13, 35}) {
+          const int n = problems;
+          run({m, rows, group * (1 + n % 3), group, bits, n % 2, n % 3, n % 5 < 2, n % 7 < 3});
+        }
   check(qk_wq_matmul(nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, 1, 1, 1, 1, 3, 0, 0, 0, 1) == 1, "bad bits");
   printf("%d problems, all right\n", problems);
 }

@@ -18,7 +18,7 @@ from quantkit.generation import generate
 from quantkit.serve.run import open_server, run_server
 from tests.tiny import tiny_llama, tiny_tokenizer
 
-LIMITS = Limits(running=8, kv_tokens=1024, waiting=300, page_tokens=8, step_tokens=64)
+LIMITS = Limits(running=8, kv_tokens=1024, waiting=300, step_tokens=64)
 
 
 class Running:
@@ -159,7 +159,7 @@ def test_health_models_and_metrics(running):
     lines = httpx.get(f"{running.url}/metrics").text.splitlines()
     values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
     assert float(values["quantkit_tokens_total"]) >= 3
-    assert float(values["quantkit_pages"]) == 128
+    assert float(values["quantkit_pages"]) == 32
     assert (
         float(values['quantkit_first_token_seconds_bucket{le="+Inf"}'])
         == float(values["quantkit_first_token_seconds_count"])
@@ -197,7 +197,7 @@ def test_clients_beyond_the_limits_are_told_to_wait():
 
 
 def test_when_the_model_fails_the_request_ends_and_the_server_goes_on():
-    with Running() as running:
+    with Running(engine="modules") as running:
         calls = []
 
         def fail(module, args):

@@ -8,6 +8,8 @@
 #include <cstring>
 #if defined(__F16C__)
 #include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
 #endif
 
 namespace qk {
@@ -45,6 +47,20 @@ inline uint32_t float_to_bits(float value) {
 
 // A difference: x - 0 is x for every x, so it compiles to a broadcast; 0 + x is not x for -0 and would be an addition.
 inline Floats splat(float value) { return value - Floats{}; }
+
+// a * b + c, rounded once where the machine can. Left to itself the compiler fuses here and not there (for some CPUs it avoids
+// chains of fused operations), and a row's bits would depend on the tile that computed it.
+inline Floats multiply_add(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__) && defined(__FMA__)
+  return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__ARM_NEON)
+  return (Floats)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  return a * b + c;
+#endif
+}
 
 inline Floats load_bytes(const uint8_t* p) {
   return __builtin_convertvector(*reinterpret_cast<const BytesAnywhere*>(p), Floats);
