@@ -5,7 +5,6 @@ activations between blocks (tokens x hidden) are kept in the compute dtype.
 """
 
 import contextlib
-import ctypes
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from quantkit.calibrate.walk import SiteStatistics, block_sites, walk_block
 from quantkit.errors import CalibrationError
 from quantkit.hf.blocks import call_block, cast_call, record_block_calls
+from quantkit.memory import drop_pages, mapped_pages, return_freed_memory
 from quantkit.nn.install import install
 from quantkit.nn.sites import Block, Site, Structure, read_weight, write_weight
 from quantkit.progress import Progress, ProgressCallback
@@ -136,8 +136,10 @@ def quantize_blocks(
         if chain is not None and store is not None:
             chain.hidden = store.load_chain(finished - 1)
     results: dict[str, Quantized] = {}
+    drop_pages(mapped_pages(model.parameters()))  # what was read so far to check the model and to record its predictions
     for index, block in enumerate(structure.blocks):
         sites = block_sites(block, plan)
+        mapped = mapped_pages(model.get_submodule(block.name).parameters())
         if index < finished and store is not None:
             loaded = store.load(index)
             quantized = {site.name: loaded[site.name] for site in sites}
@@ -150,15 +152,10 @@ def quantize_blocks(
         for site in sites:
             install(model, site, quantized[site.name].qtensor)
         results |= quantized
-        _return_freed_memory()
+        drop_pages(mapped)
+        return_freed_memory()
         progress(Progress("quantize", len(results), len(plan), block.name))
     return _quantize_outside(model, structure, plan, quantizer, compute, results, progress)
-
-
-def _return_freed_memory() -> None:
-    """Give freed memory back to the system: a block frees hundreds of megabytes in pieces that fragment glibc's heap."""
-    with contextlib.suppress(AttributeError, OSError):  # only glibc has malloc_trim
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _reporter(progress: ProgressCallback, total: int, before: int) -> Callable[[str, Quantized, int], None]:

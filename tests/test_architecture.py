@@ -16,12 +16,12 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_RECIPE_LINES = 400, 60, 30
 
 FLOORS = (
-    {"errors", "files", "numerics", "progress", "qtensor", "registry", "spec"},
+    {"errors", "files", "memory", "numerics", "progress", "qtensor", "registry", "spec"},
     {"kernels", "nn"},
     {"calibrate", "engine", "formats", "quantizers"},
     {"hf"},
     {"blockwise", "checkpoint", "evaluation", "generation", "models", "pipeline", "plan", "proof", "resume"},
-    {"__main__", "cli", "demo", "doctor", "forecast", "located_yaml", "recipe", "report", "run", "templates"},
+    {"__main__", "cli", "demo", "doctor", "forecast", "located_yaml", "recipe", "report", "run", "serve", "templates"},
 )
 BLIND = {"calibrate", "engine", "formats", "quantizers"}
 """Rooms of one floor that know nothing of each other."""

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from quantkit.calibrate.collectors import COLLECTORS, Collector
 from quantkit.errors import CalibrationError
+from quantkit.memory import HeapWatch, return_freed_memory
 from quantkit.nn.sites import Block, Site
 
 
@@ -138,11 +139,12 @@ def walk_block(
     batches = [_Batch(lambda run=run: setattr(greenlet.getcurrent(), "output", run())) for run in forwards]
     hooks = _attach(block, block_name, sites, suspend)
     try:
-        running = batches
+        running, heap = batches, HeapWatch()
         while running:
             for batch in running:
                 batch.waiting = None
                 batch.switch()
+                heap.check()
             waiting = [batch for batch in batches if not batch.dead]
             if not waiting:
                 break
@@ -158,6 +160,7 @@ def walk_block(
             for batch in running:
                 batch.inputs = None
             del inputs
+            return_freed_memory()
     finally:
         for hook in hooks:
             hook()

@@ -12,7 +12,7 @@ from quantkit.cli.show import console, facts, parse_settings, progress_bars, say
 Model = Annotated[str, typer.Argument(help="Checkpoint directory, float model, hub id, or demo.")]
 Engine = Annotated[str, typer.Option(help="native (one call per token, CPU), modules (transformers' forward), or auto.")]
 Activations = Annotated[str, typer.Option(help="float, or int8: faster, less exact, native engine only.")]
-Head = Annotated[str, typer.Option(help="float, or int8: the output head rounded on the way, native engine only.")]
+Head = Annotated[str, typer.Option(help="float, or int8: the output head rounded in memory, faster to read.")]
 
 
 @app.command()
@@ -92,15 +92,17 @@ def evaluate(
     windows: int = 20,
     length: Annotated[int, typer.Option(help="Tokens of a window.")] = 1024,
     latency: Annotated[bool, typer.Option(help="Measure speed too.")] = True,
+    kv: Annotated[str | None, typer.Option(help="Read keys and values from a memory: float, int8 or int4.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the report here (JSON).")] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page with plots here.")] = None,
+    head: Head = "float",
 ) -> None:
     """Measure a model: perplexity, distance from a base model, speed, size."""
     from quantkit.evaluation import evaluate as measure
     from quantkit.models import open_model
     from quantkit.report import comparison_table, write_html
 
-    opened, tokenizer = open_model(model)
+    opened, tokenizer = open_model(model, head=head)
     with progress_bars() as progress:
         report = measure(
             opened,
@@ -110,6 +112,7 @@ def evaluate(
             windows=windows,
             length=length,
             latency=latency,
+            kv=kv,
             label=Path(model).name,
             base_label=base,
             progress=progress,
@@ -135,7 +138,7 @@ def bench(
     from quantkit.evaluation import compare_latency
     from quantkit.models import open_model
 
-    opened = {name: open_model(name)[0] for name in models}
+    opened = {name: open_model(name, head=head)[0] for name in models}
     with progress_bars() as progress:
         found = compare_latency(
             opened,
@@ -144,7 +147,6 @@ def bench(
             rounds=rounds,
             engine=engine,
             activations=activations,
-            head=head,
             progress=progress,
         )
     rows = [
@@ -174,6 +176,8 @@ def generate(
     min_p: float | None = None,
     repetition_penalty: float = 1.0,
     seed: int | None = None,
+    kv: Annotated[str, typer.Option(help="Keys and values: float, int8 or int4.")] = "float",
+    drafter: Annotated[str | None, typer.Option(help="Guess ahead: ngram, or a smaller model's path.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt through the model's chat template.")] = False,
     engine: Engine = "auto",
     activations: Activations = "float",
@@ -183,7 +187,8 @@ def generate(
     from quantkit.generation import generate as continue_text
     from quantkit.models import open_model
 
-    opened, tokenizer = open_model(model)
+    opened, tokenizer = open_model(model, head=head)
+    draft = open_model(drafter)[0] if drafter not in (None, "ngram") else drafter  # type: ignore[arg-type]
     done = continue_text(
         opened,
         [{"role": "user", "content": prompt}] if chat else prompt,
@@ -195,12 +200,15 @@ def generate(
         min_p=min_p,
         repetition_penalty=repetition_penalty,
         seed=seed,
+        kv=kv,
+        drafter=draft,
         stream=lambda piece: typer.echo(piece, nl=False),
         engine=engine,
         activations=activations,
-        head=head,
     )
     typer.echo()
     later = sorted(done.decode_ms)
     speed = f", {later[len(later) // 2]:.1f} ms per token (median)" if later else ""
-    say(f"[{len(done.ids)} tokens, {done.finish_reason}; first token after {done.prefill_ms:.0f} ms{speed}]", stderr=True)
+    guessed = f", {done.accepted} of {done.drafted} guesses right" if drafter else ""
+    first = f"first token after {done.prefill_ms:.0f} ms"
+    say(f"[{len(done.ids)} tokens, {done.finish_reason}; {first}{speed}{guessed}]", stderr=True)

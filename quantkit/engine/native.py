@@ -1,108 +1,78 @@
-"""A decoder program on the CPU as a :class:`quantkit.engine.engine.Step`: one native call per step."""
+"""A decoder program on the CPU as a :class:`quantkit.engine.step.Backend`: one native call per step, whatever its rows are for."""
 
-import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from quantkit.engine.step import Copy, Memory, Span
 from quantkit.errors import QuantkitError
-from quantkit.kernels.decoder import PAGE_TOKENS, KvPages, NativeDecoder, Rows
-from quantkit.kernels.program import Linear, Program
-from quantkit.nn.linear import QuantLinear
-from quantkit.numerics import grid
-from quantkit.qtensor import QTensor
-from quantkit.spec import QuantSpec
-
-PREFILL_ROWS = 512
-"""Tokens of a prompt that one native call reads; more would only need more memory."""
+from quantkit.kernels.decoder import KV_DTYPES, PAGE_TOKENS, KvPages, NativeDecoder, Rows
 
 
-HEAD_SPEC = QuantSpec("int8", (1, 64))
-"""Grid of a head that is quantized on the way: 8.25 bits a weight."""
+class NativeBackend:
+    """Run a program for many sequences, keys and values in native pages.
 
-
-def quantize_head(program: Program) -> Program:
-    """Return the program with its head rounded to nearest on :data:`HEAD_SPEC`; one that is quantized already stays.
-
-    The head is read whole for every token: of a small model with a large vocabulary it is most of what decoding reads. A tied
-    embedding stays as it is.
-
-    Raises:
-        QuantkitError: if the hidden size does not fit the grid.
-    """
-    head = program.head
-    if not isinstance(head.weight, Tensor):
-        return program
-    if head.shape[1] % HEAD_SPEC.block[1]:
-        raise QuantkitError(
-            f"{program.name}: a hidden size of {head.shape[1]} is no multiple of {HEAD_SPEC.block[1]}; head='float'"
-        )
-    weight = head.weight.float()
-    scale, zero = grid.choose_qparams(weight, HEAD_SPEC)
-    qtensor = QTensor.from_codes(grid.quantize(weight, scale, zero, HEAD_SPEC), scale, zero, HEAD_SPEC)
-    return dataclasses.replace(program, head=Linear(QuantLinear(qtensor, head.bias), head.shape, head.bias))
-
-
-class NativeStep:
-    """Run a program for one sequence, keys and values in pages that grow with it.
-
-    Several steps may share a decoder, one at a time.
+    A row's logits do not depend, to the last bit, on the rows beside it: answers do not change with the batch, with drafts, or
+    with preemption. Several backends may share a decoder, one at a time.
 
     Args:
-        decoder: the program, laid out.
+        decoder: the program, laid out; without LongRoPE's second set of tables, which depends on the length of a sequence.
         kv: how keys and values are stored, a key of :data:`quantkit.kernels.decoder.KV_DTYPES`.
         exact: float activations; False rounds them to int8 where they meet quantized weights.
+        context_tokens: longest sequence the model reads.
 
     Attributes:
         engine: what runs a step, for reports.
     """
 
-    def __init__(self, decoder: NativeDecoder, *, kv: str = "float32", exact: bool = True) -> None:
-        self.decoder, self.exact = decoder, exact
-        head = decoder.program.head.weight
-        rounded = [] if exact else ["int8 activations"]
-        rounded += [f"{head.spec.describe()} head"] if isinstance(head, QuantLinear) else []
-        self.engine = ", ".join(["native", *rounded])
-        self._kv = KvPages(decoder.program, 1, dtype=kv)
-        self.reset()
+    shares_pages = rewinds = True
+    notice = None
+    device = torch.device("cpu")
 
-    def reset(self) -> None:
-        """Forget everything read; the pages stay for the next sequence."""
-        self._seen: list[int] = []
-        self._long = False
+    def __init__(
+        self, decoder: NativeDecoder, *, kv: str = "float32", exact: bool = True, context_tokens: int | None = None
+    ) -> None:
+        self.decoder, self.exact, self.context_tokens = decoder, exact, context_tokens
+        self.engine = "native" if exact else "native, int8 activations"
+        self._dtype = kv
+        self._kv: KvPages | None = None
+
+    def reserve(self, memory: Memory) -> None:
+        """Allocate pages; the kernels know one size of them."""
+        if memory.page_tokens != PAGE_TOKENS:
+            raise QuantkitError(
+                f"pages of {memory.page_tokens} tokens: the native engine has pages of {PAGE_TOKENS}; "
+                "leave page_tokens out, or take engine='modules'"
+            )
+        self._kv = KvPages(self.decoder.program, memory.pages, dtype=self._dtype)
+
+    def bytes_for(self, memory: Memory) -> int:
+        """Return the bytes that :meth:`reserve` allocates for ``memory``."""
+        per_head = 4 if self._dtype == "int8" else 0  # a scale
+        heads = [(layer.attention.kv_heads, layer.attention.head_dim) for layer in self.decoder.program.layers]
+        per_token = sum(2 * count * (dim * KV_DTYPES[self._dtype].itemsize + per_head) for count, dim in heads)
+        return memory.pages * memory.page_tokens * per_token
 
     @property
-    def kv_bytes(self) -> int:
-        """Bytes of the pages of keys and values."""
-        return self._kv.nbytes
+    def nbytes(self) -> int:
+        """Bytes allocated now."""
+        return 0 if self._kv is None else self._kv.nbytes
 
-    def __call__(self, ids: Tensor, position: int) -> Tensor:
-        """Read ``ids`` (1, T) int64 standing at ``position``; return float32 logits (1, V) after the last."""
-        return self._read(ids, position, argmax=False)
-
-    def most_likely(self, ids: Tensor, position: int) -> int:
-        """Read like a call, and return the most likely next token; its logit is finite."""
-        return int(self._read(ids, position, argmax=True))
-
-    def _read(self, ids: Tensor, position: int, *, argmax: bool) -> Tensor:
-        if ids.ndim != 2 or ids.shape[0] != 1 or not ids.shape[1]:
-            raise QuantkitError(f"ids: shape {tuple(ids.shape)}, want (1, T) with T >= 1; this step holds one sequence")
-        if position != len(self._seen):
-            raise QuantkitError(f"position {position}, but {len(self._seen)} tokens have been read; call reset() to start over")
-        tokens, start, switch = ids[0].tolist(), position, self.decoder.program.rope_switch
-        total = position + len(tokens)
-        if switch is not None and total > switch and not self._long:  # other frequencies: all keys are made again, once
-            tokens, start, self._long = self._seen + tokens, 0, True
-        self.decoder.set_long(self._long)
-        pages = -(-total // PAGE_TOKENS)
-        if pages > self._kv.pages:
-            self._kv.grow(max(pages, 2 * self._kv.pages))
-        table = np.arange(self._kv.pages, dtype=np.int32)[None]
-        for first in range(0, len(tokens), PREFILL_ROWS):
-            some = tokens[first : first + PREFILL_ROWS]
-            where = range(start + first, start + first + len(some))
-            last = [len(some) - 1] if first + len(some) == len(tokens) else []
-            rows = Rows(some, list(where), [0] * len(some), table, last)
-            logits = self.decoder.run(rows, self._kv, exact=self.exact, argmax=argmax)
-        self._seen += tokens[len(self._seen) - start :]
-        return logits
+    def step(self, spans: Sequence[Span], copies: Sequence[Copy] = ()) -> Tensor:
+        """Run ``spans``; see :class:`~quantkit.engine.step.Backend`."""
+        pages = self._kv
+        assert pages is not None, "reserve comes first"
+        for source, target, _ in copies:
+            for stored in (*pages.keys, *pages.values, *pages.key_scales, *pages.value_scales):
+                stored[target] = stored[source]
+        table = np.zeros((len(spans), max(len(span.table) for span in spans)), dtype=np.int32)
+        tokens, positions, slots, wanted = list[int](), list[int](), list[int](), list[int]()
+        for slot, span in enumerate(spans):
+            table[slot, : len(span.table)] = span.table
+            tokens += span.ids
+            positions += range(span.start, span.start + len(span.ids))
+            slots += [slot] * len(span.ids)
+            wanted += range(len(tokens) - span.wanted, len(tokens))
+        return self.decoder.run(Rows(tokens, positions, slots, table, wanted), pages, exact=self.exact)

@@ -42,6 +42,8 @@ KV_DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8"
 
 def rejects(program: Program) -> str | None:
     """Say why the CPU backend cannot run ``program``, or None if it can. May compile the library (once)."""
+    if program.rope_switch is not None:
+        return f"its rotary tables change beyond {program.rope_switch} tokens, and a batch has sequences of many lengths"
     for index, layer in enumerate(program.layers):
         if layer.attention.head_dim > MAX_HEAD_DIM:
             return f"layer {index}: heads are {layer.attention.head_dim} wide, at most {MAX_HEAD_DIM} are supported"
@@ -144,9 +146,6 @@ class NativeDecoder:
         program: what to run.
         threads: at most this many; None is torch's number at each call.
 
-    Attributes:
-        long: use the rotary tables of sequences longer than ``program.rope_switch`` (LongRoPE).
-
     Raises:
         KernelError: the program cannot run here (:func:`rejects` says why), or the library cannot be built.
     """
@@ -154,7 +153,7 @@ class NativeDecoder:
     def __init__(self, program: Program, *, threads: int | None = None) -> None:
         if reason := rejects(program):
             raise KernelError(f"{program.name}: {reason}")
-        self.program, self.threads, self.long = program, threads, False
+        self.program, self.threads = program, threads
         self._library = build.library()
         self._turn = threading.Lock()  # scratch memory is shared by all steps
         self._laid_out = structs.LaidOut(program)
@@ -218,7 +217,7 @@ class NativeDecoder:
         longest = int(positions.max()) + 1
         for name, values, limit in (
             ("token", tokens, self.program.embedding.shape[0]),
-            ("position", positions, table.shape[1] * PAGE_TOKENS),
+            ("position", positions, min(table.shape[1] * PAGE_TOKENS, self.program.max_tokens or 1 << 31)),
             ("slot", slots, table.shape[0]),
             *((("wanted row", wanted, count),) if len(wanted) else ()),
         ):
@@ -229,11 +228,6 @@ class NativeDecoder:
             raise KernelError(f"the block table points at pages beyond the {kv.pages} there are")
         if len(kv.keys) != len(self.program.layers):
             raise KernelError(f"the pages are of {len(kv.keys)} layers, the program has {len(self.program.layers)}")
-        switch = self.program.rope_switch
-        if switch is not None and not self.long and longest > switch:
-            raise KernelError(
-                f"position {longest - 1} needs the long rotary tables (beyond {switch}); set `long` and start over"
-            )
         return longest
 
     @staticmethod
@@ -253,19 +247,11 @@ class NativeDecoder:
             self._scratch_size = want
         return -(-self._scratch.data_ptr() // 64) * 64
 
-    def set_long(self, long: bool) -> None:
-        """Choose between LongRoPE's two sets of rotary tables; keys in pages were rotated with the set of their time."""
-        if long != self.long:
-            self.long, self._tokens = long, 0
-
     def _lengthen(self, tokens: int) -> None:
         """Compute rotary tables for at least ``tokens`` positions."""
         if tokens <= self._tokens:
             return
-        switch = self.program.rope_switch
-        size = max(tokens, 2 * self._tokens, 2048)
-        if switch is not None:
-            size = max(size, switch + 1) if self.long else switch
+        size = min(max(tokens, 2 * self._tokens, 2048), self.program.max_tokens or 1 << 31)
         array = (structs.RotaryStruct * max(len(self.program.rotaries), 1))()
         self._tables = [rotary.tables(size) for rotary in self.program.rotaries]
         for struct, rotary, (cos, sin) in zip(array, self.program.rotaries, self._tables, strict=False):

@@ -1,21 +1,21 @@
-"""The native step: transformers' own greedy tokens, when it is chosen, and that it notices a model that changed."""
+"""The native engine: transformers' own greedy tokens, when it is chosen, and that it notices a model that changed."""
 
+import itertools
 import logging
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 
-from quantkit.engine.engine import generate_ids
-from quantkit.engine.native import NativeStep, quantize_head
-from quantkit.engine.sampling import Sampling
+from quantkit.engine.native import NativeBackend
+from quantkit.engine.step import Memory, OneSequence
 from quantkit.errors import QuantkitError
 from quantkit.evaluation import compare_latency
 from quantkit.generation import generate
-from quantkit.hf import step as chooser
-from quantkit.hf.cache import TransformersStep
-from quantkit.hf.step import describe_engine, native_decoder, open_step
-from tests.tiny import FAMILIES, VOCAB, build, tiny_llama
+from quantkit.hf import backend as chooser
+from quantkit.hf.backend import PagedBackend, describe_engine, make_backend
+from quantkit.hf.native import native_decoder
+from tests.tiny import FAMILIES, VOCAB, tiny_llama
 
 CLAIMED = [name for name in FAMILIES if name not in ("gpt2", "gpt_neox", "opt", "falcon", "gpt_oss")]
 
@@ -34,66 +34,39 @@ def theirs(model: PreTrainedModel, prompt: torch.Tensor, count: int, **options) 
 @pytest.mark.parametrize("family", CLAIMED)
 def test_greedy_equals_transformers(family, length):
     model, prompt = FAMILIES[family](), prompt_of(length)
-    step = open_step(model, "native")
-    assert isinstance(step, NativeStep)
-    assert generate_ids(step, prompt, max_new_tokens=12).ids == theirs(model, prompt, 12)
-    varied = generate_ids(step, prompt, max_new_tokens=16, sampling=Sampling(repetition_penalty=4.0)).ids
+    model.generation_config.eos_token_id = None
+    model.config.eos_token_id = None
+    assert generate(model, prompt, engine="native", max_new_tokens=12).ids == theirs(model, prompt, 12)
+    varied = generate(model, prompt, engine="native", max_new_tokens=16, repetition_penalty=4.0).ids
     assert varied == theirs(model, prompt, 16, repetition_penalty=4.0)
     assert len(set(varied)) > 4  # without the penalty some of these random models only repeat themselves
 
 
-def test_a_prompt_longer_than_one_call_and_the_fast_way_to_the_greedy_token():
-    model = tiny_llama(max_position_embeddings=2048)
-    prompt, step = prompt_of(1100), open_step(model, "native")
+def logits_of(model: PreTrainedModel, prompt: torch.Tensor, cuts: list[int], **options) -> torch.Tensor:
+    """Logits after every cut of the prompt, the last at its end."""
+    step = OneSequence(make_backend(model, **options), len(prompt))
+    return torch.cat([step(prompt[a:b].tolist(), a) for a, b in itertools.pairwise([0, *cuts])])
+
+
+def test_a_prompt_in_chunks_and_in_one_piece_to_the_last_bit():
+    model, prompt = tiny_llama(max_position_embeddings=2048), prompt_of(1100)
     with torch.inference_mode():
         want = model(prompt[None]).logits[:, -1]
-    whole = step(prompt[None], 0)
+    whole = logits_of(model, prompt, [1100], engine="native")
     torch.testing.assert_close(whole, want, atol=2e-5, rtol=1e-4)
-    step.reset()
-    pieces = [step(prompt[None, start : start + 100], start) for start in range(0, 1100, 100)]
-    assert torch.equal(pieces[-1], whole)
-    step.reset()
-    assert step.most_likely(prompt[None], 0) == int(whole.argmax())
-    assert step.kv_bytes >= 1100 * 2 * 2 * 2 * 16 * 4  # tokens, layers, keys and values, heads, channels, bytes
-
-
-def test_longrope_switches_as_transformers_does():
-    rope = {
-        "rope_type": "longrope",
-        "rope_theta": 10000.0,
-        "short_factor": [1.0] * 8,
-        "long_factor": [6.0] * 8,
-        "original_max_position_embeddings": 12,
-        "factor": 4.0,
-    }
-    model = build("phi3", head_dim=None, rope_parameters=rope, original_max_position_embeddings=12)
-    prompt, step, other = prompt_of(16), open_step(model, "native"), open_step(model, "native")
-    lengths = (10, 11, 12, 13, 14, 16)
-    with torch.inference_mode():
-        want = torch.cat([model(prompt[None, :b], use_cache=False).logits[:, -1] for b in lengths])
-    for _ in range(2):  # after the long tables the short ones come back
-        got, start = [], 0
-        for end in lengths:
-            got.append(step(prompt[None, start:end], start))
-            start = end
-            torch.testing.assert_close(other(prompt[None, :3], 0), model(prompt[None, :3]).logits[:, -1])  # of one decoder
-            other.reset()
-        torch.testing.assert_close(torch.cat(got), want, atol=2e-5, rtol=1e-4)
-        step.reset()
+    assert torch.equal(logits_of(model, prompt, list(range(100, 1101, 100)), engine="native")[-1:], whole)
 
 
 def test_misuse_is_named():
-    step = open_step(tiny_llama(), "native")
-    step(prompt_of(4)[None], 0)
-    with pytest.raises(QuantkitError, match="position 0, but 4 tokens have been read"):
-        step(prompt_of(4)[None], 0)
-    with pytest.raises(QuantkitError, match=r"want \(1, T\)"):
-        step(prompt_of(4).view(2, 2), 4)
-    for options in ({"engine": "fast"}, {"activations": "int4"}, {"head": "int4"}):
+    for options in ({"engine": "fast"}, {"activations": "int4"}):
         with pytest.raises(QuantkitError, match="want one of"):
-            open_step(tiny_llama(), **options)
+            make_backend(tiny_llama(), **options)
     with pytest.raises(QuantkitError, match="only the native engine"):
-        open_step(tiny_llama(), "modules", activations="int8")
+        make_backend(tiny_llama(), engine="modules", activations="int8")
+    with pytest.raises(QuantkitError, match="pages of 4 tokens: the native engine has pages of 32"):
+        make_backend(tiny_llama(), engine="native").reserve(Memory(4, 4, 1))
+    with pytest.raises(QuantkitError, match="it stores keys and values in float or int8"):
+        make_backend(tiny_llama(), "int4", engine="native")
 
 
 def test_a_model_without_a_program_says_so_once_and_is_counted(caplog, monkeypatch):
@@ -101,13 +74,13 @@ def test_a_model_without_a_program_says_so_once_and_is_counted(caplog, monkeypat
     model = FAMILIES["gpt2"]()
     with caplog.at_level(logging.WARNING, logger="quantkit"):
         for _ in range(3):
-            assert isinstance(open_step(model), TransformersStep)
+            assert isinstance(make_backend(model), PagedBackend)
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == 1
     assert "learned positions" in said[0]
     assert list(chooser.FALLBACKS.values()) == [3]
     with pytest.raises(QuantkitError, match=r"cannot run natively.*learned positions.*engine='modules'"):
-        open_step(model, "native")
+        make_backend(model, engine="native")
     assert describe_engine(model).startswith("modules: ")
     assert describe_engine(tiny_llama()) == "native: 2 layers in one call per step"
 
@@ -115,24 +88,26 @@ def test_a_model_without_a_program_says_so_once_and_is_counted(caplog, monkeypat
 def test_hooks_are_not_bypassed():
     model, seen = tiny_llama(), []
     handle = model.model.layers[0].mlp.register_forward_hook(lambda module, args, output: seen.append(1))
-    assert isinstance(open_step(model), TransformersStep)
+    assert isinstance(make_backend(model), PagedBackend)
     handle.remove()
+    assert isinstance(make_backend(model), NativeBackend)
+    model.model.layers[1].register_forward_pre_hook(lambda module, args: seen.append(1))
+    assert isinstance(make_backend(model), PagedBackend)  # though there is a decoder by now
 
 
 def test_a_decoder_is_kept_until_the_model_changes():
     model, prompt = tiny_llama(), prompt_of(8)
     decoder = native_decoder(model)
     assert native_decoder(model) is decoder
-    before = open_step(model)(prompt[None], 0)
+    before = logits_of(model, prompt, [8])
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.mul_(2.0)  # written to
-    changed = open_step(model)(prompt[None], 0)
+    changed = logits_of(model, prompt, [8])
     assert not torch.equal(changed, before)
-    torch.testing.assert_close(changed, TransformersStep(model)(prompt[None], 0), atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(changed, logits_of(model, prompt, [8], engine="modules"), atol=2e-5, rtol=1e-4)
     model.model.norm.weight = torch.nn.Parameter(model.model.norm.weight * 3.0)  # replaced
-    torch.testing.assert_close(
-        open_step(model)(prompt[None], 0), TransformersStep(model)(prompt[None], 0), atol=2e-5, rtol=1e-4
-    )
+    again = logits_of(model, prompt, [8], engine="modules")
+    torch.testing.assert_close(logits_of(model, prompt, [8]), again, atol=2e-5, rtol=1e-4)
 
 
 def test_generate_and_bench_use_it_and_say_so():
@@ -145,26 +120,6 @@ def test_generate_and_bench_use_it_and_say_so():
     assert compare_latency({"a": model}, context=8, new_tokens=2, rounds=1, engine="modules")["a"].engine == "modules"
     rounded = compare_latency({"a": model}, context=8, new_tokens=2, rounds=1, activations="int8")
     assert rounded["a"].engine == "native, int8 activations"
-
-
-def test_a_head_can_be_rounded_on_the_way():
-    model, prompt = FAMILIES["llama_tied"](), prompt_of(30)
-    exact, rounded = open_step(model), open_step(model, head="int8")
-    assert rounded.engine == "native, int8 g64 head"
-    want, got = exact(prompt[None], 0), rounded(prompt[None], 0)
-    assert 0 < (got - want).abs().max() < 0.02 * want.abs().max()
-    assert type(model.lm_head) is torch.nn.Linear  # in the native copy alone
-    kept = quantize_head(rounded.decoder.program)
-    assert kept is rounded.decoder.program
-    with pytest.raises(QuantkitError, match="no multiple of 64"):
-        open_step(tiny_llama(hidden_size=96), head="int8")
-
-
-def test_keys_and_values_are_stored_as_the_models():
-    assert open_step(tiny_llama())._kv.dtype == "float32"
-    assert open_step(tiny_llama().to(torch.bfloat16))._kv.dtype == "bfloat16"
-    assert open_step(tiny_llama().to(torch.float16))._kv.dtype == "float32"
-    assert open_step(tiny_llama(), kv="int8")._kv.dtype == "int8"
 
 
 def cut(ids: list[int], model: PreTrainedModel) -> list[int]:
