@@ -13,11 +13,7 @@
 
 namespace qk {
 
-typedef int32_t Ints __attribute__((vector_size(kWidth * 4)));
-typedef int32_t IntsAnywhere __attribute__((vector_size(kWidth * 4), aligned(4)));
 typedef int8_t SmallAnywhere __attribute__((vector_size(kWidth), aligned(1)));
-
-inline Ints splat_int(int32_t value) { return value + Ints{}; }
 
 inline Ints splat_four(const int8_t* p) {  // four activations to every lane
   int32_t value;

@@ -9,7 +9,8 @@
 namespace qk {
 namespace {
 
-constexpr int64_t kChunk = 256;  // columns of a long group that are summed by themselves
+constexpr int64_t kChunk = 256;          // columns of a long group that are summed by themselves
+constexpr int64_t kAliasFloats = 1024;
 
 enum Source { kFloats, kBFloats, kNibbles, kBytes, kPanel };  // packed weights of each kind, and (code - zero) unpacked
 
@@ -32,7 +33,7 @@ constexpr Place place(int column) {
 template <int SOURCE>
 inline void load_offsets(const Linear& l, int64_t at, Floats* offsets) {
   if (SOURCE != kNibbles && SOURCE != kBytes) return;
-  const Floats zero = l.zeros ? load_bytes(l.zeros + at) : splat(static_cast<float>(l.zero_code));
+  const Floats zero = l.zeros ? to_floats(load_bytes(l.zeros + at)) : splat(static_cast<float>(l.zero_code));
   for (int i = 0; i < (SOURCE == kNibbles ? 5 : 3); ++i) offsets[i] = zero + static_cast<float>(1 << (23 - 4 * i));
 }
 
@@ -45,66 +46,88 @@ inline Floats decode(Words word, Words high, int column, const Floats* offsets) 
   return (Floats)(((p.high ? high : word) & mask) | exponent) - offsets[p.bit / 4];
 }
 
-template <int SOURCE, int M, int UNITS>
+// Sums of UNITS registers of outputs for M rows of x, over STRANDS chunks of columns at once: independent sums hide the latency
+// of a multiply-add, and chunks of one block of rows are one stream of memory, which other rows would not be.
+template <int SOURCE, int M, int UNITS, int STRANDS>
 struct Sums {
   static constexpr int kStep = SOURCE == kPanel ? UNITS * kWidth : kLanes;
   const uint32_t* words[UNITS];
-  Floats sum[UNITS][M], offsets[UNITS][5];
+  const float* x[STRANDS];
+  Floats sum[STRANDS][UNITS][M], offsets[STRANDS][UNITS][5];
 
-  // One word of every unit; x are its columns.
-  inline void add(const float* x, int64_t stride, int64_t ahead) {
-    Words word[UNITS], high[UNITS];
-    for (int u = 0; u < UNITS; ++u) {
-      word[u] = *reinterpret_cast<const WordsAnywhere*>(words[u]);
-      high[u] = word[u] >> 16;
-      if (SOURCE != kPanel) __builtin_prefetch(words[u] + ahead);
-      words[u] += kStep;
-    }
+  // One word of every unit and strand. `apart`: words from one strand to the next; `stride`: floats from one row of x to the next.
+  inline void add(int64_t apart, int64_t stride) {
 #pragma GCC unroll 8
-    for (int c = 0; c < kColumns<SOURCE>; ++c) {
-      Floats weight[UNITS];
-      for (int u = 0; u < UNITS; ++u) weight[u] = decode<SOURCE>(word[u], high[u], c, offsets[u]);
+    for (int s = 0; s < STRANDS; ++s) {
+      Words word[UNITS], high[UNITS];
+#pragma GCC unroll 2
+      for (int u = 0; u < UNITS; ++u) {
+        word[u] = *reinterpret_cast<const WordsAnywhere*>(words[u] + s * apart);
+        high[u] = word[u] >> 16;
+        if (SOURCE != kPanel) __builtin_prefetch(words[u] + s * apart + kAhead);
+      }
+#pragma GCC unroll 8
+      for (int c = 0; c < kColumns<SOURCE>; ++c) {
+        Floats weight[UNITS];
+#pragma GCC unroll 2
+        for (int u = 0; u < UNITS; ++u) weight[u] = decode<SOURCE>(word[u], high[u], c, offsets[s][u]);
 #pragma GCC unroll 12
-      for (int m = 0; m < M; ++m) {
-        const Floats value = splat(x[(m / 3 * 3) * stride + (m % 3) * stride + c]);
-        for (int u = 0; u < UNITS; ++u) sum[u][m] = multiply_add(weight[u], value, sum[u][m]);
+        for (int m = 0; m < M; ++m) {
+          const Floats value = splat(x[s][(m / 3 * 3) * stride + (m % 3) * stride + c]);
+#pragma GCC unroll 2
+          for (int u = 0; u < UNITS; ++u) sum[s][u][m] = multiply_add(weight[u], value, sum[s][u][m]);
+        }
       }
     }
+    for (int u = 0; u < UNITS; ++u) words[u] += kStep;
+    for (int s = 0; s < STRANDS; ++s) x[s] += kColumns<SOURCE>;
   }
 };
 
-template <int SOURCE, int M, int UNITS>
-inline void multiply(const Linear& l, const Rows& r, const Chunks& chunks, const Tile& t, const uint32_t* const* start,
-                     int64_t ahead) {
-  Sums<SOURCE, M, UNITS> sums;
-  int64_t at[UNITS];
-  for (int u = 0; u < UNITS; ++u) {
-    sums.words[u] = start[u];
-    at[u] = scale_of(l, unit_of(t, u));
+struct Columns {  // of M rows of x, from column `first` of the weight on
+  const float* x;
+  int64_t stride, first;
+};
+
+// STRANDS chunks from where `walk` stands; it moves past them. Several only where all chunks are alike.
+template <int SOURCE, int M, int UNITS, int STRANDS>
+inline void multiply(const Linear& l, const Columns& from, float* totals, Walk& walk, const uint32_t** words, const int64_t* at) {
+  Sums<SOURCE, M, UNITS, STRANDS> sums;
+  const int64_t stored = walk.columns(), left = l.group - walk.first_column(), own = stored < left ? stored : left;
+  int64_t group[STRANDS];
+#pragma GCC unroll 8
+  for (int s = 0; s < STRANDS; ++s, walk.next()) {
+    group[s] = walk.group * kLanes;
+    sums.x[s] = from.x + walk.group * l.group + walk.first_column() - from.first;
+#pragma GCC unroll 2
+    for (int u = 0; u < UNITS; ++u) {
+      load_offsets<SOURCE>(l, at[u] + group[s], sums.offsets[s][u]);
+#pragma GCC unroll 12
+      for (int m = 0; m < M; ++m) sums.sum[s][u][m] = Floats{};
+    }
   }
-  for (Walk walk(chunks, t.first); walk.chunk < t.last; walk.next()) {
+  for (int u = 0; u < UNITS; ++u) sums.words[u] = words[u];
+  const int64_t apart = stored / kColumns<SOURCE> * sums.kStep;
+  int64_t k = 0;
+  for (; k + kColumns<SOURCE> <= own; k += kColumns<SOURCE>) sums.add(apart, from.stride);
+  if (STRANDS == 1 && k < own) {  // a word that is partly padding
+    float tail[M][8] = {};
+    for (int m = 0; m < M; ++m)
+      for (int64_t c = 0; k + c < own; ++c) tail[m][c] = sums.x[0][m * from.stride + c];
+    sums.x[0] = tail[0];
+    sums.add(apart, 8);
+  }
+#pragma GCC unroll 2
+  for (int u = 0; u < UNITS; ++u) words[u] += STRANDS * apart;
+#pragma GCC unroll 8
+  for (int s = 0; s < STRANDS; ++s) {
+#pragma GCC unroll 2
     for (int u = 0; u < UNITS; ++u) {
-      load_offsets<SOURCE>(l, at[u] + walk.group * kLanes, sums.offsets[u]);
-      for (int m = 0; m < M; ++m) sums.sum[u][m] = Floats{};
-    }
-    const float* x = r.x + t.row * r.stride + walk.group * l.group + walk.first_column();
-    const int64_t stored = walk.columns(), left = l.group - walk.first_column(), own = stored < left ? stored : left;
-    int64_t k = 0;
-    for (; k + kColumns<SOURCE> <= own; k += kColumns<SOURCE>) sums.add(x + k, r.stride, ahead);
-    if (k < own) {  // a word that is partly padding
-      float tail[M][8] = {};
-      for (int m = 0; m < M; ++m)
-        for (int64_t c = 0; k + c < own; ++c) tail[m][c] = x[m * r.stride + k + c];
-      sums.add(tail[0], 8, ahead);
-      k += kColumns<SOURCE>;
-    }
-    for (int u = 0; u < UNITS; ++u) {
-      if (k < stored) sums.words[u] += (stored - k) / kColumns<SOURCE> * Sums<SOURCE, M, UNITS>::kStep;
-      const Floats scale = l.scales ? load_floats(l.scales, at[u] + walk.group * kLanes, l.scale_dtype) : splat(1.0f);
+      const Floats scale = l.scales ? load_floats(l.scales, at[u] + group[s], l.scale_dtype) : splat(1.0f);
 #pragma GCC unroll 12
       for (int m = 0; m < M; ++m) {
-        FloatsAnywhere* total = reinterpret_cast<FloatsAnywhere*>(t.totals + (u * M + m) * kWidth);
-        *total = multiply_add(scale, sums.sum[u][m], *total);
+        FloatsAnywhere* total = reinterpret_cast<FloatsAnywhere*>(totals + (u * M + m) * kWidth);
+        *total = multiply_add(scale, sums.sum[s][u][m], *total);
       }
     }
   }
@@ -121,18 +144,43 @@ struct FloatPath {
     return static_cast<const uint32_t*>(l.codes) + unit / kParts * block + unit % kParts * kWidth;
   }
 
-  template <int M, int UNITS>
+  template <int M>
   static void direct(const Linear& l, const Rows& r, const Chunks& chunks, const Tile& t) {
-    const uint32_t* words[UNITS];
-    for (int u = 0; u < UNITS; ++u) words[u] = words_of(l, unit_of(t, u));
-    multiply<SOURCE, M, UNITS>(l, r, chunks, t, words, 1024);
+    constexpr int kStrands = M * kDirectUnits <= 2 ? 4 : M * kDirectUnits <= 4 ? 2 : 1;
+    const uint32_t* words[kDirectUnits];
+    int64_t at[kDirectUnits];
+    for (int u = 0; u < kDirectUnits; ++u) {
+      words[u] = words_of(l, unit_of(t, u));
+      at[u] = scale_of(l, unit_of(t, u));
+    }
+    const Columns x{r.x + t.row * r.stride, r.stride, 0};
+    Walk walk(chunks, t.first);
+    if (l.group % chunks.length == 0)
+      while (walk.chunk + kStrands <= t.last) multiply<SOURCE, M, kDirectUnits, kStrands>(l, x, t.totals, walk, words, at);
+    while (walk.chunk < t.last) multiply<SOURCE, M, kDirectUnits, 1>(l, x, t.totals, walk, words, at);
   }
 
   template <int M>
   static void panel(const Linear& l, const Rows& r, const Chunks& chunks, const Tile& t) {
     const uint32_t* words[kPanelUnits];
-    for (int u = 0; u < kPanelUnits; ++u) words[u] = t.words + u * kWidth;
-    multiply<kPanel, M, kPanelUnits>(l, r, chunks, t, words, 0);
+    int64_t at[kPanelUnits];
+    for (int u = 0; u < kPanelUnits; ++u) {
+      words[u] = t.words + u * kWidth;
+      at[u] = scale_of(l, unit_of(t, u));
+    }
+    Columns x{r.x + t.row * r.stride, r.stride, 0};
+    if (r.stride % kAliasFloats == 0) x = gather<M>(l, x, chunks, t);
+    for (Walk walk(chunks, t.first); walk.chunk < t.last;) multiply<kPanel, M, kPanelUnits, 1>(l, x, t.totals, walk, words, at);
+  }
+
+  // Rows a multiple of 4096 bytes apart fall into one set of the level-1 cache and throw each other out; a copy does not.
+  template <int M>
+  static Columns gather(const Linear& l, const Columns& x, const Chunks& chunks, const Tile& t) {
+    const Walk first(chunks, t.first), end(chunks, t.last);
+    const int64_t from = first.group * l.group + first.first_column(), stop = end.group * l.group + end.first_column();
+    float* copy = reinterpret_cast<float*>(t.spare);
+    for (int m = 0; m < M; ++m) memcpy(copy + m * kSpareStride, x.x + m * x.stride + from, static_cast<size_t>(stop - from) * 4);
+    return {copy, kSpareStride, from};
   }
 
   static void unpack(const Linear& l, const Chunks& chunks, const Tile& t, uint32_t* out) {

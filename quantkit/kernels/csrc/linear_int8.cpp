@@ -13,17 +13,20 @@ constexpr bool kWide = SOURCE == kBytes || SOURCE == kWidePanel;
 
 // UNITS registers of outputs for M rows of x. `words` advance by `step` from one word of a unit to the next.
 template <int SOURCE, int M, int UNITS>
-inline void multiply(const Linear& l, const Rows& r, const Chunks& chunks, const Tile& t, const uint32_t* const* start,
-                     int64_t ahead) {
+inline void multiply(const Linear& l, const Rows& r, const Chunks& chunks, const Tile& t, const uint32_t* const* start) {
   constexpr bool kPanel = SOURCE == kNarrowPanel || SOURCE == kWidePanel;
   constexpr int kStep = kPanel ? UNITS * kWidth : kLanes;
-  constexpr int kSplit = M * UNITS <= 4 ? 2 : 1;  // independent sums per output
+  constexpr int kSplit = M * UNITS <= 4 ? 2 : 1;  // independent sums per output, to hide the latency of a dot product
   const int64_t stride = rows_q_stride(r), blocks = chunks.count;
   const uint32_t* words[UNITS];
+  const Zeros zeros(l);
   int64_t at[UNITS];
+  const uint8_t* zero[UNITS];
+#pragma GCC unroll 8
   for (int u = 0; u < UNITS; ++u) {
     words[u] = start[u];
     at[u] = scale_of(l, unit_of(t, u));
+    zero[u] = zeros.at(at[u]);
   }
   const int8_t* q = r.q + t.row * stride + chunks.stored_column(t.first);
   const float* x_scale = r.scale + t.row * blocks;
@@ -35,9 +38,10 @@ inline void multiply(const Linear& l, const Rows& r, const Chunks& chunks, const
 #pragma GCC unroll 2
       for (int half = 0; half < (SOURCE == kNibbles ? 1 : 2); ++half) {
         Codes code[UNITS][2];
+#pragma GCC unroll 8
         for (int u = 0; u < UNITS; ++u) {
           const Words word = *reinterpret_cast<const WordsAnywhere*>(words[u]);
-          if (!kPanel) __builtin_prefetch(words[u] + ahead);
+          if (!kPanel) __builtin_prefetch(words[u] + kAhead);
           words[u] += kStep;
           code[u][0] = codes<kWide<SOURCE>>(SOURCE == kNibbles ? word & 0x0f0f0f0fu : word);
           if (SOURCE == kNibbles) code[u][1] = codes<false>((word >> 4) & 0x0f0f0f0fu);
@@ -47,6 +51,7 @@ inline void multiply(const Linear& l, const Rows& r, const Chunks& chunks, const
 #pragma GCC unroll 12
           for (int m = 0; m < M; ++m) {
             const Ints x = splat_four(q + (m / 3 * 3) * stride + (m % 3) * stride + 4 * (half + part));
+#pragma GCC unroll 8
             for (int u = 0; u < UNITS; ++u) {
               Ints& s = sum[u][m][(half + part) % kSplit];
               s = dot<kWide<SOURCE>>(s, code[u][part], x);
@@ -55,19 +60,18 @@ inline void multiply(const Linear& l, const Rows& r, const Chunks& chunks, const
         }
       }
     }
+#pragma GCC unroll 8
     for (int u = 0; u < UNITS; ++u) {
       const int64_t place = at[u] + walk.group * kLanes;
       const Floats scale = load_floats(l.scales, place, l.scale_dtype);
-      const Ints zero = l.zeros ? __builtin_convertvector(*reinterpret_cast<const BytesAnywhere*>(l.zeros + place), Ints)
-                                : splat_int(l.zero_code);
-      const Ints minus_zero = (kDotOffset<kWide<SOURCE>> - zero) & 0xffff;
+      const Ints minus_zero = (kDotOffset<kWide<SOURCE>> - load_bytes(zero[u] + walk.group * zeros.step)) & 0xffff;
 #pragma GCC unroll 12
       for (int m = 0; m < M; ++m) {
         Ints all = sum[u][m][0];
         if (kSplit == 2) all += sum[u][m][1];
         all = add_product(all, minus_zero, splat_int(x_sum[m * blocks + walk.chunk]));
         FloatsAnywhere* total = reinterpret_cast<FloatsAnywhere*>(t.totals + (u * M + m) * kWidth);
-        *total = multiply_add(__builtin_convertvector(all, Floats), scale * splat(x_scale[m * blocks + walk.chunk]), *total);
+        *total = multiply_add(to_floats(all), scale * splat(x_scale[m * blocks + walk.chunk]), *total);
       }
     }
   }
@@ -85,18 +89,18 @@ struct Int8Path {
     return static_cast<const uint32_t*>(l.codes) + unit / kParts * words_per_block(l, kColumns) + unit % kParts * kWidth;
   }
 
-  template <int M, int UNITS>
+  template <int M>
   static void direct(const Linear& l, const Rows& r, const Chunks& chunks, const Tile& t) {
-    const uint32_t* words[UNITS];
-    for (int u = 0; u < UNITS; ++u) words[u] = words_of(l, unit_of(t, u));
-    multiply<SOURCE, M, UNITS>(l, r, chunks, t, words, 1024);
+    const uint32_t* words[kDirectUnits];
+    for (int u = 0; u < kDirectUnits; ++u) words[u] = words_of(l, unit_of(t, u));
+    multiply<SOURCE, M, kDirectUnits>(l, r, chunks, t, words);
   }
 
   template <int M>
   static void panel(const Linear& l, const Rows& r, const Chunks& chunks, const Tile& t) {
     const uint32_t* words[kPanelUnits];
     for (int u = 0; u < kPanelUnits; ++u) words[u] = t.words + u * kWidth;
-    multiply<kPanel, M, kPanelUnits>(l, r, chunks, t, words, 0);
+    multiply<kPanel, M, kPanelUnits>(l, r, chunks, t, words);
   }
 
   static void unpack(const Linear& l, const Chunks& chunks, const Tile& t, uint32_t* out) {

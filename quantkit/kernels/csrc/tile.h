@@ -14,9 +14,12 @@ constexpr int kPanelUnits = 2;                             // units of a tile th
 constexpr int kPanelWidth = kPanelUnits * kWidth;          // its output rows
 constexpr int kPanelRows = kWidth == 16 ? 12 : 4;          // its rows of x, at most
 constexpr int kFewRows = kWidth == 16 ? 8 : 4;             // up to so many rows of x, the packed weight is read directly
-constexpr int kMostTotals = kWidth == 16 ? 16 : 8;         // units times rows of x of a direct tile
+constexpr int kDirectUnits = kParts < 2 ? kParts : 2;       // units of a tile that reads the packed weight: one stream
+constexpr int64_t kAhead = 1024;                           // words of the packed weight that are fetched ahead of their use
 constexpr int64_t kPanelBytes = 1 << 16;
-constexpr int64_t kSlabRows = (kShareScratchBytes - kPanelBytes) / 4 / kPanelWidth / kPanelRows * kPanelRows;
+constexpr int64_t kSpareStride = kPanelBytes / 4 / kPanelWidth + 16;  // a panel's columns of float x, for a copy of them
+constexpr int64_t kSpareBytes = kPanelRows * kSpareStride * 4;
+constexpr int64_t kSlabRows = (kShareScratchBytes - kPanelBytes - kSpareBytes) / 4 / kPanelWidth / kPanelRows * kPanelRows;
 constexpr int64_t kSlabBytes = 3 << 17;                    // of x, that stay in the level-2 cache while panels change
 
 // Columns in the order they are summed: a group, padded to `padded` columns, is cut into chunks of `length`.
@@ -52,6 +55,7 @@ struct Tile {
   int64_t row;  // of x
   int64_t first, last;  // chunks
   float* totals;        // [unit][row of x][kWidth], added to
+  void* spare;          // kSpareBytes
 };
 
 inline int64_t words_per_block(const Linear& l, int columns_per_word) {
@@ -65,6 +69,17 @@ inline int64_t unit_of(const Tile& t, int u) { return t.unit + u < t.last_unit ?
 inline int64_t scale_of(const Linear& l, int64_t unit) {
   return unit / kParts * (l.columns / l.group) * kLanes + unit % kParts * kWidth;
 }
+
+// Zero points of a unit by group: the stored ones, or the one that serves all over and over.
+struct Zeros {
+  alignas(16) uint8_t code[kWidth];
+  const uint8_t* stored;
+  int64_t step;
+  explicit Zeros(const Linear& l) : stored(l.zeros), step(l.zeros ? kLanes : 0) {
+    for (uint8_t& c : code) c = static_cast<uint8_t>(l.zero_code);
+  }
+  const uint8_t* at(int64_t place) const { return step ? stored + place : code; }
+};
 
 inline void store_tile(const Linear& l, const Tile& t, int units, int rows, float* y, int64_t y_stride) {
   for (int u = 0; u < units && t.unit + u < t.last_unit; ++u) {
@@ -82,66 +97,51 @@ inline void store_tile(const Linear& l, const Tile& t, int units, int rows, floa
   }
 }
 
-template <class Path, int M, int UNITS>
-void direct_tile(const Linear& l, const Rows& r, const Chunks& chunks, Tile& t, float* y, int64_t y_stride) {
-  alignas(64) float totals[M * UNITS * kWidth] = {};
-  t.totals = totals;
-  Path::template direct<M, UNITS>(l, r, chunks, t);
-  store_tile(l, t, UNITS, M, y, y_stride);
-  t.row += M;
+template <class Path, int M>
+void direct_rows(const Linear& l, const Rows& r, const Chunks& chunks, Tile& t, float* y, int64_t y_stride) {
+  for (; t.row + M <= r.m; t.row += M) {
+    alignas(64) float totals[M * kDirectUnits * kWidth] = {};
+    t.totals = totals;
+    Path::template direct<M>(l, r, chunks, t);
+    store_tile(l, t, kDirectUnits, M, y, y_stride);
+  }
+  if constexpr (M > 1) direct_rows<Path, M / 2>(l, r, chunks, t, y, y_stride);
 }
 
-// All rows of x for one tile of UNITS units.
-template <class Path, int UNITS>
-void direct_rows(const Linear& l, const Rows& r, const Chunks& chunks, Tile t, float* y, int64_t y_stride) {
-  if constexpr (kMostTotals / UNITS >= 8)
-    for (; t.row + 8 <= r.m;) direct_tile<Path, 8, UNITS>(l, r, chunks, t, y, y_stride);
-  if constexpr (kMostTotals / UNITS >= 4)
-    for (; t.row + 4 <= r.m;) direct_tile<Path, 4, UNITS>(l, r, chunks, t, y, y_stride);
-  if constexpr (kMostTotals / UNITS >= 2)
-    for (; t.row + 2 <= r.m;) direct_tile<Path, 2, UNITS>(l, r, chunks, t, y, y_stride);
-  for (; t.row < r.m;) direct_tile<Path, 1, UNITS>(l, r, chunks, t, y, y_stride);
-}
-
-// Independent sums hide the latency of a multiply-add, so few rows of x go with many units.
 template <class Path>
-void direct_share(const Linear& l, const Rows& r, float* y, int64_t y_stride, int64_t unit, int64_t last) {
+void direct_share(const Linear& l, const Rows& r, float* y, int64_t y_stride, int64_t first, int64_t last) {
   const Chunks chunks(l, Path::chunk(l, r));
-  while (unit < last) {
-    const Tile t{nullptr, unit, last, 0, 0, chunks.count, nullptr};
-    if (r.m == 1 && kMostTotals >= 8 && last - unit >= 8) {
-      direct_rows<Path, 8>(l, r, chunks, t, y, y_stride);
-      unit += 8;
-    } else if (r.m <= 2 && last - unit >= 4) {
-      direct_rows<Path, 4>(l, r, chunks, t, y, y_stride);
-      unit += 4;
-    } else {
-      direct_rows<Path, 2>(l, r, chunks, t, y, y_stride);
-      unit += 2;
-    }
+  for (int64_t unit = first; unit < last; unit += kDirectUnits) {
+    Tile t{nullptr, unit, last, 0, 0, chunks.count, nullptr, nullptr};
+    direct_rows<Path, kFewRows>(l, r, chunks, t, y, y_stride);
   }
 }
 
 template <class Path, int M>
 void panel_rows(const Linear& l, const Rows& r, const Chunks& chunks, Tile& t, int64_t last_row) {
   for (; t.row + M <= last_row; t.row += M, t.totals += M * kPanelWidth) Path::template panel<M>(l, r, chunks, t);
-  if constexpr (M > 8) panel_rows<Path, 8>(l, r, chunks, t, last_row);
-  else if constexpr (M > 1) panel_rows<Path, M / 2>(l, r, chunks, t, last_row);
+  if constexpr (M > 8)
+    panel_rows<Path, 8>(l, r, chunks, t, last_row);
+  else if constexpr (M > 1)
+    panel_rows<Path, M / 2>(l, r, chunks, t, last_row);
 }
 
 // The totals of a slab, in the order that panel_rows made them.
 template <int M>
 void store_rows(const Linear& l, Tile& t, float* y, int64_t y_stride, int64_t last_row) {
   for (; t.row + M <= last_row; t.row += M, t.totals += M * kPanelWidth) store_tile(l, t, kPanelUnits, M, y, y_stride);
-  if constexpr (M > 8) store_rows<8>(l, t, y, y_stride, last_row);
-  else if constexpr (M > 1) store_rows<M / 2>(l, t, y, y_stride, last_row);
+  if constexpr (M > 8)
+    store_rows<8>(l, t, y, y_stride, last_row);
+  else if constexpr (M > 1)
+    store_rows<M / 2>(l, t, y, y_stride, last_row);
 }
 
 template <class Path>
 void panel_share(const Linear& l, const Rows& r, float* y, int64_t y_stride, int64_t first, int64_t last, void* scratch) {
   const Chunks chunks(l, Path::chunk(l, r));
   uint32_t* panel = static_cast<uint32_t*>(scratch);
-  float* totals = reinterpret_cast<float*>(static_cast<char*>(scratch) + kPanelBytes);
+  char* spare = static_cast<char*>(scratch) + kPanelBytes;
+  float* totals = reinterpret_cast<float*>(spare + kSpareBytes);
   const int64_t most = kPanelBytes / 4 / kPanelWidth * Path::kPanelColumns / chunks.length;  // chunks of a panel
   int64_t slab = kSlabBytes / (Path::kBytes * l.columns) / kPanelRows * kPanelRows;
   slab = slab < 2 * kPanelRows ? 2 * kPanelRows : slab < kSlabRows ? slab : kSlabRows;
@@ -149,7 +149,7 @@ void panel_share(const Linear& l, const Rows& r, float* y, int64_t y_stride, int
     const int64_t last_row = row + slab < r.m ? row + slab : r.m;
     for (int64_t unit = first; unit < last; unit += kPanelUnits) {
       memset(totals, 0, static_cast<size_t>((last_row - row) * kPanelWidth) * sizeof(float));
-      Tile t{panel, unit, last, row, 0, 0, totals};
+      Tile t{panel, unit, last, row, 0, 0, totals, spare};
       for (int64_t chunk = 0; chunk < chunks.count; chunk += most) {
         t.first = chunk, t.last = chunk + most < chunks.count ? chunk + most : chunks.count;
         t.row = row, t.totals = totals;

@@ -54,7 +54,7 @@ inline const uint32_t* words_at(const Weight& w, int64_t unit) {
 
 template <int BITS>
 inline void load_offsets(const Weight& w, int64_t at, Floats* offsets) {
-  Floats zero = w.zero ? load_bytes(w.zero + at) : splat(static_cast<float>(w.zero_code));
+  Floats zero = w.zero ? to_floats(load_bytes(w.zero + at)) : splat(static_cast<float>(w.zero_code));
   for (int f = 0; f < 16 / BITS; ++f) offsets[f] = 0x1p23f + zero * static_cast<float>(1 << (BITS * f));
 }
 
