@@ -13,7 +13,6 @@ from quantkit.hf.head import quantize_head
 from quantkit.hf.load import load_float, load_tokenizer
 from quantkit.hf.source import locate
 
-
 HEADS = ("float", "int8")
 """What :func:`open_model` can make of an output head."""
 

@@ -1,4 +1,4 @@
-"""A decoder program on the CPU as a :class:`quantkit.engine.step.Backend`: one native call per step, whatever its rows are for."""
+"""A decoder program on the CPU as a :class:`quantkit.engine.step.Backend`: one native call per step, whatever its rows are."""
 
 from collections.abc import Sequence
 
