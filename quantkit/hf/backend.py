@@ -2,8 +2,8 @@
 
 The fastest way is native (:class:`~quantkit.engine.native.NativeBackend`): a model that lowers to a program runs in one call.
 
-Through its modules: transformers lets one register attention functions, and calls the chosen one in every layer with that
-layer's queries, keys and values. Ours writes keys and values to our own pages and attends from there, so the model may be fed any mix
+Through its modules: transformers lets one register attention functions, and calls the chosen one in every layer with that layer's
+queries, keys and values. Ours writes keys and values to our own pages and attends from there, so the model may be fed any mix
 of rows of any sequences as one packed batch, and no cache of transformers is involved (:class:`PagedBackend`).
 
 That is right for a model exactly if each of its layers remembers nothing but keys and values, and if position and window of a
@@ -263,8 +263,8 @@ def make_backend(
     if engine != "modules":
         decoder = _native(model, scheme)
         if isinstance(decoder, NativeDecoder):
-            kept = "bfloat16" if model.dtype == torch.bfloat16 and not scheme.quantized else _NATIVE_KV[scheme]
-            return NativeBackend(decoder, kv=kept, exact=activations == "float", context_tokens=context_tokens(model))
+            exact = activations == "float"
+            return NativeBackend(decoder, kv=_NATIVE_KV[scheme], exact=exact, context_tokens=context_tokens(model))
         if engine == "native":
             raise QuantkitError(f"{type(model).__name__} cannot run natively: {decoder}; engine='modules' can run it")
         _fall_back(f"{type(model).__name__} runs through its modules, not natively: {decoder}")
