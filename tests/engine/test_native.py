@@ -13,8 +13,9 @@ from quantkit.errors import QuantkitError
 from quantkit.evaluation import compare_latency
 from quantkit.generation import generate
 from quantkit.hf import backend as chooser
-from quantkit.hf.backend import PagedBackend, describe_engine, make_backend
+from quantkit.hf.backend import describe_engine, make_backend
 from quantkit.hf.native import native_decoder
+from quantkit.hf.paged import PagedBackend
 from tests.tiny import FAMILIES, VOCAB, tiny_llama
 
 CLAIMED = [name for name in FAMILIES if name not in ("gpt2", "gpt_neox", "opt", "falcon", "gpt_oss")]
