@@ -94,8 +94,8 @@ def make_backend(
     if engine != "modules":
         decoder = _native(model, scheme)
         if isinstance(decoder, NativeDecoder):
-            exact = activations == "float"
-            return NativeBackend(decoder, kv=_NATIVE_KV[scheme], exact=exact, context_tokens=context_tokens(model))
+            kept = "bfloat16" if model.dtype == torch.bfloat16 and not scheme.quantized else _NATIVE_KV[scheme]
+            return NativeBackend(decoder, kv=kept, exact=activations == "float", context_tokens=context_tokens(model))
         if engine == "native":
             raise QuantkitError(f"{type(model).__name__} cannot run natively: {decoder}; engine='modules' can run it")
         _fall_back(f"{type(model).__name__} runs through its modules, not natively: {decoder}")
