@@ -24,6 +24,7 @@ def native_decoder(model: PreTrainedModel) -> NativeDecoder | str:
     mark = _mark(model)
     known = _decoders.get(model)
     if known is None or known[0] != mark:
+        _decoders.pop(model, None)  # frees its copies of the weights before new ones are made
         known = _decoders[model] = (mark, _make(model))
     return known[1]
 
