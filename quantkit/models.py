@@ -10,14 +10,18 @@ from torch import nn
 from quantkit import checkpoint
 from quantkit.hf.load import load_float, load_tokenizer
 from quantkit.hf.source import locate
+from quantkit.kernels import Activations
 
 
-def open_model(source: str | Path, dtype: torch.dtype | None = None) -> tuple[nn.Module, Any]:
+def open_model(
+    source: str | Path, dtype: torch.dtype | None = None, *, activations: Activations = "float"
+) -> tuple[nn.Module, Any]:
     """Open a quantized checkpoint, a float directory, a hub id, a GGUF file, or ``"demo"``, the embedded default.
 
     Args:
         source: what to open.
         dtype: dtype of the unquantized weights; None keeps what the files hold.
+        activations: what quantized layers make of their inputs; see :func:`quantkit.checkpoint.load`.
 
     Returns:
         The model, ready to run, and its tokenizer (None where there is none).
@@ -27,7 +31,7 @@ def open_model(source: str | Path, dtype: torch.dtype | None = None) -> tuple[nn
     """
     place = locate(source)
     if _is_quantized(Path(place)):
-        return checkpoint.load(place, dtype=dtype), load_tokenizer(place)
+        return checkpoint.load(place, dtype=dtype, activations=activations), load_tokenizer(place)
     return load_float(place, dtype)
 
 

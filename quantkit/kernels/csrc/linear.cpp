@@ -48,7 +48,7 @@ inline float quantize_block(const float* x, int64_t count, int64_t padded, int8_
   }
   for (int i = 0; i < kWidth; ++i) *sum += sum_lanes[i];
   for (; k < count; ++k) {
-    const float scaled = x[k] * inverse + 0x1.8p23f;
+    const float scaled = multiply_add(x[k], inverse, 0x1.8p23f);
     q[k] = static_cast<int8_t>(static_cast<int32_t>(float_to_bits(scaled)) - 0x4b400000);
     *sum += q[k];
   }
