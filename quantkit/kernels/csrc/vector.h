@@ -65,14 +65,6 @@ inline Floats multiply_add(Floats a, Floats b, Floats c) {
 #endif
 }
 
-inline float multiply_add(float a, float b, float c) {
-#if defined(__FMA__) || defined(__ARM_NEON)
-  return __builtin_fmaf(a, b, c);
-#else
-  return a * b + c;
-#endif
-}
-
 // Widening by name where the generic conversion goes lane by lane (GCC 12).
 inline Ints load_bytes(const uint8_t* p) {
 #if defined(__AVX512F__)
