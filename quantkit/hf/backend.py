@@ -21,6 +21,7 @@ from quantkit.hf.cache import TransformersStep, require_decoder
 from quantkit.hf.native import native_decoder
 from quantkit.hf.paged import PagedBackend, context_tokens, describe_layers, device_of
 from quantkit.kernels.decoder import NativeDecoder
+from quantkit.nn.linear import QuantLinear, QuantWeight
 from quantkit.spec import KVScheme, kv_preset
 
 logger = logging.getLogger(__name__)
@@ -81,7 +82,8 @@ def make_backend(
         kv: how keys and values are stored: a scheme or its name.
         engine: ``"native"`` (one call per step; CPU), ``"modules"`` (transformers' own forward), or ``"auto"``, the first
             that can.
-        activations: ``"int8"`` rounds them where they meet quantized weights: faster, less exact; native only.
+        activations: ``"int8"`` rounds them where they meet quantized weights: faster, less exact; modules round them where the
+            model was loaded to, which the native engine does too.
 
     Raises:
         QuantkitError: an encoder-decoder model, one without logits, an unknown engine, or options that the engine lacks.
@@ -95,7 +97,8 @@ def make_backend(
         decoder = _native(model, scheme)
         if isinstance(decoder, NativeDecoder):
             kept = "bfloat16" if model.dtype == torch.bfloat16 and not scheme.quantized else _NATIVE_KV[scheme]
-            return NativeBackend(decoder, kv=kept, exact=activations == "float", context_tokens=context_tokens(model))
+            exact = activations == "float" and not _rounds(model)
+            return NativeBackend(decoder, kv=kept, exact=exact, context_tokens=context_tokens(model))
         if engine == "native":
             raise QuantkitError(f"{type(model).__name__} cannot run natively: {decoder}; engine='modules' can run it")
         _fall_back(f"{type(model).__name__} runs through its modules, not natively: {decoder}")
@@ -110,6 +113,11 @@ def describe_engine(model: PreTrainedModel) -> str:
     if isinstance(decoder, NativeDecoder):
         return f"native: {len(decoder.program.layers)} layers in one call per step"
     return f"modules: {decoder}"
+
+
+def _rounds(model: PreTrainedModel) -> bool:
+    """Say whether the model was loaded to round activations."""
+    return any(m.activations == "int8" for m in model.modules() if isinstance(m, QuantLinear | QuantWeight))
 
 
 def _native(model: PreTrainedModel, scheme: KVScheme) -> NativeDecoder | str:

@@ -12,7 +12,8 @@ value gets (a clipped projection) can hide from any proof by example; configs th
 Weights are shared with the model, norms are copied in float32.
 """
 
-import logging
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -26,8 +27,7 @@ from quantkit.hf.trace_layer import LayerReader, Rotaries, linear_of
 from quantkit.hf.watch import FAR, TOKENS, CannotWatch, Trace, flat, watch
 from quantkit.kernels import interpret
 from quantkit.kernels.program import Layer, Linear, Norm, Program
-
-log = logging.getLogger(__name__)
+from quantkit.nn.linear import QuantLinear, QuantWeight
 
 _CLIPPING = ("clip_qkv",)
 """Config options that change large values only."""
@@ -50,20 +50,39 @@ def lower(model: PreTrainedModel) -> Program:
         CannotLower: with the first thing about the model that no program describes, or where the proof failed.
     """
     try:
-        if getattr(model.config, "is_encoder_decoder", False):
-            raise CannotWatch("it is an encoder-decoder model")
-        stack = model.get_submodule(find_stack(model))
-        trace = watch(model, stack)
-        program = _write(model, trace)
-        _prove(program, trace)
-        limit = min(length for length in (program.max_tokens, program.rope_switch, FAR // 4) if length)
-        if limit > 2 * TOKENS:
-            _prove(program, watch(model, stack, limit - TOKENS))
+        with _float_activations(model):
+            return _lower(model)
     except CannotWatch as error:
         raise CannotLower(str(error)) from error
     except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError, StopIteration) as error:
         raise CannotLower(f"watching it failed: {type(error).__name__}: {error}") from error
+
+
+def _lower(model: PreTrainedModel) -> Program:
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise CannotWatch("it is an encoder-decoder model")
+    stack = model.get_submodule(find_stack(model))
+    trace = watch(model, stack)
+    program = _write(model, trace)
+    _prove(program, trace)
+    limit = min(length for length in (program.max_tokens, program.rope_switch, FAR // 4) if length)
+    if limit > 2 * TOKENS:
+        _prove(program, watch(model, stack, limit - TOKENS))
     return program
+
+
+@contextlib.contextmanager
+def _float_activations(model: PreTrainedModel) -> Iterator[None]:
+    """Let quantized layers take activations as they are meanwhile: rounded ones would hide what a program computes."""
+    rounding = [m for m in model.modules() if isinstance(m, QuantLinear | QuantWeight) and m.activations != "float"]
+    before = [module.activations for module in rounding]
+    try:
+        for module in rounding:
+            module.activations = "float"
+        yield
+    finally:
+        for module, activations in zip(rounding, before, strict=True):
+            module.activations = activations
 
 
 def _write(model: PreTrainedModel, trace: Trace) -> Program:

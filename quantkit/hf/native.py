@@ -25,7 +25,8 @@ def native_decoder(model: PreTrainedModel) -> NativeDecoder | str:
     known = _decoders.get(model)
     if known is None or known[0] != mark:
         _decoders.pop(model, None)  # frees its copies of the weights before new ones are made
-        known = _decoders[model] = (mark, _make(model))
+        made = _make(model)
+        known = _decoders[model] = (_mark(model), made)  # making it may have let quantized layers release their codes
     return known[1]
 
 

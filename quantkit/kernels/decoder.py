@@ -7,7 +7,7 @@ a prefill chunk, the ragged batch of a scheduler and the verification of drafted
 not depend, to the last bit, on the rows beside it or on the number of threads.
 
 With ``exact`` the activations stay float32 and only the order of sums differs from the program's definition. Otherwise they
-are rounded to int8, a scale for every :data:`ACTIVATION_BLOCK` columns, wherever they meet a quantized weight: two to four
+are rounded to int8, a scale for every :data:`~quantkit.kernels.cpu.BLOCK` columns, wherever they meet a quantized weight: two to four
 times faster, at an error that shows in the fourth digit of the logits. Float weights always meet float activations.
 """
 
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from quantkit.errors import KernelError
 from quantkit.kernels import build, structs
+from quantkit.kernels.cpu import BLOCK
 from quantkit.kernels.program import Program
 
 PAGE_TOKENS: Final = 32
@@ -30,9 +31,6 @@ PAGE_TOKENS: Final = 32
 
 CHUNK_TOKENS: Final = 128
 """Keys that a partial softmax of ``attention.cpp`` covers."""
-
-ACTIVATION_BLOCK: Final = 32
-"""Columns of a row of activations that share an int8 scale."""
 
 MAX_HEAD_DIM: Final = 512
 
@@ -49,7 +47,7 @@ def rejects(program: Program) -> str | None:
             return f"layer {index}: heads are {layer.attention.head_dim} wide, at most {MAX_HEAD_DIM} are supported"
     for linear in program.linears():
         device = linear.weight.device if isinstance(linear.weight, Tensor) else next(linear.weight.buffers()).device
-        if device.type != "cpu":
+        if device.type not in ("cpu", "meta"):  # what stands on meta has been let go for the kernels' layout
             return f"weights are on {device}, not on the CPU"
     try:
         build.library()
@@ -196,7 +194,7 @@ class NativeDecoder:
             best.data_ptr() if argmax else None,
             chunks,
             exact,
-            ACTIVATION_BLOCK,
+            BLOCK,
         )
         with self._turn:
             self._lengthen(longest)
@@ -242,7 +240,7 @@ class NativeDecoder:
         had = self._scratch_size
         want = (max(rows, had[0]), max(chunks, had[1]), max(threads, had[2]))
         if want != had:
-            size = self._library.qk_decoder_bytes(ctypes.addressof(self._struct), *want[:2], ACTIVATION_BLOCK, want[2])
+            size = self._library.qk_decoder_bytes(ctypes.addressof(self._struct), *want[:2], BLOCK, want[2])
             self._scratch = torch.empty(size + 64, dtype=torch.uint8)
             self._scratch_size = want
         return -(-self._scratch.data_ptr() // 64) * 64

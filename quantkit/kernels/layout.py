@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from quantkit.errors import KernelError
+from quantkit.kernels.build import DTYPE_CODES
 from quantkit.numerics import grid
 from quantkit.numerics.dtypes import SCALE_DTYPES
 from quantkit.numerics.pack import pack, packed_words, unpack
@@ -25,9 +26,6 @@ LANES: Final = 16
 
 FLOAT32, BFLOAT16, U4, U8 = range(4)
 """Kinds of weight, as ``linear.h`` numbers them."""
-
-DTYPE_CODES: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-"""How a float dtype is called across the C interface."""
 
 _COLUMNS: Final = {FLOAT32: 1, BFLOAT16: 2, U4: 8, U8: 4}  # per 32-bit word
 _PADDING: Final = 8

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from quantkit.kernels import layout
+from quantkit.kernels.cpu import State
 from quantkit.kernels.interpret import ACTIVATIONS
 from quantkit.kernels.program import Attention, Experts, Layer, Linear, Mlp, Norm, Program
 
@@ -165,8 +166,11 @@ def _array(kind: Any, items: Sequence[Any]) -> Any:
 
 
 def _prepacked(linear: Linear) -> layout.Prepacked:
-    """Return a linear's weight in the kernels' layout."""
+    """Return a linear's weight in the kernels' layout; a quantized module that runs on the same kernels shares its own."""
     weight: Any = linear.weight
     if isinstance(weight, Tensor):
         return layout.prepack_float(weight if weight.dtype in (torch.float32, torch.bfloat16) else weight.float())
+    state = weight.prepacked(torch.float32, linear.expert or 0)
+    if isinstance(state, State):
+        return state.weight
     return layout.prepack(weight.qtensor if linear.expert is None else weight.qtensor[linear.expert])

@@ -17,6 +17,22 @@ void place_rows(Rows& r, void* memory) {
 
 namespace {
 
+// x * inverse to the nearest integer, ties to even, the product not rounded before: adding 1.5 * 2^52 (1.5 * 2^23 in float32,
+// fused) leaves the integer in the low bits.
+inline int32_t nearest(float x, float inverse) {
+  return static_cast<int32_t>(static_cast<double>(x) * static_cast<double>(inverse) + 0x1.8p52 - 0x1.8p52);
+}
+
+inline Ints nearest(Floats x, float inverse) {
+#if defined(__FMA__) || defined(__ARM_NEON)
+  return (Ints)multiply_add(x, splat(inverse), splat(0x1.8p23f)) - 0x4b400000;
+#else
+  Ints result;
+  for (int i = 0; i < kWidth; ++i) result[i] = nearest(x[i], inverse);
+  return result;
+#endif
+}
+
 // Columns [0, count) of x to q, and zeros up to `padded`; returns the scale.
 inline float quantize_block(const float* x, int64_t count, int64_t padded, int8_t* q, int32_t* sum) {
   Ints top_lanes{}, sum_lanes{};
@@ -39,17 +55,14 @@ inline float quantize_block(const float* x, int64_t count, int64_t padded, int8_
     memset(q, 0, static_cast<size_t>(padded));
     return finite ? 0.0f : bits_to_float(0x7fc00000u);
   }
-  for (k = 0; k + kWidth <= count; k += kWidth) {  // adding 1.5 * 2^23 rounds to nearest even
-    const Floats values = *reinterpret_cast<const FloatsAnywhere*>(x + k);
-    const Floats scaled = multiply_add(values, splat(inverse), splat(0x1.8p23f));
-    const Ints value = (Ints)scaled - 0x4b400000;
+  for (k = 0; k + kWidth <= count; k += kWidth) {
+    const Ints value = nearest(*reinterpret_cast<const FloatsAnywhere*>(x + k), inverse);
     sum_lanes += value;
     *reinterpret_cast<SmallAnywhere*>(q + k) = __builtin_convertvector(value, SmallAnywhere);
   }
   for (int i = 0; i < kWidth; ++i) *sum += sum_lanes[i];
   for (; k < count; ++k) {
-    const float scaled = x[k] * inverse + 0x1.8p23f;
-    q[k] = static_cast<int8_t>(static_cast<int32_t>(float_to_bits(scaled)) - 0x4b400000);
+    q[k] = static_cast<int8_t>(nearest(x[k], inverse));
     *sum += q[k];
   }
   for (; k < padded; ++k) q[k] = 0;

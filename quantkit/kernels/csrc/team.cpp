@@ -7,35 +7,33 @@
 // OpenMP.
 //
 // Without a runtime, and in a forked child (whose workers are gone, which the runtime does not know), a pool of our own
-// stands in. Its workers look for the next job for a while and then sleep; calls from several threads take turns.
+// stands in; calls from several threads take turns.
 #include "team.h"
 
 #include <pthread.h>
 #include <sched.h>
+#if defined(__linux__)
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
-#include <condition_variable>
+#include <climits>
 #include <mutex>
+#include <system_error>
 #include <thread>
 
 namespace qk {
 namespace {
 
-constexpr int kSpins = 4000;  // looks before giving the core away: some ten microseconds
+constexpr int kLooks = 1000;  // before sleeping: ten to forty microseconds
 
-// Come back when `done()`: at first by looking again, then by letting others run in between.
-template <typename Done>
-void spin(Done done) {
-  for (int looks = 0; !done(); ++looks) {
-    if (looks >= kSpins) {
-      sched_yield();
-      continue;
-    }
+inline void relax() {
 #if defined(__x86_64__) || defined(__i386__)
-    __builtin_ia32_pause();
+  __builtin_ia32_pause();
 #elif defined(__aarch64__)
-    asm volatile("yield");
+  asm volatile("yield");
 #endif
-  }
 }
 
 typedef void (*Parallel)(void (*)(void*), void*, unsigned, unsigned);
@@ -62,22 +60,18 @@ class Pool {
   void run(int32_t threads, Job& job) {
     std::lock_guard<std::mutex> turn(turn_);
     while (workers_ < threads - 1 && start(workers_ + 1)) ++workers_;
-    const int32_t count = workers_ + 1 < threads ? workers_ + 1 : threads;
     job_ = &job;
-    count_ = count;
+    count_ = workers_ + 1 < threads ? workers_ + 1 : threads;
     busy_.store(workers_, std::memory_order_relaxed);  // idle ones report as well: no one may look at an old job later
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      round_.fetch_add(1, std::memory_order_release);
-    }
-    called_.notify_all();
-    job.body(Member{0, count, &job.barrier}, job.argument);
-    spin([this] { return busy_.load(std::memory_order_acquire) == 0; });
+    const uint32_t before = done_.now();
+    called_.advance();
+    job.body(Member{0, count_, &job.barrier}, job.argument);
+    if (workers_) done_.wait(before);
   }
 
  private:
   bool start(int32_t index) {
-    const uint32_t seen = round_.load(std::memory_order_relaxed);
+    const uint32_t seen = called_.now();
     try {
       std::thread([this, index, seen] { work(index, seen); }).detach();
     } catch (const std::system_error&) {
@@ -87,24 +81,18 @@ class Pool {
   }
 
   void work(int32_t index, uint32_t seen) {
-    for (;;) {
-      for (int looks = 0; looks < kSpins && round_.load(std::memory_order_acquire) == seen; ++looks) sched_yield();
-      if (round_.load(std::memory_order_acquire) == seen) {
-        std::unique_lock<std::mutex> lock(mutex_);
-        called_.wait(lock, [this, seen] { return round_.load(std::memory_order_relaxed) != seen; });
-      }
-      ++seen;  // the next round cannot begin before this one is reported
+    for (;; ++seen) {  // the next call cannot begin before this one is reported
+      called_.wait(seen);
       if (index < count_) job_->body(Member{index, count_, &job_->barrier}, job_->argument);
-      busy_.fetch_sub(1, std::memory_order_release);
+      if (busy_.fetch_sub(1, std::memory_order_acq_rel) == 1) done_.advance();
     }
   }
 
-  std::mutex turn_, mutex_;
-  std::condition_variable called_;
+  std::mutex turn_;
   Job* job_ = nullptr;
   int32_t count_ = 0, workers_ = 0;
   std::atomic<int32_t> busy_{0};
-  std::atomic<uint32_t> round_{0};
+  Signal called_, done_;
 };
 
 std::atomic<Pool*> pool{nullptr};
@@ -128,14 +116,34 @@ const int at_fork = pthread_atfork(nullptr, nullptr, forget_threads);
 
 }  // namespace
 
+void Signal::advance() {
+  value_.fetch_add(1, std::memory_order_seq_cst);
+#if defined(__linux__)
+  if (sleepers_.load(std::memory_order_seq_cst)) syscall(SYS_futex, &value_, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
+#endif
+}
+
+void Signal::wait(uint32_t old) {
+  for (int looks = 0; looks < kLooks; ++looks, relax())
+    if (now() != old) return;
+#if defined(__linux__)
+  sleepers_.fetch_add(1, std::memory_order_seq_cst);
+  while (value_.load(std::memory_order_seq_cst) == old)
+    syscall(SYS_futex, &value_, FUTEX_WAIT_PRIVATE, old, nullptr, nullptr, 0);  // returns at once if it has moved
+  sleepers_.fetch_sub(1, std::memory_order_relaxed);
+#else
+  while (now() == old) sched_yield();
+#endif
+}
+
 void Barrier::wait(int32_t members) {
-  const uint32_t round = round_.load(std::memory_order_relaxed);
+  const uint32_t round = round_.now();
   if (arrived_.fetch_add(1, std::memory_order_acq_rel) == members - 1) {
     arrived_.store(0, std::memory_order_relaxed);
-    round_.store(round + 1, std::memory_order_release);
-    return;
+    round_.advance();
+  } else {
+    round_.wait(round);
   }
-  spin([this, round] { return round_.load(std::memory_order_acquire) != round; });
 }
 
 void run_team(int32_t threads, TeamBody body, void* argument) {

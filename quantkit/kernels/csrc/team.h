@@ -5,15 +5,27 @@
 
 namespace qk {
 
-// Members wait here for each other. Waiting spins for some microseconds and then gives the core away at every look: a member
-// that the system has put aside must be able to come back.
+// A number that threads wait on: looking at it for some microseconds, then asleep. Sleeping matters on a busy machine: the
+// system moves a thread that it has put aside to a core that falls idle, not to one that spins or yields.
+class Signal {
+ public:
+  uint32_t now() const { return value_.load(std::memory_order_acquire); }
+  void advance();              // by one, and wake who sleeps
+  void wait(uint32_t old);     // until it is no longer `old`
+
+ private:
+  alignas(64) std::atomic<uint32_t> value_{0};
+  std::atomic<uint32_t> sleepers_{0};
+};
+
+// Members wait here for each other.
 class Barrier {
  public:
   void wait(int32_t members);
 
  private:
   alignas(64) std::atomic<int32_t> arrived_{0};
-  alignas(64) std::atomic<uint32_t> round_{0};
+  Signal round_;
 };
 
 struct Member {
