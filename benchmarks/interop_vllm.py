@@ -24,9 +24,9 @@ import torch
 from transformers import AutoTokenizer
 
 from quantkit import checkpoint
-from quantkit.engine.engine import generate_ids
+from quantkit.engine.request import Limits
 from quantkit.files import write_json
-from quantkit.hf.cache import TransformersStep
+from quantkit.generation import Engine
 
 VLLM_PROGRAM = """
 import json, sys
@@ -67,8 +67,10 @@ def compare(path: Path, prompt: str, tokens: int, python: str, dtype: str, allow
     tokenizer = AutoTokenizer.from_pretrained(path)
     ids: list[int] = tokenizer(prompt)["input_ids"]
     theirs, their_gaps = run_vllm(python, path, ids, tokens, dtype)
-    step = TransformersStep(checkpoint.load(path))
-    ours = generate_ids(step, torch.tensor(ids), max_new_tokens=tokens).ids
+    engine = Engine(checkpoint.load(path), limits=Limits(running=1, kv_tokens=len(ids) + tokens + 32))
+    request = engine.submit(ids, max_new_tokens=tokens)
+    list(engine.run())
+    ours = request.ids
     exact = checkpoint.load(path, dtype=torch.float32)
     logits = exact(input_ids=torch.tensor([ids + theirs])).logits[0, len(ids) - 1 : -1].float()
     top = logits.topk(2, -1)

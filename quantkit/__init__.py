@@ -15,6 +15,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from quantkit.calibrate.statistics import load_statistics, save_statistics
     from quantkit.checkpoint import inspect, load, save
+    from quantkit.engine.request import Limits
+    from quantkit.engine.sampling import Sampling
     from quantkit.errors import (
         CalibrationError,
         FormatError,
@@ -24,19 +26,22 @@ if TYPE_CHECKING:
         SpecError,
     )
     from quantkit.evaluation import EvalReport, evaluate
-    from quantkit.generation import Generation, generate
+    from quantkit.generation import Engine, Generation, generate
     from quantkit.pipeline import QuantizeResult, collect, quantize
     from quantkit.progress import Progress
     from quantkit.qtensor import QTensor
     from quantkit.report import comparison_table, write_html
-    from quantkit.spec import Plan, QuantSpec, Scheme, preset
+    from quantkit.spec import KVScheme, Plan, QuantSpec, Scheme, preset
 
 _HOME = {
     "CalibrationError": "errors",
+    "Engine": "generation",
     "EvalReport": "evaluation",
     "FormatError": "errors",
     "Generation": "generation",
+    "KVScheme": "spec",
     "KernelError": "errors",
+    "Limits": "engine.request",
     "Plan": "spec",
     "Progress": "progress",
     "QTensor": "qtensor",
@@ -44,6 +49,7 @@ _HOME = {
     "QuantizeResult": "pipeline",
     "QuantkitError": "errors",
     "RecipeError": "errors",
+    "Sampling": "engine.sampling",
     "Scheme": "spec",
     "SpecError": "errors",
     "collect": "pipeline",
@@ -62,10 +68,13 @@ _HOME = {
 
 __all__ = [
     "CalibrationError",
+    "Engine",
     "EvalReport",
     "FormatError",
     "Generation",
+    "KVScheme",
     "KernelError",
+    "Limits",
     "Plan",
     "Progress",
     "QTensor",
@@ -73,6 +82,7 @@ __all__ = [
     "QuantizeResult",
     "QuantkitError",
     "RecipeError",
+    "Sampling",
     "Scheme",
     "SpecError",
     "collect",

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 
 from quantkit import __version__, kernels
+from quantkit.errors import KernelError
 from quantkit.hf.demo_model import cache_dir
+from quantkit.kernels import build
 
 PACKAGES = ("torch", "transformers", "safetensors", "compressed-tensors", "gguf", "datasets", "numpy")
 
@@ -25,8 +27,17 @@ def examine() -> dict[str, Any]:
         "cuda": _cuda(),
         "nvcc": _nvcc(),
         "cache": str(cache_dir()),
+        "decoder": _decoder(),
         "kernels": kernels.report(),
     }
+
+
+def _decoder() -> str:
+    try:
+        build.library()
+    except KernelError as error:
+        return f"models run through their modules: {error}"
+    return "native: a model that lowers to a program runs in one call per step"
 
 
 def _version(package: str) -> str:

@@ -1,4 +1,4 @@
-"""Text in, text out: tokenizer, chat template, stop strings and streaming around the engine.
+"""Text in, text out: tokenizer, chat template, stop strings and streaming around the engine, and the engine for a model.
 
 Streaming text is harder than streaming tokens. A character can take several tokens (an emoji is four bytes), and a token
 can be the start of a stop string that must not be shown. So :class:`TextStream` holds back what later tokens could still
@@ -6,17 +6,23 @@ change, and what it has shown is never taken back: the pieces joined are exactly
 """
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor, nn
 
-from quantkit.engine.engine import FinishReason, generate_ids
+from quantkit.engine.drafters import DRAFTERS, Drafter
+from quantkit.engine.drafters.model import ModelDrafter
+from quantkit.engine.engine import TokenEngine
+from quantkit.engine.request import FinishReason, Limits, Logprob, Request
 from quantkit.engine.sampling import Sampling
+from quantkit.engine.step import Backend
 from quantkit.errors import QuantkitError
-from quantkit.hf.cache import TransformersStep
+from quantkit.hf.backend import make_backend
+from quantkit.spec import KVScheme
 
 Message = dict[str, Any]
 Prompt = str | Sequence[int] | Sequence[Message] | Tensor
@@ -34,8 +40,11 @@ class Generation:
         ids: the new tokens, the stop token included; tokens of a stop string included.
         finish_reason: ``"stop"`` (a stop token, end-of-sequence token or stop string) or ``"length"``.
         prompt_tokens: number of tokens of the prompt.
-        prefill_ms: time to the first token.
-        decode_ms: time of each later token; one shorter than ``ids``.
+        prefill_ms: time to the first token, including the wait for others of the same call.
+        decode_ms: time from each token to the next; one shorter than ``ids``. Drafted tokens come several at once.
+        logprobs: of each token, if asked for.
+        drafted: guesses that were verified.
+        accepted: how many of them were right.
     """
 
     text: str | None
@@ -44,14 +53,59 @@ class Generation:
     prompt_tokens: int
     prefill_ms: float
     decode_ms: list[float] = field(repr=False)
+    logprobs: list[Logprob] | None = field(default=None, repr=False)
+    drafted: int = 0
+    accepted: int = 0
 
 
-def generate(
+class Engine(TokenEngine):
+    """Serve many requests with one model: continuous batching, paged keys and values, drafts. Token ids in, token ids out.
+
+    >>> engine = quantkit.Engine(model)  # doctest: +SKIP
+    >>> requests = [engine.submit(ids, max_new_tokens=64) for ids in prompts]  # doctest: +SKIP
+    >>> for event in engine.run():  # doctest: +SKIP
+    ...     print(event.request.number, event.token, event.finish)
+
+    Args:
+        model: a causal language model of transformers, quantized or not; put in eval mode.
+        kv: how keys and values are stored: ``"float"``, ``"int8"``, ``"int4"`` or a :class:`~quantkit.spec.KVScheme`.
+        limits: how much to take on; None for the defaults.
+        drafter: guesses ahead, to decode several tokens at once: ``"ngram"``, a smaller model with the same vocabulary, or
+            any :class:`~quantkit.engine.drafters.Drafter`. Answers do not change.
+        engine: ``"native"`` (one call per step; CPU), ``"modules"`` (the model's own forward), or ``"auto"``, the first that
+            can run it.
+        activations: ``"int8"`` is faster and less exact; native only.
+
+    Raises:
+        QuantkitError: what :func:`~quantkit.hf.backend.make_backend` and :class:`~quantkit.engine.engine.TokenEngine` refuse.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        kv: str | KVScheme = "float",
+        limits: Limits | None = None,
+        drafter: str | nn.Module | Drafter | None = None,
+        engine: str = "auto",
+        activations: str = "float",
+    ) -> None:
+        backend = make_backend(model.eval(), kv, engine=engine, activations=activations)  # type: ignore[arg-type]
+        super().__init__(backend, _vocabulary(model), limits=limits)
+        self.use_drafter(_drafter(drafter, self))
+
+
+@overload
+def generate(model: nn.Module, prompt: Prompt, tokenizer: Any = None, **options: Any) -> Generation: ...
+@overload
+def generate(model: nn.Module, prompt: Sequence[Prompt], tokenizer: Any = None, **options: Any) -> list[Generation]: ...
+def generate(  # type: ignore[misc]  # the overloads leave the options to this signature
     model: nn.Module,
-    prompt: Prompt,
+    prompt: Prompt | Sequence[Prompt],
     tokenizer: Any = None,
     *,
     max_new_tokens: int = 128,
+    min_new_tokens: int = 0,
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -60,22 +114,34 @@ def generate(
     stop: str | int | Sequence[str | int] = (),
     seed: int | None = None,
     stream: Callable[[str], None] | None = None,
-) -> Generation:
-    """Continue a prompt.
+    logprobs: int | None = None,
+    kv: str | KVScheme = "float",
+    drafter: str | nn.Module | Drafter | None = None,
+    batch_size: int = 8,
+    engine: str = "auto",
+    activations: str = "float",
+) -> Generation | list[Generation]:
+    """Continue a prompt, or each of a list of prompts.
 
     Args:
-        model: a causal language model of transformers, quantized or not; put in eval mode meanwhile.
+        model: a causal language model of transformers, quantized or not; in eval mode meanwhile.
         prompt: text, token ids (list, or tensor (T,) or (1, T)), or chat messages (``[{"role": "user", "content": ...}]``,
-            which go through the tokenizer's chat template).
+            which go through the tokenizer's chat template); or a list of such prompts.
         tokenizer: a tokenizer of transformers; needed for text, messages, stop strings and ``stream``.
         max_new_tokens: at most this many tokens.
+        min_new_tokens: end-of-sequence and stop tokens are not chosen before so many.
         temperature: see :class:`~quantkit.engine.sampling.Sampling`, as are the next five; 0 is greedy. Nothing is taken
-            from the model's generation config except its end-of-sequence tokens.
+            from the model's generation config except its end-of-sequence tokens. Each prompt of a list gets the answer it
+            would get alone with this seed.
         stop: strings or token ids that also end the answer.
-        stream: called with each piece of text as soon as it is certain.
+        stream: called with each piece of text as soon as it is certain; for a single prompt.
+        logprobs: report each token's log probability, and those of so many most likely ones.
+        kv: see :class:`Engine`, as is ``drafter``.
+        batch_size: prompts that run at once.
+        engine: see :class:`Engine`, as is ``activations``.
 
     Returns:
-        The answer and its timings.
+        The answer and its timings; for a list of prompts, a list.
 
     Raises:
         QuantkitError: a prompt that is empty, too long or holds ids outside the vocabulary; a missing tokenizer; sampling
@@ -85,21 +151,88 @@ def generate(
     stop_strings, stop_tokens = _split_stops([stop] if isinstance(stop, str | int) else list(stop))
     if tokenizer is None and (stop_strings or stream):
         raise QuantkitError(f"{'stream' if stream else 'a stop string'} needs text: give a tokenizer")
-    ids = encode_prompt(prompt, tokenizer)
-    _check_fits(model, ids, max_new_tokens)
-    text = None if tokenizer is None else TextStream(tokenizer, stop_strings, stream)
-    step = TransformersStep(model)  # type: ignore[arg-type]
+    several = is_several(prompt)
+    if several and stream:
+        raise QuantkitError("stream shows one answer; give one prompt, or take the events of quantkit.Engine")
+    given = cast(Sequence[Prompt], prompt if several else [prompt])
+    prompts = [encode_prompt(one, tokenizer).tolist() for one in given]
     with _evaluating(model):
-        done = generate_ids(
-            step,
-            ids.to(_input_device(model)),
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            stop_tokens={*end_tokens(model), *stop_tokens},
-            callback=None if text is None else text.add,
-        )
-    answer = None if text is None else text.finish()
-    return Generation(answer, done.ids, done.finish_reason, len(ids), done.prefill_ms, done.token_ms)
+        backend = make_backend(model, kv, engine=engine, activations=activations)  # type: ignore[arg-type]
+        runner = TokenEngine(backend, _vocabulary(model), limits=_limits_for(backend, prompts, max_new_tokens, batch_size))
+        runner.use_drafter(_drafter(drafter, runner))
+        texts = [None if tokenizer is None else TextStream(tokenizer, stop_strings, stream) for _ in prompts]
+        requests = [
+            runner.submit(
+                ids,
+                max_new_tokens=max_new_tokens,
+                min_new_tokens=min_new_tokens,
+                sampling=sampling,
+                stop_tokens={*end_tokens(model), *stop_tokens},
+                watch=None if text is None else text.add,
+                logprobs=logprobs,
+            )
+            for ids, text in zip(prompts, texts, strict=True)
+        ]
+        for event in runner.run():
+            if event.request.error is not None:
+                raise event.request.error
+    answers = [_generation(request, text) for request, text in zip(requests, texts, strict=True)]
+    return answers if several else answers[0]
+
+
+def _generation(request: Request, text: "TextStream | None") -> Generation:
+    assert request.finish_reason is not None
+    times = [request.submitted_s, *request.token_s]
+    first, *later = [(after - before) * 1000 for before, after in itertools.pairwise(times)]
+    return Generation(
+        None if text is None else text.finish(),
+        request.ids,
+        request.finish_reason,
+        len(request.prompt),
+        first,
+        later,
+        None if request.logprobs is None else request.logprob,
+        request.drafted,
+        request.accepted,
+    )
+
+
+def _limits_for(backend: Backend, prompts: Sequence[Sequence[int]], new_tokens: int, batch_size: int) -> Limits:
+    """Return limits under which all of a batch run at once and nobody is preempted."""
+    if batch_size < 1:
+        raise QuantkitError(f"batch_size={batch_size}: want at least 1")
+    running = max(min(len(prompts), batch_size), 1)
+    longest = max([len(prompt) for prompt in prompts], default=1) + max(new_tokens, 1)
+    longest = min(longest, backend.context_tokens or longest)
+    size = Limits().page_tokens
+    return Limits(running=running, kv_tokens=running * -(-longest // size) * size, waiting=max(len(prompts), 1))
+
+
+def _drafter(drafter: str | nn.Module | Drafter | None, engine: TokenEngine) -> Drafter | None:
+    """Make a drafter of what a user may give."""
+    if isinstance(drafter, nn.Module):
+        context = engine.limits.context_tokens
+        assert context is not None
+        return ModelDrafter(make_backend(drafter.eval()), engine.limits.running, context)  # type: ignore[arg-type]
+    if isinstance(drafter, str):
+        if drafter == "model":
+            raise QuantkitError("drafter='model' needs to know which: give the smaller model itself")
+        return DRAFTERS.get(drafter)()
+    return drafter
+
+
+def _vocabulary(model: nn.Module) -> int:
+    rows: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    return rows
+
+
+def is_several(prompt: Any) -> bool:
+    """Whether ``prompt`` is a list of prompts: of texts, of id lists or tensors, or of lists of messages."""
+    return (
+        isinstance(prompt, list | tuple)
+        and bool(prompt)
+        and all(isinstance(one, str | list | tuple | Tensor) for one in prompt)
+    )
 
 
 def encode_prompt(prompt: Prompt, tokenizer: Any = None) -> Tensor:
@@ -108,7 +241,8 @@ def encode_prompt(prompt: Prompt, tokenizer: Any = None) -> Tensor:
         ids = prompt[0] if prompt.ndim == 2 and prompt.shape[0] == 1 else prompt
         if ids.ndim != 1 or ids.is_floating_point():
             raise QuantkitError(
-                f"prompt: {prompt.dtype} {tuple(prompt.shape)}, want integer ids (T,) or (1, T); one prompt per call"
+                f"prompt: {prompt.dtype} {tuple(prompt.shape)}, want integer ids (T,) or (1, T); "
+                "for several prompts give a list"
             )
         return ids.long().cpu()
     if isinstance(prompt, Sequence) and not isinstance(prompt, str) and all(isinstance(item, int) for item in prompt):
@@ -199,27 +333,6 @@ def _split_stops(stops: Sequence[str | int]) -> tuple[list[str], list[int]]:
         if isinstance(stop, bool) or not isinstance(stop, str | int) or stop == "":
             raise QuantkitError(f"stop={stop!r}: want a non-empty string or a token id")
     return [stop for stop in stops if isinstance(stop, str)], [stop for stop in stops if isinstance(stop, int)]
-
-
-def _check_fits(model: nn.Module, ids: Tensor, max_new_tokens: int) -> None:
-    if not len(ids):
-        raise QuantkitError("the prompt is empty: give at least one token, for instance the beginning-of-sequence token")
-    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= rows:
-        raise QuantkitError(f"prompt ids reach from {low} to {high}, the model knows 0 to {rows - 1}; is this its tokenizer?")
-    config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr,operator]
-    longest = getattr(config, "max_position_embeddings", None)
-    if longest is not None and len(ids) + max_new_tokens > longest:
-        raise QuantkitError(
-            f"{len(ids)} prompt tokens and max_new_tokens={max_new_tokens} make {len(ids) + max_new_tokens}, the model reads "
-            f"at most {longest}; shorten the prompt, or ask for at most {max(longest - len(ids), 0)} new tokens"
-        )
-
-
-def _input_device(model: nn.Module) -> torch.device:
-    device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[operator]
-    return device
 
 
 @contextlib.contextmanager

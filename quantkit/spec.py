@@ -122,6 +122,76 @@ class Scheme:
         return cls(QuantSpec.from_dict(data["weight"]), QuantSpec.from_dict(activation) if activation else None)
 
 
+@dataclass(frozen=True, slots=True)
+class KVScheme:
+    """How the key/value memory of a model is stored.
+
+    Keys and values are seen as one matrix (tokens of a page, channels of a head) per page and head, so block ``(1, 32)``
+    shares a scale among 32 channels of one token, and ``(-1, 1)`` among the tokens of a page, per channel.
+
+    Attributes:
+        key: grid of keys; None keeps the model's float dtype.
+        value: grid of values; None likewise.
+        recent: so many of the newest tokens are read in float.
+        rotate: store keys and values rotated by a Hadamard matrix, which spreads outliers over the channels.
+
+    Raises:
+        SpecError: float keys and values with ``recent`` or ``rotate``, a negative ``recent``, or a block other than
+            ``(1, n)``, ``(1, -1)`` and ``(-1, 1)``.
+    """
+
+    key: QuantSpec | None = None
+    value: QuantSpec | None = None
+    recent: int = 0
+    rotate: bool = False
+
+    def __post_init__(self) -> None:
+        if self.recent < 0 or (self.quantized is False and (self.recent or self.rotate)):
+            raise SpecError(f"recent={self.recent}, rotate={self.rotate}: they need a grid for keys or values, and recent >= 0")
+        for spec in (self.key, self.value):
+            if spec is not None and spec.block[0] != 1 and spec.block != (-1, 1):
+                raise SpecError(f"block={spec.block} of a key/value grid: want (1, n), (1, -1) or (-1, 1)")
+
+    @property
+    def quantized(self) -> bool:
+        """Whether anything is stored in fewer bits."""
+        return self.key is not None or self.value is not None
+
+    def describe(self) -> str:
+        """Return a short human name such as ``"keys int4 block asym, values int4 g32 asym, 64 recent in float"``."""
+        if not self.quantized:
+            return "float"
+        parts = [
+            f"{what} {spec.describe() if spec else 'float'}" for what, spec in (("keys", self.key), ("values", self.value))
+        ]
+        parts += [f"{self.recent} recent in float"] if self.recent else []
+        return ", ".join([*parts, *(["rotated"] if self.rotate else [])])
+
+
+KV_PRESETS: Mapping[str, KVScheme] = {
+    "float": KVScheme(),
+    "int8": KVScheme(QuantSpec("int8"), QuantSpec("int8")),
+    "int4": KVScheme(
+        QuantSpec("int4", block=(-1, 1), symmetric=False), QuantSpec("int4", block=(1, 32), symmetric=False), recent=64
+    ),
+}
+"""Key/value schemes by name: ``int8`` has a scale per token and head; ``int4`` scales keys per channel and values per token
+and 32 channels, as KIVI does (Liu et al. 2024, arXiv 2402.02750), with a recent window in float."""
+
+
+def kv_preset(name: str | KVScheme) -> KVScheme:
+    """Return the scheme called ``name``, or ``name`` itself if it is one.
+
+    Raises:
+        SpecError: an unknown name.
+    """
+    if isinstance(name, KVScheme):
+        return name
+    if name not in KV_PRESETS:
+        raise SpecError(f"unknown key/value scheme {name!r}; {nearest(name, KV_PRESETS)}")
+    return KV_PRESETS[name]
+
+
 Plan = Mapping[str, Scheme]
 """Site name to scheme: every site that will be quantized, in model order. A site that is absent stays as it is."""
 

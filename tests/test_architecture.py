@@ -21,7 +21,7 @@ FLOORS = (
     {"calibrate", "engine", "formats", "quantizers"},
     {"hf"},
     {"blockwise", "checkpoint", "evaluation", "generation", "models", "pipeline", "plan", "proof", "resume"},
-    {"__main__", "cli", "demo", "doctor", "forecast", "located_yaml", "recipe", "report", "run", "templates"},
+    {"__main__", "cli", "demo", "doctor", "forecast", "located_yaml", "recipe", "report", "run", "serve", "templates"},
 )
 BLIND = {"calibrate", "engine", "formats", "quantizers"}
 """Rooms of one floor that know nothing of each other."""

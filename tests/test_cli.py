@@ -1,12 +1,16 @@
 """The command: what each sub-command shows, and how errors and Ctrl-C end."""
 
+import contextlib
+import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -18,7 +22,7 @@ from quantkit.cli.show import parse_settings, progress_bars, size
 from quantkit.errors import RecipeError
 from quantkit.progress import Progress
 
-COMMANDS = ("bench", "demo", "doctor", "eval", "generate", "inspect", "plan", "run")
+COMMANDS = ("bench", "demo", "doctor", "eval", "generate", "inspect", "plan", "run", "serve", "trace")
 
 
 def call(*arguments: object, code: int = 0) -> str:
@@ -175,6 +179,59 @@ def test_generate_streams_and_is_deterministic(tiny_quantized):
     first, again = (call("generate", tiny_quantized, "the cat sat", "-n", 6).splitlines()[0] for _ in range(2))
     assert first == again != ""
     assert "[6 tokens, length;" in call("generate", tiny_quantized, "the cat sat", "-n", 6)
+
+
+def test_generate_with_drafts_and_quantized_memory(tiny_quantized):
+    plain = call("generate", tiny_quantized, "the cat sat", "-n", 24).splitlines()[0]
+    drafted = call("generate", tiny_quantized, "the cat sat", "-n", 24, "--drafter", "ngram")
+    assert drafted.splitlines()[0] == plain
+    assert "guesses right" in drafted
+    assert "[6 tokens" in call("generate", tiny_quantized, "the cat sat", "-n", 6, "--kv", "int8")
+    assert "unknown key/value scheme 'int5'" in call("generate", tiny_quantized, "the cat", "--kv", "int5", code=2)
+    assert "ngrams" in call("generate", tiny_quantized, "the cat", "--drafter", "ngrams", code=2)
+
+
+def test_trace_compares_ways_of_batching(tiny_float, tmp_path):
+    out = tmp_path / "trace.json"
+    options = ("--requests", 6, "--new", "2:9", "--prompt", "3:5", "--running", 2, "--price", 0.5, "--out", out)
+    said = call("trace", tiny_float, *options, "--ways", "padded,static,continuous")
+    assert "cost per million tokens" in said
+    found = json.loads(out.read_text())
+    assert list(found) == ["padded", "static", "continuous"]
+    assert len({one["new_tokens"] for one in found.values()}) == 1
+    assert found["continuous"]["steps"] <= found["padded"]["steps"]
+    assert "want LOW:HIGH" in call("trace", tiny_float, "--new", "many", code=2)
+    assert "did you mean 'static'" in call("trace", tiny_float, "--ways", "statik", code=2)
+
+
+def test_serve_listens_says_where_and_stops(tiny_float):
+    command = [
+        sys.executable,
+        "-m",
+        "quantkit",
+        "serve",
+        str(tiny_float),
+        "--port",
+        "0",
+        "--name",
+        "tiny",
+        "--kv-tokens",
+        "256",
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            said = list(itertools.takewhile(lambda line: not line.startswith("fleet"), iter(process.stdout.readline, "")))
+            address = re.search(r"http://127.0.0.1:(\d+)/v1 \(model tiny\)", "".join(said))
+            assert address is not None
+            for _ in range(100):
+                with contextlib.suppress(OSError):
+                    found = urllib.request.urlopen(f"http://127.0.0.1:{address[1]}/health").read()
+                    break
+                time.sleep(0.05)
+            assert json.loads(found) == {"status": "ok"}
+        finally:
+            process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
 
 
 def test_generate_needs_a_chat_template_for_chat(tiny_quantized):

@@ -33,7 +33,7 @@ def test_the_promised_names_are_public():
 
 
 def test_the_version_is_the_changelogs_newest_and_the_packages():
-    newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    newest = re.search(r"^## (\d\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert newest is not None
     assert newest[1] == quantkit.__version__ == importlib.metadata.version("quantkit")
 

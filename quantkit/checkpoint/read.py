@@ -16,7 +16,9 @@ from quantkit.errors import FormatError, QuantkitError
 from quantkit.formats.base import FORMATS, Format, Matcher, Stored
 from quantkit.hf.experts import enable_experts
 from quantkit.hf.load import PreTrainedModel, read_config, read_generation_config
-from quantkit.nn.install import install
+from quantkit.kernels import Activations
+from quantkit.nn.install import install, set_activations
+from quantkit.nn.linear import QuantLinear, QuantWeight
 from quantkit.nn.sites import Site
 from quantkit.qtensor import QTensor
 from quantkit.spec import Scheme
@@ -200,18 +202,23 @@ def load(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     ignore_activations: bool = False,
+    activations: Activations = "float",
 ) -> PreTrainedModel:
     """Load a quantized checkpoint, ready to run, in evaluation mode.
 
-    Codes and scales come back bit for bit; the files may be deleted afterwards.
+    Codes and scales come back bit for bit; the files may be deleted afterwards. Each quantized layer is held once, in the
+    layout of the kernel that runs it from the first forward on.
 
     Args:
         path: directory written by quantkit (any format) or by another writer of compressed-tensors integer weights.
         dtype: dtype of the unquantized tensors; None keeps what the files hold.
         device: where the model goes.
         ignore_activations: run a checkpoint that asks for quantized activations (W8A8) with float ones.
+        activations: what quantized layers make of their inputs on a CPU: ``"float"``, nothing, or ``"int8"``, rounded block by
+            block, which is faster and has an error of its own (:mod:`quantkit.kernels.cpu`).
 
     Raises:
+        KernelError: ``activations`` is neither.
         FormatError: the checkpoint is unfinished, damaged, contradicts itself, or cannot be represented exactly.
     """
     with open_checkpoint(path) as opened:
@@ -237,6 +244,10 @@ def load(
         if (Path(path) / "generation_config.json").exists() and hasattr(model, "generation_config"):
             model.generation_config = read_generation_config(path)
     loaded: PreTrainedModel = model.requires_grad_(False).eval().to(device)
+    for module in loaded.modules():
+        if isinstance(module, QuantLinear | QuantWeight):
+            module.keeps_codes = False
+    set_activations(loaded, activations)
     return loaded
 
 

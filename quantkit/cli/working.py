@@ -10,6 +10,9 @@ from quantkit.cli.looking import Settings
 from quantkit.cli.show import console, facts, parse_settings, progress_bars, say, size, table
 
 Model = Annotated[str, typer.Argument(help="Checkpoint directory, float model, hub id, or demo.")]
+Engine = Annotated[str, typer.Option(help="native (one call per token, CPU), modules (transformers' forward), or auto.")]
+Activations = Annotated[str, typer.Option(help="float, or int8: faster, less exact, native engine only.")]
+Head = Annotated[str, typer.Option(help="float, or int8: the output head rounded in memory, faster to read.")]
 
 
 @app.command()
@@ -89,15 +92,17 @@ def evaluate(
     windows: int = 20,
     length: Annotated[int, typer.Option(help="Tokens of a window.")] = 1024,
     latency: Annotated[bool, typer.Option(help="Measure speed too.")] = True,
+    kv: Annotated[str | None, typer.Option(help="Read keys and values from a memory: float, int8 or int4.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the report here (JSON).")] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page with plots here.")] = None,
+    head: Head = "float",
 ) -> None:
     """Measure a model: perplexity, distance from a base model, speed, size."""
     from quantkit.evaluation import evaluate as measure
     from quantkit.models import open_model
     from quantkit.report import comparison_table, write_html
 
-    opened, tokenizer = open_model(model)
+    opened, tokenizer = open_model(model, head=head)
     with progress_bars() as progress:
         report = measure(
             opened,
@@ -107,6 +112,7 @@ def evaluate(
             windows=windows,
             length=length,
             latency=latency,
+            kv=kv,
             label=Path(model).name,
             base_label=base,
             progress=progress,
@@ -124,17 +130,29 @@ def bench(
     context: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 256,
     new_tokens: Annotated[int, typer.Option(help="Tokens decoded per round.")] = 32,
     rounds: int = 5,
+    engine: Engine = "auto",
+    activations: Activations = "float",
+    head: Head = "float",
 ) -> None:
     """Time several models in turn, round by round."""
     from quantkit.evaluation import compare_latency
     from quantkit.models import open_model
 
-    opened = {name: open_model(name)[0] for name in models}
+    opened = {name: open_model(name, head=head)[0] for name in models}
     with progress_bars() as progress:
-        found = compare_latency(opened, context=context, new_tokens=new_tokens, rounds=rounds, progress=progress)
+        found = compare_latency(
+            opened,
+            context=context,
+            new_tokens=new_tokens,
+            rounds=rounds,
+            engine=engine,
+            activations=activations,
+            progress=progress,
+        )
     rows = [
         (
             name,
+            one.engine,
             f"{one.prefill_tokens_per_s.median:.0f}",
             f"{one.decode_ms.median:.2f}",
             f"{one.decode_ms.p90:.2f}",
@@ -144,7 +162,7 @@ def bench(
     ]
     first = next(iter(found.values()))
     title = f"prompt {context}, {new_tokens} new tokens, {rounds} rounds in turn, {first.threads} threads, {first.device}"
-    table(title, ("model", "prefill tokens/s", "decode ms", "p90", "decode speed-up"), rows)
+    table(title, ("model", "run by", "prefill tokens/s", "decode ms", "p90", "decode speed-up"), rows)
 
 
 @app.command()
@@ -158,13 +176,19 @@ def generate(
     min_p: float | None = None,
     repetition_penalty: float = 1.0,
     seed: int | None = None,
+    kv: Annotated[str, typer.Option(help="Keys and values: float, int8 or int4.")] = "float",
+    drafter: Annotated[str | None, typer.Option(help="Guess ahead: ngram, or a smaller model's path.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt through the model's chat template.")] = False,
+    engine: Engine = "auto",
+    activations: Activations = "float",
+    head: Head = "float",
 ) -> None:
     """Continue a prompt and show the text as it comes."""
     from quantkit.generation import generate as continue_text
     from quantkit.models import open_model
 
-    opened, tokenizer = open_model(model)
+    opened, tokenizer = open_model(model, head=head)
+    draft = open_model(drafter)[0] if drafter not in (None, "ngram") else drafter  # type: ignore[arg-type]
     done = continue_text(
         opened,
         [{"role": "user", "content": prompt}] if chat else prompt,
@@ -176,9 +200,15 @@ def generate(
         min_p=min_p,
         repetition_penalty=repetition_penalty,
         seed=seed,
+        kv=kv,
+        drafter=draft,
         stream=lambda piece: typer.echo(piece, nl=False),
+        engine=engine,
+        activations=activations,
     )
     typer.echo()
     later = sorted(done.decode_ms)
     speed = f", {later[len(later) // 2]:.1f} ms per token (median)" if later else ""
-    say(f"[{len(done.ids)} tokens, {done.finish_reason}; first token after {done.prefill_ms:.0f} ms{speed}]", stderr=True)
+    guessed = f", {done.accepted} of {done.drafted} guesses right" if drafter else ""
+    first = f"first token after {done.prefill_ms:.0f} ms"
+    say(f"[{len(done.ids)} tokens, {done.finish_reason}; {first}{speed}{guessed}]", stderr=True)

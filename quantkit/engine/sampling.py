@@ -1,4 +1,4 @@
-"""From logits to the next token.
+r"""From logits to the next token.
 
 A language model returns one number per vocabulary entry. Greedy decoding takes the largest. Sampling reshapes the numbers
 into a distribution and draws from it, in this order (the order of transformers, so results can be compared):
@@ -8,13 +8,20 @@ into a distribution and draws from it, in this order (the order of transformers,
 3. top-k, 4. top-p (nucleus), 5. min-p: each sets the logits of unlikely tokens to -inf;
 6. ``softmax``, then one draw.
 
-Each step is a pure function on ``(..., V)``, and rows never look at each other. Each keeps at least the most likely token.
+Each step is a pure function on ``(..., V)``, and rows never look at each other, so a batch is shaped at once, every row with
+its own parameters. Each step keeps at least the most likely token.
+
+The draw is a race: with independent exponential noise :math:`e_i`, :math:`\arg\max_i p_i / e_i` is distributed as p (the
+same draw, from the same random numbers, as ``torch.multinomial``). A request takes one row of noise per token from a generator
+of its own, so neither its neighbours in the batch nor drafts change its answer.
 
 Papers: repetition penalty, Keskar et al. 2019 (arXiv 1909.05858); top-k, Fan et al. 2018 (arXiv 1805.04833); top-p,
 Holtzman et al. 2020 (arXiv 1904.09751); min-p, Nguyen et al. 2024 (arXiv 2407.01082).
 """
 
 import math
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -101,97 +108,144 @@ class Sampling:
         return generator
 
 
-def penalize_repetition(logits: Tensor, previous_ids: Tensor, penalty: float) -> Tensor:
+def penalize_repetition(logits: Tensor, previous_ids: Tensor, penalty: float | Tensor) -> Tensor:
     """Divide positive logits, and multiply negative ones, of every token in ``previous_ids`` by ``penalty``, once each.
 
     Args:
         logits: (..., V).
         previous_ids: (..., T) int64 in [0, V), prompt and answer so far; repeats count once.
+        penalty: one number, or one per row (..., 1), as are the parameters of the other filters.
     """
     seen = logits.gather(-1, previous_ids)
     return logits.scatter(-1, previous_ids, torch.where(seen < 0, seen * penalty, seen / penalty))
 
 
-def keep_top_k(logits: Tensor, k: int) -> Tensor:
+def keep_top_k(logits: Tensor, k: int | Tensor) -> Tensor:
     """Set logits below the k-th largest to -inf. Ties with the k-th stay, so more than k tokens can remain."""
-    if k >= logits.shape[-1]:
-        return logits
-    threshold = logits.topk(k, dim=-1).values[..., -1:]
+    ranks = torch.as_tensor(k, device=logits.device).clamp(max=logits.shape[-1])
+    ordered = logits.topk(int(ranks.max()), dim=-1).values
+    threshold = ordered.gather(-1, (ranks - 1).expand(*logits.shape[:-1], 1))
     return logits.masked_fill(logits < threshold, -math.inf)
 
 
-def keep_top_p(logits: Tensor, p: float) -> Tensor:
+def keep_top_p(logits: Tensor, p: float | Tensor) -> Tensor:
     """Keep the smallest set of most likely tokens whose probabilities sum to at least ``p``; set the rest to -inf.
 
     Computed from the unlikely end: a token goes when it and all less likely ones together have probability <= 1 - p.
     """
     ascending, order = logits.sort(dim=-1)
-    goes = ascending.softmax(-1).cumsum(-1) <= 1 - p
+    rest = 1 - p
+    goes = ascending.softmax(-1).cumsum(-1) <= (rest.to(logits.dtype) if isinstance(rest, Tensor) else rest)
     goes[..., -1] = False
     return logits.masked_fill(goes.scatter(-1, order, goes), -math.inf)
 
 
-def keep_min_p(logits: Tensor, min_p: float) -> Tensor:
+def keep_min_p(logits: Tensor, min_p: float | Tensor) -> Tensor:
     """Set the logits of tokens less likely than ``min_p`` times the most likely token to -inf."""
     probabilities = logits.softmax(-1)
     largest = probabilities.amax(-1, keepdim=True)
     return logits.masked_fill((probabilities < min_p * largest) & (probabilities < largest), -math.inf)
 
 
-def shape_logits(logits: Tensor, sampling: Sampling, previous_ids: Tensor | None = None) -> Tensor:
+def shape_logits(
+    logits: Tensor, samplings: Sequence[Sampling], histories: Sequence[Sequence[int]] | None = None, *, copy: bool = True
+) -> Tensor:
     """Apply everything :class:`Sampling` asks for, in the module's order, short of the draw.
 
     Args:
-        logits: (..., V) of any float dtype.
-        previous_ids: (..., T) int64; needed only when there is a repetition penalty.
+        logits: (R, V) of any float dtype.
+        samplings: one per row.
+        histories: the tokens of prompt and answer so far of each row; needed only where there is a repetition penalty.
+        copy: leave ``logits`` as they are; False may overwrite float32 ones.
 
     Returns:
-        Float32 (..., V): the softmax of it is the distribution drawn from; its maximum is the greedy token.
+        Float32 (R, V): the softmax of a row is the distribution drawn from; its maximum is the greedy token.
     """
-    logits = logits.float()
-    if sampling.repetition_penalty != 1:
-        if previous_ids is None:
-            raise QuantkitError("repetition_penalty needs previous_ids: the tokens of the prompt and of the answer so far")
-        logits = penalize_repetition(logits, previous_ids, sampling.repetition_penalty)
-    if sampling.greedy:
-        return logits
-    logits = logits / sampling.temperature
-    if sampling.top_k is not None:
-        logits = keep_top_k(logits, sampling.top_k)
-    if sampling.top_p is not None and sampling.top_p < 1:
-        logits = keep_top_p(logits, sampling.top_p)
-    if sampling.min_p is not None:
-        logits = keep_min_p(logits, sampling.min_p)
-    return logits
+    shaped = logits.to(torch.float32, copy=copy)
+    rows = [i for i, s in enumerate(samplings) if s.repetition_penalty != 1]
+    if rows:
+        if histories is None:
+            raise QuantkitError("repetition_penalty needs the histories: the tokens of the prompt and of the answer so far")
+        longest = max(len(histories[i]) for i in rows)
+        padded = [[*histories[i], *[histories[i][-1]] * (longest - len(histories[i]))] for i in rows]  # repeats count once
+        previous = torch.tensor(padded, device=logits.device)
+        penalty = _column(logits, [samplings[i].repetition_penalty for i in rows])
+        shaped[rows] = penalize_repetition(shaped[rows], previous, penalty)
+    rows = [i for i, s in enumerate(samplings) if not s.greedy]
+    if rows:
+        shaped[rows] = shaped[rows] / _column(logits, [samplings[i].temperature for i in rows])
+    rows = [i for i, s in enumerate(samplings) if s.top_k is not None]
+    if rows:
+        ranks = torch.tensor([[samplings[i].top_k] for i in rows], device=logits.device)
+        shaped[rows] = keep_top_k(shaped[rows], ranks)
+    rows = [i for i, s in enumerate(samplings) if s.top_p is not None and s.top_p < 1]
+    if rows:
+        mass = _column(logits, [samplings[i].top_p or 0 for i in rows], torch.float64)  # as exact as a plain number
+        shaped[rows] = keep_top_p(shaped[rows], mass)
+    rows = [i for i, s in enumerate(samplings) if s.min_p is not None]
+    if rows:
+        shaped[rows] = keep_min_p(shaped[rows], _column(logits, [samplings[i].min_p or 0 for i in rows]))
+    return shaped
 
 
-def sample(
-    logits: Tensor, sampling: Sampling, generator: torch.Generator | None = None, previous_ids: Tensor | None = None
-) -> Tensor:
-    """Choose one token per row.
+def choose(shaped: Tensor, noise: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
+    """Choose one token per row of shaped logits.
 
     Args:
-        logits: (B, V) of any float dtype.
-        sampling: how to choose.
-        generator: source of randomness on the logits' device; unused when greedy. None is torch's global one.
-        previous_ids: (B, T) int64; needed only when there is a repetition penalty.
+        shaped: float32 (R, V) of :func:`shape_logits`.
+        noise: per row, exponential noise (V,) of :class:`Noise`, or None to take the most likely token.
 
     Returns:
-        int64 (B,).
-
-    Raises:
-        QuantkitError: a row holds NaN, +inf or only -inf, so it has no most likely token.
+        Tokens int64 (R,), and bool (R,): whether the row is usable at all. One that holds NaN, +inf or only -inf is not.
     """
-    logits = shape_logits(logits, sampling, previous_ids)
-    largest, token = logits.max(-1)  # NaN counts as larger than every number, so one look at the maximum finds it
-    if not torch.isfinite(largest).all():
-        raise QuantkitError(
-            f"the model's logits are not numbers one can choose from: largest {largest.tolist()}, want finite; "
-            "look for NaN or overflow in the weights, or run in float32 or bfloat16 instead of float16"
-        )
-    if sampling.greedy:
-        return token
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
+    largest, tokens = shaped.max(-1)  # NaN counts as larger than every number, so one look at the maximum finds it
+    usable = torch.isfinite(largest)
+    rows = [i for i, row in enumerate(noise) if row is not None]
+    if rows:
+        tokens = tokens.clone()
+        race = torch.stack([row for row in noise if row is not None])
+        tokens[rows] = (shaped[rows].softmax(-1) / race).argmax(-1)
+    return tokens, usable
+
+
+class Noise:
+    """The random numbers of one request, in order: one row of exponential noise per token, drawn ahead where drafts want it.
+
+    Args:
+        sampling: its seed starts the generator; greedy sampling has no noise.
+        device: where rows are drawn; other devices draw other numbers.
+    """
+
+    def __init__(self, sampling: Sampling, device: torch.device | str = "cpu") -> None:
+        self._generator = None if sampling.greedy else sampling.generator(device)
+        self._device = device
+        self._ahead: deque[Tensor] = deque()
+
+    def row(self, ahead: int, vocabulary: int) -> Tensor | None:
+        """Return the noise (vocabulary,) of the token ``ahead`` tokens after the next one; None when greedy."""
+        if self._generator is None:
+            return None
+        while len(self._ahead) <= ahead:
+            row = torch.empty(vocabulary, device=self._device)
+            self._ahead.append(row.exponential_(generator=self._generator))
+        return self._ahead[ahead]
+
+    def use(self) -> None:
+        """Go on to the next token."""
+        if self._ahead:
+            self._ahead.popleft()
+
+
+def not_finite(shaped: Tensor) -> QuantkitError:
+    """Return the error for a row (V,) of logits from which nothing can be chosen."""
+    return QuantkitError(
+        f"the model's logits are not numbers one can choose from: largest {shaped.max().item()}, want finite; "
+        "look for NaN or overflow in the weights, or run in float32 or bfloat16 instead of float16"
+    )
+
+
+def _column(like: Tensor, values: Sequence[float], dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.tensor(values, dtype=dtype, device=like.device)[:, None]
 
 
 def _check(name: str, value: object, good: bool, want: str) -> None:

@@ -22,9 +22,11 @@ from quantkit.evaluation.footprint import Footprint, footprint
 from quantkit.evaluation.latency import Latency, compare_latency, max_positions, measure_latency
 from quantkit.evaluation.quality import Divergence, Quality, score
 from quantkit.evaluation.record import Environment, EvalReport, Protocol, describe_environment
+from quantkit.evaluation.through_cache import ThroughCache
 from quantkit.evaluation.windows import Windows, cut_windows, from_batches
 from quantkit.nn.linear import QuantLinear, QuantWeight
 from quantkit.progress import ProgressCallback, ignore
+from quantkit.spec import KVScheme
 
 __all__ = [
     "BaseLogits", "CoverageRow", "Divergence", "Environment", "EvalReport", "Footprint", "Latency", "Protocol", "Quality",
@@ -48,6 +50,7 @@ def evaluate(
     kl_windows: int | None = None,
     batch_size: int = 1,
     latency: bool | Latency = True,
+    kv: str | KVScheme | None = None,
     label: str | None = None,
     base_label: str | None = None,
     path: str | Path | None = None,
@@ -68,6 +71,8 @@ def evaluate(
         kl_windows: compare with the base on the first so many windows only; None for all.
         batch_size: windows per forward.
         latency: measure speed too; or timings already taken, e.g. by :func:`compare_latency`, to put into the report.
+        kv: score the model reading its keys and values from a memory stored this way (``"int8"``, ``"int4"``, a
+            :class:`~quantkit.spec.KVScheme`, ``"float"``); None scores plain forward passes. The base is never changed.
         label: name in tables; by default the path's name, or what the weights are.
         base_label: likewise for the base.
         path: where a model given as an object has its checkpoint, to report the size on the disk.
@@ -81,14 +86,15 @@ def evaluate(
     base_name = base_label or (None if base is None else _label(base))
     base = _load(base)[0] if isinstance(base, str | Path) else base
     cut, source = _windows(data, tokenizer or own_tokenizer, min(length, max_positions(model) or length), windows, stride, bos)
-    quality = score(model, cut, base, kl_windows=kl_windows, batch_size=batch_size, progress=progress)
+    scored = model if kv is None else ThroughCache(model, kv)
+    quality = score(scored, cut, base, kl_windows=kl_windows, batch_size=batch_size, progress=progress)
     if latency is True:
         context = min(256, (max_positions(model) or 288) - 32)
         latency = measure_latency(model, prompt=cut.ids[0], context=max(context, 1), progress=progress)
     divergence = quality.divergence
     parameter = next(model.parameters())
     return EvalReport(
-        label=label or _label(path if named else model),
+        label=(label or _label(path if named else model)) + ("" if kv is None else f", kv {_kv_name(kv)}"),
         quality=quality,
         protocol=Protocol(
             source=source,
@@ -107,6 +113,10 @@ def evaluate(
         latency=latency or None,
         base=base_name,
     )
+
+
+def _kv_name(kv: str | KVScheme) -> str:
+    return kv if isinstance(kv, str) else kv.describe()
 
 
 def _load(model: nn.Module | str | Path) -> tuple[nn.Module, Any]:

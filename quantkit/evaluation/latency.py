@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from quantkit.engine.engine import Step, decode_one_token, prefill
+from quantkit.engine.step import OneSequence
 from quantkit.errors import CalibrationError
 from quantkit.evaluation.base import evaluating
 from quantkit.evaluation.footprint import peak_memory_bytes, reset_peak_memory
@@ -63,6 +63,7 @@ class Latency:
         decode_ms: milliseconds per token, over all tokens of all rounds.
         peak_bytes: peak memory of the process (or the GPU) while this model was timed, other resident models included.
         speedup: against the first model of the same run; None for it, and for a model timed alone.
+        engine: what ran the steps: ``"native"`` or ``"modules"``, and how activations were rounded, if they were.
     """
 
     context_tokens: int
@@ -74,6 +75,7 @@ class Latency:
     decode_ms: Spread
     peak_bytes: int
     speedup: Speedup | None = None
+    engine: str = "modules"
 
 
 def measure_latency(
@@ -83,11 +85,20 @@ def measure_latency(
     context: int = 256,
     new_tokens: int = 32,
     rounds: int = 3,
+    engine: str = "auto",
+    activations: str = "float",
     progress: ProgressCallback = ignore,
 ) -> Latency:
     """Time one model; arguments as in :func:`compare_latency`."""
     return compare_latency(
-        {"model": model}, prompt=prompt, context=context, new_tokens=new_tokens, rounds=rounds, progress=progress
+        {"model": model},
+        prompt=prompt,
+        context=context,
+        new_tokens=new_tokens,
+        rounds=rounds,
+        engine=engine,
+        activations=activations,
+        progress=progress,
     )["model"]
 
 
@@ -98,6 +109,8 @@ def compare_latency(
     context: int = 256,
     new_tokens: int = 32,
     rounds: int = 3,
+    engine: str = "auto",
+    activations: str = "float",
     progress: ProgressCallback = ignore,
 ) -> dict[str, Latency]:
     """Time several models in turn, in one run.
@@ -109,6 +122,8 @@ def compare_latency(
         new_tokens: tokens decoded after it. The next token is the most likely one, so models may read different text;
             the work is the same.
         rounds: timed rounds after one warm-up; percentiles are over ``rounds`` prefills and ``rounds * new_tokens`` steps.
+        engine, activations: what runs the steps, see :func:`quantkit.hf.backend.make_backend`; "auto" may run models
+            differently, and the result names what ran each.
         progress: receives stage ``"latency"`` after every model and round.
 
     Raises:
@@ -124,12 +139,16 @@ def compare_latency(
             raise CalibrationError(
                 f"{name}: context={context} and new_tokens={new_tokens} need more than its {limit} positions; lower either"
             )
-    from quantkit.hf.cache import TransformersStep  # transformers is slow to import, and quality needs none of it
+    from quantkit.hf.backend import make_backend  # transformers is slow to import, and quality needs none of it
 
     samples: dict[str, list[_Round]] = {name: [] for name in models}
     peaks = dict.fromkeys(models, 0)
     with evaluating(*models.values()):
-        steps = {name: TransformersStep(model) for name, model in models.items()}  # type: ignore[arg-type]
+        backends = {
+            name: make_backend(model, engine=engine, activations=activations)  # type: ignore[arg-type]
+            for name, model in models.items()
+        }
+        steps = {name: OneSequence(backend, context + new_tokens) for name, backend in backends.items()}
         prompts = {name: _prompt(model, prompt, context) for name, model in models.items()}
         for turn in range(rounds + 1):
             for i, name in enumerate(models):
@@ -139,7 +158,6 @@ def compare_latency(
                 peaks[name] = max(peaks[name], peak_memory_bytes(device))
                 if turn:  # round 0 warms up
                     samples[name].append(timed)
-                steps[name].reset()  # the cache is not needed while others run
                 progress(Progress("latency", turn * len(models) + i + 1, (rounds + 1) * len(models), name))
     first = next(iter(models))
     return {
@@ -153,6 +171,7 @@ def compare_latency(
             decode_ms=Spread.of([s * 1e3 for r in timings for s in r.decode_s]),
             peak_bytes=peaks[name],
             speedup=None if name == first else _speedup(first, samples[first], timings),
+            engine=steps[name].engine,
         )
         for name, timings in samples.items()
     }
@@ -164,14 +183,14 @@ class _Round:
     decode_s: list[float]
 
 
-def _time_round(step: Step, prompt: Tensor, new_tokens: int) -> _Round:
+def _time_round(step: OneSequence, prompt: Tensor, new_tokens: int) -> _Round:
     """Read the prompt, then ``new_tokens`` greedy tokens one by one."""
-    step.reset()
+    ids = prompt.tolist()
     start = _now(prompt.device)
-    token = prefill(step, prompt).argmax(-1)
+    token = int(step(ids, 0).argmax(-1))
     times = [_now(prompt.device)]
     for i in range(new_tokens):
-        token = decode_one_token(step, token, len(prompt) + i).argmax(-1)
+        token = int(step([token], len(ids) + i).argmax(-1))
         times.append(_now(prompt.device))
     return _Round(times[0] - start, [after - before for before, after in itertools.pairwise(times)])
 

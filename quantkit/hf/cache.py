@@ -1,4 +1,4 @@
-"""A transformers model as a :class:`quantkit.engine.engine.Step`. The one file that knows transformers' cache.
+"""A transformers model, one sequence, a call at a time, on transformers' own cache: the one file that knows it.
 
 The cache is transformers' own ``DynamicCache``, built from the model's config, so sliding-window, hybrid and recurrent
 layers each get the kind of memory they want. Three cases differ:
@@ -38,10 +38,8 @@ class TransformersStep:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self._name = type(model).__name__
-        if getattr(model.config, "is_encoder_decoder", False):
-            raise QuantkitError(f"{self._name} is an encoder-decoder model; quantkit generates with decoder-only models")
-        self._model = model
+        require_decoder(model)
+        self._name, self._model = type(model).__name__, model
         accepted = inspect.signature(model.forward).parameters
         self._options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
         self._options["return_dict"] = True
@@ -101,10 +99,29 @@ def _cache_argument(model: PreTrainedModel, accepted: Any) -> str | None:
     return next((name for name in ("past_key_values", "cache_params") if name in accepted), None)
 
 
+def require_decoder(model: PreTrainedModel) -> None:
+    """Refuse encoder-decoder models.
+
+    Raises:
+        QuantkitError: it is one.
+    """
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise QuantkitError(f"{type(model).__name__} is an encoder-decoder model; quantkit generates with decoder-only models")
+
+
+def rope_types(config: Any) -> set[str]:
+    """Return the kinds of rotary embedding a decoder's config asks for."""
+    return {str(parameters["rope_type"]) for parameters in _rope_parameters(config) if parameters.get("rope_type")}
+
+
 def _rope_switch(config: Any) -> int | None:
     """Return the length beyond which LongRoPE uses other frequencies, or None for a model without it."""
-    rope = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
-    for parameters in (rope, *(value for value in rope.values() if isinstance(value, dict))):  # one set, or one per layer type
+    for parameters in _rope_parameters(config.get_text_config(decoder=True)):
         if parameters.get("rope_type") == "longrope":
             return int(parameters["original_max_position_embeddings"])
     return None
+
+
+def _rope_parameters(config: Any) -> list[dict[str, Any]]:
+    rope = getattr(config, "rope_parameters", None) or {}
+    return [rope, *(value for value in rope.values() if isinstance(value, dict))]  # one set, or one per layer type

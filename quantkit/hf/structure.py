@@ -53,7 +53,7 @@ def describe(model: nn.Module) -> Structure:
     """
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise SpecError(f"{type(model).__name__} is an encoder-decoder; want a decoder-only model: quantize its decoder alone")
-    stack = _find_stack(model)
+    stack = find_stack(model)
     found, skipped = _sort_parameters(model, stack)
     names = [f"{stack}.{name}" for name, _ in model.get_submodule(stack).named_children()]
     inside: dict[str, list[Site]] = {name: [] for name in names}
@@ -69,7 +69,7 @@ def describe(model: nn.Module) -> Structure:
     return Structure(tuple(Block(name, tuple(sites)) for name, sites in inside.items()), tuple(outside), skipped)
 
 
-def _find_stack(model: nn.Module) -> str:
+def find_stack(model: nn.Module) -> str:
     """Return the path of the ModuleList with most parameters, inside the text decoder if the model names one."""
     sizes: dict[str, int] = {
         name: sum(parameter.numel() for parameter in module.parameters())

@@ -20,6 +20,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
@@ -30,19 +31,21 @@ from quantkit.files import atomic_path
 
 logger = logging.getLogger(__name__)
 
-ABI_VERSION: Final = 1
+ABI_VERSION: Final = 2
 """What ``qk_abi_version()`` of a fitting library returns; raise both when a signature changes."""
 
 DTYPE_CODES: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """How a float dtype is called across the C interface."""
 
-FLAGS: Final = ("-std=c++17", "-O3", "-fno-math-errno", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden", "-Wno-psabi")
+FLAGS: Final = ("-std=c++17", "-O3", "-fno-math-errno", "-fPIC", "-pthread", "-fvisibility=hidden", "-Wno-psabi")
 
 _ARM: Final = platform.machine().lower() in ("aarch64", "arm64")
 
 ISA_FLAGS: Final[dict[str, tuple[str, ...]]] = {
     "native": ("-mcpu=native",) if _ARM else ("-march=native",),
+    "avx512-vnni": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma", "-mf16c"),
     "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"),
+    "avx2-vnni": ("-mavx2", "-mfma", "-mf16c", "-mavxvnni"),
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
     "portable": (),
 }
@@ -52,12 +55,13 @@ _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 _SIGNATURES: Final = {
     "qk_abi_version": (_INT, []),
     "qk_isa": (ctypes.c_char_p, []),
-    "qk_use_openmp": (_INT, [_POINTER]),
-    "qk_wq_matmul": (_INT, [_POINTER] * 6 + [_LONG] * 4 + [_INT] * 5),
+    "qk_use_openmp": (None, [_POINTER] * 3),
+    "qk_linear": (_INT, [_POINTER] * 4 + [_LONG] * 2 + [_INT] * 2),
+    "qk_decoder_bytes": (_LONG, [_POINTER] + [_LONG] * 2 + [_INT] * 2),
+    "qk_decoder_run": (None, [_POINTER] * 4 + [_INT]),
     "qk_search": (_INT, [_POINTER] * 5 + [_LONG] * 4 + [_INT] * 5),
     "qk_sweep_rows": (_INT, []),
     "qk_sweep": (_INT, [_POINTER] * 5 + [_LONG] * 2 + [_INT] * 3),
-    "qk_wq_split": (_INT, [_POINTER] * 4 + [_LONG] * 6 + [_INT] * 4),
 }
 _WAY_OUT: Final = (
     "install a C++ compiler (apt install g++, dnf install gcc-c++, conda install gxx, xcode-select --install) "
@@ -150,7 +154,7 @@ def details() -> dict[str, str]:
         command = compiler()
         facts |= {"compiler": shlex.join(command), "compiler_version": _version(tuple(command)).partition("\n")[0]}
         facts["isa"] = library().qk_isa().decode()
-        facts["threads"] = f"{torch.get_num_threads()}, torch's OpenMP team" if _openmp() else "1, no OpenMP in this process"
+        facts["threads"] = f"{torch.get_num_threads()}, {'the OpenMP team of torch' if _openmp() else 'our own'}"
     except KernelError as error:
         facts["error"] = str(error)
     return facts
@@ -190,19 +194,26 @@ def _cpu() -> str:
 
 
 def _compile(command: list[str], path: Path) -> None:
-    files = [str(source) for source in sources() if source.suffix == ".cpp"]
+    files = [source for source in sources() if source.suffix == ".cpp"]
     logger.info("compiling the kernels into %s (a few seconds, once)", path)
     try:
-        with atomic_path(path) as temporary:
-            line = [*command, *files, "-o", str(temporary)]
-            done = subprocess.run(line, capture_output=True, text=True, timeout=600, check=False)
-            if done.returncode:
-                output = done.stderr.strip()[-4000:]
-                raise KernelError(f"the C++ compiler failed ({done.returncode}): {shlex.join(line)}\n{output}\n{_WAY_OUT}")
+        with atomic_path(path) as temporary, tempfile.TemporaryDirectory(prefix="quantkit-build-") as folder:
+            objects = [str(Path(folder) / f"{source.stem}.o") for source in files]
+            lines = [[*command, "-c", str(source), "-o", made] for source, made in zip(files, objects, strict=True)]
+            with ThreadPoolExecutor(os.cpu_count()) as pool:  # a compiler is a process; the threads only wait
+                list(pool.map(_run, lines))
+            _run([*command, "-shared", *objects, "-o", str(temporary)])
             content = temporary.read_bytes()
             temporary.write_bytes(content + hashlib.sha256(content).digest())
     except (OSError, subprocess.TimeoutExpired) as error:
         raise KernelError(f"the kernels could not be compiled into {path} ({error}); {_WAY_OUT}") from error
+
+
+def _run(line: list[str]) -> None:
+    done = subprocess.run(line, capture_output=True, text=True, timeout=600, check=False)
+    if done.returncode:
+        output = done.stderr.strip()[-4000:]
+        raise KernelError(f"the C++ compiler failed ({done.returncode}): {shlex.join(line)}\n{output}\n{_WAY_OUT}")
 
 
 def _damage(path: Path) -> str | None:
@@ -222,16 +233,15 @@ def _open(path: Path) -> ctypes.CDLL:
         raise KernelError(
             f"the kernel library {path} has interface {version}, want {ABI_VERSION}; remove it to have it built again"
         )
-    if address := _openmp():
-        lib.qk_use_openmp(address)
-    else:
-        warn_once("no OpenMP runtime (GOMP_parallel) in this process: quantized layers run on one thread")
+    lib.qk_use_openmp(*(_openmp() or (None, None, None)))
     return lib
 
 
-def _openmp() -> int | None:
-    """Return the address of the process's ``GOMP_parallel``, which torch brings along, or None."""
+def _openmp() -> tuple[int | None, ...] | None:
+    """Return the entries of the process's OpenMP runtime, which torch brings along, or None: threads of our own will do."""
+    process = ctypes.CDLL(None)
     try:
-        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value
+        entries = (process.GOMP_parallel, process.omp_get_num_threads, process.omp_get_thread_num)
     except AttributeError:
         return None
+    return tuple(ctypes.cast(entry, ctypes.c_void_p).value for entry in entries)

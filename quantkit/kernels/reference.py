@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from quantkit.kernels.select import KERNELS, Problem
+from quantkit.kernels.select import KERNELS, Activations, Problem
 from quantkit.qtensor import QTensor
+from quantkit.spec import QuantSpec
 
 
 class ReferenceKernel:
     """Dequantize and multiply; the state is the quantized tensor itself."""
 
     priority = 0
+    activations: Activations = "float"
 
     def rejects(self, problem: Problem) -> str | None:
         """Reject only activations that are not floating point."""
@@ -30,9 +32,9 @@ class ReferenceKernel:
         """Return ``x @ w.T + bias`` with w rounded to x's dtype; differentiable in x and bias."""
         return F.linear(x, state.dequantize(x.dtype), bias)
 
-    def restore(self, state: QTensor) -> Tensor:
-        """Return the weight as float32 (N, K)."""
-        return state.dequantize()
+    def unpack(self, state: QTensor, spec: QuantSpec) -> QTensor:
+        """Return ``state``."""
+        return state
 
     def details(self) -> dict[str, str]:
         """Return torch's version."""

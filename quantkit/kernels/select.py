@@ -1,12 +1,15 @@
 """Choose the kernel that runs a weight: the available one with the highest priority.
 
+Whether activations may be rounded to int8 on the way is the caller's decision, never the kernel's: ``"float"`` (the default)
+leaves them as they are, ``"int8"`` asks for a kernel that rounds them, which is faster and has an error of its own.
+
 A kernel answers :meth:`Kernel.rejects` with a reason or None, so an error can always print why each one said no.
-``QUANTKIT_KERNEL=<name>`` forces one; a forced kernel that rejects is an error, never a silent substitute.
+``QUANTKIT_KERNEL=<name>`` forces one, whatever activations were asked for; a forced kernel that rejects is an error, never a silent substitute.
 """
 
 import os
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -15,6 +18,9 @@ from quantkit.errors import KernelError
 from quantkit.qtensor import QTensor
 from quantkit.registry import Registry
 from quantkit.spec import QuantSpec
+
+Activations = Literal["float", "int8"]
+"""What a kernel multiplies weights with: activations as they are, or rounded to int8 block by block."""
 
 FORCE_VARIABLE = "QUANTKIT_KERNEL"
 """Environment variable that names the kernel to use."""
@@ -47,9 +53,11 @@ class Kernel(Protocol):
 
     Attributes:
         priority: among kernels that accept a problem the highest wins.
+        activations: what it makes of activations.
     """
 
     priority: int
+    activations: Activations
 
     def rejects(self, problem: Problem) -> str | None:
         """Say why ``problem`` cannot run here, or None if it can. May build the kernel's library (once)."""
@@ -63,8 +71,8 @@ class Kernel(Protocol):
         """Return ``x @ w.T + bias``: x (..., K) to (..., N), in x's dtype and on its device; ``bias`` (N,) in x's dtype."""
         ...
 
-    def restore(self, state: Any) -> Tensor:
-        """Return the weight held by ``state`` as float32 (N, K), bit for bit :meth:`QTensor.dequantize`."""
+    def unpack(self, state: Any, spec: QuantSpec) -> QTensor:
+        """Reverse :meth:`prepack`: return the weight that ``state`` was made from, bit for bit; ``spec`` is its grid."""
         ...
 
     def details(self) -> dict[str, str]:
@@ -76,13 +84,24 @@ KERNELS: Registry[Kernel] = Registry("kernel", package="quantkit.kernels", error
 """Every kernel by name."""
 
 
-def select(problem: Problem) -> Kernel:
+def check_activations(activations: str) -> None:
+    """Raise a :class:`KernelError` unless ``activations`` is one of :data:`Activations`."""
+    if activations not in get_args(Activations):
+        raise KernelError(f"activations={activations!r}; want one of {', '.join(get_args(Activations))}")
+
+
+def select(problem: Problem, activations: Activations = "float") -> Kernel:
     """Return the kernel to use for ``problem``.
 
+    Args:
+        problem: what to run.
+        activations: ``"float"``, or ``"int8"`` for a kernel that rounds them.
+
     Raises:
-        KernelError: if ``QUANTKIT_KERNEL`` names an unknown kernel or one that rejects, or if every kernel rejects; the
+        KernelError: if ``activations`` is neither, if ``QUANTKIT_KERNEL`` names an unknown kernel or one that rejects, or if every kernel rejects; the
             message has every kernel's reason.
     """
+    check_activations(activations)
     forced = os.environ.get(FORCE_VARIABLE)
     if forced:
         kernel = KERNELS.get(forced)
@@ -92,13 +111,13 @@ def select(problem: Problem) -> Kernel:
             f"{FORCE_VARIABLE}={forced} cannot run {problem.describe()}; unset it or choose another:\n{_reasons(problem)}"
         )
     for _, kernel in sorted(KERNELS, key=lambda member: -member[1].priority):
-        if kernel.rejects(problem) is None:
+        if kernel.activations == activations and kernel.rejects(problem) is None:
             return kernel
-    raise KernelError(f"no kernel can run {problem.describe()}:\n{_reasons(problem)}")
+    raise KernelError(f"no kernel can run {problem.describe()} with {activations} activations:\n{_reasons(problem)}")
 
 
 def report() -> list[dict[str, Any]]:
-    """Return one row per kernel, best first: ``kernel``, ``available``, ``reason`` (or None), ``priority``, ``details``.
+    """Return one row per kernel, best first: ``kernel``, ``available``, ``reason`` (or None), ``priority``, ``activations``, ``details``.
 
     Availability is asked with a common problem (int4 g64, float32 on the CPU), so this may compile a library.
     """
@@ -112,6 +131,7 @@ def report() -> list[dict[str, Any]]:
                 "available": reason is None,
                 "reason": reason,
                 "priority": kernel.priority,
+                "activations": kernel.activations,
                 "details": kernel.details(),
             }
         )
@@ -119,4 +139,4 @@ def report() -> list[dict[str, Any]]:
 
 
 def _reasons(problem: Problem) -> str:
-    return "\n".join(f"  {name}: {kernel.rejects(problem) or 'can run it'}" for name, kernel in KERNELS)
+    return "\n".join(f"  {name} ({kernel.activations} activations): {kernel.rejects(problem) or 'can run it'}" for name, kernel in KERNELS)

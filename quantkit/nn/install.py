@@ -8,6 +8,8 @@ is freed as soon as nobody else holds it.
 from torch import Tensor, nn
 
 from quantkit.errors import SpecError
+from quantkit.kernels import Activations
+from quantkit.kernels.select import check_activations
 from quantkit.nn.linear import QuantLinear, QuantWeight
 from quantkit.nn.sites import Site
 from quantkit.qtensor import QTensor
@@ -41,6 +43,18 @@ def install(model: nn.Module, site: Site, qtensor: QTensor) -> None:
     parent, _, name = site.module.rpartition(".")
     replacement = QuantLinear(qtensor, bias=getattr(module, "bias", None)).train(module.training)
     setattr(model.get_submodule(parent), name, replacement)
+
+
+def set_activations(model: nn.Module, activations: Activations) -> None:
+    """Say what the quantized layers of ``model`` make of their inputs from now on: ``"float"``, nothing, or ``"int8"``.
+
+    Raises:
+        KernelError: if ``activations`` is neither.
+    """
+    check_activations(activations)
+    for module in model.modules():
+        if isinstance(module, QuantLinear | QuantWeight):
+            module.activations = activations
 
 
 def _find(model: nn.Module, site: Site) -> tuple[nn.Module, Tensor]:

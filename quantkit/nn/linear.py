@@ -6,8 +6,13 @@ as for any module. ``to(dtype)`` leaves the buffers alone: codes and scales *are
 The kernel is picked at the first forward on a device and dtype, and its prepacked state is kept beside the buffers
 without being one: it is never saved, and dropped when a buffer is replaced, moved or loaded into. Writing into a buffer's
 memory by hand is not noticed; assign a new tensor instead.
+
+A model that is only run need not hold its weights twice. With ``keeps_codes = False`` (what :func:`quantkit.load` sets) the
+buffers' memory is let go once every part is prepacked: placeholders on the meta device stand in ``buffers()``, and
+whoever reads a buffer, saves, copies or moves the module gets the same bits back, restored from the kernel's layout.
 """
 
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple, Self
 
@@ -15,14 +20,15 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.errors import SpecError
-from quantkit.kernels.select import Kernel, Problem, select
+from quantkit.kernels.select import Activations, Kernel, Problem, select
 from quantkit.numerics import grid
 from quantkit.numerics.dtypes import SCALE_DTYPES
 from quantkit.numerics.pack import packed_words
-from quantkit.qtensor import QTensor
+from quantkit.qtensor import QTensor, stack
 from quantkit.spec import QuantSpec
 
 _BUFFERS = ("packed", "scale", "zero_point")
+_PREPARING = threading.RLock()  # one for all: a module that has a lock of its own could not be copied
 
 
 class _Ready(NamedTuple):
@@ -30,7 +36,7 @@ class _Ready(NamedTuple):
 
     kernel: Kernel
     state: Any
-    dtype: torch.dtype
+    dtype: torch.dtype | None  # None: the kernel has to be chosen again
     packed: Tensor
     scale: Tensor
     zero_point: Tensor | None
@@ -48,53 +54,117 @@ class _Quantized(nn.Module):
         self.spec, self.shape = qtensor.spec, qtensor.shape
         for name in _BUFFERS:
             self.register_buffer(name, getattr(qtensor, name))
+        self.keeps_codes = True
+        self._activations: Activations = "float"
         self._ready: dict[int, _Ready] = {}  # by expert; 0 for a plain weight
+        self._released = False  # the buffers are placeholders; every part is in `_ready`
 
     @property
     def qtensor(self) -> QTensor:
-        """The quantized weight, sharing memory with the buffers."""
-        return QTensor(self.packed, self.scale, self.zero_point, self.spec, self.shape)
+        """The quantized weight: the buffers themselves, or what they held, restored, where they have been let go."""
+        if self._released:
+            return self._restored()
+        packed, scale, zero = (self._buffers[name] for name in _BUFFERS)
+        assert packed is not None and scale is not None
+        return QTensor(packed, scale, zero, self.spec, self.shape)
+
+    @property
+    def activations(self) -> Activations:
+        """What kernels make of x: ``"float"``, nothing (the default), or ``"int8"``, rounded block by block.
+
+        :mod:`quantkit.kernels.cpu` states the error of the second. Where a gradient is wanted, x is always left as it is.
+        """
+        return self._activations
+
+    @activations.setter
+    def activations(self, value: Activations) -> None:
+        self._activations = value
+        self._ready = {expert: ready._replace(dtype=None) for expert, ready in self._ready.items()}
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the weight, computed in float32 and rounded once to ``dtype``."""
         return self.qtensor.dequantize(dtype)
 
+    def prepacked(self, dtype: torch.dtype = torch.float32, expert: int = 0) -> Any:
+        """Return the kernel's state for activations of ``dtype``: what a forward would use, prepacked now if need be."""
+        ready = self._ready.get(expert)
+        return (ready if ready is not None and self._fits(ready, dtype) else self._prepare(dtype, expert)).state
+
     def extra_repr(self) -> str:
         """Return shape and grid for ``print(model)``."""
-        return f"{'x'.join(map(str, self.shape))}, {self.spec.describe()}"
+        activations = "" if self._activations == "float" else f", {self._activations} activations"
+        return f"{'x'.join(map(str, self.shape))}, {self.spec.describe()}{activations}"
 
     def _multiply(self, x: Tensor, bias: Tensor | None, expert: int = 0) -> Tensor:
         if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
             return nn.functional.linear(x, self._part(expert).dequantize(x.dtype), bias)
         ready = self._ready.get(expert)
-        buffers = self._buffers
-        if (
-            ready is None
-            or ready.dtype is not x.dtype
-            or ready.packed is not buffers["packed"]
-            or ready.scale is not buffers["scale"]
-            or ready.zero_point is not buffers["zero_point"]
-        ):
+        if ready is None or not self._fits(ready, x.dtype):
             ready = self._prepare(x.dtype, expert)
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)
         return ready.kernel.matmul(x, ready.state, bias)
 
+    def _fits(self, ready: _Ready, dtype: torch.dtype) -> bool:
+        buffers = self._buffers
+        return (
+            ready.dtype is dtype
+            and ready.packed is buffers["packed"]
+            and ready.scale is buffers["scale"]
+            and ready.zero_point is buffers["zero_point"]
+        )
+
     def _part(self, expert: int) -> QTensor:
+        if self._released:
+            ready = self._ready[expert]
+            return ready.kernel.unpack(ready.state, self.spec)
         return self.qtensor if len(self.shape) == 2 else self.qtensor[expert]
 
     def _prepare(self, dtype: torch.dtype, expert: int) -> _Ready:
-        part = self._part(expert)
-        problem = Problem(self.spec, (part.shape[0], part.shape[1]), self.packed.device.type, dtype)
-        kernel, old = select(problem), self._ready.get(expert)
-        same = old is not None and old.kernel is kernel and all(getattr(old, name) is self._buffers[name] for name in _BUFFERS)
-        state = old.state if old is not None and same else kernel.prepack(part)
-        ready = _Ready(kernel, state, dtype, self.packed, self.scale, self.zero_point)
-        self._ready[expert] = ready
-        return ready
+        with _PREPARING:
+            device = "cpu" if self._released else self.qtensor.packed.device.type
+            problem = Problem(self.spec, (self.shape[-2], self.shape[-1]), device, dtype)
+            kernel = select(problem, self._activations)
+            ready = self._choose(kernel, dtype, expert)
+            if not self.keeps_codes and not self._released:
+                for other in range(1 if len(self.shape) == 2 else self.shape[0]):
+                    self._choose(kernel, dtype, other)
+                self._release()
+                ready = self._ready[expert]
+            return ready
+
+    def _choose(self, kernel: Kernel, dtype: torch.dtype, expert: int) -> _Ready:
+        """Make one part ready for a kernel; kernels of one class share their states."""
+        old = self._ready.get(expert)
+        same = old is not None and type(old.kernel) is type(kernel) and self._fits(old._replace(dtype=dtype), dtype)
+        state = old.state if old is not None and same else kernel.prepack(self._part(expert))
+        packed, scale, zero = (self._buffers[name] for name in _BUFFERS)
+        assert packed is not None and scale is not None
+        self._ready[expert] = _Ready(kernel, state, dtype, packed, scale, zero)
+        return self._ready[expert]
+
+    def _release(self) -> None:
+        empty = {name: None if tensor is None else torch.empty_like(tensor, device="meta") for name, tensor in self._buffers.items()}
+        self._buffers.update(empty)
+        self._ready = {expert: ready._replace(**empty) for expert, ready in self._ready.items()}
+        self._released = True
+
+    def _restored(self) -> QTensor:
+        parts = [ready.kernel.unpack(ready.state, self.spec) for _, ready in sorted(self._ready.items())]
+        return parts[0] if len(self.shape) == 2 else stack(parts)
+
+    def _take_back(self) -> None:
+        """Hold the canonical tensors again."""
+        if self._released:
+            whole = self._restored()
+            own = {name: getattr(whole, name) for name in _BUFFERS}
+            self._released = False
+            self._buffers.update(own)
+            self._ready = {expert: ready._replace(**own) for expert, ready in self._ready.items()}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Apply ``fn`` (a move or a cast) to everything, but keep the dtypes of codes, scales and zero points."""
+        self._take_back()
         kept = {id(self._buffers[name]) for name in _BUFFERS}
 
         def move(tensor: Tensor) -> Tensor:
@@ -106,11 +176,36 @@ class _Quantized(nn.Module):
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._take_back()
         self._ready = {}
         super()._load_from_state_dict(*args, **kwargs)
 
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        held = dict(self._buffers)
+        if self._released:
+            whole = self._restored()
+            self._buffers.update({name: getattr(whole, name) for name in _BUFFERS})
+        try:
+            super()._save_to_state_dict(*args, **kwargs)
+        finally:
+            self._buffers.update(held)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _BUFFERS and self.__dict__.get("_released"):
+            return getattr(self._restored(), name)
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _BUFFERS and self.__dict__.get("_released"):
+            self._take_back()
+        super().__setattr__(name, value)
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_ready": {}}
+        buffers = dict(self._buffers)
+        if self._released:
+            whole = self._restored()
+            buffers.update({name: getattr(whole, name) for name in _BUFFERS})
+        return {**self.__dict__, "_buffers": buffers, "_ready": {}, "_released": False}
 
 
 class QuantLinear(_Quantized):

@@ -172,8 +172,9 @@ def protocol_lines(reports: Sequence[EvalReport]) -> list[str]:
             f"Text: {p.source}; {p.windows} of {p.available_windows} windows of {p.length} tokens{overlap}, "
             f"{'each begun with the' if p.bos else 'no'} BOS token; {p.tokens:,} tokens scored{compared}."
         )
-    for setting in _distinct((r.latency.context_tokens, r.latency.new_tokens, r.latency.rounds) for r in reports if r.latency):
-        lines.append("Speed: batch 1, prompt of {} tokens, {} decoded, {} rounds.".format(*setting))
+    timed = [r.latency for r in reports if r.latency]
+    for setting in _distinct((t.context_tokens, t.new_tokens, t.rounds, t.engine) for t in timed):
+        lines.append("Speed: batch 1, prompt of {} tokens, {} decoded, {} rounds, run by: {}.".format(*setting))
     for e in _distinct(report.environment for report in reports):
         lines.append(
             f"Machine: {e.gpu or e.cpu}, {e.threads} threads, {e.system}; quantkit {e.quantkit}, torch {e.torch}, "

@@ -1,7 +1,7 @@
 """What every kernel in the registry promises: the float64 product of the dequantized weight, for every spec it accepts.
 
 Tolerance: float32 sums of K products, the rounding of the result to x's dtype, and what the kernel says it rounds weights to
-(the reference: x's dtype; others: nothing, but for 2^-16 where bfloat16 rows go to matrix tiles).
+(the reference: x's dtype; others: nothing). A kernel that rounds activations is held to the product of the rounded ones.
 """
 
 import pytest
@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantkit.errors import KernelError
-from quantkit.kernels import KERNELS, Problem, report, select
+from quantkit.kernels import KERNELS, Kernel, Problem, ops, report, select
+from quantkit.kernels.cpu import BLOCK
 from quantkit.numerics import grid
 from quantkit.qtensor import QTensor
 from quantkit.spec import QuantSpec
@@ -38,22 +39,32 @@ def random_qtensor(spec: QuantSpec, shape: tuple[int, ...], seed: int = 0) -> QT
     return QTensor.from_codes(codes, scale, zero, spec)
 
 
-def kernel_for(name: str, qtensor: QTensor, dtype: torch.dtype):
+def kernel_for(name: str, qtensor: QTensor, dtype: torch.dtype) -> Kernel:
     kernel = KERNELS.get(name)
     reason = kernel.rejects(Problem(qtensor.spec, (qtensor.shape[0], qtensor.shape[1]), "cpu", dtype))
-    if name in ("reference", "cpu"):
-        assert reason is None
-    return kernel if reason is None else None
+    assert reason is None
+    return kernel
+
+
+def assert_same(got: QTensor, want: QTensor) -> None:
+    """Equal bits, padding of the packed rows included."""
+    assert torch.equal(got.packed, want.packed)
+    assert torch.equal(got.scale, want.scale)
+    assert (got.zero_point is None) == (want.zero_point is None)
+    assert want.zero_point is None or torch.equal(got.zero_point, want.zero_point)
 
 
 def assert_product(name: str, y: torch.Tensor, x: torch.Tensor, qtensor: QTensor, bias: torch.Tensor | None) -> None:
     weight = qtensor.dequantize().double()
+    dtype = x.dtype
+    if KERNELS.get(name).activations == "int8":
+        x = ops.round_activations(x, grid.block_size(qtensor.spec, qtensor.shape)[1], BLOCK)
     exact = x.double() @ weight.T + (0 if bias is None else bias.double())
     size = x.double().abs() @ weight.abs().T
-    eps = torch.finfo(x.dtype).eps
-    rounded = eps if name == "reference" else 2.0**-16 if x.dtype == torch.bfloat16 else 0.0
+    eps = torch.finfo(dtype).eps
+    rounded = eps if name == "reference" else 0.0
     tolerance = (2 * torch.finfo(torch.float32).eps * x.shape[-1] ** 0.5 + rounded) * size + eps * exact.abs() + 1e-7
-    assert y.dtype == x.dtype
+    assert y.dtype == dtype
     assert y.shape == exact.shape
     error = (y.double() - exact).abs()
     assert (error <= tolerance).all(), (qtensor.spec.describe(), tuple(x.shape), (error / tolerance).max().item())
@@ -69,10 +80,8 @@ def test_equals_the_dequantized_product(name, bits, symmetric):
             for n in (1, 7, 64, 193):
                 qtensor = random_qtensor(spec, (n, k))
                 kernel = kernel_for(name, qtensor, torch.float32)
-                if kernel is None:
-                    continue
                 state = kernel.prepack(qtensor)
-                assert torch.equal(kernel.restore(state), qtensor.dequantize())
+                assert_same(kernel.unpack(state, spec), qtensor)
                 for m in (1, 2, 3, 5, 17, 33):
                     x = torch.randn(m, k)
                     assert_product(name, kernel.matmul(x, state, None), x, qtensor, None)
@@ -84,8 +93,7 @@ def test_equals_the_dequantized_product(name, bits, symmetric):
 def test_every_activation_dtype(name, dtype, biased):
     for spec in (QuantSpec("int4", (1, 64), False), QuantSpec("int8"), QuantSpec("int3", (1, 32), scale_dtype="bfloat16")):
         qtensor = random_qtensor(spec, (193, 192))
-        if (kernel := kernel_for(name, qtensor, dtype)) is None:
-            continue
+        kernel = kernel_for(name, qtensor, dtype)
         state = kernel.prepack(qtensor)
         bias = torch.randn(193).to(dtype) if biased else None
         for m in (1, 2, 3, 5, 9, 17, 33, 101):
@@ -99,10 +107,10 @@ def test_every_activation_dtype(name, dtype, biased):
 def test_scales_of_every_dtype_and_block(name, block, scale_dtype):
     for symmetric in (True, False):
         qtensor = random_qtensor(QuantSpec("int4", block, symmetric, scale_dtype), (36, 64))
-        if kernel := kernel_for(name, qtensor, torch.float32):
-            state, x = kernel.prepack(qtensor), torch.randn(3, 64)
-            assert torch.equal(kernel.restore(state), qtensor.dequantize())
-            assert_product(name, kernel.matmul(x, state, None), x, qtensor, None)
+        kernel = kernel_for(name, qtensor, torch.float32)
+        state, x = kernel.prepack(qtensor), torch.randn(3, 64)
+        assert_same(kernel.unpack(state, qtensor.spec), qtensor)
+        assert_product(name, kernel.matmul(x, state, None), x, qtensor, None)
 
 
 @given(
@@ -123,16 +131,14 @@ def test_any_problem(bits, symmetric, group, groups, n, m, dtype, biased, seed):
     bias = torch.randn(n).to(dtype) if biased else None
     x = torch.randn(m, group * groups).to(dtype)
     for name in NAMES:
-        if kernel := kernel_for(name, qtensor, dtype):
-            assert_product(name, kernel.matmul(x, kernel.prepack(qtensor), bias), x, qtensor, bias)
+        kernel = kernel_for(name, qtensor, dtype)
+        assert_product(name, kernel.matmul(x, kernel.prepack(qtensor), bias), x, qtensor, bias)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_any_layout_of_x(name):
     qtensor = random_qtensor(QuantSpec("int4", (1, 32)), (33, 64))
     kernel = kernel_for(name, qtensor, torch.float32)
-    if kernel is None:
-        return
     state = kernel.prepack(qtensor)
     wide = torch.randn(2, 40, 200)
     layouts = (wide[:, :3, 5:69], wide[..., 1:129:2], torch.randn(64, 7).T, torch.randn(64, 50).T, wide[0, 0, 9:73])
@@ -146,8 +152,6 @@ def test_any_layout_of_x(name):
 def test_large_and_non_finite_values_pass_through(name):
     qtensor = random_qtensor(QuantSpec("int4", (1, 32), False), (17, 64))
     kernel = kernel_for(name, qtensor, torch.float32)
-    if kernel is None:
-        return
     state = kernel.prepack(qtensor)
     x = torch.randn(1, 64) * 1e30
     assert_product(name, kernel.matmul(x, state, None) / 1e30, x / 1e30, qtensor, None)
@@ -159,8 +163,6 @@ def test_large_and_non_finite_values_pass_through(name):
 def test_prepacking_leaves_the_weight_alone_and_is_deterministic(name):
     qtensor = random_qtensor(QuantSpec("int5", (1, 32), False), (20, 64))
     kernel = kernel_for(name, qtensor, torch.float32)
-    if kernel is None:
-        return
     before, x = qtensor.dequantize(), torch.randn(3, 64)
     state = kernel.prepack(qtensor)
     first = kernel.matmul(x, state, None)
@@ -180,6 +182,18 @@ def test_the_fastest_that_accepts_is_selected(monkeypatch):
     assert select(problem(device="meta")) is KERNELS.get("reference")
 
 
+def test_activations_are_rounded_only_where_that_was_asked_for(monkeypatch):
+    monkeypatch.delenv("QUANTKIT_KERNEL", raising=False)
+    assert select(problem(), "int8") is KERNELS.get("cpu-int8")
+    with pytest.raises(KernelError, match="with int8 activations") as caught:
+        select(problem(device="meta"), "int8")
+    assert "reference (float activations): can run it" in str(caught.value)
+    with pytest.raises(KernelError, match="activations='int4'; want one of float, int8"):
+        select(problem(), "int4")
+    monkeypatch.setenv("QUANTKIT_KERNEL", "cpu-int8")
+    assert select(problem()) is KERNELS.get("cpu-int8")
+
+
 def test_a_kernel_can_be_forced(monkeypatch):
     monkeypatch.setenv("QUANTKIT_KERNEL", "reference")
     assert select(problem()) is KERNELS.get("reference")
@@ -191,8 +205,8 @@ def test_a_forced_kernel_that_rejects_is_an_error_with_every_reason(monkeypatch)
     monkeypatch.setenv("QUANTKIT_KERNEL", "cpu")
     with pytest.raises(KernelError, match="QUANTKIT_KERNEL=cpu") as caught:
         select(problem(dtype=torch.float64))
-    assert "cpu: activations are torch.float64" in str(caught.value)
-    assert "reference: can run it" in str(caught.value)
+    assert "cpu (float activations): activations are torch.float64" in str(caught.value)
+    assert "reference (float activations): can run it" in str(caught.value)
     monkeypatch.setenv("QUANTKIT_KERNEL", "cpp")
     with pytest.raises(KernelError, match="did you mean 'cpu'"):
         select(problem())

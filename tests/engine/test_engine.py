@@ -1,31 +1,53 @@
-"""The generation loop on a toy step whose answers can be worked out by hand."""
+"""The engine on a toy backend whose answers can be worked out by hand, and whose memory notices every mistake."""
+
+import math
 
 import pytest
 import torch
 
-from quantkit.engine.engine import decode_one_token, generate_ids, prefill, stream_ids
+from quantkit.engine.engine import TokenEngine
+from quantkit.engine.request import Limits, QueueFull
 from quantkit.engine.sampling import Sampling
 from quantkit.errors import QuantkitError
 
-VOCAB = 10
+VOCAB, SIZE = 10, 4
 
 
-class SumStep:
-    """Predicts (sum of everything read) mod 10; records the shape and position of every call."""
+class SumBackend:
+    """Predicts (sum of everything read) mod 10, read from pages; fails and breaks on demand."""
+
+    device, context_tokens, shares_pages, rewinds, notice = torch.device("cpu"), 200, True, True, None
+    engine = "toy"
 
     def __init__(self) -> None:
-        self.calls: list[tuple[int, int]] = []
-        self.total = 99  # rubbish until reset
+        self.calls: list[list[tuple[int, int]]] = []
+        self.fail_at: int | None = None
+        self.broken: set[int] = set()  # after reading these sums the logits are not finite
+        self.spread = 1.0
 
-    def reset(self) -> None:
-        self.calls.clear()
-        self.total = 0
+    def reserve(self, memory) -> None:
+        self.memory = torch.full((memory.pages, memory.page_tokens), -1000)
 
-    def __call__(self, ids: torch.Tensor, position: int) -> torch.Tensor:
-        assert position == sum(length for length, _ in self.calls)
-        self.calls.append((ids.shape[1], position))
-        self.total += int(ids.sum())
-        return torch.nn.functional.one_hot(torch.tensor([self.total % VOCAB]), VOCAB).float() * 5
+    def bytes_for(self, memory) -> int:
+        return memory.pages * memory.page_tokens * 8
+
+    def step(self, spans, copies=()):
+        self.calls.append([(span.start, len(span.ids)) for span in spans])
+        if len(self.calls) == self.fail_at:
+            raise MemoryError("too much")
+        for source, target, tokens in copies:
+            self.memory[target, :tokens] = self.memory[source, :tokens]
+        rows = []
+        for span in spans:
+            for i, token in enumerate(span.ids):
+                self.memory[span.table[(span.start + i) // SIZE], (span.start + i) % SIZE] = token
+            end = span.start + len(span.ids)
+            read = self.memory[list(span.table)].flatten()
+            for count in range(end - span.wanted + 1, end + 1):
+                total = int(read[:count].sum())
+                row = torch.nn.functional.one_hot(torch.tensor(total % VOCAB), VOCAB).float() * 5 * self.spread
+                rows.append(row * math.nan if total in self.broken else row)
+        return torch.stack(rows) if rows else torch.zeros(0, VOCAB)
 
 
 def follow(prompt: list[int], count: int) -> list[int]:
@@ -35,102 +57,186 @@ def follow(prompt: list[int], count: int) -> list[int]:
     return sequence[len(prompt) :]
 
 
-PROMPT = torch.tensor([1, 2, 4])
+def engine_on(backend=None, **limits) -> TokenEngine:
+    limits = {"running": 3, "step_tokens": 8, "page_tokens": SIZE, "kv_tokens": 120, **limits}
+    return TokenEngine(backend or SumBackend(), VOCAB, limits=Limits(**limits))
 
 
-def test_prefill_and_decode_feed_positions():
-    step = SumStep()
-    step.reset()
-    assert int(prefill(step, PROMPT).argmax()) == 7
-    assert int(decode_one_token(step, torch.tensor([7]), 3).argmax()) == 4
-    assert step.calls == [(3, 0), (1, 3)]
+def finish(engine: TokenEngine) -> list:
+    return list(engine.run())
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 3, 9])
-def test_prefill_in_chunks_reads_the_same(chunk):
-    step = SumStep()
-    done = generate_ids(step, PROMPT, max_new_tokens=5, chunk=chunk)
-    assert done.ids == follow([1, 2, 4], 5)
-    assert max(length for length, _ in step.calls) == min(chunk, 3)
+PROMPT = [1, 2, 4]
 
 
-def test_generate_counts_calls_and_times():
-    step = SumStep()
-    done = generate_ids(step, PROMPT, max_new_tokens=6)
-    assert done.ids == follow([1, 2, 4], 6)
-    assert done.finish_reason == "length"
-    assert step.calls == [(3, 0), (1, 3), (1, 4), (1, 5), (1, 6), (1, 7)]  # the last token is not read
-    assert done.prefill_ms > 0
-    assert len(done.token_ms) == 5
-    assert all(ms > 0 for ms in done.token_ms)
+def test_one_request_reads_every_token_once():
+    engine = engine_on()
+    request = engine.submit(PROMPT, max_new_tokens=6)
+    events = finish(engine)
+    assert request.ids == [event.token for event in events] == follow(PROMPT, 6)
+    assert [event.finish for event in events] == [None] * 5 + ["length"]
+    assert engine.backend.calls == [[(0, 3)], [(3, 1)], [(4, 1)], [(5, 1)], [(6, 1)], [(7, 1)]]  # the last is not read
+    assert request.finish_reason == "length"
+    assert request.submitted_s <= request.token_s[0] <= request.token_s[-1]
+    assert not engine.busy
+    assert engine.scheduler.pages.used == 0
 
 
-def test_stop_token_is_kept_and_ends():
-    answer = follow([1, 2, 4], 6)
+@pytest.mark.parametrize("step_tokens", [3, 4, 50])
+def test_many_requests_come_and_go(step_tokens):
+    engine = engine_on(step_tokens=step_tokens, kv_tokens=64)
+    prompts = [[i % 7, 3, 1] * (1 + i % 4) for i in range(12)]
+    wanted = {engine.submit(p, max_new_tokens=1 + 3 * i): follow(p, 1 + 3 * i) for i, p in enumerate(prompts[:6])}
+    events = [event for _ in range(3) for event in engine.step()]
+    wanted |= {engine.submit(p, max_new_tokens=9): follow(p, 9) for p in prompts[6:]}
+    events += finish(engine)
+    for request, ids in wanted.items():
+        assert request.ids == ids
+        assert [e.token for e in events if e.request is request] == ids
+    assert engine.scheduler.pages.used == 0
+
+
+def test_stop_tokens_end_an_answer_and_can_be_held_back():
+    engine = engine_on()
+    answer = follow(PROMPT, 6)
     assert answer[2] not in answer[:2]
-    done = generate_ids(SumStep(), PROMPT, max_new_tokens=6, stop_tokens=[answer[2]])
-    assert (done.ids, done.finish_reason) == (answer[:3], "stop")
+    stopped = engine.submit(PROMPT, max_new_tokens=6, stop_tokens=[answer[2]])
+    last = engine.submit(PROMPT, max_new_tokens=3, stop_tokens=[answer[2]])
+    held = engine.submit(PROMPT, max_new_tokens=6, min_new_tokens=4, stop_tokens=[answer[2]])
+    finish(engine)
+    assert (stopped.ids, stopped.finish_reason) == (answer[:3], "stop")
+    assert (last.ids, last.finish_reason) == (answer[:3], "stop")  # stop wins over length
+    assert held.ids[:2] == answer[:2]
+    assert held.ids[2] != answer[2]
+    assert len(held.ids) >= 4
 
 
-def test_stop_wins_over_length_on_the_last_token():
-    answer = follow([1, 2, 4], 3)
-    assert generate_ids(SumStep(), PROMPT, max_new_tokens=3, stop_tokens=answer[2:]).finish_reason == "stop"
+def test_a_watcher_sees_every_token_once_and_can_stop():
+    engine, seen = engine_on(), []
+    all_of_it = engine.submit(PROMPT, max_new_tokens=5, watch=seen.append)
+    one = engine.submit(PROMPT, max_new_tokens=5, watch=lambda token: True)
+    finish(engine)
+    assert seen == all_of_it.ids == follow(PROMPT, 5)
+    assert (one.ids, one.finish_reason) == (follow(PROMPT, 1), "stop")
 
 
-def test_callback_sees_every_token_once_and_can_stop():
-    seen: list[int] = []
-    done = generate_ids(SumStep(), PROMPT, max_new_tokens=5, callback=seen.append)
-    assert seen == done.ids
-    done = generate_ids(SumStep(), PROMPT, max_new_tokens=5, callback=lambda token: True)
-    assert (len(done.ids), done.finish_reason) == (1, "stop")
+def test_cancelling_frees_pages_at_once():
+    engine = engine_on()
+    running, other, waiting = (engine.submit([1] * 9, max_new_tokens=50) for _ in range(3))
+    engine.step()
+    engine.cancel(waiting)
+    engine.cancel(running)
+    assert engine.scheduler.pages.used == len(other.sequence.table)
+    engine.cancel(other)
+    assert engine.scheduler.pages.used == 0
+    events = finish(engine)
+    assert [(e.request, e.finish) for e in events] == [(r, "cancelled") for r in (waiting, running, other)]
+    engine.cancel(running)
+    assert not engine.busy
 
 
-def test_stream_is_lazy_and_its_clock_stops_with_the_consumer():
-    step = SumStep()
-    stream = stream_ids(step, PROMPT, max_new_tokens=3)
-    assert not step.calls
-    assert (next(stream).id, len(step.calls)) == (7, 1)
-    assert (next(stream).id, len(step.calls)) == (4, 2)
-    last = next(stream)
-    assert last.finish == "length"
-    assert list(stream) == []
+def test_when_the_model_fails_everybody_is_computed_again():
+    backend = SumBackend()
+    engine, backend.fail_at = engine_on(backend), 4
+    requests = [engine.submit(PROMPT, max_new_tokens=8), engine.submit([5, 5], max_new_tokens=8)]
+    with pytest.raises(MemoryError):
+        finish(engine)
+    finish(engine)
+    assert [request.ids for request in requests] == [follow(PROMPT, 8), follow([5, 5], 8)]
+    assert engine.scheduler.pages.used == 0
 
 
-def test_interrupt_in_callback_leaves_the_step_usable():
-    step = SumStep()
+def test_a_watcher_that_raises_ends_its_own_request_only():
+    engine = engine_on()
 
     def interrupt(token: int) -> None:
         raise KeyboardInterrupt
 
+    first, bad, last = (engine.submit(PROMPT, max_new_tokens=5, watch=w) for w in (None, interrupt, None))
+    events = []
     with pytest.raises(KeyboardInterrupt):
-        generate_ids(step, PROMPT, max_new_tokens=5, callback=interrupt)
-    assert generate_ids(step, PROMPT, max_new_tokens=5).ids == follow([1, 2, 4], 5)
+        events.extend(engine.step())
+    events += finish(engine)
+    assert first.ids == last.ids == follow(PROMPT, 5)
+    assert [e.token for e in events if e.request is first] == first.ids
+    assert (bad.finish_reason, bad.ids) == ("error", follow(PROMPT, 1))
+    assert "KeyboardInterrupt" in str(bad.error)
 
 
-def test_seed_repeats_and_repetition_penalty_sees_the_answer():
-    hot = Sampling(20.0, seed=1)
-    first = generate_ids(SumStep(), PROMPT, max_new_tokens=30, sampling=hot)
-    assert first.ids == generate_ids(SumStep(), PROMPT, max_new_tokens=30, sampling=hot).ids
-    assert first.ids != generate_ids(SumStep(), PROMPT, max_new_tokens=30, sampling=Sampling(20.0, seed=2)).ids
-    five = torch.tensor([5])  # 5, 10 -> 0, 0, ...: without a penalty the 0 repeats for ever
-    logits = generate_ids(SumStep(), five, max_new_tokens=4).ids
-    assert logits == [5, 0, 0, 0]
-    never_again = generate_ids(SumStep(), five, max_new_tokens=4, sampling=Sampling(repetition_penalty=1e9)).ids
-    assert never_again[0] == 5  # a penalty on a positive logit shrinks it but 5 / 1e9 is still above 0
+def test_logits_that_are_not_finite_end_their_own_request_only():
+    backend = SumBackend()
+    backend.broken = {14, 28}  # after [1, 2, 4] comes 7, the sum is then 14
+    engine = engine_on(backend)
+    bad, good = engine.submit(PROMPT, max_new_tokens=8), engine.submit([5, 5, 5], max_new_tokens=8)
+    finish(engine)
+    assert (bad.ids, bad.finish_reason) == ([7], "error")
+    assert "not numbers one can choose from" in str(bad.error)
+    assert good.ids == follow([5, 5, 5], 8)
+
+
+def test_sampling_does_not_depend_on_companions_or_preemption():
+    def answers(prompts, **limits):
+        backend = SumBackend()
+        backend.spread = 0.3
+        engine = engine_on(backend, **limits)
+        samplings = [Sampling(1.0 + i % 2, seed=i, top_k=8 if i % 3 else None) for i in range(len(prompts))]
+        requests = [engine.submit(p, max_new_tokens=20, sampling=s) for p, s in zip(prompts, samplings, strict=True)]
+        finish(engine)
+        return [request.ids for request in requests], engine
+
+    prompts = [[i, i + 1] for i in range(6)]
+    together, _ = answers(prompts)
+    pressed, engine = answers(prompts, kv_tokens=32)
+    assert engine.scheduler.preemptions > 0
+    assert together == pressed
+    alone, _ = answers(prompts, running=1)
+    assert together == alone
+    assert len({tuple(ids) for ids in together}) == 6
+
+
+def test_logprobs_are_the_models_own():
+    engine = engine_on()
+    request = engine.submit(PROMPT, max_new_tokens=2, logprobs=3, sampling=Sampling(9.0, seed=1))
+    finish(engine)
+    likely, other = 5 - math.log(math.exp(5) + 9), -math.log(math.exp(5) + 9)
+    for token, best, found in zip(
+        request.ids, [7, (14 if request.ids[0] == 7 else 7 + request.ids[0]) % 10], request.logprob, strict=True
+    ):
+        assert found.logprob == pytest.approx(likely if token == best else other, abs=1e-5)
+        assert found.top[0] == (best, pytest.approx(likely, abs=1e-5))
+        assert len(found.top) == 3
+    assert engine_on().submit(PROMPT, max_new_tokens=1).logprob == []
 
 
 @pytest.mark.parametrize(
     ("prompt", "options", "message"),
     [
-        (torch.tensor([], dtype=torch.int64), {}, "at least one token"),
-        (torch.tensor([[1]]), {}, r"want int64 \(T,\)"),
-        (torch.tensor([1.0]), {}, "float32"),
-        (PROMPT, {"max_new_tokens": 0}, "max_new_tokens=0"),
-        (PROMPT, {"chunk": 0}, "chunk=0"),
+        ([], {}, "at least one token"),
+        ([10], {}, "reach from 10 to 10, the model knows 0 to 9"),
+        ([1], {"max_new_tokens": 0}, "max_new_tokens=0"),
+        ([1], {"min_new_tokens": 3}, "want 0 to max_new_tokens=2"),
+        ([1], {"min_new_tokens": 1}, "there is none"),
+        ([1], {"logprobs": -1}, "logprobs=-1"),
+        ([1] * 30, {"max_new_tokens": 99}, "30 prompt tokens and max_new_tokens=99 make 129.*at most 120 here.*at most 90 new"),
     ],
 )
-def test_bad_requests_fail_before_the_model_runs(prompt, options, message):
-    step = SumStep()
+def test_bad_requests_are_refused_when_they_are_made(prompt, options, message):
+    engine = engine_on()
     with pytest.raises(QuantkitError, match=message):
-        stream_ids(step, prompt, **{"max_new_tokens": 2, **options})
-    assert not step.calls
+        engine.submit(prompt, **{"max_new_tokens": 2, **options})
+    assert not engine.busy
+
+
+def test_limits_are_stated_and_kept():
+    engine = engine_on(waiting=2)
+    for _ in range(2):
+        engine.submit([1], max_new_tokens=1)
+    with pytest.raises(QueueFull, match="2 requests wait already"):
+        engine.submit([1], max_new_tokens=1)
+    for name in ("running", "page_tokens", "kv_tokens"):
+        with pytest.raises(QuantkitError, match=f"{name}=0"):
+            Limits(**{name: 0})
+    with pytest.raises(QuantkitError, match="batching='lazy'"):
+        Limits(batching="lazy")
+    found = TokenEngine(SumBackend(), VOCAB, limits=Limits(running=2)).limits
+    assert (found.context_tokens, found.kv_tokens) == (200, 2 * 224)

@@ -195,7 +195,7 @@ def test_interrupt_while_streaming_leaves_the_model_usable():
         ([1, 192], {}, r"reach from 1 to 192, the model knows 0 to 191"),
         ([-1], {}, "reach from -1"),
         ([1] * 120, {}, r"make 129, the model reads at most 128.*at most 8 new"),
-        (torch.ones(2, 3, dtype=torch.int64), {}, "one prompt per call"),
+        (torch.ones(2, 3, dtype=torch.int64), {}, "for several prompts give a list"),
         (torch.ones(3), {}, "want integer ids"),
         ([1], {"stop": "x"}, "a stop string needs text"),
         ([1], {"stream": print}, "stream needs text"),

@@ -16,12 +16,14 @@ from transformers import (
 )
 
 from quantkit.engine.sampling import (
+    Noise,
     Sampling,
+    choose,
     keep_min_p,
     keep_top_k,
     keep_top_p,
+    not_finite,
     penalize_repetition,
-    sample,
     shape_logits,
 )
 from quantkit.errors import QuantkitError
@@ -71,21 +73,29 @@ def test_repetition_penalty_equals_transformers_and_counts_a_token_once(penalty)
     penalty=st.floats(0.5, 2.0),
 )
 def test_all_filters_together_equal_transformers_in_order(seed, temperature, top_k, top_p, min_p, penalty):
-    logits, previous = random_logits(seed), torch.tensor([[1, 4], [2, 2], [0, 50]])
+    logits, previous = random_logits(seed), [[1, 4], [2, 2], [0, 50]]
     chain = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(penalty), TemperatureLogitsWarper(temperature)])
     chain.extend([TopKLogitsWarper(top_k)] if top_k is not None else [])
     chain.extend([TopPLogitsWarper(top_p)] if top_p is not None and top_p < 1 else [])
     chain.extend([MinPLogitsWarper(min_p)] if min_p is not None else [])
-    got = shape_logits(logits, Sampling(temperature, top_k, top_p, min_p, penalty), previous)
-    assert torch.equal(got, chain(previous, logits.clone()))
+    got = shape_logits(logits, [Sampling(temperature, top_k, top_p, min_p, penalty)] * 3, previous)
+    assert torch.equal(got, chain(torch.tensor(previous), logits.clone()))
     assert torch.isfinite(got).any(-1).all()
 
 
-def test_rows_do_not_see_each_other():
-    logits = random_logits(1)
-    sampling = Sampling(0.7, top_k=9, top_p=0.8, min_p=0.02)
-    together = shape_logits(logits, sampling)
-    assert torch.equal(together, torch.cat([shape_logits(row[None], sampling) for row in logits]))
+def test_rows_have_their_own_parameters_and_do_not_see_each_other():
+    logits = random_logits(1, rows=6)
+    samplings = [
+        Sampling(), Sampling(0.7, top_k=9, top_p=0.8, min_p=0.02), Sampling(1.3, top_k=3), Sampling(repetition_penalty=3.0),
+        Sampling(0.5, top_p=0.6, repetition_penalty=1.5), Sampling(2.0, min_p=0.3),
+    ]  # fmt: skip
+    histories = [[1], [2, 3], [4], [5, 6, 7, 5], [8, 8], [9]]
+    before = logits.clone()
+    together = shape_logits(logits, samplings, histories)
+    alone = [shape_logits(row[None], [s], [h]) for row, s, h in zip(logits, samplings, histories, strict=True)]
+    assert torch.equal(together, torch.cat(alone))
+    assert torch.equal(logits, before)
+    assert torch.equal(together[0], logits[0])
 
 
 @pytest.mark.parametrize(
@@ -93,9 +103,11 @@ def test_rows_do_not_see_each_other():
 )
 def test_draws_follow_the_distribution(sampling):
     logits, draws = random_logits(2, rows=1, vocab=8) / 2, 20_000
-    generator = sampling.generator()
-    tokens = sample(logits.expand(draws, -1), sampling, generator)
-    expected = shape_logits(logits, sampling).softmax(-1)[0] * draws
+    noise = Noise(sampling)
+    rows = [noise.row(i, 8) for i in range(draws)]
+    shaped = shape_logits(logits, [sampling])
+    tokens, _ = choose(shaped.expand(draws, -1), rows)
+    expected = shaped.softmax(-1)[0] * draws
     observed = torch.bincount(tokens, minlength=8).float()
     possible = expected > 0
     assert observed[~possible].sum() == 0
@@ -103,29 +115,50 @@ def test_draws_follow_the_distribution(sampling):
     assert chi_square < 24.3  # P(chi2 with 7 degrees of freedom > 24.3) = 0.001
 
 
-def test_one_seed_one_answer():
-    logits = random_logits(3, rows=64)
-    draw = lambda seed: sample(logits, Sampling(1.0, seed=seed), Sampling(1.0, seed=seed).generator())  # noqa: E731
-    assert torch.equal(draw(1), draw(1))
-    assert not torch.equal(draw(1), draw(2))
-    assert not torch.equal(draw(None), draw(None))
+@pytest.mark.parametrize("seed", range(5))
+def test_the_draw_is_torchs_multinomial(seed):
+    sampling, logits = Sampling(1.1, top_k=20, seed=seed), random_logits(seed, rows=8)
+    noise, theirs = Noise(sampling), sampling.generator()
+    for row in logits:
+        shaped = shape_logits(row[None], [sampling])
+        token, _ = choose(shaped, [noise.row(0, 57)])
+        noise.use()
+        assert token == torch.multinomial(shaped.softmax(-1), 1, generator=theirs)[0]
+
+
+def test_one_seed_one_answer_however_far_ahead_it_is_drawn():
+    def rows(seed, ahead):
+        noise, found = Noise(Sampling(1.0, seed=seed)), []
+        for _ in range(6):
+            noise.row(ahead, 5)
+            found.append(noise.row(0, 5))
+            noise.use()
+        return torch.stack(found)
+
+    assert torch.equal(rows(1, 0), rows(1, 4))
+    assert not torch.equal(rows(1, 0), rows(2, 0))
+    assert not torch.equal(rows(None, 0), rows(None, 0))
+    assert Noise(Sampling()).row(3, 5) is None
 
 
 def test_greedy_is_argmax_and_takes_half_precision():
     logits = random_logits(4)
-    assert torch.equal(sample(logits, Sampling()), logits.argmax(-1))
-    assert torch.equal(sample(logits.bfloat16(), Sampling()), logits.bfloat16().argmax(-1))
+    greedy, nothing = [Sampling()] * 3, [None] * 3
+    assert torch.equal(choose(shape_logits(logits, greedy), nothing)[0], logits.argmax(-1))
+    assert torch.equal(choose(shape_logits(logits.bfloat16(), greedy), nothing)[0], logits.bfloat16().argmax(-1))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0)])
-def test_logits_that_are_not_finite_are_an_error(bad, sampling):
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, seed=1)])
+def test_logits_that_are_not_finite_spoil_their_own_row_only(bad, sampling):
     logits = random_logits(4)
-    logits[1, 5] = bad
-    with pytest.raises(QuantkitError, match="not numbers one can choose from"):
-        sample(logits, sampling)
-    with pytest.raises(QuantkitError, match="not numbers one can choose from"):
-        sample(torch.full((1, 4), -math.inf), sampling)
+    logits[1, 5], logits[2] = bad, -math.inf
+    shaped = shape_logits(logits, [sampling] * 3)
+    rows = [Noise(sampling).row(0, 57)] * 3
+    tokens, usable = choose(shaped, rows)
+    assert usable.tolist() == [True, False, False]
+    assert tokens[0] == choose(shaped[:1], rows[:1])[0]
+    assert "not numbers one can choose from" in str(not_finite(shaped[1]))
 
 
 @pytest.mark.parametrize(
@@ -149,5 +182,5 @@ def test_a_filter_that_could_do_nothing_is_an_error():
 
 
 def test_repetition_penalty_needs_the_tokens_so_far():
-    with pytest.raises(QuantkitError, match="previous_ids"):
-        sample(random_logits(0), Sampling(repetition_penalty=1.2))
+    with pytest.raises(QuantkitError, match="needs the histories"):
+        shape_logits(random_logits(0), [Sampling(repetition_penalty=1.2)] * 3)

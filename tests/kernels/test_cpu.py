@@ -11,13 +11,22 @@ import torch
 from torch.nn import functional as F
 
 from quantkit.errors import KernelError
-from quantkit.kernels import KERNELS, build, ops
+from quantkit.kernels import KERNELS, build, layout, ops
 from quantkit.numerics import grid
 from quantkit.qtensor import QTensor
 from quantkit.spec import QuantSpec
 
-CPU = KERNELS.get("cpu")
-NEEDED = {"avx512": ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq"), "avx2": ("avx2", "fma3", "f16c"), "portable": ()}
+CPU, INT8 = KERNELS.get("cpu"), KERNELS.get("cpu-int8")
+BOTH = pytest.mark.parametrize("kernel", [CPU, INT8], ids=["float", "int8"])
+AVX512, AVX2 = {"avx512f", "avx512bw", "avx512vl", "avx512dq"}, {"avx2", "fma", "f16c"}
+NEEDED = {
+    "avx512-vnni": AVX512 | {"avx512_vnni"},
+    "avx512": AVX512,
+    "avx2-vnni": AVX2 | {"avx_vnni"},
+    "avx2": AVX2,
+    "portable": set(),
+}
+SAYS = {"avx512-vnni": "avx512 vnni", "avx512": "avx512 maddubs", "avx2-vnni": "avx2 vnni", "avx2": "avx2 maddubs"}
 
 
 def quantized(bits: int = 4, shape: tuple[int, int] = (200, 128), symmetric: bool = False, group: int = 32) -> QTensor:
@@ -36,36 +45,115 @@ def threads():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
-def test_every_instruction_set_gives_the_same_product(isa, monkeypatch):
-    capabilities = torch.cpu.get_capabilities()
-    if not all(capabilities.get(feature, False) for feature in NEEDED[isa]):
-        pytest.skip(f"this CPU has no {isa}")
-    native = build.library()
-    library = native if native.qk_isa().decode() == isa else build.load(isa)
-    assert library.qk_isa().decode() == isa
+def extremes(bits: int, shape: tuple[int, int], group: int) -> QTensor:
+    """Largest and smallest codes and zero points: what saturates where sums are too narrow."""
+    generator = torch.Generator().manual_seed(bits)
+    top, blocks = 2**bits - 1, (shape[0], shape[1] // group)
+    codes = torch.randint(0, 2, shape, generator=generator, dtype=torch.uint8) * top
+    codes[0], codes[1] = top, 0
+    zero = torch.randint(0, 2, blocks, generator=generator, dtype=torch.uint8) * top
+    return QTensor.from_codes(codes, torch.ones(blocks).half(), zero, QuantSpec(f"int{bits}", (1, group), False))
+
+
+@pytest.fixture(params=NEEDED)
+def isa(request, monkeypatch):
+    """Run on the library for one instruction set."""
+    flags = set(Path("/proc/cpuinfo").read_text().split()) if Path("/proc/cpuinfo").exists() else set()
+    if not NEEDED[request.param] <= flags:
+        pytest.skip(f"this CPU has no {request.param}")
+    library = build.load(request.param)
     monkeypatch.setattr(build, "library", lambda: library)
-    for bits in (2, 4, 8):
-        qtensor = quantized(bits, shape=(77, 96))
-        state = CPU.prepack(qtensor)
-        for dtype in (torch.float32, torch.float16, torch.bfloat16):
-            for m in (1, 2, 3, 7, 13, 33, 100):
-                x = torch.randn(m, 96).to(dtype)
-                exact = x.double() @ qtensor.dequantize().double().T
-                tolerance = {"atol": 1e-5 * exact.abs().max().item(), "rtol": torch.finfo(dtype).eps}
-                torch.testing.assert_close(CPU.matmul(x, state, None).double(), exact, **tolerance)
+    return request.param
 
 
-def test_a_row_gives_the_same_bits_alone_in_a_batch_and_on_any_number_of_threads(threads):
-    state = CPU.prepack(quantized(shape=(1000, 128)))
-    x = torch.randn(3000, 128)  # more than is arranged at a time
+@pytest.mark.usefixtures("isa")
+@BOTH
+def test_every_instruction_set_gives_the_same_product(kernel):
+    for bits, group in ((2, 32), (4, 32), (4, 12), (5, 96), (8, 96), (8, 37)):
+        shape = (77, 96 if 96 % group == 0 else group * 2)
+        for qtensor in (quantized(bits, shape, group=group), extremes(bits, shape, group)):
+            state = kernel.prepack(qtensor)
+            for dtype in (torch.float32, torch.float16, torch.bfloat16):
+                for m in (1, 2, 3, 7, 13, 33, 100):
+                    x = torch.randn(m, shape[1])
+                    x[0] = x[0].sign()  # int8's largest values
+                    x = x.to(dtype)
+                    seen = ops.round_activations(x, group, 64) if kernel is INT8 else x
+                    exact = seen.double() @ qtensor.dequantize().double().T
+                    size = (seen.double().abs() @ qtensor.dequantize().double().abs().T).max().item()
+                    tolerance = {"atol": 1e-5 * size, "rtol": torch.finfo(dtype).eps}
+                    torch.testing.assert_close(kernel.matmul(x, state, None).double(), exact, **tolerance)
+
+
+def test_a_library_says_what_it_was_built_for(isa):
+    assert build.library().qk_isa().decode() == SAYS.get(isa, "portable")
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("bits", [4, 8])
+@BOTH
+def test_a_row_gives_the_same_bits_alone_and_in_a_batch(kernel, bits):
+    for group, columns in ((32, 96), (576, 576), (20, 60)):
+        state = kernel.prepack(quantized(bits, (50, columns), group=group))
+        x = torch.randn(67, columns)
+        whole = kernel.matmul(x, state, None)
+        for rows in (1, 2, 3, 4, 5, 8, 9, 13, 24, 40):
+            assert torch.equal(kernel.matmul(x[:rows], state, None), whole[:rows])
+
+
+@BOTH
+def test_threads_and_batches_do_not_change_a_bit(kernel, threads):
+    state = kernel.prepack(quantized(shape=(1000, 128)))
+    x = torch.randn(3000, 128)  # more than is made ready at a time
     threads(1)
-    whole = CPU.matmul(x, state, None)
+    whole = kernel.matmul(x, state, None)
     for count in (1, 2, 3):
         threads(count)
-        assert torch.equal(CPU.matmul(x, state, None), whole)
+        assert torch.equal(kernel.matmul(x, state, None), whole)
         for rows in (1, 2, 3, 5, 12, 700):
-            assert torch.equal(CPU.matmul(x[:rows], state, None), whole[:rows])
+            assert torch.equal(kernel.matmul(x[:rows], state, None), whole[:rows])
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_float_weights_run_in_the_same_layout(dtype):
+    for rows, columns in ((1, 1), (33, 37), (50, 600)):
+        weight = torch.randn(rows, columns).to(dtype)
+        state = layout.prepack_float(weight)
+        assert torch.equal(layout.dequantize(*state), weight.float())
+        bias = torch.randn(rows)
+        for block in (0, 64):  # float weights leave activations alone, whatever is asked for
+            for m in (1, 3, 8, 30):
+                x = torch.randn(m, columns)
+                exact = x.double() @ weight.double().T + bias.double()
+                got = ops.compute(x, state, state.struct(), block, bias)
+                torch.testing.assert_close(got.double(), exact, rtol=1e-6, atol=1e-6 * columns)
+
+
+def test_weights_that_have_no_layout_are_refused():
+    for weight in (torch.randn(2, 3).half(), torch.randn(2, 3, 4)):
+        with pytest.raises(KernelError, match=r"want float32 or bfloat16 \(N, K\)"):
+            layout.prepack_float(weight)
+
+
+def test_int8_activations_are_what_they_are_said_to_be():
+    x = torch.tensor([[1.0, -127.0, 63.4, 0.4] + [0.0] * 60, [1e-38] * 64, [0.0] * 63 + [float("inf")]])
+    rounded = ops.round_activations(x, 64, 64)
+    assert rounded[0, :4].tolist() == [1.0, -127.0, 63.0, 0.0]
+    assert torch.equal(rounded[1], torch.zeros(64))
+    assert rounded[2].isnan().all()
+    qtensor = quantized(4, (20, 64), group=64)
+    y = INT8.matmul(x, INT8.prepack(qtensor), None)
+    torch.testing.assert_close(y[0], rounded[0] @ qtensor.dequantize().T)
+    assert torch.equal(y[1], torch.zeros(20))
+    assert y[2].isnan().all()
+
+
+def test_a_block_that_cannot_be_is_refused():
+    state = CPU.prepack(quantized())
+    for block in (-8, 12, 264):
+        with pytest.raises(KernelError, match=f"block={block}; want a multiple of 8 up to 256"):
+            ops.compute(torch.randn(1, 128), *state, block, None)
 
 
 def test_python_threads_may_call_at_once(threads):
@@ -125,7 +213,8 @@ def test_no_byte_out_of_place(isa, tmp_path):
     files = [str(path) for path in build.sources() if path.suffix == ".cpp"]
     command = [*build.compiler(), "-std=c++17", "-O1", "-g1", "-Wno-psabi", "-pthread", *build.ISA_FLAGS[isa]]
     command += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-I{build.sources()[0].parent}"]
-    command += [*files, str(Path(__file__).with_name("driver.cpp")), "-o", str(driver)]
+    drivers = [str(Path(__file__).with_name(name)) for name in ("driver.cpp", "decoder_problems.cpp")]
+    command += [*files, *drivers, "-o", str(driver)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     done = subprocess.run([driver], capture_output=True, text=True, timeout=120, check=False)
@@ -133,14 +222,15 @@ def test_no_byte_out_of_place(isa, tmp_path):
     assert "problems, all right" in done.stdout
 
 
+@pytest.mark.parametrize("block", [0, 64], ids=["float", "int8"])
 @pytest.mark.parametrize("biased", [True, False], ids=["bias", "plain"])
-def test_the_operator_keeps_torchs_rules(biased):
+def test_the_operator_keeps_torchs_rules(biased, block):
     operator = ops.wq_matmul()
     for symmetric in (True, False):
         state = CPU.prepack(quantized(symmetric=symmetric))
         for rows in (1, 40):
             bias = torch.randn(200) if biased else None
-            arguments = (torch.randn(2, rows, 128), *state, bias)
+            arguments = (torch.randn(2, rows, 128), *state.weight, block, bias)
             torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
             torch.testing.assert_close(ops._plain(*arguments), operator(*arguments), rtol=1e-4, atol=1e-4)
 
@@ -148,7 +238,7 @@ def test_the_operator_keeps_torchs_rules(biased):
 def test_the_operator_can_be_traced():
     state = CPU.prepack(quantized())
     operator = ops.wq_matmul()
-    compiled = torch.compile(lambda x: F.relu(operator(x, *state, None)), backend="eager", fullgraph=True)
+    compiled = torch.compile(lambda x: F.relu(operator(x, *state.weight, 0, None)), backend="eager", fullgraph=True)
     x = torch.randn(3, 128)
     torch.testing.assert_close(compiled(x), F.relu(CPU.matmul(x, state, None)))
 

@@ -6,8 +6,10 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
-#if defined(__F16C__)
+#if defined(__AVX2__) || defined(__F16C__)
 #include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
 #endif
 
 namespace qk {
@@ -23,7 +25,9 @@ constexpr int kWidth = 4;
 constexpr int kParts = kLanes / kWidth;  // registers per block
 
 typedef float Floats __attribute__((vector_size(kWidth * 4)));
+typedef int32_t Ints __attribute__((vector_size(kWidth * 4)));
 typedef uint32_t Words __attribute__((vector_size(kWidth * 4)));
+typedef int32_t IntsAnywhere __attribute__((vector_size(kWidth * 4), aligned(4)));
 typedef uint32_t WordsAnywhere __attribute__((vector_size(kWidth * 4), aligned(4)));
 typedef float FloatsAnywhere __attribute__((vector_size(kWidth * 4), aligned(4)));
 typedef uint16_t HalvesAnywhere __attribute__((vector_size(kWidth * 2), aligned(2)));
@@ -45,10 +49,44 @@ inline uint32_t float_to_bits(float value) {
 
 // A difference: x - 0 is x for every x, so it compiles to a broadcast; 0 + x is not x for -0 and would be an addition.
 inline Floats splat(float value) { return value - Floats{}; }
+inline Ints splat_int(int32_t value) { return value + Ints{}; }
 
-inline Floats load_bytes(const uint8_t* p) {
-  return __builtin_convertvector(*reinterpret_cast<const BytesAnywhere*>(p), Floats);
+// a * b + c, rounded once where the machine can. Left to itself the compiler fuses here and not there (for some CPUs it avoids
+// chains of fused operations), and a row's bits would depend on the tile that computed it.
+inline Floats multiply_add(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__) && defined(__FMA__)
+  return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__ARM_NEON)
+  return (Floats)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  return a * b + c;
+#endif
 }
+
+// Widening by name where the generic conversion goes lane by lane (GCC 12).
+inline Ints load_bytes(const uint8_t* p) {
+#if defined(__AVX512F__)
+  return (Ints)_mm512_maskz_cvtepu8_epi32(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(__AVX2__)
+  return (Ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#else
+  return __builtin_convertvector(*reinterpret_cast<const BytesAnywhere*>(p), Ints);
+#endif
+}
+
+inline Words load_shorts(const uint16_t* p) {
+#if defined(__AVX512F__)
+  return (Words)_mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__AVX2__)
+  return (Words)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  return __builtin_convertvector(*reinterpret_cast<const HalvesAnywhere*>(p), Words);
+#endif
+}
+
+inline Floats to_floats(Ints values) { return __builtin_convertvector(values, Floats); }
 
 // Half to float: move exponent and mantissa in place and multiply by 2^112, which also normalises subnormals exactly;
 // infinity and NaN get the full exponent back.
@@ -118,7 +156,7 @@ inline HalvesAnywhere to_bfloats(Floats values) {
 }
 
 inline Floats load_bfloats(const uint16_t* p) {
-  return (Floats)(__builtin_convertvector(*reinterpret_cast<const HalvesAnywhere*>(p), Words) << 16);
+  return (Floats)(load_shorts(p) << 16);
 }
 
 inline Floats load_floats(const void* p, int64_t i, int32_t dtype) {

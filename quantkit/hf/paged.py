@@ -1,0 +1,300 @@
+"""A transformers model on pages: packed rows of any sequences through its modules, keys and values in our own memory.
+
+transformers lets one register attention functions, and calls the chosen one in every layer with that layer's
+queries, keys and values. Ours writes keys and values to our own pages and attends from there, so the model may be fed any mix
+of rows of any sequences as one packed batch, and no cache of transformers is involved.
+
+That is right for a model exactly if each of its layers remembers nothing but keys and values, and if position and window of a
+row are all that attention needs to know. Its config must not say otherwise, and it is then *proven*: a few tokens go through
+pages in chunks beside another sequence, and the logits must equal those of one plain forward.
+"""
+
+import contextlib
+import contextvars
+import inspect
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from quantkit.engine.attention import Layout, attend, in_order
+from quantkit.engine.kvstore import Pool, make_pool, pool_bytes
+from quantkit.engine.step import Copy, Memory, Span
+from quantkit.errors import QuantkitError
+from quantkit.hf.cache import rope_types
+from quantkit.spec import KVScheme
+
+_ATTENTION = "quantkit"
+_KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+_LENGTH_DEPENDENT_ROPE = {"longrope", "dynamic"}
+
+
+class _Unpaged(Exception):
+    """Why a model cannot run on pages."""
+
+
+class _Memory(Protocol):
+    """What the attention function writes to and reads from during one forward."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, options: dict[str, Any]) -> Tensor: ...
+
+
+_current: contextvars.ContextVar[_Memory] = contextvars.ContextVar("quantkit_memory")
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Attend over the memory of the step that is running; query (1, heads, M, dim), result (1, M, heads, dim)."""
+    if attention_mask is not None or options.get("position_bias") is not None:
+        raise _Unpaged("its attention takes a mask or a bias that is not made from positions")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    queries, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (M, heads, dim)
+    return _current.get().attend(queries, keys, values, scale, options)[None], None
+
+
+ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, _attention)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """What one layer remembers of a token: ``kv_heads`` keys of ``key_dim`` and values of ``value_dim`` numbers."""
+
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    dtype: torch.dtype
+
+
+class _Shapes:
+    """A memory that only notes what each layer would store, and that sliding windows arrive where the config has them."""
+
+    def __init__(self) -> None:
+        self.layers: list[LayerShape] = []
+        self.windows: list[int | None] = []
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, options: dict[str, Any]) -> Tensor:
+        self.layers.append(LayerShape(key.shape[1], key.shape[2], value.shape[2], key.dtype))
+        self.windows.append(options.get("sliding_window"))
+        return query.new_zeros(*query.shape[:2], value.shape[2])
+
+
+class PagedBackend:
+    """Run packed rows of several sequences through the model, keys and values in our own pages.
+
+    The model is used as it is (dtype, device, mode); only while a step runs, its attention function is another.
+
+    Args:
+        model: a causal language model.
+        scheme: how keys and values are stored.
+
+    Attributes:
+        layers: what each layer stores per token.
+
+    Raises:
+        QuantkitError: the model returns no logits.
+    """
+
+    shares_pages = rewinds = True
+    notice = None
+    engine = "modules"
+
+    def __init__(self, model: PreTrainedModel, scheme: KVScheme, layers: Sequence[LayerShape]) -> None:
+        self._model, self.scheme, self.layers = model, scheme, tuple(layers)
+        self.device = device_of(model)
+        self.context_tokens = context_tokens(model)
+        self._configs = _attention_configs(model)
+        accepted = inspect.signature(model.forward).parameters
+        self._slices_logits = "logits_to_keep" in accepted
+        self._pools: list[tuple[Pool, Pool]] = []
+        self._page_tokens = self._layer = 0
+        self._layout: Layout | None = None
+
+    def reserve(self, memory: Memory) -> None:
+        """Allocate pools for all layers."""
+        self._pools, scheme = [], self.scheme
+        self._page_tokens = memory.page_tokens
+        for layer in self.layers:
+            keys = make_pool(memory, (layer.kv_heads, layer.key_dim), layer.dtype, self.device, scheme.key, scheme)
+            values = make_pool(memory, (layer.kv_heads, layer.value_dim), layer.dtype, self.device, scheme.value, scheme)
+            self._pools.append((keys, values))
+
+    def bytes_for(self, memory: Memory) -> int:
+        """Return the bytes that :meth:`reserve` allocates for ``memory``."""
+        scheme, total = self.scheme, 0
+        for layer in self.layers:
+            for spec, dim in ((scheme.key, layer.key_dim), (scheme.value, layer.value_dim)):
+                total += pool_bytes(memory, (layer.kv_heads, dim), layer.dtype, spec, scheme.recent)
+        return total
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated now."""
+        return sum(pool.nbytes for pools in self._pools for pool in pools)
+
+    @torch.inference_mode()
+    def step(self, spans: Sequence[Span], copies: Sequence[Copy] = ()) -> Tensor:
+        """Run ``spans``; see :class:`~quantkit.engine.step.Backend`."""
+        for pool in (pool for pools in self._pools for pool in pools):
+            pool.copy(copies)
+        ordered = [spans[i] for i in in_order(spans)]
+        self._layout, self._layer = Layout(ordered, self._page_tokens, self.device), 0
+        ends: dict[int, int] = {}
+        row = 0
+        for span in ordered:
+            row += len(span.ids)
+            ends[span.slot] = row
+        wanted = [ends[span.slot] - back for span in spans for back in range(span.wanted, 0, -1)]
+        ids = torch.tensor([[token for span in ordered for token in span.ids]], device=self.device)
+        keep = torch.tensor(wanted or [row - 1], device=self.device)
+        logits = _forward(self._model, self._configs, self, ids, self._layout.rows.positions[None], self._slices_logits, keep)
+        if self._layer != len(self.layers):
+            raise QuantkitError(
+                f"attention ran in {self._layer} layers, it did in {len(self.layers)} before; make a new engine"
+            )
+        return logits if wanted else logits[:0]
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, options: dict[str, Any]) -> Tensor:
+        """Store one layer's keys and values (M, kv_heads, dim) and attend from its queries (M, heads, dim)."""
+        assert self._layout is not None
+        keys, values = self._pools[self._layer]
+        self._layer += 1
+        keys.write(self._layout.rows, key)
+        values.write(self._layout.rows, value)
+        return attend(
+            query,
+            keys,
+            values,
+            self._layout,
+            scale=scale,
+            window=options.get("sliding_window"),
+            softcap=options.get("softcap"),
+            sinks=options.get("s_aux"),
+        )
+
+
+_described: weakref.WeakKeyDictionary[PreTrainedModel, tuple[LayerShape, ...] | str] = weakref.WeakKeyDictionary()
+
+
+def describe_layers(model: PreTrainedModel) -> tuple[LayerShape, ...] | str:
+    """Return what each layer stores, proven once per model, or a sentence why it cannot run on pages."""
+    if model not in _described:
+        _described[model] = _describe(model)
+    return _described[model]
+
+
+def _describe(model: PreTrainedModel) -> tuple[LayerShape, ...] | str:
+    name = type(model).__name__
+    try:
+        config = model.config.get_text_config(decoder=True)
+        if types := rope_types(config) & _LENGTH_DEPENDENT_ROPE:
+            raise _Unpaged(f"its rotary frequencies change with the length of a sequence ({', '.join(types)})")
+        kinds = list(getattr(config, "layer_types", None) or [])
+        if unknown := set(kinds) - _KNOWN_LAYERS:
+            raise _Unpaged(f"it has layers of kind {', '.join(sorted(unknown))}")
+        if "position_ids" not in inspect.signature(model.forward).parameters:
+            raise _Unpaged("it takes no position_ids")
+        return _prove(model, kinds)
+    except _Unpaged as reason:
+        return f"{name}: {reason}"
+
+
+def _prove(model: PreTrainedModel, kinds: list[str]) -> tuple[LayerShape, ...]:
+    """Find what the layers store and compare logits on pages, in chunks and beside another sequence, with a plain forward."""
+    device, size = device_of(model), len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
+    ids = (torch.arange(11, device=device) * 7919 + 3) % size
+    with torch.inference_mode():
+        plain = model(input_ids=ids[None], use_cache=False, return_dict=True)
+    if getattr(plain, "logits", None) is None:
+        raise QuantkitError(
+            f"{type(model).__name__} returns no logits; load it with its language-modelling head (AutoModelForCausalLM)"
+        )
+    positions = torch.arange(len(ids), device=device)[None]
+    shapes = _Shapes()
+    with torch.inference_mode(), _failing_softly():
+        _forward(model, _attention_configs(model), shapes, ids[None], positions, False, positions[0])
+    config = model.config.get_text_config(decoder=True)
+    layers = config.num_hidden_layers
+    if len(shapes.layers) != layers:
+        raise _Unpaged(f"{layers - len(shapes.layers)} of its {layers} layers do not use the registered attention function")
+    sliding = [kind == "sliding_attention" for kind in kinds]
+    if kinds and any(want and not window for want, window in zip(sliding, shapes.windows, strict=True)):
+        raise _Unpaged("its sliding layers do not tell the attention function their window")
+    slides = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    if not kinds and slides and not any(shapes.windows):
+        raise _Unpaged("its sliding window does not reach the attention function")
+    backend = PagedBackend(model, KVScheme(), shapes.layers)
+    backend.reserve(Memory(8, 4, 2))
+    tokens = ids.tolist()
+    with _failing_softly():
+        backend.step([Span(0, 0, tokens[:5], [3, 5], 0), Span(1, 0, tokens[4:9], [0, 6], 1)])
+        got = [backend.step([Span(1, 5, tokens[:1], [0, 6], 1), Span(0, 5, tokens[5:10], [3, 5, 1], 5)])[1:]]
+        got.append(backend.step([Span(0, 10, tokens[10:], [3, 5, 1], 1)]))
+    found, want = torch.cat(got).float(), plain.logits[0, 5:].float()
+    error = ((found - want).abs().max() / want.abs().max().clamp(min=1e-6)).item()
+    if not error <= (2e-3 if plain.logits.dtype == torch.float32 else 0.1):
+        raise _Unpaged(f"its logits on pages differ from a plain forward (by {error:.1e} of the largest)")
+    return tuple(shapes.layers)
+
+
+@contextlib.contextmanager
+def _failing_softly() -> Iterator[None]:
+    """Turn what a model raises because it does not suit packed rows into a reason."""
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError, LookupError) as error:
+        raise _Unpaged(f"it does not run on packed rows ({type(error).__name__}: {error})") from error
+
+
+def _forward(
+    model: PreTrainedModel,
+    configs: Sequence[Any],
+    memory: _Memory,
+    ids: Tensor,
+    positions: Tensor,
+    slices_logits: bool,
+    keep: Tensor,
+) -> Tensor:
+    """Run packed rows (1, M) on ``memory``; return the logits (R, V) of rows ``keep`` (R,)."""
+    before = [config._attn_implementation for config in configs]
+    token = _current.set(memory)
+    options = {"logits_to_keep": keep} if slices_logits else {}
+    try:
+        for config in configs:
+            config._attn_implementation_internal = _ATTENTION
+        output = model(input_ids=ids, position_ids=positions, use_cache=False, return_dict=True, **options)
+    finally:
+        for config, implementation in zip(configs, before, strict=True):
+            config._attn_implementation_internal = implementation
+        _current.reset(token)
+    logits: Tensor = output.logits[0]
+    return logits if slices_logits else logits[keep]
+
+
+def _attention_configs(model: PreTrainedModel) -> list[Any]:
+    """Return every config object that a module of the model asks for its attention function."""
+    found = {id(config): config for m in model.modules() if (config := getattr(m, "config", None)) is not None}
+    return [config for config in found.values() if hasattr(config, "_attn_implementation_internal")]
+
+
+def context_tokens(model: PreTrainedModel) -> int | None:
+    """Return the longest sequence the model reads, or None if its config does not say."""
+    longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return int(longest) if isinstance(longest, int) and longest > 0 else None
+
+
+def device_of(model: PreTrainedModel) -> torch.device:
+    """Return where the model's embeddings are."""
+    device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[assignment]
+    return device

@@ -1,0 +1,143 @@
+// The memory of one call: laid out in one piece that the caller owns.
+#pragma once
+#include <cstdint>
+
+#include "decoder.h"
+
+namespace qk {
+
+constexpr int64_t kPrivateRows = 2;  // up to so many rows, every member makes activations ready for itself
+constexpr int64_t kGroups = 3;       // different group sizes among linears that share their input
+
+// Rows of activations: the floats, and int8 copies of them for every group size that their linears have.
+struct Ready {
+  float* x;
+  char* memory;
+  int64_t kinds;
+  Rows rows[kGroups];
+
+  void fit(int64_t count, const Linear* linears, int64_t linear_count, int64_t block, bool exact) {
+    kinds = 0;
+    rows[0] = Rows{x, count, linears->columns, linears->columns, linears->columns, block, nullptr, nullptr, nullptr};
+    if (exact) return;
+    char* at = memory;
+    for (int64_t i = 0; i < linear_count; ++i) {
+      if (linears[i].kind == kWeightFloat32 || linears[i].kind == kWeightBFloat16) continue;
+      int64_t known = 0;
+      while (known < kinds && rows[known].group != linears[i].group) ++known;
+      if (known < kinds) continue;
+      Rows& r = rows[kinds++];
+      r = Rows{x, count, linears->columns, linears->columns, linears[i].group, block, nullptr, nullptr, nullptr};
+      place_rows(r, at);
+      at += round_up(rows_bytes(r), 64);
+    }
+  }
+
+  const Rows& of(const Linear& linear) const {
+    for (int64_t i = 1; i < kinds; ++i)
+      if (rows[i].group == linear.group) return rows[i];
+    return rows[0];
+  }
+};
+
+struct Buffers {
+  struct Private {
+    Ready ready;
+    int32_t* picked;
+    void* scratch;
+  };
+
+  float *residual, *before, *wide, *narrow, *attended, *mixed, *partial, *weights;
+  int32_t *chosen, *best;
+  Ready shared;
+  int64_t bytes = 0;
+
+  Buffers(const Program& program, int64_t rows, int64_t chunks, int64_t block, int64_t threads, char* memory)
+      : memory_(memory), rows_(rows) {
+    measure(program, block);
+    const int64_t choices = most_chosen_ > 1 ? most_chosen_ : 1;
+    residual = take<float>(rows * program.hidden);
+    before = take<float>(rows * program.hidden);
+    wide = take<float>(rows * wide_);
+    narrow = take<float>(rows * program.hidden);
+    attended = take<float>(rows * input_);
+    mixed = take<float>(rows * program.hidden);
+    partial = take<float>((rows < kSplitRows ? rows : kSplitRows) * chunks * partial_);
+    weights = take<float>(rows * choices);
+    chosen = take<int32_t>(rows * choices);
+    best = take<int32_t>(threads * rows);
+    shared = take_ready(rows);
+    privates_ = bytes;
+    take_private();
+    private_bytes_ = bytes - privates_;
+    bytes += private_bytes_ * (threads - 1);
+  }
+
+  // The memory of one member alone.
+  Private member(int64_t index) const {
+    Buffers view(*this);
+    view.bytes = privates_ + private_bytes_ * index;
+    return view.take_private();
+  }
+
+ private:
+  static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+  void measure(const Program& p, int64_t block) {
+    input_ = p.hidden;
+    fit(p.head, 1, block);
+    for (int64_t i = 0; i < p.layer_count; ++i) {
+      const Layer& layer = p.layers[i];
+      const Attention& a = layer.attention;
+      fit(a.qkv, a.qkv_count, block);
+      fit(a.out, 1, block);
+      wide_ = most(wide_, most((a.heads + 2 * a.kv_heads) * a.head_dim, layer.experts));
+      partial_ = most(partial_, attention_partial_floats(a));
+      if (layer.experts) fit(layer.router, 1, block);
+      most_chosen_ = most(most_chosen_, layer.top_k);
+      for (int64_t e = 0; e < most(layer.experts, 1); ++e) {
+        const Mlp& mlp = layer.mlps[e];
+        fit(mlp.up, mlp.up_count, block);
+        fit(mlp.down, 1, block);
+        wide_ = most(wide_, mlp.down->columns * (mlp.gated ? 2 : 1));
+      }
+    }
+  }
+
+  // Room per row for the input of linears that read one thing.
+  void fit(const Linear* linears, int64_t count, int64_t block) {
+    input_ = most(input_, linears->columns);
+    Ready ready{};
+    ready.fit(1, linears, count, block, false);
+    int64_t total = 0;
+    for (int64_t i = 0; i < ready.kinds; ++i) total += round_up(rows_bytes(ready.rows[i]), 64) + 64;
+    ready_bytes_ = most(ready_bytes_, total);
+  }
+
+  template <typename T>
+  T* take(int64_t count) {
+    T* piece = reinterpret_cast<T*>(memory_ + bytes);
+    bytes += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
+    return piece;
+  }
+
+  Ready take_ready(int64_t rows) {
+    Ready ready{};
+    ready.x = take<float>(rows * input_);
+    ready.memory = take<char>(rows * ready_bytes_);
+    return ready;
+  }
+
+  Private take_private() {
+    Private mine{};
+    mine.ready = take_ready(kPrivateRows);
+    mine.picked = take<int32_t>(rows_);
+    mine.scratch = take<char>(kShareScratchBytes);
+    return mine;
+  }
+
+  char* memory_;
+  int64_t rows_, input_ = 0, wide_ = 0, partial_ = 0, ready_bytes_ = 0, most_chosen_ = 0, privates_ = 0, private_bytes_ = 0;
+};
+
+}  // namespace qk

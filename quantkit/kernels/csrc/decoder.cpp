@@ -1,0 +1,323 @@
+// One call runs a decode step, a prefill chunk, or any mixture of rows of many sequences through a whole decoder program.
+//
+// The team meets at a barrier wherever a value that all need is finished:
+//   norm, q/k/v | rotate, append | attend | out projection, residual | norm, gate/up | activation, down, residual |
+// Between two barriers every member computes its share: rows of a weight, heads, chunks of a context, or rows of activations.
+// With few rows (kPrivateRows) a barrier costs more than a norm, so each member normalizes and quantizes all of them for
+// itself, into memory of its own; with many they are shared out and met for.
+//
+// A row's result depends neither on the rows beside it nor on the number of threads: no sum is split.
+#include "decoder.h"
+
+#include <cmath>
+#include <cstring>
+
+#include "buffers.h"
+
+namespace qk {
+namespace {
+
+void copy(float* to, const float* from, int64_t count) { memcpy(to, from, static_cast<size_t>(count) * sizeof(float)); }
+
+// One member's run through the program.
+class Run {
+ public:
+  Run(const Program& program, const Batch& batch, const Kv& kv, const Buffers& buffers, const Member& me)
+      : p_(program), batch_(batch), kv_(kv), b_(buffers), me_(me), mine_(buffers.member(me.index)) {}
+
+  void operator()() {
+    embed();
+    for (int64_t i = 0; i < p_.layer_count; ++i) {
+      const Layer& layer = p_.layers[i];
+      if (layer.parallel) keep();
+      attention(layer, i);
+      feed_forward(layer);
+    }
+    read_out();
+  }
+
+ private:
+  // Fill rows of activations with fill(row, destination) and make them ready for `linears`. On return they are complete.
+  template <typename Fill>
+  const Ready& prepare(int64_t rows, const Linear* linears, int64_t count, Fill fill) {
+    const bool alone = rows <= kPrivateRows;
+    ready_ = alone ? mine_.ready : b_.shared;
+    ready_.fit(rows, linears, count, batch_.activation_block, batch_.exact != 0);
+    int64_t begin = 0, end = rows;
+    if (!alone) share(me_, rows, 1, &begin, &end);
+    for (int64_t row = begin; row < end; ++row) fill(row, ready_.x + row * linears->columns);
+    for (int64_t i = 0; i < ready_.kinds; ++i) prepare_rows(ready_.rows[i], begin, end);
+    if (!alone) me_.wait();
+    return ready_;
+  }
+
+  // My share of linears whose outputs lie side by side in rows of y; others' may not be there yet.
+  void multiply(const Linear* linears, int64_t count, const Ready& ready, float* y, int64_t y_stride) {
+    int64_t total = 0, begin, end;
+    for (int64_t i = 0; i < count; ++i) total += linear_blocks(linears[i]);
+    share(me_, total, 1, &begin, &end);
+    for (int64_t i = 0, first = 0; i < count; ++i) {
+      const int64_t blocks = linear_blocks(linears[i]);
+      const int64_t from = begin > first ? begin - first : 0, to = end - first < blocks ? end - first : blocks;
+      if (from < to) linear_share(linears[i], ready.of(linears[i]), batch_.exact != 0, y, y_stride, from, to, mine_.scratch);
+      first += blocks;
+      y += linears[i].rows;
+    }
+  }
+
+  // My share of a (rows, columns) array: whole rows if there are enough, else columns of every row.
+  template <typename F>
+  void each_part(int64_t rows, int64_t columns, F f) {
+    int64_t begin, end;
+    const bool by_row = rows >= me_.count;
+    share(me_, by_row ? rows : columns, by_row ? 1 : kWidth, &begin, &end);
+    for (int64_t row = by_row ? begin : 0; row < (by_row ? end : rows); ++row)
+      f(row, by_row ? 0 : begin, by_row ? columns : end);
+  }
+
+  void embed() {
+    each_part(batch_.rows, p_.hidden, [&](int64_t row, int64_t begin, int64_t end) {
+      const int64_t token = batch_.tokens[row] * p_.hidden;
+      for (int64_t i = begin; i < end; ++i)
+        b_.residual[row * p_.hidden + i] = load_one(p_.embedding, token + i, p_.embedding_dtype) * p_.embedding_scale;
+    });
+    me_.wait();
+  }
+
+  // A parallel block's networks both read what the layer was given.
+  void keep() {
+    each_part(batch_.rows, p_.hidden, [&](int64_t row, int64_t begin, int64_t end) {
+      copy(b_.before + row * p_.hidden + begin, b_.residual + row * p_.hidden + begin, end - begin);
+    });
+  }
+
+  const Ready& normalized(const Norm& norm, const float* x, const Linear* linears, int64_t count) {
+    return prepare(batch_.rows, linears, count, [&](int64_t row, float* to) {
+      if (norm.gain) normalize_row(norm, x + row * p_.hidden, to);
+      else copy(to, x + row * p_.hidden, p_.hidden);
+    });
+  }
+
+  // residual += scale * norm(y), for a y that all have written their part of.
+  void add(const Norm& norm, float* y, float scale) {
+    me_.wait();
+    if (norm.gain) {
+      int64_t begin, end;
+      share(me_, batch_.rows, 1, &begin, &end);
+      for (int64_t row = begin; row < end; ++row) normalize_row(norm, y + row * p_.hidden, y + row * p_.hidden);
+      for (int64_t i = begin * p_.hidden; i < end * p_.hidden; ++i) b_.residual[i] += scale * y[i];
+    } else {
+      each_part(batch_.rows, p_.hidden, [&](int64_t row, int64_t begin, int64_t end) {
+        for (int64_t i = row * p_.hidden + begin; i < row * p_.hidden + end; ++i) b_.residual[i] += scale * y[i];
+      });
+    }
+    me_.wait();
+  }
+
+  // residual += scale * norm(w x): without a norm everyone adds what it computed, and nobody waits in between.
+  void multiply_add(const Linear& w, const Ready& ready, const Norm& norm, float scale) {
+    multiply(&w, 1, ready, b_.narrow, p_.hidden);
+    if (norm.gain) return add(norm, b_.narrow, scale);
+    int64_t begin, end;
+    share(me_, linear_blocks(w), 1, &begin, &end);
+    end = end * 16 < p_.hidden ? end * 16 : p_.hidden;
+    for (int64_t row = 0; row < batch_.rows; ++row)
+      for (int64_t i = row * p_.hidden + begin * 16; i < row * p_.hidden + end; ++i) b_.residual[i] += scale * b_.narrow[i];
+    me_.wait();
+  }
+
+  void attention(const Layer& layer, int64_t index) {
+    const Attention& a = layer.attention;
+    const int64_t width = (a.heads + 2 * a.kv_heads) * a.head_dim, inner = a.heads * a.head_dim;
+    multiply(a.qkv, a.qkv_count, normalized(layer.attention_in, b_.residual, a.qkv, a.qkv_count), b_.wide, width);
+    me_.wait();
+    wide_norms(a, width);
+    const bool split = batch_.rows <= kSplitRows;
+    const AttentionJob job{&a,      a.rotary < 0 ? nullptr : p_.rotaries + a.rotary, &batch_, &kv_, index, b_.wide,
+                           b_.attended, split ? b_.partial : nullptr};
+    append_share(job, me_);
+    me_.wait();
+    attention_share(job, me_);
+    me_.wait();
+    const Ready& ready = prepare(batch_.rows, a.out, 1, [&](int64_t row, float* to) {
+      if (split) merge_row(job, row, to);
+      else copy(to, b_.attended + row * inner, inner);
+    });
+    multiply_add(*a.out, ready, layer.attention_out, layer.attention_scale);
+  }
+
+  // Norms over all heads of a row at once.
+  void wide_norms(const Attention& a, int64_t width) {
+    const bool q = a.q_norm.gain && a.q_norm.width != a.head_dim, k = a.k_norm.gain && a.k_norm.width != a.head_dim;
+    if (!q && !k) return;
+    int64_t begin, end;
+    share(me_, batch_.rows, 1, &begin, &end);
+    for (int64_t row = begin; row < end; ++row) {
+      float *queries = b_.wide + row * width, *keys = queries + a.heads * a.head_dim;
+      if (q) normalize_row(a.q_norm, queries, queries);
+      if (k) normalize_row(a.k_norm, keys, keys);
+    }
+    me_.wait();
+  }
+
+  void feed_forward(const Layer& layer) {
+    const float* x = layer.parallel ? b_.before : b_.residual;
+    if (layer.experts) {
+      mixture(layer, normalized(layer.mlp_in, x, layer.router, 1));
+      return add(layer.mlp_out, b_.mixed, layer.mlp_scale);
+    }
+    const Mlp& mlp = *layer.mlps;
+    const Ready& active = activated(mlp, normalized(layer.mlp_in, x, mlp.up, mlp.up_count), batch_.rows);
+    multiply_add(*mlp.down, active, layer.mlp_out, layer.mlp_scale);
+  }
+
+  // act(gate) * up, ready for the down projection.
+  const Ready& activated(const Mlp& mlp, const Ready& ready, int64_t rows) {
+    const int64_t inner = mlp.down->columns, width = inner * (mlp.gated ? 2 : 1);
+    multiply(mlp.up, mlp.up_count, ready, b_.wide, width);
+    me_.wait();
+    return prepare(rows, mlp.down, 1, [&](int64_t row, float* to) {
+      activate_row(mlp.activation, mlp.gated != 0, b_.wide + row * width, to, inner);
+    });
+  }
+
+  // Experts one after another: each reads the rows that chose it, and what it returns is added to theirs.
+  void mixture(const Layer& layer, const Ready& ready) {
+    const int64_t hidden = p_.hidden;
+    float* inputs = b_.attended;  // the experts' own activations overwrite what `ready` holds
+    multiply(layer.router, 1, ready, b_.wide, layer.experts);
+    each_part(batch_.rows, hidden, [&](int64_t row, int64_t begin, int64_t end) {
+      copy(inputs + row * hidden + begin, ready.x + row * hidden + begin, end - begin);
+      memset(b_.mixed + row * hidden + begin, 0, static_cast<size_t>(end - begin) * sizeof(float));
+    });
+    me_.wait();
+    int64_t begin, end;
+    share(me_, batch_.rows, 1, &begin, &end);
+    for (int64_t row = begin; row < end; ++row) choose(layer, row);
+    me_.wait();
+    for (int64_t e = 0; e < layer.experts; ++e) {
+      int64_t count = 0;
+      for (int64_t i = 0; i < batch_.rows * layer.top_k; ++i)
+        if (b_.chosen[i] == e) mine_.picked[count++] = static_cast<int32_t>(i);
+      if (!count) continue;
+      const Mlp& mlp = layer.mlps[e];
+      const Ready& some = prepare(count, mlp.up, mlp.up_count, [&](int64_t i, float* to) {
+        copy(to, inputs + mine_.picked[i] / layer.top_k * hidden, hidden);
+      });
+      const Ready& active = activated(mlp, some, count);
+      multiply(mlp.down, 1, active, b_.narrow, hidden);
+      me_.wait();
+      each_part(count, hidden, [&](int64_t i, int64_t from, int64_t to) {
+        const float* y = b_.narrow + i * hidden;
+        float* sum = b_.mixed + mine_.picked[i] / layer.top_k * hidden;
+        for (int64_t d = from; d < to; ++d) sum[d] += b_.weights[mine_.picked[i]] * y[d];
+      });
+      me_.wait();
+    }
+  }
+
+  // The most probable experts of a row and their weights.
+  void choose(const Layer& layer, int64_t row) {
+    float *p = b_.wide + row * layer.experts, *weight = b_.weights + row * layer.top_k;
+    float top = p[0], total = 0, sum = 0;
+    for (int64_t e = 1; e < layer.experts; ++e) top = p[e] > top ? p[e] : top;
+    for (int64_t e = 0; e < layer.experts; ++e) total += p[e] = expf(p[e] - top);
+    for (int64_t i = 0; i < layer.top_k; ++i) {
+      int64_t best = 0;
+      for (int64_t e = 1; e < layer.experts; ++e) best = p[e] > p[best] ? e : best;
+      b_.chosen[row * layer.top_k + i] = static_cast<int32_t>(best);
+      sum += weight[i] = p[best] / total;
+      p[best] = -1;
+    }
+    for (int64_t i = 0; i < layer.top_k; ++i) weight[i] *= layer.expert_scale / (layer.normalize ? sum : 1.0f);
+  }
+
+  void read_out() {
+    const int64_t count = batch_.wanted_count, width = batch_.vocabulary;
+    if (!count) return;
+    const Ready& ready = prepare(count, p_.head, 1, [&](int64_t i, float* to) {
+      const float* x = b_.residual + batch_.wanted[i] * p_.hidden;
+      if (p_.final_norm.gain) normalize_row(p_.final_norm, x, to);
+      else copy(to, x, p_.hidden);
+    });
+    multiply(p_.head, 1, ready, batch_.logits, width);
+    int64_t begin, end;
+    share(me_, linear_blocks(*p_.head), 1, &begin, &end);
+    begin *= 16;
+    end = end * 16 < width ? end * 16 : width;
+    for (int64_t i = 0; i < count; ++i) finish(i, begin, end);
+    if (!batch_.argmax) return;
+    me_.wait();
+    for (int64_t i = 0; me_.index == 0 && i < count; ++i) {
+      int64_t best = b_.best[i];
+      for (int32_t t = 1; t < me_.count; ++t) {
+        const int64_t other = b_.best[t * batch_.rows + i];
+        if (other >= 0 && (best < 0 || batch_.logits[i * width + other] > batch_.logits[i * width + best])) best = other;
+      }
+      batch_.argmax[i] = static_cast<int32_t>(best);
+    }
+  }
+
+  // My logits of one row: scale, cap, and where the largest is.
+  void finish(int64_t row, int64_t begin, int64_t end) {
+    float* logits = batch_.logits + row * batch_.vocabulary;
+    const float cap = p_.logit_softcap;
+    if (p_.logit_scale != 1.0f || cap > 0)
+      for (int64_t i = begin; i < end; ++i) {
+        logits[i] *= p_.logit_scale;
+        if (cap > 0) logits[i] = cap * tanhf(logits[i] / cap);
+      }
+    int64_t i = begin, best = begin < end ? begin : -1;
+    if (batch_.argmax && best >= 0) {
+      Floats most = splat(-INFINITY);
+      for (; i + kWidth <= end; i += kWidth) {
+        const Floats values = load(logits + i);
+        most = values > most ? values : most;
+      }
+      float top = -INFINITY;
+      for (int lane = 0; lane < kWidth; ++lane) top = most[lane] > top ? most[lane] : top;
+      for (; i < end; ++i) top = logits[i] > top ? logits[i] : top;
+      for (i = begin; i < end && logits[i] != top; ++i) {
+      }
+      if (i < end) best = i;
+    }
+    b_.best[me_.index * batch_.rows + row] = static_cast<int32_t>(best);
+  }
+
+  const Program& p_;
+  const Batch& batch_;
+  const Kv& kv_;
+  const Buffers& b_;
+  const Member& me_;
+  const Buffers::Private mine_;
+  Ready ready_;
+};
+
+struct Call {
+  const Program& program;
+  const Batch& batch;
+  const Kv& kv;
+  const Buffers& buffers;
+};
+
+void run(const Member& me, void* argument) {
+  const Call& call = *static_cast<const Call*>(argument);
+  Run(call.program, call.batch, call.kv, call.buffers, me)();
+}
+
+}  // namespace
+}  // namespace qk
+
+#define QK_EXPORT extern "C" __attribute__((visibility("default")))
+
+// Bytes of scratch memory (64-byte aligned) for calls of up to `rows` rows, contexts of `chunks`, and `threads` threads.
+QK_EXPORT int64_t qk_decoder_bytes(const qk::Program* program, int64_t rows, int64_t chunks, int32_t block, int32_t threads) {
+  return qk::Buffers(*program, rows, chunks, block, threads, nullptr).bytes;
+}
+
+// Run one call. Nothing is checked here: kernels/decoder.py has.
+QK_EXPORT void qk_decoder_run(const qk::Program* program, const qk::Batch* batch, const qk::Kv* kv, void* scratch, int32_t threads) {
+  const qk::Buffers buffers(*program, batch->rows, batch->chunks, batch->activation_block, threads, static_cast<char*>(scratch));
+  qk::Call call{*program, *batch, *kv, buffers};
+  qk::run_team(threads, qk::run, &call);
+}

@@ -1,0 +1,124 @@
+// Four-element int8 dot products, a register of them at a time: unsigned codes times signed activations.
+//
+// With VNNI this is one instruction. Without, x86 multiplies bytes in pairs whose int16 sum saturates: codes of up to 7 bits
+// stay below (2 * 127 * 127), wider ones are made signed (code - 128) and their sign is moved to the activation, which bounds
+// a pair by 2 * 128 * 127 = 32512. kDotOffset is what such a code has lost; callers take it off the zero point too.
+#pragma once
+#include "vector.h"
+#if defined(__x86_64__) || defined(__i386__)
+#include <immintrin.h>
+#elif defined(__ARM_FEATURE_DOTPROD)
+#include <arm_neon.h>
+#endif
+
+namespace qk {
+
+typedef int8_t SmallAnywhere __attribute__((vector_size(kWidth), aligned(1)));
+
+inline Ints splat_four(const int8_t* p) {  // four activations to every lane
+  int32_t value;
+  memcpy(&value, p, 4);
+  return splat_int(value);
+}
+
+#if defined(__AVX512VNNI__) || (defined(__AVXVNNI__) && !defined(__AVX512F__))
+#define QK_DOT "vnni"
+struct Codes {
+  Ints value;
+};
+template <bool WIDE>
+constexpr int32_t kDotOffset = 0;
+template <bool WIDE>
+inline Codes codes(Words word) {
+  return {(Ints)word};
+}
+#if defined(__AVX512F__)
+template <bool WIDE>
+inline Ints dot(Ints sum, Codes c, Ints x) {
+  return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)c.value, (__m512i)x);
+}
+inline Ints add_product(Ints sum, Ints a, Ints b) { return (Ints)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b); }
+#else
+template <bool WIDE>
+inline Ints dot(Ints sum, Codes c, Ints x) {
+  return (Ints)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)c.value, (__m256i)x);
+}
+inline Ints add_product(Ints sum, Ints a, Ints b) {
+  return (Ints)_mm256_dpwssd_avx_epi32((__m256i)sum, (__m256i)a, (__m256i)b);
+}
+#endif
+
+#elif defined(__AVX2__) && (!defined(__AVX512F__) || defined(__AVX512BW__))
+#define QK_DOT "maddubs"
+struct Codes {
+  Ints value, magnitude;  // magnitude: of wide codes
+};
+template <bool WIDE>
+constexpr int32_t kDotOffset = WIDE ? 128 : 0;
+#if defined(__AVX512BW__)
+template <bool WIDE>
+inline Codes codes(Words word) {
+  const __m512i value = (__m512i)(WIDE ? word ^ 0x80808080u : word);
+  return {(Ints)value, WIDE ? (Ints)_mm512_abs_epi8(value) : (Ints)value};
+}
+inline Ints add_product(Ints sum, Ints a, Ints b) { return sum + (Ints)_mm512_madd_epi16((__m512i)a, (__m512i)b); }
+template <bool WIDE>
+inline Ints dot(Ints sum, Codes c, Ints x) {
+  __m512i signed_x = (__m512i)x;
+  if (WIDE) signed_x = _mm512_mask_sub_epi8(signed_x, _mm512_movepi8_mask((__m512i)c.value), _mm512_setzero_si512(), signed_x);
+  const __m512i pairs = _mm512_maddubs_epi16((__m512i)c.magnitude, signed_x);
+  return add_product(sum, (Ints)pairs, (Ints)_mm512_set1_epi16(1));
+}
+#else
+template <bool WIDE>
+inline Codes codes(Words word) {
+  const __m256i value = (__m256i)(WIDE ? word ^ 0x80808080u : word);
+  return {(Ints)value, WIDE ? (Ints)_mm256_abs_epi8(value) : (Ints)value};
+}
+inline Ints add_product(Ints sum, Ints a, Ints b) { return sum + (Ints)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
+template <bool WIDE>
+inline Ints dot(Ints sum, Codes c, Ints x) {
+  const __m256i signed_x = WIDE ? _mm256_sign_epi8((__m256i)x, (__m256i)c.value) : (__m256i)x;
+  const __m256i pairs = _mm256_maddubs_epi16((__m256i)c.magnitude, signed_x);
+  return add_product(sum, (Ints)pairs, (Ints)_mm256_set1_epi16(1));
+}
+#endif
+
+#else
+struct Codes {
+  Words value;
+};
+// a's low 16 bits, signed, times b; what x86 has an instruction for
+inline Ints add_product(Ints sum, Ints a, Ints b) { return sum + ((a << 16) >> 16) * b; }
+#if defined(__ARM_FEATURE_DOTPROD)  // compiles, but has not been run on a machine of its kind
+#define QK_DOT "dotprod"
+template <bool WIDE>
+constexpr int32_t kDotOffset = WIDE ? 128 : 0;
+template <bool WIDE>
+inline Codes codes(Words word) {
+  return {WIDE ? word ^ 0x80808080u : word};
+}
+template <bool WIDE>
+inline Ints dot(Ints sum, Codes c, Ints x) {
+  return (Ints)vdotq_s32((int32x4_t)sum, (int8x16_t)c.value, (int8x16_t)x);
+}
+#else
+#define QK_DOT "plain"
+template <bool WIDE>
+constexpr int32_t kDotOffset = 0;
+template <bool WIDE>
+inline Codes codes(Words word) {
+  return {word};
+}
+template <bool WIDE>
+inline Ints dot(Ints sum, Codes c, Ints x) {
+  for (int j = 0; j < 4; ++j) {
+    const Ints code = (Ints)((c.value >> (8 * j)) & 0xffu);
+    sum += code * ((x << (24 - 8 * j)) >> 24);
+  }
+  return sum;
+}
+#endif
+#endif
+
+}  // namespace qk

@@ -1,0 +1,98 @@
+// Rows of activations made ready, and the choice between the float and the int8 path.
+#include "linear.h"
+
+#include "dot.h"
+#include "tile.h"
+
+namespace qk {
+
+int64_t rows_bytes(const Rows& r) { return r.m * rows_q_stride(r) + 2 * round_up(r.m * rows_blocks(r) * 4, 64); }
+
+void place_rows(Rows& r, void* memory) {
+  r.q = static_cast<int8_t*>(memory);
+  char* end = static_cast<char*>(memory) + r.m * rows_q_stride(r);
+  r.scale = reinterpret_cast<float*>(end);
+  r.sum = reinterpret_cast<int32_t*>(end + round_up(r.m * rows_blocks(r) * 4, 64));
+}
+
+namespace {
+
+// x * inverse to the nearest integer, ties to even, the product not rounded before: adding 1.5 * 2^52 (1.5 * 2^23 in float32,
+// fused) leaves the integer in the low bits.
+inline int32_t nearest(float x, float inverse) {
+  return static_cast<int32_t>(static_cast<double>(x) * static_cast<double>(inverse) + 0x1.8p52 - 0x1.8p52);
+}
+
+inline Ints nearest(Floats x, float inverse) {
+#if defined(__FMA__) || defined(__ARM_NEON)
+  return (Ints)multiply_add(x, splat(inverse), splat(0x1.8p23f)) - 0x4b400000;
+#else
+  Ints result;
+  for (int i = 0; i < kWidth; ++i) result[i] = nearest(x[i], inverse);
+  return result;
+#endif
+}
+
+// Columns [0, count) of x to q, and zeros up to `padded`; returns the scale.
+inline float quantize_block(const float* x, int64_t count, int64_t padded, int8_t* q, int32_t* sum) {
+  Ints top_lanes{}, sum_lanes{};
+  int64_t k = 0;
+  for (; k + kWidth <= count; k += kWidth) {  // magnitudes compare as integers, infinity and NaN above everything
+    const Ints bits = *reinterpret_cast<const IntsAnywhere*>(x + k) & 0x7fffffff;
+    top_lanes = bits > top_lanes ? bits : top_lanes;
+  }
+  int32_t top = 0;
+  for (int i = 0; i < kWidth; ++i) top = top_lanes[i] > top ? top_lanes[i] : top;
+  for (int64_t i = k; i < count; ++i) {
+    const int32_t bits = static_cast<int32_t>(float_to_bits(x[i]) & 0x7fffffffu);
+    top = bits > top ? bits : top;
+  }
+  const float largest = bits_to_float(static_cast<uint32_t>(top));
+  const bool finite = top < 0x7f800000, none = !finite || largest < 0x1p-100f;
+  const float inverse = none ? 0.0f : 127.0f / largest;
+  *sum = 0;
+  if (none) {
+    memset(q, 0, static_cast<size_t>(padded));
+    return finite ? 0.0f : bits_to_float(0x7fc00000u);
+  }
+  for (k = 0; k + kWidth <= count; k += kWidth) {
+    const Ints value = nearest(*reinterpret_cast<const FloatsAnywhere*>(x + k), inverse);
+    sum_lanes += value;
+    *reinterpret_cast<SmallAnywhere*>(q + k) = __builtin_convertvector(value, SmallAnywhere);
+  }
+  for (int i = 0; i < kWidth; ++i) *sum += sum_lanes[i];
+  for (; k < count; ++k) {
+    q[k] = static_cast<int8_t>(nearest(x[k], inverse));
+    *sum += q[k];
+  }
+  for (; k < padded; ++k) q[k] = 0;
+  return largest / 127.0f;
+}
+
+}  // namespace
+
+void prepare_rows(const Rows& r, int64_t first, int64_t last) {
+  const int64_t groups = r.columns / r.group, padded = round_up(r.group, 8), stride = rows_q_stride(r), blocks = rows_blocks(r);
+  for (int64_t m = first; m < last; ++m) {
+    float* scale = r.scale + m * blocks;
+    int32_t* sum = r.sum + m * blocks;
+    for (int64_t g = 0; g < groups; ++g) {
+      const float* x = r.x + m * r.stride + g * r.group;
+      int8_t* q = r.q + m * stride + g * padded;
+      for (int64_t from = 0; from < padded; from += r.block) {
+        const int64_t own = r.group - from, stored = padded - from;
+        *scale++ = quantize_block(x + from, own < r.block ? own : r.block, stored < r.block ? stored : r.block, q + from, sum++);
+      }
+    }
+  }
+}
+
+void linear_share(const Linear& l, const Rows& r, bool exact, float* y, int64_t y_stride, int64_t begin, int64_t end,
+                  void* scratch) {
+  if (exact || l.kind == kWeightFloat32 || l.kind == kWeightBFloat16)
+    float_share(l, r, y, y_stride, begin, end, scratch);
+  else
+    int8_share(l, r, y, y_stride, begin, end, scratch);
+}
+
+}  // namespace qk

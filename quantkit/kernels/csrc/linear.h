@@ -1,0 +1,67 @@
+// y = x W^T (+ b): one layer's prepacked weight, rows of activations made ready once, and a thread's share of the product.
+//
+// Callers split [0, linear_blocks) over their own threads. Nothing here allocates, starts a thread or knows of torch.
+//
+// Layout of a weight. Rows come in blocks of 16, one row per 32-bit lane; columns in groups (those that share a scale), each
+// padded to a multiple of 8. codes[block][group][word][16 lanes], a word holding consecutive columns of its lane's row:
+//   U4        8 columns: byte j has column j in its low half and column 4 + j in its high half
+//   U8        4 columns, byte j column j
+//   BFloat16  2 columns, the first in the low half
+//   Float32   1 column
+// Float kinds have one group. What padding holds (rows past the last, columns past a group's) does not show in the result.
+//
+// A row of y depends on its row of x alone: bit for bit the same whatever m, the split over threads, or the neighbours.
+#pragma once
+#include <cstdint>
+
+namespace qk {
+
+enum WeightKind : int32_t { kWeightFloat32 = 0, kWeightBFloat16 = 1, kWeightU4 = 2, kWeightU8 = 3 };
+
+struct Linear {          // filled in Python through ctypes (kernels/layout.py); plain pointers, all owned elsewhere
+  const void* codes;     // 64-byte aligned
+  const void* scales;    // [block][group][16] of `scale_dtype`; null for float kinds
+  const uint8_t* zeros;  // [block][group][16], or null: `zero_code` serves all
+  const float* bias;     // [rows], or null
+  int64_t rows, columns; // N, K as the model has them
+  int64_t group;         // columns per scale; divides columns; columns itself for per-channel scales and float kinds
+  int32_t kind, zero_code;
+  int32_t scale_dtype;   // DType of vector.h
+};
+
+struct Rows {      // M rows of activations
+  const float* x;  // [m][stride]
+  int64_t m, stride, columns;
+  int64_t group;   // the weight's; linears that share these rows share it (irrelevant where only `x` is read)
+  int64_t block;   // columns per activation scale, a multiple of 8; a group's last block may be shorter
+  int8_t* q;       // [m][rows_q_stride]: int8 columns, groups padded as the weight's
+  float* scale;    // [m][rows_blocks]: x ~ q * scale
+  int32_t* sum;    // [m][rows_blocks]: sum of q, for zero points
+};
+
+constexpr int64_t kShareScratchBytes = 1 << 17;  // what linear_share needs of its own, 64-byte aligned
+
+inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+inline int64_t linear_blocks(const Linear& l) { return (l.rows + 15) / 16; }  // the unit that callers split
+
+// Activation blocks of one row, and bytes between rows of q: an odd number of cache lines, so that neighbours do not meet in
+// one cache set.
+inline int64_t rows_blocks(const Rows& r) {
+  const int64_t group = round_up(r.group, 8);
+  return r.columns / r.group * ((group + r.block - 1) / r.block);
+}
+inline int64_t rows_q_stride(const Rows& r) { return round_up(r.columns / r.group * round_up(r.group, 8), 64) | 64; }
+
+// Bytes that q, scale and sum take together, and placing them in such memory (64-byte aligned).
+int64_t rows_bytes(const Rows&);
+void place_rows(Rows&, void* memory);
+
+// Quantize rows [first, last): each block of x to int8 with scale max|x| / 127. A block that holds an infinity or a NaN gets
+// the scale NaN; one below 2^-100 throughout is zero.
+void prepare_rows(const Rows&, int64_t first, int64_t last);
+
+// y[m][y_stride] (float32): output rows of blocks [begin, end). exact: from x, else from q (which prepare_rows has filled).
+// Float kinds are always exact. Output columns past the last row are not written.
+void linear_share(const Linear&, const Rows&, bool exact, float* y, int64_t y_stride, int64_t begin, int64_t end, void* scratch);
+
+}  // namespace qk

@@ -1,0 +1,216 @@
+// The float-activation path: float32 activations, products and sums; weights are (code - zero) exactly, a chunk's sum times
+// the scale is added to the total.
+//
+// Codes to floats with one logic instruction: OR-ing a code's bits, standing at bit p of the word, into the bits of 2^(23-p)
+// gives the float 2^(23-p) + code; subtracting 2^(23-p) + zero is exact and leaves code - zero. That serves every p up to 16
+// (the code must stay in the mantissa), so one shift by 16 serves half a word.
+#include "tile.h"
+
+namespace qk {
+namespace {
+
+constexpr int64_t kChunk = 256;          // columns of a long group that are summed by themselves
+constexpr int64_t kAliasFloats = 1024;
+
+enum Source { kFloats, kBFloats, kNibbles, kBytes, kPanel };  // packed weights of each kind, and (code - zero) unpacked
+
+template <int SOURCE>
+constexpr int kColumns = SOURCE == kNibbles ? 8 : SOURCE == kBytes ? 4 : SOURCE == kBFloats ? 2 : 1;  // per word
+
+// Where a column's code stands: its bit in the word, or in the word shifted right by 16.
+struct Place {
+  int bit;
+  bool high;
+};
+
+template <int SOURCE>
+constexpr Place place(int column) {
+  const int bit = SOURCE == kNibbles ? column % 4 * 8 + column / 4 * 4 : column * 8;
+  return bit > (SOURCE == kNibbles ? 16 : 8) ? Place{bit - 16, true} : Place{bit, false};
+}
+
+// The numbers to subtract, by bit / 4.
+template <int SOURCE>
+inline void load_offsets(const Linear& l, int64_t at, Floats* offsets) {
+  if (SOURCE != kNibbles && SOURCE != kBytes) return;
+  const Floats zero = l.zeros ? to_floats(load_bytes(l.zeros + at)) : splat(static_cast<float>(l.zero_code));
+  for (int i = 0; i < (SOURCE == kNibbles ? 5 : 3); ++i) offsets[i] = zero + static_cast<float>(1 << (23 - 4 * i));
+}
+
+template <int SOURCE>
+inline Floats decode(Words word, Words high, int column, const Floats* offsets) {
+  if constexpr (SOURCE == kFloats || SOURCE == kPanel) return (Floats)word;
+  if constexpr (SOURCE == kBFloats) return (Floats)(column ? word & 0xffff0000u : word << 16);
+  const Place p = place<SOURCE>(column);
+  const uint32_t mask = (SOURCE == kNibbles ? 15u : 255u) << p.bit, exponent = static_cast<uint32_t>(150 - p.bit) << 23;
+  return (Floats)(((p.high ? high : word) & mask) | exponent) - offsets[p.bit / 4];
+}
+
+// Sums of UNITS registers of outputs for M rows of x, over STRANDS chunks of columns at once: independent sums hide the latency
+// of a multiply-add, and chunks of one block of rows are one stream of memory, which other rows would not be.
+template <int SOURCE, int M, int UNITS, int STRANDS>
+struct Sums {
+  static constexpr int kStep = SOURCE == kPanel ? UNITS * kWidth : kLanes;
+  const uint32_t* words[UNITS];
+  const float* x[STRANDS];
+  Floats sum[STRANDS][UNITS][M], offsets[STRANDS][UNITS][5];
+
+  // One word of every unit and strand. `apart`: words from one strand to the next; `stride`: floats from one row of x to the next.
+  inline void add(int64_t apart, int64_t stride) {
+#pragma GCC unroll 8
+    for (int s = 0; s < STRANDS; ++s) {
+      Words word[UNITS], high[UNITS];
+#pragma GCC unroll 2
+      for (int u = 0; u < UNITS; ++u) {
+        word[u] = *reinterpret_cast<const WordsAnywhere*>(words[u] + s * apart);
+        high[u] = word[u] >> 16;
+        if (SOURCE != kPanel) __builtin_prefetch(words[u] + s * apart + kAhead);
+      }
+#pragma GCC unroll 8
+      for (int c = 0; c < kColumns<SOURCE>; ++c) {
+        Floats weight[UNITS];
+#pragma GCC unroll 2
+        for (int u = 0; u < UNITS; ++u) weight[u] = decode<SOURCE>(word[u], high[u], c, offsets[s][u]);
+#pragma GCC unroll 12
+        for (int m = 0; m < M; ++m) {
+          const Floats value = splat(x[s][(m / 3 * 3) * stride + (m % 3) * stride + c]);
+#pragma GCC unroll 2
+          for (int u = 0; u < UNITS; ++u) sum[s][u][m] = multiply_add(weight[u], value, sum[s][u][m]);
+        }
+      }
+    }
+    for (int u = 0; u < UNITS; ++u) words[u] += kStep;
+    for (int s = 0; s < STRANDS; ++s) x[s] += kColumns<SOURCE>;
+  }
+};
+
+struct Columns {  // of M rows of x, from column `first` of the weight on
+  const float* x;
+  int64_t stride, first;
+};
+
+// STRANDS chunks from where `walk` stands; it moves past them. Several only where all chunks are alike.
+template <int SOURCE, int M, int UNITS, int STRANDS>
+inline void multiply(const Linear& l, const Columns& from, float* totals, Walk& walk, const uint32_t** words, const int64_t* at) {
+  Sums<SOURCE, M, UNITS, STRANDS> sums;
+  const int64_t stored = walk.columns(), left = l.group - walk.first_column(), own = stored < left ? stored : left;
+  int64_t group[STRANDS];
+#pragma GCC unroll 8
+  for (int s = 0; s < STRANDS; ++s, walk.next()) {
+    group[s] = walk.group * kLanes;
+    sums.x[s] = from.x + walk.group * l.group + walk.first_column() - from.first;
+#pragma GCC unroll 2
+    for (int u = 0; u < UNITS; ++u) {
+      load_offsets<SOURCE>(l, at[u] + group[s], sums.offsets[s][u]);
+#pragma GCC unroll 12
+      for (int m = 0; m < M; ++m) sums.sum[s][u][m] = Floats{};
+    }
+  }
+  for (int u = 0; u < UNITS; ++u) sums.words[u] = words[u];
+  const int64_t apart = stored / kColumns<SOURCE> * sums.kStep;
+  int64_t k = 0;
+  for (; k + kColumns<SOURCE> <= own; k += kColumns<SOURCE>) sums.add(apart, from.stride);
+  if (STRANDS == 1 && k < own) {  // a word that is partly padding
+    float tail[M][8] = {};
+    for (int m = 0; m < M; ++m)
+      for (int64_t c = 0; k + c < own; ++c) tail[m][c] = sums.x[0][m * from.stride + c];
+    sums.x[0] = tail[0];
+    sums.add(apart, 8);
+  }
+#pragma GCC unroll 2
+  for (int u = 0; u < UNITS; ++u) words[u] += STRANDS * apart;
+#pragma GCC unroll 8
+  for (int s = 0; s < STRANDS; ++s) {
+#pragma GCC unroll 2
+    for (int u = 0; u < UNITS; ++u) {
+      const Floats scale = l.scales ? load_floats(l.scales, at[u] + group[s], l.scale_dtype) : splat(1.0f);
+#pragma GCC unroll 12
+      for (int m = 0; m < M; ++m) {
+        FloatsAnywhere* total = reinterpret_cast<FloatsAnywhere*>(totals + (u * M + m) * kWidth);
+        *total = multiply_add(scale, sums.sum[s][u][m], *total);
+      }
+    }
+  }
+}
+
+template <int SOURCE>
+struct FloatPath {
+  static constexpr int kBytes = 4, kPanelColumns = 1;
+
+  static int64_t chunk(const Linear&, const Rows&) { return kChunk; }
+
+  static const uint32_t* words_of(const Linear& l, int64_t unit) {
+    const int64_t block = words_per_block(l, kColumns<SOURCE>);
+    return static_cast<const uint32_t*>(l.codes) + unit / kParts * block + unit % kParts * kWidth;
+  }
+
+  template <int M>
+  static void direct(const Linear& l, const Rows& r, const Chunks& chunks, const Tile& t) {
+    constexpr int kStrands = M * kDirectUnits <= 2 ? 4 : M * kDirectUnits <= 4 ? 2 : 1;
+    const uint32_t* words[kDirectUnits];
+    int64_t at[kDirectUnits];
+    for (int u = 0; u < kDirectUnits; ++u) {
+      words[u] = words_of(l, unit_of(t, u));
+      at[u] = scale_of(l, unit_of(t, u));
+    }
+    const Columns x{r.x + t.row * r.stride, r.stride, 0};
+    Walk walk(chunks, t.first);
+    if (l.group % chunks.length == 0)
+      while (walk.chunk + kStrands <= t.last) multiply<SOURCE, M, kDirectUnits, kStrands>(l, x, t.totals, walk, words, at);
+    while (walk.chunk < t.last) multiply<SOURCE, M, kDirectUnits, 1>(l, x, t.totals, walk, words, at);
+  }
+
+  template <int M>
+  static void panel(const Linear& l, const Rows& r, const Chunks& chunks, const Tile& t) {
+    const uint32_t* words[kPanelUnits];
+    int64_t at[kPanelUnits];
+    for (int u = 0; u < kPanelUnits; ++u) {
+      words[u] = t.words + u * kWidth;
+      at[u] = scale_of(l, unit_of(t, u));
+    }
+    Columns x{r.x + t.row * r.stride, r.stride, 0};
+    if (r.stride % kAliasFloats == 0) x = gather<M>(l, x, chunks, t);
+    for (Walk walk(chunks, t.first); walk.chunk < t.last;) multiply<kPanel, M, kPanelUnits, 1>(l, x, t.totals, walk, words, at);
+  }
+
+  // Rows a multiple of 4096 bytes apart fall into one set of the level-1 cache and throw each other out; a copy does not.
+  template <int M>
+  static Columns gather(const Linear& l, const Columns& x, const Chunks& chunks, const Tile& t) {
+    const Walk first(chunks, t.first), end(chunks, t.last);
+    const int64_t from = first.group * l.group + first.first_column(), stop = end.group * l.group + end.first_column();
+    float* copy = reinterpret_cast<float*>(t.spare);
+    for (int m = 0; m < M; ++m) memcpy(copy + m * kSpareStride, x.x + m * x.stride + from, static_cast<size_t>(stop - from) * 4);
+    return {copy, kSpareStride, from};
+  }
+
+  static void unpack(const Linear& l, const Chunks& chunks, const Tile& t, uint32_t* out) {
+    for (int u = 0; u < kPanelUnits; ++u) {
+      const int64_t unit = unit_of(t, u), at = scale_of(l, unit);
+      const uint32_t* words = words_of(l, unit) + chunks.stored_column(t.first) / kColumns<SOURCE> * kLanes;
+      uint32_t* to = out + u * kWidth;
+      for (Walk walk(chunks, t.first); walk.chunk < t.last; walk.next()) {
+        Floats offsets[5];
+        load_offsets<SOURCE>(l, at + walk.group * kLanes, offsets);
+        for (int64_t k = 0; k < walk.columns(); k += kColumns<SOURCE>, words += kLanes) {
+          const Words word = *reinterpret_cast<const WordsAnywhere*>(words), high = word >> 16;
+#pragma GCC unroll 8
+          for (int c = 0; c < kColumns<SOURCE>; ++c, to += kPanelWidth)
+            *reinterpret_cast<FloatsAnywhere*>(to) = decode<SOURCE>(word, high, c, offsets);
+        }
+      }
+    }
+  }
+};
+
+}  // namespace
+
+void float_share(const Linear& l, const Rows& r, float* y, int64_t y_stride, int64_t begin, int64_t end, void* scratch) {
+  switch (l.kind) {
+    case kWeightFloat32: return share<FloatPath<kFloats>>(l, r, y, y_stride, begin, end, scratch);
+    case kWeightBFloat16: return share<FloatPath<kBFloats>>(l, r, y, y_stride, begin, end, scratch);
+    case kWeightU4: return share<FloatPath<kNibbles>>(l, r, y, y_stride, begin, end, scratch);
+    default: return share<FloatPath<kBytes>>(l, r, y, y_stride, begin, end, scratch);
+  }
+}
+
+}  // namespace qk

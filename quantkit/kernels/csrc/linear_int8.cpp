@@ -1,0 +1,130 @@
+// The int8-activation path: unsigned codes times int8 activations, summed exactly in int32 over a block of the activations,
+// then total += (sum - zero * sum(q)) * (weight scale * activation scale) in float32, block after block.
+#include "dot.h"
+#include "tile.h"
+
+namespace qk {
+namespace {
+
+enum Source { kNibbles, kBytes, kNarrowPanel, kWidePanel };  // packed U4 and U8, and both unpacked to a byte per code
+
+template <int SOURCE>
+constexpr bool kWide = SOURCE == kBytes || SOURCE == kWidePanel;
+
+// UNITS registers of outputs for M rows of x. `words` advance by `step` from one word of a unit to the next.
+template <int SOURCE, int M, int UNITS>
+inline void multiply(const Linear& l, const Rows& r, const Chunks& chunks, const Tile& t, const uint32_t* const* start) {
+  constexpr bool kPanel = SOURCE == kNarrowPanel || SOURCE == kWidePanel;
+  constexpr int kStep = kPanel ? UNITS * kWidth : kLanes;
+  constexpr int kSplit = M * UNITS <= 4 ? 2 : 1;  // independent sums per output, to hide the latency of a dot product
+  const int64_t stride = rows_q_stride(r), blocks = chunks.count;
+  const uint32_t* words[UNITS];
+  const Zeros zeros(l);
+  int64_t at[UNITS];
+  const uint8_t* zero[UNITS];
+#pragma GCC unroll 8
+  for (int u = 0; u < UNITS; ++u) {
+    words[u] = start[u];
+    at[u] = scale_of(l, unit_of(t, u));
+    zero[u] = zeros.at(at[u]);
+  }
+  const int8_t* q = r.q + t.row * stride + chunks.stored_column(t.first);
+  const float* x_scale = r.scale + t.row * blocks;
+  const int32_t* x_sum = r.sum + t.row * blocks;
+  for (Walk walk(chunks, t.first); walk.chunk < t.last; walk.next()) {
+    Ints sum[UNITS][M][kSplit] = {};
+    const int8_t* const stop = q + walk.columns();
+    for (; q < stop; q += 8) {
+#pragma GCC unroll 2
+      for (int half = 0; half < (SOURCE == kNibbles ? 1 : 2); ++half) {
+        Codes code[UNITS][2];
+#pragma GCC unroll 8
+        for (int u = 0; u < UNITS; ++u) {
+          const Words word = *reinterpret_cast<const WordsAnywhere*>(words[u]);
+          if (!kPanel) __builtin_prefetch(words[u] + kAhead);
+          words[u] += kStep;
+          code[u][0] = codes<kWide<SOURCE>>(SOURCE == kNibbles ? word & 0x0f0f0f0fu : word);
+          if (SOURCE == kNibbles) code[u][1] = codes<false>((word >> 4) & 0x0f0f0f0fu);
+        }
+#pragma GCC unroll 2
+        for (int part = 0; part < (SOURCE == kNibbles ? 2 : 1); ++part) {
+#pragma GCC unroll 12
+          for (int m = 0; m < M; ++m) {
+            const Ints x = splat_four(q + (m / 3 * 3) * stride + (m % 3) * stride + 4 * (half + part));
+#pragma GCC unroll 8
+            for (int u = 0; u < UNITS; ++u) {
+              Ints& s = sum[u][m][(half + part) % kSplit];
+              s = dot<kWide<SOURCE>>(s, code[u][part], x);
+            }
+          }
+        }
+      }
+    }
+#pragma GCC unroll 8
+    for (int u = 0; u < UNITS; ++u) {
+      const int64_t place = at[u] + walk.group * kLanes;
+      const Floats scale = load_floats(l.scales, place, l.scale_dtype);
+      const Ints minus_zero = (kDotOffset<kWide<SOURCE>> - load_bytes(zero[u] + walk.group * zeros.step)) & 0xffff;
+#pragma GCC unroll 12
+      for (int m = 0; m < M; ++m) {
+        Ints all = sum[u][m][0];
+        if (kSplit == 2) all += sum[u][m][1];
+        all = add_product(all, minus_zero, splat_int(x_sum[m * blocks + walk.chunk]));
+        FloatsAnywhere* total = reinterpret_cast<FloatsAnywhere*>(t.totals + (u * M + m) * kWidth);
+        *total = multiply_add(to_floats(all), scale * splat(x_scale[m * blocks + walk.chunk]), *total);
+      }
+    }
+  }
+}
+
+template <int SOURCE>
+struct Int8Path {
+  static constexpr int kBytes = 1, kPanelColumns = 4;  // bytes per activation; columns per word of a panel
+  static constexpr int kColumns = SOURCE == kNibbles ? 8 : 4;
+  static constexpr int kPanel = SOURCE == kNibbles ? kNarrowPanel : kWidePanel;
+
+  static int64_t chunk(const Linear&, const Rows& r) { return r.block; }
+
+  static const uint32_t* words_of(const Linear& l, int64_t unit) {
+    return static_cast<const uint32_t*>(l.codes) + unit / kParts * words_per_block(l, kColumns) + unit % kParts * kWidth;
+  }
+
+  template <int M>
+  static void direct(const Linear& l, const Rows& r, const Chunks& chunks, const Tile& t) {
+    const uint32_t* words[kDirectUnits];
+    for (int u = 0; u < kDirectUnits; ++u) words[u] = words_of(l, unit_of(t, u));
+    multiply<SOURCE, M, kDirectUnits>(l, r, chunks, t, words);
+  }
+
+  template <int M>
+  static void panel(const Linear& l, const Rows& r, const Chunks& chunks, const Tile& t) {
+    const uint32_t* words[kPanelUnits];
+    for (int u = 0; u < kPanelUnits; ++u) words[u] = t.words + u * kWidth;
+    multiply<kPanel, M, kPanelUnits>(l, r, chunks, t, words);
+  }
+
+  static void unpack(const Linear& l, const Chunks& chunks, const Tile& t, uint32_t* out) {
+    const int64_t from = chunks.stored_column(t.first), stop = chunks.stored_column(t.last);
+    for (int u = 0; u < kPanelUnits; ++u) {
+      const uint32_t* words = words_of(l, unit_of(t, u)) + from / kColumns * kLanes;
+      uint32_t* to = out + u * kWidth;
+      for (int64_t k = from; k < stop; k += kColumns, words += kLanes) {
+        const Words word = *reinterpret_cast<const WordsAnywhere*>(words);
+        *reinterpret_cast<WordsAnywhere*>(to) = SOURCE == kNibbles ? word & 0x0f0f0f0fu : word;
+        to += kPanelWidth;
+        if (SOURCE != kNibbles) continue;
+        *reinterpret_cast<WordsAnywhere*>(to) = (word >> 4) & 0x0f0f0f0fu;
+        to += kPanelWidth;
+      }
+    }
+  }
+};
+
+}  // namespace
+
+void int8_share(const Linear& l, const Rows& r, float* y, int64_t y_stride, int64_t begin, int64_t end, void* scratch) {
+  if (l.kind == kWeightU4) return share<Int8Path<kNibbles>>(l, r, y, y_stride, begin, end, scratch);
+  share<Int8Path<kBytes>>(l, r, y, y_stride, begin, end, scratch);
+}
+
+}  // namespace qk

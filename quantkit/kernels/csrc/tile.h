@@ -1,0 +1,175 @@
+// How a thread's share of a product is cut into tiles, for the int8 and the float path alike.
+//
+// A tile is a few registers ("units") of output rows times a few rows of x. With few rows of x a tile reads the packed weight
+// itself, once, along all of K. With many, the weights of a tile are unpacked, a panel of columns at a time, into scratch that
+// stays in the level-2 cache while every row of x passes. Sums are made in the same order both ways: a chunk of columns by
+// itself, then scaled and added to the total.
+#pragma once
+#include "linear.h"
+#include "vector.h"
+
+namespace qk {
+
+constexpr int kPanelUnits = 2;                             // units of a tile that reads a panel
+constexpr int kPanelWidth = kPanelUnits * kWidth;          // its output rows
+constexpr int kPanelRows = kWidth == 16 ? 12 : 4;          // its rows of x, at most
+constexpr int kFewRows = kWidth == 16 ? 8 : 4;             // up to so many rows of x, the packed weight is read directly
+constexpr int kDirectUnits = kParts < 2 ? kParts : 2;       // units of a tile that reads the packed weight: one stream
+constexpr int64_t kAhead = 1024;                           // words of the packed weight that are fetched ahead of their use
+constexpr int64_t kPanelBytes = 1 << 16;
+constexpr int64_t kSpareStride = kPanelBytes / 4 / kPanelWidth + 16;  // a panel's columns of float x, for a copy of them
+constexpr int64_t kSpareBytes = kPanelRows * kSpareStride * 4;
+constexpr int64_t kSlabRows = (kShareScratchBytes - kPanelBytes - kSpareBytes) / 4 / kPanelWidth / kPanelRows * kPanelRows;
+constexpr int64_t kSlabBytes = 3 << 17;                    // of x, that stay in the level-2 cache while panels change
+
+// Columns in the order they are summed: a group, padded to `padded` columns, is cut into chunks of `length`.
+struct Chunks {
+  int64_t padded, length, per_group, count;
+  Chunks(const Linear& l, int64_t chunk)
+      : padded(round_up(l.group, 8)),
+        length(chunk < padded ? chunk : padded),
+        per_group((padded + length - 1) / length),
+        count(l.columns / l.group * per_group) {}
+  int64_t stored_column(int64_t chunk) const { return chunk / per_group * padded + chunk % per_group * length; }
+};
+
+// A walk over chunks [first, last).
+struct Walk {
+  const Chunks& chunks;
+  int64_t chunk, group, part;
+  Walk(const Chunks& c, int64_t first) : chunks(c), chunk(first), group(first / c.per_group), part(first % c.per_group) {}
+  int64_t first_column() const { return part * chunks.length; }  // of the group
+  int64_t columns() const {                                      // stored ones
+    const int64_t left = chunks.padded - first_column();
+    return left < chunks.length ? left : chunks.length;
+  }
+  void next() {
+    ++chunk;
+    if (++part == chunks.per_group) part = 0, ++group;
+  }
+};
+
+struct Tile {
+  const uint32_t* words;  // where the first chunk begins
+  int64_t unit, last_unit;
+  int64_t row;  // of x
+  int64_t first, last;  // chunks
+  float* totals;        // [unit][row of x][kWidth], added to
+  void* spare;          // kSpareBytes
+};
+
+inline int64_t words_per_block(const Linear& l, int columns_per_word) {
+  return l.columns / l.group * round_up(l.group, 8) / columns_per_word * kLanes;
+}
+
+// Units past the last one are taken to be the last one; nobody stores what they make.
+inline int64_t unit_of(const Tile& t, int u) { return t.unit + u < t.last_unit ? t.unit + u : t.last_unit - 1; }
+
+// Scales and zero points of a unit's first group; a group further is kLanes further.
+inline int64_t scale_of(const Linear& l, int64_t unit) {
+  return unit / kParts * (l.columns / l.group) * kLanes + unit % kParts * kWidth;
+}
+
+// Zero points of a unit by group: the stored ones, or the one that serves all over and over.
+struct Zeros {
+  alignas(16) uint8_t code[kWidth];
+  const uint8_t* stored;
+  int64_t step;
+  explicit Zeros(const Linear& l) : stored(l.zeros), step(l.zeros ? kLanes : 0) {
+    for (uint8_t& c : code) c = static_cast<uint8_t>(l.zero_code);
+  }
+  const uint8_t* at(int64_t place) const { return step ? stored + place : code; }
+};
+
+inline void store_tile(const Linear& l, const Tile& t, int units, int rows, float* y, int64_t y_stride) {
+  for (int u = 0; u < units && t.unit + u < t.last_unit; ++u) {
+    const int64_t at = (t.unit + u) * kWidth, count = l.rows - at;
+    for (int m = 0; m < rows; ++m) {
+      Floats total = *reinterpret_cast<const FloatsAnywhere*>(t.totals + (u * rows + m) * kWidth);
+      float* out = y + (t.row + m) * y_stride + at;
+      if (count >= kWidth) {
+        if (l.bias) total += *reinterpret_cast<const FloatsAnywhere*>(l.bias + at);
+        *reinterpret_cast<FloatsAnywhere*>(out) = total;
+      } else {
+        for (int64_t i = 0; i < count; ++i) out[i] = l.bias ? total[i] + l.bias[at + i] : total[i];
+      }
+    }
+  }
+}
+
+template <class Path, int M>
+void direct_rows(const Linear& l, const Rows& r, const Chunks& chunks, Tile& t, float* y, int64_t y_stride) {
+  for (; t.row + M <= r.m; t.row += M) {
+    alignas(64) float totals[M * kDirectUnits * kWidth] = {};
+    t.totals = totals;
+    Path::template direct<M>(l, r, chunks, t);
+    store_tile(l, t, kDirectUnits, M, y, y_stride);
+  }
+  if constexpr (M > 1) direct_rows<Path, M / 2>(l, r, chunks, t, y, y_stride);
+}
+
+template <class Path>
+void direct_share(const Linear& l, const Rows& r, float* y, int64_t y_stride, int64_t first, int64_t last) {
+  const Chunks chunks(l, Path::chunk(l, r));
+  for (int64_t unit = first; unit < last; unit += kDirectUnits) {
+    Tile t{nullptr, unit, last, 0, 0, chunks.count, nullptr, nullptr};
+    direct_rows<Path, kFewRows>(l, r, chunks, t, y, y_stride);
+  }
+}
+
+template <class Path, int M>
+void panel_rows(const Linear& l, const Rows& r, const Chunks& chunks, Tile& t, int64_t last_row) {
+  for (; t.row + M <= last_row; t.row += M, t.totals += M * kPanelWidth) Path::template panel<M>(l, r, chunks, t);
+  if constexpr (M > 8)
+    panel_rows<Path, 8>(l, r, chunks, t, last_row);
+  else if constexpr (M > 1)
+    panel_rows<Path, M / 2>(l, r, chunks, t, last_row);
+}
+
+// The totals of a slab, in the order that panel_rows made them.
+template <int M>
+void store_rows(const Linear& l, Tile& t, float* y, int64_t y_stride, int64_t last_row) {
+  for (; t.row + M <= last_row; t.row += M, t.totals += M * kPanelWidth) store_tile(l, t, kPanelUnits, M, y, y_stride);
+  if constexpr (M > 8)
+    store_rows<8>(l, t, y, y_stride, last_row);
+  else if constexpr (M > 1)
+    store_rows<M / 2>(l, t, y, y_stride, last_row);
+}
+
+template <class Path>
+void panel_share(const Linear& l, const Rows& r, float* y, int64_t y_stride, int64_t first, int64_t last, void* scratch) {
+  const Chunks chunks(l, Path::chunk(l, r));
+  uint32_t* panel = static_cast<uint32_t*>(scratch);
+  char* spare = static_cast<char*>(scratch) + kPanelBytes;
+  float* totals = reinterpret_cast<float*>(spare + kSpareBytes);
+  const int64_t most = kPanelBytes / 4 / kPanelWidth * Path::kPanelColumns / chunks.length;  // chunks of a panel
+  int64_t slab = kSlabBytes / (Path::kBytes * l.columns) / kPanelRows * kPanelRows;
+  slab = slab < 2 * kPanelRows ? 2 * kPanelRows : slab < kSlabRows ? slab : kSlabRows;
+  for (int64_t row = 0; row < r.m; row += slab) {
+    const int64_t last_row = row + slab < r.m ? row + slab : r.m;
+    for (int64_t unit = first; unit < last; unit += kPanelUnits) {
+      memset(totals, 0, static_cast<size_t>((last_row - row) * kPanelWidth) * sizeof(float));
+      Tile t{panel, unit, last, row, 0, 0, totals, spare};
+      for (int64_t chunk = 0; chunk < chunks.count; chunk += most) {
+        t.first = chunk, t.last = chunk + most < chunks.count ? chunk + most : chunks.count;
+        t.row = row, t.totals = totals;
+        Path::unpack(l, chunks, t, panel);
+        panel_rows<Path, kPanelRows>(l, r, chunks, t, last_row);
+      }
+      t.row = row, t.totals = totals;
+      store_rows<kPanelRows>(l, t, y, y_stride, last_row);
+    }
+  }
+}
+
+template <class Path>
+void share(const Linear& l, const Rows& r, float* y, int64_t y_stride, int64_t begin, int64_t end, void* scratch) {
+  if (r.m <= kFewRows) return direct_share<Path>(l, r, y, y_stride, begin * kParts, end * kParts);
+  panel_share<Path>(l, r, y, y_stride, begin * kParts, end * kParts, scratch);
+}
+
+// The two paths, each in a file of its own so that they compile side by side.
+void int8_share(const Linear&, const Rows&, float* y, int64_t y_stride, int64_t begin, int64_t end, void* scratch);
+void float_share(const Linear&, const Rows&, float* y, int64_t y_stride, int64_t begin, int64_t end, void* scratch);
+
+}  // namespace qk

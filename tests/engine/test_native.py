@@ -1,0 +1,129 @@
+"""The native engine: transformers' own greedy tokens, when it is chosen, and that it notices a model that changed."""
+
+import itertools
+import logging
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from quantkit.engine.native import NativeBackend
+from quantkit.engine.step import Memory, OneSequence
+from quantkit.errors import QuantkitError
+from quantkit.evaluation import compare_latency
+from quantkit.generation import generate
+from quantkit.hf import backend as chooser
+from quantkit.hf.backend import describe_engine, make_backend
+from quantkit.hf.native import native_decoder
+from quantkit.hf.paged import PagedBackend
+from tests.tiny import FAMILIES, VOCAB, tiny_llama
+
+CLAIMED = [name for name in FAMILIES if name not in ("gpt2", "gpt_neox", "opt", "falcon", "gpt_oss")]
+
+
+def prompt_of(length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, VOCAB, (length,), generator=torch.Generator().manual_seed(seed))
+
+
+def theirs(model: PreTrainedModel, prompt: torch.Tensor, count: int, **options) -> list[int]:
+    options = {"eos_token_id": None, "do_sample": False, **options}
+    sequence = model.generate(prompt[None], attention_mask=torch.ones_like(prompt[None]), max_new_tokens=count, **options)
+    return sequence[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("length", [5, 40])  # shorter and longer than the sliding windows (8) of those that have one
+@pytest.mark.parametrize("family", CLAIMED)
+def test_greedy_equals_transformers(family, length):
+    model, prompt = FAMILIES[family](), prompt_of(length)
+    model.generation_config.eos_token_id = None
+    model.config.eos_token_id = None
+    assert generate(model, prompt, engine="native", max_new_tokens=12).ids == theirs(model, prompt, 12)
+    varied = generate(model, prompt, engine="native", max_new_tokens=16, repetition_penalty=4.0).ids
+    assert varied == theirs(model, prompt, 16, repetition_penalty=4.0)
+    assert len(set(varied)) > 4  # without the penalty some of these random models only repeat themselves
+
+
+def logits_of(model: PreTrainedModel, prompt: torch.Tensor, cuts: list[int], **options) -> torch.Tensor:
+    """Logits after every cut of the prompt, the last at its end."""
+    step = OneSequence(make_backend(model, **options), len(prompt))
+    return torch.cat([step(prompt[a:b].tolist(), a) for a, b in itertools.pairwise([0, *cuts])])
+
+
+def test_a_prompt_in_chunks_and_in_one_piece_to_the_last_bit():
+    model, prompt = tiny_llama(max_position_embeddings=2048), prompt_of(1100)
+    with torch.inference_mode():
+        want = model(prompt[None]).logits[:, -1]
+    whole = logits_of(model, prompt, [1100], engine="native")
+    torch.testing.assert_close(whole, want, atol=2e-5, rtol=1e-4)
+    assert torch.equal(logits_of(model, prompt, list(range(100, 1101, 100)), engine="native")[-1:], whole)
+
+
+def test_misuse_is_named():
+    for options in ({"engine": "fast"}, {"activations": "int4"}):
+        with pytest.raises(QuantkitError, match="want one of"):
+            make_backend(tiny_llama(), **options)
+    with pytest.raises(QuantkitError, match="only the native engine"):
+        make_backend(tiny_llama(), engine="modules", activations="int8")
+    with pytest.raises(QuantkitError, match="pages of 4 tokens: the native engine has pages of 32"):
+        make_backend(tiny_llama(), engine="native").reserve(Memory(4, 4, 1))
+    with pytest.raises(QuantkitError, match="it stores keys and values in float or int8"):
+        make_backend(tiny_llama(), "int4", engine="native")
+
+
+def test_a_model_without_a_program_says_so_once_and_is_counted(caplog, monkeypatch):
+    monkeypatch.setattr(chooser, "FALLBACKS", type(chooser.FALLBACKS)())
+    model = FAMILIES["gpt2"]()
+    with caplog.at_level(logging.WARNING, logger="quantkit"):
+        for _ in range(3):
+            assert isinstance(make_backend(model), PagedBackend)
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 1
+    assert "learned positions" in said[0]
+    assert list(chooser.FALLBACKS.values()) == [3]
+    with pytest.raises(QuantkitError, match=r"cannot run natively.*learned positions.*engine='modules'"):
+        make_backend(model, engine="native")
+    assert describe_engine(model).startswith("modules: ")
+    assert describe_engine(tiny_llama()) == "native: 2 layers in one call per step"
+
+
+def test_hooks_are_not_bypassed():
+    model, seen = tiny_llama(), []
+    handle = model.model.layers[0].mlp.register_forward_hook(lambda module, args, output: seen.append(1))
+    assert isinstance(make_backend(model), PagedBackend)
+    handle.remove()
+    assert isinstance(make_backend(model), NativeBackend)
+    model.model.layers[1].register_forward_pre_hook(lambda module, args: seen.append(1))
+    assert isinstance(make_backend(model), PagedBackend)  # though there is a decoder by now
+
+
+def test_a_decoder_is_kept_until_the_model_changes():
+    model, prompt = tiny_llama(), prompt_of(8)
+    decoder = native_decoder(model)
+    assert native_decoder(model) is decoder
+    before = logits_of(model, prompt, [8])
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.mul_(2.0)  # written to
+    changed = logits_of(model, prompt, [8])
+    assert not torch.equal(changed, before)
+    torch.testing.assert_close(changed, logits_of(model, prompt, [8], engine="modules"), atol=2e-5, rtol=1e-4)
+    model.model.norm.weight = torch.nn.Parameter(model.model.norm.weight * 3.0)  # replaced
+    again = logits_of(model, prompt, [8], engine="modules")
+    torch.testing.assert_close(logits_of(model, prompt, [8]), again, atol=2e-5, rtol=1e-4)
+
+
+def test_generate_and_bench_use_it_and_say_so():
+    model, prompt = tiny_llama(), prompt_of(6)
+    want = theirs(model, prompt, 8)
+    for engine in ("auto", "native", "modules"):
+        assert generate(model, prompt, max_new_tokens=8, stop=(), engine=engine).ids[:8] == cut(want, model)
+    found = compare_latency({"a": model}, context=8, new_tokens=2, rounds=1)
+    assert found["a"].engine == "native"
+    assert compare_latency({"a": model}, context=8, new_tokens=2, rounds=1, engine="modules")["a"].engine == "modules"
+    rounded = compare_latency({"a": model}, context=8, new_tokens=2, rounds=1, activations="int8")
+    assert rounded["a"].engine == "native, int8 activations"
+
+
+def cut(ids: list[int], model: PreTrainedModel) -> list[int]:
+    """What is left where the end-of-sequence token ends a generation."""
+    end = model.config.eos_token_id
+    return ids[: ids.index(end) + 1] if end in ids else ids
