@@ -1,0 +1,99 @@
+"""What drafters guess, and how many guesses they are asked for."""
+
+import pytest
+
+from quantkit.engine.drafters import DRAFTERS, Ask, DraftLength
+from quantkit.engine.drafters.model import ModelDrafter
+from quantkit.engine.drafters.ngram import NgramDrafter
+from quantkit.engine.sampling import Noise, Sampling
+from quantkit.errors import QuantkitError
+from quantkit.generation import generate
+from quantkit.hf.backend import make_backend
+from tests.tiny import build, tiny_llama
+
+
+def ask(ids, count, number=0, slot=0) -> Ask:
+    return Ask(number, slot, ids, count, Sampling(), Noise(Sampling()))
+
+
+@pytest.mark.parametrize(
+    ("ids", "count", "want"),
+    [
+        ([1, 2, 3, 4, 9, 1, 2], 3, [3, 4, 9]),
+        ([1, 2, 5, 1, 2, 6, 1, 2], 2, [6, 1]),  # the most recent occurrence
+        ([7, 1, 2, 5, 8, 1, 2, 6, 7, 1, 2], 1, [5]),  # a longer match before a more recent one
+        ([4, 5, 4, 5], 5, [4, 5, 4, 5, 4]),  # what repeats goes on repeating
+        ([3, 3, 3], 4, [3, 3, 3, 3]),
+        ([1, 2, 3, 4], 3, []),
+        ([1], 3, []),
+        ([1, 9, 1], 3, []),  # one token alone is no n-gram
+    ],
+)
+def test_ngrams_are_looked_up_at_once_or_as_the_text_grows(ids, count, want):
+    assert NgramDrafter().propose([ask(ids, count)]) == [want]
+    growing = NgramDrafter()
+    for end in range(1, len(ids)):
+        growing.propose([ask(ids[:end], 1)])
+    assert growing.propose([ask(ids, count)]) == [want]
+
+
+def test_sequences_do_not_mix_and_are_forgotten():
+    drafter = NgramDrafter()
+    texts = {0: [1, 2, 3, 1, 2], 1: [1, 2, 4, 1, 2]}
+    assert drafter.propose([ask(ids, 1, number) for number, ids in texts.items()]) == [[3], [4]]
+    drafter.forget(0)
+    assert drafter.propose([ask([1, 2, 5, 1, 2], 1, 0)]) == [[5]]
+    with pytest.raises(QuantkitError, match="n-grams of 3 to 2 tokens"):
+        NgramDrafter(2, 3)
+
+
+def test_draft_lengths_follow_what_was_right():
+    length = DraftLength(8)
+    assert length.ask() == DraftLength.START == 4
+    for expected in (6, 8, 8):
+        length.observe(length.ask(), length.ask())
+        assert length.ask() == expected
+    length.observe(8, 3)
+    assert length.ask() == 3
+    length.observe(3, 0)
+    assert length.ask() == 1
+
+
+def test_text_that_cannot_be_guessed_is_hardly_drafted():
+    length, drafted = DraftLength(8), 0
+    for _ in range(1000):
+        count = length.ask()
+        if count:
+            drafted += count
+            length.observe(count, 0)
+    assert drafted < 20
+    while not (count := length.ask()):
+        pass
+    length.observe(count, count)  # the text has changed: back to work at once
+    assert length.ask() > count
+
+
+def test_a_model_that_drafts_for_itself_is_always_right_across_slots_and_rewinds():
+    model = tiny_llama()
+    drafter = ModelDrafter(make_backend(model), 2, 64, step_tokens=4)
+    prompts = [[5, 6, 7, 8, 9, 10, 11], [12, 13]]
+    want = [generate(model, prompt, max_new_tokens=6).ids for prompt in prompts]
+    asks = [ask(prompt, 6, number, slot=number) for number, prompt in enumerate(prompts)]
+    assert drafter.propose(asks) == want
+    partly = [*prompts[0], *want[0][:2], 50]  # two guesses were right, the third was not
+    assert drafter.propose([ask(partly, 3)]) == [generate(model, partly, max_new_tokens=3).ids]
+    taken = drafter.propose([ask(prompts[1], 4, number=7, slot=0)])  # another sequence in the slot
+    assert taken == [want[1][:4]]
+    drafter.forget(7)
+    assert drafter.propose([ask(prompts[0], 2, number=8, slot=0)]) == [want[0][:2]]
+    assert drafter.propose([ask([1] * 63, 4, number=9)])[0][1:] == []  # the end of the context
+    assert drafter.propose([ask([1] * 64, 4, number=9)]) == [[]]
+
+
+def test_a_model_that_cannot_go_back_cannot_draft():
+    mamba = build("mamba", num_key_value_heads=None, head_dim=None, max_position_embeddings=None, state_size=8)
+    with pytest.raises(QuantkitError, match="cannot go back to an earlier token"):
+        ModelDrafter(make_backend(mamba), 1, 64)
+    with pytest.raises(QuantkitError, match="give the smaller model itself"):
+        generate(tiny_llama(), [1, 2], drafter="model")
+    assert DRAFTERS.names() == ["model", "ngram"]
