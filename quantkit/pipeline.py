@@ -20,6 +20,7 @@ from quantkit.calibrate.data import Batch, encoder, load_texts, text_default, to
 from quantkit.calibrate.data import fingerprint as data_fingerprint
 from quantkit.calibrate.statistics import load_statistics
 from quantkit.calibrate.walk import SiteStatistics
+from quantkit.distill import Distill, distill, teach
 from quantkit.errors import CalibrationError, SpecError
 from quantkit.evaluation.coverage import CoverageRow
 from quantkit.hf.blocks import check_chain

@@ -1,0 +1,103 @@
+r"""Quantized weights whose scales are being learned: stand-ins for ``QuantLinear`` and ``QuantWeight`` while a model is tuned.
+
+Codes and zero points stay; every block of weights has one unknown, the relative change :math:`\theta` of its scale,
+
+.. math:: W = (q - z)\, s\, (1 + \theta), \qquad
+    \frac{\partial L}{\partial \theta} = s \sum_{\text{block}} (q - z) \odot \frac{\partial L}{\partial W},
+    \qquad \frac{\partial L}{\partial W} = \Big(\frac{\partial L}{\partial y}\Big)^T x
+
+The gradient of W is reduced to the gradient of :math:`\theta` layer by layer in the backward pass and never kept. The weight is
+computed from scales rounded to their stored dtype, so what is learned is what will be stored (the rounding itself counts as
+the identity in the gradient). A relative unknown makes one learning rate fit all layers.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantkit.numerics import grid
+from quantkit.qtensor import QTensor
+
+
+class TunedWeight(nn.Module):
+    """The weight of one site with learnable scales.
+
+    Args:
+        qtensor: where learning starts, (out, in) or (experts, out, in).
+        dtype: dtype that products run in.
+
+    Attributes:
+        change: theta, float32 of the scale's shape; the only parameter.
+        weight: the weight for the present ``change``; :meth:`refresh` computes it anew.
+    """
+
+    def __init__(self, qtensor: QTensor, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.qtensor = qtensor
+        rows, cols = grid.block_size(qtensor.spec, qtensor.shape)
+        *lead, out, features = qtensor.shape
+        self.split = (*lead, out // rows, rows, features // cols, cols)
+        integer = torch.int8 if qtensor.spec.bits < 8 else torch.int16
+        levels = qtensor.codes().to(integer).view(self.split)
+        if qtensor.zero_point is None:
+            levels -= grid.zero_code(qtensor.spec)
+        else:
+            levels -= qtensor.zero_point[..., :, None, :, None].to(integer)
+        self.levels, self.start = levels, qtensor.scale.float()
+        self.change = nn.Parameter(torch.zeros_like(self.start))
+        self.weight = torch.empty(qtensor.shape, dtype=dtype, device=levels.device)
+        self.refresh()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(out, in) or (experts, out, in)."""
+        return self.qtensor.shape
+
+    def scale(self) -> Tensor:
+        """Return the present scales in the dtype they are stored in."""
+        return grid.round_scale(self.start * (1 + self.change.detach()), self.qtensor.spec.scale_dtype)
+
+    def refresh(self) -> None:
+        """Compute :attr:`weight` from the present scales; call it after every step."""
+        torch.mul(self.levels, self.scale()[..., :, None, :, None].float(), out=self.weight.view(self.split))
+
+    def matmul(self, x: Tensor, expert: int | None = None) -> Tensor:
+        """Return ``x @ w.T`` (``x @ w[expert].T``) for x (..., in); the gradient reaches x and :attr:`change`."""
+        change = self.change if expert is None else self.change[expert]
+        return _Product.apply(x, change, self, expert)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class TunedLinear(nn.Module):
+    """A linear layer around a :class:`TunedWeight`: ``y = x @ w.T + bias``."""
+
+    def __init__(self, weight: TunedWeight, bias: Tensor | None) -> None:
+        super().__init__()
+        self.tuned, self.bias = weight, bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (..., out) for x (..., in)."""
+        y = self.tuned.matmul(x)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+class _Product(torch.autograd.Function):
+    """``x @ w.T`` whose backward reduces the gradient of the weight to that of its scales."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, change: Tensor, owner: TunedWeight, expert: int | None) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.owner, ctx.expert = owner, expert
+        weight = owner.weight if expert is None else owner.weight[expert]
+        return x @ weight.T
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, Tensor, None, None]:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        owner, expert = ctx.owner, ctx.expert
+        weight, levels, start = owner.weight, owner.levels, owner.start
+        if expert is not None:
+            weight, levels, start = weight[expert], levels[expert], start[expert]
+        by_weight = slope.flatten(0, -2).T @ x.flatten(0, -2)
+        by_scale = torch.einsum("arbc,arbc->ab", by_weight.view(levels.shape).float(), levels.float())
+        return slope @ weight if ctx.needs_input_grad[0] else None, by_scale * start, None, None
