@@ -25,6 +25,7 @@ RECIPES: dict[str, dict] = {
     "rtn": {"quantizer": "rtn"},
     "rtn-importance": {"quantizer": "rtn-importance"},
     "gptq": {"quantizer": "gptq"},
+    "gptq+distill": {"quantizer": "gptq", "distill": {"steps": 48, "windows": 2}},
 }
 """Row name to what :func:`quantkit.quantize` is called with; ``options`` go to the quantizer."""
 
@@ -102,6 +103,7 @@ def calibration_ids(job: dict):
 
 def run_quantkit(job: dict) -> dict:
     import quantkit
+    from quantkit.distill import Distill
     from quantkit.hf.load import load_float
     from quantkit.quantizers.base import QUANTIZERS
 
@@ -109,10 +111,10 @@ def run_quantkit(job: dict) -> dict:
     ids = calibration_ids(job)
     model, tokenizer = load_float(Path(job["work"]) / "float")
     quantizer = QUANTIZERS.get(recipe["quantizer"])(**{**recipe.get("options", {}), **job["options"]})
-    others = {key: value for key, value in recipe.items() if key not in ("quantizer", "options")}
+    distill = Distill(**recipe["distill"]) if "distill" in recipe else None
     start = time.perf_counter()
     result = quantkit.quantize(
-        model, job["scheme"], quantizer=quantizer, data=list(ids.split(8)), tokenizer=tokenizer, **others
+        model, job["scheme"], quantizer=quantizer, distill=distill, data=list(ids.split(8)), tokenizer=tokenizer
     )
     cost = {"seconds": time.perf_counter() - start, "peak_mib": peak_mib()}
     quantkit.save(result.model, job["out"], tokenizer=tokenizer, overwrite=True)

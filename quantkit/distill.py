@@ -110,7 +110,7 @@ def teach(
     return [[Lesson(ids, next(hidden)) for ids in step] for step in by_step]
 
 
-def distill(
+def learn_scales(
     model: nn.Module,
     structure: Structure,
     results: Mapping[str, Quantized],
@@ -161,7 +161,8 @@ def distill(
     for site in sites:
         scale = tuned[site.name].scale().cpu()
         done[site.name] = replace(done[site.name], qtensor=replace(done[site.name].qtensor, scale=scale))
-        _quantized_module(model, site).scale = scale.to(_quantized_module(model, site).scale.device)
+        module = _quantized_module(model, site)
+        module.scale = scale.to(module.scale.device)
     log.info("distillation: KL %.4f in the first step, %.4f in the last", losses[0], losses[-1])
     return done, tuple(losses)
 
