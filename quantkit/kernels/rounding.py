@@ -28,7 +28,7 @@ def search_qparams(
     refit: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """Choose scale and zero point of every block; see :func:`quantkit.numerics.search.search_qparams`."""
-    if weight.device.type != "cpu" or spec.block[0] != 1 or not _compiled():
+    if weight.device.type != "cpu" or spec.block[0] != 1 or not compiled("grid search and GPTQ"):
         return search.search_qparams(weight, spec, importance, ratios=ratios, refit=refit)
     rows, columns = weight.shape
     _, group = grid.block_size(spec, (rows, columns))
@@ -60,7 +60,7 @@ def search_qparams(
 
 def sweep(weight: Tensor, qparams: tuple[Tensor, Tensor | None], spec: QuantSpec, order: Tensor, factor: Tensor) -> Tensor:
     """Round column by column, feeding errors forward; see :func:`quantkit.numerics.sweep.sweep`."""
-    if weight.device.type != "cpu" or not _compiled():
+    if weight.device.type != "cpu" or not compiled("grid search and GPTQ"):
         return plain.sweep(weight, qparams, spec, order, factor)
     rows, columns = weight.shape
     lanes = build.library().qk_sweep_rows()
@@ -94,10 +94,11 @@ def sweep(weight: Tensor, qparams: tuple[Tensor, Tensor | None], spec: QuantSpec
     return result.T.contiguous()
 
 
-def _compiled() -> bool:
+def compiled(what: str) -> bool:
+    """Say whether the compiled library is there; if not, log once that ``what`` is slow, and why."""
     try:
         build.library()
     except KernelError as error:
-        build.warn_once(f"grid search and GPTQ run in plain torch, many times slower: {error}")
+        build.warn_once(f"{what}: run in plain torch, many times slower: {error}")
         return False
     return True

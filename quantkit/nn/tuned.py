@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantkit.kernels.learning import expand_groups, reduce_groups
 from quantkit.numerics import grid
 from quantkit.qtensor import QTensor
 
@@ -60,7 +61,7 @@ class TunedWeight(nn.Module):
 
     def refresh(self) -> None:
         """Compute :attr:`weight` from the present scales; call it after every step."""
-        torch.mul(self.levels, self.scale()[..., :, None, :, None].float(), out=self.weight.view(self.split))
+        expand_groups(self.levels, self.scale().float(), self.weight.view(self.split))
 
     def matmul(self, x: Tensor, expert: int | None = None) -> Tensor:
         """Return ``x @ w.T`` (``x @ w[expert].T``) for x (..., in); the gradient reaches x and :attr:`change`."""
@@ -99,5 +100,5 @@ class _Product(torch.autograd.Function):
         if expert is not None:
             weight, levels, start = weight[expert], levels[expert], start[expert]
         by_weight = slope.flatten(0, -2).T @ x.flatten(0, -2)
-        by_scale = torch.einsum("arbc,arbc->ab", by_weight.view(levels.shape).float(), levels.float())
+        by_scale = reduce_groups(levels, by_weight.view(levels.shape))
         return slope @ weight if ctx.needs_input_grad[0] else None, by_scale * start, None, None
