@@ -29,10 +29,10 @@ from torch import Tensor, nn
 from quantkit.blockwise import Chain, Compute
 from quantkit.errors import CalibrationError
 from quantkit.hf.blocks import call_block, cast_call, finish, record_block_calls
+from quantkit.kernels.learning import divergence_gradient
 from quantkit.nn.linear import QuantLinear, QuantWeight
 from quantkit.nn.sites import Site, Structure
 from quantkit.nn.tuned import TunedLinear, TunedWeight
-from quantkit.kernels.learning import divergence_gradient
 from quantkit.progress import Progress, ProgressCallback
 from quantkit.quantizers.base import Quantized
 

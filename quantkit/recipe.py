@@ -32,6 +32,7 @@ from typing import Annotated, Any, Literal, cast, get_args
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from quantkit.distill import Distill
 from quantkit.errors import RecipeError, SpecError, nearest
 from quantkit.located_yaml import Located, read_located
 from quantkit.nn.sites import Site, Structure
@@ -160,6 +161,20 @@ class Calibration(_Section):
     mode: Literal["packed", "ragged"] = "packed"
 
 
+class Distillation(_Section):
+    """Scales learned end to end after quantizing; see :mod:`quantkit.distill`."""
+
+    steps: Positive = Distill.steps
+    windows: Positive = Distill.windows
+    rate: Annotated[float, Field(gt=0, lt=1)] = Distill.rate
+    dtype: Literal["auto", "float32", "bfloat16"] = Distill.dtype
+    seed: int = Distill.seed
+
+    def build(self) -> Distill:
+        """Return the settings that :func:`quantkit.quantize` takes."""
+        return Distill(**self.model_dump())
+
+
 class Output(_Section):
     """Where the checkpoint goes, and in which format."""
 
@@ -201,6 +216,7 @@ class Recipe(_Section):
     scheme: SchemeChoice = SchemeChoice(name="w4a16")
     group_size: int | None = None
     quantizer: QuantizerChoice = Field(default_factory=QuantizerChoice)
+    distill: Distillation | None = None
     rules: list[Rule] = []
     calibration: Calibration = Calibration()
     output: Output

@@ -61,6 +61,8 @@ def plan_recipe(recipe: Recipe) -> Preview:
         resolution.plan,
         format=recipe.output.format,
         calibration_tokens=calibration.samples * calibration.length if recipe.quantizer.build().needs else 0,
+        distill=recipe.distill.build() if recipe.distill else None,
+        length=calibration.length,
         batch_size=calibration.batch_size,
         reasons=resolution.skipped,
     )
@@ -94,6 +96,7 @@ def run_recipe(recipe: Recipe, progress: ProgressCallback = ignore) -> Outcome:
     result = quantize(
         model,
         quantizer=recipe.quantizer.build(),
+        distill=recipe.distill.build() if recipe.distill else None,
         plan=preview.resolution.plan,
         ignore=tuple(preview.resolution.skipped),
         data=calibration.data,

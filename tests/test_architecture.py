@@ -20,7 +20,7 @@ FLOORS = (
     {"kernels", "nn"},
     {"calibrate", "engine", "formats", "quantizers"},
     {"hf"},
-    {"blockwise", "checkpoint", "evaluation", "generation", "models", "pipeline", "plan", "proof", "resume"},
+    {"blockwise", "checkpoint", "distill", "evaluation", "generation", "models", "pipeline", "plan", "proof", "resume"},
     {"__main__", "cli", "demo", "doctor", "forecast", "located_yaml", "recipe", "report", "run", "templates"},
 )
 BLIND = {"calibrate", "engine", "formats", "quantizers"}

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from quantkit.distill import Distill
 from quantkit.errors import QuantkitError, RecipeError, SpecError
 from quantkit.nn.sites import Block, Site, Structure
 from quantkit.quantizers.gptq import GPTQ
@@ -39,6 +40,13 @@ def recipe(tmp_path: Path, text: str = "") -> Recipe:
     return load_recipe(write(tmp_path, MINIMAL + text))
 
 
+def test_distillation_is_off_by_default_and_takes_the_settings_given(tmp_path):
+    assert recipe(tmp_path).distill is None
+    given = recipe(tmp_path, "distill: {steps: 7, rate: 0.001}\n").distill
+    assert given is not None
+    assert given.build() == Distill(steps=7, rate=0.001)
+
+
 def test_defaults_are_the_documented_ones(tmp_path):
     found = recipe(tmp_path)
     assert (found.scheme.name, found.quantizer.name, found.output.format) == ("w4a16", "gptq", "compressed-tensors")
@@ -57,6 +65,8 @@ def test_defaults_are_the_documented_ones(tmp_path):
             MINIMAL + "rules:\n- {match: a, skip: true}\n- {mach: b}\n",
             "/recipe.yaml:5:4: rules.1.mach: unknown key; did you mean 'match'?",
         ),
+        (MINIMAL + "distill: {steps: 4, rat: 3}\n", "distill.rat: unknown key; did you mean 'rate'?"),
+        (MINIMAL + "distill: {steps: 0}\n", "distill.steps: Input should be greater than 0; got 0"),
         (MINIMAL + "scheme: {name: w4a16, groupsize: 3}\n", "scheme.groupsize: unknown key; did you mean 'group_size'?"),
         (MINIMAL + "scheme: w4a61\n", "/recipe.yaml:3:1: scheme: unknown scheme 'w4a61'; did you mean 'w4a16'?"),
         (MINIMAL + "scheme: {dtype: int44}\n", "unknown dtype 'int44'; did you mean 'int4'?"),

@@ -1,8 +1,8 @@
 """The passes through memory that learning scales needs, compiled for the CPU, in plain torch elsewhere.
 
 They do what their plain forms say up to the rounding of float32 sums: :func:`divergence_gradient` that of
-:mod:`quantkit.numerics.divergence`, the other two the formulas of :mod:`quantkit.nn.tuned`. Plain torch goes through memory once
-for every operation, which with small steps costs as much as the products.
+:mod:`quantkit.numerics.divergence`, the other two the formulas of :mod:`quantkit.nn.tuned`. Plain torch goes through memory
+once for every operation, which with small steps costs as much as the products.
 """
 
 import torch

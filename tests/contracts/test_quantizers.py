@@ -124,11 +124,19 @@ def test_gptq_compensates_and_activation_order_helps() -> None:
     assert losses["ordered"] < 0.8 * losses["rtn"]
 
 
+@pytest.mark.parametrize("spec", [SPECS[1], SPECS[2], SPECS[4], SPECS[5]], ids=QuantSpec.describe)
+def test_rounds_of_descent_lower_the_error_every_time(spec: QuantSpec) -> None:
+    weight, statistics = problem(out=64, features=256, seed=4)
+    losses = [quantize_site(GPTQ(rounds=rounds), "s", weight, spec, statistics).loss for rounds in range(4)]
+    assert losses[3] <= losses[2] <= losses[1] <= losses[0]
+    assert losses[1] < 0.99 * losses[0]
+
+
 def test_gptq_matches_the_unblocked_algorithm() -> None:
     """Algorithm 1 written as plainly as possible, in float64, gives the same codes."""
     weight, statistics = problem(out=12, features=96, seed=7)
     spec = QuantSpec("int4", (1, 32), symmetric=False)
-    result = quantize_site(GPTQ(), "s", weight, spec, statistics).qtensor
+    result = quantize_site(GPTQ(rounds=0), "s", weight, spec, statistics).qtensor
     hessian = statistics.results["hessian"].double()
     order = statistics.results["hessian"].diagonal().argsort(descending=True, stable=True)
     hessian = hessian[order][:, order] + 0.01 * hessian.diagonal().mean() * torch.eye(96, dtype=torch.float64)
