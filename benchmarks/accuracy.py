@@ -44,7 +44,9 @@ def main() -> None:
         prepare(arguments, work)
     tools = [("quantkit", name, sys.executable) for name in arguments.recipe]
     tools += [(name, name, python) for name, python in (peer.split("=", 1) for peer in arguments.peer)]
-    protocol = {name: getattr(arguments, name) for name in ("samples", "length", "windows", "kl_windows", "eval_data")}
+    protocol = {
+        name: getattr(arguments, name) for name in ("samples", "length", "windows", "kl_windows", "eval_data", "compute")
+    }
     rows: list[dict] = []
     for scheme in arguments.scheme:
         for worker, name, python in tools:
@@ -65,6 +67,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--recipe", nargs="*", default=["rtn", "rtn-importance", "gptq"], choices=sorted(RECIPES))
     parser.add_argument("--option", action="append", default=[], help="key=value, added to the options of every quantizer")
     parser.add_argument("--peer", action="append", default=[], help="name=python, name being one of: " + ", ".join(PEERS))
+    parser.add_argument("--compute", default="float32", choices=["float32", "bfloat16"], help="dtype quantkit runs a block in")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--windows", type=int, default=30)
@@ -102,7 +105,10 @@ def calibration_ids(job: dict):
 
 
 def run_quantkit(job: dict) -> dict:
+    import torch
+
     import quantkit
+    from quantkit.blockwise import Compute
     from quantkit.distill import Distill
     from quantkit.hf.load import load_float
     from quantkit.quantizers.base import QUANTIZERS
@@ -112,11 +118,18 @@ def run_quantkit(job: dict) -> dict:
     model, tokenizer = load_float(Path(job["work"]) / "float")
     quantizer = QUANTIZERS.get(recipe["quantizer"])(**{**recipe.get("options", {}), **job["options"]})
     distill = Distill(**recipe["distill"]) if "distill" in recipe else None
-    start = time.perf_counter()
+    compute = Compute(torch.device("cpu"), getattr(torch, job["compute"]))
+    start, marks = time.perf_counter(), {}
+
+    def progress(event) -> None:
+        marks[event.stage] = time.perf_counter() - start
+
     result = quantkit.quantize(
-        model, job["scheme"], quantizer=quantizer, distill=distill, data=list(ids.split(8)), tokenizer=tokenizer
-    )
-    cost = {"seconds": time.perf_counter() - start, "peak_mib": peak_mib()}
+        model, job["scheme"], quantizer=quantizer, distill=distill, data=list(ids.split(8)), tokenizer=tokenizer,
+        compute=compute, progress=progress,
+    )  # fmt: skip
+    cost = {"seconds": time.perf_counter() - start, "peak_mib": peak_mib(), "marks": marks}
+    cost |= {"distill_kl": result.metadata["distill"]["kl"]} if distill else {}
     quantkit.save(result.model, job["out"], tokenizer=tokenizer, overwrite=True)
     return cost
 

@@ -45,19 +45,20 @@ class Compute:
 
 @contextlib.contextmanager
 def resident(block: nn.Module, compute: Compute) -> Iterator[None]:
-    """Move ``block`` to the compute device and dtype, and every tensor back to its own afterwards."""
-    home = {name: (p.device, p.dtype) for name, p in block.named_parameters()}
-    buffers = {name: (b.device, b.dtype) for name, b in block.named_buffers()}
+    """Move ``block`` to the compute device and dtype; afterwards every tensor is back where and what it was.
+
+    A tensor that was not written to meanwhile gets its own memory back, so that a narrower dtype leaves no trace in it.
+    """
+    tensors = [*block.parameters(), *block.buffers()]
+    home = [tensor.data for tensor in tensors]
     block.to(compute.device, compute.dtype)
+    tensors = [*block.parameters(), *block.buffers()]  # buffers are new objects now
+    moved = [tensor.data_ptr() for tensor in tensors]
     try:
         yield
     finally:
-        for name, parameter in block.named_parameters():
-            device, dtype = home[name]
-            parameter.data = parameter.data.to(device, dtype)
-        for name, buffer in block.named_buffers():
-            device, dtype = buffers[name]
-            buffer.data = buffer.data.to(device, dtype)
+        for tensor, own, address in zip(tensors, home, moved, strict=True):
+            tensor.data = own if tensor.data_ptr() == address else tensor.data.to(own.device, own.dtype)
 
 
 class Chain:

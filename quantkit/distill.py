@@ -1,14 +1,14 @@
-r"""Learn the scales of a quantized model end to end, from the predictions of the float model.
+r"""Learn the scales, and if wanted the codes, of a quantized model end to end, from the predictions of the float model.
 
 Quantizers choose codes layer by layer and see only their own layer's error. What counts is what the whole model predicts, so
 here the scales :math:`s` of all layers are changed together to lower
 
 .. math:: KL(P \| Q_s) \quad\text{averaged over calibration tokens,}
 
-P being the float model's next-token distribution and Q the quantized model's. Codes and zero points stay, so bits and
-formats do not change. (Chen, Shao, Xu, Wang, Gao, Zhang, Qiao, Luo 2024, EfficientQAT, arXiv 2407.11062, section 3.3, learn
-scales end to end with the text's own tokens as targets; the targets here are soft, so that a few tens of steps on the
-calibration text suffice and there is nothing to memorise.)
+P being the float model's next-token distribution and Q the quantized model's. Zero points stay, and unless ``code_rate`` is
+given, codes; bits and formats do not change. (Chen, Shao, Xu, Wang, Gao, Zhang, Qiao, Luo 2024, EfficientQAT, arXiv
+2407.11062, section 3.3, learn scales end to end with the text's own tokens as targets; the targets here are soft, so that a
+few tens of steps on the calibration text suffice and there is nothing to memorise.)
 
 Adam over relative changes of the scales, a learning rate that rises for a few steps and then falls linearly to zero.
 
@@ -49,6 +49,7 @@ class Distill:
         steps: updates of the scales.
         windows: calibration windows per update; more text than there is means that windows come again.
         rate: highest learning rate, as a relative change of a scale per step.
+        code_rate: the same for codes, in steps of the grid; 0 leaves the codes alone. See :mod:`quantkit.nn.tuned`.
         dtype: dtype of forward and backward; ``"auto"`` is bfloat16 where the processor multiplies it natively.
         seed: decides the order of the windows.
     """
@@ -56,14 +57,15 @@ class Distill:
     steps: int = 24
     windows: int = 4
     rate: float = 0.002
+    code_rate: float = 0.0
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.windows < 1 or not 0 < self.rate < 1:
+        if self.steps < 1 or self.windows < 1 or not 0 < self.rate < 1 or not 0 <= self.code_rate < 1:
             raise CalibrationError(
-                f"distill: steps={self.steps}, windows={self.windows}, rate={self.rate}; want at least 1, at least 1, and "
-                "a rate between 0 and 1"
+                f"distill: steps={self.steps}, windows={self.windows}, rate={self.rate}, code_rate={self.code_rate}; want at "
+                "least 1, at least 1, and rates between 0 and 1"
             )
 
 
@@ -143,13 +145,16 @@ def learn_scales(
     for parameter in frozen:
         parameter.requires_grad_(False)
     try:
-        with borrowed(model, compute), _learning(model, sites, results, compute) as tuned:
+        with borrowed(model, compute), _learning(model, sites, results, compute, settings.code_rate > 0) as tuned:
             changes = [weight.change for weight in tuned.values()]
             optimizer = torch.optim.Adam(changes, lr=settings.rate, betas=(0.9, 0.95), eps=1e-12)
             for step in range(settings.steps):
+                factor = _schedule(step, settings.steps)
+                for weight in tuned.values():
+                    weight.code_rate = settings.code_rate * factor
                 losses.append(_step(model, structure, lessons[step % len(lessons)], compute))
                 for group in optimizer.param_groups:
-                    group["lr"] = settings.rate * _schedule(step, settings.steps)
+                    group["lr"] = settings.rate * factor
                 optimizer.step()
                 optimizer.zero_grad()
                 for weight in tuned.values():
@@ -159,10 +164,10 @@ def learn_scales(
         for parameter in frozen:
             parameter.requires_grad_(True)
     for site in sites:
-        scale = tuned[site.name].scale().cpu()
-        done[site.name] = replace(done[site.name], qtensor=replace(done[site.name].qtensor, scale=scale))
+        qtensor = tuned[site.name].result().to("cpu")
+        done[site.name] = replace(done[site.name], qtensor=qtensor)
         module = _quantized_module(model, site)
-        module.scale = scale.to(module.scale.device)
+        module.packed, module.scale = qtensor.packed.to(module.packed.device), qtensor.scale.to(module.scale.device)
     log.info("distillation: KL %.4f in the first step, %.4f in the last", losses[0], losses[-1])
     return done, tuple(losses)
 
@@ -235,7 +240,7 @@ def borrowed(module: nn.Module, compute: Compute) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _learning(
-    model: nn.Module, sites: Sequence[Site], results: Mapping[str, Quantized], compute: Compute
+    model: nn.Module, sites: Sequence[Site], results: Mapping[str, Quantized], compute: Compute, codes: bool
 ) -> Iterator[dict[str, TunedWeight]]:
     """Put learnable weights where the quantized ones are; put those back afterwards."""
     tuned: dict[str, TunedWeight] = {}
@@ -243,7 +248,7 @@ def _learning(
     try:
         for site in sites:
             old = _quantized_module(model, site)
-            weight = TunedWeight(results[site.name].qtensor.to(compute.device), compute.dtype)
+            weight = TunedWeight(results[site.name].qtensor.to(compute.device), compute.dtype, codes=codes)
             path = site.module if isinstance(old, QuantLinear) else f"{site.module}.{site.parameter}"
             parent, _, name = path.rpartition(".")
             owner = model.get_submodule(parent)

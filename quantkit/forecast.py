@@ -165,4 +165,5 @@ def _learning_bytes(model: nn.Module, structure: Structure, sites: list[Site], d
     weights = sum(site.numel for site in sites)
     kept = distill.windows * length * len(structure.blocks) * (12 * hidden + 6 * widest)
     taught = distill.steps * distill.windows * length * hidden
-    return int(3 * weights + 2 * (kept + taught + 4 * length * vocabulary + vocabulary * hidden))
+    per_weight = 3 if distill.code_rate == 0 else 5  # codes as bytes, bfloat16 weights, float16 drifts
+    return int(per_weight * weights + 2 * (kept + taught + 4 * length * vocabulary + vocabulary * hidden))

@@ -167,6 +167,7 @@ class Distillation(_Section):
     steps: Positive = Distill.steps
     windows: Positive = Distill.windows
     rate: Annotated[float, Field(gt=0, lt=1)] = Distill.rate
+    code_rate: Annotated[float, Field(ge=0, lt=1)] = Distill.code_rate
     dtype: Literal["auto", "float32", "bfloat16"] = Distill.dtype
     seed: int = Distill.seed
 

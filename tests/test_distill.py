@@ -1,5 +1,6 @@
 """Scales learned end to end: the gradient is right, the KL falls, everything else stays, and kills change nothing."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,18 @@ def test_the_kl_falls_and_only_scales_change(family: str) -> None:
     assert first.metadata["bits_per_weight"] == second.metadata["bits_per_weight"]
     logits = tuned(ids()[0]).logits
     assert torch.isfinite(logits).all()
+
+
+def test_learned_codes_lower_the_kl_further_and_stay_on_the_grid() -> None:
+    settings = Distill(steps=40, windows=2, rate=0.01, dtype="float32")
+    last = []
+    for code_rate in (0.0, 0.05):
+        model = tiny_llama()
+        result = quantize(model, "w2a16-asym", data=ids(), distill=replace(settings, code_rate=code_rate))
+        last.append(sum(result.metadata["distill"]["kl"][-2:]))
+    assert last[1] < 0.9 * last[0]
+    site = model.get_submodule("model.layers.1.mlp.down_proj").qtensor
+    assert int(site.codes().max()) <= 3
 
 
 def test_an_interrupted_distillation_gives_the_same_files(tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ collector: sequences are run without it.
 A member of the family registers itself with ``@COLLECTORS.register(name)``; quantizers and transforms name what they need.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
@@ -71,6 +73,19 @@ class MeanSquare(_Sum):
         return self._mean("sum")
 
 
+@contextlib.contextmanager
+def _bfloat16_products(wanted: bool) -> Iterator[None]:
+    """Let float32 products on the CPU round their inputs to bfloat16 and add in float32, which is several times faster."""
+    settings = torch.backends.mkldnn.matmul
+    before = settings.fp32_precision
+    try:
+        if wanted:
+            settings.fp32_precision = "bf16"
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
 @COLLECTORS.register("hessian")
 class Hessian(_Sum):
     """Second-moment matrix E[x x^T]: float32 (features, features), accumulated in float32.
@@ -87,11 +102,15 @@ class Hessian(_Sum):
     def update(self, x: Tensor) -> None:
         """Add ``x^T x`` for ``x`` (tokens, features)."""
         total = self.state["sum"] = self.state["sum"].to(x.device)
+        exact = (
+            x.dtype == torch.bfloat16
+        )  # products of bfloat16 numbers are exact in float32: the fast multiplier loses nothing
         x = x.float()
         tile = max(64, -(-x.shape[1] // self.TILES))
-        for start in range(0, x.shape[1], tile):
-            # One product per strip: columns of this tile against everything from it to the right.
-            total[start : start + tile, start:].addmm_(x[:, start : start + tile].T, x[:, start:])
+        with _bfloat16_products(exact and x.device.type == "cpu"):
+            for start in range(0, x.shape[1], tile):
+                # One product per strip: columns of this tile against everything from it to the right.
+                total[start : start + tile, start:] += x[:, start : start + tile].T @ x[:, start:]
         self.state["count"] += x.shape[0]
 
     def result(self) -> Tensor:

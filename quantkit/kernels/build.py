@@ -59,6 +59,8 @@ _SIGNATURES: Final = {
     "qk_sweep": (_INT, [_POINTER] * 5 + [_LONG] * 2 + [_INT] * 3),
     "qk_descend": (_INT, [_POINTER] * 5 + [_LONG] * 2 + [_INT] * 3),
     "qk_divergence": (_INT, [_POINTER] * 4 + [_LONG] * 2 + [_INT] * 2),
+    "qk_drift": (_INT, [_POINTER] * 2 + [ctypes.c_float] + [_LONG] * 2 + [_INT] * 2),
+    "qk_settle": (_INT, [_POINTER] * 3 + [_INT] + [_LONG] * 2 + [_INT]),
     "qk_expand_groups": (_INT, [_POINTER] * 3 + [_LONG] * 2 + [_INT] * 2),
     "qk_reduce_groups": (_INT, [_POINTER] * 3 + [_LONG] * 2 + [_INT] * 2),
     "qk_wq_split": (_INT, [_POINTER] * 4 + [_LONG] * 6 + [_INT] * 4),

@@ -54,6 +54,43 @@ def reduce_groups(levels: Tensor, weight: Tensor) -> Tensor:
     return scale
 
 
+def drift_levels(drift: Tensor, slope: Tensor, rate: float) -> None:
+    """Move ``drift`` (float16, shape of ``slope``, contiguous) by ``rate`` against the sign of ``slope``, in place."""
+    if slope.device.type != "cpu" or slope.dtype not in build.DTYPE_CODES or not compiled("learning"):
+        drift.sub_(slope.sign().to(drift.dtype), alpha=rate)
+        return
+    build.library().qk_drift(
+        drift.data_ptr(),
+        slope.data_ptr(),
+        rate,
+        slope.numel(),
+        1,
+        build.DTYPE_CODES[slope.dtype],
+        torch.get_num_threads(),
+    )
+
+
+def settle_levels(levels: Tensor, drift: Tensor, low: Tensor, span: int) -> None:
+    """Let levels follow their drift once it is nearer to another level; the drift keeps the rest. In place.
+
+    Args:
+        levels: int8 or int16 (..., row blocks, rows, column blocks, columns), contiguous.
+        drift: float16 of that shape, contiguous; how far each level wants to be from where it is.
+        low: lowest level of every block, in the dtype of ``levels``: (..., row blocks, column blocks), contiguous.
+        span: highest level minus lowest.
+    """
+    if _plain(levels, drift):
+        lowest = low[..., :, None, :, None].float()
+        wanted = levels.float() + drift.float()
+        moved = (levels.float() + drift.float().round()).clamp(min=lowest, max=lowest + span)
+        drift.copy_((wanted - moved).clamp_(-0.5, 0.5))
+        levels.copy_(moved)
+        return
+    size = levels.shape[-1]
+    groups = levels.numel() // size
+    build.library().qk_settle(levels.data_ptr(), drift.data_ptr(), low.data_ptr(), span, groups, size, torch.get_num_threads())
+
+
 def _plain(levels: Tensor, weight: Tensor) -> bool:
     """Say whether this is nothing for the compiled form: its groups are runs of one row, its levels bytes."""
     fits = levels.dtype == torch.int8 and levels.shape[-3] == 1 and weight.dtype in build.DTYPE_CODES

@@ -1,6 +1,6 @@
-r"""Quantized weights whose scales are being learned: stand-ins for ``QuantLinear`` and ``QuantWeight`` while a model is tuned.
+r"""Quantized weights that are being learned: stand-ins for ``QuantLinear`` and ``QuantWeight`` while a model is tuned.
 
-Codes and zero points stay; every block of weights has one unknown, the relative change :math:`\theta` of its scale,
+Zero points stay; every block of weights has one unknown, the relative change :math:`\theta` of its scale,
 
 .. math:: W = (q - z)\, s\, (1 + \theta), \qquad
     \frac{\partial L}{\partial \theta} = s \sum_{\text{block}} (q - z) \odot \frac{\partial L}{\partial W},
@@ -9,6 +9,11 @@ Codes and zero points stay; every block of weights has one unknown, the relative
 The gradient of W is reduced to the gradient of :math:`\theta` layer by layer in the backward pass and never kept. The weight is
 computed from scales rounded to their stored dtype, so what is learned is what will be stored (the rounding itself counts as
 the identity in the gradient). A relative unknown makes one learning rate fit all layers.
+
+Codes may be learned too: each has a drift, how far it wants to be from where it is, in steps of the grid. Every backward pass
+moves the drift by ``code_rate`` against the sign of its weight's gradient (signed gradient descent as in SignRound, Cheng et
+al. 2023, arXiv 2309.05516), and a code follows once the drift exceeds one half. A gradient without a clear sign makes the drift
+wander around zero, so that only codes that many windows agree on change.
 """
 
 from typing import Any
@@ -16,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantkit.kernels.learning import expand_groups, reduce_groups
+from quantkit.kernels.learning import drift_levels, expand_groups, reduce_groups, settle_levels
 from quantkit.numerics import grid
 from quantkit.qtensor import QTensor
 
@@ -27,40 +32,47 @@ class TunedWeight(nn.Module):
     Args:
         qtensor: where learning starts, (out, in) or (experts, out, in).
         dtype: dtype that products run in.
+        codes: learn codes as well as scales.
 
     Attributes:
+        code_rate: how far one backward pass moves the drift of a code; used if codes are learned.
         change: theta, float32 of the scale's shape; the only parameter.
         weight: the weight for the present ``change``; :meth:`refresh` computes it anew.
     """
 
-    def __init__(self, qtensor: QTensor, dtype: torch.dtype) -> None:
+    def __init__(self, qtensor: QTensor, dtype: torch.dtype, *, codes: bool = False) -> None:
         super().__init__()
-        self.qtensor = qtensor
+        self.spec, self.shape = qtensor.spec, qtensor.shape
         rows, cols = grid.block_size(qtensor.spec, qtensor.shape)
         *lead, out, features = qtensor.shape
         self.split = (*lead, out // rows, rows, features // cols, cols)
         integer = torch.int8 if qtensor.spec.bits < 8 else torch.int16
+        self.zero_point, self.start = qtensor.zero_point, qtensor.scale.float()
+        middle = torch.full_like(qtensor.scale, grid.zero_code(qtensor.spec)) if self.zero_point is None else self.zero_point
+        self.low = -middle.to(torch.int16).contiguous()  # level of code 0
         levels = qtensor.codes().to(integer).view(self.split)
-        if qtensor.zero_point is None:
-            levels -= grid.zero_code(qtensor.spec)
-        else:
-            levels -= qtensor.zero_point[..., :, None, :, None].to(integer)
-        self.levels, self.start = levels, qtensor.scale.float()
+        levels += self.low[..., :, None, :, None].to(integer)
+        self.low = self.low.to(integer)
+        self.levels = levels
+        self.drift = torch.zeros_like(levels, dtype=torch.float16) if codes else None
+        self.code_rate = 0.0
         self.change = nn.Parameter(torch.zeros_like(self.start))
         self.weight = torch.empty(qtensor.shape, dtype=dtype, device=levels.device)
         self.refresh()
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(out, in) or (experts, out, in)."""
-        return self.qtensor.shape
-
     def scale(self) -> Tensor:
         """Return the present scales in the dtype they are stored in."""
-        return grid.round_scale(self.start * (1 + self.change.detach()), self.qtensor.spec.scale_dtype)
+        return grid.round_scale(self.start * (1 + self.change.detach()), self.spec.scale_dtype)
+
+    def result(self) -> QTensor:
+        """Return what has been learned."""
+        codes = (self.levels - self.low[..., :, None, :, None]).to(torch.uint8).view(self.shape)
+        return QTensor.from_codes(codes, self.scale(), self.zero_point, self.spec)
 
     def refresh(self) -> None:
-        """Compute :attr:`weight` from the present scales; call it after every step."""
+        """Let codes follow their drift and compute :attr:`weight` anew; call it after every step."""
+        if self.drift is not None:
+            settle_levels(self.levels, self.drift, self.low, 2**self.spec.bits - 1)
         expand_groups(self.levels, self.scale().float(), self.weight.view(self.split))
 
     def matmul(self, x: Tensor, expert: int | None = None) -> Tensor:
@@ -100,5 +112,8 @@ class _Product(torch.autograd.Function):
         if expert is not None:
             weight, levels, start = weight[expert], levels[expert], start[expert]
         by_weight = slope.flatten(0, -2).T @ x.flatten(0, -2)
+        if owner.drift is not None:
+            drift = owner.drift if expert is None else owner.drift[expert]
+            drift_levels(drift, by_weight.view(drift.shape), owner.code_rate)
         by_scale = reduce_groups(levels, by_weight.view(levels.shape))
         return slope @ weight if ctx.needs_input_grad[0] else None, by_scale * start, None, None

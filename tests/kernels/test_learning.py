@@ -39,6 +39,29 @@ def test_groups_are_expanded_and_reduced(dtype: torch.dtype, split: tuple[int, .
     torch.testing.assert_close(learning.reduce_groups(levels, slope).double(), want, atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.parametrize("split", [(7, 1, 3, 32), (2, 5, 1, 2, 19), (4, 3, 2, 8)])
+def test_levels_follow_their_drift_inside_the_grid(split: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(2)
+    low = torch.randint(-7, 1, (*split[:-3], split[-2]), generator=generator, dtype=torch.int8)
+    levels = torch.randint(0, 8, split, generator=generator, dtype=torch.int8) + low[..., :, None, :, None]
+    drift = torch.zeros(split, dtype=torch.float16)
+    start = levels.clone()
+    wanted = levels.double()
+    for _ in range(20):
+        slope = torch.randn(split, generator=generator) + 0.5 * (torch.arange(split[-1]) % 3 - 1)
+        slope.view(-1)[0] = 0
+        wanted -= 0.125 * slope.sign().double()
+        learning.drift_levels(drift, slope, 0.125)
+        learning.settle_levels(levels, drift, low, 7)
+        lowest = low[..., :, None, :, None].double()
+        wanted = wanted.clamp(lowest - 0.5, lowest + 7.5)  # a level at the edge forgets what would lead outside
+    assert torch.equal(levels.double() + drift.double(), wanted)
+    assert (levels != start).any()
+    assert (drift.abs() <= 0.5).all()
+    assert (levels >= lowest).all()
+    assert (levels <= lowest + 7).all()
+
+
 def test_threads_change_nothing() -> None:
     logits, wanted = torch.randn(2, 33, 1000, generator=torch.Generator().manual_seed(0))
     before = torch.get_num_threads()

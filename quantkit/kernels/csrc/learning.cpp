@@ -136,8 +136,74 @@ void reduce_groups(const void* job, int64_t begin, int64_t end) {
   }
 }
 
+struct Drift {
+  void* drift;        // float16 (groups, size): how far each level wants to be from where it is
+  const void* slope;  // (groups, size), only its sign counts; null to settle
+  int8_t* levels;     // (groups, size)
+  const int8_t* low;  // (groups,) lowest level
+  int64_t size;
+  int32_t dtype, span;  // highest level = low + span
+  float rate;
+};
+
+inline Floats sign(Floats x) { return __builtin_convertvector((x < Floats{}) - (x > Floats{}), Floats); }  // true is -1
+
+void drift_groups(const void* job, int64_t begin, int64_t end) {
+  const Drift& d = *static_cast<const Drift*>(job);
+  int64_t i = begin * d.size;
+  for (; i + kWidth <= end * d.size; i += kWidth) {
+    const Floats moved = load_floats(d.drift, i, kFloat16) - splat(d.rate) * sign(load_floats(d.slope, i, d.dtype));
+    store_floats(d.drift, i, kFloat16, moved);
+  }
+  for (; i < end * d.size; ++i) {
+    const float slope = load_one(d.slope, i, d.dtype);
+    store_one(d.drift, i, kFloat16, load_one(d.drift, i, kFloat16) - d.rate * static_cast<float>((slope > 0) - (slope < 0)));
+  }
+}
+
+inline Floats clamp(Floats x, float low, float high) {
+  x = x < low ? splat(low) : x;
+  return x > high ? splat(high) : x;
+}
+
+void settle_groups(const void* job, int64_t begin, int64_t end) {
+  const Drift& d = *static_cast<const Drift*>(job);
+  for (int64_t group = begin; group < end; ++group) {
+    const float low = d.low[group], high = low + static_cast<float>(d.span);
+    const int64_t stop = (group + 1) * d.size;
+    int64_t i = group * d.size;
+    for (; i + kWidth <= stop; i += kWidth) {
+      const Floats level = load_levels(d.levels + i), drift = load_floats(d.drift, i, kFloat16);
+      const Floats moved = clamp(level + ((drift + 0x1.8p23f) - 0x1.8p23f), low, high);
+      store_floats(d.drift, i, kFloat16, clamp(level + drift - moved, -0.5f, 0.5f));
+      *reinterpret_cast<SignedBytesAnywhere*>(d.levels + i) = __builtin_convertvector(moved, SignedBytesAnywhere);
+    }
+    for (; i < stop; ++i) {
+      const float level = d.levels[i], drift = load_one(d.drift, i, kFloat16);
+      const float moved = std::fmin(std::fmax(level + std::nearbyint(drift), low), high);
+      store_one(d.drift, i, kFloat16, std::fmin(std::fmax(level + drift - moved, -0.5f), 0.5f));
+      d.levels[i] = static_cast<int8_t>(moved);
+    }
+  }
+}
+
 }  // namespace
 }  // namespace qk
+
+// drift -= rate * sign(slope)
+QK_EXPORT int32_t qk_drift(void* drift, const void* slope, float rate, int64_t groups, int64_t size, int32_t dtype, int32_t threads) {
+  qk::Drift job{drift, slope, nullptr, nullptr, size, dtype, 0, rate};
+  qk::parallel_for(groups, 256, threads, qk::drift_groups, &job);
+  return 0;
+}
+
+// levels += round(drift), inside low .. low + span; drift keeps the rest.
+QK_EXPORT int32_t qk_settle(int8_t* levels, void* drift, const int8_t* low, int32_t span, int64_t groups, int64_t size,
+                            int32_t threads) {
+  qk::Drift job{drift, nullptr, levels, low, size, 0, span, 0};
+  qk::parallel_for(groups, 256, threads, qk::settle_groups, &job);
+  return 0;
+}
 
 QK_EXPORT int32_t qk_divergence(const void* logits, const void* wanted, void* gradient, double* total, int64_t rows,
                                 int64_t vocabulary, int32_t dtype, int32_t threads) {
