@@ -25,7 +25,10 @@ RECIPES: dict[str, dict] = {
     "rtn": {"quantizer": "rtn"},
     "rtn-importance": {"quantizer": "rtn-importance"},
     "gptq": {"quantizer": "gptq"},
-    "gptq+distill": {"quantizer": "gptq", "distill": {"steps": 48, "windows": 2}},
+    "gptaq": {"quantizer": "gptaq"},
+    "gptq+distill": {"quantizer": "gptq", "distill": {"steps": 64, "windows": 2}},
+    "gptaq+distill": {"quantizer": "gptaq", "distill": {"steps": 64, "windows": 2}},
+    "gptaq+codes": {"quantizer": "gptaq", "distill": {"steps": 192, "windows": 2, "code_rate": 0.03}},
 }
 """Row name to what :func:`quantkit.quantize` is called with; ``options`` go to the quantizer."""
 
@@ -51,6 +54,7 @@ def main() -> None:
     for scheme in arguments.scheme:
         for worker, name, python in tools:
             job = protocol | {"scheme": scheme, "recipe": name, "work": str(work), "options": options(arguments.option)}
+            job["distill"] = options(arguments.distill)
             job["out"] = str(work / f"{scheme}-{name}")
             cost = call(python, worker, job)
             rows.append({"scheme": scheme, "recipe": name, **cost, **call(sys.executable, "score", job | cost)})
@@ -66,6 +70,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--scheme", nargs="+", default=["w4a16-asym-g64"])
     parser.add_argument("--recipe", nargs="*", default=["rtn", "rtn-importance", "gptq"], choices=sorted(RECIPES))
     parser.add_argument("--option", action="append", default=[], help="key=value, added to the options of every quantizer")
+    parser.add_argument("--distill", action="append", default=[], help="key=value, added to the settings of distillation")
     parser.add_argument("--peer", action="append", default=[], help="name=python, name being one of: " + ", ".join(PEERS))
     parser.add_argument("--compute", default="float32", choices=["float32", "bfloat16"], help="dtype quantkit runs a block in")
     parser.add_argument("--samples", type=int, default=128)
@@ -117,7 +122,7 @@ def run_quantkit(job: dict) -> dict:
     ids = calibration_ids(job)
     model, tokenizer = load_float(Path(job["work"]) / "float")
     quantizer = QUANTIZERS.get(recipe["quantizer"])(**{**recipe.get("options", {}), **job["options"]})
-    distill = Distill(**recipe["distill"]) if "distill" in recipe else None
+    distill = Distill(**{**recipe["distill"], **job["distill"]}) if "distill" in recipe else None
     compute = Compute(torch.device("cpu"), getattr(torch, job["compute"]))
     start, marks = time.perf_counter(), {}
 

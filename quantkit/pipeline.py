@@ -183,7 +183,7 @@ def quantize(
         checkpoint.check_output(out, model, plan, format=format, overwrite=overwrite)
     store = _open_store(model, (method, distill) if distill else (method,), plan, calibration, out, resume)
     proof = Proof.start(model, tokenizer)
-    chain = Chain(model, structure, unpadded(batches), compute) if walk else None
+    chain = Chain(model, structure, unpadded(batches), compute, twin="drift" in method.needs) if walk else None
     rows = _coverage_before(model, structure, plan)
     lessons = teach(model, structure, unpadded(batches), distill, compute, progress) if distill else []
     results = quantize_blocks(

@@ -76,7 +76,7 @@ class MeanSquare(_Sum):
 @contextlib.contextmanager
 def _bfloat16_products(wanted: bool) -> Iterator[None]:
     """Let float32 products on the CPU round their inputs to bfloat16 and add in float32, which is several times faster."""
-    settings = torch.backends.mkldnn.matmul
+    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = settings.fp32_precision
     try:
         if wanted:
@@ -122,6 +122,32 @@ class Hessian(_Sum):
     def diagonal(hessian: Tensor) -> Tensor:
         """Return E[x^2] (features,) of a result."""
         return hessian.diagonal(dim1=-2, dim2=-1)
+
+
+@COLLECTORS.register("drift")
+class Drift(_Sum):
+    """How the inputs of a site have moved away from the float model's: E[(x' - x) x^T], float32 (features, features).
+
+    x is a row as the site sees it behind quantized layers, x' the same row in the float model. Rows come as pairs, [x, x']
+    side by side: (tokens, 2 features).
+    """
+
+    PAIRED = True
+
+    def __init__(self, features: int) -> None:
+        self.state = {"sum": torch.zeros(features, features), "count": torch.zeros((), dtype=torch.int64)}
+
+    def update(self, x: Tensor) -> None:
+        """Add ``(x' - x)^T x`` for rows ``[x, x']`` (tokens, 2 features)."""
+        own, twin = x.float().chunk(2, 1)
+        self.state["sum"] = self.state["sum"].to(x.device)
+        with _bfloat16_products(x.dtype == torch.bfloat16 and x.device.type == "cpu"):
+            self.state["sum"] += (twin - own).T @ own
+        self.state["count"] += x.shape[0]
+
+    def result(self) -> Tensor:
+        """Return E[(x' - x) x^T]."""
+        return self._mean("sum")
 
 
 @COLLECTORS.register("abs_max")

@@ -60,6 +60,7 @@ class GPTQ:
         if statistics is None:
             return nearest(weight, grid.choose_qparams(weight, spec), spec), ("no calibration input: rounded to nearest",)
         hessian = statistics.results["hessian"].to(weight.device)
+        weight = self._target(weight, hessian, statistics)
         qparams = self._grid(weight, spec, hessian.diagonal())
         order, factor, notes = self._factorise(hessian, statistics)
         codes = rounding.sweep(weight, qparams, spec, order, factor)
@@ -74,6 +75,10 @@ class GPTQ:
     @property
     def _key(self) -> str:
         return f"gptq {self.damping} {self.act_order}"
+
+    def _target(self, weight: Tensor, hessian: Tensor, statistics: Statistics) -> Tensor:
+        """Return the weight that the quantized one should come close to."""
+        return weight
 
     def _grid(self, weight: Tensor, spec: QuantSpec, importance: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.clip == "absmax":
