@@ -169,7 +169,7 @@ def quantize_blocks(
             if store is not None:
                 store.save(index, quantized, chain.state if chain else [])
         for site in sites:
-            install(model, site, quantized[site.name].qtensor)
+            install(model, site, quantized[site.name].qtensor, plan[site.name].activation)
         results |= quantized
         drop_pages(mapped)
         return_freed_memory()
@@ -227,7 +227,7 @@ def _quantize_outside(
         weight = read_weight(model, site).to(compute.device)
         one = quantize_site(quantizer, site.name, weight, plan[site.name].weight, None)
         results[site.name] = Quantized(one.qtensor.to("cpu"), one.loss, one.notes, one.fell_back)
-        install(model, site, results[site.name].qtensor)
+        install(model, site, results[site.name].qtensor, plan[site.name].activation)
         progress(Progress("quantize", len(results), len(plan), site.name, one.loss))
     return results
 

@@ -248,7 +248,9 @@ def _learning(
     try:
         for site in sites:
             old = _quantized_module(model, site)
-            weight = TunedWeight(results[site.name].qtensor.to(compute.device), compute.dtype, codes=codes)
+            weight = TunedWeight(
+                results[site.name].qtensor.to(compute.device), compute.dtype, codes=codes, activation=old.activation
+            )
             path = site.module if isinstance(old, QuantLinear) else f"{site.module}.{site.parameter}"
             parent, _, name = path.rpartition(".")
             owner = model.get_submodule(parent)

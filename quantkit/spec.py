@@ -3,8 +3,10 @@
 A :class:`QuantSpec` names a grid (dtype, block that shares a scale, symmetric or not, scale dtype). It does not say how
 codes were chosen (a quantizer's business) nor where they are stored (a format's).
 
-Preset names follow the field's habit, ``w<bits>a16[-asym][-g<size>|-channel]``: ``w4a16`` is 4-bit symmetric
-weights with 16-bit activations. A preset without a group takes the largest of 128, 64 and 32 that divides every site.
+Preset names follow the field's habit, ``w<bits>a<16|8>[-asym][-g<size>|-channel]``: ``w4a16`` is 4-bit symmetric
+weights with 16-bit activations, ``w8a8`` 8-bit weights with activations that are rounded to 8 bits at run time, a scale per
+token. A preset without a group takes the largest of 128, 64 and 32 that divides every site; 8-bit activations go with one
+scale per channel, which is what integer products can use.
 """
 
 import dataclasses
@@ -21,11 +23,14 @@ AUTO_GROUP_SIZES = (128, 64, 32)
 
 PRESETS: tuple[str, ...] = (
     "w2a16-asym", "w3a16", "w3a16-asym", "w4a16", "w4a16-asym", "w5a16", "w5a16-asym",
-    "w6a16", "w6a16-asym", "w8a16", "w8a16-asym",
+    "w6a16", "w6a16-asym", "w8a16", "w8a16-asym", "w8a8",
 )  # fmt: skip
 """Preset names offered in help and documentation; any of them also takes ``-g<size>`` or ``-channel``."""
 
-_PRESET = re.compile(r"w(?P<bits>[2-8])a16(?P<asym>-asym)?(?:-g(?P<group>\d+)|(?P<channel>-channel))?")
+TOKEN_INT8 = ("int8", (1, -1), True, "float32", True)
+"""Arguments of the :class:`QuantSpec` of activations in ``a8`` presets: symmetric int8, dynamic, one scale per token."""
+
+_PRESET = re.compile(r"w(?P<bits>[2-8])a(?P<activation>16|8)(?P<asym>-asym)?(?:-g(?P<group>\d+)|(?P<channel>-channel))?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,8 +164,11 @@ def preset(
     named = -1 if match["channel"] else int(match["group"]) if match["group"] else None
     if named is not None and group_size is not None and named != group_size:
         raise SpecError(f"scheme {name!r} and group_size={group_size} disagree; give one of them")
-    group = named if named is not None else group_size if group_size is not None else largest_group_size(in_features)
+    group = named if named is not None else group_size
+    if group is None:
+        group = -1 if match["activation"] == "8" else largest_group_size(in_features)
     if group == 0 or group < -1:
         raise SpecError(f"group_size={group}: want a positive size, or -1 for one scale per channel")
     symmetric = symmetric if symmetric is not None else match["asym"] is None
-    return Scheme(QuantSpec(f"int{match['bits']}", (1, group), symmetric, scale_dtype))
+    activation = QuantSpec(*TOKEN_INT8) if match["activation"] == "8" else None
+    return Scheme(QuantSpec(f"int{match['bits']}", (1, group), symmetric, scale_dtype), activation)

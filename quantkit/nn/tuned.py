@@ -23,7 +23,9 @@ from torch import Tensor, nn
 
 from quantkit.kernels.learning import drift_levels, expand_groups, reduce_groups, settle_levels
 from quantkit.numerics import grid
+from quantkit.numerics.fake import fake_quantize
 from quantkit.qtensor import QTensor
+from quantkit.spec import QuantSpec
 
 
 class TunedWeight(nn.Module):
@@ -33,6 +35,7 @@ class TunedWeight(nn.Module):
         qtensor: where learning starts, (out, in) or (experts, out, in).
         dtype: dtype that products run in.
         codes: learn codes as well as scales.
+        activation: dynamic grid that inputs are rounded to; None leaves them alone.
 
     Attributes:
         code_rate: how far one backward pass moves the drift of a code; used if codes are learned.
@@ -40,9 +43,11 @@ class TunedWeight(nn.Module):
         weight: the weight for the present ``change``; :meth:`refresh` computes it anew.
     """
 
-    def __init__(self, qtensor: QTensor, dtype: torch.dtype, *, codes: bool = False) -> None:
+    def __init__(
+        self, qtensor: QTensor, dtype: torch.dtype, *, codes: bool = False, activation: QuantSpec | None = None
+    ) -> None:
         super().__init__()
-        self.spec, self.shape = qtensor.spec, qtensor.shape
+        self.spec, self.shape, self.activation = qtensor.spec, qtensor.shape, activation
         rows, cols = grid.block_size(qtensor.spec, qtensor.shape)
         *lead, out, features = qtensor.shape
         self.split = (*lead, out // rows, rows, features // cols, cols)
@@ -77,6 +82,8 @@ class TunedWeight(nn.Module):
 
     def matmul(self, x: Tensor, expert: int | None = None) -> Tensor:
         """Return ``x @ w.T`` (``x @ w[expert].T``) for x (..., in); the gradient reaches x and :attr:`change`."""
+        if self.activation is not None:
+            x = fake_quantize(x, self.activation)
         change = self.change if expert is None else self.change[expert]
         return _Product.apply(x, change, self, expert)  # type: ignore[no-any-return, no-untyped-call]
 
