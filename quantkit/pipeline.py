@@ -34,8 +34,10 @@ from quantkit.progress import ProgressCallback
 from quantkit.progress import ignore as ignore_progress
 from quantkit.proof import Proof
 from quantkit.quantizers.base import QUANTIZERS, Quantized, Quantizer
+from quantkit.rescale import apply_transform
 from quantkit.resume import ResumeStore, fingerprint, settings_of, versions
 from quantkit.spec import Plan, Scheme
+from quantkit.transforms.base import TRANSFORMS, Transform
 
 log = logging.getLogger(__name__)
 
@@ -112,6 +114,7 @@ def quantize(
     scheme: str | Scheme = "w4a16",
     *,
     quantizer: str | Quantizer = "gptq",
+    transforms: Sequence[str | Transform] = (),
     distill: Distill | None = None,
     plan: Plan | None = None,
     group_size: int | None = None,
@@ -139,6 +142,8 @@ def quantize(
             (``"demo"`` is the embedded default).
         scheme: preset name such as ``"w4a16"`` or ``"w4a16-asym-g64"``, or a full :class:`Scheme`.
         quantizer: name from the registry (``"gptq"``, ``"rtn"``, ...) or an instance with options.
+        transforms: names or instances (``"smoothquant"``, ``"awq"``) that rescale the float model first, in order; each costs a
+            pass over the calibration text.
         distill: learn the scales end to end after quantizing; see :mod:`quantkit.distill`.
         plan: site name to scheme; replaces ``scheme``, ``group_size``, ``symmetric`` and ``ignore``.
         group_size: input channels per scale; None takes the largest of 128, 64, 32 that divides every site.
@@ -162,6 +167,7 @@ def quantize(
         SpecError, CalibrationError, FormatError: before long work starts where that is possible.
     """
     method = QUANTIZERS.get(quantizer)() if isinstance(quantizer, str) else quantizer
+    changes = [TRANSFORMS.get(one)() if isinstance(one, str) else one for one in transforms]
     model, tokenizer = _resolve_model(model, tokenizer)
     structure = describe(model)
     if plan is None:
@@ -176,13 +182,16 @@ def quantize(
     compute = compute or Compute.default(model)
     known = load_statistics(statistics)[0] if isinstance(statistics, str | Path) else statistics
     walk = bool(method.needs) and known is None
-    batches = Calibration(data, samples, length, batch_size, mode).batches(tokenizer) if walk or distill else []
+    batches = Calibration(data, samples, length, batch_size, mode).batches(tokenizer) if walk or distill or changes else []
     calibration = data_fingerprint(batches) if batches else "none"
     _check_model(model, structure)
     if out is not None:
         checkpoint.check_output(out, model, plan, format=format, overwrite=overwrite)
-    store = _open_store(model, (method, distill) if distill else (method,), plan, calibration, out, resume)
+    store = _open_store(model, (*changes, method, distill), plan, calibration, out, resume)
     proof = Proof.start(model, tokenizer)
+    for change in changes:
+        tensors = collect_statistics(model, structure, unpadded(batches), change.needs, compute=compute, progress=progress)
+        apply_transform(model, structure, plan, change, tensors)
     chain = Chain(model, structure, unpadded(batches), compute, twin="drift" in method.needs) if walk else None
     rows = _coverage_before(model, structure, plan)
     lessons = teach(model, structure, unpadded(batches), distill, compute, progress) if distill else []
@@ -199,6 +208,8 @@ def quantize(
         if strict:
             raise CalibrationError(f"{fallen[0]} (and {len(fallen) - 1} more) fell back to rounding; strict=True forbids that")
     metadata = _metadata(method, plan, calibration, batches, results, proof.measure(model))
+    if changes:
+        metadata["transforms"] = [repr(change) for change in changes]
     if distill:
         metadata["distill"] = {"settings": repr(distill), "kl": curve}
     path = None

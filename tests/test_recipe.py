@@ -10,6 +10,8 @@ from quantkit.nn.sites import Block, Site, Structure
 from quantkit.quantizers.gptq import GPTQ
 from quantkit.recipe import Recipe, load_recipe
 from quantkit.spec import QuantSpec, Scheme
+from quantkit.transforms.awq import AWQ
+from quantkit.transforms.smoothquant import SmoothQuant
 
 MINIMAL = "model: some/model\noutput: {path: out}\n"
 
@@ -38,6 +40,15 @@ def structure(hidden: int = 576, inner: int = 1536, layers: int = 2, head: bool 
 
 def recipe(tmp_path: Path, text: str = "") -> Recipe:
     return load_recipe(write(tmp_path, MINIMAL + text))
+
+
+def test_transforms_are_named_or_have_options(tmp_path):
+    found = recipe(tmp_path, "transforms: [awq, {name: smoothquant, options: {alpha: 0.7}}]\n").transforms
+    assert [one.build() for one in found] == [AWQ(), SmoothQuant(alpha=0.7)]
+    with pytest.raises(RecipeError, match=r"transform 'awq' has no option 'alpha'"):
+        recipe(tmp_path, "transforms: [{name: awq, options: {alpha: 1}}]\n")
+    with pytest.raises(RecipeError, match=r"unknown transform 'awk'; did you mean 'awq'"):
+        recipe(tmp_path, "transforms: [awk]\n")
 
 
 def test_distillation_is_off_by_default_and_takes_the_settings_given(tmp_path):
