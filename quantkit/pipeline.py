@@ -177,6 +177,8 @@ def quantize(
     if not plan:
         raise SpecError("nothing to quantize: the plan is empty")
     check_plan(plan, structure, format if out is not None else None)
+    if distill and (tables := [name for name, one in plan.items() if not one.weight.is_integer]):
+        raise SpecError(f"{tables[0]}: distillation learns integer grids, not {plan[tables[0]].weight.dtype}; leave it out")
     if strict:
         _refuse_gaps(structure, plan, ignore)
     compute = compute or Compute.default(model)

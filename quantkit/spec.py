@@ -6,7 +6,7 @@ codes were chosen (a quantizer's business) nor where they are stored (a format's
 Preset names follow the field's habit, ``w<bits>a<16|8>[-asym][-g<size>|-channel]``: ``w4a16`` is 4-bit symmetric
 weights with 16-bit activations, ``w8a8`` 8-bit weights with activations that are rounded to 8 bits at run time, a scale per
 token. A preset without a group takes the largest of 128, 64 and 32 that divides every site; 8-bit activations go with one
-scale per channel, which is what integer products can use.
+scale per channel, which is what integer products can use. ``fp8``, ``nf4``, ``mxfp4`` are formats of their own (:data:`NAMED`).
 """
 
 import dataclasses
@@ -26,6 +26,17 @@ PRESETS: tuple[str, ...] = (
     "w6a16", "w6a16-asym", "w8a16", "w8a16-asym", "w8a8",
 )  # fmt: skip
 """Preset names offered in help and documentation; any of them also takes ``-g<size>`` or ``-channel``."""
+
+NAMED: dict[str, tuple[str, tuple[int, int], str | None, bool]] = {
+    "fp8": ("fp8_e4m3", (1, -1), None, False),
+    "fp8-tensor": ("fp8_e4m3", (-1, -1), None, False),
+    "fp8-block": ("fp8_e4m3", (128, 128), None, False),
+    "fp8-dynamic": ("fp8_e4m3", (1, -1), None, True),
+    "nf4": ("nf4", (1, 64), None, False),
+    "mxfp4": ("fp4_e2m1", (1, 32), "float8_e8m0fnu", False),
+}
+"""Presets of formats that are not integers: dtype, block, the scale dtype if the format fixes it, and whether activations are
+rounded to the same dtype, dynamically, per token."""
 
 TOKEN_INT8 = ("int8", (1, -1), True, "float32", True)
 """Arguments of the :class:`QuantSpec` of activations in ``a8`` presets: symmetric int8, dynamic, one scale per token."""
@@ -57,6 +68,10 @@ class QuantSpec:
             raise SpecError(f"unknown dtype {self.dtype!r}; {nearest(self.dtype, DTYPES)}")
         if self.scale_dtype not in SCALE_DTYPES:
             raise SpecError(f"unknown scale_dtype {self.scale_dtype!r}; {nearest(self.scale_dtype, SCALE_DTYPES)}")
+        if not self.is_integer and not self.symmetric:
+            raise SpecError(f"dtype {self.dtype} has no zero point; use symmetric=True")
+        if self.is_integer and self.scale_dtype == "float8_e8m0fnu":
+            raise SpecError(f"scale_dtype float8_e8m0fnu goes with fp4_e2m1, fp8_e4m3 and nf4, not {self.dtype}; use float16")
         if len(self.block) != 2 or any(b == 0 or b < -1 for b in self.block):
             raise SpecError(f"block={self.block!r}: want two sizes, each positive or -1 for all")
 
@@ -64,6 +79,11 @@ class QuantSpec:
     def bits(self) -> int:
         """Bits of one code."""
         return DTYPES[self.dtype].bits
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether codes are integers with a zero point, and not names of a table's values."""
+        return DTYPES[self.dtype].values is None
 
     @property
     def group_size(self) -> int:
@@ -158,9 +178,17 @@ def preset(
     Raises:
         SpecError: for a name that is no preset, naming the nearest one, or for two contradicting group sizes.
     """
+    if name in NAMED:
+        dtype, block, fixed, dynamic = NAMED[name]
+        if group_size is not None or symmetric is False:
+            raise SpecError(f"scheme {name!r} fixes its block and is symmetric; leave group_size and symmetric out")
+        activation = QuantSpec(dtype, (1, -1), True, "float32", True) if dynamic else None
+        return Scheme(QuantSpec(dtype, block, True, fixed or scale_dtype), activation)
     match = _PRESET.fullmatch(name)
     if match is None:
-        raise SpecError(f"unknown scheme {name!r}; {nearest(name, PRESETS)}; append -g<size> or -channel to fix the group")
+        raise SpecError(
+            f"unknown scheme {name!r}; {nearest(name, (*PRESETS, *NAMED))}; append -g<size> or -channel to fix the group"
+        )
     named = -1 if match["channel"] else int(match["group"]) if match["group"] else None
     if named is not None and group_size is not None and named != group_size:
         raise SpecError(f"scheme {name!r} and group_size={group_size} disagree; give one of them")

@@ -155,6 +155,8 @@ class CompressedTensors:
         spec = scheme.weight
         if reason := spec.rejects(shape):
             return reason
+        if not spec.is_integer:
+            return f"compressed-tensors {spec.dtype} is not written yet; use format native"
         if spec.strategy == "block":
             return f"compressed-tensors integers have no blocks of {spec.block[0]} rows; use a group size, or format native"
         if dtype is not None and dtype not in (spec.scale_dtype, "float32"):
