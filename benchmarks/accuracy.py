@@ -3,10 +3,11 @@
     python benchmarks/accuracy.py --data calib.txt --eval-data eval.txt --recipe gptq --scheme w4a16-asym-g64 w3a16-asym-g64
 
 Every row is one recipe on one scheme, quantized in a process of its own: seconds are those of the quantizing call
-(calibration included; loading the model and writing files are not), memory is the peak resident size of the process up to
-its end. The result is written, its bits per weight are counted from the files, and it is loaded again and scored in float32
-beside the float model: perplexity over ``--windows`` windows of 1024 tokens spread over the evaluation text, KL and agreement
-on the first ``--kl-windows`` of them. ``--quick`` takes fewer tokens of both kinds: for a first look, not for a claim.
+(calibration included; loading the model and writing files are not), processor seconds those of the whole process, memory is
+the peak resident size of the process up to its end. The result is written, its bits per weight are counted from the files,
+and it is loaded again and scored in float32 beside the float model: perplexity over ``--windows`` windows of 1024 tokens
+spread over the evaluation text, KL and agreement on the first ``--kl-windows`` of them. ``--quick`` takes fewer tokens of
+both kinds: for a first look, not for a claim.
 
 ``--peer auto-round=PEER/bin/python`` adds that tool's row for the same schemes (a Python that has the package).
 """
@@ -28,12 +29,13 @@ RECIPES: dict[str, dict] = {
     "gptaq": {"quantizer": "gptaq"},
     "gptq+distill": {"quantizer": "gptq", "distill": {"steps": 64, "windows": 2}},
     "gptaq+distill": {"quantizer": "gptaq", "distill": {"steps": 64, "windows": 2}},
+    "w8a8-smoothquant": {"quantizer": "rtn", "transforms": ["smoothquant"]},
     "gptaq+codes": {"quantizer": "gptaq", "distill": {"steps": 192, "windows": 2, "code_rate": 0.03}},
 }
 """Row name to what :func:`quantkit.quantize` is called with; ``options`` go to the quantizer."""
 
 QUICK = {"samples": 32, "windows": 6, "kl_windows": 6}
-COLUMNS = ("bits_per_weight", "perplexity", "kl", "kl_p99", "top1", "seconds", "peak_mib")
+COLUMNS = ("bits_per_weight", "perplexity", "kl", "kl_p99", "top1", "seconds", "cpu_seconds", "peak_mib")
 
 
 def main() -> None:
@@ -130,10 +132,10 @@ def run_quantkit(job: dict) -> dict:
         marks[event.stage] = time.perf_counter() - start
 
     result = quantkit.quantize(
-        model, job["scheme"], quantizer=quantizer, distill=distill, data=list(ids.split(8)), tokenizer=tokenizer,
+        model, job["scheme"], quantizer=quantizer, transforms=recipe.get("transforms", ()), distill=distill, data=list(ids.split(8)), tokenizer=tokenizer,
         compute=compute, progress=progress,
     )  # fmt: skip
-    cost = {"seconds": time.perf_counter() - start, "peak_mib": peak_mib(), "marks": marks}
+    cost = cost_since(start) | {"marks": marks}
     cost |= {"distill_kl": result.metadata["distill"]["kl"]} if distill else {}
     quantkit.save(result.model, job["out"], tokenizer=tokenizer, overwrite=True)
     return cost
@@ -155,9 +157,14 @@ def run_auto_round(job: dict) -> dict:
         model, tokenizer, bits=bits, group_size=group, sym=symmetric, iters=24, nsamples=len(ids), seqlen=ids.shape[1],
         batch_size=4, dataset=list(ids.split(1)), device_map="cpu", amp=False, enable_torch_compile=False,
     ).quantize()  # fmt: skip
-    cost = {"seconds": time.perf_counter() - start, "peak_mib": peak_mib()}
+    cost = cost_since(start)
     save_file({k: v.contiguous().clone() for k, v in model.state_dict().items()}, job["out"] + ".safetensors")
     return cost | {"weights": job["out"] + ".safetensors", "bits_per_weight": nominal_bits(bits, group, symmetric)}
+
+
+def cost_since(start: float) -> dict:
+    """Return wall and processor seconds (of all threads, which says more on a busy machine) and peak memory."""
+    return {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time(), "peak_mib": peak_mib()}
 
 
 def run_score(job: dict) -> dict:

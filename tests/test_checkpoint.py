@@ -220,6 +220,18 @@ def test_w8a8_rounds_activations_as_other_readers_do(tmp_path) -> None:
     assert (again / "model.safetensors").read_bytes() == (path / "model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("scheme", ["fp8", "fp8-tensor", "fp8-dynamic"])
+def test_fp8_reads_the_same_elsewhere(tmp_path, scheme: str) -> None:
+    model = tiny_llama()
+    path = tmp_path / "q"
+    quantize(model, scheme, quantizer="rtn", out=path)
+    assert load_file(path / "model.safetensors")["model.layers.0.mlp.up_proj.weight"].dtype == torch.float8_e4m3fn
+    assert read_json(path / "config.json")["quantization_config"]["format"] == "float-quantized"
+    assert torch.equal(logits(checkpoint.load(path)), logits(model))
+    difference = (transformers_logits(path) - logits(model)).abs().amax(-1)
+    assert (difference < 1e-5).float().mean() > (0.5 if scheme == "fp8-dynamic" else 0.99)
+
+
 @pytest.mark.parametrize("format", ["native", "compressed-tensors"])
 def test_8_bit_activations_survive_both_formats(tmp_path, format: str) -> None:
     model = FAMILIES["qwen3_moe"]()
