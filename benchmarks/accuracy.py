@@ -131,9 +131,10 @@ def run_quantkit(job: dict) -> dict:
     def progress(event) -> None:
         marks[event.stage] = time.perf_counter() - start
 
+    transforms = recipe.get("transforms", ())
     result = quantkit.quantize(
-        model, job["scheme"], quantizer=quantizer, transforms=recipe.get("transforms", ()), distill=distill, data=list(ids.split(8)), tokenizer=tokenizer,
-        compute=compute, progress=progress,
+        model, job["scheme"], quantizer=quantizer, transforms=transforms, distill=distill, data=list(ids.split(8)),
+        tokenizer=tokenizer, compute=compute, progress=progress,
     )  # fmt: skip
     cost = cost_since(start) | {"marks": marks}
     cost |= {"distill_kl": result.metadata["distill"]["kl"]} if distill else {}

@@ -91,7 +91,7 @@ def test_a_model_in_each_format_comes_back_from_the_disk(tmp_path: Path, name: s
 def test_what_does_not_fit_is_refused_before_any_work() -> None:
     with pytest.raises(SpecError, match="GPTQ chooses integers, not nf4; use quantizer rtn"):
         quantize(tiny_llama(intermediate_size=128), "nf4", data=[torch.ones(1, 16, dtype=torch.int64)])
-    with pytest.raises(SpecError, match="compressed-tensors nf4 g64 is not written; .* format native"):
+    with pytest.raises(SpecError, match="compressed-tensors nf4 g64 is not written"):
         quantize(tiny_llama(intermediate_size=128), "nf4", quantizer="rtn", out="nowhere")
     with pytest.raises(SpecError, match="no zero point"):
         QuantSpec("nf4", (1, 64), symmetric=False)
