@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from quantkit.calibrate.walk import SiteStatistics, block_sites, walk_block
+from quantkit.calibrate.walk import SiteStatistics, block_sites, record_inputs, walk_block
 from quantkit.errors import CalibrationError
 from quantkit.hf.blocks import call_block, cast_call, record_block_calls
 from quantkit.memory import drop_pages, mapped_pages, return_freed_memory
@@ -45,19 +45,20 @@ class Compute:
 
 @contextlib.contextmanager
 def resident(block: nn.Module, compute: Compute) -> Iterator[None]:
-    """Move ``block`` to the compute device and dtype, and every tensor back to its own afterwards."""
-    home = {name: (p.device, p.dtype) for name, p in block.named_parameters()}
-    buffers = {name: (b.device, b.dtype) for name, b in block.named_buffers()}
+    """Move ``block`` to the compute device and dtype; afterwards every tensor is back where and what it was.
+
+    A tensor that was not written to meanwhile gets its own memory back, so that a narrower dtype leaves no trace in it.
+    """
+    tensors = [*block.parameters(), *block.buffers()]
+    home = [tensor.data for tensor in tensors]
     block.to(compute.device, compute.dtype)
+    tensors = [*block.parameters(), *block.buffers()]  # buffers are new objects now
+    moved = [tensor.data_ptr() for tensor in tensors]
     try:
         yield
     finally:
-        for name, parameter in block.named_parameters():
-            device, dtype = home[name]
-            parameter.data = parameter.data.to(device, dtype)
-        for name, buffer in block.named_buffers():
-            device, dtype = buffers[name]
-            buffer.data = buffer.data.to(device, dtype)
+        for tensor, own, address in zip(tensors, home, moved, strict=True):
+            tensor.data = own if tensor.data_ptr() == address else tensor.data.to(own.device, own.dtype)
 
 
 class Chain:
@@ -68,26 +69,38 @@ class Chain:
         structure: its blocks.
         batches: int64 token ids (B, T), without padding.
         compute: where blocks run.
+        twin: also run the float blocks over what the float blocks before them produce, for quantizers that compare.
 
     Attributes:
         hidden: current input of the next block, one (B, T, H) per batch.
+        twin: the same in the float model; empty if not asked for.
     """
 
-    def __init__(self, model: nn.Module, structure: Structure, batches: Sequence[Tensor], compute: Compute) -> None:
+    def __init__(
+        self, model: nn.Module, structure: Structure, batches: Sequence[Tensor], compute: Compute, *, twin: bool = False
+    ) -> None:
         self.model, self.structure, self.compute = model, structure, compute
         recorded = [record_block_calls(model, structure, ids) for ids in batches]
         self.hidden: list[Tensor] = [one.hidden.to(compute.dtype) for one in recorded]
         self.calls = [one.calls for one in recorded]
+        self.twin = list(self.hidden) if twin else []
+
+    @property
+    def state(self) -> list[Tensor]:
+        """What an interrupted run must find again: all hidden states, those of the float model last."""
+        return [*self.hidden, *self.twin]
+
+    @state.setter
+    def state(self, tensors: list[Tensor]) -> None:
+        self.hidden, self.twin = tensors[: len(self.calls)], tensors[len(self.calls) :]
 
     def advance(self, index: int, sites: Sequence[Site], visit: Visit) -> None:
         """Run block ``index`` (resident already) over all batches, visiting ``sites``; its outputs become the inputs."""
         block = self.structure.blocks[index]
         module = self.model.get_submodule(block.name)
         device, dtype = self.compute.device, self.compute.dtype
-        pending = self.hidden
-        self.hidden = []
 
-        def forward(batch: int) -> Callable[[], Tensor]:
+        def forward(pending: list[Tensor], batch: int) -> Callable[[], Tensor]:
             def run() -> Tensor:
                 args, kwargs = cast_call(*self.calls[batch][index], dtype, device)
                 # The chain gives up its reference, so that a block's input is freed as soon as the block is done with it.
@@ -96,7 +109,13 @@ class Chain:
 
             return run
 
-        outputs = walk_block(module, block.name, sites, [forward(i) for i in range(len(self.calls))], visit)
+        twins: list[dict[str, Tensor]] = []
+        if self.twin:
+            runs = [forward(self.twin, i) for i in range(len(self.calls))]
+            self.twin, twins = record_inputs(module, block.name, sites, runs)
+        pending, self.hidden = self.hidden, []
+        runs = [forward(pending, i) for i in range(len(self.calls))]
+        outputs = walk_block(module, block.name, sites, runs, visit, twins)
         if any(not bool(torch.isfinite(out.sum())) for out in outputs):
             raise CalibrationError(f"{block.name}: its output holds NaN or infinity; check the model and its dtype")
         self.hidden = outputs
@@ -134,7 +153,7 @@ def quantize_blocks(
     if finished:
         log.info("continuing after %d finished blocks", finished)
         if chain is not None and store is not None:
-            chain.hidden = store.load_chain(finished - 1)
+            chain.state = store.load_chain(finished - 1)
     results: dict[str, Quantized] = {}
     drop_pages(mapped_pages(model.parameters()))  # what was read so far to check the model and to record its predictions
     for index, block in enumerate(structure.blocks):
@@ -148,9 +167,9 @@ def quantize_blocks(
             with torch.no_grad(), resident(model.get_submodule(block.name), compute):
                 quantized = _quantize_block(model, index, sites, plan, quantizer, chain, known or {}, report)
             if store is not None:
-                store.save(index, quantized, chain.hidden if chain else [])
+                store.save(index, quantized, chain.state if chain else [])
         for site in sites:
-            install(model, site, quantized[site.name].qtensor)
+            install(model, site, quantized[site.name].qtensor, plan[site.name].activation)
         results |= quantized
         drop_pages(mapped)
         return_freed_memory()
@@ -208,7 +227,7 @@ def _quantize_outside(
         weight = read_weight(model, site).to(compute.device)
         one = quantize_site(quantizer, site.name, weight, plan[site.name].weight, None)
         results[site.name] = Quantized(one.qtensor.to("cpu"), one.loss, one.notes, one.fell_back)
-        install(model, site, results[site.name].qtensor)
+        install(model, site, results[site.name].qtensor, plan[site.name].activation)
         progress(Progress("quantize", len(results), len(plan), site.name, one.loss))
     return results
 

@@ -8,6 +8,7 @@ headers, config and tokenizer. Peak memory is an estimate: the sum of what is al
 - with calibration: tokens x (2 hidden + 3 widest input) x 4 bytes, the suspended batches of one block (a gated MLP's);
 - with calibration: 5 x widest input^2 x 4 bytes, a Hessian, its damped copy, factor and inverse;
 - the logits of one window in float32, three times over, while the result is proven;
+- with distillation: codes as bytes and weights as bfloat16, the activations of one step's windows through all blocks;
 - what Python and torch need to exist.
 """
 
@@ -19,6 +20,7 @@ from torch import nn
 
 from quantkit.checkpoint.check import layout_bytes, layout_of
 from quantkit.checkpoint.contents import Contents, Entry
+from quantkit.distill import Distill
 from quantkit.nn.sites import Site, Structure
 from quantkit.numerics import grid
 from quantkit.numerics.dtypes import SCALE_DTYPES
@@ -81,6 +83,8 @@ def forecast(
     format: str = "compressed-tensors",
     calibration_tokens: int = 0,
     batch_size: int = 8,
+    distill: Distill | None = None,
+    length: int = WINDOW,
     reasons: Mapping[str, str] | None = None,
 ) -> Forecast:
     """Predict size, memory and passes of a run.
@@ -91,6 +95,8 @@ def forecast(
         format: checkpoint format.
         calibration_tokens: tokens run through every block; 0 if the quantizer needs none.
         batch_size: calibration windows per forward.
+        distill: settings of the distillation, if there will be one.
+        length: tokens per calibration window.
         reasons: site name to why it stays in float.
     """
     model, structure = contents.model, contents.structure
@@ -108,6 +114,12 @@ def forecast(
     if tokens:
         text = f"one forward of {tokens:,} tokens, {batch_size} windows at a time"
         passes.insert(0, f"each of {len(structure.blocks)} blocks in turn: {text}")
+    working = _working_bytes(model, structure, sites, tokens)
+    if distill is not None:
+        learned = distill.steps * distill.windows * length
+        passes.insert(0, f"the float model: one forward of up to {learned:,} tokens")
+        passes.insert(-1, f"the quantized model: {distill.steps} forwards and backwards of {distill.windows} windows")
+        working = max(working, _learning_bytes(model, structure, sites, distill, length))
     return Forecast(
         schemes=_tally((plan[site.name].weight.describe(), site.numel) for site in sites),
         weights=weights,
@@ -115,7 +127,7 @@ def forecast(
         kept_bytes=size(kept, plan),
         float_bytes=float_bytes,
         bits_per_weight=codes * 8 / weights,
-        peak_bytes=float_bytes + codes + _working_bytes(model, structure, sites, tokens) + RUNTIME_BYTES,
+        peak_bytes=float_bytes + codes + working + RUNTIME_BYTES,
         passes=tuple(passes),
         kept=_kept(model, structure, plan, reasons or {}),
     )
@@ -144,3 +156,14 @@ def _working_bytes(model: nn.Module, structure: Structure, sites: list[Site], to
     widest = max(site.in_features for site in sites)
     calibrating = tokens * (2 * hidden + 3 * widest) + 5 * widest**2 if tokens else 0
     return int(4 * (block + max(calibrating, 3 * WINDOW * vocabulary)))
+
+
+def _learning_bytes(model: nn.Module, structure: Structure, sites: list[Site], distill: Distill, length: int) -> int:
+    """Return the estimated bytes that live only while scales are learned, products running in two bytes per number."""
+    vocabulary, hidden = model.get_input_embeddings().weight.shape  # type: ignore[operator]
+    widest = max(site.in_features for site in sites)
+    weights = sum(site.numel for site in sites)
+    kept = distill.windows * length * len(structure.blocks) * (12 * hidden + 6 * widest)
+    taught = distill.steps * distill.windows * length * hidden
+    per_weight = 3 if distill.code_rate == 0 else 5  # codes as bytes, bfloat16 weights, float16 drifts
+    return int(per_weight * weights + 2 * (kept + taught + 4 * length * vocabulary + vocabulary * hidden))

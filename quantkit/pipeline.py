@@ -20,6 +20,7 @@ from quantkit.calibrate.data import Batch, encoder, load_texts, text_default, to
 from quantkit.calibrate.data import fingerprint as data_fingerprint
 from quantkit.calibrate.statistics import load_statistics
 from quantkit.calibrate.walk import SiteStatistics
+from quantkit.distill import Distill, learn_scales, teach
 from quantkit.errors import CalibrationError, SpecError
 from quantkit.evaluation.coverage import CoverageRow
 from quantkit.hf.blocks import check_chain
@@ -33,8 +34,10 @@ from quantkit.progress import ProgressCallback
 from quantkit.progress import ignore as ignore_progress
 from quantkit.proof import Proof
 from quantkit.quantizers.base import QUANTIZERS, Quantized, Quantizer
+from quantkit.rescale import apply_transform
 from quantkit.resume import ResumeStore, fingerprint, settings_of, versions
 from quantkit.spec import Plan, Scheme
+from quantkit.transforms.base import TRANSFORMS, Transform
 
 log = logging.getLogger(__name__)
 
@@ -111,6 +114,8 @@ def quantize(
     scheme: str | Scheme = "w4a16",
     *,
     quantizer: str | Quantizer = "gptq",
+    transforms: Sequence[str | Transform] = (),
+    distill: Distill | None = None,
     plan: Plan | None = None,
     group_size: int | None = None,
     symmetric: bool | None = None,
@@ -137,6 +142,9 @@ def quantize(
             (``"demo"`` is the embedded default).
         scheme: preset name such as ``"w4a16"`` or ``"w4a16-asym-g64"``, or a full :class:`Scheme`.
         quantizer: name from the registry (``"gptq"``, ``"rtn"``, ...) or an instance with options.
+        transforms: names or instances (``"smoothquant"``, ``"awq"``) that rescale the float model first, in order; each costs a
+            pass over the calibration text.
+        distill: learn the scales end to end after quantizing; see :mod:`quantkit.distill`.
         plan: site name to scheme; replaces ``scheme``, ``group_size``, ``symmetric`` and ``ignore``.
         group_size: input channels per scale; None takes the largest of 128, 64, 32 that divides every site.
         symmetric: overrides the preset.
@@ -159,6 +167,7 @@ def quantize(
         SpecError, CalibrationError, FormatError: before long work starts where that is possible.
     """
     method = QUANTIZERS.get(quantizer)() if isinstance(quantizer, str) else quantizer
+    changes = [TRANSFORMS.get(one)() if isinstance(one, str) else one for one in transforms]
     model, tokenizer = _resolve_model(model, tokenizer)
     structure = describe(model)
     if plan is None:
@@ -168,23 +177,32 @@ def quantize(
     if not plan:
         raise SpecError("nothing to quantize: the plan is empty")
     check_plan(plan, structure, format if out is not None else None)
+    if distill and (tables := [name for name, one in plan.items() if not one.weight.is_integer]):
+        raise SpecError(f"{tables[0]}: distillation learns integer grids, not {plan[tables[0]].weight.dtype}; leave it out")
     if strict:
         _refuse_gaps(structure, plan, ignore)
     compute = compute or Compute.default(model)
     known = load_statistics(statistics)[0] if isinstance(statistics, str | Path) else statistics
     walk = bool(method.needs) and known is None
-    batches = Calibration(data, samples, length, batch_size, mode).batches(tokenizer) if walk else []
+    batches = Calibration(data, samples, length, batch_size, mode).batches(tokenizer) if walk or distill or changes else []
     calibration = data_fingerprint(batches) if batches else "none"
     _check_model(model, structure)
     if out is not None:
         checkpoint.check_output(out, model, plan, format=format, overwrite=overwrite)
-    store = _open_store(model, method, plan, calibration, out, resume)
+    store = _open_store(model, (*changes, method, distill), plan, calibration, out, resume)
     proof = Proof.start(model, tokenizer)
-    chain = Chain(model, structure, unpadded(batches), compute) if walk else None
+    for change in changes:
+        tensors = collect_statistics(model, structure, unpadded(batches), change.needs, compute=compute, progress=progress)
+        apply_transform(model, structure, plan, change, tensors)
+    chain = Chain(model, structure, unpadded(batches), compute, twin="drift" in method.needs) if walk else None
     rows = _coverage_before(model, structure, plan)
+    lessons = teach(model, structure, unpadded(batches), distill, compute, progress) if distill else []
     results = quantize_blocks(
         model, structure, plan, method, chain, compute=compute, store=store, known=known, progress=progress
     )
+    curve: tuple[float, ...] = ()
+    if distill:
+        results, curve = learn_scales(model, structure, results, lessons, distill, compute, progress)
     coverage = _coverage_after(rows, results)
     fallen = [row.name for row in coverage if row.kind == "fell back"]
     if fallen:
@@ -192,6 +210,10 @@ def quantize(
         if strict:
             raise CalibrationError(f"{fallen[0]} (and {len(fallen) - 1} more) fell back to rounding; strict=True forbids that")
     metadata = _metadata(method, plan, calibration, batches, results, proof.measure(model))
+    if changes:
+        metadata["transforms"] = [repr(change) for change in changes]
+    if distill:
+        metadata["distill"] = {"settings": repr(distill), "kl": curve}
     path = None
     if out is not None:
         path = checkpoint.save(
@@ -270,12 +292,12 @@ def _scale_dtype(model: nn.Module) -> str:
 
 
 def _open_store(
-    model: nn.Module, method: Quantizer, plan: Plan, calibration: str, out: str | Path | None, resume: bool
+    model: nn.Module, methods: Sequence[object], plan: Plan, calibration: str, out: str | Path | None, resume: bool
 ) -> ResumeStore | None:
     if out is None:
         return None
     path = Path(f"{out}.resume")
-    run = fingerprint(model, settings_of(method, plan, calibration))
+    run = fingerprint(model, settings_of(methods, plan, calibration))
     if not resume:
         ResumeStore.remove(path)
     return ResumeStore(path, run)

@@ -27,16 +27,19 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast, get_args
+from typing import Annotated, Any, Literal, Self, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from quantkit.distill import Distill
 from quantkit.errors import RecipeError, SpecError, nearest
 from quantkit.located_yaml import Located, read_located
 from quantkit.nn.sites import Site, Structure
 from quantkit.quantizers.base import QUANTIZERS, Quantizer
+from quantkit.registry import Registry
 from quantkit.spec import Plan, QuantSpec, Scheme, preset
+from quantkit.transforms.base import TRANSFORMS, Transform
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Positive = Annotated[int, Field(gt=0)]
@@ -90,33 +93,54 @@ class SchemeChoice(_Section):
         return self.group_size is not None or bool(self.name and re.search(r"-g\d+$|-channel$", self.name))
 
 
-class QuantizerChoice(_Section):
-    """A quantizer by ``name``, with ``options`` for its constructor."""
+class _Choice(_Section):
+    """A member of a plug-in family by ``name``, with ``options`` for its constructor."""
 
-    name: str = "gptq"
+    name: str
     options: dict[str, Any] = {}
 
     @model_validator(mode="after")
-    def _exists(self) -> "QuantizerChoice":
+    def _exists(self) -> Self:
         self.build()
         return self
 
-    def build(self) -> Quantizer:
-        """Return the quantizer; a bad name, option or value is a ``ValueError`` that says what would be right."""
+    def build(self) -> Any:
+        """Return the member; a bad name, option or value is a ``ValueError`` that says what would be right."""
+        raise NotImplementedError
+
+    def _build(self, family: Registry[Any]) -> Any:
         try:
-            member = QUANTIZERS.get(self.name)
+            member = family.get(self.name)
         except SpecError as error:
             raise ValueError(str(error)) from None
-        known = {field.name for field in dataclasses.fields(cast(Any, member))}
+        known = {field.name for field in dataclasses.fields(member)}
         for option in self.options:
             if option not in known:
-                raise ValueError(f"quantizer {self.name!r} has no option {option!r}; {nearest(option, known)}")
+                raise ValueError(f"{family.kind} {self.name!r} has no option {option!r}; {nearest(option, known)}")
         try:
             return TypeAdapter(member).validate_python(self.options)
         except ValidationError as error:
             first = error.errors()[0]
             name = ".".join(map(str, first["loc"]))
-            raise ValueError(f"quantizer {self.name!r}, option {name}: {first['msg']}; got {first['input']!r}") from None
+            raise ValueError(f"{family.kind} {self.name!r}, option {name}: {first['msg']}; got {first['input']!r}") from None
+
+
+class QuantizerChoice(_Choice):
+    """A quantizer by ``name``, with ``options``."""
+
+    name: str = "gptq"
+
+    def build(self) -> Quantizer:
+        """Return the quantizer."""
+        return cast(Quantizer, self._build(QUANTIZERS))
+
+
+class TransformChoice(_Choice):
+    """A transform by ``name``, with ``options``."""
+
+    def build(self) -> Transform:
+        """Return the transform."""
+        return cast(Transform, self._build(TRANSFORMS))
 
 
 class Rule(_Section):
@@ -160,6 +184,21 @@ class Calibration(_Section):
     mode: Literal["packed", "ragged"] = "packed"
 
 
+class Distillation(_Section):
+    """Scales learned end to end after quantizing; see :mod:`quantkit.distill`."""
+
+    steps: Positive = Distill.steps
+    windows: Positive = Distill.windows
+    rate: Annotated[float, Field(gt=0, lt=1)] = Distill.rate
+    code_rate: Annotated[float, Field(ge=0, lt=1)] = Distill.code_rate
+    dtype: Literal["auto", "float32", "bfloat16"] = Distill.dtype
+    seed: int = Distill.seed
+
+    def build(self) -> Distill:
+        """Return the settings that :func:`quantkit.quantize` takes."""
+        return Distill(**self.model_dump())
+
+
 class Output(_Section):
     """Where the checkpoint goes, and in which format."""
 
@@ -200,7 +239,9 @@ class Recipe(_Section):
     dtype: Dtype = "auto"
     scheme: SchemeChoice = SchemeChoice(name="w4a16")
     group_size: int | None = None
+    transforms: list[TransformChoice] = []
     quantizer: QuantizerChoice = Field(default_factory=QuantizerChoice)
+    distill: Distillation | None = None
     rules: list[Rule] = []
     calibration: Calibration = Calibration()
     output: Output
@@ -210,6 +251,10 @@ class Recipe(_Section):
 
     _name = field_validator("scheme", "quantizer", mode="before")(
         lambda value: {"name": value} if isinstance(value, str) else value
+    )
+
+    _names = field_validator("transforms", mode="before")(
+        lambda value: [{"name": one} if isinstance(one, str) else one for one in value] if isinstance(value, list) else value
     )
 
     def resolve_plan(self, structure: Structure, scale_dtype: str = "float16") -> Plan:

@@ -142,10 +142,10 @@ def versions() -> dict[str, str]:
     return {"quantkit": __version__, **{name: importlib.metadata.version(name) for name in ("torch", "transformers")}}
 
 
-def settings_of(quantizer: object, plan: Mapping[str, Any], calibration: str) -> dict[str, Any]:
+def settings_of(methods: Sequence[object], plan: Mapping[str, Any], calibration: str) -> dict[str, Any]:
     """Collect what decides a run's result, for :func:`fingerprint`."""
     return {
-        "quantizer": repr(quantizer),
+        "methods": [repr(method) for method in methods],
         "plan": {name: scheme.to_dict() for name, scheme in plan.items()},
         "calibration": calibration,
         "versions": versions(),

@@ -56,11 +56,14 @@ def plan_recipe(recipe: Recipe) -> Preview:
         name, reason = next(iter(refused.items()))
         raise RecipeError(f"output.format {recipe.output.format}: {name}: {reason} ({len(refused)} sites in all)")
     calibration = recipe.calibration
+    calibrates = bool(recipe.transforms or recipe.quantizer.build().needs)
     predicted = forecast(
         contents,
         resolution.plan,
         format=recipe.output.format,
-        calibration_tokens=calibration.samples * calibration.length if recipe.quantizer.build().needs else 0,
+        calibration_tokens=calibration.samples * calibration.length if calibrates else 0,
+        distill=recipe.distill.build() if recipe.distill else None,
+        length=calibration.length,
         batch_size=calibration.batch_size,
         reasons=resolution.skipped,
     )
@@ -94,6 +97,8 @@ def run_recipe(recipe: Recipe, progress: ProgressCallback = ignore) -> Outcome:
     result = quantize(
         model,
         quantizer=recipe.quantizer.build(),
+        transforms=[one.build() for one in recipe.transforms],
+        distill=recipe.distill.build() if recipe.distill else None,
         plan=preview.resolution.plan,
         ignore=tuple(preview.resolution.skipped),
         data=calibration.data,

@@ -3,8 +3,10 @@
 A :class:`QuantSpec` names a grid (dtype, block that shares a scale, symmetric or not, scale dtype). It does not say how
 codes were chosen (a quantizer's business) nor where they are stored (a format's).
 
-Preset names follow the field's habit, ``w<bits>a16[-asym][-g<size>|-channel]``: ``w4a16`` is 4-bit symmetric
-weights with 16-bit activations. A preset without a group takes the largest of 128, 64 and 32 that divides every site.
+Preset names follow the field's habit, ``w<bits>a<16|8>[-asym][-g<size>|-channel]``: ``w4a16`` is 4-bit symmetric
+weights with 16-bit activations, ``w8a8`` 8-bit weights with activations that are rounded to 8 bits at run time, a scale per
+token. A preset without a group takes the largest of 128, 64 and 32 that divides every site; 8-bit activations go with one
+scale per channel, which is what integer products can use. ``fp8``, ``nf4``, ``mxfp4`` are formats of their own (:data:`NAMED`).
 """
 
 import dataclasses
@@ -21,11 +23,25 @@ AUTO_GROUP_SIZES = (128, 64, 32)
 
 PRESETS: tuple[str, ...] = (
     "w2a16-asym", "w3a16", "w3a16-asym", "w4a16", "w4a16-asym", "w5a16", "w5a16-asym",
-    "w6a16", "w6a16-asym", "w8a16", "w8a16-asym",
+    "w6a16", "w6a16-asym", "w8a16", "w8a16-asym", "w8a8",
 )  # fmt: skip
 """Preset names offered in help and documentation; any of them also takes ``-g<size>`` or ``-channel``."""
 
-_PRESET = re.compile(r"w(?P<bits>[2-8])a16(?P<asym>-asym)?(?:-g(?P<group>\d+)|(?P<channel>-channel))?")
+NAMED: dict[str, tuple[str, tuple[int, int], str | None, bool]] = {
+    "fp8": ("fp8_e4m3", (1, -1), None, False),
+    "fp8-tensor": ("fp8_e4m3", (-1, -1), None, False),
+    "fp8-block": ("fp8_e4m3", (128, 128), None, False),
+    "fp8-dynamic": ("fp8_e4m3", (1, -1), None, True),
+    "nf4": ("nf4", (1, 64), None, False),
+    "mxfp4": ("fp4_e2m1", (1, 32), "float8_e8m0fnu", False),
+}
+"""Presets of formats that are not integers: dtype, block, the scale dtype if the format fixes it, and whether activations are
+rounded to the same dtype, dynamically, per token."""
+
+TOKEN_INT8 = ("int8", (1, -1), True, "float32", True)
+"""Arguments of the :class:`QuantSpec` of activations in ``a8`` presets: symmetric int8, dynamic, one scale per token."""
+
+_PRESET = re.compile(r"w(?P<bits>[2-8])a(?P<activation>16|8)(?P<asym>-asym)?(?:-g(?P<group>\d+)|(?P<channel>-channel))?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +68,10 @@ class QuantSpec:
             raise SpecError(f"unknown dtype {self.dtype!r}; {nearest(self.dtype, DTYPES)}")
         if self.scale_dtype not in SCALE_DTYPES:
             raise SpecError(f"unknown scale_dtype {self.scale_dtype!r}; {nearest(self.scale_dtype, SCALE_DTYPES)}")
+        if not self.is_integer and not self.symmetric:
+            raise SpecError(f"dtype {self.dtype} has no zero point; use symmetric=True")
+        if self.is_integer and self.scale_dtype == "float8_e8m0fnu":
+            raise SpecError(f"scale_dtype float8_e8m0fnu goes with fp4_e2m1, fp8_e4m3 and nf4, not {self.dtype}; use float16")
         if len(self.block) != 2 or any(b == 0 or b < -1 for b in self.block):
             raise SpecError(f"block={self.block!r}: want two sizes, each positive or -1 for all")
 
@@ -59,6 +79,11 @@ class QuantSpec:
     def bits(self) -> int:
         """Bits of one code."""
         return DTYPES[self.dtype].bits
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether codes are integers with a zero point, and not names of a table's values."""
+        return DTYPES[self.dtype].values is None
 
     @property
     def group_size(self) -> int:
@@ -223,14 +248,25 @@ def preset(
     Raises:
         SpecError: for a name that is no preset, naming the nearest one, or for two contradicting group sizes.
     """
+    if name in NAMED:
+        dtype, block, fixed, dynamic = NAMED[name]
+        if group_size is not None or symmetric is False:
+            raise SpecError(f"scheme {name!r} fixes its block and is symmetric; leave group_size and symmetric out")
+        activation = QuantSpec(dtype, (1, -1), True, "float32", True) if dynamic else None
+        return Scheme(QuantSpec(dtype, block, True, fixed or scale_dtype), activation)
     match = _PRESET.fullmatch(name)
     if match is None:
-        raise SpecError(f"unknown scheme {name!r}; {nearest(name, PRESETS)}; append -g<size> or -channel to fix the group")
+        raise SpecError(
+            f"unknown scheme {name!r}; {nearest(name, (*PRESETS, *NAMED))}; append -g<size> or -channel to fix the group"
+        )
     named = -1 if match["channel"] else int(match["group"]) if match["group"] else None
     if named is not None and group_size is not None and named != group_size:
         raise SpecError(f"scheme {name!r} and group_size={group_size} disagree; give one of them")
-    group = named if named is not None else group_size if group_size is not None else largest_group_size(in_features)
+    group = named if named is not None else group_size
+    if group is None:
+        group = -1 if match["activation"] == "8" else largest_group_size(in_features)
     if group == 0 or group < -1:
         raise SpecError(f"group_size={group}: want a positive size, or -1 for one scale per channel")
     symmetric = symmetric if symmetric is not None else match["asym"] is None
-    return Scheme(QuantSpec(f"int{match['bits']}", (1, group), symmetric, scale_dtype))
+    activation = QuantSpec(*TOKEN_INT8) if match["activation"] == "8" else None
+    return Scheme(QuantSpec(f"int{match['bits']}", (1, group), symmetric, scale_dtype), activation)

@@ -18,12 +18,24 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_RECIPE_LINES = 400, 60, 30
 FLOORS = (
     {"errors", "files", "memory", "numerics", "progress", "qtensor", "registry", "spec"},
     {"kernels", "nn"},
-    {"calibrate", "engine", "formats", "quantizers"},
+    {"calibrate", "engine", "formats", "quantizers", "transforms"},
     {"hf"},
-    {"blockwise", "checkpoint", "evaluation", "generation", "models", "pipeline", "plan", "proof", "resume"},
+    {
+        "blockwise",
+        "checkpoint",
+        "distill",
+        "evaluation",
+        "generation",
+        "models",
+        "pipeline",
+        "plan",
+        "proof",
+        "rescale",
+        "resume",
+    },
     {"__main__", "cli", "demo", "doctor", "forecast", "located_yaml", "recipe", "report", "run", "serve", "templates"},
 )
-BLIND = {"calibrate", "engine", "formats", "quantizers"}
+BLIND = {"calibrate", "engine", "formats", "quantizers", "transforms"}
 """Rooms of one floor that know nothing of each other."""
 FORBIDDEN = {"pickle", "cloudpickle", "dill", "torch.utils.cpp_extension"}
 

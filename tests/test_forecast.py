@@ -6,6 +6,7 @@ from safetensors import safe_open
 
 from quantkit import checkpoint
 from quantkit.checkpoint.contents import contents_of
+from quantkit.distill import Distill
 from quantkit.forecast import empty_qtensor, forecast
 from quantkit.nn.install import install
 from quantkit.nn.sites import read_weight
@@ -81,3 +82,15 @@ def test_calibration_costs_memory_and_a_pass():
     assert without.peak_bytes < small.peak_bytes < large.peak_bytes
     assert (len(without.passes), len(small.passes)) == (1, 2)
     assert "1,000,000 tokens" in small.passes[0]
+
+
+def test_distillation_costs_memory_and_two_passes():
+    contents = contents_of(tiny.FAMILIES["llama"]().config)
+    plan = make_plan(contents.structure, "w4a16")
+    without, small, large = (
+        forecast(contents, plan, distill=settings)
+        for settings in (None, Distill(steps=3, windows=64), Distill(steps=3, windows=640))
+    )
+    assert without.peak_bytes < small.peak_bytes < large.peak_bytes
+    assert "float model: one forward of up to 98,304 tokens" in small.passes[0]
+    assert "3 forwards and backwards of 64 windows" in small.passes[1]

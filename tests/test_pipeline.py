@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from quantkit import checkpoint
+from quantkit.blockwise import Compute
 from quantkit.calibrate.data import from_ids
 from quantkit.calibrate.statistics import load_statistics, save_statistics
 from quantkit.errors import CalibrationError, FormatError, SpecError
@@ -184,3 +185,13 @@ def test_strict_refuses_a_fallback() -> None:
     fallen = [row for row in relaxed.coverage if row.kind == "fell back"]
     assert fallen
     assert all("no calibration input" in (row.reason or "") for row in fallen)
+
+
+def test_a_narrower_compute_dtype_leaves_no_trace_in_what_stays_float() -> None:
+    model, ids = FAMILIES["llama"](), [torch.randint(3, 190, (2, 32), generator=torch.Generator().manual_seed(0))]
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    quantize(model, "w4a16", data=ids, compute=Compute(torch.device("cpu"), torch.bfloat16))
+    kept = {name: parameter for name, parameter in model.named_parameters() if "layers" in name}
+    assert len(kept) == 4
+    for name, parameter in kept.items():
+        assert torch.equal(parameter, before[name])

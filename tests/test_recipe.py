@@ -4,11 +4,14 @@ from pathlib import Path
 
 import pytest
 
+from quantkit.distill import Distill
 from quantkit.errors import QuantkitError, RecipeError, SpecError
 from quantkit.nn.sites import Block, Site, Structure
 from quantkit.quantizers.gptq import GPTQ
 from quantkit.recipe import Recipe, load_recipe
 from quantkit.spec import QuantSpec, Scheme
+from quantkit.transforms.awq import AWQ
+from quantkit.transforms.smoothquant import SmoothQuant
 
 MINIMAL = "model: some/model\noutput: {path: out}\n"
 
@@ -39,6 +42,22 @@ def recipe(tmp_path: Path, text: str = "") -> Recipe:
     return load_recipe(write(tmp_path, MINIMAL + text))
 
 
+def test_transforms_are_named_or_have_options(tmp_path):
+    found = recipe(tmp_path, "transforms: [awq, {name: smoothquant, options: {alpha: 0.7}}]\n").transforms
+    assert [one.build() for one in found] == [AWQ(), SmoothQuant(alpha=0.7)]
+    with pytest.raises(RecipeError, match=r"transform 'awq' has no option 'alpha'"):
+        recipe(tmp_path, "transforms: [{name: awq, options: {alpha: 1}}]\n")
+    with pytest.raises(RecipeError, match=r"unknown transform 'awk'; did you mean 'awq'"):
+        recipe(tmp_path, "transforms: [awk]\n")
+
+
+def test_distillation_is_off_by_default_and_takes_the_settings_given(tmp_path):
+    assert recipe(tmp_path).distill is None
+    given = recipe(tmp_path, "distill: {steps: 7, rate: 0.001}\n").distill
+    assert given is not None
+    assert given.build() == Distill(steps=7, rate=0.001)
+
+
 def test_defaults_are_the_documented_ones(tmp_path):
     found = recipe(tmp_path)
     assert (found.scheme.name, found.quantizer.name, found.output.format) == ("w4a16", "gptq", "compressed-tensors")
@@ -57,6 +76,8 @@ def test_defaults_are_the_documented_ones(tmp_path):
             MINIMAL + "rules:\n- {match: a, skip: true}\n- {mach: b}\n",
             "/recipe.yaml:5:4: rules.1.mach: unknown key; did you mean 'match'?",
         ),
+        (MINIMAL + "distill: {steps: 4, rat: 3}\n", "distill.rat: unknown key; did you mean 'rate'?"),
+        (MINIMAL + "distill: {steps: 0}\n", "distill.steps: Input should be greater than 0; got 0"),
         (MINIMAL + "scheme: {name: w4a16, groupsize: 3}\n", "scheme.groupsize: unknown key; did you mean 'group_size'?"),
         (MINIMAL + "scheme: w4a61\n", "/recipe.yaml:3:1: scheme: unknown scheme 'w4a61'; did you mean 'w4a16'?"),
         (MINIMAL + "scheme: {dtype: int44}\n", "unknown dtype 'int44'; did you mean 'int4'?"),

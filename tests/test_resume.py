@@ -74,17 +74,18 @@ def test_twenty_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
         torch.set_num_threads(threads)
 
 
-def test_an_interrupted_run_continues_where_it_stopped(tmp_path: Path) -> None:
+@pytest.mark.parametrize("quantizer", ["gptq", "gptaq"])
+def test_an_interrupted_run_continues_where_it_stopped(tmp_path: Path, quantizer: str) -> None:
     def stop_in_block_three(event: Progress) -> None:
         if event.detail.startswith("model.layers.3") and event.loss is not None:
             raise KeyboardInterrupt
 
-    run(tmp_path / "whole")
+    run(tmp_path / "whole", quantizer=quantizer)
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "q", progress=stop_in_block_three)
+        run(tmp_path / "q", quantizer=quantizer, progress=stop_in_block_three)
     assert not (tmp_path / "q" / "config.json").exists()
     seen: list[Progress] = []
-    run(tmp_path / "q", progress=seen.append)
+    run(tmp_path / "q", quantizer=quantizer, progress=seen.append)
     assert {e.detail.split(".")[2] for e in seen if e.loss is not None} == {"3", "4", "5"}
     assert files(tmp_path / "q") == files(tmp_path / "whole")
 

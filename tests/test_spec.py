@@ -10,6 +10,9 @@ from quantkit.spec import PRESETS, QuantSpec, Scheme, largest_group_size, preset
 def test_presets_say_what_they_are_called(name: str) -> None:
     spec = preset(name, [256, 384]).weight
     assert spec.dtype == f"int{name[1]}"
+    if name.endswith("a8"):
+        assert spec.block == (1, -1)
+        return
     assert spec.symmetric != name.endswith("-asym")
     assert spec.block == (1, 128)
 
@@ -65,3 +68,9 @@ def test_json_round_trip() -> None:
 def test_strategies() -> None:
     names = {(1, -1): "channel", (1, 32): "group", (-1, -1): "tensor", (128, 128): "block", (-1, 32): "block"}
     assert {block: QuantSpec("int8", block).strategy for block in names} == names
+
+
+def test_8_bit_activations_go_with_channels_unless_a_group_is_named() -> None:
+    found = preset("w8a8", [576, 1536])
+    assert found == Scheme(QuantSpec("int8", (1, -1)), QuantSpec("int8", (1, -1), True, "float32", dynamic=True))
+    assert preset("w4a8-g64", [576]).weight.block == (1, 64)

@@ -16,12 +16,14 @@ FEW = {"calibration.samples": 4, "calibration.length": 128, "evaluate.windows": 
 
 
 def test_the_promised_recipes_are_there():
-    assert {path.stem for path in RECIPES} >= {"w4a16-rtn", "w4a16-gptq", "w8a16", "demo"}
+    assert {path.stem for path in RECIPES} >= {"w4a16-rtn", "w4a16-gptq", "w8a16", "w3a16-distill", "demo"}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_runs_on_a_tiny_model(path, tiny_float, tmp_path):
     changes = {**FEW, "model": str(tiny_float), "output.path": str(tmp_path / "out"), "dtype": "float32"}
+    if path.stem == "w3a16-distill":
+        changes["distill.steps"] = 2
     if path.stem == "demo":
         changes["rules"] = [
             {"match": "*.mlp.down_proj", "scheme": "w8a16"},

@@ -8,6 +8,8 @@ collector: sequences are run without it.
 A member of the family registers itself with ``@COLLECTORS.register(name)``; quantizers and transforms name what they need.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
@@ -71,6 +73,19 @@ class MeanSquare(_Sum):
         return self._mean("sum")
 
 
+@contextlib.contextmanager
+def _bfloat16_products(wanted: bool) -> Iterator[None]:
+    """Let float32 products on the CPU round their inputs to bfloat16 and add in float32, which is several times faster."""
+    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = settings.fp32_precision
+    try:
+        if wanted:
+            settings.fp32_precision = "bf16"
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
 @COLLECTORS.register("hessian")
 class Hessian(_Sum):
     """Second-moment matrix E[x x^T]: float32 (features, features), accumulated in float32.
@@ -87,11 +102,15 @@ class Hessian(_Sum):
     def update(self, x: Tensor) -> None:
         """Add ``x^T x`` for ``x`` (tokens, features)."""
         total = self.state["sum"] = self.state["sum"].to(x.device)
+        exact = (
+            x.dtype == torch.bfloat16
+        )  # products of bfloat16 numbers are exact in float32: the fast multiplier loses nothing
         x = x.float()
         tile = max(64, -(-x.shape[1] // self.TILES))
-        for start in range(0, x.shape[1], tile):
-            # One product per strip: columns of this tile against everything from it to the right.
-            total[start : start + tile, start:].addmm_(x[:, start : start + tile].T, x[:, start:])
+        with _bfloat16_products(exact and x.device.type == "cpu"):
+            for start in range(0, x.shape[1], tile):
+                # One product per strip: columns of this tile against everything from it to the right.
+                total[start : start + tile, start:] += x[:, start : start + tile].T @ x[:, start:]
         self.state["count"] += x.shape[0]
 
     def result(self) -> Tensor:
@@ -103,6 +122,32 @@ class Hessian(_Sum):
     def diagonal(hessian: Tensor) -> Tensor:
         """Return E[x^2] (features,) of a result."""
         return hessian.diagonal(dim1=-2, dim2=-1)
+
+
+@COLLECTORS.register("drift")
+class Drift(_Sum):
+    """How the inputs of a site have moved away from the float model's: E[(x' - x) x^T], float32 (features, features).
+
+    x is a row as the site sees it behind quantized layers, x' the same row in the float model. Rows come as pairs, [x, x']
+    side by side: (tokens, 2 features).
+    """
+
+    PAIRED = True
+
+    def __init__(self, features: int) -> None:
+        self.state = {"sum": torch.zeros(features, features), "count": torch.zeros((), dtype=torch.int64)}
+
+    def update(self, x: Tensor) -> None:
+        """Add ``(x' - x)^T x`` for rows ``[x, x']`` (tokens, 2 features)."""
+        own, twin = x.float().chunk(2, 1)
+        self.state["sum"] = self.state["sum"].to(x.device)
+        with _bfloat16_products(x.dtype == torch.bfloat16 and x.device.type == "cpu"):
+            self.state["sum"] += (twin - own).T @ own
+        self.state["count"] += x.shape[0]
+
+    def result(self) -> Tensor:
+        """Return E[(x' - x) x^T]."""
+        return self._mean("sum")
 
 
 @COLLECTORS.register("abs_max")

@@ -35,10 +35,12 @@ class Inputs:
     Attributes:
         x: (..., in) as the module received it.
         expert_ids: int64 (rows,) expert of every row, for a 3-D site; None otherwise.
+        twin: what the float model multiplies at the same place, of x's shape, if that is known.
     """
 
     x: Tensor
     expert_ids: Tensor | None = None
+    twin: Tensor | None = None
 
 
 @dataclass
@@ -61,12 +63,14 @@ class SiteStatistics:
 
 
 def collect(site: Site, needs: Sequence[str], inputs: Sequence[Inputs]) -> SiteStatistics:
-    """Run the named collectors over all ``inputs`` of ``site``.
+    """Run the named collectors over all ``inputs`` of ``site``; a paired one is left out where there is no twin.
 
     Raises:
         CalibrationError: if an input holds NaN or infinity.
     """
     experts = site.shape[0] if len(site.shape) == 3 else 1
+    twins = all(one.twin is not None for one in inputs)
+    needs = [name for name in needs if twins or not _paired(name)]
     collectors = [{name: COLLECTORS.get(name)(site.in_features) for name in needs} for _ in range(experts)]
     tokens = [0] * experts
     for one in inputs:
@@ -74,9 +78,19 @@ def collect(site: Site, needs: Sequence[str], inputs: Sequence[Inputs]) -> SiteS
             if not torch.isfinite(rows.sum()):  # NaN and infinity survive a sum
                 raise CalibrationError(f"{site.name}: calibration inputs hold NaN or infinity; check the model and its dtype")
             tokens[expert] += rows.shape[0]
-            for collector in collectors[expert].values():
-                collector.update(rows)
+            for name, collector in collectors[expert].items():
+                if _paired(name):
+                    assert one.twin is not None
+                    rows_and_twin = torch.cat([rows, one.twin.detach().reshape(rows.shape).to(rows)], 1)
+                    collector.update(rows_and_twin)
+                else:
+                    collector.update(rows)
     return SiteStatistics({name: _stack(site, [c[name] for c in collectors], tokens) for name in needs}, tuple(tokens))
+
+
+def _paired(name: str) -> bool:
+    """Say whether a collector wants every row twice: as it is, and as the float model has it."""
+    return bool(getattr(COLLECTORS.get(name), "PAIRED", False))
 
 
 def _rows_by_expert(inputs: Inputs, experts: int) -> list[tuple[int, Tensor]]:
@@ -102,6 +116,32 @@ class _Batch(greenlet.greenlet):
     waiting: str | None = None
     inputs: Inputs | None = None
     output: Tensor | None = None
+    twins: dict[str, Tensor] | None = None
+
+
+def record_inputs(
+    block: nn.Module, block_name: str, sites: Sequence[Site], forwards: Sequence[Callable[[], Tensor]]
+) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    """Run ``block`` once over all batches and keep the input of every 2-D site; arguments as for :func:`walk_block`.
+
+    Returns:
+        The outputs, and for every batch site name to input. Sites that read the same tensor share it.
+    """
+    found: list[dict[str, Tensor]] = [{} for _ in forwards]
+    outputs = []
+    for batch, run in zip(found, forwards, strict=True):
+
+        def keep(site: Site, inputs: Inputs, batch: dict[str, Tensor] = batch) -> None:
+            if inputs.expert_ids is None:
+                batch[site.name] = inputs.x
+
+        hooks = _attach(block, block_name, sites, keep)
+        try:
+            outputs.append(run())
+        finally:
+            for hook in hooks:
+                hook()
+    return outputs, found
 
 
 def walk_block(
@@ -110,6 +150,7 @@ def walk_block(
     sites: Sequence[Site],
     forwards: Sequence[Callable[[], Tensor]],
     visit: Callable[[Site, Callable[[Sequence[str]], SiteStatistics]], None],
+    twins: Sequence[dict[str, Tensor]] = (),
 ) -> list[Tensor]:
     """Run ``block`` once over all batches, visiting each site when all its inputs are known.
 
@@ -120,6 +161,8 @@ def walk_block(
         forwards: one zero-argument function per batch that runs the block and returns its output (B, T, H).
         visit: called once per site that is reached, as ``visit(site, statistics)``; ``statistics(needs)`` runs collectors
             over the site's inputs. It may overwrite the site's float weight in place: the suspended batches then use it.
+        twins: for every batch the inputs that the float model has at the sites (:func:`record_inputs`), if anybody wants
+            them; emptied on the way.
 
     Returns:
         The outputs of ``forwards``, in order.
@@ -133,10 +176,13 @@ def walk_block(
     def suspend(site: Site, inputs: Inputs) -> None:
         batch = greenlet.getcurrent()
         if site.name not in done and isinstance(batch, _Batch):
+            inputs.twin = batch.twins.pop(site.name, None) if batch.twins else None
             batch.waiting, batch.inputs = site.name, inputs
             batch.parent.switch()
 
     batches = [_Batch(lambda run=run: setattr(greenlet.getcurrent(), "output", run())) for run in forwards]
+    for batch, twin in zip(batches, twins, strict=False):
+        batch.twins = twin
     hooks = _attach(block, block_name, sites, suspend)
     try:
         running, heap = batches, HeapWatch()

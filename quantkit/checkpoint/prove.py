@@ -12,12 +12,19 @@ from quantkit.checkpoint.read import load, open_checkpoint
 from quantkit.errors import FormatError
 from quantkit.nn.linear import QuantLinear, QuantWeight
 from quantkit.qtensor import QTensor
+from quantkit.spec import Scheme
 
 
 def installed(model: nn.Module) -> dict[str, QTensor]:
     """Return site name to QTensor of every quantized weight in the model."""
     kinds = (QuantLinear, QuantWeight)
     return {name: module.qtensor for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
+def installed_plan(model: nn.Module) -> dict[str, Scheme]:
+    """Return site name to scheme of everything quantized in the model."""
+    kinds = (QuantLinear, QuantWeight)
+    return {name: Scheme(m.spec, m.activation) for name, m in model.named_modules() if isinstance(m, kinds)}
 
 
 def verify(path: str | Path, model: nn.Module) -> None:

@@ -222,18 +222,13 @@ def load(
         FormatError: the checkpoint is unfinished, damaged, contradicts itself, or cannot be represented exactly.
     """
     with open_checkpoint(path) as opened:
-        active = {s.activation.describe() for s in opened.schemes.values() if s.activation is not None}
-        if active and not ignore_activations:
-            raise FormatError(
-                f"{path} asks for quantized activations ({', '.join(sorted(active))}), which quantkit cannot run yet; pass "
-                "ignore_activations=True to run its quantized weights with float activations"
-            )
         contents = opened.contents
         model: Any = contents.model  # Any: transformers types neither eval nor to
         quantized = {parameter_of(contents.sites[name]): contents.sites[name] for name in opened.schemes}
         _load_floats(model, opened, set(quantized), dtype)
         for site in quantized.values():
-            install(model, site, opened.qtensor(site))
+            activation = None if ignore_activations else opened.schemes[site.name].activation
+            install(model, site, opened.qtensor(site), activation)
         model.tie_weights()
         left = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
         if left:

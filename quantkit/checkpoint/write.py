@@ -12,13 +12,13 @@ from quantkit import __version__
 from quantkit.checkpoint.check import MODEL_FILES, check, config_of, dtype_name, layout_bytes, layout_of
 from quantkit.checkpoint.contents import Entry, aliases, contents_of, float_tensor, linear_modules, quantized_slice
 from quantkit.checkpoint.files import INCOMPLETE, index_name, mark_incomplete, single_name, write_shard
-from quantkit.checkpoint.prove import installed, verify
+from quantkit.checkpoint.prove import installed, installed_plan, verify
 from quantkit.errors import FormatError
 from quantkit.files import remove_temporaries, write_atomic, write_json
 from quantkit.formats.base import FORMATS
 from quantkit.hf.load import PreTrainedModel
 from quantkit.qtensor import QTensor
-from quantkit.spec import Plan, Scheme
+from quantkit.spec import Plan
 
 MAX_SHARD_BYTES = 5_000_000_000
 """Largest shard, unless one weight alone is larger."""
@@ -223,7 +223,7 @@ def save(
     Args:
         model: model with :class:`QuantLinear` and :class:`QuantWeight` in place.
         path: directory.
-        plan: site name to scheme; None takes every installed weight as it is, without activation schemes.
+        plan: site name to scheme; None takes what is installed as it is.
         format: name in :data:`quantkit.formats.base.FORMATS`.
         tokenizer: saved along.
         metadata: JSON-able facts for the ``quantkit`` section of config.json.
@@ -234,7 +234,7 @@ def save(
         FormatError: see :func:`check_output` and :func:`verify`.
     """
     found = installed(model)
-    plan = {name: Scheme(q.spec) for name, q in found.items()} if plan is None else plan
+    plan = installed_plan(model) if plan is None else plan
     if found.keys() != plan.keys():
         odd = sorted(found.keys() ^ plan.keys())
         raise FormatError(f"{odd[0]} is {'quantized' if odd[0] in found else 'not quantized'} in the model, unlike in the plan")

@@ -9,6 +9,8 @@ Integer codes are signed there, so a stored 4-bit -8..7 is our 0..15; ``w = (q -
 - ``int-quantized``, 8 bits with one scale per channel or tensor: ``weight`` int8 (out, in), ``weight_scale`` (out, 1) or
   (1,), ``weight_zero_point`` int8 of that shape. It is chosen for schemes that also quantize activations (W8A8) and
   for one scale per tensor, which ``pack-quantized`` readers refuse.
+- ``float-quantized``, FP8 e4m3 with one scale per channel or tensor, activations float or FP8 per token: ``weight``
+  float8_e4m3fn (out, in), ``weight_scale`` (out, 1) or (1,).
 
 Since compressed-tensors 0.18 packing is dense: elements cross word boundaries. Before, a word held floor(32 / bits)
 elements and padding, which differs for 3, 5, 6 and 7 bits. We write the dense layout and record ``version``; on reading,
@@ -22,7 +24,7 @@ What transformers (5.23 with compressed-tensors 0.20) makes of our files: symmet
 with ``CompressedTensorsConfig(dequantize=True)`` only, because the package prepares unpacked zero points for them; stacks
 of experts load if they are symmetric; GPT-2's Conv1D layers are not recognised at all.
 
-Not representable here: blocks of several rows (use ``native``), activation grids other than dynamic 8-bit, stored
+Not representable here: blocks of several rows, NF4, FP4 (use ``native``), activation grids other than dynamic 8-bit, stored
 ``weight_g_idx`` (act order by group, which compressed-tensors itself has removed), KV-cache scales, sparsity, transforms.
 """
 
@@ -46,7 +48,7 @@ VERSION = "0.18.0"
 """First compressed-tensors release whose ``pack-quantized`` is the dense layout that we write."""
 
 _PADDED_BITS = (3, 5, 6, 7)
-_FORMATS = ("pack-quantized", "int-quantized")
+_FORMATS = ("pack-quantized", "int-quantized", "float-quantized")
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +140,31 @@ class IntQuantized:
         return QTensor.from_codes(codes, tensors["weight_scale"].reshape(-1, 1), zero, spec)
 
 
+class FloatQuantized:
+    """Codec of ``float-quantized``: one FP8 number per weight."""
+
+    def layout(self, spec: QuantSpec, shape: tuple[int, ...]) -> Layout:
+        """See :class:`quantkit.formats.base.Codec`."""
+        if len(shape) != 2 or spec.dtype != "fp8_e4m3" or spec.strategy not in ("channel", "tensor"):
+            raise FormatError(
+                f"float-quantized stores fp8_e4m3 (out, in) weights per channel or tensor, not {spec.describe()} {shape}"
+            )
+        scale_shape = (1,) if spec.strategy == "tensor" else (shape[0], 1)
+        return {"weight": (torch.float8_e4m3fn, shape), "weight_scale": (SCALE_DTYPES[spec.scale_dtype], scale_shape)}
+
+    def encode(self, qtensor: QTensor) -> dict[str, Tensor]:
+        """See :class:`quantkit.formats.base.Codec`."""
+        layout = self.layout(qtensor.spec, qtensor.shape)
+        scale = qtensor.scale.reshape(layout["weight_scale"][1]).contiguous()
+        return {"weight": qtensor.codes().view(torch.float8_e4m3fn), "weight_scale": scale}
+
+    def decode(self, tensors: Mapping[str, Tensor], spec: QuantSpec, shape: tuple[int, ...]) -> QTensor:
+        """See :class:`quantkit.formats.base.Codec`."""
+        check_layout(tensors, self.layout(spec, shape))
+        codes = tensors["weight"].contiguous().view(torch.uint8)
+        return QTensor.from_codes(codes, tensors["weight_scale"].reshape(-1, 1), None, spec)
+
+
 def _flip_sign(codes: Tensor) -> Tensor:
     """Exchange offset-binary and two's complement in uint8."""
     return codes ^ 0x80
@@ -155,6 +182,8 @@ class CompressedTensors:
         spec = scheme.weight
         if reason := spec.rejects(shape):
             return reason
+        if not spec.is_integer and (spec.dtype != "fp8_e4m3" or spec.strategy not in ("channel", "tensor")):
+            return f"compressed-tensors {spec.describe()} is not written; use fp8 per channel or tensor, or format native"
         if spec.strategy == "block":
             return f"compressed-tensors integers have no blocks of {spec.block[0]} rows; use a group size, or format native"
         if dtype is not None and dtype not in (spec.scale_dtype, "float32"):
@@ -169,8 +198,9 @@ class CompressedTensors:
         return None
 
     def codec(self, scheme: Scheme) -> Codec:
-        """Return int-quantized for W8A8 and per-tensor scales, else pack-quantized."""
-        return IntQuantized() if _format_name(scheme) == "int-quantized" else PackQuantized()
+        """Return float-quantized for FP8, int-quantized for W8A8 and per-tensor scales, else pack-quantized."""
+        codecs: dict[str, Codec] = {"float-quantized": FloatQuantized(), "int-quantized": IntQuantized()}
+        return codecs.get(_format_name(scheme), PackQuantized())
 
     def dump_config(self, plan: Mapping[str, Scheme], ignore: Sequence[str], dtype: str) -> dict[str, Any]:
         """Write one group per scheme; a single scheme targets every Linear that ``ignore`` does not name."""
@@ -204,12 +234,16 @@ class CompressedTensors:
 
 
 def _format_name(scheme: Scheme) -> str:
+    if not scheme.weight.is_integer:
+        return "float-quantized"
     return "int-quantized" if scheme.activation is not None or scheme.weight.strategy == "tensor" else "pack-quantized"
 
 
 def _rejects_activation(weight: QuantSpec, activation: QuantSpec) -> str | None:
     if weight.bits != 8 or weight.strategy not in ("channel", "tensor"):
         return f"quantized activations need int8 weights per channel or tensor, not {weight.describe()}; use w8a8"
+    if activation.is_integer != weight.is_integer:
+        return f"activations {activation.describe()} do not go with weights {weight.describe()}; use w8a8 or fp8-dynamic"
     if activation.bits != 8 or not activation.dynamic or activation.strategy not in ("channel", "tensor"):
         return f"activations {activation.describe()}: only dynamic int8 per token or tensor can be stored"
     return None
@@ -218,7 +252,7 @@ def _rejects_activation(weight: QuantSpec, activation: QuantSpec) -> str | None:
 def _weight_args(spec: QuantSpec, dtype: str) -> dict[str, Any]:
     args = {
         "num_bits": spec.bits,
-        "type": "int",
+        "type": "int" if spec.is_integer else "float",
         "symmetric": spec.symmetric,
         "strategy": spec.strategy,
         "group_size": spec.group_size if spec.strategy == "group" else None,
@@ -231,7 +265,7 @@ def _activation_args(spec: QuantSpec) -> dict[str, Any]:
     strategy = "token" if spec.strategy == "channel" else "tensor"
     return {
         "num_bits": spec.bits,
-        "type": "int",
+        "type": "int" if spec.is_integer else "float",
         "symmetric": spec.symmetric,
         "strategy": strategy,
         "group_size": None,
@@ -273,10 +307,11 @@ def _matches(module: str, pattern: str) -> bool:
 
 def _read_weight_args(args: Mapping[str, Any], scale_dtype: str, where: str) -> QuantSpec:
     strategy = args.get("strategy") or ("group" if (args.get("group_size") or -1) > 0 else "channel")
-    if args.get("type", "int") != "int" or args.get("dynamic") or strategy not in ("group", "channel", "tensor"):
+    dtype = _read_dtype(args)
+    if dtype is None or args.get("dynamic") or strategy not in ("group", "channel", "tensor"):
         raise FormatError(
-            f"{where}: type={args.get('type')!r}, strategy={strategy!r}, dynamic={args.get('dynamic')!r}; "
-            "quantkit loads static integer weights per group, channel or tensor"
+            f"{where}: type={args.get('type')!r}, num_bits={args.get('num_bits')!r}, strategy={strategy!r}, "
+            f"dynamic={args.get('dynamic')!r}; quantkit loads static integer or FP8 weights per group, channel or tensor"
         )
     if args.get("actorder") in ("group", "dynamic"):
         raise FormatError(f"{where}.actorder is {args['actorder']!r}: permuted groups (weight_g_idx) are not supported")
@@ -288,7 +323,7 @@ def _read_weight_args(args: Mapping[str, Any], scale_dtype: str, where: str) -> 
         block = (1, group)
     named = args.get("scale_dtype")
     return QuantSpec(
-        f"int{int(args['num_bits'])}",
+        dtype,
         block,
         bool(args.get("symmetric", True)),
         named.removeprefix("torch.") if named else scale_dtype,
@@ -299,19 +334,28 @@ def _read_activation_args(args: Mapping[str, Any] | None, group: str) -> QuantSp
     if not args:
         return None
     blocks = {"token": (1, -1), "tensor": (-1, -1)}
-    if args.get("type", "int") != "int" or args.get("dynamic") is not True or args.get("strategy") not in blocks:
+    dtype = _read_dtype(args)
+    if dtype is None or args.get("dynamic") is not True or args.get("strategy") not in blocks:
         raise FormatError(
             f"config_groups.{group}.input_activations: type={args.get('type')!r}, strategy={args.get('strategy')!r}, "
-            f"dynamic={args.get('dynamic')!r}; quantkit knows only dynamic integers per token or tensor"
+            f"dynamic={args.get('dynamic')!r}; quantkit knows only dynamic integers and FP8 per token or tensor"
         )
-    return QuantSpec(
-        f"int{int(args['num_bits'])}", blocks[args["strategy"]], bool(args.get("symmetric", True)), "float32", True
-    )
+    return QuantSpec(dtype, blocks[args["strategy"]], bool(args.get("symmetric", True)), "float32", True)
+
+
+def _read_dtype(args: Mapping[str, Any]) -> str | None:
+    """Return the name of a code dtype, or None for one that does not exist here."""
+    bits = int(args["num_bits"])
+    if args.get("type", "int") == "float":
+        return "fp8_e4m3" if bits == 8 else None
+    return f"int{bits}" if args.get("type", "int") == "int" else None
 
 
 def _read_codec(name: str | None, spec: QuantSpec, version: str | None, group: str) -> Codec:
     if name not in _FORMATS:
         raise FormatError(f"config_groups.{group}: format {name!r} cannot be loaded; known: {', '.join(_FORMATS)}")
+    if name == "float-quantized":
+        return FloatQuantized()
     if name == "int-quantized":
         return IntQuantized()
     if spec.bits not in _PADDED_BITS:

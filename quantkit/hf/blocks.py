@@ -129,7 +129,8 @@ def finish(model: nn.Module, structure: Structure, hidden: Tensor) -> Tensor:
         return hidden.to(own.device, own.dtype) if index == last else own
 
     ids = _some_ids(model, tuple(hidden.shape[:2]))
-    logits: Tensor = _drive(model, structure, ids, None, visit, _output_form(model, structure)).logits
+    form = _output_form(model, structure)
+    logits: Tensor = _drive(model, structure, ids, None, visit, form, grad=hidden.requires_grad).logits
     return logits
 
 
@@ -179,7 +180,14 @@ Visit = Callable[[int, Tensor, tuple[Any, ...], dict[str, Any]], Tensor]
 
 
 def _drive(
-    model: nn.Module, structure: Structure, ids: Tensor, mask: Tensor | None, visit: Visit, form: Callable[[Tensor], Any]
+    model: nn.Module,
+    structure: Structure,
+    ids: Tensor,
+    mask: Tensor | None,
+    visit: Visit,
+    form: Callable[[Tensor], Any],
+    *,
+    grad: bool = False,
 ) -> Any:
     """Run the model with stand-ins for its blocks and return its output.
 
@@ -204,7 +212,7 @@ def _drive(
 
         return forward
 
-    with _forwards_replaced([model.get_submodule(name) for name in names], stand_in), torch.no_grad():
+    with _forwards_replaced([model.get_submodule(name) for name in names], stand_in), torch.set_grad_enabled(grad):
         output = model(**_inputs(ids, mask), use_cache=False)
     if len(handed_on) != len(names):
         raise SpecError(f"{names[len(handed_on)]} is never called by {type(model).__name__}; want every block once, in order")

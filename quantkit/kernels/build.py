@@ -62,6 +62,12 @@ _SIGNATURES: Final = {
     "qk_search": (_INT, [_POINTER] * 5 + [_LONG] * 4 + [_INT] * 5),
     "qk_sweep_rows": (_INT, []),
     "qk_sweep": (_INT, [_POINTER] * 5 + [_LONG] * 2 + [_INT] * 3),
+    "qk_descend": (_INT, [_POINTER] * 5 + [_LONG] * 2 + [_INT] * 3),
+    "qk_divergence": (_INT, [_POINTER] * 4 + [_LONG] * 2 + [_INT] * 2),
+    "qk_drift": (_INT, [_POINTER] * 2 + [ctypes.c_float] + [_LONG] * 2 + [_INT] * 2),
+    "qk_settle": (_INT, [_POINTER] * 3 + [_INT] + [_LONG] * 2 + [_INT]),
+    "qk_expand_groups": (_INT, [_POINTER] * 3 + [_LONG] * 2 + [_INT] * 2),
+    "qk_reduce_groups": (_INT, [_POINTER] * 3 + [_LONG] * 2 + [_INT] * 2),
 }
 _WAY_OUT: Final = (
     "install a C++ compiler (apt install g++, dnf install gcc-c++, conda install gxx, xcode-select --install) "

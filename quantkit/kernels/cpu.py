@@ -47,6 +47,8 @@ class CpuKernel:
             return f"runs on the cpu, not on {problem.device}"
         if problem.dtype not in build.DTYPE_CODES:
             return f"activations are {problem.dtype}, want float32, float16 or bfloat16"
+        if not problem.spec.is_integer:
+            return f"codes are {problem.spec.dtype}, want integers"
         if 0 in problem.shape:
             return f"the weight {problem.shape} is empty"
         try:

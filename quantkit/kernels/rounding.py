@@ -1,7 +1,7 @@
-"""Choosing codes quickly: the grid search and GPTQ's column sweep, compiled for the CPU, in plain torch elsewhere.
+"""Choosing codes quickly: grid search, GPTQ's column sweep and coordinate descent, compiled for the CPU, plain torch elsewhere.
 
-Both do what their plain forms say, :func:`quantkit.numerics.search.search_qparams` and
-:func:`quantkit.numerics.sweep.sweep`, up to the rounding of float32 sums. The compiled forms keep a group, or the rows
+They do what their plain forms say, :func:`quantkit.numerics.search.search_qparams`, :func:`quantkit.numerics.sweep.sweep`
+and :func:`quantkit.numerics.descent.descend`, up to the rounding of float32 sums. The compiled forms keep a group, or the rows
 of a tile, in registers and the first cache levels, where the plain ones pass through memory for every step: 20 to 100
 times faster. Without a compiler the plain forms run, and the log says so once.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from quantkit.errors import KernelError, SpecError
 from quantkit.kernels import build
-from quantkit.numerics import grid, search
+from quantkit.numerics import descent, grid, search
 from quantkit.numerics import sweep as plain
 from quantkit.numerics.dtypes import SCALE_DTYPES
 from quantkit.spec import QuantSpec
@@ -28,7 +28,7 @@ def search_qparams(
     refit: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """Choose scale and zero point of every block; see :func:`quantkit.numerics.search.search_qparams`."""
-    if weight.device.type != "cpu" or spec.block[0] != 1 or not _compiled():
+    if weight.device.type != "cpu" or spec.block[0] != 1 or not compiled("grid search and GPTQ"):
         return search.search_qparams(weight, spec, importance, ratios=ratios, refit=refit)
     rows, columns = weight.shape
     _, group = grid.block_size(spec, (rows, columns))
@@ -60,7 +60,7 @@ def search_qparams(
 
 def sweep(weight: Tensor, qparams: tuple[Tensor, Tensor | None], spec: QuantSpec, order: Tensor, factor: Tensor) -> Tensor:
     """Round column by column, feeding errors forward; see :func:`quantkit.numerics.sweep.sweep`."""
-    if weight.device.type != "cpu" or not _compiled():
+    if weight.device.type != "cpu" or not compiled("grid search and GPTQ"):
         return plain.sweep(weight, qparams, spec, order, factor)
     rows, columns = weight.shape
     lanes = build.library().qk_sweep_rows()
@@ -94,10 +94,45 @@ def sweep(weight: Tensor, qparams: tuple[Tensor, Tensor | None], spec: QuantSpec
     return result.T.contiguous()
 
 
-def _compiled() -> bool:
+def descend(
+    weight: Tensor, codes: Tensor, qparams: tuple[Tensor, Tensor | None], spec: QuantSpec, order: Tensor, hessian: Tensor
+) -> Tensor:
+    """Choose every column's codes again with all others fixed; see :func:`quantkit.numerics.descent.descend`."""
+    if weight.device.type != "cpu" or not compiled("grid search and GPTQ"):
+        return descent.descend(weight, codes, qparams, spec, order, hessian)
+    rows, columns = weight.shape
+    padding = -rows % build.library().qk_sweep_rows()
+    scale, zero = qparams
+    residual = (weight - grid.dequantize(codes, scale, zero, spec)) @ hessian
+
+    def arranged(values: Tensor) -> Tensor:
+        return torch.nn.functional.pad(values.T[order], (0, padding), value=1).contiguous()
+
+    values, scales = arranged(residual), arranged(plain.per_column(scale.float(), spec, (rows, columns)))
+    zeros = None if zero is None else arranged(plain.per_column(zero.float(), spec, (rows, columns)))
+    ordered, arranged_codes = hessian[order][:, order].contiguous(), arranged(codes)
+    build.library().qk_descend(
+        values.data_ptr(),
+        scales.data_ptr(),
+        None if zeros is None else zeros.data_ptr(),
+        ordered.data_ptr(),
+        arranged_codes.data_ptr(),
+        columns,
+        rows + padding,
+        2**spec.bits - 1,
+        grid.zero_code(spec),
+        torch.get_num_threads(),
+    )
+    result = torch.empty(columns, rows, dtype=torch.uint8)
+    result[order] = arranged_codes[:, :rows]
+    return result.T.contiguous()
+
+
+def compiled(what: str) -> bool:
+    """Say whether the compiled library is there; if not, log once that ``what`` is slow, and why."""
     try:
         build.library()
     except KernelError as error:
-        build.warn_once(f"grid search and GPTQ run in plain torch, many times slower: {error}")
+        build.warn_once(f"{what}: run in plain torch, many times slower: {error}")
         return False
     return True

@@ -13,9 +13,10 @@ from quantkit.kernels.select import check_activations
 from quantkit.nn.linear import QuantLinear, QuantWeight
 from quantkit.nn.sites import Site
 from quantkit.qtensor import QTensor
+from quantkit.spec import QuantSpec
 
 
-def install(model: nn.Module, site: Site, qtensor: QTensor) -> None:
+def install(model: nn.Module, site: Site, qtensor: QTensor, activation: QuantSpec | None = None) -> None:
     """Replace the weight of ``site`` in ``model``, in place.
 
     The new module takes the old one's training flag and name; forward hooks of a replaced linear layer are lost.
@@ -24,6 +25,7 @@ def install(model: nn.Module, site: Site, qtensor: QTensor) -> None:
         model: the model that holds the site (its weights may be on meta).
         site: a site of that model, not yet replaced.
         qtensor: the quantized weight, (out, in) or (experts, out, in) also where the parameter was stored transposed.
+        activation: dynamic grid that the site's inputs are rounded to; None leaves them alone.
 
     Raises:
         SpecError: if the site is not there, shapes differ, or another module shares the weight (replacing it here would
@@ -38,10 +40,10 @@ def install(model: nn.Module, site: Site, qtensor: QTensor) -> None:
         raise SpecError(f"{site.name}: its weight is shared with {', '.join(sharing)}; leave both in float or untie them")
     if len(site.shape) == 3:
         del module._parameters[site.parameter]
-        module.add_module(site.parameter, QuantWeight(qtensor).train(module.training))
+        module.add_module(site.parameter, QuantWeight(qtensor, activation=activation).train(module.training))
         return
     parent, _, name = site.module.rpartition(".")
-    replacement = QuantLinear(qtensor, bias=getattr(module, "bias", None)).train(module.training)
+    replacement = QuantLinear(qtensor, getattr(module, "bias", None), activation=activation).train(module.training)
     setattr(model.get_submodule(parent), name, replacement)
 
 

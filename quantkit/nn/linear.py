@@ -23,6 +23,7 @@ from quantkit.errors import SpecError
 from quantkit.kernels.select import Activations, Kernel, Problem, select
 from quantkit.numerics import grid
 from quantkit.numerics.dtypes import SCALE_DTYPES
+from quantkit.numerics.fake import fake_quantize
 from quantkit.numerics.pack import packed_words
 from quantkit.qtensor import QTensor, stack
 from quantkit.spec import QuantSpec
@@ -49,9 +50,11 @@ class _Quantized(nn.Module):
     scale: Tensor
     zero_point: Tensor | None
 
-    def __init__(self, qtensor: QTensor) -> None:
+    def __init__(self, qtensor: QTensor, activation: QuantSpec | None = None) -> None:
         super().__init__()
-        self.spec, self.shape = qtensor.spec, qtensor.shape
+        if activation is not None and not activation.dynamic:
+            raise SpecError(f"activations {activation.describe()}: want a dynamic grid; static scales are not supported")
+        self.spec, self.shape, self.activation = qtensor.spec, qtensor.shape, activation
         for name in _BUFFERS:
             self.register_buffer(name, getattr(qtensor, name))
         self.keeps_codes = True
@@ -91,11 +94,14 @@ class _Quantized(nn.Module):
         return (ready if ready is not None and self._fits(ready, dtype) else self._prepare(dtype, expert)).state
 
     def extra_repr(self) -> str:
-        """Return shape and grid for ``print(model)``."""
-        activations = "" if self._activations == "float" else f", {self._activations} activations"
-        return f"{'x'.join(map(str, self.shape))}, {self.spec.describe()}{activations}"
+        """Return shape and grids for ``print(model)``."""
+        inputs = f", inputs {self.activation.describe()}" if self.activation else ""
+        rounded = "" if self._activations == "float" else f", {self._activations} activations"
+        return f"{'x'.join(map(str, self.shape))}, {self.spec.describe()}{inputs}{rounded}"
 
     def _multiply(self, x: Tensor, bias: Tensor | None, expert: int = 0) -> Tensor:
+        if self.activation is not None:
+            x = fake_quantize(x, self.activation)
         if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
             return nn.functional.linear(x, self._part(expert).dequantize(x.dtype), bias)
         ready = self._ready.get(expert)
@@ -214,6 +220,7 @@ class QuantLinear(_Quantized):
     Args:
         qtensor: the weight, 2-D.
         bias: (out,) or None; kept as a parameter without gradient.
+        activation: dynamic grid that inputs are rounded to; None leaves them alone.
 
     Attributes:
         spec: grid of the weight.
@@ -227,11 +234,11 @@ class QuantLinear(_Quantized):
 
     bias: nn.Parameter | None
 
-    def __init__(self, qtensor: QTensor, bias: Tensor | None = None) -> None:
+    def __init__(self, qtensor: QTensor, bias: Tensor | None = None, *, activation: QuantSpec | None = None) -> None:
         if len(qtensor.shape) != 2 or (bias is not None and tuple(bias.shape) != qtensor.shape[:1]):
             got = f"weight {qtensor.shape}, bias {None if bias is None else tuple(bias.shape)}"
             raise SpecError(f"QuantLinear: {got}; want (out, in) and (out,), and QuantWeight for a stack of experts")
-        super().__init__(qtensor)
+        super().__init__(qtensor, activation)
         self.out_features, self.in_features = qtensor.shape
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
 
@@ -269,6 +276,7 @@ class QuantWeight(_Quantized):
 
     Args:
         qtensor: the weights, (experts, out, in).
+        activation: dynamic grid that inputs are rounded to; None leaves them alone.
 
     Attributes:
         spec: grid of the weights.
@@ -278,10 +286,10 @@ class QuantWeight(_Quantized):
         SpecError: if the weight is not 3-D.
     """
 
-    def __init__(self, qtensor: QTensor) -> None:
+    def __init__(self, qtensor: QTensor, *, activation: QuantSpec | None = None) -> None:
         if len(qtensor.shape) != 3:
             raise SpecError(f"QuantWeight: weight {qtensor.shape}; want (experts, out, in), and QuantLinear for one matrix")
-        super().__init__(qtensor)
+        super().__init__(qtensor, activation)
 
     @classmethod
     def empty(cls, spec: QuantSpec, shape: tuple[int, int, int], *, device: torch.device | str = "meta") -> Self:

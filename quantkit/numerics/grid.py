@@ -8,13 +8,19 @@ Symmetric grids have :math:`z = 2^{b-1}` (not stored) and :math:`s = \max|w| / (
 :math:`[\min(w, 0), \max(w, 0)]`, so 0.0 is always a code. A block of a weight (out, in) shares one scale; scales have the
 shape (..., out / block rows, in / block columns). Scales are rounded to the dtype they are stored in *before* codes are
 chosen, so what is measured is what is written.
+
+Table dtypes (:mod:`quantkit.numerics.dtypes`) are symmetric, :math:`w \approx v_q s` with the value :math:`v_q` of the code and
+:math:`s = \max|w| / \max v`; ties go to the even mantissa where the table is a float's, as in hardware. Scales that are powers
+of two (MXFP4) follow the OCP rule, :math:`s = 2^{\lfloor\log_2 \max|w|\rfloor - \lfloor\log_2 \max v\rfloor}`.
 """
+
+import math
 
 import torch
 from torch import Tensor
 
 from quantkit.errors import SpecError
-from quantkit.numerics.dtypes import SCALE_DTYPES
+from quantkit.numerics.dtypes import DTYPES, SCALE_DTYPES, table
 from quantkit.spec import QuantSpec
 
 
@@ -45,6 +51,8 @@ def round_scale(scale: Tensor, scale_dtype: str) -> Tensor:
     """
     dtype = SCALE_DTYPES[scale_dtype]
     stored = torch.where(scale == 0, torch.ones_like(scale), scale).to(dtype)
+    if dtype == torch.float8_e8m0fnu:  # has no zero, nor the operations below
+        return stored
     smallest = torch.finfo(dtype).smallest_normal
     stored = torch.where(stored == 0, torch.full_like(stored, smallest), stored)
     if not torch.isfinite(stored).all():
@@ -65,6 +73,12 @@ def choose_qparams(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | No
         scale (..., out_blocks, in_blocks) in ``spec.scale_dtype``; zero point uint8 of the same shape, or None if symmetric.
     """
     blocks = to_blocks(weight.float(), spec)
+    if not spec.is_integer:
+        largest, most = DTYPES[spec.dtype].largest, blocks.abs().amax(-1)
+        if spec.scale_dtype == "float8_e8m0fnu":
+            exponent = most.clamp(min=2.0**-100).log2().floor() - math.floor(math.log2(largest))
+            return round_scale(torch.where(most > 0, torch.exp2(exponent), most), spec.scale_dtype), None
+        return round_scale(most / largest, spec.scale_dtype), None
     if spec.symmetric:
         return round_scale(blocks.abs().amax(-1) / ((2**spec.bits - 1) / 2), spec.scale_dtype), None
     return range_qparams(blocks.amin(-1), blocks.amax(-1), spec)
@@ -99,7 +113,9 @@ def zero_code(spec: QuantSpec) -> int:
 def quantize(weight: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
     """Round ``weight`` (..., out, in) to the nearest codes, clamped to the grid; returns uint8 of the same shape."""
     shape = tuple(weight.shape)
-    step = expand(scale, spec, shape).float()
+    step = expand(scale.float(), spec, shape)
+    if not spec.is_integer:
+        return _nearest_in_table(weight.float() / step, spec.dtype)
     zero: Tensor | int = zero_code(spec) if zero_point is None else expand(zero_point, spec, shape).float()
     return (weight.float() / step).round_().add_(zero).clamp_(0, 2**spec.bits - 1).to(torch.uint8)
 
@@ -107,5 +123,19 @@ def quantize(weight: Tensor, scale: Tensor, zero_point: Tensor | None, spec: Qua
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
     """Return ``(codes - zero_point) * scale`` in float32, same shape as ``codes`` (..., out, in)."""
     shape = tuple(codes.shape)
+    if not spec.is_integer:
+        return table(spec.dtype)[0].to(codes.device)[codes.int()].mul_(expand(scale.float(), spec, shape))
     zero: Tensor | int = zero_code(spec) if zero_point is None else expand(zero_point, spec, shape).float()
     return (codes.float() - zero).mul_(expand(scale, spec, shape).float())
+
+
+def _nearest_in_table(values: Tensor, dtype: str) -> Tensor:
+    """Return the uint8 codes of the nearest values of a table; what lies outside gets the outermost."""
+    if dtype == "fp8_e4m3":
+        largest = DTYPES[dtype].largest
+        codes = values.clamp(-largest, largest).to(torch.float8_e4m3fn).view(torch.uint8)
+        return torch.where(codes == 0x80, torch.zeros_like(codes), codes)  # one zero is enough
+    _, codes, bounds = (part.to(values.device) for part in table(dtype))
+    above, below = (torch.bucketize(values, bounds, right=right) for right in (False, True))
+    even = (codes & 1) == 0  # bounds belong to the neighbour with the even code
+    return torch.where(even[above], codes[above], codes[below])

@@ -77,6 +77,8 @@ def quantize_site(quantizer: Quantizer, name: str, weight: Tensor, spec: QuantSp
     """
     if reason := spec.rejects(tuple(weight.shape)):
         raise SpecError(f"{name}: {reason}")
+    if not spec.is_integer and not getattr(quantizer, "any_grid", False):
+        raise SpecError(f"{name}: {type(quantizer).__name__} chooses integers, not {spec.dtype}; use quantizer rtn")
     if not bool(torch.isfinite(weight).all()):
         raise CalibrationError(f"{name}: the weight holds NaN or infinity; repair or reload the model")
     if weight.dim() == 2:

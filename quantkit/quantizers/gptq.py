@@ -11,6 +11,7 @@ With :math:`H = E[x x^T]` and :math:`U` the upper Cholesky factor of :math:`(H +
   original order and their grids are fixed beforehand ("static groups"), so files need no index;
 - grids minimise the error weighted by :math:`H_{kk}` (:mod:`quantkit.numerics.search`);
 - inputs that never were active ("dead" columns, :math:`H_{kk} = 0`) are rounded to nearest and take no part;
+- afterwards, scales are fitted to the codes and codes chosen again, in turn (:mod:`quantkit.numerics.descent`);
 - if the Cholesky factorisation fails, damping is multiplied by ten and that is noted.
 
 Cost: out x in^2 / 2 multiply-adds, one factorisation and one triangular inverse of an in x in matrix, all in float32.
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from quantkit.errors import CalibrationError
 from quantkit.kernels import rounding
-from quantkit.numerics import grid
+from quantkit.numerics import descent, grid
 from quantkit.qtensor import QTensor
 from quantkit.quantizers.base import QUANTIZERS, Statistics
 from quantkit.quantizers.rtn import nearest
@@ -42,11 +43,13 @@ class GPTQ:
         damping: lambda as a fraction of the mean of the Hessian's diagonal.
         act_order: visit columns by falling importance; otherwise from first to last.
         clip: how grids are chosen: ``"importance"`` (weighted search), ``"mse"`` (unweighted search) or ``"absmax"``.
+        rounds: how often, after the sweep, scales are fitted to the codes and codes chosen again by coordinate descent.
     """
 
     damping: float = 0.01
     act_order: bool = True
     clip: Literal["importance", "mse", "absmax"] = "importance"
+    rounds: int = 2
     needs: ClassVar[tuple[str, ...]] = ("hessian",)
 
     def quantize(self, weight: Tensor, spec: QuantSpec, statistics: Statistics | None) -> tuple[QTensor, tuple[str, ...]]:
@@ -57,10 +60,25 @@ class GPTQ:
         if statistics is None:
             return nearest(weight, grid.choose_qparams(weight, spec), spec), ("no calibration input: rounded to nearest",)
         hessian = statistics.results["hessian"].to(weight.device)
+        weight = self._target(weight, hessian, statistics)
         qparams = self._grid(weight, spec, hessian.diagonal())
         order, factor, notes = self._factorise(hessian, statistics)
         codes = rounding.sweep(weight, qparams, spec, order, factor)
+        if self.rounds:
+            damped = damp(hessian, float(statistics.cache[f"{self._key} damping"]))
+            for _ in range(self.rounds):
+                if spec.block[0] == 1:
+                    qparams = descent.fit_scales(weight, codes, qparams, spec, damped), qparams[1]
+                codes = rounding.descend(weight, codes, qparams, spec, order, damped)
         return QTensor.from_codes(codes, *qparams, spec), notes
+
+    @property
+    def _key(self) -> str:
+        return f"gptq {self.damping} {self.act_order}"
+
+    def _target(self, weight: Tensor, hessian: Tensor, statistics: Statistics) -> Tensor:
+        """Return the weight that the quantized one should come close to."""
+        return weight
 
     def _grid(self, weight: Tensor, spec: QuantSpec, importance: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.clip == "absmax":
@@ -69,7 +87,7 @@ class GPTQ:
 
     def _factorise(self, hessian: Tensor, statistics: Statistics) -> tuple[Tensor, Tensor, tuple[str, ...]]:
         """Return the column order, U in that order, and notes; computed once for sites that share their statistics."""
-        key = f"gptq {self.damping} {self.act_order}"
+        key = self._key
         if f"{key} factor" not in statistics.cache:
             importance = hessian.diagonal()
             order = torch.arange(len(importance), device=hessian.device)
@@ -81,6 +99,20 @@ class GPTQ:
         raised = damping > self.damping * 1.5
         notes = (f"Cholesky factorisation needed damping {damping:g} instead of {self.damping:g}",) if raised else ()
         return statistics.cache[f"{key} order"], statistics.cache[f"{key} factor"], notes
+
+
+def damp(hessian: Tensor, damping: float) -> Tensor:
+    """Return ``hessian`` (n, n) with ``damping`` times the mean of its non-zero diagonal added to the diagonal.
+
+    Dead inputs, whose diagonal is zero, get that mean itself.
+    """
+    damped = hessian.clone()
+    diagonal = damped.diagonal()
+    dead = diagonal <= 0
+    mean = float(diagonal[~dead].mean()) if bool((~dead).any()) else 1.0
+    diagonal.add_(damping * mean)
+    diagonal[dead] = mean
+    return damped
 
 
 def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
@@ -96,23 +128,18 @@ def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
     Raises:
         CalibrationError: if even damping by the full mean does not help.
     """
-    diagonal = hessian.diagonal()
-    dead = diagonal <= 0
-    mean = float(diagonal[~dead].mean()) if bool((~dead).any()) else 1.0
     while True:
-        damped = hessian.clone()
-        damped.diagonal().add_(damping * mean)
-        damped.diagonal()[dead] = mean
+        damped = damp(hessian, damping)
         # With J the reversal and J H J = L L^T, the wanted factor is J L^-1 J: no inverse of H, no second factorisation.
         lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if not int(failed):
-            identity = torch.eye(len(diagonal), dtype=hessian.dtype, device=hessian.device)
+            identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
             upper = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
             if bool(torch.isfinite(upper).all()):
                 return upper, damping
         if damping * 10 > _MAX_DAMPING:
             raise CalibrationError(
-                f"the Hessian of {len(diagonal)} inputs cannot be factorised even with damping {damping:g}; "
+                f"the Hessian of {len(hessian)} inputs cannot be factorised even with damping {damping:g}; "
                 "use more calibration text"
             )
         damping = max(damping, 1e-4) * 10

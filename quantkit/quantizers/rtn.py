@@ -22,15 +22,18 @@ class RTN:
     """Round to nearest; needs no calibration.
 
     Args:
-        clip: ``"absmax"`` (the whole range) or ``"mse"`` (search for the range with the least squared error).
+        clip: ``"absmax"`` (the whole range, and the only one for dtypes that are not integers) or ``"mse"`` (search for the
+            range with the least squared error).
     """
 
     clip: Literal["absmax", "mse"] = "absmax"
     needs: ClassVar[tuple[str, ...]] = ()
+    any_grid: ClassVar[bool] = True
 
     def quantize(self, weight: Tensor, spec: QuantSpec, statistics: Statistics | None) -> tuple[QTensor, tuple[str, ...]]:
         """Quantize ``weight`` (out, in); ``statistics`` are not used."""
-        qparams = grid.choose_qparams(weight, spec) if self.clip == "absmax" else rounding.search_qparams(weight, spec)
+        absmax = self.clip == "absmax" or not spec.is_integer
+        qparams = grid.choose_qparams(weight, spec) if absmax else rounding.search_qparams(weight, spec)
         return nearest(weight, qparams, spec), ()
 
 

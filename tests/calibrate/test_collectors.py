@@ -18,7 +18,8 @@ def rows(seed: int, tokens: int, features: int) -> torch.Tensor:
 
 
 def fed(name: str, parts: list[torch.Tensor]) -> Collector:
-    collector = COLLECTORS.get(name)(parts[0].shape[1])
+    member = COLLECTORS.get(name)
+    collector = member(parts[0].shape[1] // (2 if getattr(member, "PAIRED", False) else 1))
     for part in parts:
         collector.update(part)
     return collector
@@ -28,7 +29,7 @@ def fed(name: str, parts: list[torch.Tensor]) -> Collector:
 @settings(max_examples=15, deadline=None)
 @given(cuts=st.lists(st.integers(0, 90), max_size=4), seed=st.integers(0, 99))
 def test_split_and_merge_do_not_change_the_result(name: str, cuts: list[int], seed: int) -> None:
-    x = rows(seed, 90, 7)
+    x = rows(seed, 90, 8)
     edges = [0, *sorted(cuts), 90]
     parts = [x[a:b] for a, b in itertools.pairwise(edges)]
     whole, split = fed(name, [x]), fed(name, parts)
@@ -52,6 +53,8 @@ def test_values() -> None:
     torch.testing.assert_close(fed("mean_square", [x]).result(), x.double().square().mean(0))
     assert torch.equal(fed("abs_max", [x]).result(), x.abs().amax(0))
     assert torch.equal(fed("min_max", [x]).result(), torch.stack([x.amin(0), x.amax(0)]))
+    own, twin = x.chunk(2, 1)
+    torch.testing.assert_close(fed("drift", [x]).result(), (twin - own).T @ own / 300, rtol=1e-4, atol=1e-5)
     assert torch.equal(Hessian.diagonal(torch.eye(3)), torch.ones(3))
 
 
@@ -80,3 +83,12 @@ def test_nothing_collected_is_an_error() -> None:
 def test_unknown_collector_names_the_nearest() -> None:
     with pytest.raises(CalibrationError, match="did you mean 'hessian'"):
         COLLECTORS.get("hesian")
+
+
+def test_bfloat16_inputs_lose_nothing_in_the_second_moment() -> None:
+    x = torch.randn(300, 96, generator=torch.Generator().manual_seed(0)).bfloat16()
+    hessian = COLLECTORS.get("hessian")(96)
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    hessian.update(x)
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+    torch.testing.assert_close(hessian.result(), (x.double().T @ x.double() / 300).float(), atol=1e-5, rtol=1e-5)

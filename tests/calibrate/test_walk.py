@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quantkit.calibrate.walk import Inputs, SiteStatistics, collect, walk_block
+from quantkit.calibrate.walk import Inputs, SiteStatistics, collect, record_inputs, walk_block
 from quantkit.errors import CalibrationError
 from quantkit.nn.sites import Site
 
@@ -51,6 +51,31 @@ def test_every_site_sees_what_the_changed_sites_before_it_make() -> None:
     torch.testing.assert_close(seen["b.q"], h.T @ h / len(h))
     between = plain.q(h) * plain.k(h)
     torch.testing.assert_close(seen["b.o"], between.T @ between / len(h))
+
+
+@torch.no_grad()
+def test_drift_compares_with_what_the_float_block_has_at_the_same_place() -> None:
+    block, plain, xs = Block(), Block(), inputs()
+    found: dict[str, SiteStatistics] = {}
+
+    def visit(site: Site, statistics: object) -> None:
+        found[site.name] = statistics(["drift", "hessian"])  # type: ignore[operator]
+        block.get_submodule(site.name[2:]).weight.mul_(1.5)
+
+    moved = [x + 0.1 for x in xs]
+    outputs, twins = record_inputs(block, "b", sites(), [lambda x=x: block(x) for x in xs])
+    assert twins[0]["b.q"] is twins[0]["b.k"]
+    for out, x in zip(outputs, xs, strict=True):
+        assert torch.equal(out, plain(x))
+    walk_block(block, "b", sites(), [lambda x=x: block(x) for x in moved], visit, twins)
+    assert found["b.q"] is found["b.k"]
+    assert not any(twins)  # let go
+    h, g = (torch.tanh(torch.cat(part)).reshape(-1, 8) for part in (moved, xs))
+    torch.testing.assert_close(found["b.q"].results["drift"], (g - h).T @ h / len(h))
+    between, twin = 2.25 * plain.q(h) * plain.k(h), plain.q(g) * plain.k(g)
+    torch.testing.assert_close(found["b.o"].results["drift"], (twin - between).T @ between / len(h))
+    without = collect(sites()[0], ["drift", "hessian"], [Inputs(h)])
+    assert list(without.results) == ["hessian"]
 
 
 @torch.no_grad()

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from quantkit.calibrate.collectors import Hessian
+from quantkit.calibrate.collectors import COLLECTORS, Hessian
 from quantkit.calibrate.walk import SiteStatistics
 from quantkit.errors import CalibrationError, SpecError
 from quantkit.quantizers.base import QUANTIZERS, quantize_site, relative_error
+from quantkit.quantizers.gptaq import GPTAQ
 from quantkit.quantizers.gptq import GPTQ, inverse_factor
 from quantkit.quantizers.rtn import RTN
 from quantkit.spec import QuantSpec
@@ -124,11 +125,38 @@ def test_gptq_compensates_and_activation_order_helps() -> None:
     assert losses["ordered"] < 0.8 * losses["rtn"]
 
 
+@pytest.mark.parametrize("spec", [SPECS[1], SPECS[2], SPECS[4], SPECS[5]], ids=QuantSpec.describe)
+def test_rounds_of_descent_lower_the_error_every_time(spec: QuantSpec) -> None:
+    weight, statistics = problem(out=64, features=256, seed=4)
+    losses = [quantize_site(GPTQ(rounds=rounds), "s", weight, spec, statistics).loss for rounds in range(4)]
+    assert losses[3] <= losses[2] <= losses[1] <= losses[0]
+    assert losses[1] < 0.99 * losses[0]
+
+
+def test_gptaq_comes_closer_to_the_float_models_outputs_than_gptq() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, _ = problem(out=32, features=128)
+    twin = torch.randn(2000, 128, generator=generator) @ torch.randn(128, 128, generator=generator)
+    x = twin * 1.05 + 0.3 * twin.roll(1, 1) + torch.randn(2000, 128, generator=generator)
+    statistics = statistics_of(x)
+    drift = COLLECTORS.get("drift")(128)
+    drift.update(torch.cat([x, twin], 1))
+    statistics.results["drift"] = drift.result()
+    errors = {}
+    for name, quantizer in {"gptq": GPTQ(), "half": GPTAQ(), "full": GPTAQ(correction=1.0)}.items():
+        quantized = quantize_site(quantizer, "s", weight, SPECS[1], statistics).qtensor.dequantize()
+        errors[name] = (twin @ weight.T - x @ quantized.T).square().mean().item()
+    assert errors["full"] < errors["half"] < errors["gptq"]
+    float_best = torch.linalg.lstsq(x, twin @ weight.T).solution.T
+    unavoidable = (twin @ weight.T - x @ float_best.T).square().mean().item()
+    assert errors["full"] - unavoidable < 0.5 * (errors["gptq"] - unavoidable)
+
+
 def test_gptq_matches_the_unblocked_algorithm() -> None:
     """Algorithm 1 written as plainly as possible, in float64, gives the same codes."""
     weight, statistics = problem(out=12, features=96, seed=7)
     spec = QuantSpec("int4", (1, 32), symmetric=False)
-    result = quantize_site(GPTQ(), "s", weight, spec, statistics).qtensor
+    result = quantize_site(GPTQ(rounds=0), "s", weight, spec, statistics).qtensor
     hessian = statistics.results["hessian"].double()
     order = statistics.results["hessian"].diagonal().argsort(descending=True, stable=True)
     hessian = hessian[order][:, order] + 0.01 * hessian.diagonal().mean() * torch.eye(96, dtype=torch.float64)

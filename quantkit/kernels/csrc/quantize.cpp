@@ -1,6 +1,6 @@
-// Choosing codes: the search for scales and zero points, and the column sweep of GPTQ.
+// Choosing codes: the search for scales and zero points, the column sweep of GPTQ, and coordinate descent after it.
 //
-// Both are the algorithms of quantkit/numerics/search.py and quantkit/quantizers/gptq.py, which say what is computed; this
+// They are the algorithms of quantkit/numerics/search.py, sweep.py and descent.py, which say what is computed; this
 // file is about doing it without a trip through memory for every step. Results do not depend on the number of threads.
 #include <algorithm>
 #include <cmath>
@@ -166,6 +166,49 @@ void sweep_rows(const void* job, int64_t begin, int64_t end) {
   }
 }
 
+struct Descent {
+  float* residual;        // (columns, rows): (W - Q) H transposed, in the order of the descent; used up
+  const float* scale;     // (columns, rows)
+  const float* zero;      // (columns, rows), or null
+  const float* hessian;   // (columns, columns)
+  uint8_t* codes;         // (columns, rows), in and out
+  int64_t columns, rows;  // rows padded to a multiple of kRows
+  int32_t top;
+  float zero_code;
+};
+
+// Move one column to the codes that are best with all others fixed; `moves` gets by how much the weights changed.
+void improve_column(const Descent& d, const float* column, int64_t at, float inverse_diagonal, float* moves) {
+  for (int i = 0; i < 4; ++i, at += kWidth, moves += kWidth) {
+    const Floats scale = *reinterpret_cast<const FloatsAnywhere*>(d.scale + at);
+    const Floats zero = d.zero ? (Floats)*reinterpret_cast<const FloatsAnywhere*>(d.zero + at) : splat(d.zero_code);
+    const Floats level = to_floats(load_bytes(d.codes + at)) - zero;
+    const Floats wanted = level + *reinterpret_cast<const FloatsAnywhere*>(column + i * kWidth) * inverse_diagonal / scale;
+    const Floats better = nearest(clamp(wanted, -zero, static_cast<float>(d.top) - zero));
+    *reinterpret_cast<FloatsAnywhere*>(moves) = (better - level) * scale;
+    const Floats code = better + zero;
+    for (int lane = 0; lane < kWidth; ++lane) d.codes[at + lane] = static_cast<uint8_t>(code[lane]);
+  }
+}
+
+void descend_rows(const void* job, int64_t begin, int64_t end) {
+  const Descent& d = *static_cast<const Descent*>(job);
+  std::unique_ptr<float[]> memory(new float[(d.columns + kColumns) * kRows]);
+  float *r = memory.get(), *moves = r + d.columns * kRows;
+  for (int64_t tile = begin; tile < end; ++tile) {
+    for (int64_t k = 0; k < d.columns; ++k) memcpy(r + k * kRows, d.residual + k * d.rows + tile * kRows, kRows * 4);
+    for (int64_t first = 0; first < d.columns; first += kColumns) {
+      const int64_t last = std::min(first + kColumns, d.columns);
+      for (int64_t k = first; k < last; ++k) {
+        const float* row = d.hessian + k * d.columns;
+        update(r + k * kRows, row + first, moves, k - first);
+        improve_column(d, r + k * kRows, k * d.rows + tile * kRows, 1 / row[k], moves + (k - first) * kRows);
+      }
+      for (int64_t j = last; j < d.columns; ++j) update(r + j * kRows, d.hessian + j * d.columns + first, moves, last - first);
+    }
+  }
+}
+
 }  // namespace
 }  // namespace qk
 
@@ -183,5 +226,12 @@ QK_EXPORT int32_t qk_sweep(const float* weight, const float* scale, const float*
                            int64_t columns, int64_t rows, int32_t top, int32_t zero_code, int32_t threads) {
   qk::Sweep job{weight, scale, zero, factor, codes, columns, rows, top, static_cast<float>(zero_code)};
   qk::parallel_for(rows / qk::kRows, 1, threads, qk::sweep_rows, &job);
+  return 0;
+}
+
+QK_EXPORT int32_t qk_descend(float* residual, const float* scale, const float* zero, const float* hessian, uint8_t* codes,
+                             int64_t columns, int64_t rows, int32_t top, int32_t zero_code, int32_t threads) {
+  qk::Descent job{residual, scale, zero, hessian, codes, columns, rows, top, static_cast<float>(zero_code)};
+  qk::parallel_for(rows / qk::kRows, 1, threads, qk::descend_rows, &job);
   return 0;
 }

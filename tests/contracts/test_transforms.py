@@ -1,0 +1,130 @@
+"""What every transform promises: positive factors, a model that computes what it did, on every architecture."""
+
+import pytest
+import torch
+
+from quantkit.blockwise import Compute, collect_statistics
+from quantkit.errors import CalibrationError, SpecError
+from quantkit.hf.structure import describe
+from quantkit.nn.sites import read_weight, write_weight
+from quantkit.numerics.scaling import powers_of_two
+from quantkit.pipeline import quantize
+from quantkit.plan import make_plan
+from quantkit.rescale import apply_transform, find_groups
+from quantkit.transforms.awq import AWQ
+from quantkit.transforms.base import TRANSFORMS
+from quantkit.transforms.smoothquant import SmoothQuant
+from tests.tiny import FAMILIES, tiny_llama
+
+NAMES = TRANSFORMS.names()
+
+
+def ids(count: int = 4) -> list[torch.Tensor]:
+    return [torch.randint(3, 190, (2, 48), generator=torch.Generator().manual_seed(i)) for i in range(count)]
+
+
+def readers(family: str) -> set[frozenset[str]]:
+    model = FAMILIES[family]()
+    structure = describe(model)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    groups = find_groups(model, structure, {site.name: 0 for site in structure.sites})
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name])
+    first = [g for g in groups if g.readers[0].name.startswith(structure.blocks[0].name + ".")]
+    return {frozenset(site.name.rsplit(".", 1)[-1] for site in g.readers) for g in first}
+
+
+@pytest.mark.parametrize(
+    ("family", "found"),
+    [
+        ("llama", [{"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}, {"down_proj"}]),
+        ("gemma2", [{"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}, {"down_proj"}]),  # norms of 1 + weight
+        ("phi3", [{"qkv_proj"}, {"gate_up_proj"}]),
+        ("olmo2", [{"down_proj"}]),  # its norms come after the layers
+        ("gpt2", [{"c_attn"}, {"c_fc"}]),  # transposed weights, norms with biases
+        ("opt", [{"q_proj", "k_proj", "v_proj"}, {"out_proj"}, {"fc1"}, {"fc2"}]),  # one head per value; relu passes factors
+        ("gpt_neox", [{"query_key_value"}, {"dense_h_to_4h"}]),
+        ("mixtral", [{"q_proj", "k_proj", "v_proj"}]),
+    ],
+)
+def test_groups_are_found_by_watching_and_trying(family: str, found: list[set[str]]) -> None:
+    assert readers(family) == {frozenset(names) for names in found}
+
+
+@pytest.mark.parametrize("family", ["llama_tied", "gemma2", "gpt2", "opt", "qwen3_moe"])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_model_computes_what_it_did(name: str, family: str) -> None:
+    model = FAMILIES[family]()
+    structure, batch = describe(model), ids()[0]
+    before, old = model(batch).logits, {k: v.clone() for k, v in model.named_parameters()}
+    plan = make_plan(structure, "w8a8")
+    transform = TRANSFORMS.get(name)()
+    compute = Compute(torch.device("cpu"), torch.float32)
+    statistics = collect_statistics(model, structure, ids(), transform.needs, compute=compute, progress=lambda _: None)
+    assert apply_transform(model, structure, plan, transform, statistics) > 0
+    torch.testing.assert_close(model(batch).logits, before, rtol=1e-3, atol=1e-4)
+    if name == "smoothquant":
+        assert any(not torch.equal(v, old[k]) for k, v in model.named_parameters())
+
+
+def planted(factor: float) -> torch.nn.Module:
+    """Return a llama whose third channel is ``factor`` times larger after every norm, and which computes the same."""
+    model = tiny_llama()
+    structure = describe(model)
+    for block in structure.blocks:
+        module = model.get_submodule(block.name)
+        module.input_layernorm.weight.data[2] *= factor
+        module.post_attention_layernorm.weight.data[2] *= factor
+        for site in block.sites:
+            if site.name.rsplit(".", 1)[-1] in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"):
+                weight = read_weight(model, site).clone()
+                weight[:, 2] /= factor
+                write_weight(model, site, weight)
+    return model
+
+
+def test_smoothquant_saves_8_bit_activations_from_planted_outliers() -> None:
+    errors = {}
+    wanted = tiny_llama()(ids()[0]).logits
+    torch.testing.assert_close(planted(256.0)(ids()[0]).logits, wanted, rtol=1e-3, atol=1e-4)
+    for label, factor, transforms in (("none", 1.0, ()), ("planted", 256.0, ()), ("smoothed", 256.0, ("smoothquant",))):
+        model = planted(factor)
+        quantize(model, "w8a8", quantizer="rtn", transforms=transforms, data=ids())
+        errors[label] = (model(ids()[0]).logits - wanted).square().mean().sqrt().item()
+    assert errors["planted"] > 10 * errors["none"]
+    assert errors["smoothed"] < 2 * errors["none"]
+
+
+def test_smoothquant_leaves_sites_with_float_activations_alone() -> None:
+    model = tiny_llama()
+    before = {name: p.clone() for name, p in model.named_parameters() if "norm" in name}
+    result = quantize(model, "w4a16", quantizer="rtn", transforms=[SmoothQuant()], data=ids())
+    assert result.metadata["transforms"] == ["SmoothQuant(alpha=0.5)"]
+    for name, value in before.items():
+        assert torch.equal(model.get_parameter(name), value)
+
+
+def test_awq_lowers_the_output_error_of_rounding() -> None:
+    plain, scaled = (
+        quantize(planted(0.05), "w3a16-asym", quantizer="rtn-importance", transforms=transforms, data=ids())
+        for transforms in ((), [AWQ()])
+    )
+    wanted = tiny_llama()(ids()[0]).logits
+    before, after = ((r.model(ids()[0]).logits - wanted).square().mean().item() for r in (plain, scaled))
+    assert after < before
+
+
+def test_factors_are_powers_of_two() -> None:
+    factors = powers_of_two(torch.tensor([1e-9, 0.3, 0.9, 1.0, 1.5, 6.0, 1e9]))
+    assert factors.tolist() == [2.0**-12, 0.25, 1.0, 1.0, 2.0, 8.0, 2.0**12]
+
+
+def test_bad_names_and_hopeless_models_are_refused() -> None:
+    with pytest.raises(SpecError, match="did you mean 'smoothquant'"):
+        TRANSFORMS.get("smothquant")
+    with pytest.raises(SpecError, match="alpha=2"):
+        SmoothQuant(alpha=2)
+    model = tiny_llama()
+    structure = describe(model)
+    with pytest.raises(CalibrationError, match="nothing in this model can be rescaled"):
+        apply_transform(model, structure, {}, AWQ(), {})
