@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from quantkit.calibrate.statistics import load_statistics, save_statistics
     from quantkit.checkpoint import inspect, load, save
+    from quantkit.distill import Distill
     from quantkit.engine.request import Limits
     from quantkit.engine.sampling import Sampling
     from quantkit.errors import (
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "CalibrationError": "errors",
+    "Distill": "distill",
     "Engine": "generation",
     "EvalReport": "evaluation",
     "FormatError": "errors",
@@ -68,6 +70,7 @@ _HOME = {
 
 __all__ = [
     "CalibrationError",
+    "Distill",
     "Engine",
     "EvalReport",
     "FormatError",

@@ -135,7 +135,9 @@ def restore(state: Prepacked, spec: QuantSpec) -> QTensor:
     return QTensor(packed, scale, None if zero is None else zero[::block_rows].contiguous(), spec, (rows, columns))
 
 
-def dequantize(codes: Tensor, scale: Tensor | None, zero: Tensor | None, rows: int, group: int, kind: int, zero_code: int) -> Tensor:
+def dequantize(
+    codes: Tensor, scale: Tensor | None, zero: Tensor | None, rows: int, group: int, kind: int, zero_code: int
+) -> Tensor:
     """Return the float32 weight (N, K) of a :class:`Prepacked`, given field by field: the layout, written down as code."""
     words = _rows(_deinterleave(codes) if kind == U4 else codes, rows)  # (N, groups, words)
     if scale is None:
