@@ -139,4 +139,6 @@ def report() -> list[dict[str, Any]]:
 
 
 def _reasons(problem: Problem) -> str:
-    return "\n".join(f"  {name} ({kernel.activations} activations): {kernel.rejects(problem) or 'can run it'}" for name, kernel in KERNELS)
+    return "\n".join(
+        f"  {name} ({kernel.activations} activations): {kernel.rejects(problem) or 'can run it'}" for name, kernel in KERNELS
+    )

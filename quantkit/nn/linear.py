@@ -150,7 +150,9 @@ class _Quantized(nn.Module):
         return self._ready[expert]
 
     def _release(self) -> None:
-        empty = {name: None if tensor is None else torch.empty_like(tensor, device="meta") for name, tensor in self._buffers.items()}
+        empty = {
+            name: None if tensor is None else torch.empty_like(tensor, device="meta") for name, tensor in self._buffers.items()
+        }
         self._buffers.update(empty)
         self._ready = {expert: ready._replace(**empty) for expert, ready in self._ready.items()}
         self._released = True
