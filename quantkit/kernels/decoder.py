@@ -7,8 +7,8 @@ a prefill chunk, the ragged batch of a scheduler and the verification of drafted
 not depend, to the last bit, on the rows beside it or on the number of threads.
 
 With ``exact`` the activations stay float32 and only the order of sums differs from the program's definition. Otherwise they
-are rounded to int8, a scale for every :data:`~quantkit.kernels.cpu.BLOCK` columns, wherever they meet a quantized weight: two to four
-times faster, at an error that shows in the fourth digit of the logits. Float weights always meet float activations.
+are rounded to int8, a scale for every :data:`~quantkit.kernels.cpu.BLOCK` columns, wherever they meet a quantized weight;
+:mod:`quantkit.kernels.cpu` states the error. Float weights always meet float activations.
 """
 
 import ctypes

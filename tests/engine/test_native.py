@@ -1,5 +1,6 @@
 """The native engine: transformers' own greedy tokens, when it is chosen, and that it notices a model that changed."""
 
+import ctypes
 import itertools
 import logging
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from quantkit.checkpoint import load
 from quantkit.engine.native import NativeBackend
 from quantkit.engine.step import Memory, OneSequence
 from quantkit.errors import QuantkitError
@@ -16,6 +18,9 @@ from quantkit.hf import backend as chooser
 from quantkit.hf.backend import describe_engine, make_backend
 from quantkit.hf.native import native_decoder
 from quantkit.hf.paged import PagedBackend
+from quantkit.kernels.layout import LinearStruct
+from quantkit.kernels.structs import LayerStruct
+from quantkit.nn.linear import QuantLinear
 from tests.tiny import FAMILIES, VOCAB, tiny_llama
 
 CLAIMED = [name for name in FAMILIES if name not in ("gpt2", "gpt_neox", "opt", "falcon", "gpt_oss")]
@@ -127,3 +132,18 @@ def cut(ids: list[int], model: PreTrainedModel) -> list[int]:
     """What is left where the end-of-sequence token ends a generation."""
     end = model.config.eos_token_id
     return ids[: ids.index(end) + 1] if end in ids else ids
+
+
+def test_a_model_loaded_to_round_activations_is_run_so_and_shares_its_weights(tiny_quantized):
+    exact, rounding = load(tiny_quantized), load(tiny_quantized, activations="int8")
+    prompt = prompt_of(30)
+    assert make_backend(exact).engine == "native"
+    assert make_backend(rounding).engine == "native, int8 activations"
+    layers = [module for module in rounding.modules() if isinstance(module, QuantLinear)]
+    assert all(layer.activations == "int8" for layer in layers)  # lowering put them back
+    want, got = (logits_of(model, prompt, [30]) for model in (exact, rounding))
+    assert 1e-5 * want.abs().max() < (got - want).abs().max() < 0.05 * want.abs().max()
+    held = {layer.prepacked().weight.codes.data_ptr() for layer in layers}
+    program = native_decoder(rounding)._struct
+    first = ctypes.cast(program.layers, ctypes.POINTER(LayerStruct)).contents.attention
+    assert ctypes.cast(first.qkv, ctypes.POINTER(LinearStruct)).contents.codes in held
