@@ -130,7 +130,8 @@ def restore(state: Prepacked, spec: QuantSpec) -> QTensor:
         packed = pack(codes.reshape(rows, columns), spec.bits)
     assert state.scale is not None
     scale, zero = (None if t is None else _rows(t.unsqueeze(2), rows).squeeze(2) for t in (state.scale, state.zero))
-    assert scale is not None and scale.dtype == SCALE_DTYPES[spec.scale_dtype]
+    assert scale is not None
+    assert scale.dtype == SCALE_DTYPES[spec.scale_dtype]
     scale = scale[::block_rows].contiguous()
     return QTensor(packed, scale, None if zero is None else zero[::block_rows].contiguous(), spec, (rows, columns))
 

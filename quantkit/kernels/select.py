@@ -4,7 +4,8 @@ Whether activations may be rounded to int8 on the way is the caller's decision, 
 leaves them as they are, ``"int8"`` asks for a kernel that rounds them, which is faster and has an error of its own.
 
 A kernel answers :meth:`Kernel.rejects` with a reason or None, so an error can always print why each one said no.
-``QUANTKIT_KERNEL=<name>`` forces one, whatever activations were asked for; a forced kernel that rejects is an error, never a silent substitute.
+``QUANTKIT_KERNEL=<name>`` forces one, whatever activations were asked for; a forced kernel that rejects is an error, never a
+silent substitute.
 """
 
 import os
@@ -98,8 +99,8 @@ def select(problem: Problem, activations: Activations = "float") -> Kernel:
         activations: ``"float"``, or ``"int8"`` for a kernel that rounds them.
 
     Raises:
-        KernelError: if ``activations`` is neither, if ``QUANTKIT_KERNEL`` names an unknown kernel or one that rejects, or if every kernel rejects; the
-            message has every kernel's reason.
+        KernelError: if ``activations`` is neither, if ``QUANTKIT_KERNEL`` names an unknown kernel or one that rejects, or if
+            every kernel rejects; the message has every kernel's reason.
     """
     check_activations(activations)
     forced = os.environ.get(FORCE_VARIABLE)
@@ -117,7 +118,9 @@ def select(problem: Problem, activations: Activations = "float") -> Kernel:
 
 
 def report() -> list[dict[str, Any]]:
-    """Return one row per kernel, best first: ``kernel``, ``available``, ``reason`` (or None), ``priority``, ``activations``, ``details``.
+    """Return one row per kernel, best first.
+
+    Its keys: ``kernel``, ``available``, ``reason`` (or None), ``priority``, ``activations``, ``details``.
 
     Availability is asked with a common problem (int4 g64, float32 on the CPU), so this may compile a library.
     """

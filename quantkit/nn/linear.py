@@ -68,7 +68,8 @@ class _Quantized(nn.Module):
         if self._released:
             return self._restored()
         packed, scale, zero = (self._buffers[name] for name in _BUFFERS)
-        assert packed is not None and scale is not None
+        assert packed is not None
+        assert scale is not None
         return QTensor(packed, scale, zero, self.spec, self.shape)
 
     @property
@@ -145,12 +146,13 @@ class _Quantized(nn.Module):
         same = old is not None and type(old.kernel) is type(kernel) and self._fits(old._replace(dtype=dtype), dtype)
         state = old.state if old is not None and same else kernel.prepack(self._part(expert))
         packed, scale, zero = (self._buffers[name] for name in _BUFFERS)
-        assert packed is not None and scale is not None
+        assert packed is not None
+        assert scale is not None
         self._ready[expert] = _Ready(kernel, state, dtype, packed, scale, zero)
         return self._ready[expert]
 
     def _release(self) -> None:
-        empty = {
+        empty: dict[str, Any] = {
             name: None if tensor is None else torch.empty_like(tensor, device="meta") for name, tensor in self._buffers.items()
         }
         self._buffers.update(empty)
