@@ -42,7 +42,7 @@ def test_every_recipe_runs_on_the_real_model(path, tmp_path):
     predicted, written = outcome.preview.forecast, checkpoint.inspect(tmp_path / "out")
     assert written["quantized_bytes"] == predicted.quantized_bytes
     assert written["metadata"]["bits_per_weight"] == predicted.bits_per_weight
-    assert abs(written["bytes"] - predicted.total_bytes) < 0.001 * predicted.total_bytes  # headers
+    assert abs(written["bytes"] - predicted.total_bytes) < 0.002 * predicted.total_bytes  # headers
     assert outcome.report is not None
     assert outcome.report.quality.divergence is not None
     assert 0 < outcome.report.quality.divergence.mean < 1

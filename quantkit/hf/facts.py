@@ -30,6 +30,14 @@ def error(got: Tensor, want: Tensor) -> float:
     return float((got - want).abs().max() / want.abs().max().clamp_min(1e-30))
 
 
+def distance(got: Tensor, want: Tensor) -> float:
+    """Return the norm of the difference relative to the norm wanted; infinite where shapes differ."""
+    if got.shape != want.shape:
+        return float("inf")
+    got, want = got.detach().float(), want.detach().float()
+    return float((got - want).norm() / want.norm().clamp_min(1e-30))
+
+
 def agrees(got: Tensor, want: Tensor) -> bool:
     """Say whether ``got`` is ``want`` up to the rounding of want's dtype."""
     return error(got, want) < _TOLERANCE[want.dtype]

@@ -91,7 +91,8 @@ def test_a_released_module_can_be_loaded_into_and_assigned_to():
 def test_every_dtype_runs_from_the_one_layout(monkeypatch):
     prepacked = []
     kernel = KERNELS.get("cpu")
-    monkeypatch.setattr(type(kernel), "prepack", lambda self, q, old=type(kernel).prepack: prepacked.append(q) or old(self, q))
+    original = type(kernel).prepack
+    monkeypatch.setattr(type(kernel), "prepack", lambda self, q: prepacked.append(q) or original(self, q))
     module = released()
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for activations in ("float", "int8"):
