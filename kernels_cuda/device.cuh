@@ -60,7 +60,7 @@ template <> __device__ __forceinline__ uint32_t subtract<BFloat16>(uint32_t a, u
   return y;
 }
 
-// Copy 16 or 8 bytes from global to shared memory behind the thread's back; beyond the first `bytes` zeros are written. Streams
+// Copy 16, 8 or 4 bytes from global to shared memory behind the thread's back; beyond the first `bytes` zeros are written. Streams
 // (weights, read once) bypass the first cache and are the first to leave the second one.
 __device__ __forceinline__ void copy16_stream(void* to, const void* from, uint64_t policy) {
   asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(uint32_t(__cvta_generic_to_shared(to))),
@@ -72,6 +72,10 @@ __device__ __forceinline__ void copy16(void* to, const void* from, int bytes = 1
 }
 __device__ __forceinline__ void copy8(void* to, const void* from, int bytes = 8) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(uint32_t(__cvta_generic_to_shared(to))), "l"(from),
+               "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void copy4(void* to, const void* from, int bytes = 4) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(uint32_t(__cvta_generic_to_shared(to))), "l"(from),
                "r"(bytes) : "memory");
 }
 __device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }

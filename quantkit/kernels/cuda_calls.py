@@ -57,6 +57,11 @@ def launch(name: str, filled: ctypes.Structure, device: torch.device, *middle: i
         raise KernelError(f"{name}: CUDA error {status}: {lib.qk_error_text(status).decode()}")
 
 
+def runs_on(x: Tensor) -> bool:
+    """Say whether the kernels can read this tensor."""
+    return x.is_cuda
+
+
 def on_device(device: torch.device) -> Any:
     """Return a context in which launches go to ``device``."""
     return torch.cuda.device(device)

@@ -38,7 +38,6 @@ struct Copy { void* to; const void* from; int size, bytes; };
 
 struct Fiber {
   ucontext_t context;
-  std::unique_ptr<char[]> stack;
   dim3 thread;
   int index, meetings = 0;
   bool done = false;
@@ -79,12 +78,14 @@ inline void run_fiber() {
 }
 
 inline void run_block(Block& self) {
+  constexpr size_t kStack = 64 * 1024;
+  static std::vector<std::unique_ptr<char[]>> stacks;  // kept: making them anew would take most of the time
+  while (stacks.size() < self.fibers.size()) stacks.emplace_back(new char[kStack]);
   block = &self;
   for (Fiber& one : self.fibers) {
-    one.stack.reset(new char[128 * 1024]);
     getcontext(&one.context);
-    one.context.uc_stack.ss_sp = one.stack.get();
-    one.context.uc_stack.ss_size = 128 * 1024;
+    one.context.uc_stack.ss_sp = stacks[one.index].get();
+    one.context.uc_stack.ss_size = kStack;
     one.context.uc_link = nullptr;
     makecontext(&one.context, run_fiber, 0);
   }
@@ -170,6 +171,7 @@ inline void copy(void* to, const void* from, int size, int bytes) {
 inline void copy16_stream(void* to, const void* from, uint64_t) { copy(to, from, 16, 16); }
 inline void copy16(void* to, const void* from, int bytes = 16) { copy(to, from, 16, bytes); }
 inline void copy8(void* to, const void* from, int bytes = 8) { copy(to, from, 8, bytes); }
+inline void copy4(void* to, const void* from, int bytes = 4) { copy(to, from, 4, bytes); }
 inline uint64_t stream_policy() { return 0; }
 inline void copies_commit() { fiber->groups.push_back(std::move(fiber->open)); fiber->open.clear(); }
 template <int kPending> void copies_wait() {
@@ -247,4 +249,6 @@ inline uint32_t pack_fp8(float a, float b, float c, float d) {
 
 }  // namespace qk
 using qk::__syncthreads, qk::__syncwarp, qk::__threadfence, qk::atomicAdd, qk::__byte_perm, qk::__uint_as_float, qk::__float_as_uint;
+inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a > b ? a : b; }
 using qk::__fdividef, qk::__float2int_rn;
