@@ -1,7 +1,7 @@
 """Keys and values in pages on CUDA: append what a token adds, attend to what is there. Plain torch twins define both.
 
-Pages hold 32 tokens (``kernels_cuda/pages.cuh``). Quantized ones keep a float32 scale per token and head (``int8``), or a scale and
-a zero point per token and 32 channels (``int4``).
+Pages hold 32 tokens (``kernels_cuda/pages.cuh``). Quantized ones keep a float32 scale per token and head (``int8``), or a
+scale and a zero point per token and 32 channels (``int4``).
 """
 
 from typing import Final, NamedTuple
@@ -50,16 +50,16 @@ class Pages(NamedTuple):
     kind: str
 
     @classmethod
-    def empty(
-        cls, pages: int, kv_heads: int, head: int, kind: str, dtype: torch.dtype, device: torch.device | str
-    ) -> "Pages":
+    def empty(cls, pages: int, kv_heads: int, head: int, kind: str, dtype: torch.dtype, device: torch.device | str) -> "Pages":
         """Allocate pages, zeroed.
 
         Raises:
             KernelError: a kind that is none of :data:`KINDS`, or a head size that int4 groups do not divide.
         """
         if kind not in KINDS or (kind == "int4" and head % _GROUP):
-            raise KernelError(f"keys and values as {kind!r} with heads of {head}: want {', '.join(KINDS)}, int4 in groups of 32")
+            raise KernelError(
+                f"keys and values as {kind!r} with heads of {head}: want {', '.join(KINDS)}, int4 in groups of 32"
+            )
         shape = (pages, kv_heads, PAGE_TOKENS)
         stored = dtype if kind == "float" else torch.uint8
         codes = [torch.zeros((*shape, head // 2 if kind == "int4" else head), dtype=stored, device=device) for _ in range(2)]
@@ -191,7 +191,7 @@ def quantize_heads(x: Tensor, kind: str, dtype: torch.dtype) -> tuple[Tensor, Te
 
 
 def choose_splits(rows: int, kv_heads: int, tokens: int, processors: int) -> int:
-    """Return over how many blocks a sequence of up to ``tokens`` is split: two blocks per multiprocessor, 64 tokens at least."""
+    """Return over how many blocks a sequence of up to ``tokens`` is split: two per multiprocessor, of 64 tokens at least."""
     return max(1, min(-(-2 * processors // (rows * kv_heads)), tokens // 64, 64))
 
 

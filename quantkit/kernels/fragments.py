@@ -1,8 +1,8 @@
 """The weight layout of the CUDA kernels: codes in the order in which tensor cores want them, restored exactly.
 
-``kernels_cuda/unpack.cuh`` draws it: tiles of 64 rows, steps of 64 columns, and in a step 16 bytes per lane and 16-row product. The
-same bytes serve few tokens (products straight from them) and many (expanded slice by slice). 2- and 3-bit codes are stored
-in 4 bits, 5- to 7-bit and fp8 codes in 8. Rows and columns are padded to whole tiles and steps.
+``kernels_cuda/unpack.cuh`` draws it: tiles of 64 rows, steps of 64 columns, and in a step 16 bytes per lane and 16-row
+product. The same bytes serve few tokens (products straight from them) and many (expanded slice by slice). 2- and 3-bit codes
+are stored in 4 bits, 5- to 7-bit and fp8 codes in 8. Rows and columns are padded to whole tiles and steps.
 """
 
 from typing import Final, NamedTuple

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.errors import SpecError
-from quantkit.kernels.select import Activations, Kernel, Problem, select
+from quantkit.kernels.select import Activations, Kernel, Problem, RoundingKernel, select
 from quantkit.numerics import grid
 from quantkit.numerics.dtypes import SCALE_DTYPES
 from quantkit.numerics.fake import fake_quantize
@@ -61,6 +61,7 @@ class _Quantized(nn.Module):
         self._activations: Activations = "float"
         self._ready: dict[int, _Ready] = {}  # by expert; 0 for a plain weight
         self._released = False  # the buffers are placeholders; every part is in `_ready`
+        self._device = "cpu"  # where the parts of a released module are
 
     @property
     def qtensor(self) -> QTensor:
@@ -101,15 +102,18 @@ class _Quantized(nn.Module):
         return f"{'x'.join(map(str, self.shape))}, {self.spec.describe()}{inputs}{rounded}"
 
     def _multiply(self, x: Tensor, bias: Tensor | None, expert: int = 0) -> Tensor:
-        if self.activation is not None:
-            x = fake_quantize(x, self.activation)
         if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+            x = x if self.activation is None else fake_quantize(x, self.activation)
             return nn.functional.linear(x, self._part(expert).dequantize(x.dtype), bias)
         ready = self._ready.get(expert)
         if ready is None or not self._fits(ready, x.dtype):
             ready = self._prepare(x.dtype, expert)
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)
+        if self.activation is not None:
+            if isinstance(ready.kernel, RoundingKernel) and ready.kernel.rounds(self.spec, self.activation):
+                return ready.kernel.matmul_rounded(x, ready.state, bias, self.activation)
+            x = fake_quantize(x, self.activation)
         return ready.kernel.matmul(x, ready.state, bias)
 
     def _fits(self, ready: _Ready, dtype: torch.dtype) -> bool:
@@ -129,7 +133,7 @@ class _Quantized(nn.Module):
 
     def _prepare(self, dtype: torch.dtype, expert: int) -> _Ready:
         with _PREPARING:
-            device = "cpu" if self._released else self.qtensor.packed.device.type
+            device = self._device if self._released else self.qtensor.packed.device.type
             problem = Problem(self.spec, (self.shape[-2], self.shape[-1]), device, dtype)
             kernel = select(problem, self._activations)
             ready = self._choose(kernel, dtype, expert)
@@ -152,6 +156,7 @@ class _Quantized(nn.Module):
         return self._ready[expert]
 
     def _release(self) -> None:
+        self._device = self.packed.device.type
         empty: dict[str, Any] = {
             name: None if tensor is None else torch.empty_like(tensor, device="meta") for name, tensor in self._buffers.items()
         }
