@@ -197,17 +197,19 @@ class TokenEngine:
 
     def _draft(self) -> None:
         """Ask the drafter for guesses for every sequence that decodes."""
-        decoding = sum(sequence.decoding for sequence in self.scheduler.running)
-        if self._drafter is None or (ratio := self._costs.ratio(decoding)) is None:
+        if self._drafter is None:
+            return
+        longest = min(self.limits.draft_tokens, self.limits.page_tokens)
+        costs = self._costs.curve(sum(sequence.decoding for sequence in self.scheduler.running), longest)
+        if costs is None:
             return
         asks = []
         for sequence in self.scheduler.running:
             request = self._requests[sequence]
             count = 0
             if sequence.decoding and request.remaining > 1:
-                longest = min(self.limits.draft_tokens, self.limits.page_tokens)
                 length = self._lengths.setdefault(request, DraftLength(longest, self._acceptance))
-                count = min(length.ask(ratio), request.remaining - 1)
+                count = min(length.ask(costs), request.remaining - 1)
             if count and self._drafter.shares_memory:
                 count = min(count, self.scheduler.reserve(sequence, count + 1))
             if count:

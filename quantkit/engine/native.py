@@ -69,8 +69,12 @@ class NativeBackend:
         return self.decoder.run(_rows(spans), pages, exact=self.exact)
 
     def draft(self, spans: Sequence[Span], *, argmax: bool = False) -> Tensor:
-        """Run ``spans`` with the high planes of weights alone; return logits, or int32 most likely tokens, of each row."""
-        return self.decoder.run(_rows(spans), self._pages, exact=self.exact, argmax=argmax, draft=True)
+        """Run ``spans`` roughly: with the high planes of weights alone, and int8 activations, whatever steps do.
+
+        Returns:
+            Logits of each row, or the most likely tokens (int32).
+        """
+        return self.decoder.run(_rows(spans), self._pages, exact=False, argmax=argmax, draft=True)
 
     @property
     def _pages(self) -> KvPages:

@@ -31,7 +31,7 @@ NATIVE = [family for family in FAMILIES if family not in ("gpt2", "gpt_neox", "o
 @pytest.fixture(autouse=True)
 def free_drafts(monkeypatch):
     """Drafts cost nothing, so what happens does not hang on the clock."""
-    monkeypatch.setattr(Costs, "ratio", lambda self, sequences: 0.0)
+    monkeypatch.setattr(Costs, "curve", lambda self, sequences, longest: [1.0] * (longest + 1))
 
 
 def prompt_of(length: int, seed: int = 0) -> list[int]:

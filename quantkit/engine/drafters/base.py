@@ -59,40 +59,52 @@ DRAFTERS: Registry[type[Drafter]] = Registry("drafter", package="quantkit.engine
 
 
 class Costs:
-    """What drafting costs on this machine: medians over the last steps that only decoded, by how many sequences did.
+    """What drafting costs on this machine, from the last steps that only decoded; medians, so that an outlier is nothing.
 
-    A step of n sequences without drafts takes ``p``. A draft token adds ``d / n`` (the drafter's time for one, shared by those
-    who draft together) and ``v`` (a row more to verify). Their sum over ``p / n`` decides how far drafting pays.
+    A step of n sequences takes ``p``. To draft k tokens for each adds ``k * d``, and to verify them ``v(k * n)``, by how many
+    rows that makes: a few rows more cost little, until the kernels take another way. Each is kept by n.
     """
 
-    REMEMBERED, FIRST, UNKNOWN = 9, 2, 0.3
+    REMEMBERED, FIRST, UNKNOWN_DRAFT, UNKNOWN_ROW = 9, 2, 0.3, 0.05
 
     def __init__(self) -> None:
-        self._times = defaultdict[int, tuple[deque[float], deque[float]]](
-            lambda: (deque(maxlen=self.REMEMBERED), deque(maxlen=self.REMEMBERED))
-        )
+        self._steps = defaultdict[int, dict[int, deque[float]]](dict)  # sequences -> drafts verified -> seconds of the step
+        self._drafts = defaultdict[int, deque[float]](lambda: deque(maxlen=self.REMEMBERED))
 
     def observe(self, sequences: int, drafts: int, longest: int, drafting_s: float, step_s: float) -> None:
         """Learn from one step of ``sequences`` with ``drafts`` draft tokens in all, at most ``longest`` for one of them."""
-        plain, draft = self._times[sequences]
-        if not drafts:
-            plain.append(step_s)
-        elif plain:
-            draft.append(drafting_s / longest / sequences + max(step_s - median(plain), 0.0) / drafts)
+        self._steps[sequences].setdefault(drafts, deque(maxlen=self.REMEMBERED)).append(step_s)
+        if drafts:
+            self._drafts[sequences].append(drafting_s / longest)
 
-    def ratio(self, sequences: int) -> float | None:
-        """Return what a draft token costs, in steps of its sequence; None until steps without drafts have been timed."""
-        plain, draft = self._times[sequences]
-        if len(plain) < self.FIRST:
+    def curve(self, sequences: int, longest: int) -> list[float] | None:
+        """Return what 0 to ``longest`` drafts for each of ``sequences`` cost, in steps without; None before some were timed."""
+        steps = self._steps[sequences]
+        if len(steps.get(0, ())) < self.FIRST:
             return None
-        return median(draft) * sequences / max(median(plain), 1e-9) if draft else self.UNKNOWN
+        known = {rows: median(times) for rows, times in steps.items()}
+        plain = max(known.pop(0), 1e-9)
+        draft = median(self._drafts[sequences]) / plain if self._drafts[sequences] else self.UNKNOWN_DRAFT
+        added = {rows: max(time / plain - 1, 0.0) for rows, time in known.items()}
+        added = {rows: min(cost for more, cost in added.items() if more >= rows) for rows in added}  # more rows, more work
+        return [1 + k * draft + self._verify(added, k * sequences) for k in range(longest + 1)]
+
+    def _verify(self, added: dict[int, float], rows: int) -> float:
+        """Return what ``rows`` more cost, between and beyond those that are known."""
+        below = max((known for known in added if known <= rows), default=0)
+        above = min((known for known in added if known >= rows), default=0)
+        least = added[below] if below else 0.0
+        if below == rows:
+            return least
+        slope = (added[above] - least) / (above - below) if above else least / below if below else self.UNKNOWN_ROW
+        return least + (rows - below) * slope
 
 
 class DraftLength:
     """How many drafts to ask for, for one request, from how many of the last ones were right and what they cost.
 
-    If every draft token is right with probability ``a``, ``k`` of them yield ``1 + a + ... + a^k`` tokens for the cost of
-    ``1 + k * ratio`` (Leviathan et al. 2022, arXiv 2211.17192, section 3.5): the best k is taken. ``a`` is estimated from this
+    If every draft token is right with probability ``a``, ``k`` of them yield ``1 + a + ... + a^k`` tokens (Leviathan et al.
+    2022, arXiv 2211.17192, section 3.1); over what they cost (:class:`Costs`), the best k is taken. ``a`` is estimated from this
     request's verifications, older ones counting less. Where no k pays, drafting pauses and is tried again with a single
     token, after twice as many tokens each time, so that text which cannot be guessed costs next to nothing.
 
@@ -113,8 +125,8 @@ class DraftLength:
         """The estimate of ``a``."""
         return self._right / self._seen
 
-    def ask(self, ratio: float) -> int:
-        """Return how many drafts to ask for now, each costing ``ratio`` of a step; 0 while pausing."""
+    def ask(self, costs: Sequence[float]) -> int:
+        """Return how many drafts to ask for now, where k cost ``costs[k]``; 0 while pausing."""
         if self._wait:
             self._wait -= 1
             self._trying = self._wait == 0
@@ -122,9 +134,9 @@ class DraftLength:
         if self._trying:  # until there is something to try
             return 1
         gains, tokens = [1.0], 1.0
-        for k in range(1, self._longest + 1):
+        for k in range(1, min(self._longest, len(costs) - 1) + 1):
             tokens += self.acceptance**k
-            gains.append(tokens / (1 + k * ratio))
+            gains.append(tokens / costs[k])
         best = max(gains)
         if best >= self.GAIN:
             self._pause = self.FIRST_PAUSE

@@ -120,7 +120,7 @@ void direct_rows(const Linear& l, const Rows& r, const Chunks& chunks, Tile& t, 
     Path::template direct<M>(l, r, chunks, t);
     store_tile(l, t, kDirectUnits, M, y, y_stride);
   }
-  if constexpr (M > 1) direct_rows<Path, M / 2>(l, r, chunks, t, y, y_stride);
+  if constexpr (M > 1) direct_rows<Path, M == 4 ? 3 : M == 3 ? 2 : M / 2>(l, r, chunks, t, y, y_stride);
 }
 
 template <class Path>
