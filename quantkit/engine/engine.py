@@ -275,7 +275,8 @@ class TokenEngine:
             [*request.sequence.ids, *request.sequence.drafts[:ahead]] if request.sampling.repetition_penalty != 1 else []
             for request, ahead in owners
         ]
-        shaped = shape_logits(raw, [request.sampling for request, _ in owners], histories)
+        kept = raw is logits and any(request.logprobs is not None for request, _ in owners)
+        shaped = shape_logits(raw, [request.sampling for request, _ in owners], histories, copy=kept)
         tokens, usable = choose(shaped, [request.noise.row(ahead, logits.shape[-1]) for request, ahead in owners])
         chosen = [token if good else -1 for token, good in zip(tokens.tolist(), usable.tolist(), strict=True)]
         return chosen, shaped, _logprobs(logits, chosen, [request.logprobs for request, _ in owners])

@@ -104,8 +104,8 @@ class DraftLength:
     """How many drafts to ask for, for one request, from how many of the last ones were right and what they cost.
 
     If every draft token is right with probability ``a``, ``k`` of them yield ``1 + a + ... + a^k`` tokens (Leviathan et al.
-    2022, arXiv 2211.17192, section 3.1); over what they cost (:class:`Costs`), the best k is taken. ``a`` is estimated from this
-    request's verifications, older ones counting less. Where no k pays, drafting pauses and is tried again with a single
+    2022, arXiv 2211.17192, section 3.1); over what they cost (:class:`Costs`), the best k is taken. ``a`` is estimated from
+    this request's verifications, older ones counting less. Where no k pays, drafting pauses and is tried again with a single
     token, after twice as many tokens each time, so that text which cannot be guessed costs next to nothing.
 
     Args:
