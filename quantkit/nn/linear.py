@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.errors import SpecError
+from quantkit.kernels.cpu import State
 from quantkit.kernels.select import Activations, Kernel, Problem, select
 from quantkit.numerics import grid
 from quantkit.numerics.dtypes import SCALE_DTYPES
@@ -93,6 +94,20 @@ class _Quantized(nn.Module):
         """Return the kernel's state for activations of ``dtype``: what a forward would use, prepacked now if need be."""
         ready = self._ready.get(expert)
         return (ready if ready is not None and self._fits(ready, dtype) else self._prepare(dtype, expert)).state
+
+    def split_planes(self) -> bool:
+        """Let the CPU kernels hold 8-bit codes as two planes of 4 bits, in place; say whether they do now.
+
+        Products stay the same to the last bit. What drops prepacked states (a move, a load) drops the planes too.
+        """
+        if self.spec.bits != 8:
+            return False
+        for expert in range(1 if len(self.shape) == 2 else self.shape[0]):
+            state = self.prepacked(torch.float32, expert)
+            if not isinstance(state, State):
+                return False
+            self._ready[expert] = self._ready[expert]._replace(state=state.split())
+        return True
 
     def extra_repr(self) -> str:
         """Return shape and grids for ``print(model)``."""
