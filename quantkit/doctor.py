@@ -11,7 +11,7 @@ import torch
 
 from quantkit import __version__, kernels
 from quantkit.errors import KernelError
-from quantkit.hf.demo_model import cache_dir
+from quantkit.files import cache_dir
 from quantkit.kernels import build
 
 PACKAGES = ("torch", "transformers", "safetensors", "compressed-tensors", "gguf", "datasets", "numpy")

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from quantkit.checkpoint.contents import float_tensor
 from quantkit.checkpoint.files import mark_incomplete
-from quantkit.checkpoint.read import load, open_checkpoint
+from quantkit.checkpoint.load import load
+from quantkit.checkpoint.read import open_checkpoint
 from quantkit.errors import FormatError
 from quantkit.nn.linear import QuantLinear, QuantWeight
 from quantkit.qtensor import QTensor

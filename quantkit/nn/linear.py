@@ -13,7 +13,7 @@ whoever reads a buffer, saves, copies or moves the module gets the same bits bac
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -93,6 +93,19 @@ class _Quantized(nn.Module):
         """Return the kernel's state for activations of ``dtype``: what a forward would use, prepacked now if need be."""
         ready = self._ready.get(expert)
         return (ready if ready is not None and self._fits(ready, dtype) else self._prepare(dtype, expert)).state
+
+    def adopt(self, kernel: Kernel, states: Sequence[Any]) -> None:
+        """Take the states that ``kernel`` made of this weight, one per matrix, in place of what the buffers hold.
+
+        The buffers' memory is let go; they may have been on the meta device from the start.
+        """
+        assert len(states) == (1 if len(self.shape) == 2 else self.shape[0])
+        self.keeps_codes = False
+        self._release()
+        packed, scale, zero = (self._buffers[name] for name in _BUFFERS)
+        assert packed is not None
+        assert scale is not None
+        self._ready = {part: _Ready(kernel, state, None, packed, scale, zero) for part, state in enumerate(states)}
 
     def extra_repr(self) -> str:
         """Return shape and grids for ``print(model)``."""
@@ -262,7 +275,7 @@ class QuantLinear(_Quantized):
             SpecError: if ``spec`` does not fit ``shape`` = (out, in).
         """
         values = torch.empty(shape[0], dtype=dtype, device=device) if bias else None
-        return cls(_empty_qtensor(spec, shape, device), values)
+        return cls(empty_qtensor(spec, shape, device), values)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x @ w.T + bias`` for x (..., in) of float32, float16 or bfloat16; (..., out) in x's dtype.
@@ -302,7 +315,7 @@ class QuantWeight(_Quantized):
         Raises:
             SpecError: if ``spec`` does not fit ``shape`` = (experts, out, in).
         """
-        return cls(_empty_qtensor(spec, shape, device))
+        return cls(empty_qtensor(spec, shape, device))
 
     def matmul(self, x: Tensor, expert: int) -> Tensor:
         """Return ``x @ w[expert].T`` for x (..., in); (..., out) in x's dtype. Raises as :meth:`QuantLinear.forward`."""
@@ -311,7 +324,12 @@ class QuantWeight(_Quantized):
         return self._multiply(x, None, expert)
 
 
-def _empty_qtensor(spec: QuantSpec, shape: tuple[int, ...], device: torch.device | str) -> QTensor:
+def empty_qtensor(spec: QuantSpec, shape: tuple[int, ...], device: torch.device | str) -> QTensor:
+    """Return a quantized tensor that waits to be loaded.
+
+    Raises:
+        SpecError: if ``spec`` does not fit ``shape``.
+    """
     rows, columns = grid.block_size(spec, shape)
     blocks = (*shape[:-2], shape[-2] // rows, shape[-1] // columns)
     return QTensor(
