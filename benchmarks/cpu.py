@@ -5,8 +5,8 @@
     python benchmarks/cpu.py table                                            the README's table, from the JSON alone
 
 A slice is one model, all contenders loaded (each a process that sleeps when it is not its turn), measured round by round
-(A B C, A B C, ...); a round also measures what the memory can give (a 1 GiB buffer in huge pages, read by as many threads). Medians over
-rounds; ratios only between numbers of one slice. A contender that is not there is named with the reason, never dropped.
+(A B C, A B C, ...); a round also measures what the memory can give (a 1 GiB buffer in huge pages, read by as many threads).
+Medians over rounds; ratios only between numbers of one slice. A contender that is not there is named with the reason.
 
 Peers: transformers (eager, compiled), torch's int4 product swapped into every linear, torchao (``--torchao PYTHON``),
 llama.cpp (``--llama-cpp``: directory of llama-bench and llama-quantize), OpenVINO GenAI (``--openvino PYTHON``), vLLM
@@ -93,9 +93,7 @@ class Bandwidth:
         best = 0.0
         for _ in range(passes):
             start = time.perf_counter()
-            jobs = [
-                self._pool.submit(self._read, self._buffer.data_ptr() + i * part, part // 8) for i in range(self._threads)
-            ]
+            jobs = [self._pool.submit(self._read, self._buffer.data_ptr() + i * part, part // 8) for i in range(self._threads)]
             for job in jobs:
                 job.result()
             best = max(best, part * self._threads / (time.perf_counter() - start) / 1e9)
@@ -242,7 +240,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         except Missing as error:
             missing[kind] = str(error)
         log(f"{kind}: {missing.get(kind, 'ready')}")
-    rows: dict[str, dict[str, Any]] = {kind: {"prefill": [], **{f"decode{c}": [] for c in arguments.contexts}} for kind in started}
+    rows: dict[str, dict[str, Any]] = {
+        kind: {"prefill": [], **{f"decode{c}": [] for c in arguments.contexts}} for kind in started
+    }
     bandwidth = [probe.measure()]
     for number in range(arguments.rounds):
         for kind in list(started):

@@ -1,7 +1,7 @@
 """The models and files of ``benchmarks/cpu.py``: SmolLM2-135M, and random llamas of a 1B's and a 3B's shape.
 
-Every contender reads the same weights: a float directory (bfloat16 safetensors), from it checkpoints of quantkit, and GGUF files
-(16 bits, then ``llama-quantize``). Speed does not depend on the values, so the large models are random; they are written tensor
+Every contender reads the same weights: a float directory (bfloat16 safetensors), from it checkpoints of quantkit, and GGUF
+files (16 bits, then ``llama-quantize``). Speed does not depend on the values, so the large models are random; they are written tensor
 by tensor and never whole in memory. A finished file is never made again.
 """
 
@@ -119,11 +119,24 @@ def _random(name: str, shape: tuple[int, ...]) -> Tensor:
 
 def quantized_directory(name: str, bits: str, work: Path) -> Path:
     """Return the directory of quantkit's checkpoint of ``bits`` ("int4", "int8"), made if need be, by round to nearest."""
-    import quantkit
+    from quantkit import checkpoint
+    from quantkit.hf.load import load_float
+    from quantkit.hf.structure import describe
+    from quantkit.nn.install import install
+    from quantkit.nn.sites import read_weight
+    from quantkit.numerics import grid
+    from quantkit.qtensor import QTensor
+    from quantkit.spec import preset
 
     path = work / f"{name}-{bits}"
     if not (path / "config.json").exists():
-        quantkit.quantize(float_directory(name, work), SCHEMES[bits], quantizer="rtn", out=path)
+        model: Any = load_float(float_directory(name, work))[0]
+        for site in describe(model).sites:
+            weight = read_weight(model, site).float()
+            spec = preset(SCHEMES[bits], [site.in_features]).weight
+            scale, zero = grid.choose_qparams(weight, spec)
+            install(model, site, QTensor.from_codes(grid.quantize(weight, scale, zero, spec), scale, zero, spec))
+        checkpoint.save(model, path, format="native")
     return path
 
 
@@ -150,7 +163,17 @@ def openvino_directory(name: str, work: Path, python: str) -> Path:
         if not (source / "tokenizer.json").exists():  # the pipeline will not start without one; nobody asks it anything
             for file in float_directory("smollm2", work).glob("*token*"):
                 shutil.copy(file, source)
-        options = ["--task", "text-generation-with-past", "--weight-format", "int4", "--sym", "--group-size", "32", "--ratio", "1.0"]
+        options = [
+            "--task",
+            "text-generation-with-past",
+            "--weight-format",
+            "int4",
+            "--sym",
+            "--group-size",
+            "32",
+            "--ratio",
+            "1.0",
+        ]
         made = path.with_suffix(".tmp")
         tool = str(Path(python).parent / "optimum-cli")
         subprocess.run([tool, "export", "openvino", "--model", str(source), *options, str(made)], check=True)
@@ -184,7 +207,7 @@ def _write_gguf(source: Path, path: Path) -> None:
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, layers)
     places = dict(_places(source))
-    for name, (file, shape) in places.items():
+    for name, (_, shape) in places.items():
         own = names.get_name(name, (".weight",))
         dtype = np.float16 if len(shape) > 1 else np.float32
         writer.add_tensor_info(own, shape, np.dtype(dtype), math.prod(shape) * np.dtype(dtype).itemsize)

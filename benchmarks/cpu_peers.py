@@ -1,9 +1,9 @@
 """The contenders of ``benchmarks/cpu.py``, each in a process of its own: ``python cpu_peers.py KIND MODEL_DIRECTORY THREADS``.
 
-A worker loads, says on a line of JSON what it holds, and then answers requests, a line each: ``{"prefill": 512}`` gives seconds
-for reading 512 tokens; ``{"decode": 32, "context": 128}`` gives seconds of each of 32 greedy tokens after 128 others (the context is
-read before and not timed). Idle workers sleep. This file runs in the peers' own environments: it imports nothing of quantkit
-unless it is quantkit's turn.
+A worker loads, says on a line of JSON what it holds, and then answers requests, a line each: ``{"prefill": 512}`` gives
+seconds for reading 512 tokens; ``{"decode": 32, "context": 128}`` gives seconds of each of 32 greedy tokens after 128 others
+(the context is read before and not timed). Idle workers sleep. This file runs in the peers' own environments: it imports
+nothing of quantkit unless it is quantkit's turn.
 """
 
 import json
@@ -28,7 +28,6 @@ class Quantkit:
         from quantkit.engine.step import OneSequence
         from quantkit.evaluation.footprint import footprint
         from quantkit.hf.backend import make_backend
-        from quantkit.kernels import structs
         from quantkit.models import open_model
 
         start = time.perf_counter()
@@ -40,7 +39,7 @@ class Quantkit:
         self.step = OneSequence(backend, 2048 + 256)
         self.vocabulary = self.model.config.vocab_size
         program = backend.decoder.program
-        read = sum(structs._prepacked(linear).nbytes for linear in program.linears())
+        read = sum(bytes_read(linear.weight, linear.expert or 0) for linear in program.linears())
         weights = sum(math.prod(linear.shape) for linear in program.linears())
         self.facts = {
             "bytes": footprint(self.model).stored_bytes,
@@ -53,6 +52,7 @@ class Quantkit:
         self.filled = 0
 
     def prefill(self, tokens: int) -> float:
+        """Return seconds to read ``tokens`` tokens."""
         ids = prompt(tokens, self.vocabulary)
         start = time.perf_counter()
         int(self.step(ids, 0).argmax(-1))
@@ -60,6 +60,7 @@ class Quantkit:
         return time.perf_counter() - start
 
     def decode(self, count: int, context: int) -> list[float]:
+        """Return the seconds of each of ``count`` tokens after ``context``."""
         if self.filled != context:
             self.step(prompt(context, self.vocabulary), 0)
             self.filled = context
@@ -69,6 +70,13 @@ class Quantkit:
             token = int(self.step([token], position).argmax(-1))
             times.append(time.perf_counter() - start)
         return times
+
+
+def bytes_read(weight: Any, expert: int) -> int:
+    """Return the bytes of a float weight, or of a quantized one in its kernel's layout."""
+    import torch
+
+    return int(weight.nbytes if isinstance(weight, torch.Tensor) else weight.prepacked(torch.float32, expert).weight.nbytes)
 
 
 class Transformers:
@@ -113,6 +121,7 @@ class Transformers:
         self.filled = context
 
     def prefill(self, tokens: int) -> float:
+        """Return seconds to read ``tokens`` tokens."""
         ids = self.torch.tensor([prompt(tokens, self.vocabulary)])
         with self.torch.inference_mode():
             start = time.perf_counter()
@@ -120,6 +129,7 @@ class Transformers:
         return time.perf_counter() - start
 
     def decode(self, count: int, context: int) -> list[float]:
+        """Return the seconds of each of ``count`` tokens after ``context``."""
         torch = self.torch
         if self.filled != context or self.cache is None:
             self._fill(context, 256)
@@ -208,9 +218,11 @@ class OpenVino:
         return self.pipe.generate(given, config).perf_metrics
 
     def prefill(self, tokens: int) -> float:
+        """Return seconds to read ``tokens`` tokens."""
         return self._run(tokens, 1).get_ttft().mean / 1e3
 
     def decode(self, count: int, context: int) -> list[float]:
+        """Return the seconds of each of ``count`` tokens after ``context``."""
         return [duration / 1e6 for duration in self._run(context, count + 1).raw_metrics.m_durations]
 
 
@@ -236,9 +248,11 @@ class Vllm:
         return time.perf_counter() - start
 
     def prefill(self, tokens: int) -> float:
+        """Return seconds to read ``tokens`` tokens."""
         return self._run(tokens, 1)
 
     def decode(self, count: int, context: int) -> list[float]:
+        """Return the seconds of each of ``count`` tokens after ``context``."""
         alone = self._run(context, 1)
         return [(self._run(context, count + 1) - alone) / count] * count
 

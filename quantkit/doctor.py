@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from quantkit import __version__, kernels
+from quantkit.checkpoint import prepacked
 from quantkit.errors import KernelError
 from quantkit.files import cache_dir
 from quantkit.kernels import build
@@ -27,6 +28,7 @@ def examine() -> dict[str, Any]:
         "cuda": _cuda(),
         "nvcc": _nvcc(),
         "cache": str(cache_dir()),
+        "prepacked": prepacked.describe(),
         "decoder": _decoder(),
         "kernels": kernels.report(),
     }

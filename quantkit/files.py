@@ -3,9 +3,9 @@
 Everything quantkit writes goes to a temporary name in the same directory, is flushed to the disk and then renamed, so a
 crash, a kill or a full disk leaves the previous state intact.
 
-The digest of a large file is remembered beside the cache, as long as the file is provably the one that was read: same path, device,
-inode, size and times, and last changed well before it was read (a file system's clock ticks in milliseconds, so what is written
-while it is read could otherwise go unnoticed).
+The digest of a large file is remembered in the cache, as long as the file is provably the one that was read: same path,
+device, inode, size and times, and last changed well before it was read (a file system's clock ticks in milliseconds, so what
+is written while it is read could otherwise go unnoticed).
 """
 
 import contextlib

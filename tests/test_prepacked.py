@@ -7,11 +7,12 @@ import time
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from quantkit import checkpoint, files
 from quantkit.checkpoint import prepacked
-from quantkit.kernels import arena
-from quantkit.kernels.cpu import CpuKernel
+from quantkit.cli import app
+from quantkit.kernels import arena, layout
 from quantkit.nn.linear import QuantLinear
 from quantkit.spec import QuantSpec
 from tests.test_checkpoint import W4_ASYM, logits, round_to_nearest
@@ -39,10 +40,10 @@ def save(tmp_path, model=None, spec=W4_ASYM, name="model"):
 
 
 def forbid_prepacking(monkeypatch):
-    def prepack(self, qtensor):
+    def prepack(qtensor):
         raise AssertionError("made again")
 
-    monkeypatch.setattr(CpuKernel, "prepack", prepack)
+    monkeypatch.setattr(layout, "prepack", prepack)
 
 
 @pytest.mark.parametrize("family", ["llama", "llama_tied", "mixtral", "gpt2"])
@@ -128,6 +129,19 @@ def test_the_switch_keeps_away_from_the_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(prepacked, "write", None)
     assert torch.equal(logits(checkpoint.load(path, cache=False)), logits(model))
     assert not prepacked.directory().exists()
+
+
+def test_the_command_turns_it_off_for_good_and_clears_it(tmp_path):
+    _, path = save(tmp_path)
+    checkpoint.load(path)
+    run = CliRunner()
+    assert "off, 1 files" in run.invoke(app, ["cache", "--off"]).output
+    checkpoint.load(path, dtype=torch.bfloat16)
+    assert len(prepacked.files()) == 1
+    assert "off, 0 files" in run.invoke(app, ["cache", "--clear"]).output
+    run.invoke(app, ["cache", "--on"])
+    checkpoint.load(path)
+    assert len(prepacked.files()) == 1
 
 
 def test_a_cache_that_cannot_be_written_is_said_and_not_needed(tmp_path, monkeypatch, caplog):

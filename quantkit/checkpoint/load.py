@@ -1,4 +1,4 @@
-"""Loading: a checkpoint becomes a model that runs, each quantized weight held once, in the layout of the kernel that runs it."""
+"""Loading: a checkpoint becomes a model that runs; each quantized weight is held once, in its kernel's layout."""
 
 import logging
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from quantkit.checkpoint.read import Opened, open_checkpoint
 from quantkit.errors import FormatError
 from quantkit.hf.experts import enable_experts
 from quantkit.hf.load import PreTrainedModel, read_generation_config
-from quantkit.kernels import Activations
+from quantkit.kernels import Activations, layout
 from quantkit.kernels.arena import Arena
 from quantkit.kernels.cpu import CpuKernel, State
 from quantkit.kernels.layout import Prepacked
@@ -38,8 +38,8 @@ def load(
     """Load a quantized checkpoint, ready to run, in evaluation mode.
 
     Codes and scales come back bit for bit; the files may be deleted afterwards. Each quantized layer is held once, in the
-    layout of the kernel that runs it. On a CPU that layout is kept in the user's cache (:mod:`quantkit.checkpoint.prepacked`), so
-    that the next load of the same files need not make it again.
+    layout of the kernel that runs it. On a CPU that layout is kept in the user's cache
+    (:mod:`quantkit.checkpoint.prepacked`), so that the next load of the same files need not make it again.
 
     Args:
         path: directory written by quantkit (any format) or by another writer of compressed-tensors integer weights.
@@ -61,7 +61,7 @@ def load(
         model: Any = contents.model  # Any: transformers types neither eval nor to
         quantized = {name: contents.sites[name] for name in opened.schemes}
         kernels = _kernels(opened, quantized) if on_cpu else {}
-        found = _from_cache(opened, kernels, dtype) if cache and kernels else None
+        found = _from_cache(opened, kernels, dtype) if cache and kernels and prepacked.enabled() else None
         for name, tensor in found.floats.items() if found else _floats(opened, dtype):
             _put(model, name, tensor)
         arena = Arena()
@@ -71,7 +71,7 @@ def load(
             if name not in kernels:
                 install(model, site, opened.qtensor(site), activation)
                 continue
-            parts = found.sites[name] if found else [_moved(part, arena) for part in _prepack(opened, site)]
+            parts = found.sites[name] if found else [part.moved(arena.copy) for part in _prepack(opened, site)]
             install(model, site, empty_qtensor(scheme.weight, site.shape, "meta"), activation)
             module: Any = model.get_submodule(name)
             module.adopt(kernels[name], [State(part, part.struct()) for part in parts])
@@ -132,12 +132,8 @@ def _prepack(opened: Opened, site: Site) -> Iterator[Prepacked]:
     """Yield the matrices of a site in the kernel's layout, and let go of the pages of the files that were read for it."""
     qtensor = opened.qtensor(site, copy=False)
     for part in [qtensor] if len(site.shape) == 2 else (qtensor[expert] for expert in range(site.shape[0])):
-        yield CpuKernel("float").prepack(part).weight
+        yield layout.prepack(part)
     opened.shards.let_go()
-
-
-def _moved(part: Prepacked, arena: Arena) -> Prepacked:
-    return Prepacked(*(arena.copy(value) if isinstance(value, Tensor) else value for value in part))
 
 
 def _floats(opened: Opened, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:

@@ -2,8 +2,8 @@
 
 One file per checkpoint, ``<cache>/prepacked/<key>-<digest>.weights``. The key hashes everything the content follows from: the
 content of every file of the checkpoint, the dtype asked for, the source of the layout, and the versions of quantkit and
-transformers; so a checkpoint that changed has another key, and a stale file is never looked at. The digest is the SHA-256 of the
-file itself, compared before anything of it is used. Both take reading everything once; afterwards
+transformers; so a checkpoint that changed has another key, and a stale file is never looked at. The digest is the SHA-256
+of the file itself, compared before anything of it is used. Both take reading everything once; afterwards
 :func:`~quantkit.files.known_sha256` remembers, as long as size, inode and times say that nothing was written.
 
     weights in the kernel's layout, tensor by tensor       read into huge pages, in parallel
@@ -13,7 +13,8 @@ file itself, compared before anything of it is used. Both take reading everythin
 Files are written under a temporary name and renamed. Weights read at every token are read into memory rather than mapped,
 since files have no huge pages; the rest (an embedding is most of it) is mapped and costs memory only where it is touched.
 
-The cache holds at most :data:`LIMIT_BYTES`, the oldest files go first; ``quantkit cache --clear`` empties it.
+The cache holds at most :data:`LIMIT_BYTES`, the oldest files go first. ``quantkit cache --clear`` empties it, ``--off`` turns
+it off for good (a file in quantkit's cache directory says so), ``load(..., cache=False)`` once.
 """
 
 import hashlib
@@ -24,7 +25,7 @@ import mmap
 import os
 import shutil
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, Final
@@ -33,7 +34,7 @@ import torch
 from torch import Tensor
 
 from quantkit import __version__
-from quantkit.files import atomic_path, cache_dir, known_sha256
+from quantkit.files import atomic_path, cache_dir, known_sha256, write_atomic
 from quantkit.kernels import arena, layout
 from quantkit.kernels.layout import Prepacked
 
@@ -67,6 +68,23 @@ def directory() -> Path:
     return cache_dir() / "prepacked"
 
 
+def enabled() -> bool:
+    """Say whether the cache is in use."""
+    return not _off().exists()
+
+
+def switch(on: bool) -> None:
+    """Turn the cache on or off, for every later process too; what it holds stays."""
+    if on:
+        _off().unlink(missing_ok=True)
+    else:
+        write_atomic(_off(), "`quantkit cache --on` removes this file and keeps prepacked weights again\n")
+
+
+def _off() -> Path:
+    return cache_dir() / "prepacked.off"
+
+
 def files() -> list[Path]:
     """Return the files of the cache, oldest first."""
     found = [(path.stat().st_mtime_ns, path) for path in directory().glob(f"*{_SUFFIX}")]
@@ -78,6 +96,13 @@ def clear() -> int:
     freed = sum(path.stat().st_size for path in files())
     shutil.rmtree(directory(), ignore_errors=True)
     return freed
+
+
+def describe() -> str:
+    """Say in a line what the cache holds."""
+    sizes = [path.stat().st_size for path in files()]
+    state = "" if enabled() else "off, "
+    return f"{state}{len(sizes)} files, {sum(sizes) / 2**20:.0f} MiB (limit {LIMIT_BYTES >> 20} MiB) in {directory()}"
 
 
 def key_of(weights: Iterable[Path], config: Mapping[str, Any], dtype: torch.dtype | None) -> str:
@@ -197,4 +222,3 @@ def _evict() -> None:
         kept += path.stat().st_size
         if kept > LIMIT_BYTES:
             path.unlink(missing_ok=True)
-

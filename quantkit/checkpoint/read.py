@@ -8,17 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from quantkit.checkpoint.contents import Contents, Entry, assemble, contents_of, parameter_of, restore
+from quantkit.checkpoint.contents import Contents, assemble, contents_of
 from quantkit.checkpoint.files import INCOMPLETE, Shards, read_json
 from quantkit.errors import FormatError, QuantkitError
 from quantkit.formats.base import FORMATS, Format, Matcher, Stored
-from quantkit.hf.experts import enable_experts
-from quantkit.hf.load import PreTrainedModel, read_config, read_generation_config
-from quantkit.kernels import Activations
-from quantkit.nn.install import install, set_activations
-from quantkit.nn.linear import QuantLinear, QuantWeight
+from quantkit.hf.load import read_config
 from quantkit.nn.sites import Site
 from quantkit.qtensor import QTensor
 from quantkit.spec import Scheme

@@ -54,3 +54,8 @@ class Arena:
             self._chunk, self._used = allocate(max(CHUNK_BYTES, padded(nbytes))), 0
         start, self._used = self._used, self._used + padded(nbytes)
         return self._chunk[start : start + nbytes]
+
+
+def in_huge_pages(tensor: Tensor) -> Tensor:
+    """Return a copy of a large tensor in a mapping of its own; a small one as it is."""
+    return tensor if tensor.nbytes < HUGE_PAGE else allocate(tensor.nbytes).view(tensor.dtype).view(tensor.shape).copy_(tensor)

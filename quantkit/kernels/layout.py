@@ -7,6 +7,7 @@ int8 dot product. Both ways of computing, with float and with int8 activations, 
 """
 
 import ctypes
+from collections.abc import Callable
 from typing import Final, NamedTuple
 
 import torch
@@ -71,6 +72,10 @@ class Prepacked(NamedTuple):
     def nbytes(self) -> int:
         """Bytes of the tensors."""
         return sum(tensor.nbytes for tensor in (self.codes, self.scale, self.zero) if tensor is not None)
+
+    def moved(self, copy: Callable[[Tensor], Tensor]) -> "Prepacked":
+        """Return the same weight with every tensor copied by ``copy``."""
+        return Prepacked(*(copy(field) if isinstance(field, Tensor) else field for field in self))
 
     def struct(self, bias: Tensor | None = None) -> LinearStruct:
         """Return the C view of this weight with an optional float32 ``bias`` (N,). Keep both alive while it is used."""
