@@ -155,16 +155,13 @@ class LlamaBench:
     def __init__(self, binaries: Path, file: Path, threads: int) -> None:
         self._command = [str(binaries / "llama-bench"), "-m", str(file), "-t", str(threads), "-o", "json", "-ngl", "0"]
         self._done: set[int] = set()
-        size = file.stat().st_size
-        self.facts: dict[str, Any] = {"bytes": size, "read_bytes": None, "bits_per_read_weight": None}
+        self.facts = models.gguf_facts(file)
 
     def _run(self, *options: str) -> list[float]:
         done = subprocess.run([*self._command, *options], capture_output=True, text=True, check=False)
         if done.returncode:
             raise Missing(f"llama-bench ended with status {done.returncode}: {done.stderr.strip()[-150:]}")
-        rows = json.loads(done.stdout)
-        self.facts["bits_per_weight"] = rows[0]["model_size"] * 8 / rows[0]["model_n_params"]
-        return [float(sample) for sample in rows[0]["samples_ts"]]
+        return [float(sample) for sample in json.loads(done.stdout)[0]["samples_ts"]]
 
     def prefill(self, tokens: int) -> list[float]:
         """Return tokens per second."""
@@ -187,7 +184,7 @@ def contenders(name: str, arguments: argparse.Namespace) -> dict[str, tuple[int,
     """Return contender to (bytes it needs, how to start it); starting raises :class:`Missing`."""
     work, threads = Path(arguments.work), arguments.threads
     floats = work / f"{name}-bf16"
-    size = sum(file.stat().st_size for file in floats.glob("*.safetensors"))
+    size = float_bytes(name, arguments)
     found: dict[str, tuple[int, Callable[[], Any]]] = {}
 
     def worker(kind: str, python: str | None, path: Path, need: float, option: str = "") -> None:
@@ -225,6 +222,11 @@ def contenders(name: str, arguments: argparse.Namespace) -> dict[str, tuple[int,
     return {kind: how for kind, how in found.items() if re.search(arguments.only, kind)}
 
 
+def float_bytes(name: str, arguments: argparse.Namespace) -> int:
+    """Return the bytes of a model in 16 bits."""
+    return sum(file.stat().st_size for file in (Path(arguments.work) / f"{name}-bf16").glob("*.safetensors"))
+
+
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure one slice."""
     name, started, missing = arguments.model, dict[str, Any](), dict[str, str]()
@@ -253,8 +255,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                 del started[kind], rows[kind]
         bandwidth.append(probe.measure())
         log(f"round {number + 1}: read {bandwidth[-1]:.1f} GB/s; " + ", ".join(f"{k} {last(r)}" for k, r in rows.items()))
+    weights = float_bytes(name, arguments) / 2
     for kind, contender in started.items():
-        rows[kind] |= contender.facts
+        rows[kind] |= {**contender.facts, "bits_per_weight": contender.facts["bytes"] * 8 / weights}
         contender.close()
     return {
         "model": name,
@@ -318,7 +321,7 @@ def table(known: dict[str, Any]) -> Iterator[str]:
     contexts = sorted({context for s in known["slices"] for context in s["tokens"]["contexts"]})
     keys = ["prefill", *(f"decode{context}" for context in contexts)]
     heads = ["prefill 512", *(f"decode at {context}" for context in contexts)]
-    yield f"| | {known['cpu']} | bits per weight | MB | " + " | ".join(heads) + " | share of read bandwidth |"
+    yield f"| | {known['cpu']} | bits read per weight | file MB (bits) | " + " | ".join([*heads, "of read bandwidth"]) + " |"
     yield "|---|---|---|---|" + "---|" * (len(heads) + 1)
     for name in models.MODELS:
         slices = [s for s in known["slices"] if s["model"] == name]
@@ -326,8 +329,8 @@ def table(known: dict[str, Any]) -> Iterator[str]:
         for kind in kinds:
             newest = next(s for s in reversed(slices) if kind in s["rows"])
             row = newest["rows"][kind]
-            bits = row.get("bits_per_weight") or row.get("bits_per_read_weight")
-            cells = [name, kind, f"{bits:.2f}" if bits else "", f"{row['bytes'] / 1e6:.0f}"]
+            bits = row["bits_per_read_weight"]
+            cells = [name, kind, f"{bits:.2f}" if bits else "", f"{row['bytes'] / 1e6:.0f} ({row['bits_per_weight']:.2f})"]
             cells += [cell(slices, kind, key) for key in keys]
             yield "| " + " | ".join([*cells, share(newest, row)]) + " |"
         for kind, reason in {kind: r for s in slices for kind, r in s["missing"].items() if kind not in kinds}.items():

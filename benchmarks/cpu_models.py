@@ -1,8 +1,8 @@
 """The models and files of ``benchmarks/cpu.py``: SmolLM2-135M, and random llamas of a 1B's and a 3B's shape.
 
 Every contender reads the same weights: a float directory (bfloat16 safetensors), from it checkpoints of quantkit, and GGUF
-files (16 bits, then ``llama-quantize``). Speed does not depend on the values, so the large models are random; they are written tensor
-by tensor and never whole in memory. A finished file is never made again.
+files (16 bits, then ``llama-quantize``). Speed does not depend on the values, so the large models are random; they are
+written tensor by tensor and never whole in memory. A finished file is never made again.
 """
 
 import json
@@ -137,6 +137,8 @@ def quantized_directory(name: str, bits: str, work: Path) -> Path:
             scale, zero = grid.choose_qparams(weight, spec)
             install(model, site, QTensor.from_codes(grid.quantize(weight, scale, zero, spec), scale, zero, spec))
         checkpoint.save(model, path, format="native")
+        for file in float_directory(name, work).glob("*token*") if name == "smollm2" else ():
+            shutil.copy(file, path)
     return path
 
 
@@ -153,6 +155,20 @@ def gguf_file(name: str, kind: str, work: Path, binaries: Path) -> Path:
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     made.rename(path)
     return path
+
+
+def gguf_facts(file: Path) -> dict[str, Any]:
+    """Return bytes of a GGUF file, and bytes and bits of what a token reads: all matrices but an untied embedding."""
+    import gguf
+
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors if len(tensor.shape) > 1}
+    if "output.weight" in tensors:
+        del tensors["token_embd.weight"]
+    read, weights = (
+        sum(int(value) for value in values)
+        for values in zip(*((t.n_bytes, t.n_elements) for t in tensors.values()), strict=True)
+    )
+    return {"bytes": file.stat().st_size, "read_bytes": read, "bits_per_read_weight": read * 8 / weights}
 
 
 def openvino_directory(name: str, work: Path, python: str) -> Path:

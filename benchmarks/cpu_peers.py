@@ -26,13 +26,13 @@ class Quantkit:
 
     def __init__(self, kind: str, path: str) -> None:
         from quantkit.engine.step import OneSequence
-        from quantkit.evaluation.footprint import footprint
         from quantkit.hf.backend import make_backend
         from quantkit.models import open_model
 
         start = time.perf_counter()
         quantized = kind != "quantkit-bf16"
-        self.model: Any = open_model(path, head="int8" if quantized else "float")[0].eval()
+        model, tokenizer = open_model(path, head="int8" if quantized else "float")
+        self.model: Any = model.eval()
         self.load_s = time.perf_counter() - start
         activations = "int8" if kind.endswith("int8") else "float"
         backend: Any = make_backend(self.model, engine="native", activations=activations)
@@ -42,11 +42,12 @@ class Quantkit:
         read = sum(bytes_read(linear.weight, linear.expert or 0) for linear in program.linears())
         weights = sum(math.prod(linear.shape) for linear in program.linears())
         self.facts = {
-            "bytes": footprint(self.model).stored_bytes,
+            "bytes": bytes_of(path),
             "read_bytes": read,
             "bits_per_read_weight": read * 8 / weights,
             "kv_bytes_per_token": backend.nbytes / backend._kv.pages / OneSequence.PAGE_TOKENS,
             "load_s": self.load_s,
+            "kl_of_int8_activations": divergence(backend, tokenizer) if tokenizer and activations == "int8" else None,
             "engine": backend.engine,
         }
         self.filled = 0
@@ -70,6 +71,21 @@ class Quantkit:
             token = int(self.step([token], position).argmax(-1))
             times.append(time.perf_counter() - start)
         return times
+
+
+def divergence(backend: Any, tokenizer: Any, tokens: int = 512) -> float:
+    """Return the mean KL, in nats per token, that rounding activations alone makes on the text that every Python carries."""
+    from quantkit.calibrate.data import text_default
+    from quantkit.engine.step import Span
+
+    ids = tokenizer("\n".join(text_default()[0])[: 8 * tokens])["input_ids"][:tokens]
+    found = []
+    for exact in (True, False):
+        backend.exact = exact
+        table = range(-(-len(ids) // 32))
+        found.append(backend.step([Span(0, 0, ids, table, len(ids), fresh=True)]).float().log_softmax(-1))
+    p, q = found
+    return float((p.exp() * (p - q)).sum(-1).mean())
 
 
 def bytes_read(weight: Any, expert: int) -> int:
