@@ -27,7 +27,7 @@ from typing import Final
 import torch
 
 from quantkit.errors import KernelError
-from quantkit.files import atomic_path
+from quantkit.files import atomic_path, cache_dir
 
 logger = logging.getLogger(__name__)
 
@@ -131,8 +131,7 @@ def cache_directory() -> Path:
 
     If it cannot be written to, a private temporary directory of this process stands in for it, with a warning.
     """
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    directory = Path(base) / "quantkit" / "kernels"
+    directory = cache_dir() / "kernels"
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory):

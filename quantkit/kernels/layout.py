@@ -10,6 +10,7 @@ bit, and a *draft* of the weight, ``(16 h + 8 - zero_point) * scale``, is there 
 """
 
 import ctypes
+from collections.abc import Callable
 from typing import Final, NamedTuple
 
 import torch
@@ -77,6 +78,10 @@ class Prepacked(NamedTuple):
         """Bytes of the tensors."""
         return sum(tensor.nbytes for tensor in (self.codes, self.scale, self.zero) if tensor is not None)
 
+    def moved(self, copy: Callable[[Tensor], Tensor]) -> "Prepacked":
+        """Return the same weight with every tensor copied by ``copy``."""
+        return Prepacked(*(copy(field) if isinstance(field, Tensor) else field for field in self))
+
     def struct(self, bias: Tensor | None = None) -> LinearStruct:
         """Return the C view of this weight with an optional float32 ``bias`` (N,). Keep both alive while it is used."""
         return LinearStruct(
@@ -117,7 +122,8 @@ def prepack_float(weight: Tensor) -> Prepacked:
     if weight.dim() != 2 or weight.dtype not in (torch.float32, torch.bfloat16):
         raise KernelError(f"prepack_float: weight is {weight.dtype} {tuple(weight.shape)}; want float32 or bfloat16 (N, K)")
     rows, columns = weight.shape
-    padded = F.pad(weight.detach(), (0, -columns % _PADDING)).contiguous()
+    missing = -columns % _PADDING
+    padded = (F.pad(weight.detach(), (0, missing)) if missing else weight.detach()).contiguous()
     kind = FLOAT32 if weight.dtype == torch.float32 else BFLOAT16
     return Prepacked(_lanes(padded.view(torch.int32).unsqueeze(1)), None, None, rows, columns, kind, 0)
 
@@ -190,9 +196,10 @@ def _per_lane(values: Tensor, block_rows: int) -> Tensor:
 
 
 def _lanes(values: Tensor) -> Tensor:
-    """(rows, groups, n) to (blocks, groups, n, 16), rows padded with zeros to whole blocks."""
-    padded = F.pad(values, (0, 0, 0, 0, 0, -values.shape[0] % LANES))
-    return padded.view(-1, LANES, *values.shape[1:]).permute(0, 2, 3, 1).contiguous()
+    """(rows, groups, n) to (blocks, groups, n, 16), rows padded with zeros to whole blocks; always a copy."""
+    missing = -values.shape[0] % LANES
+    whole = F.pad(values, (0, 0, 0, 0, 0, missing)) if missing else values  # F.pad copies even where there is nothing to add
+    return whole.view(-1, LANES, *values.shape[1:]).permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format)
 
 
 def _rows(values: Tensor, rows: int) -> Tensor:

@@ -13,7 +13,7 @@ whoever reads a buffer, saves, copies or moves the module gets the same bits bac
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -108,6 +108,19 @@ class _Quantized(nn.Module):
                 return False
             self._ready[expert] = self._ready[expert]._replace(state=state.split())
         return True
+
+    def adopt(self, kernel: Kernel, states: Sequence[Any]) -> None:
+        """Take the states that ``kernel`` made of this weight, one per matrix, in place of what the buffers hold.
+
+        The buffers' memory is let go; they may have been on the meta device from the start.
+        """
+        assert len(states) == (1 if len(self.shape) == 2 else self.shape[0])
+        self.keeps_codes = False
+        self._release()
+        packed, scale, zero = (self._buffers[name] for name in _BUFFERS)
+        assert packed is not None
+        assert scale is not None
+        self._ready = {part: _Ready(kernel, state, None, packed, scale, zero) for part, state in enumerate(states)}
 
     def extra_repr(self) -> str:
         """Return shape and grids for ``print(model)``."""
@@ -277,7 +290,7 @@ class QuantLinear(_Quantized):
             SpecError: if ``spec`` does not fit ``shape`` = (out, in).
         """
         values = torch.empty(shape[0], dtype=dtype, device=device) if bias else None
-        return cls(_empty_qtensor(spec, shape, device), values)
+        return cls(empty_qtensor(spec, shape, device), values)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x @ w.T + bias`` for x (..., in) of float32, float16 or bfloat16; (..., out) in x's dtype.
@@ -317,7 +330,7 @@ class QuantWeight(_Quantized):
         Raises:
             SpecError: if ``spec`` does not fit ``shape`` = (experts, out, in).
         """
-        return cls(_empty_qtensor(spec, shape, device))
+        return cls(empty_qtensor(spec, shape, device))
 
     def matmul(self, x: Tensor, expert: int) -> Tensor:
         """Return ``x @ w[expert].T`` for x (..., in); (..., out) in x's dtype. Raises as :meth:`QuantLinear.forward`."""
@@ -326,7 +339,12 @@ class QuantWeight(_Quantized):
         return self._multiply(x, None, expert)
 
 
-def _empty_qtensor(spec: QuantSpec, shape: tuple[int, ...], device: torch.device | str) -> QTensor:
+def empty_qtensor(spec: QuantSpec, shape: tuple[int, ...], device: torch.device | str) -> QTensor:
+    """Return a quantized tensor that waits to be loaded.
+
+    Raises:
+        SpecError: if ``spec`` does not fit ``shape``.
+    """
     rows, columns = grid.block_size(spec, shape)
     blocks = (*shape[:-2], shape[-2] // rows, shape[-1] // columns)
     return QTensor(
