@@ -20,8 +20,9 @@ from quantkit.kernels.cpu import CpuKernel, State
 from quantkit.kernels.layout import Prepacked
 from quantkit.kernels.select import Problem, check_activations, select
 from quantkit.nn.install import install, set_activations
-from quantkit.nn.linear import QuantLinear, QuantWeight, empty_qtensor
+from quantkit.nn.linear import QuantLinear, QuantWeight
 from quantkit.nn.sites import Site
+from quantkit.qtensor import QTensor
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ def load(
                 install(model, site, opened.qtensor(site), activation)
                 continue
             parts = found.sites[name] if found else [part.moved(arena.copy) for part in _prepack(opened, site)]
-            install(model, site, empty_qtensor(scheme.weight, site.shape, "meta"), activation)
+            install(model, site, QTensor.empty(scheme.weight, site.shape, "meta"), activation)
             module: Any = model.get_submodule(name)
             module.adopt(kernels[name], [State(part, part.struct()) for part in parts])
         _finish(model, path)
