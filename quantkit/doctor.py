@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from quantkit import __version__, kernels
+from quantkit.checkpoint import prepacked
 from quantkit.errors import KernelError
-from quantkit.hf.demo_model import cache_dir
+from quantkit.files import cache_dir
 from quantkit.kernels import build, nvcc
 
 PACKAGES = ("torch", "transformers", "safetensors", "compressed-tensors", "gguf", "datasets", "numpy")
@@ -25,6 +26,7 @@ def examine() -> dict[str, Any]:
         "cuda": _cuda(),
         "nvcc": _nvcc(),
         "cache": str(cache_dir()),
+        "prepacked": prepacked.describe(),
         "decoder": _decoder(),
         "kernels": kernels.report(),
     }

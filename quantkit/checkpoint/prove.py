@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from quantkit.checkpoint.contents import float_tensor
 from quantkit.checkpoint.files import mark_incomplete
-from quantkit.checkpoint.read import load, open_checkpoint
+from quantkit.checkpoint.load import load
+from quantkit.checkpoint.read import open_checkpoint
 from quantkit.errors import FormatError
 from quantkit.nn.linear import QuantLinear, QuantWeight
-from quantkit.qtensor import QTensor
+from quantkit.qtensor import PARTS, QTensor
 from quantkit.spec import Scheme
 
 
@@ -71,8 +72,7 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def _same_qtensor(a: QTensor, b: QTensor) -> bool:
-    same_parts = _same(a.packed, b.packed) and _same(a.scale, b.scale) and _same(a.zero_point, b.zero_point)
-    return same_parts and a.spec == b.spec and a.shape == b.shape
+    return all(_same(getattr(a, name), getattr(b, name)) for name in PARTS) and a.spec == b.spec and a.shape == b.shape
 
 
 @torch.no_grad()
@@ -88,7 +88,7 @@ def kl_to(candidate: str | Path | nn.Module, reference: nn.Module, ids: Tensor) 
         ``kl``: mean KL(reference || candidate) in nats per token; ``max_difference``: largest difference of two logits;
         ``same_top1``: share of positions with the same most likely token; ``tokens``: number of positions.
     """
-    model = candidate if isinstance(candidate, nn.Module) else load(candidate)
+    model = candidate if isinstance(candidate, nn.Module) else load(candidate, cache=False)
     expected, found = (m(input_ids=ids).logits.float() for m in (reference, model))
     p, q = expected.log_softmax(-1), found.log_softmax(-1)
     return {

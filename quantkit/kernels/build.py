@@ -28,7 +28,7 @@ from typing import Any, Final
 import torch
 
 from quantkit.errors import KernelError
-from quantkit.files import atomic_path
+from quantkit.files import atomic_path, cache_dir
 
 logger = logging.getLogger(__name__)
 
@@ -136,8 +136,7 @@ def cache_directory() -> Path:
 
     If it cannot be written to, a private temporary directory of this process stands in for it, with a warning.
     """
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    directory = Path(base) / "quantkit" / "kernels"
+    directory = cache_dir() / "kernels"
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory):

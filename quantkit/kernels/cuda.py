@@ -61,8 +61,9 @@ class CudaKernel:
 
     def rounds(self, spec: QuantSpec, activation: QuantSpec) -> bool:
         """Say whether :meth:`matmul_rounded` can take activations of this grid to weights of ``spec``."""
-        per_token = activation.symmetric and activation.block == (1, -1) and activation.scale_dtype == "float32"
-        return per_token and spec.symmetric and activation.dtype == spec.dtype and spec.dtype in ("int8", "fp8_e4m3")
+        per_token = activation.dynamic and activation.block == (1, -1)
+        plain = activation.symmetric and activation.scale_dtype == "float32"
+        return per_token and plain and spec.symmetric and activation.dtype == spec.dtype and spec.dtype in ("int8", "fp8_e4m3")
 
     def matmul_rounded(self, x: Tensor, state: State, bias: Tensor | None, activation: QuantSpec) -> Tensor:
         """Round x per token to ``activation`` and multiply the codes; same arguments and result as :meth:`matmul`."""
