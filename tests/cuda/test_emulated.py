@@ -15,8 +15,8 @@ from quantkit.numerics import grid
 from quantkit.numerics.fake import fake_quantize
 from quantkit.qtensor import QTensor
 from quantkit.spec import TOKEN_INT8, QuantSpec
-from tests.contracts.test_kernels import random_qtensor
 from tests.cuda import emulated
+from tests.qtensors import random_qtensor
 
 DTYPES = [torch.float16, torch.bfloat16]
 EPS = {torch.float16: 4e-4, torch.bfloat16: 3e-3}

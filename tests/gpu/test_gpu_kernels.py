@@ -12,7 +12,7 @@ from quantkit.numerics import grid
 from quantkit.numerics.fake import fake_quantize
 from quantkit.qtensor import QTensor
 from quantkit.spec import TOKEN_INT8, QuantSpec
-from tests.contracts.test_kernels import assert_same, random_qtensor
+from tests.qtensors import assert_same, random_qtensor
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
