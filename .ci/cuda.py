@@ -88,7 +88,8 @@ def main() -> None:
         results = pool.map(lambda job: compile_one(job[0], Path(folder), job[1]), jobs)
         for (source, arch), (made, said, seconds) in zip(jobs, results, strict=True):
             registers = [int(number) for number in re.findall(r"Used (\d+) registers", said)]
-            print(f"{source.name}, {arch}: {seconds:.0f} s, {len(registers)} kernels, at most {max(registers, default=0)} registers")
+            most = max(registers, default=0)
+            print(f"{source.name}, {arch}: {seconds:.0f} s, {len(registers)} kernels, at most {most} registers", flush=True)
             wrong += [f"{source.name}, {arch}: {line}" for line in spills(said)]
             if arch == ARCH and source.stem in WANTED and tools[0] and tools[1]:
                 wrong += inspect(made, source.stem, tools[0], tools[1])
