@@ -12,8 +12,9 @@ are rounded to int8, a scale for every :data:`~quantkit.kernels.cpu.BLOCK` colum
 """
 
 import ctypes
+import math
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import KernelError
-from quantkit.kernels import build, structs
+from quantkit.kernels import arena, build, structs
 from quantkit.kernels.cpu import BLOCK
 from quantkit.kernels.program import Program
 
@@ -107,8 +108,10 @@ class KvPages:
         return sum(tensor.nbytes for tensor in parts)
 
 
-def _grown(old: list[Tensor], shapes: Iterable[tuple[int, ...]], dtype: torch.dtype) -> list[Tensor]:
-    tensors = [torch.empty(shape, dtype=dtype) for shape in shapes]
+def _grown(old: list[Tensor], shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> list[Tensor]:
+    sizes = [math.prod(shape) for shape in shapes]
+    whole = arena.allocate(sum(sizes) * dtype.itemsize).view(dtype)  # one mapping: a huge page is large for one layer
+    tensors = [part.view(shape) for part, shape in zip(whole.split(sizes), shapes, strict=True)]
     for tensor, before in zip(tensors, old, strict=False):
         tensor[: len(before)] = before
     return tensors
@@ -256,9 +259,9 @@ class NativeDecoder:
         want = (max(rows, had[0]), max(chunks, had[1]), max(threads, had[2]))
         if want != had:
             size = self._library.qk_decoder_bytes(ctypes.addressof(self._struct), *want[:2], BLOCK, want[2])
-            self._scratch = torch.empty(size + 64, dtype=torch.uint8)
+            self._scratch = arena.allocate(size)
             self._scratch_size = want
-        return -(-self._scratch.data_ptr() // 64) * 64
+        return self._scratch.data_ptr()
 
     def _lengthen(self, tokens: int) -> None:
         """Compute rotary tables for at least ``tokens`` positions."""
