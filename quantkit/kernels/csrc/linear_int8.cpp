@@ -17,7 +17,7 @@ inline void multiply(const Linear& l, const Rows& r, const Chunks& chunks, const
   constexpr bool kPanel = SOURCE == kNarrowPanel || SOURCE == kWidePanel;
   constexpr int kStep = kPanel ? UNITS * kWidth : kLanes;
   constexpr int kSplit = M * UNITS <= 4 ? 2 : 1;  // independent sums per output, to hide the latency of a dot product
-  const int64_t stride = rows_q_stride(r), blocks = chunks.count;
+  const int64_t stride = rows_q_stride(r);
   const uint32_t* words[UNITS];
   const Zeros zeros(l);
   int64_t at[UNITS];
@@ -29,9 +29,9 @@ inline void multiply(const Linear& l, const Rows& r, const Chunks& chunks, const
     zero[u] = zeros.at(at[u]);
   }
   const int8_t* q = r.q + t.row * stride + chunks.stored_column(t.first);
-  const float* x_scale = r.scale + t.row * blocks;
-  const int32_t* x_sum = r.sum + t.row * blocks;
-  for (Walk walk(chunks, t.first); walk.chunk < t.last; walk.next()) {
+  const float* x_scale = r.scale + t.first * r.m + t.row;
+  const int32_t* x_sum = r.sum + t.first * r.m + t.row;
+  for (Walk walk(chunks, t.first); walk.chunk < t.last; walk.next(), x_scale += r.m, x_sum += r.m) {
     Ints sum[UNITS][M][kSplit] = {};
     const int8_t* const stop = q + walk.columns();
     for (; q < stop; q += 8) {
@@ -60,6 +60,8 @@ inline void multiply(const Linear& l, const Rows& r, const Chunks& chunks, const
         }
       }
     }
+    float* totals = t.totals;
+    asm("" : "+r"(totals));  // keeps the compiler from holding the totals of every chunk in registers it does not have
 #pragma GCC unroll 8
     for (int u = 0; u < UNITS; ++u) {
       const int64_t place = at[u] + walk.group * kLanes;
@@ -69,9 +71,9 @@ inline void multiply(const Linear& l, const Rows& r, const Chunks& chunks, const
       for (int m = 0; m < M; ++m) {
         Ints all = sum[u][m][0];
         if (kSplit == 2) all += sum[u][m][1];
-        all = add_product(all, minus_zero, splat_int(x_sum[m * blocks + walk.chunk]));
-        FloatsAnywhere* total = reinterpret_cast<FloatsAnywhere*>(t.totals + (u * M + m) * kWidth);
-        *total = multiply_add(to_floats(all), scale * splat(x_scale[m * blocks + walk.chunk]), *total);
+        all = add_product(all, minus_zero, splat_int(x_sum[m]));
+        FloatsAnywhere* total = reinterpret_cast<FloatsAnywhere*>(totals + (u * M + m) * kWidth);
+        *total = multiply_add(to_floats(all), scale * splat(x_scale[m]), *total);
       }
     }
   }
