@@ -25,6 +25,7 @@ from quantize_time import cpu_name, peak_mib, prepare
 RECIPES: dict[str, dict] = {
     "rtn": {"quantizer": "rtn"},
     "rtn-importance": {"quantizer": "rtn-importance"},
+    "hqq": {"quantizer": "hqq"},
     "gptq": {"quantizer": "gptq"},
     "gptaq": {"quantizer": "gptaq"},
     "gptq+distill": {"quantizer": "gptq", "distill": {"steps": 64, "windows": 2}},

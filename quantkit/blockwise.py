@@ -5,6 +5,7 @@ activations between blocks (tokens x hidden) are kept in the compute dtype.
 """
 
 import contextlib
+import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,10 +19,12 @@ from quantkit.hf.blocks import call_block, cast_call, record_block_calls
 from quantkit.memory import drop_pages, mapped_pages, return_freed_memory
 from quantkit.nn.install import install
 from quantkit.nn.sites import Block, Site, Structure, read_weight, write_weight
+from quantkit.numerics import grid
 from quantkit.progress import Progress, ProgressCallback
 from quantkit.quantizers.base import Quantized, Quantizer, quantize_site
+from quantkit.rescale import shared_global_scales
 from quantkit.resume import ResumeStore
-from quantkit.spec import Plan
+from quantkit.spec import Plan, QuantSpec, Scheme
 
 log = logging.getLogger(__name__)
 
@@ -155,6 +158,7 @@ def quantize_blocks(
         if chain is not None and store is not None:
             chain.state = store.load_chain(finished - 1)
     results: dict[str, Quantized] = {}
+    global_scales = shared_global_scales(model, structure, plan)
     drop_pages(mapped_pages(model.parameters()))  # what was read so far to check the model and to record its predictions
     for index, block in enumerate(structure.blocks):
         sites = block_sites(block, plan)
@@ -165,7 +169,7 @@ def quantize_blocks(
         else:
             report = _reporter(progress, len(plan), len(results))
             with torch.no_grad(), resident(model.get_submodule(block.name), compute):
-                quantized = _quantize_block(model, index, sites, plan, quantizer, chain, known or {}, report)
+                quantized = _quantize_block(model, index, sites, plan, quantizer, chain, known or {}, global_scales, report)
             if store is not None:
                 store.save(index, quantized, chain.state if chain else [])
         for site in sites:
@@ -175,6 +179,25 @@ def quantize_blocks(
         return_freed_memory()
         progress(Progress("quantize", len(results), len(plan), block.name))
     return _quantize_outside(model, structure, plan, quantizer, compute, results, progress)
+
+
+def needs_of(quantizer: Quantizer, scheme: Scheme) -> tuple[str, ...]:
+    """Return the statistics that one site wants: the quantizer's, and the range of its inputs for a static grid."""
+    return (*quantizer.needs, *(("abs_max",) if scheme.static else ()))
+
+
+def static_scale(site: Site, activation: QuantSpec, statistics: SiteStatistics | None) -> Tensor:
+    """Return the scale (..., 1) that covers every input seen in calibration; an expert that saw none gets the widest.
+
+    Raises:
+        CalibrationError: no input was seen.
+    """
+    if statistics is None or "abs_max" not in statistics.results:
+        raise CalibrationError(f"{site.name}: its static input scale needs calibration inputs; use more text, or w8a8")
+    largest = statistics.results["abs_max"].amax(-1, keepdim=True).float().cpu()  # (..., 1)
+    largest = torch.where(largest > 0, largest, largest.amax())
+    scale, _ = grid.choose_qparams(largest.unsqueeze(-1), activation)
+    return scale.squeeze(-1)
 
 
 def _reporter(progress: ProgressCallback, total: int, before: int) -> Callable[[str, Quantized, int], None]:
@@ -194,19 +217,23 @@ def _quantize_block(
     quantizer: Quantizer,
     chain: Chain | None,
     known: Mapping[str, SiteStatistics],
+    global_scales: Mapping[str, Tensor],
     report: Callable[[str, Quantized, int], None],
 ) -> dict[str, Quantized]:
     quantized: dict[str, Quantized] = {}
 
     def choose(site: Site, statistics: SiteStatistics | None) -> None:
-        weight = read_weight(model, site)
-        one = quantize_site(quantizer, site.name, weight, plan[site.name].weight, statistics)
+        weight, scheme = read_weight(model, site), plan[site.name]
+        one = quantize_site(quantizer, site.name, weight, scheme.weight, statistics, global_scales.get(site.name))
         write_weight(model, site, one.qtensor.dequantize())  # later sites and blocks see the quantized weight
-        quantized[site.name] = Quantized(one.qtensor.to("cpu"), one.loss, one.notes, one.fell_back)
+        qtensor = one.qtensor.to("cpu")
+        if scheme.activation is not None and scheme.static:
+            qtensor = dataclasses.replace(qtensor, input_scale=static_scale(site, scheme.activation, statistics))
+        quantized[site.name] = dataclasses.replace(one, qtensor=qtensor)
         report(site.name, one, len(quantized))
 
     if chain is not None:
-        chain.advance(index, sites, lambda site, statistics: choose(site, statistics(quantizer.needs)))
+        chain.advance(index, sites, lambda site, statistics: choose(site, statistics(needs_of(quantizer, plan[site.name]))))
     for site in sites:
         if site.name not in quantized:
             choose(site, known.get(site.name))

@@ -3,8 +3,6 @@
 import importlib.metadata
 import os
 import platform
-import shutil
-import subprocess
 from typing import Any
 
 import torch
@@ -13,7 +11,7 @@ from quantkit import __version__, kernels
 from quantkit.checkpoint import prepacked
 from quantkit.errors import KernelError
 from quantkit.files import cache_dir
-from quantkit.kernels import build
+from quantkit.kernels import build, nvcc
 
 PACKAGES = ("torch", "transformers", "safetensors", "compressed-tensors", "gguf", "datasets", "numpy")
 
@@ -63,8 +61,7 @@ def _cuda() -> str:
 
 
 def _nvcc() -> str:
-    path = shutil.which("nvcc")
-    if path is None:
-        return "not found"
-    done = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
-    return next((line.strip() for line in done.stdout.splitlines() if "release" in line), path)
+    found = nvcc.details()
+    if "error" in found:
+        return found["error"]
+    return f"{found['nvcc']} ({found['nvcc_version']}); CUDA libraries in the cache: {found['built']}"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from quantkit import checkpoint
-from quantkit.blockwise import Chain, Compute, collect_statistics, quantize_blocks
+from quantkit.blockwise import Chain, Compute, collect_statistics, needs_of, quantize_blocks
 from quantkit.calibrate.data import Batch, encoder, load_texts, text_default, token_batches
 from quantkit.calibrate.data import fingerprint as data_fingerprint
 from quantkit.calibrate.statistics import load_statistics
@@ -179,11 +179,13 @@ def quantize(
     check_plan(plan, structure, format if out is not None else None)
     if distill and (tables := [name for name, one in plan.items() if not one.weight.is_integer]):
         raise SpecError(f"{tables[0]}: distillation learns integer grids, not {plan[tables[0]].weight.dtype}; leave it out")
+    if distill and (static := [name for name, one in plan.items() if one.static]):
+        raise SpecError(f"{static[0]}: distillation does not keep static input scales; leave it out, or use a dynamic scheme")
     if strict:
         _refuse_gaps(structure, plan, ignore)
     compute = compute or Compute.default(model)
     known = load_statistics(statistics)[0] if isinstance(statistics, str | Path) else statistics
-    walk = bool(method.needs) and known is None
+    walk = any(needs_of(method, one) for one in plan.values()) and known is None
     batches = Calibration(data, samples, length, batch_size, mode).batches(tokenizer) if walk or distill or changes else []
     calibration = data_fingerprint(batches) if batches else "none"
     _check_model(model, structure)

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from quantkit.kernels.layout import Prepacked
 from quantkit.kernels.select import Problem, check_activations, select
 from quantkit.memory import HeapWatch
 from quantkit.nn.install import install, set_activations
-from quantkit.nn.linear import QuantLinear, QuantWeight, empty_qtensor
+from quantkit.nn.linear import QuantLinear, QuantWeight
 from quantkit.nn.sites import Site
+from quantkit.qtensor import QTensor
 
 log = logging.getLogger(__name__)
 
@@ -73,10 +75,11 @@ def load(
             scheme = opened.schemes[name]
             activation = None if ignore_activations else scheme.activation
             if name not in kernels:
-                install(model, site, opened.qtensor(site), activation)
+                qtensor = opened.qtensor(site)
+                install(model, site, replace(qtensor, input_scale=None) if ignore_activations else qtensor, activation)
                 continue
             parts = found.sites[name] if found else [part.moved(arena.copy) for part in _prepack(opened, site, heap)]
-            install(model, site, empty_qtensor(scheme.weight, site.shape, "meta"), activation)
+            install(model, site, QTensor.empty(scheme.weight, site.shape, "meta"), activation)
             module: Any = model.get_submodule(name)
             module.adopt(kernels[name], [State(part, part.struct()) for part in parts])
         _finish(model, path)
@@ -106,9 +109,15 @@ def _finish(model: Any, path: str | Path) -> None:
 
 
 def _kernels(opened: Opened, sites: dict[str, Site]) -> dict[str, CpuKernel]:
-    """Return the compiled kernel of every site that one runs; the rest keeps its codes as they are."""
+    """Return the compiled kernel of every site that one runs; the rest keeps its codes as they are.
+
+    So does a site with a static grid for its inputs: kernels' layouts have no place for an input scale.
+    """
     found = {}
     for name, site in sites.items():
+        activation = opened.schemes[name].activation
+        if activation is not None and not activation.dynamic:
+            continue
         kernel = select(Problem(opened.schemes[name].weight, (site.shape[-2], site.shape[-1]), "cpu", torch.float32))
         if isinstance(kernel, CpuKernel):
             found[name] = kernel

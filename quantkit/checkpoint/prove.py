@@ -12,7 +12,7 @@ from quantkit.checkpoint.load import load
 from quantkit.checkpoint.read import open_checkpoint
 from quantkit.errors import FormatError
 from quantkit.nn.linear import QuantLinear, QuantWeight
-from quantkit.qtensor import QTensor
+from quantkit.qtensor import PARTS, QTensor
 from quantkit.spec import Scheme
 
 
@@ -72,8 +72,7 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def _same_qtensor(a: QTensor, b: QTensor) -> bool:
-    same_parts = _same(a.packed, b.packed) and _same(a.scale, b.scale) and _same(a.zero_point, b.zero_point)
-    return same_parts and a.spec == b.spec and a.shape == b.shape
+    return all(_same(getattr(a, name), getattr(b, name)) for name in PARTS) and a.spec == b.spec and a.shape == b.shape
 
 
 @torch.no_grad()

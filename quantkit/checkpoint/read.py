@@ -118,7 +118,8 @@ def _contents(path: Path, shards: Shards) -> Contents:
 
 
 def _matcher(path: Path, rule: Format, quantization: Mapping[str, Any], shards: Shards, config: Mapping[str, Any]) -> Matcher:
-    found = {str(h.dtype).removeprefix("torch.") for n, h in shards.headers.items() if n.endswith(".weight_scale")}
+    scales = {h.dtype for n, h in shards.headers.items() if n.endswith(".weight_scale")} & set(_FLOATS)
+    found = {str(dtype).removeprefix("torch.") for dtype in scales}  # FP4's scales have dtypes of their own
     if len(found) > 1:
         raise FormatError(f"{path}: scales of several dtypes ({', '.join(sorted(found))}) cannot be told apart")
     dtype = found.pop() if found else str(config.get("dtype") or config.get("torch_dtype") or "float32")

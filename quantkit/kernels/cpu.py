@@ -32,6 +32,11 @@ class State(NamedTuple):
     weight: Prepacked
     struct: LinearStruct
 
+    def split(self) -> "State":
+        """Return this weight with 8-bit codes in two planes (:func:`quantkit.kernels.layout.split`)."""
+        weight = layout.split(self.weight)
+        return self if weight is self.weight else State(weight, weight.struct())
+
 
 class CpuKernel:
     """``torch.ops.quantkit.wq_matmul`` on a library compiled on first use."""

@@ -61,7 +61,11 @@ class Run {
     for (int64_t i = 0, first = 0; i < count; ++i) {
       const int64_t blocks = linear_blocks(linears[i]);
       const int64_t from = begin > first ? begin - first : 0, to = end - first < blocks ? end - first : blocks;
-      if (from < to) linear_share(linears[i], ready.of(linears[i]), batch_.exact != 0, y, y_stride, from, to, mine_.scratch);
+      if (from < to) {
+        Linear linear = linears[i];
+        if (batch_.draft && linear.kind == kWeightPlanes) linear.kind = kWeightHighPlane;
+        linear_share(linear, ready.of(linear), batch_.exact != 0, y, y_stride, from, to, mine_.scratch);
+      }
       first += blocks;
       y += linears[i].rows;
     }

@@ -89,6 +89,7 @@ struct Batch {
   int64_t chunks;   // of kChunkTokens keys, that the longest context takes
   int32_t exact;    // float activations, or int8 ones with a scale per `activation_block` columns
   int32_t activation_block;
+  int32_t draft;    // read only the high plane of weights that are in planes
 };
 
 // What attention needs of a call.

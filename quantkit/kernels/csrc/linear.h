@@ -8,6 +8,8 @@
 //   U8        4 columns, byte j column j
 //   BFloat16  2 columns, the first in the low half
 //   Float32   1 column
+//   Planes    codes of 8 bits as two planes of 4, c = 16 h + l: all of h in the layout of U4, then all of l
+//   HighPlane the same memory, of which only h is read, every code taken for 16 h + 8: a draft of the weight at half the bytes
 // Float kinds have one group. What padding holds (rows past the last, columns past a group's) does not show in the result.
 //
 // A row of y depends on its row of x alone: bit for bit the same whatever m, the split over threads, or the neighbours.
@@ -16,7 +18,9 @@
 
 namespace qk {
 
-enum WeightKind : int32_t { kWeightFloat32 = 0, kWeightBFloat16 = 1, kWeightU4 = 2, kWeightU8 = 3 };
+enum WeightKind : int32_t {
+  kWeightFloat32 = 0, kWeightBFloat16 = 1, kWeightU4 = 2, kWeightU8 = 3, kWeightPlanes = 4, kWeightHighPlane = 5
+};
 
 struct Linear {          // filled in Python through ctypes (kernels/layout.py); plain pointers, all owned elsewhere
   const void* codes;     // 64-byte aligned
