@@ -345,6 +345,13 @@ def table(known: dict[str, Any]) -> Iterator[str]:
             yield "| " + " | ".join([*cells, share(newest, row)]) + " |"
         for kind, reason in {kind: r for s in slices for kind, r in s["missing"].items() if kind not in kinds}.items():
             yield f"| {name} | {kind} | | | not measured: {reason} |" + " |" * len(keys)
+    yield ""
+    rows = [(s["model"], kind, row) for s in known["slices"] for kind, row in s["rows"].items()]
+    kl = {(name, kind): value for name, kind, row in rows if (value := row.get("kl_of_int8_activations")) is not None}
+    for (name, kind), value in kl.items():
+        yield f"Rounding activations alone, {name}, {kind}: KL {value:.4f} to the same weights with float activations."
+    found = [statistics.median(s["read_gb_per_s"]) for s in known["slices"]]
+    yield f"Read bandwidth, medians of the slices: {min(found):.1f} to {max(found):.1f} GB/s."
 
 
 def cell(slices: list[dict[str, Any]], kind: str, key: str) -> str:
