@@ -113,6 +113,8 @@ def main() -> None:
             results = asyncio.run(storm(url, arguments.clients, arguments.tokens))
             rounds.append({"seconds": time.perf_counter() - start, "results": dict(results), **held(url, server.pid)})
             print(rounds[-1], flush=True)
+            if arguments.json:
+                write_json(arguments.json, {"options": vars(arguments), "rounds": rounds})
     finally:
         server.terminate()
         code = server.wait(30)
@@ -120,8 +122,6 @@ def main() -> None:
     wrong = {result for one in rounds for result in one["results"]} - {"whole", "left", "refused"}
     growth = rounds[-1]["resident_mib"] - rounds[min(1, len(rounds) - 1)]["resident_mib"]
     print(f"memory grew by {growth:.1f} MiB after the second round; the server ended with {code}")
-    if arguments.json:
-        write_json(arguments.json, {"options": vars(arguments), "rounds": rounds, "growth_mib": growth, "exit": code})
     if left or wrong or growth > GROWTH_MIB or code not in (0, -15, 130):
         sys.exit(f"left behind: {left}; wrong: {wrong}")
 
