@@ -159,6 +159,7 @@ class NativeDecoder:
         self._turn = threading.Lock()  # scratch memory is shared by all steps
         self._laid_out = structs.LaidOut(program)
         self._struct = self._laid_out.struct
+        self._planes = False
         self._tokens = 0
         self._scratch = torch.empty(0, dtype=torch.uint8)
         self._scratch_size = (0, 0, 0)
@@ -214,13 +215,17 @@ class NativeDecoder:
 
         Results stay the same to the last bit. Returns whether any weight is in planes now.
         """
+        weights: list[Any] = [linear.weight for linear in self.program.linears() if not isinstance(linear.weight, Tensor)]
+        weights = [weight for weight in dict.fromkeys(weights) if weight.spec.bits == 8]
         with self._turn:
-            weights: list[Any] = [linear.weight for linear in self.program.linears() if not isinstance(linear.weight, Tensor)]
-            split = [weight.split_planes() for weight in dict.fromkeys(weights)]
-            if any(split):
-                self._laid_out = structs.LaidOut(self.program)
-                self._struct, self._tokens = self._laid_out.struct, 0
-            return any(split)
+            if weights and not self._planes:
+                del self._laid_out  # so that a weight's whole codes go when it has its planes, not when all have
+                try:
+                    self._planes = any([weight.split_planes() for weight in weights])
+                finally:
+                    self._laid_out = structs.LaidOut(self.program)
+                    self._struct, self._tokens = self._laid_out.struct, 0
+        return self._planes
 
     def _check(self, tokens: Any, positions: Any, slots: Any, wanted: Any, table: Any, kv: KvPages) -> int:
         """Check everything the native code relies on; return the length of the longest sequence."""
