@@ -29,7 +29,7 @@ from quantkit.hf.load import PreTrainedModel, load_float
 from quantkit.hf.source import locate
 from quantkit.hf.structure import describe
 from quantkit.nn.sites import Structure, read_weight
-from quantkit.plan import check_plan, make_plan
+from quantkit.plan import check_plan, make_plan, plan_ends
 from quantkit.progress import ProgressCallback
 from quantkit.progress import ignore as ignore_progress
 from quantkit.proof import Proof
@@ -120,6 +120,8 @@ def quantize(
     group_size: int | None = None,
     symmetric: bool | None = None,
     ignore: Sequence[str] = (),
+    embedding: str | Scheme | None = None,
+    head: str | Scheme | None = None,
     data: Any = None,
     tokenizer: Any = None,
     samples: int = 128,
@@ -149,6 +151,8 @@ def quantize(
         group_size: input channels per scale; None takes the largest of 128, 64, 32 that divides every site.
         symmetric: overrides the preset.
         ignore: names or globs of sites to leave in float; one that matches nothing is an error.
+        embedding, head: schemes of the input embedding and the output head, which otherwise stay in float. They are rounded to
+            nearest; where the two are tied, one speaks for both.
         data, samples, length, batch_size, mode: see :class:`Calibration`.
         tokenizer: needed for text; found by itself when ``model`` is a path.
         statistics: from :func:`collect` or its file, used instead of a sequential calibration.
@@ -173,7 +177,7 @@ def quantize(
     if plan is None:
         dtype = _scale_dtype(model)
         plan = make_plan(structure, scheme, group_size=group_size, symmetric=symmetric, ignore=ignore, scale_dtype=dtype)
-    plan = dict(plan)
+    plan = {**plan, **plan_ends(structure, embedding, head, _scale_dtype(model))}
     if not plan:
         raise SpecError("nothing to quantize: the plan is empty")
     check_plan(plan, structure, format if out is not None else None)
@@ -316,7 +320,8 @@ def _refuse_gaps(structure: Structure, plan: Plan, ignore: Sequence[str]) -> Non
 
 def _coverage_before(model: nn.Module, structure: Structure, plan: Plan) -> list[CoverageRow]:
     rows = []
-    for site in (*structure.sites, *structure.outside):
+    ends = [site for site in structure.after if site in structure.outside or site.name in plan]
+    for site in (*structure.sites, *ends):
         weight = read_weight(model, site)
         kind = type(model.get_submodule(site.module)).__name__
         where = "outside the blocks" if site in structure.outside else "left out of the plan"
@@ -326,6 +331,8 @@ def _coverage_before(model: nn.Module, structure: Structure, plan: Plan) -> list
             )
         )
     for name, reason in structure.skipped.items():
+        if name.removesuffix(".weight") in {site.name for site in ends}:
+            continue
         parameter = model.get_parameter(name)
         kind = type(model.get_submodule(name.rpartition(".")[0])).__name__
         # A tied parameter is stored, and counted, where it is tied to.

@@ -93,7 +93,7 @@ def open_checkpoint(path: str | Path) -> Iterator[Opened]:
     with Shards(path, rule.stem) as shards:
         contents = _contents(path, shards)
         matcher = _matcher(path, rule, quantization, shards, config)
-        stored = _match_entries(path, contents, matcher)
+        stored = _match_entries(path, contents, matcher, rule.embeddings)
         _check_tensors(path, contents, stored, shards)
         yield Opened(path, config, name, contents, stored, shards)
 
@@ -134,12 +134,12 @@ def _matcher(path: Path, rule: Format, quantization: Mapping[str, Any], shards: 
         raise FormatError(f"{path}/config.json: {error}") from error
 
 
-def _match_entries(path: Path, contents: Contents, matcher: Matcher) -> dict[str, Stored]:
+def _match_entries(path: Path, contents: Contents, matcher: Matcher, embeddings: bool) -> dict[str, Stored]:
     """Find which entries are quantized, and check that every site is so as a whole and fits its grid."""
     stored: dict[str, Stored] = {}
     seen: dict[str, Scheme | None] = {}
     for entry in contents.entries:
-        if entry.site is None:
+        if entry.site is None or (entry.site == contents.structure.embedding and not embeddings):
             continue
         found = matcher(entry.module)
         scheme = found.scheme if found else None
@@ -230,7 +230,8 @@ def load(
         for site in quantized.values():
             activation = None if ignore_activations else opened.schemes[site.name].activation
             install(model, site, opened.qtensor(site), activation)
-        model.tie_weights()
+        if not any(isinstance(module, QuantLinear) and module.tied_to for module in model.modules()):
+            model.tie_weights()
         left = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
         if left:
             raise FormatError(f"{path}: nothing was loaded into {', '.join(left[:5])}")
