@@ -36,8 +36,10 @@ from quantkit.proof import Proof
 from quantkit.quantizers.base import QUANTIZERS, Quantized, Quantizer
 from quantkit.rescale import apply_transform
 from quantkit.resume import ResumeStore, fingerprint, settings_of, versions
+from quantkit.rotation import rotate
 from quantkit.spec import Plan, Scheme
 from quantkit.transforms.base import TRANSFORMS, Transform
+from quantkit.transforms.rotate import Rotate
 
 log = logging.getLogger(__name__)
 
@@ -144,8 +146,8 @@ def quantize(
             (``"demo"`` is the embedded default).
         scheme: preset name such as ``"w4a16"`` or ``"w4a16-asym-g64"``, or a full :class:`Scheme`.
         quantizer: name from the registry (``"gptq"``, ``"rtn"``, ...) or an instance with options.
-        transforms: names or instances (``"smoothquant"``, ``"awq"``) that rescale the float model first, in order; each costs a
-            pass over the calibration text.
+        transforms: names or instances (``"rotate"``, ``"smoothquant"``, ``"awq"``) that rewrite the float model first, in
+            order; the last two cost a pass over the calibration text each.
         distill: learn the scales end to end after quantizing; see :mod:`quantkit.distill`.
         plan: site name to scheme; replaces ``scheme``, ``group_size``, ``symmetric`` and ``ignore``.
         group_size: input channels per scale; None takes the largest of 128, 64, 32 that divides every site.
@@ -185,12 +187,15 @@ def quantize(
         raise SpecError(f"{tables[0]}: distillation learns integer grids, not {plan[tables[0]].weight.dtype}; leave it out")
     if distill and (static := [name for name, one in plan.items() if one.static]):
         raise SpecError(f"{static[0]}: distillation does not keep static input scales; leave it out, or use a dynamic scheme")
+    if structure.tied and structure.after[0].name in plan and any(isinstance(change, Rotate) for change in changes):
+        raise SpecError("rotate parts the tied head from the embedding, which was to be quantized as one; leave either out")
     if strict:
         _refuse_gaps(structure, plan, ignore)
     compute = compute or Compute.default(model)
     known = load_statistics(statistics)[0] if isinstance(statistics, str | Path) else statistics
     walk = any(needs_of(method, one) for one in plan.values()) and known is None
-    batches = Calibration(data, samples, length, batch_size, mode).batches(tokenizer) if walk or distill or changes else []
+    reads = walk or distill or any(change.needs for change in changes)
+    batches = Calibration(data, samples, length, batch_size, mode).batches(tokenizer) if reads else []
     calibration = data_fingerprint(batches) if batches else "none"
     _check_model(model, structure)
     if out is not None:
@@ -198,6 +203,10 @@ def quantize(
     store = _open_store(model, (*changes, method, distill), plan, calibration, out, resume)
     proof = Proof.start(model, tokenizer)
     for change in changes:
+        if isinstance(change, Rotate):
+            rotate(model, structure, change)
+            structure = describe(model)  # a tied head stands alone now
+            continue
         tensors = collect_statistics(model, structure, unpadded(batches), change.needs, compute=compute, progress=progress)
         apply_transform(model, structure, plan, change, tensors)
     chain = Chain(model, structure, unpadded(batches), compute, twin="drift" in method.needs) if walk else None

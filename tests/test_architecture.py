@@ -32,6 +32,7 @@ FLOORS = (
         "proof",
         "rescale",
         "resume",
+        "rotation",
     },
     {
         "__main__",
