@@ -233,7 +233,7 @@ def quantize(
     if out is not None:
         path = checkpoint.save(
             model, out, plan=plan, format=format, tokenizer=tokenizer, metadata=metadata, overwrite=overwrite,
-            prove=lambda stage: {"reload_kl": proof.check_reloaded(model, checkpoint.load(stage))},
+            prove=lambda stage: {"reload_kl": proof.check_reloaded(model, checkpoint.load(stage, cache=False))},
         )  # fmt: skip
         if store is not None:
             store.clear()

@@ -22,7 +22,7 @@ from quantkit.cli.show import parse_settings, progress_bars, size
 from quantkit.errors import RecipeError
 from quantkit.progress import Progress
 
-COMMANDS = ("bench", "demo", "doctor", "eval", "generate", "inspect", "plan", "run", "serve", "trace")
+COMMANDS = ("bench", "build-kernels", "cache", "demo", "doctor", "eval", "generate", "inspect", "plan", "run", "serve", "trace")
 
 
 def call(*arguments: object, code: int = 0) -> str:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from quantkit.checkpoint.contents import float_tensor
 from quantkit.checkpoint.files import mark_incomplete
-from quantkit.checkpoint.read import load, open_checkpoint
+from quantkit.checkpoint.load import load
+from quantkit.checkpoint.read import open_checkpoint
 from quantkit.errors import FormatError
 from quantkit.nn.embedding import QuantEmbedding
 from quantkit.nn.linear import QuantLinear, QuantWeight
@@ -94,7 +95,7 @@ def kl_to(candidate: str | Path | nn.Module, reference: nn.Module, ids: Tensor) 
         ``kl``: mean KL(reference || candidate) in nats per token; ``max_difference``: largest difference of two logits;
         ``same_top1``: share of positions with the same most likely token; ``tokens``: number of positions.
     """
-    model = candidate if isinstance(candidate, nn.Module) else load(candidate)
+    model = candidate if isinstance(candidate, nn.Module) else load(candidate, cache=False)
     expected, found = (m(input_ids=ids).logits.float() for m in (reference, model))
     p, q = expected.log_softmax(-1), found.log_softmax(-1)
     return {

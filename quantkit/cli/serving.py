@@ -23,7 +23,9 @@ def serve(
     ] = None,
     name: Annotated[str | None, typer.Option(help="Name that clients see; default: MODEL.")] = None,
     kv: Annotated[str, typer.Option(help="Keys and values: float, int8 or int4.")] = "float",
-    drafter: Annotated[str | None, typer.Option(help="Guess ahead: ngram, or a smaller model's path.")] = None,
+    drafter: Annotated[
+        str | None, typer.Option(help="Guess ahead: ngram, twin (int8 weights), or a smaller model's path.")
+    ] = None,
     running: Annotated[int, typer.Option(help="Requests that run at once; more wait.")] = 16,
     waiting: Annotated[int, typer.Option(help="Requests that may wait; more are refused (429).")] = 1024,
     kv_tokens: Annotated[int | None, typer.Option(help="Tokens of key/value memory; default: what fits into 1 GiB.")] = None,
@@ -38,7 +40,7 @@ def serve(
 
     opened, tokenizer = open_model(model)
     limits = Limits(running=running, waiting=waiting, kv_tokens=kv_tokens, context_tokens=context)
-    draft = open_model(drafter)[0] if drafter not in (None, "ngram") else drafter  # type: ignore[arg-type]
+    draft = open_model(drafter)[0] if drafter not in (None, "ngram", "twin") else drafter  # type: ignore[arg-type]
     server = open_server(
         opened,
         tokenizer,

@@ -160,7 +160,7 @@ class NativeDecoder:
         self._scratch = torch.empty(0, dtype=torch.uint8)
         self._scratch_size = (0, 0, 0)
 
-    def run(self, rows: Rows, kv: KvPages, *, exact: bool = True, argmax: bool = False) -> Tensor:
+    def run(self, rows: Rows, kv: KvPages, *, exact: bool = True, argmax: bool = False, draft: bool = False) -> Tensor:
         """Read the rows, append their keys and values to ``kv``, and return what comes after the wanted ones.
 
         Args:
@@ -168,6 +168,7 @@ class NativeDecoder:
             kv: pages of this program; those that the rows' positions fall on must be theirs to write.
             exact: float activations; False rounds them to int8 before quantized weights.
             argmax: return the most likely tokens instead of logits.
+            draft: read only the high plane of weights that are in planes (:meth:`split_planes`).
 
         Returns:
             float32 logits (wanted, vocabulary), or int32 token ids (wanted,).
@@ -198,6 +199,7 @@ class NativeDecoder:
             chunks,
             exact,
             BLOCK,
+            draft,
         )
         with self._turn:
             if looked_up is not None:
@@ -208,6 +210,19 @@ class NativeDecoder:
                 ctypes.addressof(self._struct), ctypes.addressof(batch), ctypes.addressof(kv.struct), scratch, threads
             )
         return best if argmax else logits
+
+    def split_planes(self) -> bool:
+        """Put 8-bit codes into two planes (:func:`quantkit.kernels.layout.split`), so that a draft has less to read.
+
+        Results stay the same to the last bit. Returns whether any weight is in planes now.
+        """
+        with self._turn:
+            weights: list[Any] = [linear.weight for linear in self.program.linears() if not isinstance(linear.weight, Tensor)]
+            split = [weight.split_planes() for weight in dict.fromkeys(weights)]
+            if any(split):
+                self._laid_out = structs.LaidOut(self.program)
+                self._struct, self._tokens = self._laid_out.struct, 0
+            return any(split)
 
     def _check(self, tokens: Any, positions: Any, slots: Any, wanted: Any, table: Any, kv: KvPages) -> int:
         """Check everything the native code relies on; return the length of the longest sequence."""

@@ -14,14 +14,15 @@ whoever reads a buffer, saves, copies or moves the module gets the same bits bac
 
 import dataclasses
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
 from quantkit.errors import SpecError
-from quantkit.kernels.select import Activations, Kernel, Problem, select
+from quantkit.kernels.cpu import State
+from quantkit.kernels.select import Activations, Kernel, Problem, RoundingKernel, select
 from quantkit.numerics.fake import fake_quantize
 from quantkit.qtensor import QTensor, stack
 from quantkit.spec import QuantSpec
@@ -67,6 +68,7 @@ class _Quantized(nn.Module):
         self._activations: Activations = "float"
         self._ready: dict[int, _Ready] = {}  # by expert; 0 for a plain weight
         self._released = False  # the buffers are placeholders; every part is in `_ready`
+        self._device = "cpu"  # where the parts of a released module are
 
     @property
     def qtensor(self) -> QTensor:
@@ -100,6 +102,34 @@ class _Quantized(nn.Module):
         ready = self._ready.get(expert)
         return (ready if ready is not None and self._fits(ready, dtype) else self._prepare(dtype, expert)).state
 
+    def split_planes(self) -> bool:
+        """Let the CPU kernels hold 8-bit codes as two planes of 4 bits, in place; say whether they do now.
+
+        Products stay the same to the last bit. What drops prepacked states (a move, a load) drops the planes too.
+        """
+        if self.spec.bits != 8:
+            return False
+        for expert in range(1 if len(self.shape) == 2 else self.shape[0]):
+            state = self.prepacked(torch.float32, expert)
+            if not isinstance(state, State):
+                return False
+            self._ready[expert] = self._ready[expert]._replace(state=state.split())
+        return True
+
+    def adopt(self, kernel: Kernel, states: Sequence[Any]) -> None:
+        """Take the states that ``kernel`` made of this weight, one per matrix, in place of what the buffers hold.
+
+        The buffers' memory is let go; they may have been on the meta device from the start.
+        """
+        assert len(states) == (1 if len(self.shape) == 2 else self.shape[0])
+        self.keeps_codes = False
+        self._release()
+        self._device = "cpu"
+        packed, scale, zero = (self._buffers[name] for name in _BUFFERS)
+        assert packed is not None
+        assert scale is not None
+        self._ready = {part: _Ready(kernel, state, None, packed, scale, zero) for part, state in enumerate(states)}
+
     def extra_repr(self) -> str:
         """Return shape and grids for ``print(model)``."""
         inputs = f", inputs {self.activation.describe()}" if self.activation else ""
@@ -107,17 +137,23 @@ class _Quantized(nn.Module):
         return f"{'x'.join(map(str, self.shape))}, {self.spec.describe()}{inputs}{rounded}"
 
     def _multiply(self, x: Tensor, bias: Tensor | None, expert: int = 0) -> Tensor:
-        if self.activation is not None:
-            static = self.input_scale if self.input_scale is None or self.input_scale.ndim == 1 else self.input_scale[expert]
-            x = fake_quantize(x, self.activation, static)
         if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-            return nn.functional.linear(x, self._part(expert).dequantize(x.dtype), bias)
+            return nn.functional.linear(self._rounded(x, expert), self._part(expert).dequantize(x.dtype), bias)
         ready = self._ready.get(expert)
         if ready is None or not self._fits(ready, x.dtype):
             ready = self._prepare(x.dtype, expert)
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)
-        return ready.kernel.matmul(x, ready.state, bias)
+        activation = self.activation
+        if activation is not None and isinstance(ready.kernel, RoundingKernel) and ready.kernel.rounds(self.spec, activation):
+            return ready.kernel.matmul_rounded(x, ready.state, bias, activation)
+        return ready.kernel.matmul(self._rounded(x, expert), ready.state, bias)
+
+    def _rounded(self, x: Tensor, expert: int) -> Tensor:
+        if self.activation is None:
+            return x
+        static = self.input_scale if self.input_scale is None or self.input_scale.ndim == 1 else self.input_scale[expert]
+        return fake_quantize(x, self.activation, static)
 
     def _fits(self, ready: _Ready, dtype: torch.dtype) -> bool:
         buffers = self._buffers
@@ -136,7 +172,7 @@ class _Quantized(nn.Module):
 
     def _prepare(self, dtype: torch.dtype, expert: int) -> _Ready:
         with _PREPARING:
-            device = "cpu" if self._released else self.qtensor.packed.device.type
+            device = self._device if self._released else self.qtensor.packed.device.type
             problem = Problem(self.spec, (self.shape[-2], self.shape[-1]), device, dtype)
             kernel = select(problem, self._activations)
             ready = self._choose(kernel, dtype, expert)
@@ -160,6 +196,7 @@ class _Quantized(nn.Module):
 
     def _release(self) -> None:
         held = {name: self._buffers[name] for name in _BUFFERS}
+        self._device = self.packed.device.type
         empty: dict[str, Any] = {
             name: None if tensor is None else torch.empty_like(tensor, device="meta") for name, tensor in held.items()
         }

@@ -16,7 +16,7 @@ from quantkit.numerics import grid
 from quantkit.qtensor import QTensor
 from quantkit.spec import QuantSpec
 
-NAMES = KERNELS.names()
+NAMES = [name for name in KERNELS.names() if name != "cuda"]  # tests/cuda and tests/gpu hold that one to the same promise
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BLOCKS = {  # block -> K it is tried with
     (1, 32): (64,),
@@ -175,6 +175,11 @@ def problem(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Problem:
     return Problem(QuantSpec("int4", (1, 64)), (64, 64), device, dtype)
 
 
+def test_the_cuda_kernel_leaves_the_cpu_alone():
+    assert KERNELS.get("cuda").rejects(problem()) == "runs on cuda, not on cpu"
+    assert "no CUDA device" in str(KERNELS.get("cuda").rejects(problem("cuda", torch.float16))) or torch.cuda.is_available()
+
+
 def test_the_fastest_that_accepts_is_selected(monkeypatch):
     monkeypatch.delenv("QUANTKIT_KERNEL", raising=False)
     assert select(problem()) is KERNELS.get("cpu")
@@ -221,7 +226,7 @@ def test_nobody_accepts(monkeypatch):
 
 def test_report_lists_every_kernel_best_first():
     rows = report()
-    assert sorted(row["kernel"] for row in rows) == NAMES
+    assert sorted(row["kernel"] for row in rows) == KERNELS.names()
     assert [row["priority"] for row in rows] == sorted((row["priority"] for row in rows), reverse=True)
     assert all((row["reason"] is None) == row["available"] for row in rows)
     assert {"compiler", "isa", "cache", "threads"} <= rows[0]["details"].keys()
