@@ -22,6 +22,7 @@ from quantkit.nn.sites import Block, Site, Structure, read_weight, write_weight
 from quantkit.numerics import grid
 from quantkit.progress import Progress, ProgressCallback
 from quantkit.quantizers.base import Quantized, Quantizer, quantize_site
+from quantkit.quantizers.rtn import RTN
 from quantkit.rescale import shared_global_scales
 from quantkit.resume import ResumeStore
 from quantkit.spec import Plan, QuantSpec, Scheme
@@ -249,10 +250,15 @@ def _quantize_outside(
     results: dict[str, Quantized],
     progress: ProgressCallback,
 ) -> dict[str, Quantized]:
-    """Quantize planned sites outside the blocks (an output head), which are not part of the walk."""
-    for site in block_sites(Block("", structure.outside), plan):
+    """Quantize planned sites outside the blocks (embedding, output head), which are not part of the walk.
+
+    The two ends of the model are rounded to nearest, whatever the quantizer: no statistics say which of their rows matter.
+    """
+    ends = {structure.head, structure.embedding.name if structure.embedding else None}
+    for site in block_sites(Block("", structure.after), plan):
         weight = read_weight(model, site).to(compute.device)
-        one = quantize_site(quantizer, site.name, weight, plan[site.name].weight, None)
+        method = RTN("mse" if plan[site.name].weight.bits < 8 else "absmax") if site.name in ends else quantizer
+        one = quantize_site(method, site.name, weight, plan[site.name].weight, None)
         results[site.name] = Quantized(one.qtensor.to("cpu"), one.loss, one.notes, one.fell_back)
         install(model, site, results[site.name].qtensor, plan[site.name].activation)
         progress(Progress("quantize", len(results), len(plan), site.name, one.loss))

@@ -185,6 +185,9 @@ class NativeDecoder:
         )
         table = np.ascontiguousarray(rows.block_table, dtype=np.int32)
         longest = self._check(tokens, positions, slots, wanted, table, kv)
+        looked_up = None
+        if not isinstance(self.program.embedding, Tensor):  # the rows of a quantized table, one for each token
+            looked_up, tokens = self.program.rows(torch.from_numpy(tokens).long()), np.arange(len(tokens), dtype=np.int32)
         logits = torch.empty(len(wanted), self.program.vocabulary)
         best = torch.empty(len(wanted), dtype=torch.int32)
         threads = self.threads or torch.get_num_threads()
@@ -203,6 +206,8 @@ class NativeDecoder:
             draft,
         )
         with self._turn:
+            if looked_up is not None:
+                self._struct.embedding = looked_up.data_ptr()
             self._lengthen(longest)
             scratch = self._memory(len(tokens), chunks, threads)
             self._library.qk_decoder_run(
@@ -237,7 +242,7 @@ class NativeDecoder:
             )
         longest = int(positions.max()) + 1
         for name, values, limit in (
-            ("token", tokens, self.program.embedding.shape[0]),
+            ("token", tokens, self.program.tokens),
             ("position", positions, min(table.shape[1] * PAGE_TOKENS, self.program.max_tokens or 1 << 31)),
             ("slot", slots, table.shape[0]),
             *((("wanted row", wanted, count),) if len(wanted) else ()),
