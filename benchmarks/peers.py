@@ -1,9 +1,9 @@
 """Other tools' quantizers on the benchmark's model and tokens: ``python peers.py NAME JOB``, run by a Python that has the tool.
 
-JOB is JSON: ``work`` (directory with the model in ``float`` and the tokens in ``calibration.safetensors``), ``out`` (where the
-result goes), ``samples``, ``bits``, ``group_size``, ``symmetric``. The last line printed is ``RESULT`` and a JSON object: seconds,
-cpu_seconds, peak_mib, what was set otherwise than by default (``note``) and, if the result is dequantized weights in one
-file instead of a checkpoint, ``weights`` and the nominal ``bits_per_weight``.
+JOB is JSON: ``work`` (directory with the model in ``float`` and the tokens in ``calibration.safetensors``), ``out`` (where
+the result goes), ``samples``, ``bits``, ``group_size``, ``symmetric``. The last line printed is ``RESULT`` and a JSON object:
+seconds, cpu_seconds, peak_mib, what was set otherwise than by default (``note``) and, if the result is dequantized weights in
+one file instead of a checkpoint, ``weights`` and the nominal ``bits_per_weight``.
 """
 
 import json
@@ -126,6 +126,7 @@ class Clock:
         self.wall, self.cpu = time.perf_counter(), time.process_time()
 
     def cost(self) -> dict:
+        """Return what has passed."""
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         return {"seconds": time.perf_counter() - self.wall, "cpu_seconds": time.process_time() - self.cpu, "peak_mib": peak}
 

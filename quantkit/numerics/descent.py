@@ -63,9 +63,9 @@ def fit_scales(
 ) -> tuple[Tensor, Tensor]:
     """Move the scale of every group to where it loses least for the given codes, one group after the other.
 
-    Arguments as for :func:`descend`, with the float32 ``weight`` (out, in); the blocks of ``spec`` must be one row high. A scale that would not get better by its
-    move, because it is rounded to the stored dtype, keeps its value. Repeated calls come closer to the scales that together
-    lose least.
+    Arguments as for :func:`descend`, with the float32 ``weight`` (out, in); the blocks of ``spec`` must be one row high. A
+    scale that would not get better by its move, because it is rounded to the stored dtype, keeps its value. Repeated calls
+    come closer to the scales that together lose least.
 
     Returns:
         scales like ``qparams[0]``, and the residual ``(W - Q) H`` float32 (out, in) that they leave.
