@@ -201,12 +201,14 @@ def quantize(
     chain = _chain(model, structure, unpadded(batches), method, compute) if walk else None
     rows = _coverage_before(model, structure, plan)
     lessons = teach(model, structure, unpadded(batches), distill, compute, progress) if distill else []
+    learns_codes = distill is not None and distill.code_rate > 0
+    origin = {site.name: read_weight(model, site) for site in structure.sites if site.name in plan} if learns_codes else {}
     results = quantize_blocks(
         model, structure, plan, method, chain, compute=compute, store=store, known=known, progress=progress
     )
     curve: tuple[float, ...] = ()
     if distill:
-        results, curve = learn_scales(model, structure, results, lessons, distill, compute, progress)
+        results, curve = learn_scales(model, structure, results, origin, lessons, distill, compute, progress)
     coverage = _coverage_after(rows, results)
     fallen = [row.name for row in coverage if row.kind == "fell back"]
     if fallen:

@@ -38,7 +38,7 @@ def learn_block(
     """
     dtype = compute.products or compute.dtype
     tuned = {
-        site: TunedWeight(start.to(compute.device), dtype, codes=settings.lr > 0, activation=activation, origin=weight)
+        site: TunedWeight(start.to(compute.device), dtype, codes=settings.code_rate > 0, activation=activation, origin=weight)
         for site, (start, weight, activation) in sites.items()
     }
     changes = [weight.change for weight in tuned.values()]
@@ -52,7 +52,7 @@ def learn_block(
             for step in range(settings.iters):
                 factor = rise_and_fall(step, settings.iters)
                 for weight in tuned.values():
-                    weight.code_rate = settings.lr * factor
+                    weight.code_rate = settings.code_rate * factor
                 batch = next(order)
                 output = forward(batch)
                 target = targets[batch].to(output.device, torch.float32)

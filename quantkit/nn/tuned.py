@@ -13,8 +13,8 @@ the identity in the gradient). A relative unknown makes one learning rate fit al
 Codes may be learned too: each has a drift, how far it wants to be from where it is, in steps of the grid. Every backward pass
 moves the drift by ``code_rate`` against the sign of its weight's gradient (signed gradient descent as in SignRound, Cheng et
 al. 2023, arXiv 2309.05516), and a code follows once the drift exceeds one half. A gradient without a clear sign makes the drift
-wander around zero, so that only codes that many windows agree on change. Where the float weight is known, the drift begins at
-what rounding took from it, so that weights half-way between two codes change first.
+wander around zero, so that only codes that many windows agree on change. The drift begins with a part of what rounding took
+from the float weight: weights half-way between two codes change first, and codes whose gradients agree do not all jump at once.
 """
 
 import contextlib
@@ -32,8 +32,8 @@ from quantkit.numerics.fake import fake_quantize
 from quantkit.qtensor import QTensor
 from quantkit.spec import QuantSpec
 
-_LARGEST_REST = 0.49
-"""Where a drift may begin: just short of one half, where a code follows."""
+_SHARE, _LARGEST_DRIFT = 0.5, 0.49
+"""Which part of what rounding took a drift begins with, and where it may begin: short of one half, where a code follows."""
 
 
 class TunedWeight(nn.Module):
@@ -77,7 +77,7 @@ class TunedWeight(nn.Module):
         self.drift = torch.zeros_like(levels, dtype=torch.float16) if codes else None
         if self.drift is not None and origin is not None:
             exact = origin.float().view(self.split) / self.start[..., :, None, :, None]
-            self.drift.copy_((exact - levels).clamp_(-_LARGEST_REST, _LARGEST_REST))
+            self.drift.copy_(((exact - levels) * _SHARE).clamp_(-_LARGEST_DRIFT, _LARGEST_DRIFT))
         self.code_rate = 0.0
         self.change = nn.Parameter(torch.zeros_like(self.start))
         self.weight = torch.empty(qtensor.shape, dtype=dtype, device=levels.device)

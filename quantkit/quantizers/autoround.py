@@ -31,6 +31,7 @@ class AutoRound(GPTAQ):
         iters: updates per block.
         batch_size: calibration windows per update.
         lr: how far one update moves a code against the sign of its gradient, in steps of the grid; falls linearly to zero.
+            None is 1 / (2 iters), so that a code can travel a quarter of a step and only those near a border change.
         scale_lr: highest learning rate of scales, as a relative change per update; 0 leaves them alone.
         seed: decides the order of the windows.
 
@@ -40,13 +41,18 @@ class AutoRound(GPTAQ):
 
     iters: int = 100
     batch_size: int = 2
-    lr: float = 0.02
+    lr: float | None = None
     scale_lr: float = 0.002
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.iters < 1 or self.batch_size < 1 or not 0 <= self.lr < 1 or not 0 <= self.scale_lr < 1:
+        if self.iters < 1 or self.batch_size < 1 or not 0 <= self.code_rate < 1 or not 0 <= self.scale_lr < 1:
             raise SpecError(
                 f"autoround: iters={self.iters}, batch_size={self.batch_size}, lr={self.lr}, scale_lr={self.scale_lr}; want at "
                 "least 1, at least 1, and rates from 0 to below 1"
             )
+
+    @property
+    def code_rate(self) -> float:
+        """The highest ``lr``, given or not."""
+        return 1 / (2 * self.iters) if self.lr is None and self.iters else self.lr or 0.0
