@@ -20,12 +20,16 @@ from quantkit.kernels.arena import Arena
 from quantkit.kernels.cpu import CpuKernel, State
 from quantkit.kernels.layout import Prepacked
 from quantkit.kernels.select import Problem, check_activations, select
+from quantkit.memory import HeapWatch
 from quantkit.nn.install import install, set_activations
 from quantkit.nn.linear import QuantLinear, QuantWeight
 from quantkit.nn.sites import Site
 from quantkit.qtensor import QTensor
 
 log = logging.getLogger(__name__)
+
+_HEAP_BYTES = 16 << 20
+"""Freed memory that may gather in the heap while weights are laid out."""
 
 
 def load(
@@ -66,7 +70,7 @@ def load(
         found = _from_cache(opened, kernels, dtype) if cache and kernels and prepacked.enabled() else None
         for name, tensor in found.floats.items() if found else _floats(opened, dtype):
             _put(model, name, tensor)
-        arena = Arena()
+        arena, heap = Arena(), HeapWatch(_HEAP_BYTES)
         for name, site in quantized.items():
             scheme = opened.schemes[name]
             activation = None if ignore_activations else scheme.activation
@@ -74,7 +78,7 @@ def load(
                 qtensor = opened.qtensor(site)
                 install(model, site, replace(qtensor, input_scale=None) if ignore_activations else qtensor, activation)
                 continue
-            parts = found.sites[name] if found else [part.moved(arena.copy) for part in _prepack(opened, site)]
+            parts = found.sites[name] if found else [part.moved(arena.copy) for part in _prepack(opened, site, heap)]
             install(model, site, QTensor.empty(scheme.weight, site.shape, "meta"), activation)
             module: Any = model.get_submodule(name)
             module.adopt(kernels[name], [State(part, part.struct()) for part in parts])
@@ -91,7 +95,8 @@ def load(
 
 def _finish(model: Any, path: str | Path) -> None:
     """Tie, check that nothing is missing, and set what the files say beside the weights."""
-    model.tie_weights()
+    if not any(isinstance(part, QuantLinear) and part.tied_to for part in model.modules()):  # its table is one already
+        model.tie_weights()
     codes = {id(buffer) for part in model.modules() if isinstance(part, QuantLinear | QuantWeight) for buffer in part.buffers()}
     tensors = [*model.named_parameters(), *model.named_buffers()]
     left = [name for name, tensor in tensors if tensor.is_meta and id(tensor) not in codes]
@@ -107,12 +112,13 @@ def _finish(model: Any, path: str | Path) -> None:
 def _kernels(opened: Opened, sites: dict[str, Site]) -> dict[str, CpuKernel]:
     """Return the compiled kernel of every site that one runs; the rest keeps its codes as they are.
 
-    So does a site with a static grid for its inputs: kernels' layouts have no place for an input scale.
+    So does a site with a static grid for its inputs: kernels' layouts have no place for an input scale. And an embedding, whose
+    rows are looked up.
     """
     found = {}
     for name, site in sites.items():
         activation = opened.schemes[name].activation
-        if activation is not None and not activation.dynamic:
+        if (activation is not None and not activation.dynamic) or site == opened.contents.structure.embedding:
             continue
         kernel = select(Problem(opened.schemes[name].weight, (site.shape[-2], site.shape[-1]), "cpu", torch.float32))
         if isinstance(kernel, CpuKernel):
@@ -129,7 +135,8 @@ def _from_cache(opened: Opened, kernels: dict[str, CpuKernel], dtype: torch.dtyp
     found = prepacked.find(key)
     if found is not None and found.sites.keys() == kernels.keys():
         return found
-    sites = ((name, list(_prepack(opened, opened.contents.sites[name]))) for name in kernels)
+    heap = HeapWatch(_HEAP_BYTES)
+    sites = ((name, list(_prepack(opened, opened.contents.sites[name], heap))) for name in kernels)
     try:
         return prepacked.write(key, sites, _floats(opened, dtype))
     except OSError as error:
@@ -137,11 +144,12 @@ def _from_cache(opened: Opened, kernels: dict[str, CpuKernel], dtype: torch.dtyp
         return None
 
 
-def _prepack(opened: Opened, site: Site) -> Iterator[Prepacked]:
+def _prepack(opened: Opened, site: Site, heap: HeapWatch) -> Iterator[Prepacked]:
     """Yield the matrices of a site in the kernel's layout, and let go of the pages of the files that were read for it."""
     qtensor = opened.qtensor(site, copy=False)
     for part in [qtensor] if len(site.shape) == 2 else (qtensor[expert] for expert in range(site.shape[0])):
         yield layout.prepack(part)
+        heap.check()
     opened.shards.let_go()
 
 

@@ -159,6 +159,7 @@ class NativeDecoder:
         self._turn = threading.Lock()  # scratch memory is shared by all steps
         self._laid_out = structs.LaidOut(program)
         self._struct = self._laid_out.struct
+        self._planes = False
         self._tokens = 0
         self._scratch = torch.empty(0, dtype=torch.uint8)
         self._scratch_size = (0, 0, 0)
@@ -184,6 +185,9 @@ class NativeDecoder:
         )
         table = np.ascontiguousarray(rows.block_table, dtype=np.int32)
         longest = self._check(tokens, positions, slots, wanted, table, kv)
+        looked_up = None
+        if not isinstance(self.program.embedding, Tensor):  # the rows of a quantized table, one for each token
+            looked_up, tokens = self.program.rows(torch.from_numpy(tokens).long()), np.arange(len(tokens), dtype=np.int32)
         logits = torch.empty(len(wanted), self.program.vocabulary)
         best = torch.empty(len(wanted), dtype=torch.int32)
         threads = self.threads or torch.get_num_threads()
@@ -202,6 +206,8 @@ class NativeDecoder:
             draft,
         )
         with self._turn:
+            if looked_up is not None:
+                self._struct.embedding = looked_up.data_ptr()
             self._lengthen(longest)
             scratch = self._memory(len(tokens), chunks, threads)
             self._library.qk_decoder_run(
@@ -214,13 +220,17 @@ class NativeDecoder:
 
         Results stay the same to the last bit. Returns whether any weight is in planes now.
         """
+        weights: list[Any] = [linear.weight for linear in self.program.linears() if not isinstance(linear.weight, Tensor)]
+        weights = [weight for weight in dict.fromkeys(weights) if weight.spec.bits == 8]
         with self._turn:
-            weights: list[Any] = [linear.weight for linear in self.program.linears() if not isinstance(linear.weight, Tensor)]
-            split = [weight.split_planes() for weight in dict.fromkeys(weights)]
-            if any(split):
-                self._laid_out = structs.LaidOut(self.program)
-                self._struct, self._tokens = self._laid_out.struct, 0
-            return any(split)
+            if weights and not self._planes:
+                del self._laid_out  # so that a weight's whole codes go when it has its planes, not when all have
+                try:
+                    self._planes = any([weight.split_planes() for weight in weights])
+                finally:
+                    self._laid_out = structs.LaidOut(self.program)
+                    self._struct, self._tokens = self._laid_out.struct, 0
+        return self._planes
 
     def _check(self, tokens: Any, positions: Any, slots: Any, wanted: Any, table: Any, kv: KvPages) -> int:
         """Check everything the native code relies on; return the length of the longest sequence."""
@@ -232,7 +242,7 @@ class NativeDecoder:
             )
         longest = int(positions.max()) + 1
         for name, values, limit in (
-            ("token", tokens, self.program.embedding.shape[0]),
+            ("token", tokens, self.program.tokens),
             ("position", positions, min(table.shape[1] * PAGE_TOKENS, self.program.max_tokens or 1 << 31)),
             ("slot", slots, table.shape[0]),
             *((("wanted row", wanted, count),) if len(wanted) else ()),

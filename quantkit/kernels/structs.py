@@ -89,7 +89,8 @@ class LaidOut:
     def _describe(self) -> Any:
         program = self._program
         layers = self._keep(_array(LayerStruct, [self._layer(layer) for layer in program.layers]))
-        embedding = self._keep(program.embedding.contiguous())
+        table = program.embedding if isinstance(program.embedding, Tensor) else torch.empty(0)  # a step brings its own rows
+        embedding = self._keep(table.contiguous())
         return ProgramStruct(
             embedding.data_ptr(),
             program.hidden,
@@ -172,7 +173,7 @@ def _prepacked(linear: Linear, arena: Arena) -> layout.Prepacked:
     weight: Any = linear.weight
     if isinstance(weight, Tensor):
         own = weight if weight.dtype in (torch.float32, torch.bfloat16) else weight.float()
-        return layout.prepack_float(own).moved(arena.copy)
+        return layout.prepack_float(own, arena.empty)
     state = weight.prepacked(torch.float32, linear.expert or 0)
     if isinstance(state, State):
         return state.weight
