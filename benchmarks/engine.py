@@ -208,7 +208,8 @@ def main() -> None:
     print(f"{arguments.what}: {time.perf_counter() - start:.0f} s, {torch.get_num_threads()} threads")
     if arguments.json:
         machine = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
-        write_json(arguments.json, {"what": arguments.what, "options": vars(arguments), "machine": machine, "found": found})
+        options = {**vars(arguments), "model": Path(arguments.model).name, "json": None}
+        write_json(arguments.json, {"options": options, "machine": machine, "found": found})
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ def main() -> None:
             rounds.append({"seconds": time.perf_counter() - start, "results": dict(results), **held(url, server.pid)})
             print(rounds[-1], flush=True)
             if arguments.json:
-                write_json(arguments.json, {"options": vars(arguments), "rounds": rounds})
+                write_json(arguments.json, {"clients": arguments.clients, "tokens": arguments.tokens, "rounds": rounds})
     finally:
         server.terminate()
         code = server.wait(30)

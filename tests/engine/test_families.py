@@ -188,6 +188,26 @@ def test_what_cannot_run_on_pages_says_so_once_and_is_counted(caplog):
         generate(model, [1, 2], drafter="ngram")
 
 
+LATENT = {"head_dim": None, "num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 8}
+LATENT |= {"qk_nope_head_dim": 16, "v_head_dim": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1}
+LATENT |= {"moe_intermediate_size": 32, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+LINEAR = {"num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": ["linear_attention", "full_attention"]}
+
+
+@pytest.mark.parametrize(("family", "options"), [("deepseek_v3", LATENT), ("minimax", LINEAR)])
+def test_latent_and_linear_attention_are_counted_as_what_they_are_and_say_the_same(family, options):
+    model, prompt = build(family, **options), prompt_of(9)
+    given = torch.tensor([prompt])
+    told = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    want = model.generate(given, attention_mask=torch.ones_like(given), **told)[0, 9:].tolist()
+    backends.FALLBACKS.clear()
+    engine = Engine(model, limits=Limits(running=2, kv_tokens=256))
+    assert any(notice.startswith(type(model).__name__) for notice in backends.FALLBACKS)
+    requests = [engine.submit(ids, max_new_tokens=8) for ids in (prompt, prompt_of(3))]
+    list(engine.run())
+    assert requests[0].ids == want
+
+
 def test_frequencies_that_depend_on_the_length_stay_off_pages():
     rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 8, "long_factor": [6.0] * 8}
     rope |= {"original_max_position_embeddings": 12, "factor": 4.0}
