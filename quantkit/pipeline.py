@@ -29,7 +29,7 @@ from quantkit.hf.load import PreTrainedModel, load_float
 from quantkit.hf.source import locate
 from quantkit.hf.structure import describe
 from quantkit.nn.sites import Structure, read_weight
-from quantkit.plan import check_plan, make_plan, plan_ends
+from quantkit.plan import check_plan, check_together, make_plan, plan_ends
 from quantkit.progress import ProgressCallback
 from quantkit.progress import ignore as ignore_progress
 from quantkit.proof import Proof
@@ -183,12 +183,7 @@ def quantize(
     if not plan:
         raise SpecError("nothing to quantize: the plan is empty")
     check_plan(plan, structure, format if out is not None else None)
-    if distill and (tables := [name for name, one in plan.items() if not one.weight.is_integer]):
-        raise SpecError(f"{tables[0]}: distillation learns integer grids, not {plan[tables[0]].weight.dtype}; leave it out")
-    if distill and (static := [name for name, one in plan.items() if one.static]):
-        raise SpecError(f"{static[0]}: distillation does not keep static input scales; leave it out, or use a dynamic scheme")
-    if structure.tied and structure.after[0].name in plan and any(isinstance(change, Rotate) for change in changes):
-        raise SpecError("rotate parts the tied head from the embedding, which was to be quantized as one; leave either out")
+    check_together(plan, structure, distilled=distill is not None, rotated=any(isinstance(one, Rotate) for one in changes))
     if strict:
         _refuse_gaps(structure, plan, ignore)
     compute = compute or Compute.default(model)
@@ -206,9 +201,9 @@ def quantize(
         if isinstance(change, Rotate):
             rotate(model, structure, change)
             structure = describe(model)  # a tied head stands alone now
-            continue
-        tensors = collect_statistics(model, structure, unpadded(batches), change.needs, compute=compute, progress=progress)
-        apply_transform(model, structure, plan, change, tensors)
+        else:
+            found = collect_statistics(model, structure, unpadded(batches), change.needs, compute=compute, progress=progress)
+            apply_transform(model, structure, plan, change, found)
     chain = Chain(model, structure, unpadded(batches), compute, twin="drift" in method.needs) if walk else None
     rows = _coverage_before(model, structure, plan)
     lessons = teach(model, structure, unpadded(batches), distill, compute, progress) if distill else []
