@@ -220,10 +220,8 @@ def quantize(
         if strict:
             raise CalibrationError(f"{fallen[0]} (and {len(fallen) - 1} more) fell back to rounding; strict=True forbids that")
     metadata = _metadata(method, plan, calibration, batches, results, proof.measure(model))
-    if changes:
-        metadata["transforms"] = [repr(change) for change in changes]
-    if distill:
-        metadata["distill"] = {"settings": repr(distill), "kl": curve}
+    metadata |= {"transforms": [repr(change) for change in changes]} if changes else {}
+    metadata |= {"distill": {"settings": repr(distill), "kl": curve}} if distill else {}
     path = None
     if out is not None:
         path = checkpoint.save(
