@@ -206,11 +206,12 @@ def contenders(name: str, arguments: argparse.Namespace) -> dict[str, tuple[int,
                 raise Missing(f"{file.name} is not prepared")
             return LlamaBench(Path(arguments.llama_cpp), file, threads)
 
-        found[f"llama.cpp-{kind}"] = (size // 3, start)
+        found[f"llama.cpp-{kind}"] = (int(size * 0.6), start)
 
     for kind in OURS:
         bits = kind.split("-")[1]
-        worker(kind, sys.executable, floats if bits == "bf16" else work / f"{name}-{bits}", size * (2 if bits == "bf16" else 1))
+        path = floats if bits == "bf16" else work / f"{name}-{bits}"
+        worker(kind, sys.executable, path, size * {"bf16": 2, "int8": 0.8, "int4": 0.5}[bits])
     for kind in models.GGUF_TYPES:
         llama(kind)
     for kind in TORCH:
@@ -230,7 +231,7 @@ def float_bytes(name: str, arguments: argparse.Namespace) -> int:
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure one slice."""
     name, started, missing = arguments.model, dict[str, Any](), dict[str, str]()
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * MEMORY_SHARE
+    free = available_bytes() * MEMORY_SHARE
     probe = Bandwidth(arguments.threads)
     for kind, (need, start) in contenders(name, arguments).items():
         if need > free:
@@ -289,6 +290,15 @@ def log(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def available_bytes() -> int:
+    """Return the memory that programs can have: what is free and what caches would give back."""
+    try:
+        line = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
+        return int(line.split()[1]) * 1024
+    except (OSError, StopIteration):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def cpu_name() -> str:
     """Return the processor's name and how many of its cores there are."""
     try:
@@ -335,6 +345,13 @@ def table(known: dict[str, Any]) -> Iterator[str]:
             yield "| " + " | ".join([*cells, share(newest, row)]) + " |"
         for kind, reason in {kind: r for s in slices for kind, r in s["missing"].items() if kind not in kinds}.items():
             yield f"| {name} | {kind} | | | not measured: {reason} |" + " |" * len(keys)
+    yield ""
+    rows = [(s["model"], kind, row) for s in known["slices"] for kind, row in s["rows"].items()]
+    kl = {(name, kind): value for name, kind, row in rows if (value := row.get("kl_of_int8_activations")) is not None}
+    for (name, kind), value in kl.items():
+        yield f"Rounding activations alone, {name}, {kind}: KL {value:.4f} to the same weights with float activations."
+    found = [statistics.median(s["read_gb_per_s"]) for s in known["slices"]]
+    yield f"Read bandwidth, medians of the slices: {min(found):.1f} to {max(found):.1f} GB/s."
 
 
 def cell(slices: list[dict[str, Any]], kind: str, key: str) -> str:

@@ -161,7 +161,7 @@ class Transformers:
         if self.compiled:
             self.cache = None  # a static cache cannot be cut; it is filled again
         else:
-            self.cache.crop(context)
+            self.cache.crop(-count)
         return times
 
 

@@ -85,15 +85,27 @@ def sha256_file(path: str | Path) -> str:
 
 def known_sha256(path: str | Path) -> str:
     """Return :func:`sha256_file` of ``path``, read again only if the file may have changed since it was last asked for."""
-    path = Path(path).resolve()
-    note = cache_dir() / "digests" / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:32]}.json"
-    stat, now = path.stat(), time.time_ns()
-    mark = [str(path), stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+    path, now = Path(path).resolve(), time.time_ns()
+    note, mark = _note(path)
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a note that is missing or damaged says nothing
         known = json.loads(note.read_text(encoding="utf-8"))
-        if known["mark"] == mark and max(stat.st_mtime_ns, stat.st_ctime_ns) + _SETTLED_NS < known["read_ns"] <= now:
+        if known["mark"] == mark and max(mark[-2:]) + _SETTLED_NS < known["read_ns"]:
             return str(known["sha256"])
     digest = sha256_file(path)
     with contextlib.suppress(OSError):  # it is only a note
         write_json(note, {"mark": mark, "read_ns": now, "sha256": digest})
     return digest
+
+
+def remember_sha256(path: str | Path, digest: str) -> None:
+    """Note the digest of a file that this process has just written, under a name that no one else writes to."""
+    note, mark = _note(Path(path).resolve())
+    with contextlib.suppress(OSError):
+        write_json(note, {"mark": mark, "read_ns": max(mark[-2:]) + 2 * _SETTLED_NS, "sha256": digest})
+
+
+def _note(path: Path) -> tuple[Path, list[Any]]:
+    """Return where the digest of a file is noted, and what tells this state of it from others; its times come last."""
+    stat = path.stat()
+    where = cache_dir() / "digests" / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:32]}.json"
+    return where, [str(path), stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from quantkit import checkpoint
-from quantkit.blockwise import Chain, Compute, collect_statistics, needs_of, quantize_blocks
+from quantkit.blockwise import Chain, collect_statistics, needs_of, quantize_blocks
 from quantkit.calibrate.data import Batch, encoder, load_texts, text_default, token_batches
 from quantkit.calibrate.data import fingerprint as data_fingerprint
 from quantkit.calibrate.statistics import load_statistics
 from quantkit.calibrate.walk import SiteStatistics
+from quantkit.compute import Compute
 from quantkit.distill import Distill, learn_scales, teach
 from quantkit.errors import CalibrationError, SpecError
 from quantkit.evaluation.coverage import CoverageRow
@@ -33,6 +34,7 @@ from quantkit.plan import check_plan, check_together, make_plan, plan_ends
 from quantkit.progress import ProgressCallback
 from quantkit.progress import ignore as ignore_progress
 from quantkit.proof import Proof
+from quantkit.quantizers.autoround import AutoRound
 from quantkit.quantizers.base import QUANTIZERS, Quantized, Quantizer
 from quantkit.rescale import apply_transform
 from quantkit.resume import ResumeStore, fingerprint, settings_of, versions
@@ -180,15 +182,14 @@ def quantize(
         dtype = _scale_dtype(model)
         plan = make_plan(structure, scheme, group_size=group_size, symmetric=symmetric, ignore=ignore, scale_dtype=dtype)
     plan = {**plan, **plan_ends(structure, embedding, head, _scale_dtype(model))}
-    if not plan:
-        raise SpecError("nothing to quantize: the plan is empty")
     check_plan(plan, structure, format if out is not None else None)
     check_together(plan, structure, distilled=distill is not None, rotated=any(isinstance(one, Rotate) for one in changes))
-    if strict:
-        _refuse_gaps(structure, plan, ignore)
+    _refuse_gaps(structure, plan, ignore if strict else None)
     compute = compute or Compute.default(model)
     known = load_statistics(statistics)[0] if isinstance(statistics, str | Path) else statistics
     walk = any(needs_of(method, one) for one in plan.values()) and known is None
+    if isinstance(method, AutoRound) and known is not None:
+        raise CalibrationError("autoround learns from activations, which statistics= do not hold; pass data= instead")
     reads = walk or distill or any(change.needs for change in changes)
     batches = Calibration(data, samples, length, batch_size, mode).batches(tokenizer) if reads else []
     calibration = data_fingerprint(batches) if batches else "none"
@@ -204,15 +205,17 @@ def quantize(
         else:
             found = collect_statistics(model, structure, unpadded(batches), change.needs, compute=compute, progress=progress)
             apply_transform(model, structure, plan, change, found)
-    chain = Chain(model, structure, unpadded(batches), compute, twin="drift" in method.needs) if walk else None
+    chain = _chain(model, structure, unpadded(batches), method, compute) if walk else None
     rows = _coverage_before(model, structure, plan)
     lessons = teach(model, structure, unpadded(batches), distill, compute, progress) if distill else []
+    learns_codes = distill is not None and distill.code_rate > 0
+    origin = {site.name: read_weight(model, site) for site in structure.sites if site.name in plan} if learns_codes else {}
     results = quantize_blocks(
         model, structure, plan, method, chain, compute=compute, store=store, known=known, progress=progress
     )
     curve: tuple[float, ...] = ()
     if distill:
-        results, curve = learn_scales(model, structure, results, lessons, distill, compute, progress)
+        results, curve = learn_scales(model, structure, results, origin, lessons, distill, compute, progress)
     coverage = _coverage_after(rows, results)
     fallen = [row.name for row in coverage if row.kind == "fell back"]
     if fallen:
@@ -277,6 +280,12 @@ def unpadded(batches: Sequence[Batch]) -> list[Tensor]:
     return result
 
 
+def _chain(model: nn.Module, structure: Structure, batches: list[Tensor], method: Quantizer, compute: Compute) -> Chain:
+    if isinstance(method, AutoRound):  # what learns runs as many windows at a time as it learns from
+        batches = [part for ids in batches for part in ids.split(method.batch_size)]
+    return Chain(model, structure, batches, compute, twin="drift" in method.needs)
+
+
 def _resolve_model(model: nn.Module | str | Path, tokenizer: Any) -> tuple[PreTrainedModel, Any]:
     if isinstance(model, nn.Module):
         return cast(PreTrainedModel, model.eval()), tokenizer
@@ -311,8 +320,10 @@ def _open_store(
     return ResumeStore(path, run)
 
 
-def _refuse_gaps(structure: Structure, plan: Plan, ignore: Sequence[str]) -> None:
-    """With strict=True, every linear layer must be in the plan or named in ``ignore``."""
+def _refuse_gaps(structure: Structure, plan: Plan, ignore: Sequence[str] | None) -> None:
+    """With strict=True, every linear layer must be in the plan or named in ``ignore``; None allows all gaps."""
+    if ignore is None:
+        return
     gaps = [name for name, reason in structure.skipped.items() if reason.startswith("experts module")]
     if not ignore:
         gaps += [site.name for site in structure.sites if site.name not in plan]

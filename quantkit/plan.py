@@ -101,6 +101,8 @@ def check_plan(plan: Plan, structure: Structure, format_name: str | None) -> Non
     Raises:
         SpecError: naming the first site refused, why, how many more there are, and what to do.
     """
+    if not plan:
+        raise SpecError("nothing to quantize: the plan is empty")
     known = {site.name: site for site in (*structure.sites, *structure.after)}
     refused: list[str] = []
     for name, scheme in plan.items():

@@ -23,6 +23,7 @@ FLOORS = (
     {
         "blockwise",
         "checkpoint",
+        "compute",
         "distill",
         "evaluation",
         "generation",
@@ -30,6 +31,7 @@ FLOORS = (
         "pipeline",
         "plan",
         "proof",
+        "reconstruct",
         "rescale",
         "resume",
         "rotation",

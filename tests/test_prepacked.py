@@ -205,3 +205,13 @@ def test_an_arena_keeps_tensors_apart_and_aligned():
         assert copy.data_ptr() % arena.ALIGNMENT == 0
     kept[0].zero_()
     assert torch.equal(kept[1], given[1])
+
+
+@pytest.mark.parametrize("rows", [5, 4096, 2 * 4096 + 21])
+def test_a_float_weight_is_laid_out_piece_by_piece(rows):
+    weight = torch.randn(rows, 12)
+    place = arena.Arena()
+    for dtype in (torch.float32, torch.bfloat16):
+        for empty in (None, place.empty):
+            found = layout.prepack_float(weight.to(dtype), empty)
+            assert torch.equal(layout.dequantize(*found), weight.to(dtype).float())

@@ -20,12 +20,16 @@ from quantkit.kernels.arena import Arena
 from quantkit.kernels.cpu import CpuKernel, State
 from quantkit.kernels.layout import Prepacked
 from quantkit.kernels.select import Problem, check_activations, select
+from quantkit.memory import HeapWatch
 from quantkit.nn.install import install, set_activations
 from quantkit.nn.linear import QuantLinear, QuantWeight
 from quantkit.nn.sites import Site
 from quantkit.qtensor import QTensor
 
 log = logging.getLogger(__name__)
+
+_HEAP_BYTES = 16 << 20
+"""Freed memory that may gather in the heap while weights are laid out."""
 
 
 def load(
@@ -66,7 +70,7 @@ def load(
         found = _from_cache(opened, kernels, dtype) if cache and kernels and prepacked.enabled() else None
         for name, tensor in found.floats.items() if found else _floats(opened, dtype):
             _put(model, name, tensor)
-        arena = Arena()
+        arena, heap = Arena(), HeapWatch(_HEAP_BYTES)
         for name, site in quantized.items():
             scheme = opened.schemes[name]
             activation = None if ignore_activations else scheme.activation
@@ -74,7 +78,7 @@ def load(
                 qtensor = opened.qtensor(site)
                 install(model, site, replace(qtensor, input_scale=None) if ignore_activations else qtensor, activation)
                 continue
-            parts = found.sites[name] if found else [part.moved(arena.copy) for part in _prepack(opened, site)]
+            parts = found.sites[name] if found else [part.moved(arena.copy) for part in _prepack(opened, site, heap)]
             install(model, site, QTensor.empty(scheme.weight, site.shape, "meta"), activation)
             module: Any = model.get_submodule(name)
             module.adopt(kernels[name], [State(part, part.struct()) for part in parts])
@@ -131,7 +135,8 @@ def _from_cache(opened: Opened, kernels: dict[str, CpuKernel], dtype: torch.dtyp
     found = prepacked.find(key)
     if found is not None and found.sites.keys() == kernels.keys():
         return found
-    sites = ((name, list(_prepack(opened, opened.contents.sites[name]))) for name in kernels)
+    heap = HeapWatch(_HEAP_BYTES)
+    sites = ((name, list(_prepack(opened, opened.contents.sites[name], heap))) for name in kernels)
     try:
         return prepacked.write(key, sites, _floats(opened, dtype))
     except OSError as error:
@@ -139,11 +144,12 @@ def _from_cache(opened: Opened, kernels: dict[str, CpuKernel], dtype: torch.dtyp
         return None
 
 
-def _prepack(opened: Opened, site: Site) -> Iterator[Prepacked]:
+def _prepack(opened: Opened, site: Site, heap: HeapWatch) -> Iterator[Prepacked]:
     """Yield the matrices of a site in the kernel's layout, and let go of the pages of the files that were read for it."""
     qtensor = opened.qtensor(site, copy=False)
     for part in [qtensor] if len(site.shape) == 2 else (qtensor[expert] for expert in range(site.shape[0])):
         yield layout.prepack(part)
+        heap.check()
     opened.shards.let_go()
 
 

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from quantkit import __version__
-from quantkit.files import atomic_path, cache_dir, known_sha256, write_atomic
+from quantkit.files import atomic_path, cache_dir, known_sha256, remember_sha256, write_atomic
 from quantkit.kernels import arena, layout
 from quantkit.kernels.layout import Prepacked
 
@@ -148,6 +148,7 @@ def write(key: str, sites: Iterable[tuple[str, Sequence[Prepacked]]], floats: It
         out.write(text + _TAIL.pack(len(text)))
         digest = out.digest.hexdigest()
     path = target.replace(directory() / f"{key}-{digest}{_SUFFIX}")
+    remember_sha256(path, digest)
     _evict()
     return _read(path)
 

@@ -27,6 +27,7 @@ from quantkit.hf.trace_layer import LayerReader, Rotaries, linear_of
 from quantkit.hf.watch import FAR, TOKENS, CannotWatch, Trace, flat, watch
 from quantkit.kernels import interpret
 from quantkit.kernels.program import Layer, Linear, Norm, Program
+from quantkit.memory import return_freed_memory
 from quantkit.nn.embedding import QuantEmbedding
 from quantkit.nn.linear import QuantLinear, QuantWeight
 
@@ -70,6 +71,7 @@ def _lower(model: PreTrainedModel) -> Program:
     trace = watch(model, stack)
     program = _write(model, trace)
     _prove(program, trace)
+    return_freed_memory()
     limit = min(length for length in (program.max_tokens, program.rope_switch, FAR // 4) if length)
     if limit > 2 * TOKENS:
         _prove(program, watch(model, stack, limit - TOKENS))

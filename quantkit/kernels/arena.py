@@ -1,4 +1,4 @@
-"""Memory for weights: large anonymous mappings that the system is asked to back with huge pages.
+"""Memory for weights, keys and values: large anonymous mappings that the system is asked to back with huge pages.
 
 A decode step reads every weight once. In pages of 4 KB that is a quarter of a million address translations per gigabyte; in
 pages of 2 MB, which Linux grants on request (``madvise(MADV_HUGEPAGE)``), five hundred. Where it grants none, or the system
@@ -7,6 +7,7 @@ is another, this is ordinary memory. A mapping is released when the last tensor 
 
 import contextlib
 import mmap
+from collections.abc import Sequence
 from typing import Final
 
 import torch
@@ -23,7 +24,8 @@ def allocate(nbytes: int) -> Tensor:
     """Return ``nbytes`` zero bytes at a huge page's boundary, uint8; the pages are the process's once they are written to."""
     if not nbytes:
         return torch.empty(0, dtype=torch.uint8)
-    memory = mmap.mmap(-1, nbytes + HUGE_PAGE)
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}  # shared: no huge pages
+    memory = mmap.mmap(-1, nbytes + HUGE_PAGE, **private)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without huge pages
             memory.madvise(mmap.MADV_HUGEPAGE)
@@ -46,14 +48,15 @@ class Arena:
 
     def copy(self, tensor: Tensor) -> Tensor:
         """Return a contiguous copy of ``tensor``."""
-        place = self._take(tensor.nbytes).view(tensor.dtype).view(tensor.shape)
-        return place.copy_(tensor)
+        return self.empty(tensor.shape, tensor.dtype).copy_(tensor)
 
-    def _take(self, nbytes: int) -> Tensor:
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Return an uninitialized tensor."""
+        nbytes = torch.Size(shape).numel() * dtype.itemsize
         if self._used + nbytes > len(self._chunk):
             self._chunk, self._used = allocate(max(CHUNK_BYTES, padded(nbytes))), 0
         start, self._used = self._used, self._used + padded(nbytes)
-        return self._chunk[start : start + nbytes]
+        return self._chunk[start : start + nbytes].view(dtype).view(shape)
 
 
 def in_huge_pages(tensor: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ bit, and a *draft* of the weight, ``(16 h + 8 - zero_point) * scale``, is there 
 """
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
 import torch
@@ -34,6 +34,7 @@ FLOAT32, BFLOAT16, U4, U8, PLANES, HIGH_PLANE = range(6)
 _COLUMNS: Final = {FLOAT32: 1, BFLOAT16: 2, U4: 8, U8: 4}  # per 32-bit word
 _MIDDLE: Final = 8  # of what a low plane can add
 _PADDING: Final = 8
+_ROWS: Final = 256 * LANES
 
 
 class LinearStruct(ctypes.Structure):
@@ -80,7 +81,8 @@ class Prepacked(NamedTuple):
 
     def moved(self, copy: Callable[[Tensor], Tensor]) -> "Prepacked":
         """Return the same weight with every tensor copied by ``copy``."""
-        return Prepacked(*(copy(field) if isinstance(field, Tensor) else field for field in self))
+        tensors = {name: copy(value) for name, value in self._asdict().items() if isinstance(value, Tensor)}
+        return self._replace(**tensors)
 
     def struct(self, bias: Tensor | None = None) -> LinearStruct:
         """Return the C view of this weight with an optional float32 ``bias`` (N,). Keep both alive while it is used."""
@@ -113,8 +115,8 @@ def prepack(qtensor: QTensor) -> Prepacked:
     return Prepacked(codes, _per_lane(qtensor.scale, block_rows), zero, rows, group, kind, grid.zero_code(spec))
 
 
-def prepack_float(weight: Tensor) -> Prepacked:
-    """Lay a float32 or bfloat16 weight (N, K) out in blocks of 16 rows.
+def prepack_float(weight: Tensor, empty: Callable[[Sequence[int], torch.dtype], Tensor] | None = None) -> Prepacked:
+    """Lay a float32 or bfloat16 weight (N, K) out in blocks of 16 rows, in memory from ``empty(shape, dtype)``.
 
     Raises:
         KernelError: for another dtype or number of dimensions.
@@ -122,10 +124,14 @@ def prepack_float(weight: Tensor) -> Prepacked:
     if weight.dim() != 2 or weight.dtype not in (torch.float32, torch.bfloat16):
         raise KernelError(f"prepack_float: weight is {weight.dtype} {tuple(weight.shape)}; want float32 or bfloat16 (N, K)")
     rows, columns = weight.shape
-    missing = -columns % _PADDING
-    padded = (F.pad(weight.detach(), (0, missing)) if missing else weight.detach()).contiguous()
-    kind = FLOAT32 if weight.dtype == torch.float32 else BFLOAT16
-    return Prepacked(_lanes(padded.view(torch.int32).unsqueeze(1)), None, None, rows, columns, kind, 0)
+    kind, missing = FLOAT32 if weight.dtype == torch.float32 else BFLOAT16, -columns % _PADDING
+    shape = (-(-rows // LANES), 1, (columns + missing) // _COLUMNS[kind], LANES)
+    codes = torch.empty(shape, dtype=torch.int32) if empty is None else empty(shape, torch.int32)
+    for start in range(0, rows, _ROWS):  # piece by piece: a head is large, and no second copy of it is wanted
+        part = weight.detach()[start : start + _ROWS]
+        padded = (F.pad(part, (0, missing)) if missing else part).contiguous()
+        codes[start // LANES : (start + _ROWS) // LANES] = _lanes(padded.view(torch.int32).unsqueeze(1))
+    return Prepacked(codes, None, None, rows, columns, kind, 0)
 
 
 def split(state: Prepacked) -> Prepacked:

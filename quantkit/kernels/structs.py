@@ -173,7 +173,7 @@ def _prepacked(linear: Linear, arena: Arena) -> layout.Prepacked:
     weight: Any = linear.weight
     if isinstance(weight, Tensor):
         own = weight if weight.dtype in (torch.float32, torch.bfloat16) else weight.float()
-        return layout.prepack_float(own).moved(arena.copy)
+        return layout.prepack_float(own, arena.empty)
     state = weight.prepacked(torch.float32, linear.expert or 0)
     if isinstance(state, State):
         return state.weight
