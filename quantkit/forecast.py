@@ -126,7 +126,8 @@ def forecast(
 def _kept(model: nn.Module, structure: Structure, plan: Plan, reasons: Mapping[str, str]) -> dict[str, tuple[int, int]]:
     sites = [site for site in (*structure.sites, *structure.outside) if site.name not in plan]
     own = {name for name, _ in model.named_parameters()}  # a tied name shares another's memory and takes none of its own
-    rest = ((reason, model.get_parameter(name).numel() if name in own else 0) for name, reason in structure.skipped.items())
+    skipped = {name: reason for name, reason in structure.skipped.items() if name.removesuffix(".weight") not in plan}
+    rest = ((reason, model.get_parameter(name).numel() if name in own else 0) for name, reason in skipped.items())
     return _tally([*((reasons.get(site.name, "not in the plan"), site.numel) for site in sites), *rest])
 
 

@@ -30,7 +30,7 @@ from quantkit.hf.load import PreTrainedModel, load_float
 from quantkit.hf.source import locate
 from quantkit.hf.structure import describe
 from quantkit.nn.sites import Structure, read_weight
-from quantkit.plan import check_plan, make_plan, plan_ends
+from quantkit.plan import check_plan, check_together, make_plan, plan_ends
 from quantkit.progress import ProgressCallback
 from quantkit.progress import ignore as ignore_progress
 from quantkit.proof import Proof
@@ -182,17 +182,9 @@ def quantize(
         dtype = _scale_dtype(model)
         plan = make_plan(structure, scheme, group_size=group_size, symmetric=symmetric, ignore=ignore, scale_dtype=dtype)
     plan = {**plan, **plan_ends(structure, embedding, head, _scale_dtype(model))}
-    if not plan:
-        raise SpecError("nothing to quantize: the plan is empty")
     check_plan(plan, structure, format if out is not None else None)
-    if distill and (tables := [name for name, one in plan.items() if not one.weight.is_integer]):
-        raise SpecError(f"{tables[0]}: distillation learns integer grids, not {plan[tables[0]].weight.dtype}; leave it out")
-    if distill and (static := [name for name, one in plan.items() if one.static]):
-        raise SpecError(f"{static[0]}: distillation does not keep static input scales; leave it out, or use a dynamic scheme")
-    if structure.tied and structure.after[0].name in plan and any(isinstance(change, Rotate) for change in changes):
-        raise SpecError("rotate parts the tied head from the embedding, which was to be quantized as one; leave either out")
-    if strict:
-        _refuse_gaps(structure, plan, ignore)
+    check_together(plan, structure, distilled=distill is not None, rotated=any(isinstance(one, Rotate) for one in changes))
+    _refuse_gaps(structure, plan, ignore if strict else None)
     compute = compute or Compute.default(model)
     known = load_statistics(statistics)[0] if isinstance(statistics, str | Path) else statistics
     walk = any(needs_of(method, one) for one in plan.values()) and known is None
@@ -210,9 +202,9 @@ def quantize(
         if isinstance(change, Rotate):
             rotate(model, structure, change)
             structure = describe(model)  # a tied head stands alone now
-            continue
-        tensors = collect_statistics(model, structure, unpadded(batches), change.needs, compute=compute, progress=progress)
-        apply_transform(model, structure, plan, change, tensors)
+        else:
+            found = collect_statistics(model, structure, unpadded(batches), change.needs, compute=compute, progress=progress)
+            apply_transform(model, structure, plan, change, found)
     chain = _chain(model, structure, unpadded(batches), method, compute) if walk else None
     rows = _coverage_before(model, structure, plan)
     lessons = teach(model, structure, unpadded(batches), distill, compute, progress) if distill else []
@@ -231,10 +223,8 @@ def quantize(
         if strict:
             raise CalibrationError(f"{fallen[0]} (and {len(fallen) - 1} more) fell back to rounding; strict=True forbids that")
     metadata = _metadata(method, plan, calibration, batches, results, proof.measure(model))
-    if changes:
-        metadata["transforms"] = [repr(change) for change in changes]
-    if distill:
-        metadata["distill"] = {"settings": repr(distill), "kl": curve}
+    metadata |= {"transforms": [repr(change) for change in changes]} if changes else {}
+    metadata |= {"distill": {"settings": repr(distill), "kl": curve}} if distill else {}
     path = None
     if out is not None:
         path = checkpoint.save(
@@ -330,8 +320,10 @@ def _open_store(
     return ResumeStore(path, run)
 
 
-def _refuse_gaps(structure: Structure, plan: Plan, ignore: Sequence[str]) -> None:
-    """With strict=True, every linear layer must be in the plan or named in ``ignore``."""
+def _refuse_gaps(structure: Structure, plan: Plan, ignore: Sequence[str] | None) -> None:
+    """With strict=True, every linear layer must be in the plan or named in ``ignore``; None allows all gaps."""
+    if ignore is None:
+        return
     gaps = [name for name, reason in structure.skipped.items() if reason.startswith("experts module")]
     if not ignore:
         gaps += [site.name for site in structure.sites if site.name not in plan]

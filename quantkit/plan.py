@@ -101,6 +101,8 @@ def check_plan(plan: Plan, structure: Structure, format_name: str | None) -> Non
     Raises:
         SpecError: naming the first site refused, why, how many more there are, and what to do.
     """
+    if not plan:
+        raise SpecError("nothing to quantize: the plan is empty")
     known = {site.name: site for site in (*structure.sites, *structure.after)}
     refused: list[str] = []
     for name, scheme in plan.items():
@@ -116,3 +118,19 @@ def check_plan(plan: Plan, structure: Structure, format_name: str | None) -> Non
     if refused:
         more = f" (and {len(refused) - 1} more sites)" if len(refused) > 1 else ""
         raise SpecError(f"{refused[0]}{more}")
+
+
+def check_together(plan: Plan, structure: Structure, *, distilled: bool, rotated: bool) -> None:
+    """Refuse what does not go together with the schemes of a plan.
+
+    Raises:
+        SpecError: distillation of grids that are no integers or of static input scales; rotation, which parts a tied head from
+            the embedding, where the two are to be quantized as one.
+    """
+    for name, scheme in plan.items():
+        if distilled and not scheme.weight.is_integer:
+            raise SpecError(f"{name}: distillation learns integer grids, not {scheme.weight.dtype}; leave it out")
+        if distilled and scheme.static:
+            raise SpecError(f"{name}: distillation does not keep static input scales; leave it out, or use a dynamic scheme")
+        if rotated and structure.tied and structure.embedding is not None and name == structure.embedding.name:
+            raise SpecError(f"rotate parts the tied head from {name}, which was to be quantized as one; leave either out")

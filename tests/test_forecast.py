@@ -94,3 +94,13 @@ def test_distillation_costs_memory_and_two_passes():
     assert without.peak_bytes < small.peak_bytes < large.peak_bytes
     assert "float model: one forward of up to 98,304 tokens" in small.passes[0]
     assert "3 forwards and backwards of 64 windows" in small.passes[1]
+
+
+def test_a_quantized_embedding_is_not_counted_among_what_is_kept():
+    model = tiny.FAMILIES["llama"]()
+    contents = contents_of(model.config)
+    table = {"model.embed_tokens": Scheme(QuantSpec("int8"))}
+    plan = {**make_plan(contents.structure, "w8a16-channel"), **table}
+    found = forecast(contents, plan, format="native")
+    assert "embedding" not in found.kept
+    assert found.weights + sum(size for _, size in found.kept.values()) == model.num_parameters()

@@ -26,6 +26,8 @@ from quantkit.qtensor import concatenate
 
 def rejects(program: Program) -> str | None:
     """Say why a program does not run here; None if it does."""
+    if not isinstance(program.embedding, Tensor):
+        return "its embedding table is quantized"
     for index, layer in enumerate(program.layers):
         if reason := _rejects_layer(layer):
             return f"layer {index}: {reason}"
@@ -109,6 +111,7 @@ class CudaDecoder:
             raise KernelError(f"{program.name}: {reason}")
         self.program, self.device, self.dtype = program, torch.device(device), dtype
         self.context_tokens = context_tokens
+        assert isinstance(program.embedding, Tensor)
         self._embedding = program.embedding.to(self.device, dtype)
         tied = isinstance(program.head.weight, Tensor) and program.head.weight is program.embedding
         self._head = Product(self._embedding, None, None, "") if tied else self._join((program.head,))[0]
