@@ -25,7 +25,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -52,15 +52,23 @@ EQUAL = {
 PROBE = """
 #include <stdint.h>
 #include <stddef.h>
-extern "C" uint64_t read_all(const uint64_t* p, size_t n) {
-    uint64_t s[32] = {0};
-    for (size_t i = 0; i + 32 <= n; i += 32) {
-        __builtin_prefetch(p + i + 512);
-        for (int j = 0; j < 32; ++j) s[j] += p[i + j];
-    }
+// Sums n words that are read as several streams side by side: one stream per core seldom gets all that the memory can give.
+template <int STREAMS> static uint64_t read_streams(const uint64_t* p, size_t n) {
+    uint64_t s[STREAMS][8] = {};
+    const size_t part = n / STREAMS;
+    for (size_t i = 0; i + 8 <= part; i += 8)
+        for (int k = 0; k < STREAMS; ++k) {
+            const uint64_t* q = p + k * part + i;
+            __builtin_prefetch(q + 512);
+            for (int j = 0; j < 8; ++j) s[k][j] += q[j];
+        }
     uint64_t t = 0;
-    for (int j = 0; j < 32; ++j) t ^= s[j];
+    for (int k = 0; k < STREAMS; ++k)
+        for (int j = 0; j < 8; ++j) t ^= s[k][j];
     return t;
+}
+extern "C" uint64_t read_all(const uint64_t* p, size_t n, int streams) {
+    return streams == 1 ? read_streams<1>(p, n) : streams == 4 ? read_streams<4>(p, n) : read_streams<8>(p, n);
 }
 """
 
@@ -81,19 +89,20 @@ class Bandwidth:
             flags = ["-O3", *build.ISA_FLAGS["native"], "-fPIC", "-shared"]
             subprocess.run([*build.compiler(), *flags, str(source), "-o", str(made)], check=True)
             self._read = ctypes.CDLL(str(made)).read_all
-        self._read.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+        self._read.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
         self._buffer = arena.allocate(nbytes).fill_(1)
         self._threads, self._pool = threads, ThreadPoolExecutor(threads)
 
-    def measure(self, passes: int = 3) -> float:
-        """Return GB/s, the best of a few passes."""
+    def measure(self, streams: Sequence[int] = (1, 4, 8, 1, 4, 8)) -> float:
+        """Return GB/s, the best of a pass with each number of streams per thread."""
         import time
 
         part = len(self._buffer) // self._threads // 64 * 64
         best = 0.0
-        for _ in range(passes):
+        for count in streams:
             start = time.perf_counter()
-            jobs = [self._pool.submit(self._read, self._buffer.data_ptr() + i * part, part // 8) for i in range(self._threads)]
+            addresses = [self._buffer.data_ptr() + i * part for i in range(self._threads)]
+            jobs = [self._pool.submit(self._read, address, part // 8, count) for address in addresses]
             for job in jobs:
                 job.result()
             best = max(best, part * self._threads / (time.perf_counter() - start) / 1e9)
