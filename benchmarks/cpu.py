@@ -359,8 +359,8 @@ def table(known: dict[str, Any]) -> Iterator[str]:
     kl = {(name, kind): value for name, kind, row in rows if (value := row.get("kl_of_int8_activations")) is not None}
     for (name, kind), value in kl.items():
         yield f"Rounding activations alone, {name}, {kind}: KL {value:.4f} to the same weights with float activations."
-    found = [statistics.median(s["read_gb_per_s"]) for s in known["slices"]]
-    yield f"Read bandwidth, medians of the slices: {min(found):.1f} to {max(found):.1f} GB/s."
+    found = [statistics.median(s["read_gb_per_s"]) for s in known["slices"] if s["read_gb_per_s"]]
+    yield f"Read bandwidth, medians of the slices: {min(found, default=0):.1f} to {max(found, default=0):.1f} GB/s."
 
 
 def cell(slices: list[dict[str, Any]], kind: str, key: str) -> str:
@@ -380,7 +380,7 @@ def share(found: dict[str, Any], row: dict[str, Any]) -> str:
     """Return which part of the read bandwidth decoding at the shortest context used, weights and keys and values counted."""
     context = min(found["tokens"]["contexts"])
     values = row.get(f"decode{context}")
-    if not row.get("read_bytes") or not values:
+    if not row.get("read_bytes") or not values or not found["read_gb_per_s"]:
         return ""
     read = row["read_bytes"] + row.get("kv_bytes_per_token", 0) * context
     return f"{read * statistics.median(values) / 1e9 / statistics.median(found['read_gb_per_s']):.0%}"
