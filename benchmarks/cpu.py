@@ -240,7 +240,9 @@ def float_bytes(name: str, arguments: argparse.Namespace) -> int:
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure one slice."""
     name, started, missing = arguments.model, dict[str, Any](), dict[str, str]()
-    free = available_bytes() * MEMORY_SHARE
+    from quantkit.memory import available_bytes
+
+    free = (available_bytes() or 1 << 40) * MEMORY_SHARE
     probe = Bandwidth(arguments.threads)
     for kind, (need, start) in contenders(name, arguments).items():
         if need > free:
@@ -297,15 +299,6 @@ def last(row: dict[str, Any]) -> str:
 
 def log(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-def available_bytes() -> int:
-    """Return the memory that programs can have: what is free and what caches would give back."""
-    try:
-        line = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
-        return int(line.split()[1]) * 1024
-    except (OSError, StopIteration):
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def cpu_name() -> str:
