@@ -39,6 +39,17 @@ MEMORY_SHARE = 0.7
 
 OURS = ("quantkit-bf16", "quantkit-int8-exact", "quantkit-int8-int8", "quantkit-int4-exact", "quantkit-int4-int8")
 TORCH = ("transformers-fp32", "transformers-bf16", "transformers-fp32-compiled", "torch-int4pack")
+EVERYONE = (
+    *OURS,
+    *(f"llama.cpp-{kind}" for kind in models.GGUF_TYPES),
+    *TORCH,
+    "torchao-int4",
+    "torchao-int4-compiled",
+    "openvino-int4",
+    "vllm-bf16",
+)
+"""All contenders; a table names those that no slice has."""
+
 EQUAL = {
     "llama.cpp-Q8_0": "quantkit-int8-int8",
     "quantkit-bf16": None,
@@ -345,7 +356,8 @@ def table(known: dict[str, Any]) -> Iterator[str]:
             cells = [name, kind, f"{bits:.2f}" if bits else "", f"{row['bytes'] / 1e6:.0f} ({row['bits_per_weight']:.2f})"]
             cells += [cell(slices, kind, key) for key in keys]
             yield "| " + " | ".join([*cells, share(newest, row)]) + " |"
-        for kind, reason in {kind: r for s in slices for kind, r in s["missing"].items() if kind not in kinds}.items():
+        reasons = dict.fromkeys(EVERYONE, "not asked for") | {k: r for s in slices for k, r in s["missing"].items()}
+        for kind, reason in ((kind, reason) for kind, reason in reasons.items() if kind not in kinds):
             yield f"| {name} | {kind} | | | not measured: {reason} |" + " |" * len(keys)
     yield ""
     rows = [(s["model"], kind, row) for s in known["slices"] for kind, row in s["rows"].items()]
