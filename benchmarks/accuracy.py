@@ -2,14 +2,17 @@
 
     python benchmarks/accuracy.py --data calib.txt --eval-data eval.txt --recipe gptq --scheme w4a16-asym-g64 w3a16-asym-g64
 
-Every row is one recipe on one scheme, quantized in a process of its own: seconds are those of the quantizing call
-(calibration included; loading the model and writing files are not), processor seconds those of the whole process, memory is
-the peak resident size of the process up to its end. The result is written, its bits per weight are counted from the files,
-and it is loaded again and scored in float32 beside the float model: perplexity over ``--windows`` windows of 1024 tokens
-spread over the evaluation text, KL and agreement on the first ``--kl-windows`` of them. ``--quick`` takes fewer tokens of
-both kinds: for a first look, not for a claim.
+Every row is one recipe on one scheme, quantized in a process of its own: seconds and processor seconds (of all threads, which
+say more on a busy machine) are those of the quantizing call, calibration included; loading the model and writing files are
+not. Memory is the peak resident size of the process. The result is written, its bits per weight are counted from the files
+(a peer that writes none has its format's nominal bits), and it is loaded again and scored in float32 beside the float model:
+perplexity over ``--windows`` windows of 1024 tokens spread over the evaluation text, KL and agreement on the first
+``--kl-windows`` of them, and the same KL on ``--other-windows`` of the text that every Python carries, which nothing here was
+calibrated or chosen on. ``--quick`` takes fewer tokens of all kinds: for a first look, not for a claim.
 
 ``--peer auto-round=PEER/bin/python`` adds that tool's row for the same schemes (a Python that has the package).
+``--json FILE`` is written after every row and continued: rows of the same settings that it holds are not run again.
+``--table FILE`` prints the table of such a file in markdown and does nothing else.
 """
 
 import argparse
@@ -17,10 +20,10 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-from quantize_time import cpu_name, peak_mib, prepare
+from peers import PEERS, Clock, calibration_ids
+from quantize_time import cpu_name, prepare
 
 RECIPES: dict[str, dict] = {
     "rtn": {"quantizer": "rtn"},
@@ -28,42 +31,70 @@ RECIPES: dict[str, dict] = {
     "hqq": {"quantizer": "hqq"},
     "gptq": {"quantizer": "gptq"},
     "gptaq": {"quantizer": "gptaq"},
+    "autoround": {"quantizer": "autoround"},
     "gptq+distill": {"quantizer": "gptq", "distill": {"steps": 64, "windows": 2}},
     "gptaq+distill": {"quantizer": "gptaq", "distill": {"steps": 64, "windows": 2}},
-    "w8a8-smoothquant": {"quantizer": "rtn", "transforms": ["smoothquant"]},
+    "autoround+distill": {"quantizer": "autoround", "distill": {"steps": 64, "windows": 2}},
     "gptaq+codes": {"quantizer": "gptaq", "distill": {"steps": 192, "windows": 2, "code_rate": 0.03}},
+    "w8a8-smoothquant": {"quantizer": "rtn", "transforms": ["smoothquant"]},
 }
 """Row name to what :func:`quantkit.quantize` is called with; ``options`` go to the quantizer."""
 
-QUICK = {"samples": 32, "windows": 6, "kl_windows": 6}
-COLUMNS = ("bits_per_weight", "perplexity", "kl", "kl_p99", "top1", "seconds", "cpu_seconds", "peak_mib")
+QUICK = {"samples": 32, "windows": 6, "kl_windows": 6, "other_windows": 4}
+PROTOCOL = ("samples", "length", "windows", "kl_windows", "other_windows", "data", "eval_data", "compute")
+COLUMNS = {
+    "bits_per_weight": ("bits per weight", ".2f"),
+    "perplexity": ("perplexity", ".2f"),
+    "kl": ("KL", ".3f"),
+    "kl_p99": ("KL p99", ".2f"),
+    "top1": ("top-1 %", ".1f"),
+    "other_kl": ("KL, other text", ".3f"),
+    "seconds": ("seconds", ".0f"),
+    "cpu_seconds": ("CPU seconds", ".0f"),
+    "peak_mib": ("peak MiB", ".0f"),
+}
 
 
 def main() -> None:
     arguments = parse()
     if arguments.worker:
         print("RESULT " + json.dumps(WORKERS[arguments.worker](json.loads(arguments.job))))
-        return
+    elif arguments.table:
+        print_table(json.loads(Path(arguments.table).read_text()))
+    else:
+        measure(arguments)
+
+
+def measure(arguments: argparse.Namespace) -> None:
     work = Path(tempfile.mkdtemp(prefix="accuracy-")) if arguments.work is None else Path(arguments.work)
     if not (work / "calibration.safetensors").exists():
         work.mkdir(parents=True, exist_ok=True)
         prepare(arguments, work)
-    tools = [("quantkit", name, sys.executable) for name in arguments.recipe]
-    tools += [(name, name, python) for name, python in (peer.split("=", 1) for peer in arguments.peer)]
-    protocol = {
-        name: getattr(arguments, name) for name in ("samples", "length", "windows", "kl_windows", "eval_data", "compute")
-    }
-    rows: list[dict] = []
+    protocol = {name: getattr(arguments, name) for name in PROTOCOL}
+    protocol |= {name: protocol[name] and Path(protocol[name]).name for name in ("data", "eval_data")}
+    report = protocol | {"cpu": cpu_name(), "rows": []}
+    if arguments.json and Path(arguments.json).exists():
+        found = json.loads(Path(arguments.json).read_text())
+        if different := [name for name in protocol if found.get(name) != protocol[name]]:
+            sys.exit(f"{arguments.json} was measured with another {different[0]}; give --json another name")
+        report["rows"] = found["rows"]
+    tools = [("quantkit", name, [sys.executable, __file__, "--worker", "quantkit", "--job"]) for name in arguments.recipe]
+    peers = str(Path(__file__).with_name("peers.py"))
+    tools += [(name, name, [python, peers, name]) for name, python in (peer.split("=", 1) for peer in arguments.peer)]
+    extra = {"options": options(arguments.option), "distill": options(arguments.distill)}
     for scheme in arguments.scheme:
-        for worker, name, python in tools:
-            job = protocol | {"scheme": scheme, "recipe": name, "work": str(work), "options": options(arguments.option)}
-            job["distill"] = options(arguments.distill)
-            job["out"] = str(work / f"{scheme}-{name}")
-            cost = call(python, worker, job)
-            rows.append({"scheme": scheme, "recipe": name, **cost, **call(sys.executable, "score", job | cost)})
-            print_row(rows[-1], header=len(rows) == 1)
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(protocol | {"cpu": cpu_name(), "rows": rows}, indent=2) + "\n")
+        for tool, name, command in tools:
+            row = {"scheme": scheme, "tool": tool, "recipe": name, **(extra if tool == "quantkit" else {})}
+            if any(row.items() <= done.items() for done in report["rows"]):
+                continue
+            job = {**vars(arguments), **row, **grid_of(scheme), "work": str(work), "out": str(work / f"{scheme}-{name}")}
+            cost = call([*command, json.dumps(job)])
+            quality = call([sys.executable, __file__, "--worker", "score", "--job", json.dumps(job | cost)])
+            report["rows"].append({**row, **cost, **quality})
+            print(json.dumps(report["rows"][-1]), flush=True)
+            if arguments.json:
+                Path(arguments.json).write_text(json.dumps(report, indent=2) + "\n")
+    print_table(report)
 
 
 def parse() -> argparse.Namespace:
@@ -75,13 +106,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--option", action="append", default=[], help="key=value, added to the options of every quantizer")
     parser.add_argument("--distill", action="append", default=[], help="key=value, added to the settings of distillation")
     parser.add_argument("--peer", action="append", default=[], help="name=python, name being one of: " + ", ".join(PEERS))
-    parser.add_argument("--compute", default="float32", choices=["float32", "bfloat16"], help="dtype quantkit runs a block in")
+    parser.add_argument(
+        "--compute", default="default", choices=["default", "float32", "bfloat16"], help="dtype quantkit runs a block in"
+    )
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--windows", type=int, default=30)
     parser.add_argument("--kl-windows", type=int, default=20)
+    parser.add_argument("--other-windows", type=int, default=8)
     parser.add_argument("--quick", action="store_true", help=str(QUICK))
-    parser.add_argument("--json", help="write rows and protocol here")
+    parser.add_argument("--json", help="write rows and protocol here; continued if it exists")
+    parser.add_argument("--table", help="print the table of a JSON file and stop")
     parser.add_argument("--work", help="directory for model, tokens and checkpoints; what it holds already is used")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--job", help=argparse.SUPPRESS)
@@ -95,78 +130,43 @@ def options(given: list[str]) -> dict:
     return {key: json.loads(value) for key, value in (item.split("=", 1) for item in given)}
 
 
-def call(python: str, worker: str, job: dict) -> dict:
-    command = [python, __file__, "--worker", worker, "--job", json.dumps(job)]
+def call(command: list[str]) -> dict:
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if done.returncode or not lines:
-        sys.exit(f"{worker} failed with status {done.returncode}; its messages are above")
+        sys.exit(f"{command[:4]} failed with status {done.returncode}; its messages are above")
     return json.loads(lines[-1].removeprefix("RESULT "))
-
-
-def calibration_ids(job: dict):
-    """Return ``samples`` of the prepared windows, evenly spread: int64 (samples, length)."""
-    from safetensors.torch import load_file
-
-    ids = load_file(Path(job["work"]) / "calibration.safetensors")["ids"]
-    return ids[[i * len(ids) // job["samples"] for i in range(job["samples"])]]
 
 
 def run_quantkit(job: dict) -> dict:
     import torch
 
     import quantkit
-    from quantkit.blockwise import Compute
+    from quantkit.compute import Compute
     from quantkit.distill import Distill
     from quantkit.hf.load import load_float
     from quantkit.quantizers.base import QUANTIZERS
 
     recipe = RECIPES[job["recipe"]]
-    ids = calibration_ids(job)
+    ids = calibration_ids(job, job["samples"])
     model, tokenizer = load_float(Path(job["work"]) / "float")
     quantizer = QUANTIZERS.get(recipe["quantizer"])(**{**recipe.get("options", {}), **job["options"]})
     distill = Distill(**{**recipe["distill"], **job["distill"]}) if "distill" in recipe else None
-    compute = Compute(torch.device("cpu"), getattr(torch, job["compute"]))
-    start, marks = time.perf_counter(), {}
+    compute = None if job["compute"] == "default" else Compute(torch.device("cpu"), getattr(torch, job["compute"]))
+    clock, marks = Clock(), {}
 
     def progress(event) -> None:
-        marks[event.stage] = time.perf_counter() - start
+        marks[event.stage] = clock.cost()["cpu_seconds"]
 
     transforms = recipe.get("transforms", ())
     result = quantkit.quantize(
         model, job["scheme"], quantizer=quantizer, transforms=transforms, distill=distill, data=list(ids.split(8)),
         tokenizer=tokenizer, compute=compute, progress=progress,
     )  # fmt: skip
-    cost = cost_since(start) | {"marks": marks}
+    cost = clock.cost() | {"marks": marks}
     cost |= {"distill_kl": result.metadata["distill"]["kl"]} if distill else {}
     quantkit.save(result.model, job["out"], tokenizer=tokenizer, overwrite=True)
     return cost
-
-
-def run_auto_round(job: dict) -> dict:
-    """AutoRound with 24 iterations over 48 windows: what it gets done in about the time of the others."""
-    import torch
-    from auto_round import AutoRound
-    from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    bits, group, symmetric = grid_of(job["scheme"])
-    model = AutoModelForCausalLM.from_pretrained(Path(job["work"]) / "float", dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(Path(job["work"]) / "float")
-    ids = calibration_ids(job | {"samples": min(48, job["samples"])})
-    start = time.perf_counter()
-    model, _ = AutoRound(
-        model, tokenizer, bits=bits, group_size=group, sym=symmetric, iters=24, nsamples=len(ids), seqlen=ids.shape[1],
-        batch_size=4, dataset=list(ids.split(1)), device_map="cpu", amp=False, enable_torch_compile=False,
-    ).quantize()  # fmt: skip
-    cost = cost_since(start)
-    save_file({k: v.contiguous().clone() for k, v in model.state_dict().items()}, job["out"] + ".safetensors")
-    return cost | {"weights": job["out"] + ".safetensors", "bits_per_weight": nominal_bits(bits, group, symmetric)}
-
-
-def cost_since(start: float) -> dict:
-    """Return wall and processor seconds (of all threads, which says more on a busy machine) and peak memory."""
-    return {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time(), "peak_mib": peak_mib()}
 
 
 def run_score(job: dict) -> dict:
@@ -182,6 +182,7 @@ def run_score(job: dict) -> dict:
     texts = load_texts(job["eval_data"]) if job["eval_data"] else text_default()[1]
     tokens = torch.tensor([token for text in texts for token in encoder(tokenizer)(text)])
     windows = cut_windows(tokens, length=1024, count=job["windows"])
+    other = torch.tensor([token for text in text_default()[1] for token in encoder(tokenizer)(text)])
     if "weights" in job:  # a peer's dequantized weights
         from safetensors.torch import load_file
 
@@ -191,38 +192,45 @@ def run_score(job: dict) -> dict:
         model = quantkit.load(job["out"], dtype=torch.float32)
         bits = quantkit.inspect(job["out"])["quantized_bits_per_weight"]
     quality = score(model, windows, base, kl_windows=job["kl_windows"])
+    elsewhere = score(model, cut_windows(other, length=1024, count=job["other_windows"]), base).divergence
     divergence = quality.divergence
     assert divergence is not None
+    assert elsewhere is not None
     return {
         "bits_per_weight": bits,
         "perplexity": quality.perplexity,
         "kl": divergence.mean,
         "kl_p99": divergence.p99,
         "top1": 100 * divergence.same_top1,
+        "other_kl": elsewhere.mean,
         "base_perplexity": divergence.base_perplexity,
     }
 
 
-def grid_of(scheme: str) -> tuple[int, int, bool]:
+def grid_of(scheme: str) -> dict:
     from quantkit.spec import preset
 
     spec = preset(scheme, (64,)).weight
-    return spec.bits, spec.group_size, spec.symmetric
+    return {"bits": spec.bits, "group_size": spec.group_size, "symmetric": spec.symmetric}
 
 
-def nominal_bits(bits: int, group: int, symmetric: bool) -> float:
-    return bits + (16 + (0 if symmetric else bits)) / group
+def print_table(report: dict) -> None:
+    """Print rows by scheme and KL."""
+    texts = f"calibrated on {report['samples']} x {report['length']} tokens of {report['data'] or 'the default text'}"
+    texts += (
+        f", scored on {report['windows']} x 1024 (KL {report['kl_windows']}) of {report['eval_data'] or 'the default text'}"
+    )
+    print(f"{texts}; other text: {report['other_windows']} x 1024. {report['cpu']}\n")
+    print("| scheme | method | " + " | ".join(title for title, _ in COLUMNS.values()) + " | |")
+    print("|---" * (len(COLUMNS) + 3) + "|")
+    for row in sorted(report["rows"], key=lambda row: (row["scheme"], row["kl"])):
+        method = f"**{row['recipe']}**" if row["tool"] == "quantkit" else row["recipe"]
+        method += "".join(f" {key}={value}" for given in ("options", "distill") for key, value in row.get(given, {}).items())
+        values = " | ".join(f"{row[name]:{form}}" for name, (_, form) in COLUMNS.items())
+        print(f"| {row['scheme']} | {method} | {values} | {row.get('note', '')} |")
 
 
-def print_row(row: dict, header: bool) -> None:
-    if header:
-        print(f"{'scheme':20}{'recipe':16}" + "".join(f"{name:>16}" for name in COLUMNS))
-    values = "".join(f"{row[name]:16.4f}" if name != "peak_mib" else f"{row[name]:16.0f}" for name in COLUMNS)
-    print(f"{row['scheme']:20}{row['recipe']:16}{values}", flush=True)
-
-
-PEERS = {"auto-round": run_auto_round}
-WORKERS = {"quantkit": run_quantkit, "score": run_score, **PEERS}
+WORKERS = {"quantkit": run_quantkit, "score": run_score}
 
 
 if __name__ == "__main__":

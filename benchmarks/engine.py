@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from quantkit.calibrate.data import text_default
 from quantkit.engine.request import Limits
 from quantkit.engine.sampling import Sampling
 from quantkit.engine.step import Memory
@@ -114,7 +115,8 @@ def quantized_to_8(model: Any) -> bool:
 
 
 def kv(model: Any, tokenizer: Any, arguments: argparse.Namespace) -> dict[str, Any]:
-    ids = torch.tensor(tokenizer(Path(arguments.text).read_text(encoding="utf-8"))["input_ids"])
+    text = Path(arguments.text).read_text(encoding="utf-8") if arguments.text else "\n\n".join(text_default()[1])
+    ids = torch.tensor(tokenizer(text)["input_ids"])
     cut = cut_windows(ids, length=arguments.length, count=arguments.windows)
     base, found = BaseLogits(model), {}
     for name in arguments.schemes:
@@ -193,7 +195,7 @@ def main() -> None:
     parser.add_argument("--engine", default="auto")
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--text", help="kv: text to score")
+    parser.add_argument("--text", help="kv: text to score; default: the held-out half of the language reference of Python")
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--length", type=int, default=384)
     parser.add_argument("--chunk", type=int, default=32, help="kv: tokens per step; 1 is what decoding does")

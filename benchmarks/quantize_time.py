@@ -106,7 +106,7 @@ def run_quantkit(arguments: argparse.Namespace) -> dict:
     from safetensors.torch import load_file
 
     import quantkit
-    from quantkit.blockwise import Compute
+    from quantkit.compute import Compute
     from quantkit.hf.load import load_float
 
     work = Path(arguments.work)

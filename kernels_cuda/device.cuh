@@ -129,6 +129,14 @@ __device__ __forceinline__ void* shared_memory() {
   return qk_shared;
 }
 
+// Bytes of shared memory that a block of this device may ask for.
+inline size_t largest_shared_memory() {
+  int device = 0, bytes = 48 * 1024;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return size_t(bytes) - 1024;  // what kernels declare themselves
+}
+
 // Launch on `stream`; returns the CUDA error code, 0 for none.
 template <class... Params, class... Args>
 int launch(void (*kernel)(Params...), dim3 grid, int threads, size_t shared, void* stream, Args... args) {

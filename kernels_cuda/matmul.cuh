@@ -1,8 +1,9 @@
 // y = x @ w.T (+ bias) for few tokens: read the weight once, as fast as memory gives it, and leave everything else in its shadow.
 //
 // - The weight is the tall operand (16 rows of N), tokens are the 8 columns: up to 8 tokens cost what one does.
-// - A block is four warps over one tile of 64 rows and one range of K; each warp takes a quarter of that range. What a lane copies
-//   into shared memory only that lane reads back, so a warp never waits for another before the sums are added up at the end.
+// - A block is four warps (two where shared memory is small) over one tile of 64 rows and one range of K, of which each warp takes
+//   its share. What a lane copies into shared memory only that lane reads back, so a warp never waits for another before the sums
+//   are added up at the end.
 // - Four stages of copies (2 KB of 4-bit weights each, and the activations, scales and zero points that go with them) are under way
 //   per warp: with the three or four blocks that fit an SM that is over 64 KB in flight.
 // - Products are of integers (code - zero_point) and activations; a group's sum is scaled in float32. Nothing else is rounded.
@@ -14,7 +15,7 @@
 
 namespace qk {
 
-constexpr int kWarps = 4, kStages = 4;
+constexpr int kMostWarps = 4, kStages = 4;
 
 struct Matmul {  // MatmulStruct of kernels/cuda_library.py
   const void* x;           // (tokens, k) of T, or bytes; 16-byte rows
@@ -192,11 +193,11 @@ template <class T> __device__ inline void store(const Matmul& m, int token, int 
   static_cast<T*>(m.y)[int64_t(token) * m.n + row] = from_float<T>(sum);
 }
 
-// Add up the four warps' sums (64 rows of up to 8 kTokens8 tokens), then the blocks' that share the tile.
+// Add up the warps' sums (64 rows of up to 8 kTokens8 tokens), then the blocks' that share the tile.
 template <class T, int kTokens8>
 __device__ void finish(const Matmul& m, const float (&total)[kParts][kTokens8][4], float* sums, int first, int count) {
   constexpr int kTokens = 8 * kTokens8, kPitch = kTileRows + 4;  // rows of the fragments fall on different banks
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, tile_row = blockIdx.x * kTileRows;
 #pragma unroll
   for (int p = 0; p < kParts; ++p)
 #pragma unroll
@@ -208,12 +209,12 @@ __device__ void finish(const Matmul& m, const float (&total)[kParts][kTokens8][4
   const int64_t tile = blockIdx.z * int64_t(gridDim.x) + blockIdx.x;
   float* partial = m.partial + tile * m.splits * kTokens * kTileRows;
   const int elements = (count < kTokens ? count : kTokens) * kTileRows;
-  for (int at = threadIdx.x; at < elements; at += kWarps * kWarp) {
+  for (int at = threadIdx.x; at < elements; at += blockDim.x) {
     int row = at % kTileRows, token = at / kTileRows;
     float sum = 0;
-    for (int w = 0; w < kWarps; ++w) sum += sums[(w * kTokens + token) * kPitch + row];
+    for (int w = 0; w < int(blockDim.x) / kWarp; ++w) sum += sums[(w * kTokens + token) * kPitch + row];
     if (m.splits > 1) partial[blockIdx.y * kTokens * kTileRows + at] = sum;
-    else if (blockIdx.x * kTileRows + row < m.n) store<T>(m, first + token, blockIdx.x * kTileRows + row, sum);
+    else if (tile_row + row < m.n) store<T>(m, first + token, tile_row + row, sum);
   }
   if (m.splits == 1) return;
   __shared__ bool last;
@@ -223,23 +224,23 @@ __device__ void finish(const Matmul& m, const float (&total)[kParts][kTokens8][4
   __syncthreads();
   if (!last) return;
   __threadfence();
-  for (int at = threadIdx.x; at < elements; at += kWarps * kWarp) {
+  for (int at = threadIdx.x; at < elements; at += blockDim.x) {
     int row = at % kTileRows, token = at / kTileRows;
     float sum = 0;
     for (int s = 0; s < m.splits; ++s) sum += fresh(partial + s * kTokens * kTileRows + at);
-    if (blockIdx.x * kTileRows + row < m.n) store<T>(m, first + token, blockIdx.x * kTileRows + row, sum);
+    if (tile_row + row < m.n) store<T>(m, first + token, tile_row + row, sum);
   }
   if (threadIdx.x == 0) m.arrived[tile] = 0;
 }
 
 template <class T, int kKind, int kTokens8>
-__global__ void __launch_bounds__(kWarps* kWarp, kTokens8 == 1 ? 4 : kTokens8 == 2 ? 3 : 2) matmul(Matmul m) {
+__global__ void __launch_bounds__(kMostWarps* kWarp, kTokens8 == 1 ? 4 : kTokens8 == 2 ? 3 : 2) matmul(Matmul m) {
   using W = Worker<T, kKind, kTokens8>;
   constexpr int kTokens = 8 * kTokens8;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int steps = (m.k + kStep - 1) / kStep, groups = ((m.k - 1) >> m.group_shift) + 1;
   const int64_t tile = (m.offsets ? blockIdx.z : 0) * int64_t(gridDim.x) + blockIdx.x;
-  const int part = blockIdx.y * kWarps + warp, parts = m.splits * kWarps;
+  const int warps = blockDim.x / kWarp, part = blockIdx.y * warps + warp, parts = m.splits * warps;
   int first = m.offsets ? m.offsets[blockIdx.z] : blockIdx.z * kTokens;
   const int end = m.offsets ? m.offsets[blockIdx.z + 1] : (first + kTokens < m.tokens ? first + kTokens : m.tokens);
   for (; first < end; first += kTokens) {
@@ -258,11 +259,12 @@ __global__ void __launch_bounds__(kWarps* kWarp, kTokens8 == 1 ? 4 : kTokens8 ==
 
 template <class T, int kKind, int kTokens8> int launch_matmul(const Matmul& m, void* stream) {
   using W = Worker<T, kKind, kTokens8>;
-  constexpr size_t sums = sizeof(float) * kWarps * 8 * kTokens8 * (kTileRows + 4);
-  size_t stages = size_t(kWarps) * kStages * typename W::S{m.group_shift == 5 ? 2 : 1, m.zeros != nullptr}.size();
+  const size_t stages = size_t(kStages) * typename W::S{m.group_shift == 5 ? 2 : 1, m.zeros != nullptr}.size();
+  const size_t sums = sizeof(float) * 8 * kTokens8 * (kTileRows + 4), warp = stages > sums ? stages : sums;
+  const int warps = kMostWarps * warp <= largest_shared_memory() ? kMostWarps : kMostWarps / 2;
   int chunks = m.offsets ? m.experts : (m.tokens + 8 * kTokens8 - 1) / (8 * kTokens8);
   dim3 grid(unsigned((m.n + kTileRows - 1) / kTileRows), unsigned(m.splits), unsigned(chunks));
-  return launch(matmul<T, kKind, kTokens8>, grid, kWarps * kWarp, stages > sums ? stages : sums, stream, m);
+  return launch(matmul<T, kKind, kTokens8>, grid, warps * kWarp, warps * warp, stream, m);
 }
 
 template <class T, int kKind> int launch_matmul(const Matmul& m, int tokens8, void* stream) {

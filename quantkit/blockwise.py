@@ -4,16 +4,15 @@ Only the block at work is on the device and in the compute dtype; the rest of th
 activations between blocks (tokens x hidden) are kept in the compute dtype.
 """
 
-import contextlib
-import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from quantkit.calibrate.walk import SiteStatistics, block_sites, record_inputs, walk_block
+from quantkit.compute import Compute, resident
 from quantkit.errors import CalibrationError
 from quantkit.hf.blocks import call_block, cast_call, record_block_calls
 from quantkit.memory import drop_pages, mapped_pages, return_freed_memory
@@ -21,7 +20,10 @@ from quantkit.nn.install import install
 from quantkit.nn.sites import Block, Site, Structure, read_weight, write_weight
 from quantkit.numerics import grid
 from quantkit.progress import Progress, ProgressCallback
+from quantkit.quantizers.autoround import AutoRound
 from quantkit.quantizers.base import Quantized, Quantizer, quantize_site
+from quantkit.quantizers.rtn import RTN
+from quantkit.reconstruct import learn_block, relative_distance
 from quantkit.rescale import shared_global_scales
 from quantkit.resume import ResumeStore
 from quantkit.spec import Plan, QuantSpec, Scheme
@@ -29,39 +31,6 @@ from quantkit.spec import Plan, QuantSpec, Scheme
 log = logging.getLogger(__name__)
 
 Visit = Callable[[Site, Callable[[Sequence[str]], SiteStatistics]], None]
-
-
-@dataclass(frozen=True)
-class Compute:
-    """Where and in which dtype a block runs while it is at work."""
-
-    device: torch.device
-    dtype: torch.dtype
-
-    @classmethod
-    def default(cls, model: nn.Module) -> "Compute":
-        """Use the GPU in the model's dtype if there is one, otherwise the CPU in float32."""
-        if torch.cuda.is_available():
-            return cls(torch.device("cuda"), next(model.parameters()).dtype)
-        return cls(torch.device("cpu"), torch.float32)
-
-
-@contextlib.contextmanager
-def resident(block: nn.Module, compute: Compute) -> Iterator[None]:
-    """Move ``block`` to the compute device and dtype; afterwards every tensor is back where and what it was.
-
-    A tensor that was not written to meanwhile gets its own memory back, so that a narrower dtype leaves no trace in it.
-    """
-    tensors = [*block.parameters(), *block.buffers()]
-    home = [tensor.data for tensor in tensors]
-    block.to(compute.device, compute.dtype)
-    tensors = [*block.parameters(), *block.buffers()]  # buffers are new objects now
-    moved = [tensor.data_ptr() for tensor in tensors]
-    try:
-        yield
-    finally:
-        for tensor, own, address in zip(tensors, home, moved, strict=True):
-            tensor.data = own if tensor.data_ptr() == address else tensor.data.to(own.device, own.dtype)
 
 
 class Chain:
@@ -97,28 +66,37 @@ class Chain:
     def state(self, tensors: list[Tensor]) -> None:
         self.hidden, self.twin = tensors[: len(self.calls)], tensors[len(self.calls) :]
 
+    def call(self, index: int, batch: int, hidden: Tensor) -> Tensor:
+        """Return what block ``index`` (resident already) makes of ``hidden`` (B, T, H) of one batch, on the compute device."""
+        module = self.model.get_submodule(self.structure.blocks[index].name)
+        args, kwargs = cast_call(*self.calls[batch][index], self.compute.dtype, self.compute.device)
+        return call_block(module, hidden.to(self.compute.device), args, kwargs)
+
     def advance(self, index: int, sites: Sequence[Site], visit: Visit) -> None:
         """Run block ``index`` (resident already) over all batches, visiting ``sites``; its outputs become the inputs."""
         block = self.structure.blocks[index]
         module = self.model.get_submodule(block.name)
-        device, dtype = self.compute.device, self.compute.dtype
 
         def forward(pending: list[Tensor], batch: int) -> Callable[[], Tensor]:
             def run() -> Tensor:
-                args, kwargs = cast_call(*self.calls[batch][index], dtype, device)
                 # The chain gives up its reference, so that a block's input is freed as soon as the block is done with it.
-                hidden, pending[batch] = pending[batch].to(device), pending[batch].new_empty(0)
-                return call_block(module, hidden, args, kwargs).cpu()
+                hidden, pending[batch] = pending[batch], pending[batch].new_empty(0)
+                return self.call(index, batch, hidden).to("cpu", self.compute.dtype)
 
             return run
 
+        def visit_exactly(site: Site, statistics: Callable[[Sequence[str]], SiteStatistics]) -> None:
+            with self.compute.rounding_products(False):
+                visit(site, statistics)
+
         twins: list[dict[str, Tensor]] = []
-        if self.twin:
-            runs = [forward(self.twin, i) for i in range(len(self.calls))]
-            self.twin, twins = record_inputs(module, block.name, sites, runs)
-        pending, self.hidden = self.hidden, []
-        runs = [forward(pending, i) for i in range(len(self.calls))]
-        outputs = walk_block(module, block.name, sites, runs, visit, twins)
+        with self.compute.rounding_products():
+            if self.twin:
+                runs = [forward(self.twin, i) for i in range(len(self.calls))]
+                self.twin, twins = record_inputs(module, block.name, sites, runs)
+            pending, self.hidden = self.hidden, []
+            runs = [forward(pending, i) for i in range(len(self.calls))]
+            outputs = walk_block(module, block.name, sites, runs, visit_exactly, twins, products=self.compute.products)
         if any(not bool(torch.isfinite(out.sum())) for out in outputs):
             raise CalibrationError(f"{block.name}: its output holds NaN or infinity; check the model and its dtype")
         self.hidden = outputs
@@ -222,14 +200,18 @@ def _quantize_block(
 ) -> dict[str, Quantized]:
     quantized: dict[str, Quantized] = {}
 
+    learns = isinstance(quantizer, AutoRound) and chain is not None and bool(sites)
+    inputs = list(chain.hidden) if learns and chain is not None else []
+    origin = {site.name: read_weight(model, site) for site in sites} if learns else {}
+
     def choose(site: Site, statistics: SiteStatistics | None) -> None:
         weight, scheme = read_weight(model, site), plan[site.name]
         one = quantize_site(quantizer, site.name, weight, scheme.weight, statistics, global_scales.get(site.name))
         write_weight(model, site, one.qtensor.dequantize())  # later sites and blocks see the quantized weight
         qtensor = one.qtensor.to("cpu")
         if scheme.activation is not None and scheme.static:
-            qtensor = dataclasses.replace(qtensor, input_scale=static_scale(site, scheme.activation, statistics))
-        quantized[site.name] = dataclasses.replace(one, qtensor=qtensor)
+            qtensor = replace(qtensor, input_scale=static_scale(site, scheme.activation, statistics))
+        quantized[site.name] = replace(one, qtensor=qtensor)
         report(site.name, one, len(quantized))
 
     if chain is not None:
@@ -237,7 +219,49 @@ def _quantize_block(
     for site in sites:
         if site.name not in quantized:
             choose(site, known.get(site.name))
+    if learns and chain is not None and isinstance(quantizer, AutoRound):
+        quantized = _learn(model, index, sites, plan, quantizer, chain, quantized, origin, inputs)
     return {site.name: quantized[site.name] for site in sites}
+
+
+def _learn(
+    model: nn.Module,
+    index: int,
+    sites: list[Site],
+    plan: Plan,
+    settings: AutoRound,
+    chain: Chain,
+    start: dict[str, Quantized],
+    origin: Mapping[str, Tensor],
+    inputs: Sequence[Tensor],
+) -> dict[str, Quantized]:
+    """Learn the codes and scales of a block; keep what it started with if that is better. The chain goes on with the result.
+
+    Args:
+        model, index, sites, plan, settings, chain: as for :func:`quantize_blocks`; the chain has passed the block.
+        start: the quantized sites, which are in the model already.
+        origin: site name to float weight.
+        inputs: what the chain held before the block.
+    """
+    before = relative_distance(chain.hidden, chain.twin)
+    learned = learn_block(
+        model,
+        {site: (start[site.name].qtensor, origin[site.name], plan[site.name].activation) for site in sites},
+        lambda batch: chain.call(index, batch, inputs[batch]),
+        chain.twin,
+        settings,
+        chain.compute,
+    )
+    for site, qtensor in learned.items():
+        write_weight(model, site, qtensor.dequantize())
+    with chain.compute.rounding_products():
+        outputs = [chain.call(index, batch, x).to("cpu", chain.compute.dtype) for batch, x in enumerate(inputs)]
+    after = relative_distance(outputs, chain.twin)
+    log.info("%s: output error %.3e before learning, %.3e after", chain.structure.blocks[index].name, before, after)
+    if not after < before:
+        return start
+    chain.hidden = outputs
+    return {site.name: replace(start[site.name], qtensor=q.to("cpu"), loss=after) for site, q in learned.items()}
 
 
 def _quantize_outside(
@@ -249,10 +273,15 @@ def _quantize_outside(
     results: dict[str, Quantized],
     progress: ProgressCallback,
 ) -> dict[str, Quantized]:
-    """Quantize planned sites outside the blocks (an output head), which are not part of the walk."""
-    for site in block_sites(Block("", structure.outside), plan):
+    """Quantize planned sites outside the blocks (embedding, output head), which are not part of the walk.
+
+    The two ends of the model are rounded to nearest, whatever the quantizer: no statistics say which of their rows matter.
+    """
+    ends = {structure.head, structure.embedding.name if structure.embedding else None}
+    for site in block_sites(Block("", structure.after), plan):
         weight = read_weight(model, site).to(compute.device)
-        one = quantize_site(quantizer, site.name, weight, plan[site.name].weight, None)
+        method = RTN("mse" if plan[site.name].weight.bits < 8 else "absmax") if site.name in ends else quantizer
+        one = quantize_site(method, site.name, weight, plan[site.name].weight, None)
         results[site.name] = Quantized(one.qtensor.to("cpu"), one.loss, one.notes, one.fell_back)
         install(model, site, results[site.name].qtensor, plan[site.name].activation)
         progress(Progress("quantize", len(results), len(plan), site.name, one.loss))

@@ -26,19 +26,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from quantkit.blockwise import Chain, Compute
+from quantkit.blockwise import Chain
+from quantkit.compute import Compute
 from quantkit.errors import CalibrationError
 from quantkit.hf.blocks import call_block, cast_call, finish, record_block_calls
 from quantkit.kernels.learning import divergence_gradient
 from quantkit.nn.linear import QuantLinear, QuantWeight
 from quantkit.nn.sites import Site, Structure
-from quantkit.nn.tuned import TunedLinear, TunedWeight
+from quantkit.nn.tuned import TunedWeight, substituted
+from quantkit.numerics.schedule import rise_and_fall
 from quantkit.progress import Progress, ProgressCallback
 from quantkit.quantizers.base import Quantized
 
 log = logging.getLogger(__name__)
-
-_WARM_STEPS = 3
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,7 @@ def learn_scales(
     model: nn.Module,
     structure: Structure,
     results: Mapping[str, Quantized],
+    origin: Mapping[str, Tensor],
     lessons: Sequence[Sequence[Lesson]],
     settings: Distill,
     compute: Compute,
@@ -127,6 +128,7 @@ def learn_scales(
         model: the quantized model; its scales are replaced.
         structure: its blocks and sites.
         results: the quantized sites.
+        origin: site name to float weight, if codes are learned; see :mod:`quantkit.nn.tuned`.
         lessons: from :func:`teach`.
         settings: steps and rates.
         compute: the device.
@@ -141,15 +143,25 @@ def learn_scales(
     compute = Compute(compute.device, _dtype(settings, compute.device))
     sites = [site for site in structure.sites if site.name in results]
     done, losses = dict(results), []
+    tuned = {
+        site: TunedWeight(
+            results[site.name].qtensor.to(compute.device),
+            compute.dtype,
+            codes=settings.code_rate > 0,
+            activation=_quantized_module(model, site).activation,
+            origin=origin.get(site.name),
+        )
+        for site in sites
+    }
     frozen = [p for p in model.parameters() if p.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(False)
     try:
-        with borrowed(model, compute), _learning(model, sites, results, compute, settings.code_rate > 0) as tuned:
+        with borrowed(model, compute), substituted(model, tuned):
             changes = [weight.change for weight in tuned.values()]
             optimizer = torch.optim.Adam(changes, lr=settings.rate, betas=(0.9, 0.95), eps=1e-12)
             for step in range(settings.steps):
-                factor = _schedule(step, settings.steps)
+                factor = rise_and_fall(step, settings.steps)
                 for weight in tuned.values():
                     weight.code_rate = settings.code_rate * factor
                 losses.append(_step(model, structure, lessons[step % len(lessons)], compute))
@@ -164,7 +176,7 @@ def learn_scales(
         for parameter in frozen:
             parameter.requires_grad_(True)
     for site in sites:
-        qtensor = tuned[site.name].result().to("cpu")
+        qtensor = tuned[site].result().to("cpu")
         done[site.name] = replace(done[site.name], qtensor=qtensor)
         module = _quantized_module(model, site)
         module.packed, module.scale = qtensor.packed.to(module.packed.device), qtensor.scale.to(module.scale.device)
@@ -195,11 +207,6 @@ def _step(model: nn.Module, structure: Structure, lessons: Sequence[Lesson], com
             raise CalibrationError("distill: the KL is not finite; use a lower rate, or dtype float32")
         hidden.backward(slope)
     return total / tokens
-
-
-def _schedule(step: int, steps: int) -> float:
-    """Return the factor of the learning rate: a short rise, then a straight line down to almost zero."""
-    return min(1.0, (step + 1) / _WARM_STEPS) * (1 - step / steps)
 
 
 def _stacked(rows: Sequence[Tensor]) -> list[Tensor]:
@@ -236,31 +243,6 @@ def borrowed(module: nn.Module, compute: Compute) -> Iterator[None]:
             parameter.data = value
         for owner, name, buffer in buffers:
             owner._buffers[name] = buffer
-
-
-@contextlib.contextmanager
-def _learning(
-    model: nn.Module, sites: Sequence[Site], results: Mapping[str, Quantized], compute: Compute, codes: bool
-) -> Iterator[dict[str, TunedWeight]]:
-    """Put learnable weights where the quantized ones are; put those back afterwards."""
-    tuned: dict[str, TunedWeight] = {}
-    before: list[tuple[nn.Module, str, nn.Module]] = []
-    try:
-        for site in sites:
-            old = _quantized_module(model, site)
-            weight = TunedWeight(
-                results[site.name].qtensor.to(compute.device), compute.dtype, codes=codes, activation=old.activation
-            )
-            path = site.module if isinstance(old, QuantLinear) else f"{site.module}.{site.parameter}"
-            parent, _, name = path.rpartition(".")
-            owner = model.get_submodule(parent)
-            before.append((owner, name, old))
-            setattr(owner, name, TunedLinear(weight, old.bias) if isinstance(old, QuantLinear) else weight)
-            tuned[site.name] = weight
-        yield tuned
-    finally:
-        for owner, name, old in before:
-            setattr(owner, name, old)
 
 
 def _quantized_module(model: nn.Module, site: Site) -> Any:

@@ -22,6 +22,8 @@ from quantkit.checkpoint.contents import Contents, Entry
 from quantkit.distill import Distill
 from quantkit.nn.sites import Site, Structure
 from quantkit.qtensor import QTensor
+from quantkit.quantizers.autoround import AutoRound
+from quantkit.quantizers.base import Quantizer
 from quantkit.spec import Plan
 
 RUNTIME_BYTES = 450 << 20
@@ -69,6 +71,7 @@ def forecast(
     format: str = "compressed-tensors",
     calibration_tokens: int = 0,
     batch_size: int = 8,
+    quantizer: Quantizer | None = None,
     distill: Distill | None = None,
     length: int = WINDOW,
     reasons: Mapping[str, str] | None = None,
@@ -81,6 +84,7 @@ def forecast(
         format: checkpoint format.
         calibration_tokens: tokens run through every block; 0 if the quantizer needs none.
         batch_size: calibration windows per forward.
+        quantizer: decides what else a block goes through; None is one that runs it once.
         distill: settings of the distillation, if there will be one.
         length: tokens per calibration window.
         reasons: site name to why it stays in float.
@@ -99,8 +103,8 @@ def forecast(
     passes = ["the written files once, to compare them with the model in memory"]
     if tokens:
         text = f"one forward of {tokens:,} tokens, {batch_size} windows at a time"
-        passes.insert(0, f"each of {len(structure.blocks)} blocks in turn: {text}")
-    working = _working_bytes(model, structure, sites, tokens)
+        passes.insert(0, f"each of {len(structure.blocks)} blocks in turn: {text}{_more_passes(quantizer)}")
+    working = _working_bytes(model, structure, sites, tokens, quantizer)
     if distill is not None:
         learned = distill.steps * distill.windows * length
         passes.insert(0, f"the float model: one forward of up to {learned:,} tokens")
@@ -135,12 +139,23 @@ def _tally(rows: Iterable[tuple[str, int]]) -> dict[str, tuple[int, int]]:
     return found
 
 
-def _working_bytes(model: nn.Module, structure: Structure, sites: list[Site], tokens: int) -> int:
+def _more_passes(quantizer: Quantizer | None) -> str:
+    text = ", and one of the float block" if quantizer is not None and "drift" in quantizer.needs else ""
+    if isinstance(quantizer, AutoRound):
+        text += f", then {quantizer.iters} forwards and backwards of {quantizer.batch_size} windows and a last forward"
+    return text
+
+
+def _working_bytes(model: nn.Module, structure: Structure, sites: list[Site], tokens: int, quantizer: Quantizer | None) -> int:
     """Return the estimated bytes of everything that lives only while a block is at work or a window is measured."""
     block = max((sum(p.numel() for p in model.get_submodule(b.name).parameters()) for b in structure.blocks), default=0)
     vocabulary, hidden = model.get_input_embeddings().weight.shape  # type: ignore[operator]
     widest = max(site.in_features for site in sites)
     calibrating = tokens * (2 * hidden + 3 * widest) + 5 * widest**2 if tokens else 0
+    if quantizer is not None and "drift" in quantizer.needs:  # the float model's activations and inputs of sites, its moments
+        calibrating += tokens * (2 * hidden + 2 * widest) + 2 * widest**2
+    if isinstance(quantizer, AutoRound):  # the block's input and the float weights are kept, codes and drifts added
+        calibrating += tokens * hidden + 3 * block
     return int(4 * (block + max(calibrating, 3 * WINDOW * vocabulary)))
 
 

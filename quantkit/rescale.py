@@ -28,7 +28,7 @@ from quantkit.numerics.scaling import powers_of_two
 from quantkit.spec import Plan
 from quantkit.transforms.base import Transform
 
-_TOLERANCE = 1e-3
+TOLERANCE = 1e-3
 _TOKENS = 16
 
 
@@ -49,10 +49,14 @@ class ScalingGroup:
     offset: float = 0.0
 
 
+def probe_ids(model: nn.Module) -> Tensor:
+    """Return the few tokens (1, T) on which invariance is tried."""
+    return torch.arange(3, 3 + _TOKENS, device=next(model.parameters()).device).unsqueeze(0)
+
+
 def find_groups(model: nn.Module, structure: Structure, chosen: Mapping[str, object]) -> list[ScalingGroup]:
     """Return every group whose readers are all in ``chosen``, in model order; the model is as before afterwards."""
-    ids = torch.arange(3, 3 + _TOKENS, device=next(model.parameters()).device).unsqueeze(0)
-    recorded = record_block_calls(model, structure, ids)
+    recorded = record_block_calls(model, structure, probe_ids(model))
     hidden, groups = recorded.hidden, []
     with torch.no_grad():
         for block, call in zip(structure.blocks, recorded.calls, strict=True):
@@ -67,7 +71,7 @@ def find_groups(model: nn.Module, structure: Structure, chosen: Mapping[str, obj
                     with _undone(model, candidate):
                         rescale(model, candidate, factors)
                         changed = (call_block(module, hidden, *call) - after).abs().max()
-                    if float(changed) <= _TOLERANCE * float((after - hidden).abs().max()):
+                    if float(changed) <= TOLERANCE * float((after - hidden).abs().max()):
                         groups.append(candidate)
                         break
             hidden = after
@@ -95,8 +99,7 @@ def shared_global_scales(model: nn.Module, structure: Structure, plan: Plan) -> 
 
 def _readers_of_blocks(model: nn.Module, structure: Structure) -> Iterator[tuple[list[tuple[Site, ...]], list[str | None]]]:
     """Run the blocks one after the other on a few tokens, and yield what :func:`watch_readers` finds in each."""
-    ids = torch.arange(3, 3 + _TOKENS, device=next(model.parameters()).device).unsqueeze(0)
-    recorded = record_block_calls(model, structure, ids)
+    recorded = record_block_calls(model, structure, probe_ids(model))
     hidden = recorded.hidden
     with torch.no_grad():
         for block, call in zip(structure.blocks, recorded.calls, strict=True):
@@ -141,7 +144,7 @@ def apply_transform(
     groups = find_groups(model, structure, plan)
     if not groups:
         raise CalibrationError("transform: nothing in this model can be rescaled; leave transforms out")
-    ids = torch.arange(3, 3 + _TOKENS, device=next(model.parameters()).device).unsqueeze(0)
+    ids = probe_ids(model)
     with torch.no_grad():
         before = model(ids, use_cache=False).logits
         for group in groups:
@@ -150,7 +153,7 @@ def apply_transform(
             factors = transform.factors(weights, [plan[site.name] for site in group.readers], found)
             rescale(model, group, powers_of_two(factors))
         changed = float((model(ids, use_cache=False).logits - before).abs().max())
-    limit = 10 * _TOLERANCE * float(before.abs().max())
+    limit = 10 * TOLERANCE * float(before.abs().max())
     if not changed <= limit:
         raise CalibrationError(f"the transform changed the logits by {changed:.3g} (limit {limit:.3g}); leave transforms out")
     return len(groups)

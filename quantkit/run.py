@@ -64,6 +64,7 @@ def plan_recipe(recipe: Recipe) -> Preview:
         resolution.plan,
         format=recipe.output.format,
         calibration_tokens=calibration.samples * calibration.length if calibrates else 0,
+        quantizer=recipe.quantizer.build(),
         distill=recipe.distill.build() if recipe.distill else None,
         length=calibration.length,
         batch_size=calibration.batch_size,

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantkit.blockwise import Compute
+from quantkit.compute import Compute
 from quantkit.distill import Distill, borrowed
 from quantkit.errors import CalibrationError
 from quantkit.nn.tuned import TunedLinear, TunedWeight

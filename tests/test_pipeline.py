@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from quantkit import checkpoint
-from quantkit.blockwise import Compute
 from quantkit.calibrate.data import from_ids
 from quantkit.calibrate.statistics import load_statistics, save_statistics
+from quantkit.compute import Compute
 from quantkit.errors import CalibrationError, FormatError, SpecError
 from quantkit.hf.structure import describe
 from quantkit.nn.linear import QuantLinear

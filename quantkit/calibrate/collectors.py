@@ -8,14 +8,13 @@ collector: sequences are run without it.
 A member of the family registers itself with ``@COLLECTORS.register(name)``; quantizers and transforms name what they need.
 """
 
-import contextlib
-from collections.abc import Iterator
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from quantkit.errors import CalibrationError
+from quantkit.kernels.moment import add_moment
 from quantkit.registry import Registry
 
 
@@ -73,28 +72,12 @@ class MeanSquare(_Sum):
         return self._mean("sum")
 
 
-@contextlib.contextmanager
-def _bfloat16_products(wanted: bool) -> Iterator[None]:
-    """Let float32 products on the CPU round their inputs to bfloat16 and add in float32, which is several times faster."""
-    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = settings.fp32_precision
-    try:
-        if wanted:
-            settings.fp32_precision = "bf16"
-        yield
-    finally:
-        settings.fp32_precision = before
-
-
 @COLLECTORS.register("hessian")
 class Hessian(_Sum):
     """Second-moment matrix E[x x^T]: float32 (features, features), accumulated in float32.
 
-    It is half the Hessian of the layer's squared output error (Frantar et al. 2022, arXiv 2210.17323, section 3). Only
-    tiles on and above the diagonal are multiplied: about 5/8 of the arithmetic of a full product.
+    It is half the Hessian of the layer's squared output error (Frantar et al. 2022, arXiv 2210.17323, section 3).
     """
-
-    TILES = 4
 
     def __init__(self, features: int) -> None:
         self.state = {"sum": torch.zeros(features, features), "count": torch.zeros((), dtype=torch.int64)}
@@ -102,15 +85,7 @@ class Hessian(_Sum):
     def update(self, x: Tensor) -> None:
         """Add ``x^T x`` for ``x`` (tokens, features)."""
         total = self.state["sum"] = self.state["sum"].to(x.device)
-        exact = (
-            x.dtype == torch.bfloat16
-        )  # products of bfloat16 numbers are exact in float32: the fast multiplier loses nothing
-        x = x.float()
-        tile = max(64, -(-x.shape[1] // self.TILES))
-        with _bfloat16_products(exact and x.device.type == "cpu"):
-            for start in range(0, x.shape[1], tile):
-                # One product per strip: columns of this tile against everything from it to the right.
-                total[start : start + tile, start:] += x[:, start : start + tile].T @ x[:, start:]
+        add_moment(total, x, x)
         self.state["count"] += x.shape[0]
 
     def result(self) -> Tensor:
@@ -139,10 +114,9 @@ class Drift(_Sum):
 
     def update(self, x: Tensor) -> None:
         """Add ``(x' - x)^T x`` for rows ``[x, x']`` (tokens, 2 features)."""
-        own, twin = x.float().chunk(2, 1)
-        self.state["sum"] = self.state["sum"].to(x.device)
-        with _bfloat16_products(x.dtype == torch.bfloat16 and x.device.type == "cpu"):
-            self.state["sum"] += (twin - own).T @ own
+        own, twin = x.chunk(2, 1)
+        total = self.state["sum"] = self.state["sum"].to(x.device)
+        add_moment(total, (twin.float() - own.float()).to(x.dtype), own)
         self.state["count"] += x.shape[0]
 
     def result(self) -> Tensor:

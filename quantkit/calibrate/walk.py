@@ -62,8 +62,14 @@ class SiteStatistics:
         return SiteStatistics({name: value[index] for name, value in self.results.items()}, (self.tokens[index],))
 
 
-def collect(site: Site, needs: Sequence[str], inputs: Sequence[Inputs]) -> SiteStatistics:
+def collect(site: Site, needs: Sequence[str], inputs: Sequence[Inputs], products: torch.dtype | None = None) -> SiteStatistics:
     """Run the named collectors over all ``inputs`` of ``site``; a paired one is left out where there is no twin.
+
+    Args:
+        site: the site.
+        needs: names of collectors.
+        inputs: one per batch.
+        products: what the product rounds its input to, and so what the collectors see; None leaves inputs as they are.
 
     Raises:
         CalibrationError: if an input holds NaN or infinity.
@@ -75,6 +81,7 @@ def collect(site: Site, needs: Sequence[str], inputs: Sequence[Inputs]) -> SiteS
     tokens = [0] * experts
     for one in inputs:
         for expert, rows in _rows_by_expert(one, experts):
+            rows = rows if products is None else rows.to(products)
             if not torch.isfinite(rows.sum()):  # NaN and infinity survive a sum
                 raise CalibrationError(f"{site.name}: calibration inputs hold NaN or infinity; check the model and its dtype")
             tokens[expert] += rows.shape[0]
@@ -151,6 +158,7 @@ def walk_block(
     forwards: Sequence[Callable[[], Tensor]],
     visit: Callable[[Site, Callable[[Sequence[str]], SiteStatistics]], None],
     twins: Sequence[dict[str, Tensor]] = (),
+    products: torch.dtype | None = None,
 ) -> list[Tensor]:
     """Run ``block`` once over all batches, visiting each site when all its inputs are known.
 
@@ -163,6 +171,7 @@ def walk_block(
             over the site's inputs. It may overwrite the site's float weight in place: the suspended batches then use it.
         twins: for every batch the inputs that the float model has at the sites (:func:`record_inputs`), if anybody wants
             them; emptied on the way.
+        products: what the products of ``forwards`` round their inputs to, if they do; see :func:`collect`.
 
     Returns:
         The outputs of ``forwards``, in order.
@@ -200,7 +209,7 @@ def walk_block(
             inputs = [batch.inputs for batch in running if batch.inputs is not None]
             if len(inputs) != len(previous) or any(one.x is not ref() for one, ref in zip(inputs, previous, strict=True)):
                 known = {}
-            visit(site, _memoised(site, inputs, known))
+            visit(site, _memoised(site, inputs, known, products))
             done.add(name)
             previous = [weakref.ref(one.x) for one in inputs]
             for batch in running:
@@ -216,11 +225,13 @@ def walk_block(
     return [batch.output for batch in batches if batch.output is not None]
 
 
-def _memoised(site: Site, inputs: list[Inputs], known: dict[str, SiteStatistics]) -> Callable[[Sequence[str]], SiteStatistics]:
+def _memoised(
+    site: Site, inputs: list[Inputs], known: dict[str, SiteStatistics], products: torch.dtype | None
+) -> Callable[[Sequence[str]], SiteStatistics]:
     def statistics(needs: Sequence[str]) -> SiteStatistics:
         key = ",".join(sorted(needs))
         if key not in known:
-            known[key] = collect(site, needs, inputs)
+            known[key] = collect(site, needs, inputs, products)
         return known[key]
 
     return statistics

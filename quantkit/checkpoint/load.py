@@ -95,7 +95,8 @@ def load(
 
 def _finish(model: Any, path: str | Path) -> None:
     """Tie, check that nothing is missing, and set what the files say beside the weights."""
-    model.tie_weights()
+    if not any(isinstance(part, QuantLinear) and part.tied_to for part in model.modules()):  # its table is one already
+        model.tie_weights()
     codes = {id(buffer) for part in model.modules() if isinstance(part, QuantLinear | QuantWeight) for buffer in part.buffers()}
     tensors = [*model.named_parameters(), *model.named_buffers()]
     left = [name for name, tensor in tensors if tensor.is_meta and id(tensor) not in codes]
@@ -111,12 +112,13 @@ def _finish(model: Any, path: str | Path) -> None:
 def _kernels(opened: Opened, sites: dict[str, Site]) -> dict[str, CpuKernel]:
     """Return the compiled kernel of every site that one runs; the rest keeps its codes as they are.
 
-    So does a site with a static grid for its inputs: kernels' layouts have no place for an input scale.
+    So does a site with a static grid for its inputs: kernels' layouts have no place for an input scale. And an embedding, whose
+    rows are looked up.
     """
     found = {}
     for name, site in sites.items():
         activation = opened.schemes[name].activation
-        if activation is not None and not activation.dynamic:
+        if (activation is not None and not activation.dynamic) or site == opened.contents.structure.embedding:
             continue
         kernel = select(Problem(opened.schemes[name].weight, (site.shape[-2], site.shape[-1]), "cpu", torch.float32))
         if isinstance(kernel, CpuKernel):

@@ -1,5 +1,6 @@
 """Proof: the files hold the model in memory, bit for bit, and a loaded copy says the same things."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from quantkit.checkpoint.files import mark_incomplete
 from quantkit.checkpoint.load import load
 from quantkit.checkpoint.read import open_checkpoint
 from quantkit.errors import FormatError
+from quantkit.nn.embedding import QuantEmbedding
 from quantkit.nn.linear import QuantLinear, QuantWeight
 from quantkit.qtensor import PARTS, QTensor
 from quantkit.spec import Scheme
@@ -18,14 +20,19 @@ from quantkit.spec import Scheme
 
 def installed(model: nn.Module) -> dict[str, QTensor]:
     """Return site name to QTensor of every quantized weight in the model."""
-    kinds = (QuantLinear, QuantWeight)
-    return {name: module.qtensor for name, module in model.named_modules() if isinstance(module, kinds)}
+    return {name: module.qtensor for name, module in _owners(model)}
 
 
 def installed_plan(model: nn.Module) -> dict[str, Scheme]:
     """Return site name to scheme of everything quantized in the model."""
-    kinds = (QuantLinear, QuantWeight)
-    return {name: Scheme(m.spec, m.activation) for name, m in model.named_modules() if isinstance(m, kinds)}
+    return {name: Scheme(module.spec, module.activation) for name, module in _owners(model)}
+
+
+def _owners(model: nn.Module) -> Iterator[tuple[str, QuantEmbedding | QuantLinear | QuantWeight]]:
+    """Yield the modules whose weights a checkpoint holds under their names: all but tied heads."""
+    for name, module in model.named_modules():
+        if isinstance(module, QuantEmbedding | QuantWeight) or (isinstance(module, QuantLinear) and module.tied_to is None):
+            yield name, module
 
 
 def verify(path: str | Path, model: nn.Module) -> None:

@@ -88,7 +88,7 @@ def open_checkpoint(path: str | Path) -> Iterator[Opened]:
     with Shards(path, rule.stem) as shards:
         contents = _contents(path, shards)
         matcher = _matcher(path, rule, quantization, shards, config)
-        stored = _match_entries(path, contents, matcher)
+        stored = _match_entries(path, contents, matcher, rule.embeddings)
         _check_tensors(path, contents, stored, shards)
         yield Opened(path, config, name, contents, stored, shards)
 
@@ -129,12 +129,12 @@ def _matcher(path: Path, rule: Format, quantization: Mapping[str, Any], shards: 
         raise FormatError(f"{path}/config.json: {error}") from error
 
 
-def _match_entries(path: Path, contents: Contents, matcher: Matcher) -> dict[str, Stored]:
+def _match_entries(path: Path, contents: Contents, matcher: Matcher, embeddings: bool) -> dict[str, Stored]:
     """Find which entries are quantized, and check that every site is so as a whole and fits its grid."""
     stored: dict[str, Stored] = {}
     seen: dict[str, Scheme | None] = {}
     for entry in contents.entries:
-        if entry.site is None:
+        if entry.site is None or (entry.site == contents.structure.embedding and not embeddings):
             continue
         found = matcher(entry.module)
         scheme = found.scheme if found else None

@@ -30,8 +30,9 @@ What transformers (5.23 with compressed-tensors 0.20) makes of our files: symmet
 with ``CompressedTensorsConfig(dequantize=True)`` only, because the package prepares unpacked zero points for them; stacks
 of experts load if they are symmetric; GPT-2's Conv1D layers are not recognised at all.
 
-Not representable here: blocks of several rows, NF4 (use ``native``), activations of other than 8 bits, stored ``weight_g_idx``
-(act order by group, which compressed-tensors itself has removed), KV-cache scales, sparsity, transforms.
+Not representable here: embedding tables (and so tied heads; an untied head is a linear layer as any other), blocks of several
+rows, NF4 (use ``native``), activations of other than 8 bits, stored ``weight_g_idx`` (act order by group, which
+compressed-tensors itself has removed), KV-cache scales, sparsity, transforms.
 """
 
 import re
@@ -57,6 +58,7 @@ class CompressedTensors:
     quant_method = "compressed-tensors"
     stem = "model"
     conv1d = False
+    embeddings = False
 
     def rejects(self, scheme: Scheme, shape: tuple[int, ...], dtype: str | None = None) -> str | None:
         """Reject what readers would misread; see the module's docstring."""

@@ -81,6 +81,7 @@ class Native:
     quant_method = "quantkit"
     stem = "quantkit"
     conv1d = True
+    embeddings = True
 
     def rejects(self, scheme: Scheme, shape: tuple[int, ...], dtype: str | None = None) -> str | None:
         """Reject only a block that does not divide the shape."""

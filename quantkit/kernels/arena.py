@@ -1,4 +1,4 @@
-"""Memory for weights: large anonymous mappings that the system is asked to back with huge pages.
+"""Memory for weights, keys and values: large anonymous mappings that the system is asked to back with huge pages.
 
 A decode step reads every weight once. In pages of 4 KB that is a quarter of a million address translations per gigabyte; in
 pages of 2 MB, which Linux grants on request (``madvise(MADV_HUGEPAGE)``), five hundred. Where it grants none, or the system

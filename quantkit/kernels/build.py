@@ -64,6 +64,7 @@ _SIGNATURES: Final[dict[str, tuple[Any, list[Any]]]] = {
     "qk_sweep_rows": (_INT, []),
     "qk_sweep": (_INT, [_POINTER] * 5 + [_LONG] * 2 + [_INT] * 3),
     "qk_descend": (_INT, [_POINTER] * 5 + [_LONG] * 2 + [_INT] * 3),
+    "qk_moment": (_INT, [_POINTER] * 3 + [_LONG] * 2 + [_INT] * 2),
     "qk_divergence": (_INT, [_POINTER] * 4 + [_LONG] * 2 + [_INT] * 2),
     "qk_drift": (_INT, [_POINTER] * 2 + [ctypes.c_float] + [_LONG] * 2 + [_INT] * 2),
     "qk_settle": (_INT, [_POINTER] * 3 + [_INT] + [_LONG] * 2 + [_INT]),

@@ -35,7 +35,10 @@ class State(NamedTuple):
     def split(self) -> "State":
         """Return this weight with 8-bit codes in two planes (:func:`quantkit.kernels.layout.split`)."""
         weight = layout.split(self.weight)
-        return self if weight is self.weight else State(weight, weight.struct())
+        if weight is self.weight:
+            return self
+        weight = weight._replace(codes=in_huge_pages(weight.codes))
+        return State(weight, weight.struct())
 
 
 class CpuKernel:

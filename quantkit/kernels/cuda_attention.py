@@ -84,10 +84,12 @@ class Pages(NamedTuple):
         if scales is None:
             return codes
         if self.kind == "int8":
-            return ((codes.float() - 128) * scales[..., None]).to(dtype)
+            wide: Tensor = (codes.float() - 128) * scales[..., None]
+            return wide.to(dtype)
         values = torch.stack([codes & 15, codes >> 4], -1).flatten(-2).unflatten(-1, (-1, _GROUP)).float()
-        scale = (scales & 0xFFFF).to(torch.int32).to(torch.uint16).view(dtype).float()
-        return ((values - (scales >> 16)[..., None]) * scale[..., None]).flatten(-2).to(dtype)
+        scale = scales.view(torch.int16)[..., 0::2].contiguous().view(dtype).float()
+        wide = ((values - (scales >> 16)[..., None]) * scale[..., None]).flatten(-2)
+        return wide.to(dtype)
 
 
 class Rope(NamedTuple):
@@ -165,7 +167,8 @@ def append_plain(qkv: Tensor, heads: int, rope: Rope, where: Where, pages: Pages
         stored, grids = quantize_heads(new, pages.kind, qkv.dtype)
         codes[page, :, at] = stored
         scales[page, :, at] = grids
-    return q.to(qkv.dtype)
+    turned: Tensor = q.to(qkv.dtype)
+    return turned
 
 
 def places(where: Where) -> tuple[Tensor, Tensor]:
@@ -186,7 +189,7 @@ def quantize_heads(x: Tensor, kind: str, dtype: torch.dtype) -> tuple[Tensor, Te
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     zero = (-low / scale.float()).clamp(0, 15).round()
     codes = (groups / scale.float()[..., None] + zero[..., None]).clamp(0, 15).round().to(torch.uint8).flatten(-2)
-    words = scale.view(torch.uint16).to(torch.int32) | (zero.to(torch.int32) << 16)
+    words = scale.view(torch.int16).to(torch.int32) & 0xFFFF | (zero.to(torch.int32) << 16)
     return codes[..., 0::2] | (codes[..., 1::2] << 4), words
 
 

@@ -151,8 +151,10 @@ def matmul(
     """
     dtype = dtype or x.dtype
     tokens, columns = x.shape
-    if columns % 16 or not x.is_contiguous() or x.data_ptr() % 16:
-        x = torch.nn.functional.pad(x, (0, -columns % 16)).contiguous()
+    if columns % 16:
+        x = torch.nn.functional.pad(x, (0, -columns % 16))
+    elif x.data_ptr() % 16:
+        x = x.clone()
     y = torch.empty((tokens, weight.rows), dtype=dtype, device=x.device)
     if not tokens:
         return y

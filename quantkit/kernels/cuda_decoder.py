@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from quantkit.errors import KernelError
@@ -180,7 +180,8 @@ class CudaDecoder:
         y = ops.fragment_experts(ops.gated_activation(inner, first.activation, first.gated), offsets, *down)
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
         parts = y[back].view(len(x), mlp.top_k, -1).float() * (weights * mlp.scale)[..., None]
-        return parts.sum(1).to(x.dtype)
+        summed: Tensor = parts.sum(1)
+        return summed.to(x.dtype)
 
     def _normalize(self, x: Tensor, norm: Norm | None) -> Tensor:
         return x if norm is None else self._add(x, None, norm, 1.0)[1]
@@ -225,7 +226,7 @@ class CudaDecoder:
         bias = self._bias(linears)
         if floats:
             return (Product(torch.cat([part.to(self.device, self.dtype) for part in floats]), None, bias, ""),)
-        first: nn.Module | Any = modules[0]
+        first: Any = modules[0]
         form = "codes" if first.spec.is_integer else "fp8 codes"
         if first.activation is not None:
             form = "int8" if first.activation.is_integer else "fp8"

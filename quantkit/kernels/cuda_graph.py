@@ -63,6 +63,7 @@ class GraphDecoder:
         """Bytes of keys and values."""
         return sum(pages.nbytes for pages in self._pages)
 
+    @torch.no_grad()
     def read(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Read the prompts and choose a token after each, (batch,); what was read before is forgotten.
 
@@ -87,6 +88,7 @@ class GraphDecoder:
         self._lengths = [len(prompt) for prompt in prompts]
         return self._newest.clone()
 
+    @torch.no_grad()
     def decode(self, count: int) -> Tensor:
         """Choose ``count`` more tokens for every sequence, (count, batch), int64.
 
@@ -133,7 +135,7 @@ class GraphDecoder:
             for tensor, before in zip((self._newest, self._where.positions, self._at), held, strict=True):
                 tensor.copy_(before)
 
-        with torch.inference_mode(), torch.cuda.stream(stream):
+        with torch.cuda.stream(stream):
             for _ in range(2):
                 self._step()
                 restore()

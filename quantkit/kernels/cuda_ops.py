@@ -97,7 +97,7 @@ def _experts(x: Tensor, offsets: Tensor, *weight: Any) -> Tensor:
 
 def _experts_plain(x: Tensor, offsets: Tensor, *weight: Any) -> Tensor:
     floats, ends = fragments.dequantize(Fragments(*weight)), offsets.tolist()
-    parts = [F.linear(x[start:end].float(), w) for w, start, end in zip(floats, ends, ends[1:], strict=True)]
+    parts = [F.linear(x[start:end].float(), w) for w, start, end in zip(floats, ends[:-1], ends[1:], strict=True)]
     return torch.cat(parts).to(x.dtype)
 
 

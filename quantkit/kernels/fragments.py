@@ -83,18 +83,18 @@ def restore(weight: Fragments, spec: QuantSpec, expert: int | None = None) -> QT
     A stack comes back whole, or as one ``expert`` of it.
     """
     block_rows, _ = grid.block_size(spec, (weight.rows, weight.columns))
-    parts = range(weight.experts) if expert is None else [expert]
-    codes = torch.stack([_read_codes(weight, part) for part in parts])
-    scale, zero = (None if t is None else _read_grid(t, weight.rows)[:, ::block_rows] for t in (weight.scale, weight.zero))
+    chosen = list(range(weight.experts)) if expert is None else [expert]
+    parts: list[Tensor | None] = [torch.stack([_read_codes(weight, one) for one in chosen])]
+    for laid in (weight.scale, weight.zero):
+        rows = None if laid is None else _read_grid(laid[chosen], weight.rows)
+        parts.append(None if rows is None else rows[:, ::block_rows].contiguous())
+    if len(chosen) == 1:
+        parts = [None if part is None else part[0] for part in parts]
+    codes, scale, zero = parts
+    assert codes is not None
     assert scale is not None
     assert scale.dtype == SCALE_DTYPES[spec.scale_dtype]
-    chosen = [None if t is None else t[list(parts)].contiguous() for t in (codes, scale, zero)]
-    chosen[0] = codes
-    if expert is not None or weight.experts == 1:
-        chosen = [None if t is None else t[0] for t in chosen]
-    assert chosen[0] is not None
-    assert chosen[1] is not None
-    return QTensor.from_codes(chosen[0], chosen[1], chosen[2], spec)
+    return QTensor.from_codes(codes, scale, zero, spec)
 
 
 def dequantize(weight: Fragments, fp8: bool = False) -> Tensor:

@@ -38,7 +38,7 @@ def logits(program: Program, ids: Tensor) -> Tensor:
 
 def embed(program: Program, ids: Tensor) -> Tensor:
     """Return the residual stream before the first layer, float32 (T, hidden)."""
-    return program.embedding[ids].float() * program.embedding_scale
+    return program.rows(ids) * program.embedding_scale
 
 
 def read_out(program: Program, x: Tensor) -> Tensor:

@@ -95,15 +95,14 @@ def sweep(weight: Tensor, qparams: tuple[Tensor, Tensor | None], spec: QuantSpec
 
 
 def descend(
-    weight: Tensor, codes: Tensor, qparams: tuple[Tensor, Tensor | None], spec: QuantSpec, order: Tensor, hessian: Tensor
+    residual: Tensor, codes: Tensor, qparams: tuple[Tensor, Tensor | None], spec: QuantSpec, order: Tensor, hessian: Tensor
 ) -> Tensor:
     """Choose every column's codes again with all others fixed; see :func:`quantkit.numerics.descent.descend`."""
-    if weight.device.type != "cpu" or not compiled("grid search and GPTQ"):
-        return descent.descend(weight, codes, qparams, spec, order, hessian)
-    rows, columns = weight.shape
+    if residual.device.type != "cpu" or not compiled("grid search and GPTQ"):
+        return descent.descend(residual, codes, qparams, spec, order, hessian)
+    rows, columns = residual.shape
     padding = -rows % build.library().qk_sweep_rows()
     scale, zero = qparams
-    residual = (weight - grid.dequantize(codes, scale, zero, spec)) @ hessian
 
     def arranged(values: Tensor) -> Tensor:
         return torch.nn.functional.pad(values.T[order], (0, padding), value=1).contiguous()

@@ -89,7 +89,8 @@ class LaidOut:
     def _describe(self) -> Any:
         program = self._program
         layers = self._keep(_array(LayerStruct, [self._layer(layer) for layer in program.layers]))
-        embedding = self._keep(program.embedding.contiguous())
+        table = program.embedding if isinstance(program.embedding, Tensor) else torch.empty(0)  # a step brings its own rows
+        embedding = self._keep(table.contiguous())
         return ProgramStruct(
             embedding.data_ptr(),
             program.hidden,

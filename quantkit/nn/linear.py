@@ -277,12 +277,14 @@ class QuantLinear(_Quantized):
         shape: (out, in).
         in_features: input size K.
         out_features: output size N.
+        tied_to: name of the embedding whose table this is, for a tied head; a checkpoint holds it there.
 
     Raises:
         SpecError: if the weight is not 2-D or the bias does not fit it.
     """
 
     bias: nn.Parameter | None
+    tied_to: str | None = None
 
     def __init__(self, qtensor: QTensor, bias: Tensor | None = None, *, activation: QuantSpec | None = None) -> None:
         if len(qtensor.shape) != 2 or (bias is not None and tuple(bias.shape) != qtensor.shape[:1]):

@@ -13,19 +13,27 @@ the identity in the gradient). A relative unknown makes one learning rate fit al
 Codes may be learned too: each has a drift, how far it wants to be from where it is, in steps of the grid. Every backward pass
 moves the drift by ``code_rate`` against the sign of its weight's gradient (signed gradient descent as in SignRound, Cheng et
 al. 2023, arXiv 2309.05516), and a code follows once the drift exceeds one half. A gradient without a clear sign makes the drift
-wander around zero, so that only codes that many windows agree on change.
+wander around zero, so that only codes that many windows agree on change. The drift begins with a part of what rounding took
+from the float weight: weights half-way between two codes change first, and codes whose gradients agree do not all jump at once.
 """
 
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from quantkit.kernels.learning import drift_levels, expand_groups, reduce_groups, settle_levels
+from quantkit.nn.sites import Site
 from quantkit.numerics import grid
 from quantkit.numerics.fake import fake_quantize
 from quantkit.qtensor import QTensor
 from quantkit.spec import QuantSpec
+
+_SHARE, _LARGEST_DRIFT = 0.5, 0.49
+"""Which part of what rounding took a drift begins with, and where it may begin: short of one half, where a code follows."""
 
 
 class TunedWeight(nn.Module):
@@ -36,6 +44,7 @@ class TunedWeight(nn.Module):
         dtype: dtype that products run in.
         codes: learn codes as well as scales.
         activation: dynamic grid that inputs are rounded to; None leaves them alone.
+        origin: the float weight, to begin the codes' drift with; None begins with none.
 
     Attributes:
         code_rate: how far one backward pass moves the drift of a code; used if codes are learned.
@@ -44,7 +53,13 @@ class TunedWeight(nn.Module):
     """
 
     def __init__(
-        self, qtensor: QTensor, dtype: torch.dtype, *, codes: bool = False, activation: QuantSpec | None = None
+        self,
+        qtensor: QTensor,
+        dtype: torch.dtype,
+        *,
+        codes: bool = False,
+        activation: QuantSpec | None = None,
+        origin: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.spec, self.shape, self.activation = qtensor.spec, qtensor.shape, activation
@@ -60,6 +75,9 @@ class TunedWeight(nn.Module):
         self.low = self.low.to(integer)
         self.levels = levels
         self.drift = torch.zeros_like(levels, dtype=torch.float16) if codes else None
+        if self.drift is not None and origin is not None:
+            exact = origin.float().view(self.split) / self.start[..., :, None, :, None]
+            self.drift.copy_(((exact - levels) * _SHARE).clamp_(-_LARGEST_DRIFT, _LARGEST_DRIFT))
         self.code_rate = 0.0
         self.change = nn.Parameter(torch.zeros_like(self.start))
         self.weight = torch.empty(qtensor.shape, dtype=dtype, device=levels.device)
@@ -101,15 +119,55 @@ class TunedLinear(nn.Module):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
+@contextlib.contextmanager
+def substituted(model: nn.Module, weights: Mapping[Site, TunedWeight]) -> Iterator[None]:
+    """Put learnable weights where the float or quantized ones of these sites are; put those back afterwards."""
+    undo: list[Callable[[], None]] = []
+    try:
+        for site, weight in weights.items():
+            owner = model.get_submodule(site.module)
+            if len(site.shape) == 3:
+                undo.append(_replace_parameter(owner, site.parameter, weight))
+                continue
+            parent, _, name = site.module.rpartition(".")
+            undo.append(functools.partial(setattr, model.get_submodule(parent), name, owner))
+            setattr(model.get_submodule(parent), name, TunedLinear(weight, getattr(owner, "bias", None)))
+        yield
+    finally:
+        for put_back in reversed(undo):
+            put_back()
+
+
+def _replace_parameter(owner: nn.Module, name: str, weight: TunedWeight) -> Callable[[], None]:
+    """Put ``weight`` where a stack of experts, a parameter or a module, is; returns what undoes it."""
+    stacks: dict[str, Any] = owner._parameters if name in owner._parameters else owner._modules
+    before, places = stacks[name], list(stacks)
+    if stacks is owner._modules:
+        stacks[name] = weight
+        return functools.partial(stacks.__setitem__, name, before)
+    del stacks[name]
+    owner.add_module(name, weight)
+
+    def undo() -> None:
+        del owner._modules[name]
+        after = places[places.index(name) + 1 :]
+        stacks[name] = before
+        for later in after:  # parameters keep their order
+            stacks[later] = stacks.pop(later)
+
+    return undo
+
+
 class _Product(torch.autograd.Function):
     """``x @ w.T`` whose backward reduces the gradient of the weight to that of its scales."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, change: Tensor, owner: TunedWeight, expert: int | None) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.owner, ctx.expert = owner, expert
         weight = owner.weight if expert is None else owner.weight[expert]
-        return x @ weight.T
+        rounded = x.to(weight.dtype)
+        ctx.save_for_backward(rounded)
+        ctx.owner, ctx.expert, ctx.dtype = owner, expert, x.dtype
+        return rounded @ weight.T
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, Tensor, None, None]:  # type: ignore[override]
@@ -123,4 +181,5 @@ class _Product(torch.autograd.Function):
             drift = owner.drift if expert is None else owner.drift[expert]
             drift_levels(drift, by_weight.view(drift.shape), owner.code_rate)
         by_scale = reduce_groups(levels, by_weight.view(levels.shape))
-        return slope @ weight if ctx.needs_input_grad[0] else None, by_scale * start, None, None
+        by_input = (slope @ weight).to(ctx.dtype) if ctx.needs_input_grad[0] else None
+        return by_input, by_scale * start, None, None

@@ -7,11 +7,11 @@ come. Afterwards all columns are known, and each may be chosen again with all ot
 .. math:: q_k \leftarrow \mathrm{round}\big(q_k + \tfrac{[(W - Q) H]_k}{s\, H_{kk}}\big)
 
 never increases the error (Behdin et al. 2023, QuantEase, arXiv 2309.01885, without its outliers). In turn, for given codes the
-error is quadratic in the scales of a row, :math:`Q = \sum_g s_g L_g` with the levels :math:`L_g` of group g, and smallest where
+error is quadratic in the scale of every group g with levels :math:`L_g = q_g - z_g`, and smallest along it where
 
-.. math:: \sum_h (L_g H L_h^T)\, s_h = L_g H W^T
+.. math:: s_g \leftarrow s_g + \frac{[(W - Q) H]_g \cdot L_g}{L_g H_{gg} L_g^T}
 
-Cost of each: out x in^2 multiply-adds, as much as GPTQ's sweep.
+one group after the other. Cost of a pass of either: out x in^2 multiply-adds, as much as GPTQ's sweep.
 """
 
 import torch
@@ -21,9 +21,6 @@ from quantkit.numerics import grid
 from quantkit.numerics.sweep import per_column
 from quantkit.spec import QuantSpec
 
-_WIDEST_CHANGE = 2.0
-"""A fitted scale further than this factor from the old one comes from a nearly singular system and is not taken."""
-
 
 def row_errors(weight: Tensor, approximation: Tensor, hessian: Tensor) -> Tensor:
     """Return (w - q) H (w - q)^T of every row, (out,)."""
@@ -32,12 +29,12 @@ def row_errors(weight: Tensor, approximation: Tensor, hessian: Tensor) -> Tensor
 
 
 def descend(
-    weight: Tensor, codes: Tensor, qparams: tuple[Tensor, Tensor | None], spec: QuantSpec, order: Tensor, hessian: Tensor
+    residual: Tensor, codes: Tensor, qparams: tuple[Tensor, Tensor | None], spec: QuantSpec, order: Tensor, hessian: Tensor
 ) -> Tensor:
     """Choose every column's codes again, one column after the other, all others fixed.
 
     Args:
-        weight: float32 (out, in).
+        residual: float32 (out, in), ``(W - Q) H`` of the weight W and what the codes stand for, Q; not modified.
         codes: uint8 (out, in); not modified.
         qparams: scale and zero point of its blocks.
         spec: the grid.
@@ -47,12 +44,12 @@ def descend(
     Returns:
         uint8 codes (out, in) with an error that is not larger.
     """
-    shape, top = tuple(weight.shape), 2**spec.bits - 1
+    shape, top = tuple(codes.shape), 2**spec.bits - 1
     scale, zero = qparams
     scales = per_column(scale.float(), spec, shape).T
     zeros = torch.full_like(scales, grid.zero_code(spec)) if zero is None else per_column(zero.float(), spec, shape).T
     levels = codes.T.float() - zeros  # (in, out)
-    residual = ((weight - levels.T * scales.T) @ hessian).T.contiguous()
+    residual = residual.T.clone(memory_format=torch.contiguous_format)  # (in, out)
     for k in order.tolist():
         wanted = levels[k] + residual[k] / (scales[k] * hessian[k, k])
         better = torch.clamp(wanted.round_(), -zeros[k], top - zeros[k])
@@ -63,29 +60,31 @@ def descend(
 
 def fit_scales(
     weight: Tensor, codes: Tensor, qparams: tuple[Tensor, Tensor | None], spec: QuantSpec, hessian: Tensor
-) -> Tensor:
-    """Return the scales of all groups of each row that together lose least for the given codes.
+) -> tuple[Tensor, Tensor]:
+    """Move the scale of every group to where it loses least for the given codes, one group after the other.
 
-    Arguments as for :func:`descend`; the blocks of ``spec`` must be one row high. A row whose error would not fall, because
-    of the rounding to the stored dtype, keeps its scales.
+    Arguments as for :func:`descend`, with the float32 ``weight`` (out, in); the blocks of ``spec`` must be one row high. A
+    scale that would not get better by its move, because it is rounded to the stored dtype, keeps its value. Repeated calls
+    come closer to the scales that together lose least.
 
     Returns:
-        scales like ``qparams[0]``.
+        scales like ``qparams[0]``, and the residual ``(W - Q) H`` float32 (out, in) that they leave.
     """
     scale, zero = qparams
-    groups = scale.shape[1]
-    width = weight.shape[1] // groups
+    width = weight.shape[1] // scale.shape[1]
     middle = float(grid.zero_code(spec)) if zero is None else per_column(zero.float(), spec, tuple(weight.shape))
     levels = codes.float() - middle
-    pairs = torch.empty(len(weight), groups, groups, device=weight.device)
-    for g in range(groups):
+    current = scale.float().clone()
+    residual = (weight - levels * per_column(current, spec, tuple(weight.shape))) @ hessian
+    for g in range(scale.shape[1]):
         part = slice(g * width, (g + 1) * width)
-        pairs[:, g] = ((levels[:, part] @ hessian[part]) * levels).unflatten(-1, (groups, width)).sum(-1)
-    wanted = ((weight @ hessian) * levels).unflatten(-1, (groups, width)).sum(-1)
-    pairs.diagonal(dim1=-2, dim2=-1).mul_(1 + 1e-4).clamp_(min=1e-30)
-    fitted, failed = torch.linalg.solve_ex(pairs, wanted)
-    ratio = fitted / scale.float()
-    sound = (ratio > 1 / _WIDEST_CHANGE) & (ratio < _WIDEST_CHANGE) & (failed == 0).unsqueeze(-1)
-    stored = grid.round_scale(torch.where(sound, fitted, scale.float()), spec.scale_dtype)
-    old, new = (row_errors(weight, grid.dequantize(codes, s, zero, spec), hessian) for s in (scale, stored))
-    return torch.where((new < old).unsqueeze(-1), stored, scale)
+        own = levels[:, part]
+        slope = (residual[:, part] * own).sum(-1)
+        curvature = ((own @ hessian[part, part]) * own).sum(-1)
+        fitted = current[:, g] + slope / curvature.clamp(min=1e-30)
+        sound = (curvature > 0) & (fitted * current[:, g] > 0)  # a sign that turns round is no small correction
+        change = grid.round_scale(torch.where(sound, fitted, current[:, g]), spec.scale_dtype).float() - current[:, g]
+        change *= 2 * slope * change > curvature * change.square()  # by how much the error falls
+        residual -= (change.unsqueeze(-1) * own) @ hessian[part]
+        current[:, g] += change
+    return current.to(scale.dtype), residual

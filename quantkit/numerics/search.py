@@ -7,6 +7,9 @@ For a block of weights :math:`w_k` and importances :math:`h_k = E[x_k^2]` (the d
 over a range shrunk by a factor :math:`r`; with ``refit``, the least-squares scale for the codes of each candidate is tried as
 well, :math:`s = \sum h w (q - z) / \sum h (q - z)^2`. Scales are rounded to their stored dtype before the loss is taken. With
 :math:`h = 1` this is the clip search by mean squared error. The weighting idea is llama.cpp's importance matrix.
+
+A symmetric grid has one level more below zero than above, so scales of either sign are tried: a negative one puts that level
+where the largest weights are.
 Cost: about ten passes over the weight per candidate, in slices that stay in the cache.
 """
 
@@ -75,7 +78,7 @@ def _search(blocks: Tensor, weights: Tensor, spec: QuantSpec, ratios: Sequence[f
     best_loss = torch.full_like(base, torch.inf)
     best_scale, best_zero = torch.empty_like(base), torch.empty_like(base)
     weighted = blocks * weights
-    for ratio in ratios:
+    for ratio in (*ratios, *(-ratio for ratio in ratios)) if spec.symmetric else ratios:
         scale = round_scale(base * ratio, spec.scale_dtype).float()
         zero = torch.full_like(scale, zero_code(spec)) if low is None else (-low * ratio / scale).round_().clamp_(0, top)
         for attempt in range(2 if refit else 1):
@@ -88,7 +91,7 @@ def _search(blocks: Tensor, weights: Tensor, spec: QuantSpec, ratios: Sequence[f
             best_loss = torch.where(better, loss, best_loss)
             best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
             if refit and attempt == 0:
-                fitted = torch.where((norm > 0) & (cross > 0), cross / norm, scale)
+                fitted = torch.where((norm > 0) & (cross * scale > 0), cross / norm, scale)
                 scale = round_scale(fitted, spec.scale_dtype).float()
     return best_scale, best_zero.to(torch.uint8)
 

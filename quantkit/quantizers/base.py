@@ -57,7 +57,7 @@ class Quantized:
     Attributes:
         qtensor: the codes.
         loss: relative squared error of the site's output over the calibration inputs, ||(W - Q) x||^2 / ||W x||^2, or of the
-            weight itself where no statistics exist.
+            weight itself where no statistics exist; of its block's output where the block was learned as a whole.
         notes: what was unusual.
         fell_back: the quantizer wanted statistics and there were none.
     """

@@ -68,8 +68,11 @@ class GPTQ:
             damped = damp(hessian, float(statistics.cache[f"{self._key} damping"]))
             for _ in range(self.rounds):
                 if spec.block[0] == 1:
-                    qparams = descent.fit_scales(weight, codes, qparams, spec, damped), qparams[1]
-                codes = rounding.descend(weight, codes, qparams, spec, order, damped)
+                    scale, residual = descent.fit_scales(weight, codes, qparams, spec, damped)
+                    qparams = scale, qparams[1]
+                else:
+                    residual = (weight - grid.dequantize(codes, *qparams, spec)) @ damped
+                codes = rounding.descend(residual, codes, qparams, spec, order, damped)
         return QTensor.from_codes(codes, *qparams, spec), notes
 
     @property

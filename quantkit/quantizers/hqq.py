@@ -5,8 +5,8 @@ With errors counted in steps of the grid, :math:`d = (w - s(q - z)) / s`, minimi
 .. math:: \sum_k |d_k|^p, \qquad 0 < p < 1
 
 by half-quadratic splitting (Badri, Shaji 2023, "Half-Quadratic Quantization of Large Machine Learning Models", equations 4 to
-7): part of the error is declared an outlier, :math:`e = \operatorname{sign}(d) \max(0, |d| - |d|^{p - 1} / \beta)`, and the grid
-is fitted by least squares to what is left, with :math:`\beta` growing.
+7): part of the error is declared an outlier, :math:`e = \operatorname{sign}(d) \max(0, |d| - |d|^{p - 1} / \beta)`, and the
+grid is fitted by least squares to what is left, with :math:`\beta` growing.
 
 The paper keeps the scale and moves a zero point that is a float. Zero points here are whole codes, which such small moves
 never reach, so the scale is fitted as well; and scales are rounded as they are stored before anything is compared. Every

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from quantkit.blockwise import Compute, collect_statistics
+from quantkit.blockwise import collect_statistics
+from quantkit.compute import Compute
 from quantkit.errors import CalibrationError, SpecError
 from quantkit.hf.structure import describe
 from quantkit.nn.sites import read_weight, write_weight

@@ -17,7 +17,7 @@ FLAGS = ("-x", "c++", "-std=c++17", "-O2", "-fPIC", "-w", f"-I{HERE}", "-ffp-con
 def library() -> ctypes.CDLL:
     """Build (once per change of a source) and load the kernels; on a processor they run a few million times slower."""
     command = [*build.compiler(), *FLAGS]
-    files = [*nvcc.sources(), HERE / "host.h"]
+    files = [*nvcc.sources(), HERE / "host.h", HERE / "host.cu"]
     path = build.cache_directory() / f"quantkit-emulated-{build.digest(files, *command, build.version(command[0]))}.so"
     units = [file for file in files if file.suffix == ".cu"]
     build.find_or_make(path, lambda: link(command, units, path))

@@ -101,6 +101,9 @@ inline void run_block(Block& self) {
   }
 }
 
+inline size_t shared_limit = 226 * 1024;
+inline size_t largest_shared_memory() { return shared_limit; }
+
 template <class... Params, class... Args>
 int launch(void (*kernel)(Params...), dim3 grid, int threads, size_t shared, void*, Args... args) {
   if (shared > 227 * 1024 || threads > 1024 || !grid.x || !grid.y || !grid.z || grid.y > 65535 || grid.z > 65535) return 1;

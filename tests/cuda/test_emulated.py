@@ -4,6 +4,8 @@ Slow machinery, so the problems are few and odd: sizes that are no multiple of a
 The same checks on a real device, and many more, are in ``tests/gpu``.
 """
 
+import ctypes
+
 import pytest
 import torch
 
@@ -13,8 +15,8 @@ from quantkit.numerics import grid
 from quantkit.numerics.fake import fake_quantize
 from quantkit.qtensor import QTensor
 from quantkit.spec import TOKEN_INT8, QuantSpec
-from tests.contracts.test_kernels import random_qtensor
 from tests.cuda import emulated
+from tests.qtensors import random_qtensor
 
 DTYPES = [torch.float16, torch.bfloat16]
 EPS = {torch.float16: 4e-4, torch.bfloat16: 3e-3}
@@ -69,6 +71,20 @@ def test_a_token_gets_the_same_bits_in_every_batch():
     whole = cuda_calls.matmul(x, weight)
     for tokens in (1, 7, 12, 20):
         assert torch.equal(cuda_calls.matmul(x[:tokens], weight), whole[:tokens])
+
+
+def test_a_machine_of_little_shared_memory_takes_fewer_warps():
+    qtensor = random_qtensor(QuantSpec("int8", (1, 32), False), (70, 384))
+    weight, x = fragments.prepack(qtensor), torch.randn(9, 384).half()
+
+    def knob(size: int) -> None:
+        emulated.library().qk_host_shared_limit(ctypes.c_long(size))
+
+    try:
+        knob(99 * 1024)
+        assert error(cuda_calls.matmul(x, weight), product(x, qtensor)) < EPS[torch.float16]
+    finally:
+        knob(226 * 1024)
 
 
 def test_infinities_and_padding_stay_where_they_are():

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from quantkit.cli import app
 from quantkit.errors import KernelError
 from quantkit.kernels import build, nvcc
 
@@ -110,3 +112,13 @@ def test_the_sources_lie_in_the_checkout():
     names = {path.name for path in nvcc.sources()}
     assert {"device.cuh", "unpack.cuh", "matmul.cuh", "attend.cu"} <= names
     assert sys.modules["quantkit.kernels.nvcc"] is nvcc
+
+
+def test_the_command_builds_what_is_named(nowhere, monkeypatch):
+    path = put(nowhere / "bin", 'while [ $# -gt 0 ]; do [ "$1" = -o ] && echo library > "$2"; shift; done')
+    monkeypatch.setenv("PATH", f"{path.parent}:{os.defpath}")
+    done = CliRunner(env={"COLUMNS": "400"}).invoke(app, ["build-kernels", "--arch", "sm_90a", "--arch", "100-ptx"])
+    assert done.exit_code == 0, done.output
+    assert str(nvcc.library_path(("90a", "100-ptx"))) in done.output
+    assert nvcc.library_path(("90a", "100-ptx")).exists()
+    assert CliRunner().invoke(app, ["build-kernels", "--arch", "volta"]).exit_code == 2

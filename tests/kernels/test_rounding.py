@@ -83,6 +83,21 @@ def test_sweep_gives_the_codes_of_the_plain_sweep(spec: QuantSpec, rows: int, co
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
 
 
+@pytest.mark.usefixtures("_isa")
+def test_a_symmetric_grid_puts_its_extra_level_where_the_largest_weights_are() -> None:
+    spec = QuantSpec("int2", (1, 32))
+    weight = torch.randn(40, 96, generator=torch.Generator().manual_seed(7))
+    importance = torch.rand(96, generator=torch.Generator().manual_seed(8))
+    for searched in (rounding.search_qparams, search.search_qparams):
+        scale, _ = searched(weight, spec, importance)
+        mirrored, _ = searched(-weight, spec, importance)
+        assert bool((scale < 0).any())
+        assert bool((scale > 0).any())
+        losses = [weighted_loss(one, (s, None), spec, importance) for one, s in ((weight, scale), (-weight, mirrored))]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+        assert losses[0] < 0.95 * weighted_loss(weight, (scale.abs(), None), spec, importance)
+
+
 def test_threads_do_not_change_the_result() -> None:
     weight, hessian = problem(130, 96)
     factor, _ = inverse_factor(hessian, 0.01)

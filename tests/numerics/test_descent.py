@@ -22,6 +22,16 @@ def problem(rows: int = 20) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(rows, 96, generator=generator), hessian
 
 
+def residual(
+    weight: torch.Tensor,
+    codes: torch.Tensor,
+    qparams: tuple[torch.Tensor, torch.Tensor | None],
+    spec: QuantSpec,
+    hessian: torch.Tensor,
+) -> torch.Tensor:
+    return (weight - grid.dequantize(codes, *qparams, spec)) @ hessian
+
+
 def rounded(weight: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor | None]]:
     qparams = grid.choose_qparams(weight, spec)
     return grid.quantize(weight, *qparams, spec), qparams
@@ -32,8 +42,9 @@ def test_compiled_and_plain_descent_agree(spec: QuantSpec) -> None:
     weight, hessian = problem()
     codes, qparams = rounded(weight, spec)
     order = torch.randperm(96, generator=torch.Generator().manual_seed(1))
-    plain = descent.descend(weight, codes, qparams, spec, order, hessian)
-    fast = rounding.descend(weight, codes, qparams, spec, order, hessian)
+    left = residual(weight, codes, qparams, spec, hessian)
+    plain = descent.descend(left, codes, qparams, spec, order, hessian)
+    fast = rounding.descend(left, codes, qparams, spec, order, hessian)
     assert (plain != fast).float().mean() < 0.01  # float32 sums in another order may decide a tie differently
 
 
@@ -43,7 +54,8 @@ def test_descent_ends_where_no_single_code_can_be_improved(spec: QuantSpec) -> N
     codes, qparams = rounded(weight, spec)
     errors = [descent.row_errors(weight, grid.dequantize(codes, *qparams, spec), hessian)]
     for _ in range(60):
-        codes = rounding.descend(weight, codes, qparams, spec, torch.arange(96), hessian)
+        left = residual(weight, codes, qparams, spec, hessian)
+        codes = rounding.descend(left, codes, qparams, spec, torch.arange(96), hessian)
         errors.append(descent.row_errors(weight, grid.dequantize(codes, *qparams, spec), hessian))
         assert (errors[-1] <= errors[-2] * (1 + 1e-5)).all()
     assert (errors[-1] < 0.9 * errors[0]).all()
@@ -60,7 +72,10 @@ def test_fitted_scales_are_the_least_squares_solution(symmetric: bool) -> None:
     spec = QuantSpec("int4", (1, 32), symmetric, scale_dtype="float32")
     weight, hessian = problem()
     codes, qparams = rounded(weight, spec)
-    fitted = descent.fit_scales(weight, codes, qparams, spec, hessian)
+    fitted = qparams[0]
+    for _ in range(12):
+        fitted, left = descent.fit_scales(weight, codes, (fitted, qparams[1]), spec, hessian)
+    torch.testing.assert_close(left, residual(weight, codes, (fitted, qparams[1]), spec, hessian), rtol=1e-3, atol=1e-2)
     scale = fitted.clone().requires_grad_()
     zero = 8 if qparams[1] is None else grid.expand(qparams[1], spec, (20, 96)).float()
     error = weight - (codes.float() - zero) * grid.expand(scale, spec, (20, 96))
@@ -78,7 +93,7 @@ def test_scales_never_get_worse_by_their_rounding() -> None:
     weight, hessian = problem()
     codes, qparams = rounded(weight, spec)
     for _ in range(3):
-        fitted = descent.fit_scales(weight, codes, qparams, spec, hessian)
+        fitted, _ = descent.fit_scales(weight, codes, qparams, spec, hessian)
         assert fitted.dtype == torch.bfloat16
         before, after = (
             descent.row_errors(weight, grid.dequantize(codes, s, qparams[1], spec), hessian) for s in (qparams[0], fitted)

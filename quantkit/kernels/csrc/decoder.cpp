@@ -53,6 +53,12 @@ class Run {
     return ready_;
   }
 
+  // A weight as this call reads it.
+  Linear as_read(Linear l) const {
+    if (batch_.draft && l.kind == kWeightPlanes) l.kind = kWeightHighPlane;
+    return l;
+  }
+
   // My share of linears whose outputs lie side by side in rows of y; others' may not be there yet.
   void multiply(const Linear* linears, int64_t count, const Ready& ready, float* y, int64_t y_stride) {
     int64_t total = 0, begin, end;
@@ -62,8 +68,7 @@ class Run {
       const int64_t blocks = linear_blocks(linears[i]);
       const int64_t from = begin > first ? begin - first : 0, to = end - first < blocks ? end - first : blocks;
       if (from < to) {
-        Linear linear = linears[i];
-        if (batch_.draft && linear.kind == kWeightPlanes) linear.kind = kWeightHighPlane;
+        const Linear linear = as_read(linears[i]);
         linear_share(linear, ready.of(linear), batch_.exact != 0, y, y_stride, from, to, mine_.scratch);
       }
       first += blocks;
@@ -201,7 +206,7 @@ class Run {
   void activated_part(const Mlp& mlp, const Ready& ready, const Rows& to, int64_t begin, int64_t end, float* memory) {
     const int64_t first = block_column(to, begin), count = block_column(to, end) - first, width = mlp.gated ? 2 * count : count;
     for (int64_t half = 0; half < (mlp.gated ? 2 : 1); ++half) {
-      const Linear& l = mlp.up[half < mlp.up_count ? half : 0];
+      const Linear l = as_read(mlp.up[half < mlp.up_count ? half : 0]);
       const int64_t row = first + (half < mlp.up_count ? 0 : mlp.down->columns);  // of the weight
       linear_share(l, ready.of(l), batch_.exact != 0, memory + half * count - row, width, row / 16, (row + count) / 16,
                    mine_.scratch);

@@ -73,16 +73,17 @@ void search_group(const Search& s, const float* w, const float* hw, const float*
   const float base = symmetric ? std::max(-low, high) * (2.0f / s.top) : (high - low) / s.top;
   float best = INFINITY;
   *scale = round_to(base, s.scale_dtype), *zero = 0;  // stands if no candidate has a finite loss, for the caller to refuse
-  for (int64_t r = 0; r < s.ratio_count; ++r) {
-    float tried = round_to(base * s.ratios[r], s.scale_dtype);
+  for (int64_t r = 0; r < (symmetric ? 2 : 1) * s.ratio_count; ++r) {  // symmetric: once with either sign
+    const float ratio = r < s.ratio_count ? s.ratios[r] : -s.ratios[r - s.ratio_count];
+    float tried = round_to(base * ratio, s.scale_dtype);
     const float offset = symmetric ? static_cast<float>(s.zero_code)
-                                   : std::min(std::max(std::nearbyint(-low * s.ratios[r] / tried), 0.0f), float(s.top));
+                                   : std::min(std::max(std::nearbyint(-low * ratio / tried), 0.0f), float(s.top));
     for (int attempt = 0; attempt <= s.refit; ++attempt) {
       const Fit f = fit(w, hw, h, size, tried, offset, s.top);
       // sum h (w - s l)^2 less sum h w^2, which is the same for all
       const float loss = tried * (tried * f.norm - 2 * f.cross);
       if (loss < best) best = loss, *scale = tried, *zero = static_cast<uint8_t>(offset);
-      if (!(f.norm > 0 && f.cross > 0)) break;
+      if (!(f.norm > 0 && f.cross * tried > 0)) break;
       tried = round_to(f.cross / f.norm, s.scale_dtype);
     }
   }

@@ -8,7 +8,7 @@ from quantkit.kernels.cuda import unfit
 from quantkit.numerics import grid
 from quantkit.qtensor import QTensor
 from quantkit.spec import QuantSpec
-from tests.contracts.test_kernels import assert_same, random_qtensor
+from tests.qtensors import assert_same, random_qtensor
 
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])

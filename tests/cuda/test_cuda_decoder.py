@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from quantkit.errors import KernelError
+from quantkit.hf.experts import enable_experts
 from quantkit.hf.lower import lower
 from quantkit.kernels import cuda_ops, interpret
 from quantkit.kernels.cuda_decoder import CudaDecoder, rejects
@@ -14,6 +15,12 @@ from tests.cuda import emulated
 from tests.kernels.test_decoder import quantize, some_ids
 
 W4 = QuantSpec("int4", (1, 32), False)
+
+
+def quantized(family: str, spec: QuantSpec):
+    model = tiny.FAMILIES[family](head_dim=64)
+    enable_experts(model)
+    return quantize(model, spec)
 
 
 def decoder_of(model, dtype: torch.dtype = torch.float16) -> CudaDecoder:
@@ -44,39 +51,39 @@ def test_float_families(family):
     else:
         known = family in ("gemma2",)
         model = tiny.FAMILIES[family](head_dim=64, **({"sliding_window": 8} if known else {}))
-    program = lower(model)
-    ids = some_ids(20)
-    want = interpret.logits(program, torch.tensor(ids))
-    assert error(read_in_pieces(decoder_of(model), ids), want) < 5e-3
-    assert error(read_in_pieces(decoder_of(model), ids, "int8"), want) < 3e-2
+    decoder, ids = decoder_of(model), some_ids(12)
+    want = interpret.logits(decoder.program, torch.tensor(ids))
+    assert error(read_in_pieces(decoder, ids), want) < 5e-3
+    assert error(read_in_pieces(decoder, ids, "int8"), want) < 3e-2
 
 
 @pytest.mark.parametrize("spec", [W4, QuantSpec("int8")], ids=["int4", "int8"])
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
 def test_quantized_families(family, spec):
-    model = quantize(tiny.FAMILIES[family](head_dim=64), spec)
+    model = quantized(family, spec)
     ids = some_ids(12)
-    want = interpret.logits(lower(model), torch.tensor(ids))
-    assert error(read_in_pieces(decoder_of(model), ids), want) < 5e-3
+    decoder = decoder_of(model)
+    want = interpret.logits(decoder.program, torch.tensor(ids))
+    assert error(read_in_pieces(decoder, ids), want) < 5e-3
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
 def test_through_the_emulated_kernels(family, monkeypatch):
-    model = quantize(tiny.FAMILIES[family](head_dim=64), W4)
-    ids = some_ids(10)
-    want = interpret.logits(lower(model), torch.tensor(ids))
+    model = quantized(family, W4)
+    decoder, ids = decoder_of(model), some_ids(9)
+    want = interpret.logits(decoder.program, torch.tensor(ids))
     functions = {name: made[1] for name, made in cuda_ops._IMPLEMENTATIONS.items()}
     with emulated.machine(monkeypatch):
         monkeypatch.setattr(cuda_ops, "ops", lambda: type("ops", (), {k: staticmethod(f) for k, f in functions.items()}))
-        assert error(read_in_pieces(decoder_of(model), ids), want) < 5e-3
+        assert error(read_in_pieces(decoder, ids), want) < 5e-3
 
 
 def test_decoding_chooses_the_most_likely_and_batches_do_not_matter():
-    model = quantize(tiny.FAMILIES["llama"](head_dim=64), W4)
+    model = quantized("llama", W4)
     decoder, prompts = decoder_of(model), [some_ids(9, 1), some_ids(4, 2), some_ids(33, 3)]
     together = GraphDecoder(decoder, 3, 64)
     first, rest = together.read(prompts), together.decode(6)
-    program = lower(model)
+    program = decoder.program
     for slot, prompt in enumerate(prompts):
         alone = GraphDecoder(decoder, 1, 64)
         chosen = torch.cat([alone.read([prompt]), alone.decode(4)[:, 0], alone.decode(2)[:, 0]])
