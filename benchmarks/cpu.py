@@ -25,7 +25,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,17 @@ MEMORY_SHARE = 0.7
 
 OURS = ("quantkit-bf16", "quantkit-int8-exact", "quantkit-int8-int8", "quantkit-int4-exact", "quantkit-int4-int8")
 TORCH = ("transformers-fp32", "transformers-bf16", "transformers-fp32-compiled", "torch-int4pack")
+EVERYONE = (
+    *OURS,
+    *(f"llama.cpp-{kind}" for kind in models.GGUF_TYPES),
+    *TORCH,
+    "torchao-int4",
+    "torchao-int4-compiled",
+    "openvino-int4",
+    "vllm-bf16",
+)
+"""All contenders; a table names those that no slice has."""
+
 EQUAL = {
     "llama.cpp-Q8_0": "quantkit-int8-int8",
     "quantkit-bf16": None,
@@ -52,15 +63,23 @@ EQUAL = {
 PROBE = """
 #include <stdint.h>
 #include <stddef.h>
-extern "C" uint64_t read_all(const uint64_t* p, size_t n) {
-    uint64_t s[32] = {0};
-    for (size_t i = 0; i + 32 <= n; i += 32) {
-        __builtin_prefetch(p + i + 512);
-        for (int j = 0; j < 32; ++j) s[j] += p[i + j];
-    }
+// Sums n words that are read as several streams side by side: one stream per core seldom gets all that the memory can give.
+template <int STREAMS> static uint64_t read_streams(const uint64_t* p, size_t n) {
+    uint64_t s[STREAMS][8] = {};
+    const size_t part = n / STREAMS;
+    for (size_t i = 0; i + 8 <= part; i += 8)
+        for (int k = 0; k < STREAMS; ++k) {
+            const uint64_t* q = p + k * part + i;
+            __builtin_prefetch(q + 512);
+            for (int j = 0; j < 8; ++j) s[k][j] += q[j];
+        }
     uint64_t t = 0;
-    for (int j = 0; j < 32; ++j) t ^= s[j];
+    for (int k = 0; k < STREAMS; ++k)
+        for (int j = 0; j < 8; ++j) t ^= s[k][j];
     return t;
+}
+extern "C" uint64_t read_all(const uint64_t* p, size_t n, int streams) {
+    return streams == 1 ? read_streams<1>(p, n) : streams == 4 ? read_streams<4>(p, n) : read_streams<8>(p, n);
 }
 """
 
@@ -81,19 +100,20 @@ class Bandwidth:
             flags = ["-O3", *build.ISA_FLAGS["native"], "-fPIC", "-shared"]
             subprocess.run([*build.compiler(), *flags, str(source), "-o", str(made)], check=True)
             self._read = ctypes.CDLL(str(made)).read_all
-        self._read.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+        self._read.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
         self._buffer = arena.allocate(nbytes).fill_(1)
         self._threads, self._pool = threads, ThreadPoolExecutor(threads)
 
-    def measure(self, passes: int = 3) -> float:
-        """Return GB/s, the best of a few passes."""
+    def measure(self, streams: Sequence[int] = (1, 4, 8, 1, 4, 8)) -> float:
+        """Return GB/s, the best of a pass with each number of streams per thread."""
         import time
 
         part = len(self._buffer) // self._threads // 64 * 64
         best = 0.0
-        for _ in range(passes):
+        for count in streams:
             start = time.perf_counter()
-            jobs = [self._pool.submit(self._read, self._buffer.data_ptr() + i * part, part // 8) for i in range(self._threads)]
+            addresses = [self._buffer.data_ptr() + i * part for i in range(self._threads)]
+            jobs = [self._pool.submit(self._read, address, part // 8, count) for address in addresses]
             for job in jobs:
                 job.result()
             best = max(best, part * self._threads / (time.perf_counter() - start) / 1e9)
@@ -231,7 +251,9 @@ def float_bytes(name: str, arguments: argparse.Namespace) -> int:
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure one slice."""
     name, started, missing = arguments.model, dict[str, Any](), dict[str, str]()
-    free = available_bytes() * MEMORY_SHARE
+    from quantkit.memory import available_bytes
+
+    free = (available_bytes() or 1 << 40) * MEMORY_SHARE
     probe = Bandwidth(arguments.threads)
     for kind, (need, start) in contenders(name, arguments).items():
         if need > free:
@@ -290,15 +312,6 @@ def log(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def available_bytes() -> int:
-    """Return the memory that programs can have: what is free and what caches would give back."""
-    try:
-        line = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
-        return int(line.split()[1]) * 1024
-    except (OSError, StopIteration):
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
 def cpu_name() -> str:
     """Return the processor's name and how many of its cores there are."""
     try:
@@ -343,15 +356,16 @@ def table(known: dict[str, Any]) -> Iterator[str]:
             cells = [name, kind, f"{bits:.2f}" if bits else "", f"{row['bytes'] / 1e6:.0f} ({row['bits_per_weight']:.2f})"]
             cells += [cell(slices, kind, key) for key in keys]
             yield "| " + " | ".join([*cells, share(newest, row)]) + " |"
-        for kind, reason in {kind: r for s in slices for kind, r in s["missing"].items() if kind not in kinds}.items():
+        reasons = dict.fromkeys(EVERYONE, "not asked for") | {k: r for s in slices for k, r in s["missing"].items()}
+        for kind, reason in ((kind, reason) for kind, reason in reasons.items() if kind not in kinds):
             yield f"| {name} | {kind} | | | not measured: {reason} |" + " |" * len(keys)
     yield ""
     rows = [(s["model"], kind, row) for s in known["slices"] for kind, row in s["rows"].items()]
     kl = {(name, kind): value for name, kind, row in rows if (value := row.get("kl_of_int8_activations")) is not None}
     for (name, kind), value in kl.items():
         yield f"Rounding activations alone, {name}, {kind}: KL {value:.4f} to the same weights with float activations."
-    found = [statistics.median(s["read_gb_per_s"]) for s in known["slices"]]
-    yield f"Read bandwidth, medians of the slices: {min(found):.1f} to {max(found):.1f} GB/s."
+    found = [statistics.median(s["read_gb_per_s"]) for s in known["slices"] if s["read_gb_per_s"]]
+    yield f"Read bandwidth, medians of the slices: {min(found, default=0):.1f} to {max(found, default=0):.1f} GB/s."
 
 
 def cell(slices: list[dict[str, Any]], kind: str, key: str) -> str:
@@ -371,7 +385,7 @@ def share(found: dict[str, Any], row: dict[str, Any]) -> str:
     """Return which part of the read bandwidth decoding at the shortest context used, weights and keys and values counted."""
     context = min(found["tokens"]["contexts"])
     values = row.get(f"decode{context}")
-    if not row.get("read_bytes") or not values:
+    if not row.get("read_bytes") or not values or not found["read_gb_per_s"]:
         return ""
     read = row["read_bytes"] + row.get("kv_bytes_per_token", 0) * context
     return f"{read * statistics.median(values) / 1e9 / statistics.median(found['read_gb_per_s']):.0%}"

@@ -8,6 +8,7 @@ give them again. All of this is Linux's; where the system has no such call, noth
 import contextlib
 import ctypes
 import mmap
+import os
 from bisect import bisect_right
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,6 +25,15 @@ def resident_bytes() -> int:
     with contextlib.suppress(OSError):
         return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE_BYTES
     return 0
+
+
+def available_bytes(meminfo: str = "/proc/meminfo") -> int | None:
+    """Return the memory that programs can still have, caches that would make room included; None where no one says."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in Path(meminfo).read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_AVPHYS_PAGES") * PAGE_BYTES if "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {}) else None
 
 
 def return_freed_memory() -> None:

@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from quantkit.memory import drop_pages, mapped_pages, return_freed_memory
+from quantkit.memory import available_bytes, drop_pages, mapped_pages, return_freed_memory
 
 MIB = 1 << 20
 
@@ -45,3 +45,10 @@ def test_a_change_to_a_mapped_weight_survives(tmp_path):
 def test_ordinary_memory_and_meta_are_left_alone():
     assert mapped_pages([torch.zeros(MIB), torch.empty(MIB, device="meta"), torch.empty(0)]) == []
     return_freed_memory()
+
+
+def test_what_caches_would_give_back_is_available(tmp_path):
+    info = tmp_path / "meminfo"
+    info.write_text("MemTotal: 24000 kB\nMemFree: 200 kB\nMemAvailable:   15000 kB\n")
+    assert available_bytes(str(info)) == 15000 * 1024
+    assert (available_bytes(str(tmp_path / "none")) or 1) > 0

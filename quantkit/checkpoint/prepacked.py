@@ -107,9 +107,9 @@ def describe() -> str:
 
 def key_of(weights: Iterable[Path], config: Mapping[str, Any], dtype: torch.dtype | None) -> str:
     """Return the key of a checkpoint: its weight files, the content of its config.json, and the dtype of what stays float."""
-    versions = [__version__, importlib.metadata.version("transformers"), hashlib.sha256(Path(layout.__file__).read_bytes())]
+    source = hashlib.sha256(Path(layout.__file__).read_bytes()).hexdigest()
     shards = [(path.name, known_sha256(path)) for path in sorted(weights)]
-    parts = [shards, config, str(dtype), *(v if isinstance(v, str) else v.hexdigest() for v in versions)]
+    parts = [shards, config, str(dtype), source, __version__, importlib.metadata.version("transformers")]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -171,7 +171,8 @@ class _Out:
         """Write a tensor and return where and what it is."""
         self.pad(arena.ALIGNMENT)
         where = {"at": self.position, "dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
-        self.write(memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()))
+        content: Any = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+        self.write(memoryview(content))
         return where
 
 
@@ -186,10 +187,12 @@ def _read(path: Path) -> Weights:
         mapped = mmap.mmap(file.fileno(), size - split, offset=split, access=mmap.ACCESS_COPY)
     weights, rest = arena.allocate(split), torch.frombuffer(mapped, dtype=torch.uint8)
     _fill(path, weights)
-    sites = {
-        name: [Prepacked(*(_view(weights, value) if isinstance(value, dict) else value for value in part)) for part in parts]
-        for name, parts in index["sites"].items()
-    }
+
+    def matrix(part: Sequence[Any]) -> Prepacked:
+        fields: Any = (_view(weights, value) if isinstance(value, dict) else value for value in part)
+        return Prepacked(*fields)
+
+    sites = {name: [matrix(part) for part in parts] for name, parts in index["sites"].items()}
     return Weights(sites, {name: _view(rest, where, split) for name, where in index["floats"].items()})
 
 
@@ -200,7 +203,8 @@ def _view(memory: Tensor, where: Mapping[str, Any], start: int = 0) -> Tensor:
 
 def _fill(path: Path, memory: Tensor) -> None:
     """Read the file's first bytes into ``memory``, several pieces at once."""
-    view = memoryview(memory.numpy())
+    content: Any = memory.numpy()
+    view = memoryview(content)
 
     def read(start: int) -> None:
         piece, done = view[start : start + _READ_BYTES], 0

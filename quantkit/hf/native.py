@@ -3,7 +3,6 @@
 A parameter or buffer that has been replaced or written to since is noticed by its identity, address and version.
 """
 
-import os
 import weakref
 
 from torch import Tensor
@@ -13,7 +12,7 @@ from quantkit.errors import KernelError
 from quantkit.hf.lower import CannotLower, lower
 from quantkit.kernels.decoder import NativeDecoder, rejects
 from quantkit.kernels.program import Program
-from quantkit.memory import drop_pages, mapped_pages, return_freed_memory
+from quantkit.memory import available_bytes, drop_pages, mapped_pages, return_freed_memory
 
 _Mark = tuple[tuple[int, int, int], ...]
 
@@ -58,7 +57,7 @@ def _release(model: PreTrainedModel) -> None:
 def _too_large(program: Program) -> str | None:
     """Float weights are laid out a second time: say so where that would take more than half of the free memory."""
     copied = sum(linear.weight.nbytes for linear in program.linears() if isinstance(linear.weight, Tensor))
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if "SC_AVPHYS_PAGES" in os.sysconf_names else None
+    free = available_bytes()
     if free is None or copied < free / 2:
         return None
     return f"a second copy of its float weights takes {copied / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"

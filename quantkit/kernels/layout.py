@@ -11,7 +11,7 @@ bit, and a *draft* of the weight, ``(16 h + 8 - zero_point) * scale``, is there 
 
 import ctypes
 from collections.abc import Callable, Sequence
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,7 +81,7 @@ class Prepacked(NamedTuple):
 
     def moved(self, copy: Callable[[Tensor], Tensor]) -> "Prepacked":
         """Return the same weight with every tensor copied by ``copy``."""
-        tensors = {name: copy(value) for name, value in self._asdict().items() if isinstance(value, Tensor)}
+        tensors: dict[str, Any] = {name: copy(value) for name, value in self._asdict().items() if isinstance(value, Tensor)}
         return self._replace(**tensors)
 
     def struct(self, bias: Tensor | None = None) -> LinearStruct:
