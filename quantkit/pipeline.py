@@ -201,8 +201,7 @@ def quantize(
     chain = _chain(model, structure, unpadded(batches), method, compute) if walk else None
     rows = _coverage_before(model, structure, plan)
     lessons = teach(model, structure, unpadded(batches), distill, compute, progress) if distill else []
-    learns_codes = distill is not None and distill.code_rate > 0
-    origin = {site.name: read_weight(model, site) for site in structure.sites if site.name in plan} if learns_codes else {}
+    origin = _origin(model, structure, plan) if distill and distill.code_rate else {}
     results = quantize_blocks(
         model, structure, plan, method, chain, compute=compute, store=store, known=known, progress=progress
     )
@@ -279,6 +278,11 @@ def _chain(model: nn.Module, structure: Structure, batches: list[Tensor], method
     if isinstance(method, AutoRound):  # what learns runs as many windows at a time as it learns from
         batches = [part for ids in batches for part in ids.split(method.batch_size)]
     return Chain(model, structure, batches, compute, twin="drift" in method.needs)
+
+
+def _origin(model: nn.Module, structure: Structure, plan: Plan) -> dict[str, Tensor]:
+    """Return the float weights of all planned sites, which stay in memory for it."""
+    return {site.name: read_weight(model, site) for site in structure.sites if site.name in plan}
 
 
 def _resolve_model(model: nn.Module | str | Path, tokenizer: Any) -> tuple[PreTrainedModel, Any]:
