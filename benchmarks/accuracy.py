@@ -28,6 +28,7 @@ from quantize_time import cpu_name, prepare
 RECIPES: dict[str, dict] = {
     "rtn": {"quantizer": "rtn"},
     "rtn-importance": {"quantizer": "rtn-importance"},
+    "hqq": {"quantizer": "hqq"},
     "gptq": {"quantizer": "gptq"},
     "gptaq": {"quantizer": "gptaq"},
     "autoround": {"quantizer": "autoround"},

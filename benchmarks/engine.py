@@ -2,12 +2,15 @@
 
     python benchmarks/engine.py identity      greedy tokens against transformers' generate: alone, ragged batch, with drafts
     python benchmarks/engine.py kv            KL and perplexity through the key/value memory, and its bytes
-    python benchmarks/engine.py speculate     tokens per second with and without drafts, round by round
+    python benchmarks/engine.py speculate     tokens per second with and without drafts, on texts that suit and not
 
+The twin's rows need int8 weights: ``quantkit.quantize("demo", "w8a16-g64", out=DIR)``, then ``--model DIR --head int8``.
 ``quantkit trace demo`` is the fourth: static against continuous batching.
 """
 
 import argparse
+import os
+import platform
 import statistics
 import time
 from pathlib import Path
@@ -15,13 +18,16 @@ from typing import Any
 
 import torch
 
+from quantkit.calibrate.data import text_default
 from quantkit.engine.request import Limits
+from quantkit.engine.sampling import Sampling
 from quantkit.engine.step import Memory
 from quantkit.evaluation import BaseLogits, cut_windows, score
 from quantkit.evaluation.through_cache import ThroughCache
 from quantkit.files import write_json
 from quantkit.generation import Engine, encode_prompt
 from quantkit.models import open_model
+from quantkit.nn.linear import QuantLinear
 from quantkit.spec import kv_preset
 
 QUESTIONS = (
@@ -45,9 +51,13 @@ CODE = """class Point:
     def subtract(self, other):
         return Point(self.x - other.x, self.y - other.y)
 """
-TEXTS = {
-    "repeats": f"Repeat this program, word for word:\n\n{CODE}",
-    "prose": "Tell me a long story about a lighthouse keeper and the sea.",
+STORY = "Tell me a long story about a lighthouse keeper and the sea."
+TEXTS = {  # what to say, and how
+    "repeats": (f"Repeat this program, word for word:\n\n{CODE}", Sampling()),
+    "counts": ("Count from 1 to 60.", Sampling()),
+    "prose": (STORY, Sampling()),
+    "sampled prose": (STORY, Sampling(0.8, seed=1)),
+    "noise": (STORY, Sampling(3.0, seed=1)),  # what nobody can guess
 }
 
 
@@ -63,6 +73,19 @@ def answers(engine: Engine, prompts: list[list[int]], new: int) -> list[list[int
     return [request.ids for request in requests]
 
 
+WAYS: dict[str, dict[str, Any]] = {
+    "native, alone": {"running": 1},
+    "native, batch of 8": {},
+    "native, batch of 8, n-gram drafts": {"drafter": "ngram"},
+    "native, alone, twin drafts": {"running": 1, "drafter": "twin"},
+    "native, batch of 8, twin drafts": {"drafter": "twin"},
+    "modules, dense, alone": {"engine": "modules", "running": 1, "page_tokens": 512},
+    "modules, dense, batch of 8": {"engine": "modules", "page_tokens": 512},
+    "modules, paged, batch of 8": {"engine": "modules", "page_tokens": 16},
+    "modules, paged, batch of 8, n-gram drafts": {"engine": "modules", "page_tokens": 16, "drafter": "ngram"},
+}
+
+
 def identity(model: Any, tokenizer: Any, arguments: argparse.Namespace) -> dict[str, Any]:
     prompts, new = [chat(tokenizer, text) for text in QUESTIONS], arguments.tokens
     theirs = []
@@ -73,22 +96,27 @@ def identity(model: Any, tokenizer: Any, arguments: argparse.Namespace) -> dict[
             said = model.generate(given, attention_mask=torch.ones_like(given), **options)
             theirs.append(said[0, len(ids) :].tolist())
     found = {}
-    for name, options in {
-        "alone": {"running": 1},
-        "batch of 8": {"running": 8},
-        "batch of 8, n-gram drafts": {"running": 8},
-    }.items():
-        limits = Limits(**{"kv_tokens": 4096, **options})
-        engine = Engine(model, limits=limits, drafter="ngram" if "drafts" in name else None, engine=arguments.engine)
-        ours = answers(engine, prompts, new)
-        same = sum(a == b for a, b in zip(ours, theirs, strict=True))
-        found[name] = {"same": same, "of": len(prompts), "accepted": engine.stats["accepted"]}
-        print(f"{name:28} {same} of {len(prompts)} answers of {new} tokens equal transformers' generate", flush=True)
+    for name, way in WAYS.items():
+        options = {"running": 8, "kv_tokens": 4096, **way}
+        drafter, how = options.pop("drafter", None), options.pop("engine", "native")
+        if drafter == "twin" and not quantized_to_8(model):
+            continue
+        engine = Engine(model, limits=Limits(**options), drafter=drafter, engine=how)
+        same = sum(a == b for a, b in zip(answers(engine, prompts, new), theirs, strict=True))
+        stats = engine.stats
+        found[name] = {"same": same, "of": len(prompts), "drafted": stats["drafted"], "accepted": stats["accepted"]}
+        drafts = f"; {stats['accepted']} of {stats['drafted']} drafts right" if drafter else ""
+        print(f"{name:42} {same} of {len(prompts)} answers of {new} tokens equal transformers' generate{drafts}", flush=True)
     return found
 
 
+def quantized_to_8(model: Any) -> bool:
+    return any(isinstance(module, QuantLinear) and module.spec.bits == 8 for module in model.modules())
+
+
 def kv(model: Any, tokenizer: Any, arguments: argparse.Namespace) -> dict[str, Any]:
-    ids = torch.tensor(tokenizer(Path(arguments.text).read_text(encoding="utf-8"))["input_ids"])
+    text = Path(arguments.text).read_text(encoding="utf-8") if arguments.text else "\n\n".join(text_default()[1])
+    ids = torch.tensor(tokenizer(text)["input_ids"])
     cut = cut_windows(ids, length=arguments.length, count=arguments.windows)
     base, found = BaseLogits(model), {}
     for name in arguments.schemes:
@@ -107,30 +135,53 @@ def kv(model: Any, tokenizer: Any, arguments: argparse.Namespace) -> dict[str, A
     return found
 
 
+def race(
+    engines: dict[str, Engine], prompt: list[int], sampling: Sampling, count: int, turn: int
+) -> dict[str, tuple[float, list[int]]]:
+    """Let every engine write the same answer, a step at a time, always the one that is behind: a busy moment hits all alike.
+
+    Returns, for each, seconds in steps after the first token, and the tokens.
+    """
+    requests = {kind: engine.submit(prompt, max_new_tokens=count, sampling=sampling) for kind, engine in engines.items()}
+    spent = dict.fromkeys(engines, 0.0)
+    for engine in engines.values():
+        engine.step()  # the prompt, and the first token
+    kinds = list(engines)
+    while any(engine.busy for engine in engines.values()):
+        kinds = kinds[1:] + kinds[:1] if turn % 2 else kinds
+        kind = min((k for k in kinds if engines[k].busy), key=lambda k: requests[k].answered)
+        start = time.perf_counter()
+        engines[kind].step()
+        spent[kind] += time.perf_counter() - start
+    return {kind: (spent[kind], requests[kind].ids) for kind in engines}
+
+
 def speculate(model: Any, tokenizer: Any, arguments: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for name, text in TEXTS.items():
-        prompt, times = chat(tokenizer, text), dict[str, list[float]]()
-        limits = Limits(running=1, kv_tokens=2048)
-        engines = {"plain": Engine(model, limits=limits, engine=arguments.engine)}
-        engines["ngram"] = Engine(model, limits=limits, engine=arguments.engine, drafter="ngram")
-        tokens = {}
-        for turn in range(arguments.rounds + 1):
-            for kind, engine in engines.items():
-                request = engine.submit(prompt, max_new_tokens=arguments.tokens)
-                for _ in engine.run():
-                    pass
-                tokens[kind] = request.ids
-                if turn:
-                    times.setdefault(kind, []).append((len(request.ids) - 1) / (request.token_s[-1] - request.token_s[0]))
-        ratio = statistics.median(b / a for a, b in zip(times["plain"], times["ngram"], strict=True))
-        stats = engines["ngram"].stats
-        rate = stats["accepted"] / max(stats["drafted"], 1)
-        found[name] = {"plain": times["plain"], "ngram": times["ngram"], "ratio": ratio, "acceptance": rate}
-        speeds = ", ".join(f"{kind} {statistics.median(speed):.1f}" for kind, speed in times.items())
-        same = tokens["plain"] == tokens["ngram"]
-        right = f"{stats['accepted']} of {stats['drafted']} drafts right"
-        print(f"{name:8} tokens/s: {speeds}; {ratio:.2f}x; {right}; same tokens: {same}", flush=True)
+    limits, options = Limits(running=1, kv_tokens=2048), {"engine": arguments.engine, "activations": arguments.activations}
+    drafters = [None, "ngram", *(["twin"] if quantized_to_8(model) else [])]
+    engines = {drafter or "plain": Engine(model, limits=limits, drafter=drafter, **options) for drafter in drafters}
+    for name, (text, sampling) in TEXTS.items():
+        prompt, tokens = chat(tokenizer, text), dict[str, list[int]]()
+        seconds: dict[str, list[float]] = {kind: [] for kind in engines}
+        counts = {kind: [engine.stats[what] for what in ("drafted", "accepted", "steps")] for kind, engine in engines.items()}
+        for turn in range(arguments.rounds):
+            for kind, (spent, ids) in race(engines, prompt, sampling, arguments.tokens, turn).items():
+                seconds[kind].append(spent)
+                tokens[kind] = ids
+        found[name] = rows = {}
+        for kind, engine in engines.items():
+            drafted, accepted, steps = (
+                engine.stats[what] - before for what, before in zip(("drafted", "accepted", "steps"), counts[kind], strict=True)
+            )
+            ratio = statistics.median(a / b for a, b in zip(seconds["plain"], seconds[kind], strict=True))
+            speed = (arguments.tokens - 1) / statistics.median(seconds[kind])
+            same = tokens[kind] == tokens["plain"]
+            rows[kind] = {"tokens_per_s": speed, "ratio": ratio, "seconds": seconds[kind], "same_tokens": same}
+            rows[kind] |= {"drafted": drafted, "accepted": accepted, "steps": steps}
+            right = f"{accepted} of {drafted} drafts right ({accepted / max(drafted, 1):.0%}), " if kind != "plain" else ""
+            said = f"{speed:6.1f} tokens/s, {ratio:.2f}x, {right}{'same tokens' if same else 'OTHER TOKENS'}"
+            print(f"{name:14} {kind:6} {said}", flush=True)
     return found
 
 
@@ -139,22 +190,25 @@ def main() -> None:
     parser.add_argument("what", choices=("identity", "kv", "speculate"))
     parser.add_argument("--model", default="demo")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--head", default="float", help="int8 rounds the output head")
+    parser.add_argument("--activations", default="float", help="speculate: int8 rounds them")
     parser.add_argument("--engine", default="auto")
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--text", help="kv: text to score")
+    parser.add_argument("--text", help="kv: text to score; default: the held-out half of the language reference of Python")
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--length", type=int, default=384)
     parser.add_argument("--chunk", type=int, default=32, help="kv: tokens per step; 1 is what decoding does")
     parser.add_argument("--schemes", nargs="+", default=["float", "int8", "int4"])
     parser.add_argument("--json")
     arguments = parser.parse_args()
-    model, tokenizer = open_model(arguments.model, getattr(torch, arguments.dtype))
+    model, tokenizer = open_model(arguments.model, getattr(torch, arguments.dtype), head=arguments.head)
     start = time.perf_counter()
     found = {"identity": identity, "kv": kv, "speculate": speculate}[arguments.what](model.eval(), tokenizer, arguments)
     print(f"{arguments.what}: {time.perf_counter() - start:.0f} s, {torch.get_num_threads()} threads")
     if arguments.json:
-        write_json(arguments.json, found)
+        machine = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
+        write_json(arguments.json, {"what": arguments.what, "options": vars(arguments), "machine": machine, "found": found})
 
 
 if __name__ == "__main__":

@@ -18,12 +18,15 @@ from quantkit.hf.blocks import call_block, cast_call, record_block_calls
 from quantkit.memory import drop_pages, mapped_pages, return_freed_memory
 from quantkit.nn.install import install
 from quantkit.nn.sites import Block, Site, Structure, read_weight, write_weight
+from quantkit.numerics import grid
 from quantkit.progress import Progress, ProgressCallback
 from quantkit.quantizers.autoround import AutoRound
 from quantkit.quantizers.base import Quantized, Quantizer, quantize_site
+from quantkit.quantizers.rtn import RTN
 from quantkit.reconstruct import learn_block, relative_distance
+from quantkit.rescale import shared_global_scales
 from quantkit.resume import ResumeStore
-from quantkit.spec import Plan
+from quantkit.spec import Plan, QuantSpec, Scheme
 
 log = logging.getLogger(__name__)
 
@@ -133,6 +136,7 @@ def quantize_blocks(
         if chain is not None and store is not None:
             chain.state = store.load_chain(finished - 1)
     results: dict[str, Quantized] = {}
+    global_scales = shared_global_scales(model, structure, plan)
     drop_pages(mapped_pages(model.parameters()))  # what was read so far to check the model and to record its predictions
     for index, block in enumerate(structure.blocks):
         sites = block_sites(block, plan)
@@ -143,7 +147,7 @@ def quantize_blocks(
         else:
             report = _reporter(progress, len(plan), len(results))
             with torch.no_grad(), resident(model.get_submodule(block.name), compute):
-                quantized = _quantize_block(model, index, sites, plan, quantizer, chain, known or {}, report)
+                quantized = _quantize_block(model, index, sites, plan, quantizer, chain, known or {}, global_scales, report)
             if store is not None:
                 store.save(index, quantized, chain.state if chain else [])
         for site in sites:
@@ -153,6 +157,25 @@ def quantize_blocks(
         return_freed_memory()
         progress(Progress("quantize", len(results), len(plan), block.name))
     return _quantize_outside(model, structure, plan, quantizer, compute, results, progress)
+
+
+def needs_of(quantizer: Quantizer, scheme: Scheme) -> tuple[str, ...]:
+    """Return the statistics that one site wants: the quantizer's, and the range of its inputs for a static grid."""
+    return (*quantizer.needs, *(("abs_max",) if scheme.static else ()))
+
+
+def static_scale(site: Site, activation: QuantSpec, statistics: SiteStatistics | None) -> Tensor:
+    """Return the scale (..., 1) that covers every input seen in calibration; an expert that saw none gets the widest.
+
+    Raises:
+        CalibrationError: no input was seen.
+    """
+    if statistics is None or "abs_max" not in statistics.results:
+        raise CalibrationError(f"{site.name}: its static input scale needs calibration inputs; use more text, or w8a8")
+    largest = statistics.results["abs_max"].amax(-1, keepdim=True).float().cpu()  # (..., 1)
+    largest = torch.where(largest > 0, largest, largest.amax())
+    scale, _ = grid.choose_qparams(largest.unsqueeze(-1), activation)
+    return scale.squeeze(-1)
 
 
 def _reporter(progress: ProgressCallback, total: int, before: int) -> Callable[[str, Quantized, int], None]:
@@ -172,6 +195,7 @@ def _quantize_block(
     quantizer: Quantizer,
     chain: Chain | None,
     known: Mapping[str, SiteStatistics],
+    global_scales: Mapping[str, Tensor],
     report: Callable[[str, Quantized, int], None],
 ) -> dict[str, Quantized]:
     quantized: dict[str, Quantized] = {}
@@ -181,14 +205,17 @@ def _quantize_block(
     origin = {site.name: read_weight(model, site) for site in sites} if learns else {}
 
     def choose(site: Site, statistics: SiteStatistics | None) -> None:
-        weight = read_weight(model, site)
-        one = quantize_site(quantizer, site.name, weight, plan[site.name].weight, statistics)
+        weight, scheme = read_weight(model, site), plan[site.name]
+        one = quantize_site(quantizer, site.name, weight, scheme.weight, statistics, global_scales.get(site.name))
         write_weight(model, site, one.qtensor.dequantize())  # later sites and blocks see the quantized weight
-        quantized[site.name] = Quantized(one.qtensor.to("cpu"), one.loss, one.notes, one.fell_back)
+        qtensor = one.qtensor.to("cpu")
+        if scheme.activation is not None and scheme.static:
+            qtensor = replace(qtensor, input_scale=static_scale(site, scheme.activation, statistics))
+        quantized[site.name] = replace(one, qtensor=qtensor)
         report(site.name, one, len(quantized))
 
     if chain is not None:
-        chain.advance(index, sites, lambda site, statistics: choose(site, statistics(quantizer.needs)))
+        chain.advance(index, sites, lambda site, statistics: choose(site, statistics(needs_of(quantizer, plan[site.name]))))
     for site in sites:
         if site.name not in quantized:
             choose(site, known.get(site.name))
@@ -246,10 +273,15 @@ def _quantize_outside(
     results: dict[str, Quantized],
     progress: ProgressCallback,
 ) -> dict[str, Quantized]:
-    """Quantize planned sites outside the blocks (an output head), which are not part of the walk."""
-    for site in block_sites(Block("", structure.outside), plan):
+    """Quantize planned sites outside the blocks (embedding, output head), which are not part of the walk.
+
+    The two ends of the model are rounded to nearest, whatever the quantizer: no statistics say which of their rows matter.
+    """
+    ends = {structure.head, structure.embedding.name if structure.embedding else None}
+    for site in block_sites(Block("", structure.after), plan):
         weight = read_weight(model, site).to(compute.device)
-        one = quantize_site(quantizer, site.name, weight, plan[site.name].weight, None)
+        method = RTN("mse" if plan[site.name].weight.bits < 8 else "absmax") if site.name in ends else quantizer
+        one = quantize_site(method, site.name, weight, plan[site.name].weight, None)
         results[site.name] = Quantized(one.qtensor.to("cpu"), one.loss, one.notes, one.fell_back)
         install(model, site, results[site.name].qtensor, plan[site.name].activation)
         progress(Progress("quantize", len(results), len(plan), site.name, one.loss))

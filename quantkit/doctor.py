@@ -3,16 +3,15 @@
 import importlib.metadata
 import os
 import platform
-import shutil
-import subprocess
 from typing import Any
 
 import torch
 
 from quantkit import __version__, kernels
+from quantkit.checkpoint import prepacked
 from quantkit.errors import KernelError
-from quantkit.hf.demo_model import cache_dir
-from quantkit.kernels import build
+from quantkit.files import cache_dir
+from quantkit.kernels import build, nvcc
 
 PACKAGES = ("torch", "transformers", "safetensors", "compressed-tensors", "gguf", "datasets", "numpy")
 
@@ -27,6 +26,7 @@ def examine() -> dict[str, Any]:
         "cuda": _cuda(),
         "nvcc": _nvcc(),
         "cache": str(cache_dir()),
+        "prepacked": prepacked.describe(),
         "decoder": _decoder(),
         "kernels": kernels.report(),
     }
@@ -61,8 +61,7 @@ def _cuda() -> str:
 
 
 def _nvcc() -> str:
-    path = shutil.which("nvcc")
-    if path is None:
-        return "not found"
-    done = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
-    return next((line.strip() for line in done.stdout.splitlines() if "release" in line), path)
+    found = nvcc.details()
+    if "error" in found:
+        return found["error"]
+    return f"{found['nvcc']} ({found['nvcc_version']}); CUDA libraries in the cache: {found['built']}"

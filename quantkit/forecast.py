@@ -15,20 +15,16 @@ headers, config and tokenizer. Peak memory is an estimate: the sum of what is al
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from quantkit.checkpoint.check import layout_bytes, layout_of
 from quantkit.checkpoint.contents import Contents, Entry
 from quantkit.distill import Distill
 from quantkit.nn.sites import Site, Structure
-from quantkit.numerics import grid
-from quantkit.numerics.dtypes import SCALE_DTYPES
-from quantkit.numerics.pack import packed_words
 from quantkit.qtensor import QTensor
 from quantkit.quantizers.autoround import AutoRound
 from quantkit.quantizers.base import Quantizer
-from quantkit.spec import Plan, QuantSpec
+from quantkit.spec import Plan
 
 RUNTIME_BYTES = 450 << 20
 """Resident size of a process that has imported torch and transformers."""
@@ -68,16 +64,6 @@ class Forecast:
         return self.quantized_bytes + self.kept_bytes
 
 
-def empty_qtensor(spec: QuantSpec, shape: tuple[int, ...]) -> QTensor:
-    """Return a quantized tensor without data (on the meta device), to ask for its size."""
-    rows, cols = grid.block_size(spec, shape)
-    blocks = (*shape[:-2], shape[-2] // rows, shape[-1] // cols)
-    packed = torch.empty(*shape[:-1], packed_words(shape[-1], spec.bits), dtype=torch.int32, device="meta")
-    scale = torch.empty(blocks, dtype=SCALE_DTYPES[spec.scale_dtype], device="meta")
-    zero = None if spec.symmetric else torch.empty(blocks, dtype=torch.uint8, device="meta")
-    return QTensor(packed, scale, zero, spec, shape)
-
-
 def forecast(
     contents: Contents,
     plan: Plan,
@@ -106,7 +92,7 @@ def forecast(
     model, structure = contents.model, contents.structure
     sites = [site for site in contents.sites.values() if site.name in plan]
     weights = sum(site.numel for site in sites)
-    codes = sum(empty_qtensor(plan[site.name].weight, site.shape).nbytes for site in sites)
+    codes = sum(QTensor.empty(plan[site.name].weight, site.shape).nbytes for site in sites)
     chosen = [entry for entry in contents.entries if entry.site and entry.site.name in plan]
     kept = [entry for entry in contents.entries if not (entry.site and entry.site.name in plan)]
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from quantkit.engine.drafters import DRAFTERS, Drafter
 from quantkit.engine.drafters.model import ModelDrafter
+from quantkit.engine.drafters.twin import TwinDrafter
 from quantkit.engine.engine import TokenEngine
 from quantkit.engine.request import FinishReason, Limits, Logprob, Request
 from quantkit.engine.sampling import Sampling
@@ -70,8 +71,9 @@ class Engine(TokenEngine):
         model: a causal language model of transformers, quantized or not; put in eval mode.
         kv: how keys and values are stored: ``"float"``, ``"int8"``, ``"int4"`` or a :class:`~quantkit.spec.KVScheme`.
         limits: how much to take on; None for the defaults.
-        drafter: guesses ahead, to decode several tokens at once: ``"ngram"``, a smaller model with the same vocabulary, or
-            any :class:`~quantkit.engine.drafters.Drafter`. Answers do not change.
+        drafter: guesses ahead, to decode several tokens at once: ``"ngram"``; ``"twin"``, the upper four bits of the model's
+            own int8 weights (native only); a smaller model with the same vocabulary; or any
+            :class:`~quantkit.engine.drafters.Drafter`. Answers do not change.
         engine: ``"native"`` (one call per step; CPU), ``"modules"`` (the model's own forward), or ``"auto"``, the first that
             can run it.
         activations: ``"int8"`` is faster and less exact; native only.
@@ -217,6 +219,8 @@ def _drafter(drafter: str | nn.Module | Drafter | None, engine: TokenEngine) -> 
     if isinstance(drafter, str):
         if drafter == "model":
             raise QuantkitError("drafter='model' needs to know which: give the smaller model itself")
+        if drafter == "twin":
+            return TwinDrafter(engine.backend)
         return DRAFTERS.get(drafter)()
     return drafter
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from quantkit import checkpoint
-from quantkit.blockwise import Chain, collect_statistics, quantize_blocks
+from quantkit.blockwise import Chain, collect_statistics, needs_of, quantize_blocks
 from quantkit.calibrate.data import Batch, encoder, load_texts, text_default, token_batches
 from quantkit.calibrate.data import fingerprint as data_fingerprint
 from quantkit.calibrate.statistics import load_statistics
@@ -30,7 +30,7 @@ from quantkit.hf.load import PreTrainedModel, load_float
 from quantkit.hf.source import locate
 from quantkit.hf.structure import describe
 from quantkit.nn.sites import Structure, read_weight
-from quantkit.plan import check_plan, make_plan
+from quantkit.plan import check_plan, make_plan, plan_ends
 from quantkit.progress import ProgressCallback
 from quantkit.progress import ignore as ignore_progress
 from quantkit.proof import Proof
@@ -38,8 +38,10 @@ from quantkit.quantizers.autoround import AutoRound
 from quantkit.quantizers.base import QUANTIZERS, Quantized, Quantizer
 from quantkit.rescale import apply_transform
 from quantkit.resume import ResumeStore, fingerprint, settings_of, versions
+from quantkit.rotation import rotate
 from quantkit.spec import Plan, Scheme
 from quantkit.transforms.base import TRANSFORMS, Transform
+from quantkit.transforms.rotate import Rotate
 
 log = logging.getLogger(__name__)
 
@@ -122,6 +124,8 @@ def quantize(
     group_size: int | None = None,
     symmetric: bool | None = None,
     ignore: Sequence[str] = (),
+    embedding: str | Scheme | None = None,
+    head: str | Scheme | None = None,
     data: Any = None,
     tokenizer: Any = None,
     samples: int = 128,
@@ -144,13 +148,15 @@ def quantize(
             (``"demo"`` is the embedded default).
         scheme: preset name such as ``"w4a16"`` or ``"w4a16-asym-g64"``, or a full :class:`Scheme`.
         quantizer: name from the registry (``"gptq"``, ``"rtn"``, ...) or an instance with options.
-        transforms: names or instances (``"smoothquant"``, ``"awq"``) that rescale the float model first, in order; each costs a
-            pass over the calibration text.
+        transforms: names or instances (``"rotate"``, ``"smoothquant"``, ``"awq"``) that rewrite the float model first, in
+            order; the last two cost a pass over the calibration text each.
         distill: learn the scales end to end after quantizing; see :mod:`quantkit.distill`.
         plan: site name to scheme; replaces ``scheme``, ``group_size``, ``symmetric`` and ``ignore``.
         group_size: input channels per scale; None takes the largest of 128, 64, 32 that divides every site.
         symmetric: overrides the preset.
         ignore: names or globs of sites to leave in float; one that matches nothing is an error.
+        embedding, head: schemes of the input embedding and the output head, which otherwise stay in float. They are rounded to
+            nearest; where the two are tied, one speaks for both.
         data, samples, length, batch_size, mode: see :class:`Calibration`.
         tokenizer: needed for text; found by itself when ``model`` is a path.
         statistics: from :func:`collect` or its file, used instead of a sequential calibration.
@@ -175,20 +181,25 @@ def quantize(
     if plan is None:
         dtype = _scale_dtype(model)
         plan = make_plan(structure, scheme, group_size=group_size, symmetric=symmetric, ignore=ignore, scale_dtype=dtype)
-    plan = dict(plan)
+    plan = {**plan, **plan_ends(structure, embedding, head, _scale_dtype(model))}
     if not plan:
         raise SpecError("nothing to quantize: the plan is empty")
     check_plan(plan, structure, format if out is not None else None)
     if distill and (tables := [name for name, one in plan.items() if not one.weight.is_integer]):
         raise SpecError(f"{tables[0]}: distillation learns integer grids, not {plan[tables[0]].weight.dtype}; leave it out")
+    if distill and (static := [name for name, one in plan.items() if one.static]):
+        raise SpecError(f"{static[0]}: distillation does not keep static input scales; leave it out, or use a dynamic scheme")
+    if structure.tied and structure.after[0].name in plan and any(isinstance(change, Rotate) for change in changes):
+        raise SpecError("rotate parts the tied head from the embedding, which was to be quantized as one; leave either out")
     if strict:
         _refuse_gaps(structure, plan, ignore)
     compute = compute or Compute.default(model)
     known = load_statistics(statistics)[0] if isinstance(statistics, str | Path) else statistics
-    walk = bool(method.needs) and known is None
+    walk = any(needs_of(method, one) for one in plan.values()) and known is None
     if isinstance(method, AutoRound) and known is not None:
         raise CalibrationError("autoround learns from activations, which statistics= do not hold; pass data= instead")
-    batches = Calibration(data, samples, length, batch_size, mode).batches(tokenizer) if walk or distill or changes else []
+    reads = walk or distill or any(change.needs for change in changes)
+    batches = Calibration(data, samples, length, batch_size, mode).batches(tokenizer) if reads else []
     calibration = data_fingerprint(batches) if batches else "none"
     _check_model(model, structure)
     if out is not None:
@@ -196,6 +207,10 @@ def quantize(
     store = _open_store(model, (*changes, method, distill), plan, calibration, out, resume)
     proof = Proof.start(model, tokenizer)
     for change in changes:
+        if isinstance(change, Rotate):
+            rotate(model, structure, change)
+            structure = describe(model)  # a tied head stands alone now
+            continue
         tensors = collect_statistics(model, structure, unpadded(batches), change.needs, compute=compute, progress=progress)
         apply_transform(model, structure, plan, change, tensors)
     chain = _chain(model, structure, unpadded(batches), method, compute) if walk else None
@@ -223,7 +238,7 @@ def quantize(
     if out is not None:
         path = checkpoint.save(
             model, out, plan=plan, format=format, tokenizer=tokenizer, metadata=metadata, overwrite=overwrite,
-            prove=lambda stage: {"reload_kl": proof.check_reloaded(model, checkpoint.load(stage))},
+            prove=lambda stage: {"reload_kl": proof.check_reloaded(model, checkpoint.load(stage, cache=False))},
         )  # fmt: skip
         if store is not None:
             store.clear()
@@ -330,7 +345,8 @@ def _refuse_gaps(structure: Structure, plan: Plan, ignore: Sequence[str]) -> Non
 
 def _coverage_before(model: nn.Module, structure: Structure, plan: Plan) -> list[CoverageRow]:
     rows = []
-    for site in (*structure.sites, *structure.outside):
+    ends = [site for site in structure.after if site in structure.outside or site.name in plan]
+    for site in (*structure.sites, *ends):
         weight = read_weight(model, site)
         kind = type(model.get_submodule(site.module)).__name__
         where = "outside the blocks" if site in structure.outside else "left out of the plan"
@@ -340,6 +356,8 @@ def _coverage_before(model: nn.Module, structure: Structure, plan: Plan) -> list
             )
         )
     for name, reason in structure.skipped.items():
+        if name.removesuffix(".weight") in {site.name for site in ends}:
+            continue
         parameter = model.get_parameter(name)
         kind = type(model.get_submodule(name.rpartition(".")[0])).__name__
         # A tied parameter is stored, and counted, where it is tied to.

@@ -59,18 +59,56 @@ def make_plan(
     return {site.name: scheme for site in sites}
 
 
+def plan_ends(
+    structure: Structure,
+    embedding: str | Scheme | None,
+    head: str | Scheme | None,
+    scale_dtype: str = "float16",
+) -> dict[str, Scheme]:
+    """Return the schemes of the input embedding and the output head, where they are to be quantized.
+
+    A head that is tied to the embedding is the same table: either argument speaks for both, and they must not disagree.
+
+    Args:
+        structure: what :func:`quantkit.hf.structure.describe` found.
+        embedding: preset name or scheme of the embedding; None leaves it in float.
+        head: the same for the head.
+        scale_dtype: dtype of stored scales, for presets.
+
+    Raises:
+        SpecError: the model has no such part that can be quantized, or a tied table is given two schemes.
+    """
+    if structure.tied and embedding is not None and head is not None and embedding != head:
+        raise SpecError(f"embedding {embedding!r} and head {head!r} are one tied table; give one of them, or the same twice")
+    sites = {site.name: site for site in structure.after}
+    wanted = {"embedding": embedding, "head": head}
+    found: dict[str, Scheme] = {}
+    for what, scheme in wanted.items():
+        if scheme is None:
+            continue
+        table = what == "embedding" or structure.tied
+        site = structure.embedding if table else sites.get(structure.head or "")
+        if site is None:
+            part = "input embedding that is a plain table" if table else "output head that is a plain linear layer"
+            raise SpecError(f"{what}: the model has no {part}; leave it in float")
+        found[site.name] = preset(scheme, [site.in_features], scale_dtype=scale_dtype) if isinstance(scheme, str) else scheme
+    return found
+
+
 def check_plan(plan: Plan, structure: Structure, format_name: str | None) -> None:
     """Ask every grid and the format about every site, and report all refusals at once.
 
     Raises:
         SpecError: naming the first site refused, why, how many more there are, and what to do.
     """
-    known = {site.name: site for site in (*structure.sites, *structure.outside)}
+    known = {site.name: site for site in (*structure.sites, *structure.after)}
     refused: list[str] = []
     for name, scheme in plan.items():
         if name not in known:
             raise SpecError(f"plan names {name!r}, which is no site of the model; {nearest(name, known)}")
         reason = scheme.weight.rejects(known[name].shape)
+        if known[name] == structure.embedding and (scheme.activation is not None or scheme.weight.block[0] != 1):
+            reason = f"an embedding table wants float activations and a scale per row or group, not {scheme.describe()}"
         if reason is None and format_name is not None:
             reason = FORMATS.get(format_name).rejects(scheme, known[name].shape)
         if reason is not None:

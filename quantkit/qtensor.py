@@ -3,19 +3,21 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from quantkit.errors import SpecError
 from quantkit.numerics import grid
+from quantkit.numerics.dtypes import SCALE_DTYPES
 from quantkit.numerics.pack import pack, packed_words, unpack
 from quantkit.spec import QuantSpec
 
 
 @dataclass(frozen=True, slots=True)
 class QTensor:
-    """A weight on a grid: ``w ~ (code - zero_point) * scale``, codes unsigned.
+    """A weight on a grid: ``w ~ (code - zero_point) * scale [/ global_scale]``, codes unsigned.
 
     Attributes:
         packed: int32 (..., out, ceil(in * bits / 32)); see :mod:`quantkit.numerics.pack`.
@@ -23,6 +25,10 @@ class QTensor:
         zero_point: uint8 of the scale's shape, or None for a symmetric grid (the middle code).
         spec: the grid.
         shape: (out, in), or (experts, out, in).
+        global_scale: float32 (..., 1) where scales are FP8 (NVFP4), else None: what the weight was multiplied by before it was
+            quantized. It divides, because that is the number files hold, and its inverse would be another one.
+        input_scale: (..., 1) scale of the inputs where their grid is static, else None. It was calibrated together with the
+            weight and travels with it.
     """
 
     packed: Tensor
@@ -30,6 +36,8 @@ class QTensor:
     zero_point: Tensor | None
     spec: QuantSpec
     shape: tuple[int, ...]
+    global_scale: Tensor | None = None
+    input_scale: Tensor | None = None
 
     def __post_init__(self) -> None:
         rows, cols = grid.block_size(self.spec, self.shape)
@@ -46,11 +54,36 @@ class QTensor:
             raise SpecError(f"zero_point must be {'absent' if self.spec.symmetric else 'given'} for {self.spec.describe()}")
         if self.zero_point is not None and tuple(self.zero_point.shape) != blocks:
             raise SpecError(f"zero_point: shape {tuple(self.zero_point.shape)}, want {blocks}")
+        if self.spec.has_global_scale != (self.global_scale is not None):
+            wanted = "given" if self.spec.has_global_scale else "absent"
+            raise SpecError(f"global_scale must be {wanted} for {self.spec.describe()} with {self.spec.scale_dtype} scales")
+        for name in ("global_scale", "input_scale"):
+            value = getattr(self, name)
+            if value is not None and tuple(value.shape) != (*lead, 1):
+                raise SpecError(f"{name}: shape {tuple(value.shape)}, want {(*lead, 1)}")
 
     @classmethod
-    def from_codes(cls, codes: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> "QTensor":
-        """Pack uint8 ``codes`` (..., out, in) with their grid parameters."""
-        return cls(pack(codes, spec.bits), scale.contiguous(), zero_point, spec, tuple(codes.shape))
+    def empty(cls, spec: QuantSpec, shape: tuple[int, ...], device: torch.device | str = "meta") -> "QTensor":
+        """Return a quantized tensor whose parts wait to be filled, or to be asked for their size; it has no input scale."""
+        rows, columns = grid.block_size(spec, shape)
+        blocks = (*shape[:-2], shape[-2] // rows, shape[-1] // columns)
+        return cls(
+            torch.empty((*shape[:-1], packed_words(shape[-1], spec.bits)), dtype=torch.int32, device=device),
+            torch.empty(blocks, dtype=SCALE_DTYPES[spec.scale_dtype], device=device),
+            None if spec.symmetric else torch.empty(blocks, dtype=torch.uint8, device=device),
+            spec,
+            shape,
+            torch.empty((*shape[:-2], 1), device=device) if spec.has_global_scale else None,
+        )
+
+    @classmethod
+    def from_codes(
+        cls, codes: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec, global_scale: Tensor | None = None
+    ) -> "QTensor":
+        """Pack uint8 ``codes`` (..., out, in) with their grid parameters; a global scale that is needed and not given is 1."""
+        if global_scale is None and spec.has_global_scale:
+            global_scale = torch.ones((*codes.shape[:-2], 1), device=codes.device)
+        return cls(pack(codes, spec.bits), scale.contiguous(), zero_point, spec, tuple(codes.shape), global_scale)
 
     def codes(self) -> Tensor:
         """Return the codes, uint8 of :attr:`shape`."""
@@ -58,7 +91,10 @@ class QTensor:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the weight this stands for, computed in float32 and rounded once to ``dtype``."""
-        return grid.dequantize(self.codes(), self.scale, self.zero_point, self.spec).to(dtype)
+        scale = self.scale
+        if self.global_scale is not None:
+            scale = scale.float() / self.global_scale.unsqueeze(-1)
+        return grid.dequantize(self.codes(), scale, self.zero_point, self.spec).to(dtype)
 
     @property
     def numel(self) -> int:
@@ -67,9 +103,10 @@ class QTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the packed form: codes with row padding, scales, and zero points at the width of a code."""
+        """Bytes of the packed form: codes with row padding, all scales, and zero points at the width of a code."""
         zero_bits = 0 if self.zero_point is None else self.zero_point.numel() * self.spec.bits
-        return self.packed.nbytes + self.scale.nbytes + -(-zero_bits // 8)
+        single = sum(one.nbytes for one in (self.global_scale, self.input_scale) if one is not None)
+        return self.packed.nbytes + self.scale.nbytes + -(-zero_bits // 8) + single
 
     @property
     def bits_per_weight(self) -> float:
@@ -78,8 +115,7 @@ class QTensor:
 
     def to(self, device: torch.device | str) -> "QTensor":
         """Return the same value with its tensors on ``device``."""
-        zero = None if self.zero_point is None else self.zero_point.to(device)
-        return dataclasses.replace(self, packed=self.packed.to(device), scale=self.scale.to(device), zero_point=zero)
+        return self._map(lambda tensor: tensor.to(device))
 
     def rows(self, start: int, stop: int) -> "QTensor":
         """Return output rows ``start:stop`` (a view where torch allows); both must fall on block boundaries."""
@@ -89,35 +125,49 @@ class QTensor:
         blocks = slice(start // block_rows, stop // block_rows)
         zero = None if self.zero_point is None else self.zero_point[..., blocks, :]
         shape = (*self.shape[:-2], stop - start, self.shape[-1])
-        return QTensor(self.packed[..., start:stop, :], self.scale[..., blocks, :], zero, self.spec, shape)
+        packed, scale = self.packed[..., start:stop, :], self.scale[..., blocks, :]
+        return dataclasses.replace(self, packed=packed, scale=scale, zero_point=zero, shape=shape)
 
     def __getitem__(self, expert: int) -> "QTensor":
         """Return one expert of a 3-D tensor (a view)."""
         if len(self.shape) != 3:
             raise SpecError(f"only a 3-D quantized tensor can be indexed; shape is {self.shape}")
-        zero = None if self.zero_point is None else self.zero_point[expert]
-        return QTensor(self.packed[expert], self.scale[expert], zero, self.spec, self.shape[1:])
+        return self._map(lambda tensor: tensor[expert], self.shape[1:])
+
+    def _map(self, change: Callable[[Tensor], Tensor], shape: tuple[int, ...] | None = None) -> "QTensor":
+        """Return this with every tensor changed."""
+        parts: dict[str, Any] = {name: None if (part := getattr(self, name)) is None else change(part) for name in PARTS}
+        return dataclasses.replace(self, **parts, shape=self.shape if shape is None else shape)
+
+
+PARTS = ("packed", "scale", "zero_point", "global_scale", "input_scale")
+"""The tensors of a :class:`QTensor`; all but the first two may be None."""
 
 
 def concatenate(parts: Sequence[QTensor]) -> QTensor:
-    """Join quantized tensors of one spec along their output rows."""
-    return _combine(
-        parts,
-        lambda tensors: torch.cat(tensors, -2),
-        (*parts[0].shape[:-2], sum(p.shape[-2] for p in parts), parts[0].shape[-1]),
-    )
+    """Join quantized tensors of one spec, with the same global and input scales, along their output rows."""
+    shape = (*parts[0].shape[:-2], sum(p.shape[-2] for p in parts), parts[0].shape[-1])
+    joined = _combine(parts, lambda tensors: torch.cat(tensors, -2), shape, PARTS[:3])
+    for name in PARTS[3:]:
+        values = [getattr(part, name) for part in parts]
+        if any((v is None) != (values[0] is None) or (v is not None and not torch.equal(v, values[0])) for v in values):
+            raise SpecError(f"cannot join quantized tensors with different {name}")
+    return joined
 
 
 def stack(parts: Sequence[QTensor]) -> QTensor:
     """Join quantized (out, in) tensors of one spec and shape into one of shape (experts, out, in)."""
-    return _combine(parts, torch.stack, (len(parts), *parts[0].shape))
+    return _combine(parts, torch.stack, (len(parts), *parts[0].shape), PARTS)
 
 
-def _combine(parts: Sequence[QTensor], join: Callable[[list[Tensor]], Tensor], shape: tuple[int, ...]) -> QTensor:
+def _combine(
+    parts: Sequence[QTensor], join: Callable[[list[Tensor]], Tensor], shape: tuple[int, ...], names: Sequence[str]
+) -> QTensor:
     spec = parts[0].spec
     if any(part.spec != spec for part in parts):
         raise SpecError(f"cannot join quantized tensors of different specs: {sorted({p.spec.describe() for p in parts})}")
-    zeros = [part.zero_point for part in parts if part.zero_point is not None]
-    return QTensor(
-        join([part.packed for part in parts]), join([part.scale for part in parts]), join(zeros) if zeros else None, spec, shape
-    )
+    found = {name: [getattr(part, name) for part in parts] for name in names}
+    if odd := next((name for name, tensors in found.items() if len({t is None for t in tensors}) > 1), None):
+        raise SpecError(f"cannot join quantized tensors with and without {odd}")
+    joined: dict[str, Any] = {name: None if tensors[0] is None else join(tensors) for name, tensors in found.items()}
+    return dataclasses.replace(parts[0], **joined, shape=shape)

@@ -10,6 +10,9 @@ recipe's own ``scheme``. ``match`` is a glob over whole site names (``*.mlp.down
 names after ``re:``. Sites outside the decoder layers, such as an output head, are quantized only if a rule names them in
 full, without a wildcard.
 
+The input embedding and the output head stay in float unless ``embedding`` or ``head`` give them a scheme; where the two are
+tied, one speaks for both.
+
     scheme: w4a16
     rules:
       - match: "*.down_proj"
@@ -20,130 +23,31 @@ full, without a wildcard.
 A preset without a group size takes the largest of 128, 64 and 32 that divides every site it ends up applying to.
 """
 
-import dataclasses
 import difflib
 import fnmatch
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, cast, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from quantkit.distill import Distill
 from quantkit.errors import RecipeError, SpecError, nearest
 from quantkit.located_yaml import Located, read_located
 from quantkit.nn.sites import Site, Structure
-from quantkit.quantizers.base import QUANTIZERS, Quantizer
-from quantkit.registry import Registry
-from quantkit.spec import Plan, QuantSpec, Scheme, preset
-from quantkit.transforms.base import TRANSFORMS, Transform
+from quantkit.plan import plan_ends
+from quantkit.recipe_choices import QuantizerChoice, SchemeChoice, Section, TransformChoice
+from quantkit.spec import Plan, Scheme
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Positive = Annotated[int, Field(gt=0)]
 AtLeastTwo = Annotated[int, Field(gt=1)]
 
 
-class _Section(BaseModel):
-    """A mapping of the recipe: unknown keys are errors that name the nearest known key, types are not guessed."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class SchemeChoice(_Section):
-    """A preset by ``name``, or a weight grid spelled out: ``{dtype: int4, group_size: 64, symmetric: false}``."""
-
-    name: str | None = None
-    dtype: str | None = None
-    bits: Annotated[int, Field(ge=2, le=8)] | None = None
-    group_size: int | None = None
-    symmetric: bool | None = None
-    scale_dtype: str | None = None
-
-    @model_validator(mode="after")
-    def _one_way(self) -> "SchemeChoice":
-        given = [key for key in ("name", "dtype", "bits") if getattr(self, key) is not None]
-        if len(given) != 1:
-            raise PydanticCustomError(
-                "scheme", "a scheme wants exactly one of name, dtype, bits; got {got}", {"got": ", ".join(given) or "none"}
-            )
-        try:
-            self.resolve((), None, "float16")
-        except SpecError as error:
-            raise PydanticCustomError("scheme", "{why}", {"why": str(error)}) from None
-        return self
-
-    def resolve(self, in_features: Iterable[int], group_size: int | None, scale_dtype: str) -> Scheme:
-        """Return the scheme for sites of these input sizes; the other two apply where the choice does not say its own.
-
-        Raises:
-            SpecError: for an unknown preset or dtype, or for two group sizes that disagree.
-        """
-        group = self.group_size if self.group_size is not None else group_size
-        dtype = self.scale_dtype or scale_dtype
-        name = self.name or f"w{self.bits or QuantSpec(str(self.dtype)).bits}a16"
-        found = preset(name, in_features, group_size=group, symmetric=self.symmetric, scale_dtype=dtype)
-        return Scheme(dataclasses.replace(found.weight, dtype=self.dtype)) if self.dtype else found
-
-    @property
-    def fixes_group(self) -> bool:
-        """Whether the choice itself says its group size."""
-        return self.group_size is not None or bool(self.name and re.search(r"-g\d+$|-channel$", self.name))
-
-
-class _Choice(_Section):
-    """A member of a plug-in family by ``name``, with ``options`` for its constructor."""
-
-    name: str
-    options: dict[str, Any] = {}
-
-    @model_validator(mode="after")
-    def _exists(self) -> Self:
-        self.build()
-        return self
-
-    def build(self) -> Any:
-        """Return the member; a bad name, option or value is a ``ValueError`` that says what would be right."""
-        raise NotImplementedError
-
-    def _build(self, family: Registry[Any]) -> Any:
-        try:
-            member = family.get(self.name)
-        except SpecError as error:
-            raise ValueError(str(error)) from None
-        known = {field.name for field in dataclasses.fields(member)}
-        for option in self.options:
-            if option not in known:
-                raise ValueError(f"{family.kind} {self.name!r} has no option {option!r}; {nearest(option, known)}")
-        try:
-            return TypeAdapter(member).validate_python(self.options)
-        except ValidationError as error:
-            first = error.errors()[0]
-            name = ".".join(map(str, first["loc"]))
-            raise ValueError(f"{family.kind} {self.name!r}, option {name}: {first['msg']}; got {first['input']!r}") from None
-
-
-class QuantizerChoice(_Choice):
-    """A quantizer by ``name``, with ``options``."""
-
-    name: str = "gptq"
-
-    def build(self) -> Quantizer:
-        """Return the quantizer."""
-        return cast(Quantizer, self._build(QUANTIZERS))
-
-
-class TransformChoice(_Choice):
-    """A transform by ``name``, with ``options``."""
-
-    def build(self) -> Transform:
-        """Return the transform."""
-        return cast(Transform, self._build(TRANSFORMS))
-
-
-class Rule(_Section):
+class Rule(Section):
     """What happens to the sites whose name ``match`` fits: another ``scheme``, another ``group_size``, or ``skip``."""
 
     match: str
@@ -171,7 +75,7 @@ class Rule(_Section):
         return fnmatch.fnmatchcase(name, self.match)
 
 
-class Calibration(_Section):
+class Calibration(Section):
     """Token batches: ``samples`` windows of ``length`` tokens from ``data`` (None: text that every Python carries).
 
     ``mode`` is ``packed`` (one stream cut in windows) or ``ragged`` (one text per row).
@@ -184,7 +88,7 @@ class Calibration(_Section):
     mode: Literal["packed", "ragged"] = "packed"
 
 
-class Distillation(_Section):
+class Distillation(Section):
     """Scales learned end to end after quantizing; see :mod:`quantkit.distill`."""
 
     steps: Positive = Distill.steps
@@ -199,7 +103,7 @@ class Distillation(_Section):
         return Distill(**self.model_dump())
 
 
-class Output(_Section):
+class Output(Section):
     """Where the checkpoint goes, and in which format."""
 
     path: str
@@ -207,7 +111,7 @@ class Output(_Section):
     overwrite: bool = False
 
 
-class Evaluation(_Section):
+class Evaluation(Section):
     """Measurement after quantizing: ``windows`` of ``length`` tokens; ``against: base`` adds KL to the original model."""
 
     data: str | list[str] | None = None
@@ -232,24 +136,26 @@ class Resolution:
     notes: tuple[str, ...]
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """A whole recipe; see the module's text for the meaning of rules."""
 
     model: str
     dtype: Dtype = "auto"
     scheme: SchemeChoice = SchemeChoice(name="w4a16")
     group_size: int | None = None
-    transforms: list[TransformChoice] = []
+    embedding: SchemeChoice | None = None
+    head: SchemeChoice | None = None
+    transforms: list[TransformChoice] = Field(default_factory=list)
     quantizer: QuantizerChoice = Field(default_factory=QuantizerChoice)
     distill: Distillation | None = None
-    rules: list[Rule] = []
+    rules: list[Rule] = Field(default_factory=list)
     calibration: Calibration = Calibration()
     output: Output
     evaluate: Evaluation | None = None
     strict: bool = False
     resume: bool = True
 
-    _name = field_validator("scheme", "quantizer", mode="before")(
+    _name = field_validator("scheme", "embedding", "head", "quantizer", mode="before")(
         lambda value: {"name": value} if isinstance(value, str) else value
     )
 
@@ -290,13 +196,23 @@ class Recipe(_Section):
                 notes += [note] if note else []
             elif rule:
                 notes.append(f"{label} has no effect: later rules decide every site it matches")
-        skipped |= {name: "outside the decoder layers, not named by a rule" for name in outside if owner[name] < 0}
-        plan = {site.name: schemes[site.name] for site in sites if site.name in schemes}
+        schemes |= self._ends(structure, scale_dtype)
+        unnamed = [name for name in outside if owner[name] < 0 and name not in schemes]
+        skipped |= dict.fromkeys(unnamed, "outside the decoder layers, not named by a rule")
+        plan = {site.name: schemes[site.name] for site in (*structure.sites, *structure.after) if site.name in schemes}
         if not plan:
             raise RecipeError(
                 f"nothing to quantize: the model has {len(sites)} sites and none is left after rules; remove a skip rule"
             )
         return Resolution(plan, skipped, tuple(notes))
+
+    def _ends(self, structure: Structure, scale_dtype: str) -> dict[str, Scheme]:
+        """Return the schemes of embedding and head."""
+        table = [structure.embedding.in_features] if structure.embedding else []
+        features = [*table, *(site.in_features for site in structure.outside if site.name == structure.head)]
+        ends = (self.embedding, self.head)
+        embedding, head = (None if one is None else one.resolve(features, None, scale_dtype) for one in ends)
+        return plan_ends(structure, embedding, head)
 
     def _owners(self, structure: Structure) -> dict[str, int]:
         """Return site name to the index of the rule that decides it, -1 for the recipe's own scheme."""
@@ -382,7 +298,7 @@ def _explain(error: ValidationError, source: Located, overrides: Mapping[str, An
             message = f"unknown key; {nearest(str(keys[-1]), _section_at(keys[:-1]).model_fields)}"
         elif item["type"] == "missing":
             message = "is missing"
-        elif not isinstance(item["input"], dict | list | _Section):
+        elif not isinstance(item["input"], dict | list | Section):
             message += f"; got {item['input']!r}"
         blamed = [key for key in overrides if f"{key}.".startswith(f"{dotted}.") or f"{dotted}.".startswith(f"{key}.")]
         place = f"--set {blamed[0]}" if blamed else source.place(keys)
@@ -390,11 +306,11 @@ def _explain(error: ValidationError, source: Located, overrides: Mapping[str, An
     return "\n".join(lines)
 
 
-def _section_at(keys: Sequence[Any]) -> type[_Section]:
+def _section_at(keys: Sequence[Any]) -> type[Section]:
     """Return the section that a path of keys leads to."""
-    section: type[_Section] = Recipe
+    section: type[Section] = Recipe
     for key in keys:
         annotation = section.model_fields[key].annotation if isinstance(key, str) else None
-        kinds = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type) and issubclass(kind, _Section)]
+        kinds = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type) and issubclass(kind, Section)]
         section = kinds[0] if kinds else section
     return section

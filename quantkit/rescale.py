@@ -12,7 +12,8 @@ itself out. Experts, and values shared by several query heads, are not rescaled.
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -22,11 +23,12 @@ from quantkit.calibrate.walk import SiteStatistics
 from quantkit.errors import CalibrationError
 from quantkit.hf.blocks import call_block, record_block_calls
 from quantkit.nn.sites import Block, Site, Structure, read_weight, write_weight
+from quantkit.numerics.grid import choose_global_scale
 from quantkit.numerics.scaling import powers_of_two
 from quantkit.spec import Plan
 from quantkit.transforms.base import Transform
 
-_TOLERANCE = 1e-3
+TOLERANCE = 1e-3
 _TOKENS = 16
 
 
@@ -47,15 +49,19 @@ class ScalingGroup:
     offset: float = 0.0
 
 
+def probe_ids(model: nn.Module) -> Tensor:
+    """Return the few tokens (1, T) on which invariance is tried."""
+    return torch.arange(3, 3 + _TOKENS, device=next(model.parameters()).device).unsqueeze(0)
+
+
 def find_groups(model: nn.Module, structure: Structure, chosen: Mapping[str, object]) -> list[ScalingGroup]:
     """Return every group whose readers are all in ``chosen``, in model order; the model is as before afterwards."""
-    ids = torch.arange(3, 3 + _TOKENS, device=next(model.parameters()).device).unsqueeze(0)
-    recorded = record_block_calls(model, structure, ids)
+    recorded = record_block_calls(model, structure, probe_ids(model))
     hidden, groups = recorded.hidden, []
     with torch.no_grad():
         for block, call in zip(structure.blocks, recorded.calls, strict=True):
             module = model.get_submodule(block.name)
-            readers, makers = _watch(module, block, lambda m=module, h=hidden, c=call: call_block(m, h, *c))
+            readers, makers = watch_readers(module, block, functools.partial(call_block, module, hidden, *call))
             after = call_block(module, hidden, *call)
             for sites, maker in zip(readers, makers, strict=True):
                 if not all(site.name in chosen for site in sites):
@@ -65,11 +71,41 @@ def find_groups(model: nn.Module, structure: Structure, chosen: Mapping[str, obj
                     with _undone(model, candidate):
                         rescale(model, candidate, factors)
                         changed = (call_block(module, hidden, *call) - after).abs().max()
-                    if float(changed) <= _TOLERANCE * float((after - hidden).abs().max()):
+                    if float(changed) <= TOLERANCE * float((after - hidden).abs().max()):
                         groups.append(candidate)
                         break
             hidden = after
     return groups
+
+
+def shared_global_scales(model: nn.Module, structure: Structure, plan: Plan) -> dict[str, Tensor]:
+    """Return the global scale (1,) of every 2-D site in the blocks whose grid has one: one for all that read the same tensor.
+
+    Readers join such sites into one product (query, key and value; gate and up), which has room for one global scale.
+    """
+    chosen = {name for name, scheme in plan.items() if scheme.weight.has_global_scale}
+    found: dict[str, Tensor] = {}
+    if not chosen:
+        return found
+    for block, (readers, _) in zip(structure.blocks, _readers_of_blocks(model, structure), strict=True):
+        together = {site.name: sites for sites in readers for site in sites}
+        for site in block.sites:
+            if site.name in chosen and len(site.shape) == 2:
+                sites = [one for one in together.get(site.name, (site,)) if one.name in chosen]
+                largest = torch.stack([read_weight(model, one).abs().amax().float() for one in sites]).amax().view(1)
+                found[site.name] = choose_global_scale(largest, plan[site.name].weight)
+    return found
+
+
+def _readers_of_blocks(model: nn.Module, structure: Structure) -> Iterator[tuple[list[tuple[Site, ...]], list[str | None]]]:
+    """Run the blocks one after the other on a few tokens, and yield what :func:`watch_readers` finds in each."""
+    recorded = record_block_calls(model, structure, probe_ids(model))
+    hidden = recorded.hidden
+    with torch.no_grad():
+        for block, call in zip(structure.blocks, recorded.calls, strict=True):
+            run = functools.partial(call_block, model.get_submodule(block.name), hidden, *call)
+            yield watch_readers(model.get_submodule(block.name), block, run)
+            hidden = run()
 
 
 def rescale(model: nn.Module, group: ScalingGroup, factors: Tensor) -> None:
@@ -108,7 +144,7 @@ def apply_transform(
     groups = find_groups(model, structure, plan)
     if not groups:
         raise CalibrationError("transform: nothing in this model can be rescaled; leave transforms out")
-    ids = torch.arange(3, 3 + _TOKENS, device=next(model.parameters()).device).unsqueeze(0)
+    ids = probe_ids(model)
     with torch.no_grad():
         before = model(ids, use_cache=False).logits
         for group in groups:
@@ -117,7 +153,7 @@ def apply_transform(
             factors = transform.factors(weights, [plan[site.name] for site in group.readers], found)
             rescale(model, group, powers_of_two(factors))
         changed = float((model(ids, use_cache=False).logits - before).abs().max())
-    limit = 10 * _TOLERANCE * float(before.abs().max())
+    limit = 10 * TOLERANCE * float(before.abs().max())
     if not changed <= limit:
         raise CalibrationError(f"the transform changed the logits by {changed:.3g} (limit {limit:.3g}); leave transforms out")
     return len(groups)
@@ -148,7 +184,9 @@ def _undone(model: nn.Module, group: ScalingGroup) -> Iterator[None]:
             parameter.data = value
 
 
-def _watch(module: nn.Module, block: Block, run: object) -> tuple[list[tuple[Site, ...]], list[str | None]]:
+def watch_readers(
+    module: nn.Module, block: Block, run: Callable[[], object]
+) -> tuple[list[tuple[Site, ...]], list[str | None]]:
     """Run a block; return the 2-D sites grouped by the tensor they read, and for each the module that returned it."""
     made: list[tuple[Tensor, str]] = []
     read: list[tuple[Tensor, list[Site]]] = []
@@ -175,7 +213,7 @@ def _watch(module: nn.Module, block: Block, run: object) -> tuple[list[tuple[Sit
 
         hooks.append(child.register_forward_pre_hook(before))
     try:
-        run()  # type: ignore[operator]
+        run()
     finally:
         for hook in hooks:
             hook.remove()

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from quantkit import __version__
 from quantkit.errors import FormatError
 from quantkit.files import atomic_path, write_json
-from quantkit.qtensor import QTensor
+from quantkit.qtensor import PARTS, QTensor
 from quantkit.quantizers.base import Quantized
 from quantkit.spec import QuantSpec
 
@@ -77,9 +77,7 @@ class ResumeStore:
         notes: dict[str, str] = {}
         for name, one in quantized.items():
             q = one.qtensor
-            tensors |= {f"{name}|packed": q.packed, f"{name}|scale": q.scale}
-            if q.zero_point is not None:
-                tensors[f"{name}|zero_point"] = q.zero_point
+            tensors |= {f"{name}|{part}": value for part in PARTS if (value := getattr(q, part)) is not None}
             facts = {
                 "spec": q.spec.to_dict(),
                 "shape": q.shape,
@@ -100,18 +98,9 @@ class ResumeStore:
             for name, text in (file.metadata() or {}).items():
                 facts = json.loads(text)
                 # Cloned, so that the values do not depend on the file's mapping or on its alignment.
-                parts = {
-                    k: file.get_tensor(f"{name}|{k}").clone()
-                    for k in ("packed", "scale", "zero_point")
-                    if f"{name}|{k}" in keys
-                }
-                qtensor = QTensor(
-                    parts["packed"],
-                    parts["scale"],
-                    parts.get("zero_point"),
-                    QuantSpec.from_dict(facts["spec"]),
-                    tuple(facts["shape"]),
-                )
+                parts: dict[str, Any] = {k: file.get_tensor(f"{name}|{k}").clone() for k in PARTS if f"{name}|{k}" in keys}
+                parts = {"zero_point": None, **parts}
+                qtensor = QTensor(spec=QuantSpec.from_dict(facts["spec"]), shape=tuple(facts["shape"]), **parts)
                 result[name] = Quantized(qtensor, facts["loss"], tuple(facts["notes"]), facts["fell_back"])
         return result
 

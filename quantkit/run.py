@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from quantkit import checkpoint
+from quantkit.blockwise import needs_of
 from quantkit.checkpoint.contents import Contents, contents_of
 from quantkit.errors import RecipeError
 from quantkit.evaluation import EvalReport, evaluate
@@ -56,7 +57,8 @@ def plan_recipe(recipe: Recipe) -> Preview:
         name, reason = next(iter(refused.items()))
         raise RecipeError(f"output.format {recipe.output.format}: {name}: {reason} ({len(refused)} sites in all)")
     calibration = recipe.calibration
-    calibrates = bool(recipe.transforms or recipe.quantizer.build().needs)
+    method = recipe.quantizer.build()
+    calibrates = bool(recipe.transforms) or any(needs_of(method, scheme) for scheme in resolution.plan.values())
     predicted = forecast(
         contents,
         resolution.plan,

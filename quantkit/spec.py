@@ -5,15 +5,17 @@ codes were chosen (a quantizer's business) nor where they are stored (a format's
 
 Preset names follow the field's habit, ``w<bits>a<16|8>[-asym][-g<size>|-channel]``: ``w4a16`` is 4-bit symmetric
 weights with 16-bit activations, ``w8a8`` 8-bit weights with activations that are rounded to 8 bits at run time, a scale per
-token. A preset without a group takes the largest of 128, 64 and 32 that divides every site; 8-bit activations go with one
-scale per channel, which is what integer products can use. ``fp8``, ``nf4``, ``mxfp4`` are formats of their own (:data:`NAMED`).
+token (``-static``: one scale per site, found in calibration). A preset without a group takes the largest of 128, 64 and 32
+that divides every site; ``w8a8`` has one scale per channel, which is what integer products can use. With ``-g<size>`` the
+activations of ``w8a8`` have a scale per token and group, too. ``fp8``, ``nf4``, ``mxfp4``, ``nvfp4`` are formats of their own
+(:data:`NAMED`).
 """
 
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from quantkit.errors import SpecError, nearest
 from quantkit.numerics.dtypes import DTYPES, SCALE_DTYPES
@@ -23,25 +25,29 @@ AUTO_GROUP_SIZES = (128, 64, 32)
 
 PRESETS: tuple[str, ...] = (
     "w2a16-asym", "w3a16", "w3a16-asym", "w4a16", "w4a16-asym", "w5a16", "w5a16-asym",
-    "w6a16", "w6a16-asym", "w8a16", "w8a16-asym", "w8a8",
+    "w6a16", "w6a16-asym", "w8a16", "w8a16-asym", "w4a8", "w4a8-asym", "w8a8", "w8a8-static",
 )  # fmt: skip
 """Preset names offered in help and documentation; any of them also takes ``-g<size>`` or ``-channel``."""
 
-NAMED: dict[str, tuple[str, tuple[int, int], str | None, bool]] = {
-    "fp8": ("fp8_e4m3", (1, -1), None, False),
-    "fp8-tensor": ("fp8_e4m3", (-1, -1), None, False),
-    "fp8-block": ("fp8_e4m3", (128, 128), None, False),
-    "fp8-dynamic": ("fp8_e4m3", (1, -1), None, True),
-    "nf4": ("nf4", (1, 64), None, False),
-    "mxfp4": ("fp4_e2m1", (1, 32), "float8_e8m0fnu", False),
+NAMED: dict[str, tuple[str, tuple[int, int], str | None, Literal["dynamic", "static"] | None]] = {
+    "fp8": ("fp8_e4m3", (1, -1), None, None),
+    "fp8-tensor": ("fp8_e4m3", (-1, -1), None, None),
+    "fp8-block": ("fp8_e4m3", (128, 128), None, None),
+    "fp8-dynamic": ("fp8_e4m3", (1, -1), None, "dynamic"),
+    "fp8-static": ("fp8_e4m3", (1, -1), None, "static"),
+    "nf4": ("nf4", (1, 64), None, None),
+    "mxfp4": ("fp4_e2m1", (1, 32), "float8_e8m0fnu", None),
+    "nvfp4": ("fp4_e2m1", (1, 16), "float8_e4m3fn", None),
 }
 """Presets of formats that are not integers: dtype, block, the scale dtype if the format fixes it, and whether activations are
-rounded to the same dtype, dynamically, per token."""
+rounded to the same dtype: per token, at run time, or with one static scale per site."""
 
 TOKEN_INT8 = ("int8", (1, -1), True, "float32", True)
 """Arguments of the :class:`QuantSpec` of activations in ``a8`` presets: symmetric int8, dynamic, one scale per token."""
 
-_PRESET = re.compile(r"w(?P<bits>[2-8])a(?P<activation>16|8)(?P<asym>-asym)?(?:-g(?P<group>\d+)|(?P<channel>-channel))?")
+_PRESET = re.compile(
+    r"w(?P<bits>[2-8])a(?P<activation>16|8(?P<static>-static)?)(?P<asym>-asym)?(?:-g(?P<group>\d+)|(?P<channel>-channel))?"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +60,8 @@ class QuantSpec:
             input channels, ``(1, -1)`` per output channel (per token for activations), ``(-1, -1)`` per tensor.
         symmetric: the zero point is the middle code and is not stored.
         scale_dtype: dtype of stored scales; scales are rounded to it before codes are chosen.
-        dynamic: (activations) the scale is found at run time and never stored.
+        dynamic: (activations) the scale is found at run time and never stored. Activations that are not dynamic have one
+            stored scale per site.
     """
 
     dtype: str
@@ -72,6 +79,8 @@ class QuantSpec:
             raise SpecError(f"dtype {self.dtype} has no zero point; use symmetric=True")
         if self.is_integer and self.scale_dtype == "float8_e8m0fnu":
             raise SpecError(f"scale_dtype float8_e8m0fnu goes with fp4_e2m1, fp8_e4m3 and nf4, not {self.dtype}; use float16")
+        if self.has_global_scale and self.dtype != "fp4_e2m1":
+            raise SpecError(f"scale_dtype float8_e4m3fn goes with fp4_e2m1 (NVFP4), not {self.dtype}; use float16")
         if len(self.block) != 2 or any(b == 0 or b < -1 for b in self.block):
             raise SpecError(f"block={self.block!r}: want two sizes, each positive or -1 for all")
 
@@ -84,6 +93,11 @@ class QuantSpec:
     def is_integer(self) -> bool:
         """Whether codes are integers with a zero point, and not names of a table's values."""
         return DTYPES[self.dtype].values is None
+
+    @property
+    def has_global_scale(self) -> bool:
+        """Whether scales are so narrow that the whole tensor has one more, in float32 (NVFP4)."""
+        return self.scale_dtype == "float8_e4m3fn"
 
     @property
     def group_size(self) -> int:
@@ -131,10 +145,32 @@ class QuantSpec:
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """How one site is quantized: its weight grid and, optionally, its input activations' grid."""
+    """How one site is quantized: its weight grid and, optionally, its input activations' grid.
+
+    Raises:
+        SpecError: static activations other than symmetric with one scale per tensor, or blocks of several tokens.
+    """
 
     weight: QuantSpec
     activation: QuantSpec | None = None
+
+    def __post_init__(self) -> None:
+        a = self.activation
+        if a is not None and not a.dynamic and (a.block != (-1, -1) or not a.symmetric):
+            raise SpecError(f"static activations {a.describe()}: want a symmetric grid with one scale per tensor")
+        if a is not None and a.strategy == "block":
+            raise SpecError(f"activations {a.describe()}: want one scale per tensor, per token, or per token and group")
+
+    @property
+    def static(self) -> bool:
+        """Whether the scale of activations is found in calibration and stored."""
+        return self.activation is not None and not self.activation.dynamic
+
+    def describe(self) -> str:
+        """Return a short human name such as ``"int8 channel, inputs int8 channel"``."""
+        if self.activation is None:
+            return self.weight.describe()
+        return f"{self.weight.describe()}, inputs {self.activation.describe()}{' static' if self.static else ''}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready mapping; :meth:`from_dict` reverses it."""
@@ -249,10 +285,10 @@ def preset(
         SpecError: for a name that is no preset, naming the nearest one, or for two contradicting group sizes.
     """
     if name in NAMED:
-        dtype, block, fixed, dynamic = NAMED[name]
+        dtype, block, fixed, rounded = NAMED[name]
         if group_size is not None or symmetric is False:
             raise SpecError(f"scheme {name!r} fixes its block and is symmetric; leave group_size and symmetric out")
-        activation = QuantSpec(dtype, (1, -1), True, "float32", True) if dynamic else None
+        activation = _activation(dtype, -1, rounded == "static", scale_dtype) if rounded else None
         return Scheme(QuantSpec(dtype, block, True, fixed or scale_dtype), activation)
     match = _PRESET.fullmatch(name)
     if match is None:
@@ -263,10 +299,16 @@ def preset(
     if named is not None and group_size is not None and named != group_size:
         raise SpecError(f"scheme {name!r} and group_size={group_size} disagree; give one of them")
     group = named if named is not None else group_size
+    eight, bits = match["activation"] != "16", int(match["bits"])
     if group is None:
-        group = -1 if match["activation"] == "8" else largest_group_size(in_features)
+        group = -1 if eight and bits == 8 else largest_group_size(in_features)
     if group == 0 or group < -1:
         raise SpecError(f"group_size={group}: want a positive size, or -1 for one scale per channel")
     symmetric = symmetric if symmetric is not None else match["asym"] is None
-    activation = QuantSpec(*TOKEN_INT8) if match["activation"] == "8" else None
-    return Scheme(QuantSpec(f"int{match['bits']}", (1, group), symmetric, scale_dtype), activation)
+    activation = _activation("int8", group if bits == 8 else -1, bool(match["static"]), scale_dtype) if eight else None
+    return Scheme(QuantSpec(f"int{bits}", (1, group), symmetric, scale_dtype), activation)
+
+
+def _activation(dtype: str, group: int, static: bool, scale_dtype: str) -> QuantSpec:
+    """Return a symmetric grid of activations; a static scale is stored, so it has the dtype of the other stored scales."""
+    return QuantSpec(dtype, (-1, -1), True, scale_dtype) if static else QuantSpec(dtype, (1, group), *TOKEN_INT8[2:])

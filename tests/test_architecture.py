@@ -34,8 +34,22 @@ FLOORS = (
         "reconstruct",
         "rescale",
         "resume",
+        "rotation",
     },
-    {"__main__", "cli", "demo", "doctor", "forecast", "located_yaml", "recipe", "report", "run", "serve", "templates"},
+    {
+        "__main__",
+        "cli",
+        "demo",
+        "doctor",
+        "forecast",
+        "located_yaml",
+        "recipe",
+        "recipe_choices",
+        "report",
+        "run",
+        "serve",
+        "templates",
+    },
 )
 BLIND = {"calibrate", "engine", "formats", "quantizers", "transforms"}
 """Rooms of one floor that know nothing of each other."""

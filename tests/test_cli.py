@@ -22,7 +22,7 @@ from quantkit.cli.show import parse_settings, progress_bars, size
 from quantkit.errors import RecipeError
 from quantkit.progress import Progress
 
-COMMANDS = ("bench", "demo", "doctor", "eval", "generate", "inspect", "plan", "run", "serve", "trace")
+COMMANDS = ("bench", "build-kernels", "cache", "demo", "doctor", "eval", "generate", "inspect", "plan", "run", "serve", "trace")
 
 
 def call(*arguments: object, code: int = 0) -> str:
@@ -193,13 +193,18 @@ def test_generate_with_drafts_and_quantized_memory(tiny_quantized):
 
 def test_trace_compares_ways_of_batching(tiny_float, tmp_path):
     out = tmp_path / "trace.json"
-    options = ("--requests", 6, "--new", "2:9", "--prompt", "3:5", "--running", 2, "--price", 0.5, "--out", out)
+    page = tmp_path / "trace.html"
+    options = ("--requests", 6, "--new", "2:9", "--prompt", "3:5", "--running", 2, "--price", 0.5, "--out", out, "--html", page)
     said = call("trace", tiny_float, *options, "--ways", "padded,static,continuous")
     assert "cost per million tokens" in said
     found = json.loads(out.read_text())
     assert list(found) == ["padded", "static", "continuous"]
     assert len({one["new_tokens"] for one in found.values()}) == 1
     assert found["continuous"]["steps"] <= found["padded"]["steps"]
+    written = page.read_text()
+    assert written.count("<svg") == 2
+    assert all(part in written for part in ("Time to the first token", "<td>continuous</td>", "cost per million tokens"))
+    assert "http" not in written.replace("http://www.w3.org", "")  # nothing is fetched
     assert "want LOW:HIGH" in call("trace", tiny_float, "--new", "many", code=2)
     assert "did you mean 'static'" in call("trace", tiny_float, "--ways", "statik", code=2)
 

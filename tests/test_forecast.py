@@ -7,7 +7,7 @@ from safetensors import safe_open
 from quantkit import checkpoint
 from quantkit.checkpoint.contents import contents_of
 from quantkit.distill import Distill
-from quantkit.forecast import empty_qtensor, forecast
+from quantkit.forecast import forecast
 from quantkit.nn.install import install
 from quantkit.nn.sites import read_weight
 from quantkit.numerics import grid
@@ -26,7 +26,7 @@ def test_an_empty_qtensor_has_the_size_of_a_full_one(spec, shape):
     weight = torch.randn(shape)
     qparams = grid.choose_qparams(weight, spec)
     full = QTensor.from_codes(grid.quantize(weight, *qparams, spec), *qparams, spec)
-    assert (empty_qtensor(spec, shape).nbytes, empty_qtensor(spec, shape).shape) == (full.nbytes, full.shape)
+    assert (QTensor.empty(spec, shape).nbytes, QTensor.empty(spec, shape).shape) == (full.nbytes, full.shape)
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,8 @@ def _rejections(contents: Contents, plan: Plan, format: str, dtype: str) -> dict
         site = contents.sites[name]
         if not rule.conv1d and site.transposed and len(site.shape) == 2:
             return "it is a Conv1D, which other readers of this format leave uninitialised without an error; use native"
+        if site == contents.structure.embedding and not rule.embeddings:
+            return "it is an embedding table, which readers of this format expect in float; use native"
         if reason := rule.rejects(scheme, shape, dtype):
             return reason
         try:

@@ -58,7 +58,7 @@ class Contents:
     @property
     def sites(self) -> dict[str, Site]:
         """All sites by name, those outside the blocks included."""
-        return {site.name: site for site in (*self.structure.sites, *self.structure.outside)}
+        return {site.name: site for site in (*self.structure.sites, *self.structure.after)}
 
 
 def contents_of(config: PretrainedConfig, *, most_weights: int | None = None) -> Contents:
@@ -76,7 +76,7 @@ def contents_of(config: PretrainedConfig, *, most_weights: int | None = None) ->
     if most_weights is not None and count > most_weights:
         raise FormatError(f"it describes a model of {count} weights, but the files can hold at most {most_weights}")
     structure = describe(model)
-    sites = {parameter_of(site): site for site in (*structure.sites, *structure.outside)}
+    sites = {parameter_of(site): site for site in (*structure.sites, *structure.after)}
     transposed = frozenset(name for name, site in sites.items() if site.transposed)
     blocks = [f"{block.name}." for block in structure.blocks]
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from quantkit.errors import FormatError
 from quantkit.files import atomic_path, write_json
+from quantkit.memory import drop_pages, mapped_pages
 
 INCOMPLETE = "INCOMPLETE.json"
 """Name of the marker: a directory that has it is not a checkpoint."""
@@ -76,6 +77,7 @@ class Shards:
     def __init__(self, path: Path, stem: str) -> None:
         self._open = contextlib.ExitStack()
         self._handles: dict[str, Any] = {}
+        self._lent: list[Tensor] = []
         self.headers: dict[str, Header] = {}
         index_path = path / index_name(stem)
         index = _read_index(index_path)
@@ -97,14 +99,22 @@ class Shards:
     def __exit__(self, *error: object) -> None:
         self._open.close()
 
-    def read(self, name: str) -> Tensor:
-        """Return a copy of tensor ``name`` that does not depend on the file."""
+    def read(self, name: str, *, copy: bool = True) -> Tensor:
+        """Return a copy of tensor ``name`` that does not depend on the file; without ``copy``, a view of the open file."""
         header = self.headers[name]
         try:
             tensor: Tensor = self._handles[header.file].get_tensor(name)
         except (SafetensorError, OSError, RuntimeError) as error:
             raise FormatError(f"{header.file}: cannot read {name}: {error}") from error
-        return tensor.clone()
+        if copy:
+            return tensor.clone()
+        self._lent.append(tensor)
+        return tensor
+
+    def let_go(self) -> None:
+        """Give back the memory of every view lent since the last call; who still reads one reads the file again."""
+        drop_pages(mapped_pages(self._lent))
+        self._lent.clear()
 
     def _add(self, path: Path, file: str) -> None:
         if not path.is_file():

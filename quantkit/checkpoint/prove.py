@@ -1,5 +1,6 @@
 """Proof: the files hold the model in memory, bit for bit, and a loaded copy says the same things."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,23 +9,30 @@ from torch import Tensor, nn
 
 from quantkit.checkpoint.contents import float_tensor
 from quantkit.checkpoint.files import mark_incomplete
-from quantkit.checkpoint.read import load, open_checkpoint
+from quantkit.checkpoint.load import load
+from quantkit.checkpoint.read import open_checkpoint
 from quantkit.errors import FormatError
+from quantkit.nn.embedding import QuantEmbedding
 from quantkit.nn.linear import QuantLinear, QuantWeight
-from quantkit.qtensor import QTensor
+from quantkit.qtensor import PARTS, QTensor
 from quantkit.spec import Scheme
 
 
 def installed(model: nn.Module) -> dict[str, QTensor]:
     """Return site name to QTensor of every quantized weight in the model."""
-    kinds = (QuantLinear, QuantWeight)
-    return {name: module.qtensor for name, module in model.named_modules() if isinstance(module, kinds)}
+    return {name: module.qtensor for name, module in _owners(model)}
 
 
 def installed_plan(model: nn.Module) -> dict[str, Scheme]:
     """Return site name to scheme of everything quantized in the model."""
-    kinds = (QuantLinear, QuantWeight)
-    return {name: Scheme(m.spec, m.activation) for name, m in model.named_modules() if isinstance(m, kinds)}
+    return {name: Scheme(module.spec, module.activation) for name, module in _owners(model)}
+
+
+def _owners(model: nn.Module) -> Iterator[tuple[str, QuantEmbedding | QuantLinear | QuantWeight]]:
+    """Yield the modules whose weights a checkpoint holds under their names: all but tied heads."""
+    for name, module in model.named_modules():
+        if isinstance(module, QuantEmbedding | QuantWeight) or (isinstance(module, QuantLinear) and module.tied_to is None):
+            yield name, module
 
 
 def verify(path: str | Path, model: nn.Module) -> None:
@@ -71,8 +79,7 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def _same_qtensor(a: QTensor, b: QTensor) -> bool:
-    same_parts = _same(a.packed, b.packed) and _same(a.scale, b.scale) and _same(a.zero_point, b.zero_point)
-    return same_parts and a.spec == b.spec and a.shape == b.shape
+    return all(_same(getattr(a, name), getattr(b, name)) for name in PARTS) and a.spec == b.spec and a.shape == b.shape
 
 
 @torch.no_grad()
@@ -88,7 +95,7 @@ def kl_to(candidate: str | Path | nn.Module, reference: nn.Module, ids: Tensor) 
         ``kl``: mean KL(reference || candidate) in nats per token; ``max_difference``: largest difference of two logits;
         ``same_top1``: share of positions with the same most likely token; ``tokens``: number of positions.
     """
-    model = candidate if isinstance(candidate, nn.Module) else load(candidate)
+    model = candidate if isinstance(candidate, nn.Module) else load(candidate, cache=False)
     expected, found = (m(input_ids=ids).logits.float() for m in (reference, model))
     p, q = expected.log_softmax(-1), found.log_softmax(-1)
     return {

@@ -8,17 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from quantkit.checkpoint.contents import Contents, Entry, assemble, contents_of, parameter_of, restore
+from quantkit.checkpoint.contents import Contents, assemble, contents_of
 from quantkit.checkpoint.files import INCOMPLETE, Shards, read_json
 from quantkit.errors import FormatError, QuantkitError
 from quantkit.formats.base import FORMATS, Format, Matcher, Stored
-from quantkit.hf.experts import enable_experts
-from quantkit.hf.load import PreTrainedModel, read_config, read_generation_config
-from quantkit.kernels import Activations
-from quantkit.nn.install import install, set_activations
-from quantkit.nn.linear import QuantLinear, QuantWeight
+from quantkit.hf.load import read_config
 from quantkit.nn.sites import Site
 from quantkit.qtensor import QTensor
 from quantkit.spec import Scheme
@@ -54,15 +49,15 @@ class Opened:
         """Site name to scheme."""
         return {e.site.name: self.stored[e.name].scheme for e in self.contents.entries if e.site and e.name in self.stored}
 
-    def qtensor(self, site: Site) -> QTensor:
-        """Read and decode one quantized site."""
+    def qtensor(self, site: Site, *, copy: bool = True) -> QTensor:
+        """Read and decode one quantized site; without ``copy`` it may be views of the files, good while they are open."""
         parts = []
         for entry in self.contents.entries:
             if entry.site != site:
                 continue
             stored = self.stored[entry.name]
             layout = stored.codec.layout(stored.scheme.weight, entry.weight_shape)
-            tensors = {suffix: self.shards.read(f"{entry.module}.{suffix}") for suffix in layout}
+            tensors = {suffix: self.shards.read(f"{entry.module}.{suffix}", copy=copy) for suffix in layout}
             try:
                 parts.append((entry, stored.codec.decode(tensors, stored.scheme.weight, entry.weight_shape)))
             except QuantkitError as error:
@@ -93,7 +88,7 @@ def open_checkpoint(path: str | Path) -> Iterator[Opened]:
     with Shards(path, rule.stem) as shards:
         contents = _contents(path, shards)
         matcher = _matcher(path, rule, quantization, shards, config)
-        stored = _match_entries(path, contents, matcher)
+        stored = _match_entries(path, contents, matcher, rule.embeddings)
         _check_tensors(path, contents, stored, shards)
         yield Opened(path, config, name, contents, stored, shards)
 
@@ -123,7 +118,8 @@ def _contents(path: Path, shards: Shards) -> Contents:
 
 
 def _matcher(path: Path, rule: Format, quantization: Mapping[str, Any], shards: Shards, config: Mapping[str, Any]) -> Matcher:
-    found = {str(h.dtype).removeprefix("torch.") for n, h in shards.headers.items() if n.endswith(".weight_scale")}
+    scales = {h.dtype for n, h in shards.headers.items() if n.endswith(".weight_scale")} & set(_FLOATS)
+    found = {str(dtype).removeprefix("torch.") for dtype in scales}  # FP4's scales have dtypes of their own
     if len(found) > 1:
         raise FormatError(f"{path}: scales of several dtypes ({', '.join(sorted(found))}) cannot be told apart")
     dtype = found.pop() if found else str(config.get("dtype") or config.get("torch_dtype") or "float32")
@@ -133,12 +129,12 @@ def _matcher(path: Path, rule: Format, quantization: Mapping[str, Any], shards: 
         raise FormatError(f"{path}/config.json: {error}") from error
 
 
-def _match_entries(path: Path, contents: Contents, matcher: Matcher) -> dict[str, Stored]:
+def _match_entries(path: Path, contents: Contents, matcher: Matcher, embeddings: bool) -> dict[str, Stored]:
     """Find which entries are quantized, and check that every site is so as a whole and fits its grid."""
     stored: dict[str, Stored] = {}
     seen: dict[str, Scheme | None] = {}
     for entry in contents.entries:
-        if entry.site is None:
+        if entry.site is None or (entry.site == contents.structure.embedding and not embeddings):
             continue
         found = matcher(entry.module)
         scheme = found.scheme if found else None
@@ -194,74 +190,6 @@ def _check_tensor(path: Path, shards: Shards, name: str, shape: tuple[int, ...],
     if header.dtype not in dtypes or header.shape != shape:
         want = f"{' or '.join(str(dtype) for dtype in dtypes)} {shape}"
         raise FormatError(f"{path}/{header.file}: {name} is {header.dtype} {header.shape}, config.json promises {want}")
-
-
-def load(
-    path: str | Path,
-    *,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str = "cpu",
-    ignore_activations: bool = False,
-    activations: Activations = "float",
-) -> PreTrainedModel:
-    """Load a quantized checkpoint, ready to run, in evaluation mode.
-
-    Codes and scales come back bit for bit; the files may be deleted afterwards. Each quantized layer is held once, in the
-    layout of the kernel that runs it from the first forward on.
-
-    Args:
-        path: directory written by quantkit (any format) or by another writer of compressed-tensors integer weights.
-        dtype: dtype of the unquantized tensors; None keeps what the files hold.
-        device: where the model goes.
-        ignore_activations: run a checkpoint that asks for quantized activations (W8A8) with float ones.
-        activations: what quantized layers make of their inputs on a CPU: ``"float"``, nothing, or ``"int8"``, rounded block by
-            block, which is faster and has an error of its own (:mod:`quantkit.kernels.cpu`).
-
-    Raises:
-        KernelError: ``activations`` is neither.
-        FormatError: the checkpoint is unfinished, damaged, contradicts itself, or cannot be represented exactly.
-    """
-    with open_checkpoint(path) as opened:
-        contents = opened.contents
-        model: Any = contents.model  # Any: transformers types neither eval nor to
-        quantized = {parameter_of(contents.sites[name]): contents.sites[name] for name in opened.schemes}
-        _load_floats(model, opened, set(quantized), dtype)
-        for site in quantized.values():
-            activation = None if ignore_activations else opened.schemes[site.name].activation
-            install(model, site, opened.qtensor(site), activation)
-        model.tie_weights()
-        left = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
-        if left:
-            raise FormatError(f"{path}: nothing was loaded into {', '.join(left[:5])}")
-        if any(len(site.shape) == 3 for site in quantized.values()):
-            enable_experts(model)
-        model.config.dtype = model.dtype
-        if (Path(path) / "generation_config.json").exists() and hasattr(model, "generation_config"):
-            model.generation_config = read_generation_config(path)
-    loaded: PreTrainedModel = model.requires_grad_(False).eval().to(device)
-    for module in loaded.modules():
-        if isinstance(module, QuantLinear | QuantWeight):
-            module.keeps_codes = False
-    set_activations(loaded, activations)
-    return loaded
-
-
-def _load_floats(model: PreTrainedModel, opened: Opened, quantized: set[str], dtype: torch.dtype | None) -> None:
-    sources: dict[str, list[Entry]] = {}
-    for entry in opened.contents.entries:
-        for piece in {p.parameter: p for p in entry.source.pieces}.values():
-            sources.setdefault(piece.parameter, []).append(entry)
-    for name, entries in sources.items():
-        if name in quantized:
-            continue
-        module_name, _, attribute = name.rpartition(".")
-        module = model.get_submodule(module_name)
-        own = getattr(module, attribute)
-        parts = ((entry, opened.shards.read(entry.name)) for entry in entries)
-        value = restore(name, tuple(own.shape), parts, name in opened.contents.transposed)
-        if dtype is not None and value.is_floating_point():
-            value = value.to(dtype)
-        setattr(module, attribute, nn.Parameter(value, requires_grad=False) if isinstance(own, nn.Parameter) else value)
 
 
 def inspect(path: str | Path) -> dict[str, Any]:

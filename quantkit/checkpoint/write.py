@@ -242,7 +242,7 @@ def save(
     structure = writer._contents.structure
     for i, block in enumerate(structure.blocks):
         writer.write_block(i, {site.name: found[site.name] for site in block.sites if site.name in found})
-    outside = {site.name: found[site.name] for site in structure.outside if site.name in found}
+    outside = {site.name: found[site.name] for site in structure.after if site.name in found}
 
     def prove_all(stage: Path) -> Mapping[str, Any]:
         verify(stage, model)

@@ -83,6 +83,21 @@ def doctor(as_json: AsJson = False) -> None:
     table("kernels, best first", ("kernel", "runs", "details"), rows)
 
 
+@app.command()
+def cache(
+    clear: Annotated[bool, typer.Option("--clear", help="Remove what it holds.")] = False,
+    on: Annotated[bool | None, typer.Option("--on/--off", help="Keep prepacked weights from now on, or no more.")] = None,
+) -> None:
+    """Show the weights kept in the kernels' layout, which make a second load fast; clear them, or turn this off."""
+    from quantkit.checkpoint import prepacked
+
+    if on is not None:
+        prepacked.switch(on)
+    if clear:
+        say(f"removed {size(prepacked.clear())}")
+    say(prepacked.describe())
+
+
 def _flat(value: Any, name: str = "recorded") -> dict[str, str]:
     """Return a nested mapping as dotted names and texts."""
     if not isinstance(value, dict):

@@ -23,7 +23,9 @@ def serve(
     ] = None,
     name: Annotated[str | None, typer.Option(help="Name that clients see; default: MODEL.")] = None,
     kv: Annotated[str, typer.Option(help="Keys and values: float, int8 or int4.")] = "float",
-    drafter: Annotated[str | None, typer.Option(help="Guess ahead: ngram, or a smaller model's path.")] = None,
+    drafter: Annotated[
+        str | None, typer.Option(help="Guess ahead: ngram, twin (int8 weights), or a smaller model's path.")
+    ] = None,
     running: Annotated[int, typer.Option(help="Requests that run at once; more wait.")] = 16,
     waiting: Annotated[int, typer.Option(help="Requests that may wait; more are refused (429).")] = 1024,
     kv_tokens: Annotated[int | None, typer.Option(help="Tokens of key/value memory; default: what fits into 1 GiB.")] = None,
@@ -38,7 +40,7 @@ def serve(
 
     opened, tokenizer = open_model(model)
     limits = Limits(running=running, waiting=waiting, kv_tokens=kv_tokens, context_tokens=context)
-    draft = open_model(drafter)[0] if drafter not in (None, "ngram") else drafter  # type: ignore[arg-type]
+    draft = open_model(drafter)[0] if drafter not in (None, "ngram", "twin") else drafter  # type: ignore[arg-type]
     server = open_server(
         opened,
         tokenizer,
@@ -88,6 +90,7 @@ def trace(
     price: Annotated[float | None, typer.Option(help="Price of this machine per hour: adds the cost of tokens.")] = None,
     seed: int = 0,
     out: Annotated[Path | None, typer.Option(help="Write the numbers here (JSON).")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page with plots here.")] = None,
 ) -> None:
     """Serve a made-up trace: time to first token, time between tokens, throughput; static against continuous batching."""
     import math
@@ -97,6 +100,7 @@ def trace(
     from quantkit.files import write_json
     from quantkit.generation import Engine as Runner
     from quantkit.models import open_model
+    from quantkit.report import trace_rows, write_trace_html
 
     opened, _ = open_model(model)
     vocabulary = opened.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
@@ -118,18 +122,11 @@ def trace(
         runner = Runner(opened, kv=kv, limits=limits, engine=engine, activations=activations)
         with progress_bars() as progress:
             found[way] = serve_trace(runner, arrivals, padded=way == "padded", progress=progress)
-    rows = []
-    for way, one in found.items():
-        ttft, itl = one.first_token_ms, one.token_ms
-        cells = [way, f"{one.seconds:.1f}", f"{one.tokens_per_s:.1f}", f"{ttft.median:.0f} / {ttft.p90:.0f} / {ttft.p99:.0f}"]
-        cells.append(f"{itl.median:.1f} / {itl.p90:.1f} / {itl.p99:.1f}")
-        rows.append([*cells, str(one.steps), *([f"{one.cost_per_million_tokens(price):.2f}"] if price else [])])
-    spread = "p50 / p90 / p99"
-    title = (
-        f"{requests} requests, {sum(a.new_tokens for a in arrivals)} new tokens, {running} at once, {rate or 'all'} per second"
-    )
-    columns = ["batching", "seconds", "tokens/s", f"first token ms, {spread}", f"between tokens ms, {spread}", "steps"]
-    table(title, (*columns, *(["cost per million tokens"] if price else [])), rows)
+    pace = f"{rate} per second" if rate else "all at once"
+    title = f"{requests} requests, {sum(a.new_tokens for a in arrivals)} new tokens, {running} at a time, {pace}"
+    table(title, *trace_rows(found, price))
+    if html is not None:
+        write_trace_html(html, found, price=price, title=f"{model}: {title}")
     if out is not None:
         write_json(out, {way: one.to_dict() for way, one in found.items()})
 

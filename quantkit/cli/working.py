@@ -177,7 +177,9 @@ def generate(
     repetition_penalty: float = 1.0,
     seed: int | None = None,
     kv: Annotated[str, typer.Option(help="Keys and values: float, int8 or int4.")] = "float",
-    drafter: Annotated[str | None, typer.Option(help="Guess ahead: ngram, or a smaller model's path.")] = None,
+    drafter: Annotated[
+        str | None, typer.Option(help="Guess ahead: ngram, twin (int8 weights), or a smaller model's path.")
+    ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt through the model's chat template.")] = False,
     engine: Engine = "auto",
     activations: Activations = "float",
@@ -188,7 +190,7 @@ def generate(
     from quantkit.models import open_model
 
     opened, tokenizer = open_model(model, head=head)
-    draft = open_model(drafter)[0] if drafter not in (None, "ngram") else drafter  # type: ignore[arg-type]
+    draft = open_model(drafter)[0] if drafter not in (None, "ngram", "twin") else drafter  # type: ignore[arg-type]
     done = continue_text(
         opened,
         [{"role": "user", "content": prompt}] if chat else prompt,

@@ -19,7 +19,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from quantkit.engine.drafters import Ask, Drafter, DraftLength
+from quantkit.engine.drafters import Ask, Costs, Drafter, DraftLength
 from quantkit.engine.pages import Pages
 from quantkit.engine.request import Event, FinishReason, Limits, Logprob, QueueFull, Request, check_tokens
 from quantkit.engine.sampling import Noise, Sampling, choose, not_finite, shape_logits
@@ -68,6 +68,7 @@ class TokenEngine:
         self.stats: Counter[str] = Counter()
         self._drafter: Drafter | None = None
         self._lengths: dict[Request, DraftLength] = {}
+        self._costs, self._acceptance = Costs(), DraftLength.START
         self._requests: dict[Running, Request] = {}
         self._pending: list[Event] = []
         self._next_number = 0
@@ -161,7 +162,9 @@ class TokenEngine:
         tokens, so the engine can go on.
         """
         events, self._pending = self._pending, []
+        asked = time.perf_counter()
         self._draft()
+        drafting_s = time.perf_counter() - asked
         plan = self.scheduler.schedule()
         if not plan.spans:
             return events
@@ -176,7 +179,11 @@ class TokenEngine:
             raise
         self.stats["steps"] += 1
         self.stats["rows"] += sum(len(span.ids) for span in plan.spans)
-        self.stats["busy_us"] += int((time.perf_counter() - started) * 1e6)
+        step_s = time.perf_counter() - started
+        self.stats["busy_us"] += int((drafting_s + step_s) * 1e6)
+        drafts = [span.wanted - 1 for span in plan.spans if span.wanted == len(span.ids)]
+        if self._drafter is not None and len(drafts) == len(plan.spans):
+            self._costs.observe(len(drafts), sum(drafts), max(drafts), drafting_s, step_s)
         return events
 
     def _check_fits(self, prompt: int, new: int) -> None:
@@ -192,16 +199,23 @@ class TokenEngine:
         """Ask the drafter for guesses for every sequence that decodes."""
         if self._drafter is None:
             return
+        longest = min(self.limits.draft_tokens, self.limits.page_tokens)
+        costs = self._costs.curve(sum(sequence.decoding for sequence in self.scheduler.running), longest)
+        if costs is None:
+            return
         asks = []
         for sequence in self.scheduler.running:
             request = self._requests[sequence]
             count = 0
-            if sequence.decoding and request.remaining > 1 and not sequence.drafts:
-                length = self._lengths.setdefault(request, DraftLength(min(self.limits.draft_tokens, self.limits.page_tokens)))
-                count = min(length.ask(), request.remaining - 1)
+            if sequence.decoding and request.remaining > 1:
+                length = self._lengths.setdefault(request, DraftLength(longest, self._acceptance))
+                count = min(length.ask(costs), request.remaining - 1)
+            if count and self._drafter.shares_memory:
+                count = min(count, self.scheduler.reserve(sequence, count + 1))
             if count:
                 assert sequence.slot is not None
-                asks.append(Ask(request.number, sequence.slot, sequence.ids, count, request.sampling, request.noise))
+                told = request.number, sequence.slot, sequence.ids, count, request.sampling, request.noise
+                asks.append(Ask(*told, sequence.table if self._drafter.shares_memory else ()))
         drafts = dict(zip((ask.number for ask in asks), self._drafter.propose(asks) if asks else [], strict=True))
         for sequence in self.scheduler.running:
             sequence.drafts = drafts.get(sequence.number, [])
@@ -261,7 +275,8 @@ class TokenEngine:
             [*request.sequence.ids, *request.sequence.drafts[:ahead]] if request.sampling.repetition_penalty != 1 else []
             for request, ahead in owners
         ]
-        shaped = shape_logits(raw, [request.sampling for request, _ in owners], histories)
+        kept = raw is logits and any(request.logprobs is not None for request, _ in owners)
+        shaped = shape_logits(raw, [request.sampling for request, _ in owners], histories, copy=kept)
         tokens, usable = choose(shaped, [request.noise.row(ahead, logits.shape[-1]) for request, ahead in owners])
         chosen = [token if good else -1 for token, good in zip(tokens.tolist(), usable.tolist(), strict=True)]
         return chosen, shaped, _logprobs(logits, chosen, [request.logprobs for request, _ in owners])
@@ -292,7 +307,9 @@ class TokenEngine:
             request.accepted += accepted
             self.stats["drafted"] += drafted
             self.stats["accepted"] += accepted
-            self._lengths[request].observe(drafted, accepted)
+            length = self._lengths[request]
+            length.observe(drafted, accepted)
+            self._acceptance = length.acceptance
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
         request.finish_reason = reason

@@ -62,17 +62,34 @@ class NativeBackend:
 
     def step(self, spans: Sequence[Span], copies: Sequence[Copy] = ()) -> Tensor:
         """Run ``spans``; see :class:`~quantkit.engine.step.Backend`."""
-        pages = self._kv
-        assert pages is not None, "reserve comes first"
+        pages = self._pages
         for source, target, _ in copies:
             for stored in (*pages.keys, *pages.values, *pages.key_scales, *pages.value_scales):
                 stored[target] = stored[source]
-        table = np.zeros((len(spans), max(len(span.table) for span in spans)), dtype=np.int32)
-        tokens, positions, slots, wanted = list[int](), list[int](), list[int](), list[int]()
-        for slot, span in enumerate(spans):
-            table[slot, : len(span.table)] = span.table
-            tokens += span.ids
-            positions += range(span.start, span.start + len(span.ids))
-            slots += [slot] * len(span.ids)
-            wanted += range(len(tokens) - span.wanted, len(tokens))
-        return self.decoder.run(Rows(tokens, positions, slots, table, wanted), pages, exact=self.exact)
+        return self.decoder.run(_rows(spans), pages, exact=self.exact)
+
+    def draft(self, spans: Sequence[Span], *, argmax: bool = False) -> Tensor:
+        """Run ``spans`` roughly: with the high planes of weights alone, and int8 activations, whatever steps do.
+
+        Returns:
+            Logits of each row, or the most likely tokens (int32).
+        """
+        return self.decoder.run(_rows(spans), self._pages, exact=False, argmax=argmax, draft=True)
+
+    @property
+    def _pages(self) -> KvPages:
+        assert self._kv is not None, "reserve comes first"
+        return self._kv
+
+
+def _rows(spans: Sequence[Span]) -> Rows:
+    """Lay out spans for one call."""
+    table = np.zeros((len(spans), max(len(span.table) for span in spans)), dtype=np.int32)
+    tokens, positions, slots, wanted = list[int](), list[int](), list[int](), list[int]()
+    for slot, span in enumerate(spans):
+        table[slot, : len(span.table)] = span.table
+        tokens += span.ids
+        positions += range(span.start, span.start + len(span.ids))
+        slots += [slot] * len(span.ids)
+        wanted += range(len(tokens) - span.wanted, len(tokens))
+    return Rows(tokens, positions, slots, table, wanted)

@@ -29,7 +29,8 @@ class Limits:
             running sequence at its longest if that is less.
         context_tokens: longest prompt and answer together; None for the model's own limit, and never beyond it.
         waiting: requests that may wait.
-        draft_tokens: at most so many guesses of a drafter per sequence and step, and never more than a page.
+        draft_tokens: at most so many guesses of a drafter per sequence and step, and never more than a page; 7 because the
+            CPU's kernels read a weight once for up to eight rows.
         batching: ``"continuous"``; ``"static"`` lets nobody join until all are done, for comparison.
     """
 
@@ -39,7 +40,7 @@ class Limits:
     kv_tokens: int | None = None
     context_tokens: int | None = None
     waiting: int = 4096
-    draft_tokens: int = 8
+    draft_tokens: int = 7
     batching: Batching = "continuous"
 
     def __post_init__(self) -> None:

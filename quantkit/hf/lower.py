@@ -27,6 +27,8 @@ from quantkit.hf.trace_layer import LayerReader, Rotaries, linear_of
 from quantkit.hf.watch import FAR, TOKENS, CannotWatch, Trace, flat, watch
 from quantkit.kernels import interpret
 from quantkit.kernels.program import Layer, Linear, Norm, Program
+from quantkit.memory import return_freed_memory
+from quantkit.nn.embedding import QuantEmbedding
 from quantkit.nn.linear import QuantLinear, QuantWeight
 
 _CLIPPING = ("clip_qkv",)
@@ -69,6 +71,7 @@ def _lower(model: PreTrainedModel) -> Program:
     trace = watch(model, stack)
     program = _write(model, trace)
     _prove(program, trace)
+    return_freed_memory()
     limit = min(length for length in (program.max_tokens, program.rope_switch, FAR // 4) if length)
     if limit > 2 * TOKENS:
         _prove(program, watch(model, stack, limit - TOKENS))
@@ -120,16 +123,16 @@ def _write(model: PreTrainedModel, trace: Trace) -> Program:
     )
 
 
-def _embedding(trace: Trace, config: Any) -> tuple[Tensor, float]:
+def _embedding(trace: Trace, config: Any) -> tuple[Tensor | QuantEmbedding, float]:
     """Return the embedding and the factor between its rows and the first layer's input."""
     for call in trace.before:
-        weight = getattr(call.module, "weight", None)
-        if isinstance(call.module, nn.Embedding) and isinstance(weight, Tensor) and facts.same(call.x, trace.ids[None]):
-            rows, first = weight.detach()[trace.ids], trace.layers[0].x
+        if isinstance(call.module, nn.Embedding | QuantEmbedding) and facts.same(call.x, trace.ids[None]):
+            table = call.module if isinstance(call.module, QuantEmbedding) else call.module.weight.detach()
+            rows, first = table(trace.ids) if isinstance(table, QuantEmbedding) else table[trace.ids], trace.layers[0].x
             scale = facts.factor(first, rows, config)
             if scale is None:
                 break
-            return weight.detach(), scale
+            return table, scale
     raise CannotWatch("the first layer's input is not an embedding times a number (learned positions, a norm, a projection?)")
 
 

@@ -13,6 +13,7 @@ from quantkit.errors import KernelError
 from quantkit.hf.lower import CannotLower, lower
 from quantkit.kernels.decoder import NativeDecoder, rejects
 from quantkit.kernels.program import Program
+from quantkit.memory import drop_pages, mapped_pages, return_freed_memory
 
 _Mark = tuple[tuple[int, int, int], ...]
 
@@ -40,9 +41,18 @@ def _make(model: PreTrainedModel) -> NativeDecoder | str:
         program = lower(model)
         if reason := rejects(program) or _too_large(program):
             return reason
-        return NativeDecoder(program)
+        _release(model)
+        decoder = NativeDecoder(program)
+        _release(model)
+        return decoder
     except (CannotLower, KernelError) as error:
         return str(error)
+
+
+def _release(model: PreTrainedModel) -> None:
+    """Give back what proving and laying out touched: pages of mapped float weights, which only modules read, and freed heap."""
+    drop_pages(mapped_pages(model.parameters()))
+    return_freed_memory()
 
 
 def _too_large(program: Program) -> str | None:

@@ -66,7 +66,29 @@ def describe(model: nn.Module) -> Structure:
             f"{type(model).__name__}: nothing to quantize in {stack} ({len(names)} layers): no nn.Linear, Conv1D or expert "
             f"stack with floating-point weights; reasons: {', '.join(sorted(set(skipped.values()))) or 'no parameters'}"
         )
-    return Structure(tuple(Block(name, tuple(sites)) for name, sites in inside.items()), tuple(outside), skipped)
+    blocks = tuple(Block(name, tuple(sites)) for name, sites in inside.items())
+    return Structure(blocks, tuple(outside), skipped, *_ends(model))
+
+
+def _ends(model: nn.Module) -> tuple[Site | None, str | None, bool]:
+    """Return the input embedding as a site if it is a plain table, the name of the output head, and whether they are tied."""
+    if not hasattr(model, "get_input_embeddings"):
+        return None, None, False
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
+    names = {id(module): name for name, module in model.named_modules()}
+    weight = getattr(embedding, "weight", None)
+    tied = weight is not None and head is not None and getattr(head, "weight", None) is weight
+    others = [
+        name
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if parameter is weight and name.rpartition(".")[0] not in (names.get(id(embedding)), names.get(id(head)))
+    ]
+    site = None
+    plain = type(embedding) is nn.Embedding and embedding.max_norm is None and not (tied and type(head) is not nn.Linear)
+    if plain and not others and isinstance(weight, Tensor) and weight.is_floating_point():
+        path = names[id(embedding)]
+        site = Site(path, path, "weight", tuple(weight.shape))
+    return site, names.get(id(head)), tied
 
 
 def find_stack(model: nn.Module) -> str:

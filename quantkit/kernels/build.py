@@ -20,14 +20,15 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 
 from quantkit.errors import KernelError
-from quantkit.files import atomic_path
+from quantkit.files import atomic_path, cache_dir
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ ISA_FLAGS: Final[dict[str, tuple[str, ...]]] = {
 """Instruction sets a library can be built for; ``native`` is whatever this CPU has, the others are for tests."""
 
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-_SIGNATURES: Final = {
+_SIGNATURES: Final[dict[str, tuple[Any, list[Any]]]] = {
     "qk_abi_version": (_INT, []),
     "qk_isa": (ctypes.c_char_p, []),
     "qk_use_openmp": (None, [_POINTER] * 3),
@@ -103,14 +104,18 @@ def load(isa: str) -> ctypes.CDLL:
         KernelError: if there is no compiler, it fails, or what it made cannot be loaded.
     """
     command = [*compiler(), *FLAGS, *ISA_FLAGS[isa]]
-    directory = cache_directory()
-    path = directory / f"quantkit-{isa}-{_key(command)}.so"
+    path = cache_directory() / f"quantkit-{isa}-{_key(command)}.so"
+    find_or_make(path, lambda: _compile(command, path))
+    return _open(path)
+
+
+def find_or_make(path: Path, make: Callable[[], None]) -> None:
+    """Call ``make`` unless an undamaged library lies at ``path``."""
     if path.exists() and (reason := _damage(path)):
         logger.warning("kernel library %s is damaged (%s); building it again", path, reason)
         path.unlink(missing_ok=True)
     if not path.exists():
-        _compile(command, path)
-    return _open(path)
+        make()
 
 
 def compiler() -> list[str]:
@@ -132,8 +137,7 @@ def cache_directory() -> Path:
 
     If it cannot be written to, a private temporary directory of this process stands in for it, with a warning.
     """
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    directory = Path(base) / "quantkit" / "kernels"
+    directory = cache_dir() / "kernels"
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory):
@@ -173,11 +177,20 @@ def sources() -> list[Path]:
 
 
 def _key(command: list[str]) -> str:
-    digest = hashlib.sha256()
-    texts = [path.name.encode() + b"\0" + path.read_bytes() for path in sources()]
-    for part in (*texts, shlex.join(command).encode(), _version(tuple(command)).encode(), _cpu().encode()):
-        digest.update(hashlib.sha256(part).digest())
-    return digest.hexdigest()[:24]
+    return digest(sources(), shlex.join(command), _version(tuple(command)), _cpu())
+
+
+def digest(files: list[Path], *facts: str) -> str:
+    """Return a name for what these sources and facts determine."""
+    whole = hashlib.sha256()
+    for part in (*(path.name.encode() + b"\0" + path.read_bytes() for path in files), *(fact.encode() for fact in facts)):
+        whole.update(hashlib.sha256(part).digest())
+    return whole.hexdigest()[:24]
+
+
+def version(compiler_path: str) -> str:
+    """Return what a compiler says about its version."""
+    return _version((compiler_path,))
 
 
 @functools.cache
@@ -201,26 +214,50 @@ def _cpu() -> str:
 
 
 def _compile(command: list[str], path: Path) -> None:
-    files = [source for source in sources() if source.suffix == ".cpp"]
     logger.info("compiling the kernels into %s (a few seconds, once)", path)
+    compile_and_link(command, [source for source in sources() if source.suffix == ".cpp"], path, _WAY_OUT)
+
+
+def compile_and_link(
+    command: list[str], files: list[Path], path: Path, way_out: str, objects_only: tuple[str, ...] = ()
+) -> list[str]:
+    """Compile ``files`` side by side and link them into the library ``path``, its checksum at the end.
+
+    Args:
+        command: compiler and flags.
+        files: what to compile.
+        path: the library.
+        way_out: what the error tells people to do.
+        objects_only: flags that are not for linking.
+
+    Returns:
+        What the compiler said about each file.
+
+    Raises:
+        KernelError: with the compiler's output, if it fails.
+    """
     try:
         with atomic_path(path) as temporary, tempfile.TemporaryDirectory(prefix="quantkit-build-") as folder:
             objects = [str(Path(folder) / f"{source.stem}.o") for source in files]
-            lines = [[*command, "-c", str(source), "-o", made] for source, made in zip(files, objects, strict=True)]
+            lines = [
+                [*command, *objects_only, "-c", str(source), "-o", made] for source, made in zip(files, objects, strict=True)
+            ]
             with ThreadPoolExecutor(os.cpu_count()) as pool:  # a compiler is a process; the threads only wait
-                list(pool.map(_run, lines))
-            _run([*command, "-shared", *objects, "-o", str(temporary)])
+                said = list(pool.map(lambda line: _run(line, way_out), lines))
+            _run([*command, "-shared", *objects, "-o", str(temporary)], way_out)
             content = temporary.read_bytes()
             temporary.write_bytes(content + hashlib.sha256(content).digest())
+            return said
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise KernelError(f"the kernels could not be compiled into {path} ({error}); {_WAY_OUT}") from error
+        raise KernelError(f"the kernels could not be compiled into {path} ({error}); {way_out}") from error
 
 
-def _run(line: list[str]) -> None:
+def _run(line: list[str], way_out: str) -> str:
     done = subprocess.run(line, capture_output=True, text=True, timeout=600, check=False)
     if done.returncode:
-        output = done.stderr.strip()[-4000:]
-        raise KernelError(f"the C++ compiler failed ({done.returncode}): {shlex.join(line)}\n{output}\n{_WAY_OUT}")
+        output = (done.stderr.strip() or done.stdout.strip())[-4000:]
+        raise KernelError(f"the compiler failed ({done.returncode}): {shlex.join(line)}\n{output}\n{way_out}")
+    return done.stderr + done.stdout
 
 
 def _damage(path: Path) -> str | None:
@@ -229,18 +266,26 @@ def _damage(path: Path) -> str | None:
 
 
 def _open(path: Path) -> ctypes.CDLL:
+    lib = open_library(path, _SIGNATURES, ABI_VERSION)
+    lib.qk_use_openmp(*(_openmp() or (None, None, None)))
+    return lib
+
+
+def open_library(path: Path, signatures: dict[str, tuple[Any, list[Any]]], version: int) -> ctypes.CDLL:
+    """Load a library that has these functions and interface ``version``.
+
+    Raises:
+        KernelError: if it cannot be loaded, lacks a function, or says another version.
+    """
     try:
         lib = ctypes.CDLL(str(path))
-        for name, (result, arguments) in _SIGNATURES.items():
+        for name, (result, arguments) in signatures.items():
             function = getattr(lib, name)
             function.restype, function.argtypes = result, arguments
     except (OSError, AttributeError) as error:
         raise KernelError(f"the kernel library {path} cannot be loaded ({error}); remove it to have it built again") from error
-    if (version := lib.qk_abi_version()) != ABI_VERSION:
-        raise KernelError(
-            f"the kernel library {path} has interface {version}, want {ABI_VERSION}; remove it to have it built again"
-        )
-    lib.qk_use_openmp(*(_openmp() or (None, None, None)))
+    if (found := lib.qk_abi_version()) != version:
+        raise KernelError(f"the kernel library {path} has interface {found}, want {version}; remove it to have it built again")
     return lib
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from quantkit.errors import KernelError
 from quantkit.kernels import build, layout, ops
+from quantkit.kernels.arena import in_huge_pages
 from quantkit.kernels.layout import LinearStruct, Prepacked
 from quantkit.kernels.select import KERNELS, Activations, Problem
 from quantkit.qtensor import QTensor
@@ -30,6 +31,14 @@ class State(NamedTuple):
 
     weight: Prepacked
     struct: LinearStruct
+
+    def split(self) -> "State":
+        """Return this weight with 8-bit codes in two planes (:func:`quantkit.kernels.layout.split`)."""
+        weight = layout.split(self.weight)
+        if weight is self.weight:
+            return self
+        weight = weight._replace(codes=in_huge_pages(weight.codes))
+        return State(weight, weight.struct())
 
 
 class CpuKernel:
@@ -61,7 +70,7 @@ class CpuKernel:
 
     def prepack(self, qtensor: QTensor) -> State:
         """Copy a 2-D weight into blocks of 16 rows."""
-        weight = layout.prepack(qtensor)
+        weight = layout.prepack(qtensor).moved(in_huge_pages)
         return State(weight, weight.struct())
 
     def matmul(self, x: Tensor, state: State, bias: Tensor | None) -> Tensor:

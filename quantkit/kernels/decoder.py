@@ -12,8 +12,9 @@ are rounded to int8, a scale for every :data:`~quantkit.kernels.cpu.BLOCK` colum
 """
 
 import ctypes
+import math
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import KernelError
-from quantkit.kernels import build, structs
+from quantkit.kernels import arena, build, structs
 from quantkit.kernels.cpu import BLOCK
 from quantkit.kernels.program import Program
 
@@ -107,8 +108,10 @@ class KvPages:
         return sum(tensor.nbytes for tensor in parts)
 
 
-def _grown(old: list[Tensor], shapes: Iterable[tuple[int, ...]], dtype: torch.dtype) -> list[Tensor]:
-    tensors = [torch.empty(shape, dtype=dtype) for shape in shapes]
+def _grown(old: list[Tensor], shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> list[Tensor]:
+    sizes = [math.prod(shape) for shape in shapes]
+    whole = arena.allocate(sum(sizes) * dtype.itemsize).view(dtype)  # one mapping: a huge page is large for one layer
+    tensors = [part.view(shape) for part, shape in zip(whole.split(sizes), shapes, strict=True)]
     for tensor, before in zip(tensors, old, strict=False):
         tensor[: len(before)] = before
     return tensors
@@ -156,11 +159,12 @@ class NativeDecoder:
         self._turn = threading.Lock()  # scratch memory is shared by all steps
         self._laid_out = structs.LaidOut(program)
         self._struct = self._laid_out.struct
+        self._planes = False
         self._tokens = 0
         self._scratch = torch.empty(0, dtype=torch.uint8)
         self._scratch_size = (0, 0, 0)
 
-    def run(self, rows: Rows, kv: KvPages, *, exact: bool = True, argmax: bool = False) -> Tensor:
+    def run(self, rows: Rows, kv: KvPages, *, exact: bool = True, argmax: bool = False, draft: bool = False) -> Tensor:
         """Read the rows, append their keys and values to ``kv``, and return what comes after the wanted ones.
 
         Args:
@@ -168,6 +172,7 @@ class NativeDecoder:
             kv: pages of this program; those that the rows' positions fall on must be theirs to write.
             exact: float activations; False rounds them to int8 before quantized weights.
             argmax: return the most likely tokens instead of logits.
+            draft: read only the high plane of weights that are in planes (:meth:`split_planes`).
 
         Returns:
             float32 logits (wanted, vocabulary), or int32 token ids (wanted,).
@@ -180,6 +185,9 @@ class NativeDecoder:
         )
         table = np.ascontiguousarray(rows.block_table, dtype=np.int32)
         longest = self._check(tokens, positions, slots, wanted, table, kv)
+        looked_up = None
+        if not isinstance(self.program.embedding, Tensor):  # the rows of a quantized table, one for each token
+            looked_up, tokens = self.program.rows(torch.from_numpy(tokens).long()), np.arange(len(tokens), dtype=np.int32)
         logits = torch.empty(len(wanted), self.program.vocabulary)
         best = torch.empty(len(wanted), dtype=torch.int32)
         threads = self.threads or torch.get_num_threads()
@@ -195,14 +203,34 @@ class NativeDecoder:
             chunks,
             exact,
             BLOCK,
+            draft,
         )
         with self._turn:
+            if looked_up is not None:
+                self._struct.embedding = looked_up.data_ptr()
             self._lengthen(longest)
             scratch = self._memory(len(tokens), chunks, threads)
             self._library.qk_decoder_run(
                 ctypes.addressof(self._struct), ctypes.addressof(batch), ctypes.addressof(kv.struct), scratch, threads
             )
         return best if argmax else logits
+
+    def split_planes(self) -> bool:
+        """Put 8-bit codes into two planes (:func:`quantkit.kernels.layout.split`), so that a draft has less to read.
+
+        Results stay the same to the last bit. Returns whether any weight is in planes now.
+        """
+        weights: list[Any] = [linear.weight for linear in self.program.linears() if not isinstance(linear.weight, Tensor)]
+        weights = [weight for weight in dict.fromkeys(weights) if weight.spec.bits == 8]
+        with self._turn:
+            if weights and not self._planes:
+                del self._laid_out  # so that a weight's whole codes go when it has its planes, not when all have
+                try:
+                    self._planes = any([weight.split_planes() for weight in weights])
+                finally:
+                    self._laid_out = structs.LaidOut(self.program)
+                    self._struct, self._tokens = self._laid_out.struct, 0
+        return self._planes
 
     def _check(self, tokens: Any, positions: Any, slots: Any, wanted: Any, table: Any, kv: KvPages) -> int:
         """Check everything the native code relies on; return the length of the longest sequence."""
@@ -214,7 +242,7 @@ class NativeDecoder:
             )
         longest = int(positions.max()) + 1
         for name, values, limit in (
-            ("token", tokens, self.program.embedding.shape[0]),
+            ("token", tokens, self.program.tokens),
             ("position", positions, min(table.shape[1] * PAGE_TOKENS, self.program.max_tokens or 1 << 31)),
             ("slot", slots, table.shape[0]),
             *((("wanted row", wanted, count),) if len(wanted) else ()),
@@ -241,9 +269,9 @@ class NativeDecoder:
         want = (max(rows, had[0]), max(chunks, had[1]), max(threads, had[2]))
         if want != had:
             size = self._library.qk_decoder_bytes(ctypes.addressof(self._struct), *want[:2], BLOCK, want[2])
-            self._scratch = torch.empty(size + 64, dtype=torch.uint8)
+            self._scratch = arena.allocate(size)
             self._scratch_size = want
-        return -(-self._scratch.data_ptr() // 64) * 64
+        return self._scratch.data_ptr()
 
     def _lengthen(self, tokens: int) -> None:
         """Compute rotary tables for at least ``tokens`` positions."""

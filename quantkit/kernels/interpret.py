@@ -22,6 +22,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 """Activation name to function; a backend numbers them in this order."""
 
+_ROWS = 4096
+"""Rows of a float weight that are converted at a time."""
+
 
 def logits(program: Program, ids: Tensor) -> Tensor:
     """Return float32 logits (T, vocabulary) for ids (T,) int64 at positions 0 to T - 1."""
@@ -35,7 +38,7 @@ def logits(program: Program, ids: Tensor) -> Tensor:
 
 def embed(program: Program, ids: Tensor) -> Tensor:
     """Return the residual stream before the first layer, float32 (T, hidden)."""
-    return program.embedding[ids].float() * program.embedding_scale
+    return program.rows(ids) * program.embedding_scale
 
 
 def read_out(program: Program, x: Tensor) -> Tensor:
@@ -56,7 +59,9 @@ def run_layer(program: Program, layer: Layer, x: Tensor, tables: list[tuple[Tens
 def linear(x: Tensor, weight: Linear) -> Tensor:
     """Return ``x @ w.T + bias`` in float32."""
     if isinstance(weight.weight, Tensor):
-        return F.linear(x, weight.weight.float(), None if weight.bias is None else weight.bias.float())
+        parts = weight.weight.split(_ROWS)  # no float32 copy of a whole head
+        y = torch.cat([F.linear(x, part.float()) for part in parts], -1)
+        return y if weight.bias is None else y + weight.bias.float()
     if weight.expert is None:
         return cast(Tensor, weight.weight(x))  # a QuantLinear adds its own bias, the same tensor
     return cast(Tensor, cast(Any, weight.weight).matmul(x, weight.expert))

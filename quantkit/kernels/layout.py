@@ -4,9 +4,13 @@ The layout is drawn in ``csrc/linear.h``: blocks of 16 output rows, one row per 
 multiple of 8. 4-bit codes keep their width (2- and 3-bit codes are stored in 4 bits, 5- to 7-bit codes in 8): a word's low
 halves are four consecutive columns and its high halves the next four, so that one mask and one shift make operands for the
 int8 dot product. Both ways of computing, with float and with int8 activations, read this one copy.
+
+8-bit codes can also be stored as two planes of four bits, ``c = 16 h + l`` (:func:`split`): products are the same to the last
+bit, and a *draft* of the weight, ``(16 h + 8 - zero_point) * scale``, is there to be read at half the bytes.
 """
 
 import ctypes
+from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
 import torch
@@ -24,11 +28,13 @@ from quantkit.spec import QuantSpec
 LANES: Final = 16
 """Rows per block."""
 
-FLOAT32, BFLOAT16, U4, U8 = range(4)
+FLOAT32, BFLOAT16, U4, U8, PLANES, HIGH_PLANE = range(6)
 """Kinds of weight, as ``linear.h`` numbers them."""
 
 _COLUMNS: Final = {FLOAT32: 1, BFLOAT16: 2, U4: 8, U8: 4}  # per 32-bit word
+_MIDDLE: Final = 8  # of what a low plane can add
 _PADDING: Final = 8
+_ROWS: Final = 256 * LANES
 
 
 class LinearStruct(ctypes.Structure):
@@ -45,12 +51,13 @@ class Prepacked(NamedTuple):
     """A weight (N, K) in the layout.
 
     Attributes:
-        codes: int32 (blocks, groups, words per group, 16).
+        codes: int32 (blocks, groups, words per group, 16); with an axis of two planes before, high and low, for planes.
         scale: float16, bfloat16 or float32 (blocks, groups, 16); None for float weights.
         zero: uint8 of the scale's shape, or None where ``zero_code`` serves all.
         rows: N; the last block may be partly padding.
         group: input channels per scale; K for float weights.
-        kind: one of :data:`FLOAT32`, :data:`BFLOAT16`, :data:`U4` and :data:`U8`.
+        kind: one of :data:`FLOAT32`, :data:`BFLOAT16`, :data:`U4`, :data:`U8`, :data:`PLANES` and :data:`HIGH_PLANE`, which
+            is planes of which only the high one is read.
         zero_code: zero point of a symmetric grid; 0 for float weights.
     """
 
@@ -65,12 +72,17 @@ class Prepacked(NamedTuple):
     @property
     def columns(self) -> int:
         """K."""
-        return self.codes.shape[1] * self.group
+        return self.codes.shape[-3] * self.group
 
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors."""
         return sum(tensor.nbytes for tensor in (self.codes, self.scale, self.zero) if tensor is not None)
+
+    def moved(self, copy: Callable[[Tensor], Tensor]) -> "Prepacked":
+        """Return the same weight with every tensor copied by ``copy``."""
+        tensors = {name: copy(value) for name, value in self._asdict().items() if isinstance(value, Tensor)}
+        return self._replace(**tensors)
 
     def struct(self, bias: Tensor | None = None) -> LinearStruct:
         """Return the C view of this weight with an optional float32 ``bias`` (N,). Keep both alive while it is used."""
@@ -103,8 +115,8 @@ def prepack(qtensor: QTensor) -> Prepacked:
     return Prepacked(codes, _per_lane(qtensor.scale, block_rows), zero, rows, group, kind, grid.zero_code(spec))
 
 
-def prepack_float(weight: Tensor) -> Prepacked:
-    """Lay a float32 or bfloat16 weight (N, K) out in blocks of 16 rows.
+def prepack_float(weight: Tensor, empty: Callable[[Sequence[int], torch.dtype], Tensor] | None = None) -> Prepacked:
+    """Lay a float32 or bfloat16 weight (N, K) out in blocks of 16 rows, in memory from ``empty(shape, dtype)``.
 
     Raises:
         KernelError: for another dtype or number of dimensions.
@@ -112,13 +124,42 @@ def prepack_float(weight: Tensor) -> Prepacked:
     if weight.dim() != 2 or weight.dtype not in (torch.float32, torch.bfloat16):
         raise KernelError(f"prepack_float: weight is {weight.dtype} {tuple(weight.shape)}; want float32 or bfloat16 (N, K)")
     rows, columns = weight.shape
-    padded = F.pad(weight.detach(), (0, -columns % _PADDING)).contiguous()
-    kind = FLOAT32 if weight.dtype == torch.float32 else BFLOAT16
-    return Prepacked(_lanes(padded.view(torch.int32).unsqueeze(1)), None, None, rows, columns, kind, 0)
+    kind, missing = FLOAT32 if weight.dtype == torch.float32 else BFLOAT16, -columns % _PADDING
+    shape = (-(-rows // LANES), 1, (columns + missing) // _COLUMNS[kind], LANES)
+    codes = torch.empty(shape, dtype=torch.int32) if empty is None else empty(shape, torch.int32)
+    for start in range(0, rows, _ROWS):  # piece by piece: a head is large, and no second copy of it is wanted
+        part = weight.detach()[start : start + _ROWS]
+        padded = (F.pad(part, (0, missing)) if missing else part).contiguous()
+        codes[start // LANES : (start + _ROWS) // LANES] = _lanes(padded.view(torch.int32).unsqueeze(1))
+    return Prepacked(codes, None, None, rows, columns, kind, 0)
+
+
+def split(state: Prepacked) -> Prepacked:
+    """Return 8-bit codes as two planes of 4 bits; shares scales and zero points. Other weights come back as they are."""
+    if state.kind != U8:
+        return state
+    pairs = state.codes.unflatten(2, (-1, 2))  # (blocks, groups, words / 2, 2, 16): columns 0 to 3, and 4 to 7
+    first, second = pairs[:, :, :, 0], pairs[:, :, :, 1]
+    planes = torch.empty((2, *first.shape), dtype=torch.int32)
+    planes[0] = ((first >> 4) & 0x0F0F0F0F) | (second & ~0x0F0F0F0F)
+    planes[1] = (first & 0x0F0F0F0F) | ((second & 0x0F0F0F0F) << 4)
+    return state._replace(codes=planes, kind=PLANES)
+
+
+def join(state: Prepacked) -> Prepacked:
+    """Reverse :func:`split`; of :data:`HIGH_PLANE` return the draft, as whole codes less what belongs to the zero point."""
+    if state.kind not in (PLANES, HIGH_PLANE):
+        return state
+    high, low = state.codes
+    words = [(high & 0x0F0F0F0F) << 4, high & ~0x0F0F0F0F]
+    if state.kind == PLANES:
+        words = [words[0] | (low & 0x0F0F0F0F), words[1] | ((low >> 4) & 0x0F0F0F0F)]
+    return state._replace(codes=torch.stack(words, 3).flatten(2, 3), kind=U8)
 
 
 def restore(state: Prepacked, spec: QuantSpec) -> QTensor:
     """Return the quantized weight that :func:`prepack` was given, bit for bit; ``spec`` is the one it had."""
+    state = join(state)
     rows, columns, group = state.rows, state.columns, state.group
     block_rows, _ = grid.block_size(spec, (rows, columns))
     bits = 32 // _COLUMNS[state.kind]
@@ -140,6 +181,8 @@ def dequantize(
     codes: Tensor, scale: Tensor | None, zero: Tensor | None, rows: int, group: int, kind: int, zero_code: int
 ) -> Tensor:
     """Return the float32 weight (N, K) of a :class:`Prepacked`, given field by field: the layout, written down as code."""
+    draft = kind == HIGH_PLANE
+    codes, *_, kind, zero_code = join(Prepacked(codes, scale, zero, rows, group, kind, zero_code))
     words = _rows(_deinterleave(codes) if kind == U4 else codes, rows)  # (N, groups, words)
     if scale is None:
         dtype = torch.float32 if kind == FLOAT32 else torch.bfloat16
@@ -147,6 +190,8 @@ def dequantize(
     bits = 32 // _COLUMNS[kind]
     values = unpack(words, bits, words.shape[-1] * 32 // bits)[..., :group].float()
     offset: Tensor | int = zero_code if zero is None else _rows(zero.unsqueeze(2), rows).float()
+    if draft:
+        offset = offset - _MIDDLE
     return ((values - offset) * _rows(scale.unsqueeze(2), rows).float()).flatten(1)
 
 
@@ -157,9 +202,10 @@ def _per_lane(values: Tensor, block_rows: int) -> Tensor:
 
 
 def _lanes(values: Tensor) -> Tensor:
-    """(rows, groups, n) to (blocks, groups, n, 16), rows padded with zeros to whole blocks."""
-    padded = F.pad(values, (0, 0, 0, 0, 0, -values.shape[0] % LANES))
-    return padded.view(-1, LANES, *values.shape[1:]).permute(0, 2, 3, 1).contiguous()
+    """(rows, groups, n) to (blocks, groups, n, 16), rows padded with zeros to whole blocks; always a copy."""
+    missing = -values.shape[0] % LANES
+    whole = F.pad(values, (0, 0, 0, 0, 0, missing)) if missing else values  # F.pad copies even where there is nothing to add
+    return whole.view(-1, LANES, *values.shape[1:]).permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format)
 
 
 def _rows(values: Tensor, rows: int) -> Tensor:

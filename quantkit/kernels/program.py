@@ -149,7 +149,7 @@ class Program:
 
     Attributes:
         name: class of the model, for messages.
-        embedding: (vocabulary, hidden) float.
+        embedding: (vocabulary, hidden) float, or a module that looks rows up in a quantized table.
         embedding_scale: what a row is multiplied by.
         layers: in order.
         rotaries: the rotary embeddings that layers point at.
@@ -161,7 +161,7 @@ class Program:
     """
 
     name: str
-    embedding: Tensor
+    embedding: Tensor | nn.Module
     layers: tuple[Layer, ...]
     head: Linear
     final_norm: Norm | None = None
@@ -175,7 +175,16 @@ class Program:
     @property
     def hidden(self) -> int:
         """Width of the residual stream."""
-        return int(self.embedding.shape[1])
+        return int(self.embedding.shape[1])  # type: ignore[index, arg-type]
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Return the embedding's rows of int64 ``ids`` (...), float32 (..., hidden), not yet scaled."""
+        return self.embedding[ids].float() if isinstance(self.embedding, Tensor) else self.embedding(ids).float()
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens that the embedding knows."""
+        return int(self.embedding.shape[0])  # type: ignore[index, arg-type]
 
     @property
     def vocabulary(self) -> int:

@@ -10,7 +10,7 @@ silent substitute.
 
 import os
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -78,6 +78,19 @@ class Kernel(Protocol):
 
     def details(self) -> dict[str, str]:
         """Return facts about this machine worth showing in ``quantkit doctor``."""
+        ...
+
+
+@runtime_checkable
+class RoundingKernel(Protocol):
+    """A kernel that can also multiply activations rounded per token to 8 bits, without making floats of them again."""
+
+    def rounds(self, spec: QuantSpec, activation: QuantSpec) -> bool:
+        """Say whether weights of ``spec`` can meet activations rounded to ``activation``."""
+        ...
+
+    def matmul_rounded(self, x: Tensor, state: Any, bias: Tensor | None, activation: QuantSpec) -> Tensor:
+        """Round x to ``activation`` and multiply; arguments and result are those of :meth:`Kernel.matmul`."""
         ...
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from quantkit.kernels import layout
+from quantkit.kernels.arena import Arena
 from quantkit.kernels.cpu import State
 from quantkit.kernels.interpret import ACTIVATIONS
 from quantkit.kernels.program import Attention, Experts, Layer, Linear, Mlp, Norm, Program
@@ -68,7 +69,7 @@ BatchStruct = _struct(
     *_all(_LONG, "wanted_count vocabulary"),
     *_all(_POINTER, "logits argmax"),
     ("chunks", _LONG),
-    *_all(_INT, "exact activation_block"),
+    *_all(_INT, "exact activation_block draft"),
 )
 
 
@@ -82,12 +83,14 @@ class LaidOut:
     def __init__(self, program: Program) -> None:
         self._program = program
         self._kept: list[Any] = []
+        self._arena = Arena()
         self.struct = self._describe()
 
     def _describe(self) -> Any:
         program = self._program
         layers = self._keep(_array(LayerStruct, [self._layer(layer) for layer in program.layers]))
-        embedding = self._keep(program.embedding.contiguous())
+        table = program.embedding if isinstance(program.embedding, Tensor) else torch.empty(0)  # a step brings its own rows
+        embedding = self._keep(table.contiguous())
         return ProgramStruct(
             embedding.data_ptr(),
             program.hidden,
@@ -153,7 +156,7 @@ class LaidOut:
         structs = []
         for linear in linears:
             bias = None if linear.bias is None else self._keep(linear.bias.detach().float().contiguous())
-            structs.append(self._keep(_prepacked(linear)).struct(bias))
+            structs.append(self._keep(_prepacked(linear, self._arena)).struct(bias))
         return ctypes.addressof(self._keep(_array(layout.LinearStruct, structs)))
 
     def _keep(self, value: Any) -> Any:
@@ -165,12 +168,13 @@ def _array(kind: Any, items: Sequence[Any]) -> Any:
     return (kind * len(items))(*items)
 
 
-def _prepacked(linear: Linear) -> layout.Prepacked:
+def _prepacked(linear: Linear, arena: Arena) -> layout.Prepacked:
     """Return a linear's weight in the kernels' layout; a quantized module that runs on the same kernels shares its own."""
     weight: Any = linear.weight
     if isinstance(weight, Tensor):
-        return layout.prepack_float(weight if weight.dtype in (torch.float32, torch.bfloat16) else weight.float())
+        own = weight if weight.dtype in (torch.float32, torch.bfloat16) else weight.float()
+        return layout.prepack_float(own, arena.empty)
     state = weight.prepacked(torch.float32, linear.expert or 0)
     if isinstance(state, State):
         return state.weight
-    return layout.prepack(weight.qtensor if linear.expert is None else weight.qtensor[linear.expert])
+    return layout.prepack(weight.qtensor if linear.expert is None else weight.qtensor[linear.expert]).moved(arena.copy)

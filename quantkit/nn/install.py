@@ -1,8 +1,8 @@
 """Put a quantized weight where the float one was.
 
-A linear layer's whole module is replaced by a :class:`~quantkit.nn.linear.QuantLinear` that keeps its bias; of an experts
-module only the 3-D parameter is replaced, by a :class:`~quantkit.nn.linear.QuantWeight` of the same name. The float weight
-is freed as soon as nobody else holds it.
+A linear layer's whole module is replaced by a :class:`~quantkit.nn.linear.QuantLinear` that keeps its bias, an embedding's by a
+:class:`~quantkit.nn.embedding.QuantEmbedding`; of an experts module only the 3-D parameter is replaced, by a
+:class:`~quantkit.nn.linear.QuantWeight` of the same name. The float weight is freed as soon as nobody else holds it.
 """
 
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from quantkit.errors import SpecError
 from quantkit.kernels import Activations
 from quantkit.kernels.select import check_activations
+from quantkit.nn.embedding import QuantEmbedding
 from quantkit.nn.linear import QuantLinear, QuantWeight
 from quantkit.nn.sites import Site
 from quantkit.qtensor import QTensor
@@ -29,11 +30,14 @@ def install(model: nn.Module, site: Site, qtensor: QTensor, activation: QuantSpe
 
     Raises:
         SpecError: if the site is not there, shapes differ, or another module shares the weight (replacing it here would
-            silently part the two).
+            silently part the two; a head that shares an embedding's table is replaced together with it).
     """
     module, weight = _find(model, site)
     if tuple(qtensor.shape) != site.shape:
         raise SpecError(f"{site.name}: quantized weight has shape {tuple(qtensor.shape)}, want {site.shape}")
+    if isinstance(module, nn.Embedding):
+        _install_table(model, site, weight, qtensor, activation)
+        return
     own = f"{site.module}.{site.parameter}"
     sharing = [name for name, p in model.named_parameters(remove_duplicate=False) if p is weight and name != own]
     if sharing:
@@ -42,9 +46,28 @@ def install(model: nn.Module, site: Site, qtensor: QTensor, activation: QuantSpe
         del module._parameters[site.parameter]
         module.add_module(site.parameter, QuantWeight(qtensor, activation=activation).train(module.training))
         return
-    parent, _, name = site.module.rpartition(".")
-    replacement = QuantLinear(qtensor, getattr(module, "bias", None), activation=activation).train(module.training)
-    setattr(model.get_submodule(parent), name, replacement)
+    _replace(model, site.module, QuantLinear(qtensor, getattr(module, "bias", None), activation=activation))
+
+
+def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module.train(model.get_submodule(path).training))
+
+
+def _install_table(model: nn.Module, site: Site, weight: Tensor, qtensor: QTensor, activation: QuantSpec | None) -> None:
+    """Replace an embedding, and with it the linear layers that share its table: they get the same codes."""
+    if activation is not None:
+        raise SpecError(f"{site.name}: a table has no inputs to round; use a scheme with float activations")
+    sharing = [name for name, p in model.named_parameters(remove_duplicate=False) if p is weight]
+    heads = [path for name in sharing if (path := name.rpartition(".")[0]) != site.module]
+    if odd := [path for path in heads if type(model.get_submodule(path)) is not nn.Linear]:
+        raise SpecError(f"{site.name}: its table is shared with {odd[0]}, which is no nn.Linear; leave it in float")
+    _replace(model, site.module, QuantEmbedding(qtensor, weight.dtype))
+    for path in heads:
+        head = QuantLinear(qtensor, getattr(model.get_submodule(path), "bias", None))
+        head.tied_to = site.name
+        _replace(model, path, head)
+    getattr(model, "all_tied_weights_keys", {}).clear()  # what was tied there is one QTensor now
 
 
 def set_activations(model: nn.Module, activations: Activations) -> None:

@@ -12,23 +12,25 @@ buffers' memory is let go once every part is prepacked: placeholders on the meta
 whoever reads a buffer, saves, copies or moves the module gets the same bits back, restored from the kernel's layout.
 """
 
+import dataclasses
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
 from quantkit.errors import SpecError
-from quantkit.kernels.select import Activations, Kernel, Problem, select
-from quantkit.numerics import grid
-from quantkit.numerics.dtypes import SCALE_DTYPES
+from quantkit.kernels.cpu import State
+from quantkit.kernels.select import Activations, Kernel, Problem, RoundingKernel, select
 from quantkit.numerics.fake import fake_quantize
-from quantkit.numerics.pack import packed_words
 from quantkit.qtensor import QTensor, stack
 from quantkit.spec import QuantSpec
 
 _BUFFERS = ("packed", "scale", "zero_point")
+_SINGLE = ("global_scale", "input_scale")
+"""Buffers of one number per matrix, which are never let go."""
+
 _PREPARING = threading.RLock()  # one for all: a module that has a lock of its own could not be copied
 
 
@@ -49,18 +51,24 @@ class _Quantized(nn.Module):
     packed: Tensor
     scale: Tensor
     zero_point: Tensor | None
+    global_scale: Tensor | None
+    input_scale: Tensor | None
 
     def __init__(self, qtensor: QTensor, activation: QuantSpec | None = None) -> None:
         super().__init__()
-        if activation is not None and not activation.dynamic:
-            raise SpecError(f"activations {activation.describe()}: want a dynamic grid; static scales are not supported")
+        if (activation is not None and not activation.dynamic) != (qtensor.input_scale is not None):
+            got = "no activations" if activation is None else f"activations {activation.describe()}"
+            raise SpecError(
+                f"{got}, input scale {qtensor.input_scale}: a static grid, and no other, wants a stored input scale"
+            )
         self.spec, self.shape, self.activation = qtensor.spec, qtensor.shape, activation
-        for name in _BUFFERS:
+        for name in (*_BUFFERS, *_SINGLE):
             self.register_buffer(name, getattr(qtensor, name))
         self.keeps_codes = True
         self._activations: Activations = "float"
         self._ready: dict[int, _Ready] = {}  # by expert; 0 for a plain weight
         self._released = False  # the buffers are placeholders; every part is in `_ready`
+        self._device = "cpu"  # where the parts of a released module are
 
     @property
     def qtensor(self) -> QTensor:
@@ -70,7 +78,7 @@ class _Quantized(nn.Module):
         packed, scale, zero = (self._buffers[name] for name in _BUFFERS)
         assert packed is not None
         assert scale is not None
-        return QTensor(packed, scale, zero, self.spec, self.shape)
+        return QTensor(packed, scale, zero, self.spec, self.shape, self.global_scale, self.input_scale)
 
     @property
     def activations(self) -> Activations:
@@ -94,6 +102,34 @@ class _Quantized(nn.Module):
         ready = self._ready.get(expert)
         return (ready if ready is not None and self._fits(ready, dtype) else self._prepare(dtype, expert)).state
 
+    def split_planes(self) -> bool:
+        """Let the CPU kernels hold 8-bit codes as two planes of 4 bits, in place; say whether they do now.
+
+        Products stay the same to the last bit. What drops prepacked states (a move, a load) drops the planes too.
+        """
+        if self.spec.bits != 8:
+            return False
+        for expert in range(1 if len(self.shape) == 2 else self.shape[0]):
+            state = self.prepacked(torch.float32, expert)
+            if not isinstance(state, State):
+                return False
+            self._ready[expert] = self._ready[expert]._replace(state=state.split())
+        return True
+
+    def adopt(self, kernel: Kernel, states: Sequence[Any]) -> None:
+        """Take the states that ``kernel`` made of this weight, one per matrix, in place of what the buffers hold.
+
+        The buffers' memory is let go; they may have been on the meta device from the start.
+        """
+        assert len(states) == (1 if len(self.shape) == 2 else self.shape[0])
+        self.keeps_codes = False
+        self._release()
+        self._device = "cpu"
+        packed, scale, zero = (self._buffers[name] for name in _BUFFERS)
+        assert packed is not None
+        assert scale is not None
+        self._ready = {part: _Ready(kernel, state, None, packed, scale, zero) for part, state in enumerate(states)}
+
     def extra_repr(self) -> str:
         """Return shape and grids for ``print(model)``."""
         inputs = f", inputs {self.activation.describe()}" if self.activation else ""
@@ -101,16 +137,23 @@ class _Quantized(nn.Module):
         return f"{'x'.join(map(str, self.shape))}, {self.spec.describe()}{inputs}{rounded}"
 
     def _multiply(self, x: Tensor, bias: Tensor | None, expert: int = 0) -> Tensor:
-        if self.activation is not None:
-            x = fake_quantize(x, self.activation)
         if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-            return nn.functional.linear(x, self._part(expert).dequantize(x.dtype), bias)
+            return nn.functional.linear(self._rounded(x, expert), self._part(expert).dequantize(x.dtype), bias)
         ready = self._ready.get(expert)
         if ready is None or not self._fits(ready, x.dtype):
             ready = self._prepare(x.dtype, expert)
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)
-        return ready.kernel.matmul(x, ready.state, bias)
+        activation = self.activation
+        if activation is not None and isinstance(ready.kernel, RoundingKernel) and ready.kernel.rounds(self.spec, activation):
+            return ready.kernel.matmul_rounded(x, ready.state, bias, activation)
+        return ready.kernel.matmul(self._rounded(x, expert), ready.state, bias)
+
+    def _rounded(self, x: Tensor, expert: int) -> Tensor:
+        if self.activation is None:
+            return x
+        static = self.input_scale if self.input_scale is None or self.input_scale.ndim == 1 else self.input_scale[expert]
+        return fake_quantize(x, self.activation, static)
 
     def _fits(self, ready: _Ready, dtype: torch.dtype) -> bool:
         buffers = self._buffers
@@ -129,7 +172,7 @@ class _Quantized(nn.Module):
 
     def _prepare(self, dtype: torch.dtype, expert: int) -> _Ready:
         with _PREPARING:
-            device = "cpu" if self._released else self.qtensor.packed.device.type
+            device = self._device if self._released else self.qtensor.packed.device.type
             problem = Problem(self.spec, (self.shape[-2], self.shape[-1]), device, dtype)
             kernel = select(problem, self._activations)
             ready = self._choose(kernel, dtype, expert)
@@ -152,8 +195,10 @@ class _Quantized(nn.Module):
         return self._ready[expert]
 
     def _release(self) -> None:
+        held = {name: self._buffers[name] for name in _BUFFERS}
+        self._device = self.packed.device.type
         empty: dict[str, Any] = {
-            name: None if tensor is None else torch.empty_like(tensor, device="meta") for name, tensor in self._buffers.items()
+            name: None if tensor is None else torch.empty_like(tensor, device="meta") for name, tensor in held.items()
         }
         self._buffers.update(empty)
         self._ready = {expert: ready._replace(**empty) for expert, ready in self._ready.items()}
@@ -161,7 +206,8 @@ class _Quantized(nn.Module):
 
     def _restored(self) -> QTensor:
         parts = [ready.kernel.unpack(ready.state, self.spec) for _, ready in sorted(self._ready.items())]
-        return parts[0] if len(self.shape) == 2 else stack(parts)
+        whole = parts[0] if len(self.shape) == 2 else stack(parts)
+        return dataclasses.replace(whole, input_scale=self.input_scale)  # which kernels know nothing of
 
     def _take_back(self) -> None:
         """Hold the canonical tensors again."""
@@ -175,7 +221,7 @@ class _Quantized(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Apply ``fn`` (a move or a cast) to everything, but keep the dtypes of codes, scales and zero points."""
         self._take_back()
-        kept = {id(self._buffers[name]) for name in _BUFFERS}
+        kept = {id(self._buffers[name]) for name in (*_BUFFERS, *_SINGLE)}
 
         def move(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
@@ -224,19 +270,21 @@ class QuantLinear(_Quantized):
     Args:
         qtensor: the weight, 2-D.
         bias: (out,) or None; kept as a parameter without gradient.
-        activation: dynamic grid that inputs are rounded to; None leaves them alone.
+        activation: grid that inputs are rounded to, None leaves them alone; a static one's scale is ``qtensor.input_scale``.
 
     Attributes:
         spec: grid of the weight.
         shape: (out, in).
         in_features: input size K.
         out_features: output size N.
+        tied_to: name of the embedding whose table this is, for a tied head; a checkpoint holds it there.
 
     Raises:
         SpecError: if the weight is not 2-D or the bias does not fit it.
     """
 
     bias: nn.Parameter | None
+    tied_to: str | None = None
 
     def __init__(self, qtensor: QTensor, bias: Tensor | None = None, *, activation: QuantSpec | None = None) -> None:
         if len(qtensor.shape) != 2 or (bias is not None and tuple(bias.shape) != qtensor.shape[:1]):
@@ -262,7 +310,7 @@ class QuantLinear(_Quantized):
             SpecError: if ``spec`` does not fit ``shape`` = (out, in).
         """
         values = torch.empty(shape[0], dtype=dtype, device=device) if bias else None
-        return cls(_empty_qtensor(spec, shape, device), values)
+        return cls(QTensor.empty(spec, shape, device), values)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x @ w.T + bias`` for x (..., in) of float32, float16 or bfloat16; (..., out) in x's dtype.
@@ -280,7 +328,7 @@ class QuantWeight(_Quantized):
 
     Args:
         qtensor: the weights, (experts, out, in).
-        activation: dynamic grid that inputs are rounded to; None leaves them alone.
+        activation: grid that inputs are rounded to, None leaves them alone; a static one's scale is ``qtensor.input_scale``.
 
     Attributes:
         spec: grid of the weights.
@@ -302,22 +350,10 @@ class QuantWeight(_Quantized):
         Raises:
             SpecError: if ``spec`` does not fit ``shape`` = (experts, out, in).
         """
-        return cls(_empty_qtensor(spec, shape, device))
+        return cls(QTensor.empty(spec, shape, device))
 
     def matmul(self, x: Tensor, expert: int) -> Tensor:
         """Return ``x @ w[expert].T`` for x (..., in); (..., out) in x's dtype. Raises as :meth:`QuantLinear.forward`."""
         if not 0 <= expert < self.shape[0]:
             raise SpecError(f"QuantWeight: expert {expert} of {self.shape[0]}")
         return self._multiply(x, None, expert)
-
-
-def _empty_qtensor(spec: QuantSpec, shape: tuple[int, ...], device: torch.device | str) -> QTensor:
-    rows, columns = grid.block_size(spec, shape)
-    blocks = (*shape[:-2], shape[-2] // rows, shape[-1] // columns)
-    return QTensor(
-        torch.empty((*shape[:-1], packed_words(shape[-1], spec.bits)), dtype=torch.int32, device=device),
-        torch.empty(blocks, dtype=SCALE_DTYPES[spec.scale_dtype], device=device),
-        None if spec.symmetric else torch.empty(blocks, dtype=torch.uint8, device=device),
-        spec,
-        shape,
-    )

@@ -56,16 +56,28 @@ class Structure:
         blocks: the decoder layers in order of execution.
         outside: sites outside every block (an untied output head, projections around the stack); left alone unless named.
         skipped: parameter name to reason, for every remaining parameter (norms, biases, embeddings, routers).
+        embedding: the table of the input embedding, (vocabulary, hidden), if it can be quantized. It stays among ``skipped``,
+            because it multiplies nothing, and is left alone unless asked for.
+        head: name of the output head, or None.
+        tied: the head is the embedding's own table.
     """
 
     blocks: tuple[Block, ...]
     outside: tuple[Site, ...]
     skipped: dict[str, str]
+    embedding: Site | None = None
+    head: str | None = None
+    tied: bool = False
 
     @property
     def sites(self) -> tuple[Site, ...]:
         """All sites inside blocks, in order."""
         return tuple(site for block in self.blocks for site in block.sites)
+
+    @property
+    def after(self) -> tuple[Site, ...]:
+        """The embedding, if it can be quantized, and the sites outside the blocks: what is quantized after them."""
+        return (*((self.embedding,) if self.embedding else ()), *self.outside)
 
 
 def read_weight(model: nn.Module, site: Site) -> Tensor:

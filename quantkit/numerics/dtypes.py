@@ -76,8 +76,10 @@ SCALE_DTYPES: Final[dict[str, torch.dtype]] = {
     "bfloat16": torch.bfloat16,
     "float32": torch.float32,
     "float8_e8m0fnu": torch.float8_e8m0fnu,
+    "float8_e4m3fn": torch.float8_e4m3fn,
 }
-"""Every dtype a scale may be stored in; the last holds powers of two and goes with table dtypes (MXFP4)."""
+"""Every dtype a scale may be stored in. The last two go with table dtypes: powers of two (MXFP4), and FP8 under one global
+scale of the whole tensor (NVFP4)."""
 
 
 @functools.cache

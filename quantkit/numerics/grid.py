@@ -23,6 +23,9 @@ from quantkit.errors import SpecError
 from quantkit.numerics.dtypes import DTYPES, SCALE_DTYPES, table
 from quantkit.spec import QuantSpec
 
+FP8_LARGEST = 448.0
+"""Largest number of FP8 e4m3."""
+
 
 def block_size(spec: QuantSpec, shape: tuple[int, ...]) -> tuple[int, int]:
     """Return the block of ``spec`` with -1 resolved for a weight of ``shape`` (..., out, in).
@@ -53,6 +56,8 @@ def round_scale(scale: Tensor, scale_dtype: str) -> Tensor:
     stored = torch.where(scale == 0, torch.ones_like(scale), scale).to(dtype)
     if dtype == torch.float8_e8m0fnu:  # has no zero, nor the operations below
         return stored
+    if dtype == torch.float8_e4m3fn:  # saturates, as in hardware, and is never zero
+        return scale.clamp(2.0**-9, FP8_LARGEST).to(dtype)
     smallest = torch.finfo(dtype).smallest_normal
     stored = torch.where(stored == 0, torch.full_like(stored, smallest), stored)
     if not torch.isfinite(stored).all():
@@ -82,6 +87,15 @@ def choose_qparams(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | No
     if spec.symmetric:
         return round_scale(blocks.abs().amax(-1) / ((2**spec.bits - 1) / 2), spec.scale_dtype), None
     return range_qparams(blocks.amin(-1), blocks.amax(-1), spec)
+
+
+def choose_global_scale(largest: Tensor, spec: QuantSpec) -> Tensor:
+    """Return what a weight whose largest magnitude is ``largest`` (...) is multiplied by so that its scales use all of FP8.
+
+    That is 448 * max v / largest (NVIDIA's NVFP4 recipe), float32 in ``largest``'s shape; 1 for a weight of zeros.
+    """
+    wanted = FP8_LARGEST * DTYPES[spec.dtype].largest / largest.float()
+    return torch.where(largest > 0, wanted, torch.ones_like(wanted))
 
 
 def range_qparams(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:

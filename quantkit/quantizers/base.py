@@ -1,5 +1,6 @@
 """What a quantizer is, and the one place that runs it on a site."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import CalibrationError, SpecError
+from quantkit.numerics import grid
 from quantkit.qtensor import QTensor, stack
 from quantkit.registry import Registry
 from quantkit.spec import QuantSpec
@@ -66,10 +68,25 @@ class Quantized:
     fell_back: bool = False
 
 
-def quantize_site(quantizer: Quantizer, name: str, weight: Tensor, spec: QuantSpec, statistics: Statistics | None) -> Quantized:
+def quantize_site(
+    quantizer: Quantizer,
+    name: str,
+    weight: Tensor,
+    spec: QuantSpec,
+    statistics: Statistics | None,
+    global_scale: Tensor | None = None,
+) -> Quantized:
     """Quantize the weight (out, in) or (experts, out, in) of the site called ``name``.
 
     Experts are quantized one by one, each with its own statistics; one that saw no token in calibration falls back.
+
+    Args:
+        quantizer: how codes are chosen. On a grid with a global scale it sees the weight multiplied by that.
+        name: for messages.
+        weight: floating, not modified.
+        spec: the grid.
+        statistics: what the quantizer needs, or None.
+        global_scale: (1,) that a grid with one shall have, because other sites have it too; None takes the weight's own.
 
     Raises:
         SpecError: if the grid does not divide the weight.
@@ -82,7 +99,7 @@ def quantize_site(quantizer: Quantizer, name: str, weight: Tensor, spec: QuantSp
     if not bool(torch.isfinite(weight).all()):
         raise CalibrationError(f"{name}: the weight holds NaN or infinity; repair or reload the model")
     if weight.dim() == 2:
-        return _quantize_matrix(quantizer, weight, spec, statistics)
+        return _quantize_matrix(quantizer, weight, spec, statistics, global_scale)
     parts = [
         _quantize_matrix(quantizer, matrix, spec, statistics.expert(i) if statistics and statistics.tokens[i] else None)
         for i, matrix in enumerate(weight)
@@ -92,9 +109,16 @@ def quantize_site(quantizer: Quantizer, name: str, weight: Tensor, spec: QuantSp
     return Quantized(stack([p.qtensor for p in parts]), loss, tuple(notes), any(p.fell_back for p in parts))
 
 
-def _quantize_matrix(quantizer: Quantizer, weight: Tensor, spec: QuantSpec, statistics: Statistics | None) -> Quantized:
+def _quantize_matrix(
+    quantizer: Quantizer, weight: Tensor, spec: QuantSpec, statistics: Statistics | None, global_scale: Tensor | None = None
+) -> Quantized:
     weight = weight.float()
-    qtensor, notes = quantizer.quantize(weight, spec, statistics)
+    if spec.has_global_scale:
+        own = global_scale if global_scale is not None else grid.choose_global_scale(weight.abs().amax().view(1), spec)
+        qtensor, notes = quantizer.quantize(weight * own.to(weight), spec, statistics)
+        qtensor = dataclasses.replace(qtensor, global_scale=own.to(weight))
+    else:
+        qtensor, notes = quantizer.quantize(weight, spec, statistics)
     fell_back = bool(quantizer.needs) and statistics is None
     return Quantized(qtensor, relative_error(weight, qtensor.dequantize(), statistics), notes, fell_back)
 

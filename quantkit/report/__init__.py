@@ -1,6 +1,7 @@
 """Show evaluations: tables in the terminal, and one self-contained HTML page with plots."""
 
 from quantkit.report.page import render_html, write_html
+from quantkit.report.serving import trace_rows, write_trace_html
 from quantkit.report.tables import comparison_table, coverage_table
 
-__all__ = ["comparison_table", "coverage_table", "render_html", "write_html"]
+__all__ = ["comparison_table", "coverage_table", "render_html", "trace_rows", "write_html", "write_trace_html"]

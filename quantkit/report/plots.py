@@ -8,12 +8,13 @@ import functools
 import io
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ParamSpec
 
 import numpy as np
 
+from quantkit.evaluation.latency import Spread
 from quantkit.evaluation.record import EvalReport
 
 INK, SOFT, PAPER = "#010203", "#040506", "#070809"
@@ -110,6 +111,27 @@ def kl_distribution(reports: Sequence[EvalReport]) -> str | None:
     axes.grid(False, axis="y")
     axes.set_xlabel("KL of one token, nats")
     return _svg(figure, "distribution")
+
+
+@_styled
+def percentiles(spreads: Mapping[str, Spread]) -> str | None:
+    """Plot times in ms, one line per name; None where there is no time above zero."""
+    shown = {name: spread for name, spread in spreads.items() if spread.median > 0}
+    if not shown:
+        return None
+    figure, axes = _figure(4.6, 0.75 + 0.34 * len(shown))
+    for place, spread in enumerate(shown.values()):
+        color = PALETTE[place % len(PALETTE)]
+        axes.plot([spread.p10, spread.p99], [place, place], color=color, linewidth=1.6, solid_capstyle="butt")
+        axes.plot([spread.p90], [place], "|", color=color, markersize=11, markeredgewidth=1.6)
+        axes.plot([spread.median], [place], "o", color=PAPER, markeredgecolor=color, markersize=6)
+    low = max(min(spread.p10 for spread in shown.values()), 1e-3)
+    _log_axis(axes.xaxis, low, max(spread.p99 for spread in shown.values()))
+    axes.set_yticks(range(len(shown)), [_short(name) for name in shown])
+    axes.set_ylim(len(shown) - 0.45, -0.55)
+    axes.grid(False, axis="y")
+    axes.set_xlabel("ms")
+    return _svg(figure, "times")
 
 
 @_styled

@@ -15,8 +15,9 @@ from quantkit.kernels.cpu import BLOCK
 from quantkit.numerics import grid
 from quantkit.qtensor import QTensor
 from quantkit.spec import QuantSpec
+from tests.qtensors import assert_same, random_qtensor
 
-NAMES = KERNELS.names()
+NAMES = [name for name in KERNELS.names() if name != "cuda"]  # tests/cuda and tests/gpu hold that one to the same promise
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BLOCKS = {  # block -> K it is tried with
     (1, 32): (64,),
@@ -28,30 +29,11 @@ BLOCKS = {  # block -> K it is tried with
 }
 
 
-def random_qtensor(spec: QuantSpec, shape: tuple[int, ...], seed: int = 0) -> QTensor:
-    """Every code and zero point possible: more than a quantizer would produce."""
-    generator = torch.Generator().manual_seed(seed)
-    rows, cols = grid.block_size(spec, shape)
-    blocks = (*shape[:-2], shape[-2] // rows, shape[-1] // cols)
-    codes = torch.randint(0, 2**spec.bits, shape, generator=generator, dtype=torch.uint8)
-    scale = grid.round_scale(torch.rand(blocks, generator=generator) + 0.01, spec.scale_dtype)
-    zero = None if spec.symmetric else torch.randint(0, 2**spec.bits, blocks, generator=generator, dtype=torch.uint8)
-    return QTensor.from_codes(codes, scale, zero, spec)
-
-
 def kernel_for(name: str, qtensor: QTensor, dtype: torch.dtype) -> Kernel:
     kernel = KERNELS.get(name)
     reason = kernel.rejects(Problem(qtensor.spec, (qtensor.shape[0], qtensor.shape[1]), "cpu", dtype))
     assert reason is None
     return kernel
-
-
-def assert_same(got: QTensor, want: QTensor) -> None:
-    """Equal bits, padding of the packed rows included."""
-    assert torch.equal(got.packed, want.packed)
-    assert torch.equal(got.scale, want.scale)
-    assert (got.zero_point is None) == (want.zero_point is None)
-    assert want.zero_point is None or torch.equal(got.zero_point, want.zero_point)
 
 
 def assert_product(name: str, y: torch.Tensor, x: torch.Tensor, qtensor: QTensor, bias: torch.Tensor | None) -> None:
@@ -175,6 +157,11 @@ def problem(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Problem:
     return Problem(QuantSpec("int4", (1, 64)), (64, 64), device, dtype)
 
 
+def test_the_cuda_kernel_leaves_the_cpu_alone():
+    assert KERNELS.get("cuda").rejects(problem()) == "runs on cuda, not on cpu"
+    assert "no CUDA device" in str(KERNELS.get("cuda").rejects(problem("cuda", torch.float16))) or torch.cuda.is_available()
+
+
 def test_the_fastest_that_accepts_is_selected(monkeypatch):
     monkeypatch.delenv("QUANTKIT_KERNEL", raising=False)
     assert select(problem()) is KERNELS.get("cpu")
@@ -221,7 +208,7 @@ def test_nobody_accepts(monkeypatch):
 
 def test_report_lists_every_kernel_best_first():
     rows = report()
-    assert sorted(row["kernel"] for row in rows) == NAMES
+    assert sorted(row["kernel"] for row in rows) == KERNELS.names()
     assert [row["priority"] for row in rows] == sorted((row["priority"] for row in rows), reverse=True)
     assert all((row["reason"] is None) == row["available"] for row in rows)
     assert {"compiler", "isa", "cache", "threads"} <= rows[0]["details"].keys()

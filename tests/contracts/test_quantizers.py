@@ -9,6 +9,7 @@ from quantkit.errors import CalibrationError, SpecError
 from quantkit.quantizers.base import QUANTIZERS, quantize_site, relative_error
 from quantkit.quantizers.gptaq import GPTAQ
 from quantkit.quantizers.gptq import GPTQ, inverse_factor
+from quantkit.quantizers.hqq import HQQ
 from quantkit.quantizers.rtn import RTN
 from quantkit.spec import QuantSpec
 
@@ -46,8 +47,9 @@ def test_not_worse_than_rounding_in_what_it_optimises(name: str, spec: QuantSpec
     quantizer = QUANTIZERS.get(name)()
     known = {"hessian", "mean_square"} & set(quantizer.needs)
     seen = SiteStatistics({key: statistics.results[key] for key in known}, statistics.tokens) if known else None
-    ours = relative_error(weight, quantize_site(quantizer, "s", weight, spec, seen).qtensor.dequantize(), seen)
-    rounded = relative_error(weight, quantize_site(RTN(), "s", weight, spec, None).qtensor.dequantize(), seen)
+    own = getattr(quantizer, "objective", lambda w, q: relative_error(w, q.dequantize(), seen))
+    ours = own(weight, quantize_site(quantizer, "s", weight, spec, seen).qtensor)
+    rounded = own(weight, quantize_site(RTN(), "s", weight, spec, None).qtensor)
     assert ours <= rounded * 1.0001
 
 
@@ -106,6 +108,23 @@ def test_an_expert_without_tokens_falls_back_and_says_so() -> None:
     assert result.notes == ("expert 1: no calibration input: rounded to nearest",)
     rounded = quantize_site(RTN(), "s", other, SPECS[0], None)
     assert torch.equal(result.qtensor[1].packed, rounded.qtensor.packed)
+
+
+def test_hqq_gives_most_weights_a_better_grid_where_a_few_are_outliers() -> None:
+    weight = torch.randn(32, 256, generator=torch.Generator().manual_seed(5))
+    weight[:, ::64] *= 4  # one outlier in every group of 64
+    for spec in (SPECS[2], QuantSpec("int3", (1, 64))):
+        errors = {
+            name: (weight - quantize_site(one, "s", weight, spec, None).qtensor.dequantize()).abs().median()
+            for name, one in {"hqq": HQQ(), "rtn": RTN()}.items()
+        }
+        assert errors["hqq"] < 0.9 * errors["rtn"]
+        objectives = [
+            HQQ().objective(weight, quantize_site(HQQ(rounds=n), "s", weight, spec, None).qtensor) for n in (0, 5, 20)
+        ]
+        assert objectives[2] <= objectives[1] < objectives[0]
+    with pytest.raises(SpecError, match="p=2"):
+        HQQ(p=2)
 
 
 def test_gptq_compensates_and_activation_order_helps() -> None:

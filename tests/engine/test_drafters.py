@@ -1,8 +1,10 @@
 """What drafters guess, and how many guesses they are asked for."""
 
+import random
+
 import pytest
 
-from quantkit.engine.drafters import DRAFTERS, Ask, DraftLength
+from quantkit.engine.drafters import DRAFTERS, Ask, Costs, DraftLength
 from quantkit.engine.drafters.model import ModelDrafter
 from quantkit.engine.drafters.ngram import NgramDrafter
 from quantkit.engine.sampling import Noise, Sampling
@@ -47,30 +49,77 @@ def test_sequences_do_not_mix_and_are_forgotten():
         NgramDrafter(2, 3)
 
 
-def test_draft_lengths_follow_what_was_right():
-    length = DraftLength(8)
-    assert length.ask() == DraftLength.START == 4
-    for expected in (6, 8, 8):
-        length.observe(length.ask(), length.ask())
-        assert length.ask() == expected
-    length.observe(8, 3)
-    assert length.ask() == 3
-    length.observe(3, 0)
-    assert length.ask() == 1
+def linear(ratio: float) -> list[float]:
+    return [1 + k * ratio for k in range(8)]
+
+
+def run(length: DraftLength, ratio: float, right: float, steps: int = 1000, seed: int = 0) -> tuple[float, float]:
+    """Decode where each draft is right with chance ``right``; return tokens and cost, in steps without drafts."""
+    chance, tokens, cost = random.Random(seed), 0, 0.0
+    for _ in range(steps):
+        count, accepted = length.ask(linear(ratio)), 0
+        while accepted < count and chance.random() < right:
+            accepted += 1
+        if count:
+            length.observe(count, accepted)
+        tokens, cost = tokens + accepted + 1, cost + 1 + count * ratio
+    return tokens, cost
+
+
+@pytest.mark.parametrize("ratio", [0.02, 0.3, 0.6, 0.9])
+@pytest.mark.parametrize("right", [0.0, 0.3, 0.6, 0.8, 0.95, 1.0])
+def test_drafting_is_nearly_as_good_as_knowing_the_best_length_and_hardly_worse_than_none(ratio, right):
+    tokens, cost = run(DraftLength(7), ratio, right)
+    best = max(sum(right**i for i in range(k + 1)) / (1 + k * ratio) for k in range(8))
+    assert tokens / cost > max(0.95, 0.9 * best)
+
+
+def test_draft_lengths_follow_what_was_right_and_what_it_costs():
+    length = DraftLength(7)
+    assert length.ask(linear(0.01)) > length.ask(linear(0.5)) >= 1
+    for _ in range(20):
+        length.observe(4, 4)
+    assert length.ask(linear(0.01)) == 7
+    assert length.acceptance > 0.95
+    for _ in range(20):
+        length.observe(4, 0)
+    assert length.acceptance < 0.4
+    assert [length.ask(linear(0.5)) for _ in range(DraftLength.FIRST_PAUSE + 1)] == [0] * (DraftLength.FIRST_PAUSE + 1)
+    assert [length.ask(linear(0.5)) for _ in range(3)] == [1, 1, 1]  # until there was something to try
+    length.observe(1, 1)
+    assert length.acceptance > 0.5  # the text has changed: back to work at once
+    assert length.ask(linear(0.5)) >= 1
+    assert DraftLength(7, 0.0).ask(linear(0.5)) == 0  # what others were guessed like is where a request starts
 
 
 def test_text_that_cannot_be_guessed_is_hardly_drafted():
-    length, drafted = DraftLength(8), 0
+    length, drafted = DraftLength(7), 0
     for _ in range(1000):
-        count = length.ask()
+        count = length.ask(linear(0.5))
         if count:
             drafted += count
             length.observe(count, 0)
-    assert drafted < 20
-    while not (count := length.ask()):
-        pass
-    length.observe(count, count)  # the text has changed: back to work at once
-    assert length.ask() > count
+    assert drafted < 12
+
+
+def test_costs_are_medians_by_how_many_decode_and_are_verified():
+    costs = Costs()
+    assert costs.curve(1, 3) is None
+    for step_s in (1.0, 99.0, 1.0):
+        costs.observe(1, 0, 0, 0.0, step_s)
+    each = Costs.UNKNOWN_DRAFT + Costs.UNKNOWN_ROW
+    assert costs.curve(1, 2) == pytest.approx([1, 1 + each, 1 + 2 * each])
+    assert costs.curve(2, 2) is None
+    for drafting_s in (0.6, 0.6, 80.0):
+        costs.observe(1, 2, 2, drafting_s, 1.2)  # 0.3 to draft one, 0.2 to verify two
+    costs.observe(1, 4, 4, 1.2, 1.8)
+    assert costs.curve(1, 5) == pytest.approx([1, 1.4, 1.8, 2.4, 3.0, 3.5])
+    costs.observe(1, 5, 5, 1.5, 1.6)  # five cannot cost less than four: it was a bad moment
+    assert costs.curve(1, 5) == pytest.approx([1, 1.4, 1.8, 2.3, 2.8, 3.1])
+    for _ in range(2):
+        costs.observe(4, 0, 0, 0.0, 2.0)
+        costs.observe(4, 8, 2, 0.4, 2.8)
+    assert costs.curve(4, 2) == pytest.approx([1, 1.3, 1.6])
 
 
 def test_a_model_that_drafts_for_itself_is_always_right_across_slots_and_rewinds():
@@ -96,4 +145,4 @@ def test_a_model_that_cannot_go_back_cannot_draft():
         ModelDrafter(make_backend(mamba), 1, 64)
     with pytest.raises(QuantkitError, match="give the smaller model itself"):
         generate(tiny_llama(), [1, 2], drafter="model")
-    assert DRAFTERS.names() == ["model", "ngram"]
+    assert DRAFTERS.names() == ["model", "ngram", "twin"]

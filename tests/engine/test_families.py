@@ -6,6 +6,7 @@ import logging
 import pytest
 import torch
 
+from quantkit.engine.drafters import Costs
 from quantkit.engine.drafters.ngram import NgramDrafter
 from quantkit.engine.native import NativeBackend
 from quantkit.engine.request import Limits
@@ -25,6 +26,12 @@ SEQUENTIAL = {"falcon"}
 
 NATIVE = [family for family in FAMILIES if family not in ("gpt2", "gpt_neox", "opt", "falcon", "gpt_oss")]
 """Families that lower to a program."""
+
+
+@pytest.fixture(autouse=True)
+def free_drafts(monkeypatch):
+    """Drafts cost nothing, so what happens does not hang on the clock."""
+    monkeypatch.setattr(Costs, "curve", lambda self, sequences, longest: [1.0] * (longest + 1))
 
 
 def prompt_of(length: int, seed: int = 0) -> list[int]:

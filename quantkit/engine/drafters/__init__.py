@@ -11,6 +11,6 @@ arXiv 2408.07978).
 A drafter is one file here that registers itself.
 """
 
-from quantkit.engine.drafters.base import DRAFTERS, Ask, Drafter, DraftLength
+from quantkit.engine.drafters.base import DRAFTERS, Ask, Costs, Drafter, DraftLength
 
-__all__ = ["DRAFTERS", "Ask", "DraftLength", "Drafter"]
+__all__ = ["DRAFTERS", "Ask", "Costs", "DraftLength", "Drafter"]

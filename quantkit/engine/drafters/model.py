@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from quantkit.engine.drafters.base import DRAFTERS, Ask
-from quantkit.engine.sampling import choose, shape_logits
+from quantkit.engine.drafters.base import DRAFTERS, Ask, choose_drafts
 from quantkit.engine.step import Backend, Memory, Span
 from quantkit.errors import QuantkitError
 
@@ -39,6 +38,7 @@ class ModelDrafter:
         QuantkitError: a backend that cannot step a position twice.
     """
 
+    shares_memory = False
     PAGE_TOKENS = 32
 
     def __init__(self, backend: Backend, slots: int, context_tokens: int, step_tokens: int = 512) -> None:
@@ -60,7 +60,7 @@ class ModelDrafter:
             active = [ask for ask in active if i < ask.count and len(ask.ids) + i < self._context]
             if not active:
                 break
-            for ask, token in zip(active, self._next(active, written, i), strict=True):
+            for ask, token in zip(active, self._next(active, written), strict=True):
                 if token is not None:
                     written[ask.number].append(token)
             active = [ask for ask in active if len(written[ask.number]) == i + 1]
@@ -72,14 +72,10 @@ class ModelDrafter:
             if slot.owner == number:
                 slot.owner, slot.ids = None, []
 
-    def _next(self, asks: Sequence[Ask], written: dict[int, list[int]], i: int) -> list[int | None]:
+    def _next(self, asks: Sequence[Ask], written: dict[int, list[int]]) -> list[int | None]:
         """Read what is new and choose one more token for each ask; None where the small model has no usable logits."""
         spans = [self._span(ask, [*ask.ids, *written[ask.number]]) for ask in asks]
-        logits = self._read(spans)
-        histories = [[*ask.ids, *written[ask.number]] for ask in asks]
-        shaped = shape_logits(logits, [ask.sampling for ask in asks], histories, copy=False)
-        tokens, usable = choose(shaped, [ask.noise.row(i, shaped.shape[-1]) for ask in asks])
-        return [token if good else None for token, good in zip(tokens.tolist(), usable.tolist(), strict=True)]
+        return choose_drafts(asks, written, self._read(spans))
 
     def _span(self, ask: Ask, ids: list[int]) -> Span:
         slot = self._slots[ask.slot]

@@ -25,6 +25,8 @@ class NgramDrafter:
         QuantkitError: not 1 <= shortest <= longest.
     """
 
+    shares_memory = False
+
     def __init__(self, longest: int = 4, shortest: int = 2) -> None:
         if not 1 <= shortest <= longest:
             raise QuantkitError(f"n-grams of {shortest} to {longest} tokens: want 1 <= shortest <= longest")

@@ -12,7 +12,7 @@
 namespace qk {
 namespace {
 
-constexpr int kQueries = 4;                                  // whose sums are in registers at once
+constexpr int kQueries = kWidth == 16 ? 8 : 4;               // whose sums are in registers at once
 constexpr int kTokenParts = static_cast<int>(kPageTokens) / kWidth;  // registers per channel of a page
 constexpr int kTokenStep = kTokenParts < 2 ? kTokenParts : 2;
 
@@ -37,15 +37,25 @@ struct Context {
     key_scales = scaled ? kv.key_scales[job.layer] + head * kPageTokens : nullptr;
     value_scales = scaled ? kv.value_scales[job.layer] + head * kPageTokens : nullptr;
   }
+  const typename T::Stored* keys_of(int64_t page) const { return keys + pages[page] * page_stride; }
+  const typename T::Stored* values_of(int64_t page) const { return values + pages[page] * page_stride; }
 };
 
-// Scores of Q queries with the keys of one page: scores[q][token].
+// Fetch `bytes` of the page that is read next, from byte `at` on. Pages lie anywhere; the machine foresees only neighbours.
+inline void fetch(const void* next, int64_t at, int64_t bytes) {
+  for (int64_t i = (at + 63) / 64 * 64; i < at + bytes; i += 64) __builtin_prefetch(static_cast<const char*>(next) + i);
+}
+
+// Scores of Q queries with the keys of one page: scores[q][token]. `next` is read after it.
 template <typename T, int Q>
-void page_scores(const typename T::Stored* keys, int64_t head_dim, const float* const* queries, float* scores) {
+void page_scores(const typename T::Stored* keys, const void* next, int64_t head_dim, const float* const* queries,
+                 float* scores) {
+  constexpr int64_t kBytes = kPageTokens * static_cast<int64_t>(sizeof(typename T::Stored));  // of a channel
   for (int part = 0; part < kTokenParts; part += kTokenStep) {
     Floats sum[Q][kTokenStep] = {};
     const typename T::Stored* at = keys + part * kWidth;
     for (int64_t d = 0; d < head_dim; ++d, at += kPageTokens) {
+      if (part == 0) fetch(next, d * kBytes, kBytes);
       Floats key[kTokenStep];
       for (int t = 0; t < kTokenStep; ++t) key[t] = T::load(at + t * kWidth);
       for (int q = 0; q < Q; ++q)
@@ -56,13 +66,16 @@ void page_scores(const typename T::Stored* keys, int64_t head_dim, const float* 
   }
 }
 
-// acc[q][0..width) += sum over tokens of weight[q][token] * value[token], for a page.
+// acc[q][0..width) += sum over tokens of weight[q][token] * value[token], for a page; `next` is read after it.
 template <typename T, int Q, int PARTS>
-void page_values(const typename T::Stored* values, int64_t head_dim, int64_t tokens, const float* weights, float* const* acc) {
+void page_values(const typename T::Stored* values, const void* next, int64_t head_dim, int64_t tokens, const float* weights,
+                 float* const* acc) {
+  constexpr int64_t kSize = sizeof(typename T::Stored), kBytes = PARTS * kWidth * kSize;
   Floats sum[Q][PARTS];
   for (int q = 0; q < Q; ++q)
     for (int p = 0; p < PARTS; ++p) sum[q][p] = load(acc[q] + p * kWidth);
   for (int64_t t = 0; t < tokens; ++t, values += head_dim) {
+    fetch(next, t * head_dim * kSize, kBytes);
     Floats value[PARTS];
     for (int p = 0; p < PARTS; ++p) value[p] = T::load(values + p * kWidth);
     for (int q = 0; q < Q; ++q)
@@ -73,16 +86,19 @@ void page_values(const typename T::Stored* values, int64_t head_dim, int64_t tok
 }
 
 template <typename T, int Q>
-void add_values(const typename T::Stored* values, int64_t head_dim, int64_t tokens, const float* weights, float* const* acc) {
+void add_values(const typename T::Stored* values, const void* next, int64_t head_dim, int64_t tokens, const float* weights,
+                float* const* acc) {
+  constexpr int kParts = Q > 4 ? 2 : 4;  // as many sums as there are registers for
   int64_t d = 0;
   float* at[Q];
-  for (; d + 4 * kWidth <= head_dim; d += 4 * kWidth) {
+  const auto following = [&] { return static_cast<const char*>(next) + d * static_cast<int64_t>(sizeof(typename T::Stored)); };
+  for (; d + kParts * kWidth <= head_dim; d += kParts * kWidth) {
     for (int q = 0; q < Q; ++q) at[q] = acc[q] + d;
-    page_values<T, Q, 4>(values + d, head_dim, tokens, weights, at);
+    page_values<T, Q, kParts>(values + d, following(), head_dim, tokens, weights, at);
   }
   for (; d + kWidth <= head_dim; d += kWidth) {
     for (int q = 0; q < Q; ++q) at[q] = acc[q] + d;
-    page_values<T, Q, 1>(values + d, head_dim, tokens, weights, at);
+    page_values<T, Q, 1>(values + d, following(), head_dim, tokens, weights, at);
   }
   for (; d < head_dim; ++d)
     for (int q = 0; q < Q; ++q)
@@ -128,7 +144,7 @@ void weigh(const Attention& a, const Query& query, int64_t start, int64_t from, 
 }
 
 template <typename T, int Q>
-void chunk(const AttentionJob& job, const Context<T>& context, int64_t start, const Query* queries) {
+void chunk(const AttentionJob& job, const Context<T>& context, int64_t start, const Query* queries, const void* after) {
   const Attention& a = *job.a;
   alignas(64) float scores[Q * kChunkTokens];
   const float* q[Q];
@@ -146,7 +162,8 @@ void chunk(const AttentionJob& job, const Context<T>& context, int64_t start, co
   const int64_t first_page = low / kPageTokens, last_page = (high + kPageTokens - 1) / kPageTokens;
   for (int64_t page = first_page; page < last_page; ++page) {
     float* at = scores + page * kPageTokens - start;
-    page_scores<T, Q>(context.keys + context.pages[page] * context.page_stride, a.head_dim, q, at);
+    const typename T::Stored* next = page + 1 < last_page ? context.keys_of(page + 1) : context.values_of(first_page);
+    page_scores<T, Q>(context.keys_of(page), next, a.head_dim, q, at);
     if (!context.key_scales) continue;
     const float* scales = context.key_scales + context.pages[page] * context.scale_stride;
     for (int i = 0; i < Q; ++i)
@@ -163,18 +180,22 @@ void chunk(const AttentionJob& job, const Context<T>& context, int64_t start, co
       for (int i = 0; i < Q; ++i)
         for (int64_t t = skipped; t < tokens; ++t) weights[i * kChunkTokens + t] *= scales[t];
     }
-    const typename T::Stored* values = context.values + context.pages[page] * context.page_stride;
-    add_values<T, Q>(values + skipped * a.head_dim, a.head_dim, tokens - skipped, weights + skipped, acc);
+    const void* next = page + 1 < last_page ? context.values_of(page + 1) : after;
+    add_values<T, Q>(context.values_of(page) + skipped * a.head_dim, next, a.head_dim, tokens - skipped, weights + skipped, acc);
   }
 }
 
+// `after` is read after the chunk.
 template <typename T>
-void chunks(const AttentionJob& job, const Context<T>& context, int64_t start, const Query* queries, int64_t count) {
+void chunks(const AttentionJob& job, const Context<T>& context, int64_t start, const Query* queries, int64_t count,
+            const void* after) {
   int64_t i = 0;
-  for (; i + 4 <= count; i += 4) chunk<T, 4>(job, context, start, queries + i);
-  if (i + 3 == count) return chunk<T, 3>(job, context, start, queries + i);
-  if (i + 2 == count) return chunk<T, 2>(job, context, start, queries + i);
-  if (i + 1 == count) chunk<T, 1>(job, context, start, queries + i);
+  if constexpr (kQueries > 4)
+    for (; i + kQueries <= count; i += kQueries) chunk<T, kQueries>(job, context, start, queries + i, after);
+  for (; i + 4 <= count; i += 4) chunk<T, 4>(job, context, start, queries + i, after);
+  if (i + 3 == count) return chunk<T, 3>(job, context, start, queries + i, after);
+  if (i + 2 == count) return chunk<T, 2>(job, context, start, queries + i, after);
+  if (i + 1 == count) chunk<T, 1>(job, context, start, queries + i, after);
 }
 
 // Add a chunk's partial result to a running one; the first chunk is taken as it is.
@@ -220,6 +241,9 @@ void split_share(const AttentionJob& job, const Member& me) {
       for (int64_t kv_head = 0; kv_head < a.kv_heads; ++kv_head, ++turn) {
         if (turn % me.count != me.index) continue;
         const Context<T> context(job, job.batch->slots[row], kv_head);
+        const int64_t far = kv_head + me.count, next_chunk = c + far / a.kv_heads;  // of my next turn
+        const Context<T> further(job, job.batch->slots[row], far % a.kv_heads);
+        const void* after = further.keys_of((next_chunk < seen.last_chunk ? next_chunk : c) * kChunkTokens / kPageTokens);
         for (int64_t g = 0; g < group; g += kBlockQueries) {
           Query queries[kBlockQueries];
           const int64_t count = group - g < kBlockQueries ? group - g : kBlockQueries;
@@ -227,7 +251,7 @@ void split_share(const AttentionJob& job, const Member& me) {
             const int64_t head = kv_head * group + g + i;
             queries[i] = {head_at(job, row, head), seen.first, seen.last, partial_at(job, row, head, c - seen.first_chunk)};
           }
-          chunks<T>(job, context, c * kChunkTokens, queries, count);
+          chunks<T>(job, context, c * kChunkTokens, queries, count, after);
         }
       }
   }
@@ -263,7 +287,7 @@ void block(const AttentionJob& job, int64_t row, int64_t rows, int64_t kv_head, 
           seeing[used] = queries[j];
           index[used++] = j;
         }
-      chunks<T>(job, context, start, seeing, used);
+      chunks<T>(job, context, start, seeing, used, context.keys_of(start / kPageTokens));
       for (int64_t j = 0; j < used; ++j) merge(running + index[j] * size, seeing[j].partial, a.head_dim);
     }
   }

@@ -49,7 +49,7 @@ struct Buffers {
 
   float *residual, *before, *wide, *narrow, *attended, *mixed, *partial, *weights;
   int32_t *chosen, *best;
-  Ready shared;
+  Ready shared, active;  // the input of most linears, and that of down projections
   int64_t bytes = 0;
 
   Buffers(const Program& program, int64_t rows, int64_t chunks, int64_t block, int64_t threads, char* memory)
@@ -67,6 +67,7 @@ struct Buffers {
     chosen = take<int32_t>(rows * choices);
     best = take<int32_t>(threads * rows);
     shared = take_ready(rows);
+    active = take_ready(rows);
     privates_ = bytes;
     take_private();
     private_bytes_ = bytes - privates_;

@@ -19,6 +19,8 @@ namespace {
 
 void copy(float* to, const float* from, int64_t count) { memcpy(to, from, static_cast<size_t>(count) * sizeof(float)); }
 
+constexpr int64_t kFusedRows = 8;  // up to so many rows, a network's inner activations stay in the cache as they are
+
 // One member's run through the program.
 class Run {
  public:
@@ -51,6 +53,12 @@ class Run {
     return ready_;
   }
 
+  // A weight as this call reads it.
+  Linear as_read(Linear l) const {
+    if (batch_.draft && l.kind == kWeightPlanes) l.kind = kWeightHighPlane;
+    return l;
+  }
+
   // My share of linears whose outputs lie side by side in rows of y; others' may not be there yet.
   void multiply(const Linear* linears, int64_t count, const Ready& ready, float* y, int64_t y_stride) {
     int64_t total = 0, begin, end;
@@ -59,7 +67,10 @@ class Run {
     for (int64_t i = 0, first = 0; i < count; ++i) {
       const int64_t blocks = linear_blocks(linears[i]);
       const int64_t from = begin > first ? begin - first : 0, to = end - first < blocks ? end - first : blocks;
-      if (from < to) linear_share(linears[i], ready.of(linears[i]), batch_.exact != 0, y, y_stride, from, to, mine_.scratch);
+      if (from < to) {
+        const Linear linear = as_read(linears[i]);
+        linear_share(linear, ready.of(linear), batch_.exact != 0, y, y_stride, from, to, mine_.scratch);
+      }
       first += blocks;
       y += linears[i].rows;
     }
@@ -171,8 +182,42 @@ class Run {
     multiply_add(*mlp.down, active, layer.mlp_out, layer.mlp_scale);
   }
 
-  // act(gate) * up, ready for the down projection.
+  // act(gate) * up, ready for the down projection. Who computes a part of the gate computes the same part of its partner, and
+  // what comes of them is made ready while it is in the cache: with many rows, one activation block after another.
   const Ready& activated(const Mlp& mlp, const Ready& ready, int64_t rows) {
+    active_ = b_.active;
+    active_.fit(rows, mlp.down, 1, batch_.activation_block, batch_.exact != 0);
+    const Rows& to = active_.rows[0];
+    const int64_t inner = mlp.down->columns;
+    if (to.group % 16 || to.block % 16 || mlp.up->rows != (mlp.gated && mlp.up_count == 1 ? 2 * inner : inner))
+      return activated_apart(mlp, ready, rows);
+    int64_t begin, end;
+    share(me_, rows_blocks(to), 1, &begin, &end);
+    float* memory = b_.wide + block_column(to, begin) * rows * (mlp.gated ? 2 : 1);
+    for (int64_t next; begin < end; begin = next) {
+      next = rows <= kFusedRows ? end : begin + 1;
+      activated_part(mlp, ready, to, begin, next, memory);
+    }
+    me_.wait();
+    return active_;
+  }
+
+  // Activation blocks [begin, end) of the rows; the linears' own results go to `memory`.
+  void activated_part(const Mlp& mlp, const Ready& ready, const Rows& to, int64_t begin, int64_t end, float* memory) {
+    const int64_t first = block_column(to, begin), count = block_column(to, end) - first, width = mlp.gated ? 2 * count : count;
+    for (int64_t half = 0; half < (mlp.gated ? 2 : 1); ++half) {
+      const Linear l = as_read(mlp.up[half < mlp.up_count ? half : 0]);
+      const int64_t row = first + (half < mlp.up_count ? 0 : mlp.down->columns);  // of the weight
+      linear_share(l, ready.of(l), batch_.exact != 0, memory + half * count - row, width, row / 16, (row + count) / 16,
+                   mine_.scratch);
+    }
+    for (int64_t m = 0; m < to.m; ++m)
+      activate_row(mlp.activation, mlp.gated != 0, memory + m * width, active_.x + m * to.stride + first, count);
+    if (active_.kinds) prepare_blocks(to, 0, to.m, begin, end);
+  }
+
+  // The same where the parts do not end where blocks of the weight do.
+  const Ready& activated_apart(const Mlp& mlp, const Ready& ready, int64_t rows) {
     const int64_t inner = mlp.down->columns, width = inner * (mlp.gated ? 2 : 1);
     multiply(mlp.up, mlp.up_count, ready, b_.wide, width);
     me_.wait();
@@ -290,7 +335,7 @@ class Run {
   const Buffers& b_;
   const Member& me_;
   const Buffers::Private mine_;
-  Ready ready_;
+  Ready ready_, active_;
 };
 
 struct Call {

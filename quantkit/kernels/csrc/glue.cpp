@@ -5,25 +5,6 @@
 
 namespace qk {
 
-// exp(x) = 2^n * exp(r) with n = round(x / ln 2); the polynomial is Cephes' expf, good to 2 units in the last place.
-Floats exp_floats(Floats x) {
-  const Floats low = splat(-87.3f), high = splat(88.3f);
-  x = x < low ? low : x;
-  x = x > high ? high : x;
-  const Floats n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer
-  const Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
-  Floats p = splat(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  typedef int32_t Ints __attribute__((vector_size(kWidth * 4)));
-  const Ints exponent = (__builtin_convertvector(n, Ints) + 127) << 23;
-  return p * (Floats)exponent;
-}
-
 namespace {
 
 float sum(Floats v) {

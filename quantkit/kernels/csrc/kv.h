@@ -20,8 +20,7 @@ struct BFloat16 {
 };
 struct Int8 {
   typedef int8_t Stored;
-  typedef int8_t Many __attribute__((vector_size(kWidth), aligned(1)));
-  static Floats load(const Stored* p) { return __builtin_convertvector(*reinterpret_cast<const Many*>(p), Floats); }
+  static Floats load(const Stored* p) { return to_floats(load_signed_bytes(p)); }
   static float one(Stored v) { return v; }
   static Stored put(float v, float inverse) { return static_cast<int8_t>(lrintf(v * inverse)); }
 };

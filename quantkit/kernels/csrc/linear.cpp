@@ -71,20 +71,16 @@ inline float quantize_block(const float* x, int64_t count, int64_t padded, int8_
 
 }  // namespace
 
-void prepare_rows(const Rows& r, int64_t first, int64_t last) {
-  const int64_t groups = r.columns / r.group, padded = round_up(r.group, 8), stride = rows_q_stride(r), blocks = rows_blocks(r);
-  for (int64_t m = first; m < last; ++m) {
-    float* scale = r.scale + m * blocks;
-    int32_t* sum = r.sum + m * blocks;
-    for (int64_t g = 0; g < groups; ++g) {
-      const float* x = r.x + m * r.stride + g * r.group;
-      int8_t* q = r.q + m * stride + g * padded;
-      for (int64_t from = 0; from < padded; from += r.block) {
-        const int64_t own = r.group - from, stored = padded - from;
-        *scale++ = quantize_block(x + from, own < r.block ? own : r.block, stored < r.block ? stored : r.block, q + from, sum++);
-      }
+void prepare_blocks(const Rows& r, int64_t first, int64_t last, int64_t begin, int64_t end) {
+  const int64_t padded = round_up(r.group, 8), per_group = (padded + r.block - 1) / r.block, stride = rows_q_stride(r);
+  for (int64_t m = first; m < last; ++m)
+    for (int64_t block = begin, g = begin / per_group, part = begin % per_group; block < end; ++block) {
+      const int64_t from = part * r.block, own = r.group - from, stored = padded - from;
+      r.scale[block * r.m + m] =
+          quantize_block(r.x + m * r.stride + g * r.group + from, own < r.block ? own : r.block,
+                         stored < r.block ? stored : r.block, r.q + m * stride + g * padded + from, r.sum + block * r.m + m);
+      if (++part == per_group) part = 0, ++g;
     }
-  }
 }
 
 void linear_share(const Linear& l, const Rows& r, bool exact, float* y, int64_t y_stride, int64_t begin, int64_t end,

@@ -8,6 +8,8 @@
 //   U8        4 columns, byte j column j
 //   BFloat16  2 columns, the first in the low half
 //   Float32   1 column
+//   Planes    codes of 8 bits as two planes of 4, c = 16 h + l: all of h in the layout of U4, then all of l
+//   HighPlane the same memory, of which only h is read, every code taken for 16 h + 8: a draft of the weight at half the bytes
 // Float kinds have one group. What padding holds (rows past the last, columns past a group's) does not show in the result.
 //
 // A row of y depends on its row of x alone: bit for bit the same whatever m, the split over threads, or the neighbours.
@@ -16,7 +18,9 @@
 
 namespace qk {
 
-enum WeightKind : int32_t { kWeightFloat32 = 0, kWeightBFloat16 = 1, kWeightU4 = 2, kWeightU8 = 3 };
+enum WeightKind : int32_t {
+  kWeightFloat32 = 0, kWeightBFloat16 = 1, kWeightU4 = 2, kWeightU8 = 3, kWeightPlanes = 4, kWeightHighPlane = 5
+};
 
 struct Linear {          // filled in Python through ctypes (kernels/layout.py); plain pointers, all owned elsewhere
   const void* codes;     // 64-byte aligned
@@ -35,8 +39,8 @@ struct Rows {      // M rows of activations
   int64_t group;   // the weight's; linears that share these rows share it (irrelevant where only `x` is read)
   int64_t block;   // columns per activation scale, a multiple of 8; a group's last block may be shorter
   int8_t* q;       // [m][rows_q_stride]: int8 columns, groups padded as the weight's
-  float* scale;    // [m][rows_blocks]: x ~ q * scale
-  int32_t* sum;    // [m][rows_blocks]: sum of q, for zero points
+  float* scale;    // [rows_blocks][m]: x ~ q * scale
+  int32_t* sum;    // [rows_blocks][m]: sum of q, for zero points
 };
 
 constexpr int64_t kShareScratchBytes = 1 << 17;  // what linear_share needs of its own, 64-byte aligned
@@ -56,9 +60,16 @@ inline int64_t rows_q_stride(const Rows& r) { return round_up(r.columns / r.grou
 int64_t rows_bytes(const Rows&);
 void place_rows(Rows&, void* memory);
 
-// Quantize rows [first, last): each block of x to int8 with scale max|x| / 127. A block that holds an infinity or a NaN gets
+// The first column of an activation block; that of one past the last is `columns`.
+inline int64_t block_column(const Rows& r, int64_t block) {
+  const int64_t per_group = (round_up(r.group, 8) + r.block - 1) / r.block;
+  return block / per_group * r.group + block % per_group * r.block;
+}
+
+// Quantize activation blocks [begin, end) of rows [first, last): each block of x to int8 with scale max|x| / 127. A block that holds an infinity or a NaN gets
 // the scale NaN; one below 2^-100 throughout is zero.
-void prepare_rows(const Rows&, int64_t first, int64_t last);
+void prepare_blocks(const Rows&, int64_t first, int64_t last, int64_t begin, int64_t end);
+inline void prepare_rows(const Rows& r, int64_t first, int64_t last) { prepare_blocks(r, first, last, 0, rows_blocks(r)); }
 
 // y[m][y_stride] (float32): output rows of blocks [begin, end). exact: from x, else from q (which prepare_rows has filled).
 // Float kinds are always exact. Output columns past the last row are not written.

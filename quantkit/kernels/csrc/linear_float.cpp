@@ -12,10 +12,12 @@ namespace {
 constexpr int64_t kChunk = 256;          // columns of a long group that are summed by themselves
 constexpr int64_t kAliasFloats = 1024;
 
-enum Source { kFloats, kBFloats, kNibbles, kBytes, kPanel };  // packed weights of each kind, and (code - zero) unpacked
+enum Source { kFloats, kBFloats, kNibbles, kBytes, kPlanes, kHighPlane, kPanel };  // packed weights, and (code - zero) unpacked
 
 template <int SOURCE>
-constexpr int kColumns = SOURCE == kNibbles ? 8 : SOURCE == kBytes ? 4 : SOURCE == kBFloats ? 2 : 1;  // per word
+constexpr bool kSplit = SOURCE == kPlanes || SOURCE == kHighPlane;  // a word becomes two words of kBytes
+template <int SOURCE>
+constexpr int kColumns = SOURCE == kNibbles || kSplit<SOURCE> ? 8 : SOURCE == kBytes ? 4 : SOURCE == kBFloats ? 2 : 1;  // per word
 
 // Where a column's code stands: its bit in the word, or in the word shifted right by 16.
 struct Place {
@@ -32,10 +34,27 @@ constexpr Place place(int column) {
 // The numbers to subtract, by bit / 4.
 template <int SOURCE>
 inline void load_offsets(const Linear& l, int64_t at, Floats* offsets) {
-  if (SOURCE != kNibbles && SOURCE != kBytes) return;
-  const Floats zero = l.zeros ? to_floats(load_bytes(l.zeros + at)) : splat(static_cast<float>(l.zero_code));
+  if (SOURCE != kNibbles && SOURCE != kBytes && !kSplit<SOURCE>) return;
+  Floats zero = l.zeros ? to_floats(load_bytes(l.zeros + at)) : splat(static_cast<float>(l.zero_code));
+  if (SOURCE == kHighPlane) zero -= static_cast<float>(kHighPlaneMiddle);
   for (int i = 0; i < (SOURCE == kNibbles ? 5 : 3); ++i) offsets[i] = zero + static_cast<float>(1 << (23 - 4 * i));
 }
+
+// A packed word, and what it holds from bit 16 on; two where it is split.
+template <int SOURCE>
+struct Packed {
+  Words word[kSplit<SOURCE> ? 2 : 1], high[kSplit<SOURCE> ? 2 : 1];
+
+  inline void load(const uint32_t* words, int64_t low_plane) {
+    word[0] = *reinterpret_cast<const WordsAnywhere*>(words);
+    if constexpr (kSplit<SOURCE>) {
+      Bytes bytes = high_codes(word[0]);
+      if (SOURCE == kPlanes) bytes = join_planes(word[0], *reinterpret_cast<const WordsAnywhere*>(words + low_plane));
+      word[0] = bytes.word[0], word[1] = bytes.word[1], high[1] = word[1] >> 16;
+    }
+    high[0] = word[0] >> 16;
+  }
+};
 
 template <int SOURCE>
 inline Floats decode(Words word, Words high, int column, const Floats* offsets) {
@@ -46,6 +65,12 @@ inline Floats decode(Words word, Words high, int column, const Floats* offsets) 
   return (Floats)(((p.high ? high : word) & mask) | exponent) - offsets[p.bit / 4];
 }
 
+template <int SOURCE>
+inline Floats decode(const Packed<SOURCE>& from, int column, const Floats* offsets) {
+  if constexpr (kSplit<SOURCE>) return decode<kBytes>(from.word[column / 4], from.high[column / 4], column % 4, offsets);
+  return decode<SOURCE>(from.word[0], from.high[0], column, offsets);
+}
+
 // Sums of UNITS registers of outputs for M rows of x, over STRANDS chunks of columns at once: independent sums hide the latency
 // of a multiply-add, and chunks of one block of rows are one stream of memory, which other rows would not be.
 template <int SOURCE, int M, int UNITS, int STRANDS>
@@ -53,24 +78,28 @@ struct Sums {
   static constexpr int kStep = SOURCE == kPanel ? UNITS * kWidth : kLanes;
   const uint32_t* words[UNITS];
   const float* x[STRANDS];
+  int64_t low_plane;  // words from the high plane to it
   Floats sum[STRANDS][UNITS][M], offsets[STRANDS][UNITS][5];
 
   // One word of every unit and strand. `apart`: words from one strand to the next; `stride`: floats from one row of x to the next.
   inline void add(int64_t apart, int64_t stride) {
 #pragma GCC unroll 8
     for (int s = 0; s < STRANDS; ++s) {
-      Words word[UNITS], high[UNITS];
+      if (SOURCE != kPanel) {
 #pragma GCC unroll 2
-      for (int u = 0; u < UNITS; ++u) {
-        word[u] = *reinterpret_cast<const WordsAnywhere*>(words[u] + s * apart);
-        high[u] = word[u] >> 16;
-        if (SOURCE != kPanel) __builtin_prefetch(words[u] + s * apart + kAhead);
+        for (int u = 0; u < UNITS; ++u) {
+          __builtin_prefetch(words[u] + s * apart + kAhead);
+          if (SOURCE == kPlanes) __builtin_prefetch(words[u] + s * apart + low_plane + kAhead);
+        }
       }
+      Packed<SOURCE> packed[UNITS];
+#pragma GCC unroll 2
+      for (int u = 0; u < UNITS; ++u) packed[u].load(words[u] + s * apart, low_plane);
 #pragma GCC unroll 8
       for (int c = 0; c < kColumns<SOURCE>; ++c) {
         Floats weight[UNITS];
 #pragma GCC unroll 2
-        for (int u = 0; u < UNITS; ++u) weight[u] = decode<SOURCE>(word[u], high[u], c, offsets[s][u]);
+        for (int u = 0; u < UNITS; ++u) weight[u] = decode(packed[u], c, offsets[s][u]);
 #pragma GCC unroll 12
         for (int m = 0; m < M; ++m) {
           const Floats value = splat(x[s][(m / 3 * 3) * stride + (m % 3) * stride + c]);
@@ -107,6 +136,7 @@ inline void multiply(const Linear& l, const Columns& from, float* totals, Walk& 
     }
   }
   for (int u = 0; u < UNITS; ++u) sums.words[u] = words[u];
+  sums.low_plane = SOURCE == kPlanes ? words_per_plane(l) : 0;
   const int64_t apart = stored / kColumns<SOURCE> * sums.kStep;
   int64_t k = 0;
   for (; k + kColumns<SOURCE> <= own; k += kColumns<SOURCE>) sums.add(apart, from.stride);
@@ -192,10 +222,11 @@ struct FloatPath {
         Floats offsets[5];
         load_offsets<SOURCE>(l, at + walk.group * kLanes, offsets);
         for (int64_t k = 0; k < walk.columns(); k += kColumns<SOURCE>, words += kLanes) {
-          const Words word = *reinterpret_cast<const WordsAnywhere*>(words), high = word >> 16;
+          Packed<SOURCE> packed;
+          packed.load(words, SOURCE == kPlanes ? words_per_plane(l) : 0);
 #pragma GCC unroll 8
           for (int c = 0; c < kColumns<SOURCE>; ++c, to += kPanelWidth)
-            *reinterpret_cast<FloatsAnywhere*>(to) = decode<SOURCE>(word, high, c, offsets);
+            *reinterpret_cast<FloatsAnywhere*>(to) = decode(packed, c, offsets);
         }
       }
     }
@@ -209,6 +240,8 @@ void float_share(const Linear& l, const Rows& r, float* y, int64_t y_stride, int
     case kWeightFloat32: return share<FloatPath<kFloats>>(l, r, y, y_stride, begin, end, scratch);
     case kWeightBFloat16: return share<FloatPath<kBFloats>>(l, r, y, y_stride, begin, end, scratch);
     case kWeightU4: return share<FloatPath<kNibbles>>(l, r, y, y_stride, begin, end, scratch);
+    case kWeightPlanes: return share<FloatPath<kPlanes>>(l, r, y, y_stride, begin, end, scratch);
+    case kWeightHighPlane: return share<FloatPath<kHighPlane>>(l, r, y, y_stride, begin, end, scratch);
     default: return share<FloatPath<kBytes>>(l, r, y, y_stride, begin, end, scratch);
   }
 }

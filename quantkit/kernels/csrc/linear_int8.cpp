@@ -6,18 +6,41 @@
 namespace qk {
 namespace {
 
-enum Source { kNibbles, kBytes, kNarrowPanel, kWidePanel };  // packed U4 and U8, and both unpacked to a byte per code
+// packed U4, U8, Planes and HighPlane, and what they are unpacked to, a byte per code
+enum Source { kNibbles, kBytes, kPlanes, kHighPlane, kNarrowPanel, kWidePanel, kHighPanel };
 
 template <int SOURCE>
-constexpr bool kWide = SOURCE == kBytes || SOURCE == kWidePanel;
+constexpr bool kWide = SOURCE != kNibbles && SOURCE != kNarrowPanel;
+template <int SOURCE>
+constexpr bool kEight = SOURCE == kNibbles || SOURCE == kPlanes || SOURCE == kHighPlane;  // columns per word, else 4
+template <int SOURCE>
+constexpr int32_t kMiddle = SOURCE == kHighPlane || SOURCE == kHighPanel ? kHighPlaneMiddle : 0;
+
+// Operands of the dot product from a word of eight columns; `apart`: from the high plane to the low one.
+template <int SOURCE>
+inline void load_codes(const uint32_t* words, int64_t apart, Codes* code) {
+  const Words word = *reinterpret_cast<const WordsAnywhere*>(words);
+  if (SOURCE == kNibbles) {
+    code[0] = codes<false>(word & 0x0f0f0f0fu);
+    code[1] = codes<false>((word >> 4) & 0x0f0f0f0fu);
+    return;
+  }
+  Bytes bytes = high_codes(word);
+  if (SOURCE == kPlanes) {
+    bytes = join_planes(word, *reinterpret_cast<const WordsAnywhere*>(words + apart));
+    __builtin_prefetch(words + apart + kAhead);
+  }
+  code[0] = codes<true>(bytes.word[0]);
+  code[1] = codes<true>(bytes.word[1]);
+}
 
 // UNITS registers of outputs for M rows of x. `words` advance by `step` from one word of a unit to the next.
 template <int SOURCE, int M, int UNITS>
 inline void multiply(const Linear& l, const Rows& r, const Chunks& chunks, const Tile& t, const uint32_t* const* start) {
-  constexpr bool kPanel = SOURCE == kNarrowPanel || SOURCE == kWidePanel;
+  constexpr bool kPanel = SOURCE >= kNarrowPanel;
   constexpr int kStep = kPanel ? UNITS * kWidth : kLanes;
   constexpr int kSplit = M * UNITS <= 4 ? 2 : 1;  // independent sums per output, to hide the latency of a dot product
-  const int64_t stride = rows_q_stride(r), blocks = chunks.count;
+  const int64_t stride = rows_q_stride(r), apart = SOURCE == kPlanes ? words_per_plane(l) : 0;
   const uint32_t* words[UNITS];
   const Zeros zeros(l);
   int64_t at[UNITS];
@@ -29,25 +52,24 @@ inline void multiply(const Linear& l, const Rows& r, const Chunks& chunks, const
     zero[u] = zeros.at(at[u]);
   }
   const int8_t* q = r.q + t.row * stride + chunks.stored_column(t.first);
-  const float* x_scale = r.scale + t.row * blocks;
-  const int32_t* x_sum = r.sum + t.row * blocks;
-  for (Walk walk(chunks, t.first); walk.chunk < t.last; walk.next()) {
+  const float* x_scale = r.scale + t.first * r.m + t.row;
+  const int32_t* x_sum = r.sum + t.first * r.m + t.row;
+  for (Walk walk(chunks, t.first); walk.chunk < t.last; walk.next(), x_scale += r.m, x_sum += r.m) {
     Ints sum[UNITS][M][kSplit] = {};
     const int8_t* const stop = q + walk.columns();
     for (; q < stop; q += 8) {
 #pragma GCC unroll 2
-      for (int half = 0; half < (SOURCE == kNibbles ? 1 : 2); ++half) {
+      for (int half = 0; half < (kEight<SOURCE> ? 1 : 2); ++half) {
         Codes code[UNITS][2];
 #pragma GCC unroll 8
         for (int u = 0; u < UNITS; ++u) {
-          const Words word = *reinterpret_cast<const WordsAnywhere*>(words[u]);
           if (!kPanel) __builtin_prefetch(words[u] + kAhead);
+          if constexpr (kEight<SOURCE>) load_codes<SOURCE>(words[u], apart, code[u]);
+          else code[u][0] = codes<kWide<SOURCE>>(*reinterpret_cast<const WordsAnywhere*>(words[u]));
           words[u] += kStep;
-          code[u][0] = codes<kWide<SOURCE>>(SOURCE == kNibbles ? word & 0x0f0f0f0fu : word);
-          if (SOURCE == kNibbles) code[u][1] = codes<false>((word >> 4) & 0x0f0f0f0fu);
         }
 #pragma GCC unroll 2
-        for (int part = 0; part < (SOURCE == kNibbles ? 2 : 1); ++part) {
+        for (int part = 0; part < (kEight<SOURCE> ? 2 : 1); ++part) {
 #pragma GCC unroll 12
           for (int m = 0; m < M; ++m) {
             const Ints x = splat_four(q + (m / 3 * 3) * stride + (m % 3) * stride + 4 * (half + part));
@@ -60,18 +82,20 @@ inline void multiply(const Linear& l, const Rows& r, const Chunks& chunks, const
         }
       }
     }
+    float* totals = t.totals;
+    asm("" : "+r"(totals));  // keeps the compiler from holding the totals of every chunk in registers it does not have
 #pragma GCC unroll 8
     for (int u = 0; u < UNITS; ++u) {
       const int64_t place = at[u] + walk.group * kLanes;
       const Floats scale = load_floats(l.scales, place, l.scale_dtype);
-      const Ints minus_zero = (kDotOffset<kWide<SOURCE>> - load_bytes(zero[u] + walk.group * zeros.step)) & 0xffff;
+      const Ints minus_zero = (kDotOffset<kWide<SOURCE>> + kMiddle<SOURCE> - load_bytes(zero[u] + walk.group * zeros.step)) & 0xffff;
 #pragma GCC unroll 12
       for (int m = 0; m < M; ++m) {
         Ints all = sum[u][m][0];
         if (kSplit == 2) all += sum[u][m][1];
-        all = add_product(all, minus_zero, splat_int(x_sum[m * blocks + walk.chunk]));
-        FloatsAnywhere* total = reinterpret_cast<FloatsAnywhere*>(t.totals + (u * M + m) * kWidth);
-        *total = multiply_add(to_floats(all), scale * splat(x_scale[m * blocks + walk.chunk]), *total);
+        all = add_product(all, minus_zero, splat_int(x_sum[m]));
+        FloatsAnywhere* total = reinterpret_cast<FloatsAnywhere*>(totals + (u * M + m) * kWidth);
+        *total = multiply_add(to_floats(all), scale * splat(x_scale[m]), *total);
       }
     }
   }
@@ -80,8 +104,8 @@ inline void multiply(const Linear& l, const Rows& r, const Chunks& chunks, const
 template <int SOURCE>
 struct Int8Path {
   static constexpr int kBytes = 1, kPanelColumns = 4;  // bytes per activation; columns per word of a panel
-  static constexpr int kColumns = SOURCE == kNibbles ? 8 : 4;
-  static constexpr int kPanel = SOURCE == kNibbles ? kNarrowPanel : kWidePanel;
+  static constexpr int kColumns = kEight<SOURCE> ? 8 : 4;
+  static constexpr int kPanel = SOURCE == kNibbles ? kNarrowPanel : SOURCE == kHighPlane ? kHighPanel : kWidePanel;
 
   static int64_t chunk(const Linear&, const Rows& r) { return r.block; }
 
@@ -105,16 +129,17 @@ struct Int8Path {
 
   static void unpack(const Linear& l, const Chunks& chunks, const Tile& t, uint32_t* out) {
     const int64_t from = chunks.stored_column(t.first), stop = chunks.stored_column(t.last);
+    const int64_t apart = SOURCE == kPlanes ? words_per_plane(l) : 0;
     for (int u = 0; u < kPanelUnits; ++u) {
       const uint32_t* words = words_of(l, unit_of(t, u)) + from / kColumns * kLanes;
       uint32_t* to = out + u * kWidth;
       for (int64_t k = from; k < stop; k += kColumns, words += kLanes) {
         const Words word = *reinterpret_cast<const WordsAnywhere*>(words);
-        *reinterpret_cast<WordsAnywhere*>(to) = SOURCE == kNibbles ? word & 0x0f0f0f0fu : word;
-        to += kPanelWidth;
-        if (SOURCE != kNibbles) continue;
-        *reinterpret_cast<WordsAnywhere*>(to) = (word >> 4) & 0x0f0f0f0fu;
-        to += kPanelWidth;
+        Bytes bytes{{word, word}};
+        if (SOURCE == kNibbles) bytes = {{word & 0x0f0f0f0fu, (word >> 4) & 0x0f0f0f0fu}};
+        if (SOURCE == kHighPlane) bytes = high_codes(word);
+        if (SOURCE == kPlanes) bytes = join_planes(word, *reinterpret_cast<const WordsAnywhere*>(words + apart));
+        for (int i = 0; i < (kEight<SOURCE> ? 2 : 1); ++i, to += kPanelWidth) *reinterpret_cast<WordsAnywhere*>(to) = bytes.word[i];
       }
     }
   }
@@ -123,8 +148,12 @@ struct Int8Path {
 }  // namespace
 
 void int8_share(const Linear& l, const Rows& r, float* y, int64_t y_stride, int64_t begin, int64_t end, void* scratch) {
-  if (l.kind == kWeightU4) return share<Int8Path<kNibbles>>(l, r, y, y_stride, begin, end, scratch);
-  share<Int8Path<kBytes>>(l, r, y, y_stride, begin, end, scratch);
+  switch (l.kind) {
+    case kWeightU4: return share<Int8Path<kNibbles>>(l, r, y, y_stride, begin, end, scratch);
+    case kWeightPlanes: return share<Int8Path<kPlanes>>(l, r, y, y_stride, begin, end, scratch);
+    case kWeightHighPlane: return share<Int8Path<kHighPlane>>(l, r, y, y_stride, begin, end, scratch);
+    default: return share<Int8Path<kBytes>>(l, r, y, y_stride, begin, end, scratch);
+  }
 }
 
 }  // namespace qk

@@ -62,6 +62,21 @@ inline int64_t words_per_block(const Linear& l, int columns_per_word) {
   return l.columns / l.group * round_up(l.group, 8) / columns_per_word * kLanes;
 }
 
+// Words from a code's high plane to its low one.
+inline int64_t words_per_plane(const Linear& l) { return linear_blocks(l) * words_per_block(l, 8); }
+
+// Eight columns of 8-bit codes, four a word, of their planes; without the low one the middle of what it could add counts as
+// part of the zero point (kHighPlaneMiddle).
+struct Bytes {
+  Words word[2];
+};
+constexpr int32_t kHighPlaneMiddle = 8;
+inline Bytes high_codes(Words high) { return {{(high << 4) & 0xf0f0f0f0u, high & 0xf0f0f0f0u}}; }
+inline Bytes join_planes(Words high, Words low) {
+  const Bytes coarse = high_codes(high);
+  return {{coarse.word[0] | (low & 0x0f0f0f0fu), coarse.word[1] | ((low >> 4) & 0x0f0f0f0fu)}};
+}
+
 // Units past the last one are taken to be the last one; nobody stores what they make.
 inline int64_t unit_of(const Tile& t, int u) { return t.unit + u < t.last_unit ? t.unit + u : t.last_unit - 1; }
 
@@ -105,7 +120,7 @@ void direct_rows(const Linear& l, const Rows& r, const Chunks& chunks, Tile& t, 
     Path::template direct<M>(l, r, chunks, t);
     store_tile(l, t, kDirectUnits, M, y, y_stride);
   }
-  if constexpr (M > 1) direct_rows<Path, M / 2>(l, r, chunks, t, y, y_stride);
+  if constexpr (M > 1) direct_rows<Path, M == 4 ? 3 : M == 3 ? 2 : M / 2>(l, r, chunks, t, y, y_stride);
 }
 
 template <class Path>

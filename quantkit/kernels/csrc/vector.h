@@ -76,6 +76,17 @@ inline Ints load_bytes(const uint8_t* p) {
 #endif
 }
 
+inline Ints load_signed_bytes(const int8_t* p) {
+#if defined(__AVX512F__)
+  return (Ints)_mm512_maskz_cvtepi8_epi32(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(__AVX2__)
+  return (Ints)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#else
+  typedef int8_t SignedAnywhere __attribute__((vector_size(kWidth), aligned(1)));
+  return __builtin_convertvector(*reinterpret_cast<const SignedAnywhere*>(p), Ints);
+#endif
+}
+
 inline Words load_shorts(const uint16_t* p) {
 #if defined(__AVX512F__)
   return (Words)_mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));

@@ -1,0 +1,184 @@
+"""Loading: a checkpoint becomes a model that runs; each quantized weight is held once, in its kernel's layout."""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantkit.checkpoint import prepacked
+from quantkit.checkpoint.contents import Entry, parameter_of, restore
+from quantkit.checkpoint.read import Opened, open_checkpoint
+from quantkit.errors import FormatError
+from quantkit.hf.experts import enable_experts
+from quantkit.hf.load import PreTrainedModel, read_generation_config
+from quantkit.kernels import Activations, layout
+from quantkit.kernels.arena import Arena
+from quantkit.kernels.cpu import CpuKernel, State
+from quantkit.kernels.layout import Prepacked
+from quantkit.kernels.select import Problem, check_activations, select
+from quantkit.memory import HeapWatch
+from quantkit.nn.install import install, set_activations
+from quantkit.nn.linear import QuantLinear, QuantWeight
+from quantkit.nn.sites import Site
+from quantkit.qtensor import QTensor
+
+log = logging.getLogger(__name__)
+
+_HEAP_BYTES = 16 << 20
+"""Freed memory that may gather in the heap while weights are laid out."""
+
+
+def load(
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    ignore_activations: bool = False,
+    activations: Activations = "float",
+    cache: bool = True,
+) -> PreTrainedModel:
+    """Load a quantized checkpoint, ready to run, in evaluation mode.
+
+    Codes and scales come back bit for bit; the files may be deleted afterwards. Each quantized layer is held once, in the
+    layout of the kernel that runs it. On a CPU that layout is kept in the user's cache
+    (:mod:`quantkit.checkpoint.prepacked`), so that the next load of the same files need not make it again.
+
+    Args:
+        path: directory written by quantkit (any format) or by another writer of compressed-tensors integer weights.
+        dtype: dtype of the unquantized tensors; None keeps what the files hold.
+        device: where the model goes.
+        ignore_activations: run a checkpoint that asks for quantized activations (W8A8) with float ones.
+        activations: what quantized layers make of their inputs on a CPU: ``"float"``, nothing, or ``"int8"``, rounded block by
+            block, which is faster and has an error of its own (:mod:`quantkit.kernels.cpu`).
+        cache: keep the kernels' layout of this checkpoint on the disk, and use what is kept; False does neither.
+
+    Raises:
+        KernelError: ``activations`` is neither.
+        FormatError: the checkpoint is unfinished, damaged, contradicts itself, or cannot be represented exactly.
+    """
+    check_activations(activations)
+    on_cpu = torch.device(device).type == "cpu"
+    with open_checkpoint(path) as opened:
+        contents = opened.contents
+        model: Any = contents.model  # Any: transformers types neither eval nor to
+        quantized = {name: contents.sites[name] for name in opened.schemes}
+        kernels = _kernels(opened, quantized) if on_cpu else {}
+        found = _from_cache(opened, kernels, dtype) if cache and kernels and prepacked.enabled() else None
+        for name, tensor in found.floats.items() if found else _floats(opened, dtype):
+            _put(model, name, tensor)
+        arena, heap = Arena(), HeapWatch(_HEAP_BYTES)
+        for name, site in quantized.items():
+            scheme = opened.schemes[name]
+            activation = None if ignore_activations else scheme.activation
+            if name not in kernels:
+                qtensor = opened.qtensor(site)
+                install(model, site, replace(qtensor, input_scale=None) if ignore_activations else qtensor, activation)
+                continue
+            parts = found.sites[name] if found else [part.moved(arena.copy) for part in _prepack(opened, site, heap)]
+            install(model, site, QTensor.empty(scheme.weight, site.shape, "meta"), activation)
+            module: Any = model.get_submodule(name)
+            module.adopt(kernels[name], [State(part, part.struct()) for part in parts])
+        _finish(model, path)
+    loaded: PreTrainedModel = model.requires_grad_(False).eval()
+    if not on_cpu:
+        loaded = model.to(device)
+    for part in loaded.modules():
+        if isinstance(part, QuantLinear | QuantWeight):
+            part.keeps_codes = False
+    set_activations(loaded, activations)
+    return loaded
+
+
+def _finish(model: Any, path: str | Path) -> None:
+    """Tie, check that nothing is missing, and set what the files say beside the weights."""
+    if not any(isinstance(part, QuantLinear) and part.tied_to for part in model.modules()):  # its table is one already
+        model.tie_weights()
+    codes = {id(buffer) for part in model.modules() if isinstance(part, QuantLinear | QuantWeight) for buffer in part.buffers()}
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    left = [name for name, tensor in tensors if tensor.is_meta and id(tensor) not in codes]
+    if left:
+        raise FormatError(f"{path}: nothing was loaded into {', '.join(left[:5])}")
+    if any(isinstance(module, QuantWeight) for module in model.modules()):
+        enable_experts(model)
+    model.config.dtype = model.dtype
+    if (Path(path) / "generation_config.json").exists() and hasattr(model, "generation_config"):
+        model.generation_config = read_generation_config(path)
+
+
+def _kernels(opened: Opened, sites: dict[str, Site]) -> dict[str, CpuKernel]:
+    """Return the compiled kernel of every site that one runs; the rest keeps its codes as they are.
+
+    So does a site with a static grid for its inputs: kernels' layouts have no place for an input scale. And an embedding, whose
+    rows are looked up.
+    """
+    found = {}
+    for name, site in sites.items():
+        activation = opened.schemes[name].activation
+        if (activation is not None and not activation.dynamic) or site == opened.contents.structure.embedding:
+            continue
+        kernel = select(Problem(opened.schemes[name].weight, (site.shape[-2], site.shape[-1]), "cpu", torch.float32))
+        if isinstance(kernel, CpuKernel):
+            found[name] = kernel
+    return found
+
+
+def _from_cache(opened: Opened, kernels: dict[str, CpuKernel], dtype: torch.dtype | None) -> prepacked.Weights | None:
+    """Return what the cache holds for this checkpoint, made if need be; None where it cannot be, or is not worth a file."""
+    files = [opened.path / name for name in sorted({header.file for header in opened.shards.headers.values()})]
+    if sum(file.stat().st_size for file in files) < prepacked.WORTH_BYTES:
+        return None
+    key = prepacked.key_of(files, opened.config, dtype)
+    found = prepacked.find(key)
+    if found is not None and found.sites.keys() == kernels.keys():
+        return found
+    heap = HeapWatch(_HEAP_BYTES)
+    sites = ((name, list(_prepack(opened, opened.contents.sites[name], heap))) for name in kernels)
+    try:
+        return prepacked.write(key, sites, _floats(opened, dtype))
+    except OSError as error:
+        log.warning("cannot keep the prepacked weights of %s in %s: %s", opened.path, prepacked.directory(), error)
+        return None
+
+
+def _prepack(opened: Opened, site: Site, heap: HeapWatch) -> Iterator[Prepacked]:
+    """Yield the matrices of a site in the kernel's layout, and let go of the pages of the files that were read for it."""
+    qtensor = opened.qtensor(site, copy=False)
+    for part in [qtensor] if len(site.shape) == 2 else (qtensor[expert] for expert in range(site.shape[0])):
+        yield layout.prepack(part)
+        heap.check()
+    opened.shards.let_go()
+
+
+def _floats(opened: Opened, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+    """Yield every unquantized parameter and buffer, by its name in the model."""
+    contents = opened.contents
+    quantized = {parameter_of(contents.sites[name]) for name in opened.schemes}
+    sources: dict[str, list[Entry]] = {}
+    for entry in contents.entries:
+        for piece in {p.parameter: p for p in entry.source.pieces}.values():
+            sources.setdefault(piece.parameter, []).append(entry)
+    for name, entries in sources.items():
+        if name not in quantized:
+            shape = tuple(_own(contents.model, name)[1].shape)
+            parts = ((entry, opened.shards.read(entry.name, copy=False)) for entry in entries)
+            value = restore(name, shape, parts, name in contents.transposed)  # a copy
+            opened.shards.let_go()
+            yield name, value.to(dtype) if dtype is not None and value.is_floating_point() else value
+
+
+def _own(model: nn.Module, name: str) -> tuple[nn.Module, Tensor]:
+    """Return the module that holds a parameter or buffer, and the tensor itself."""
+    module_name, _, attribute = name.rpartition(".")
+    module = model.get_submodule(module_name)
+    return module, getattr(module, attribute)
+
+
+def _put(model: nn.Module, name: str, value: Tensor) -> None:
+    module, own = _own(model, name)
+    setattr(
+        module, name.rpartition(".")[2], nn.Parameter(value, requires_grad=False) if isinstance(own, nn.Parameter) else value
+    )

@@ -1,0 +1,225 @@
+"""A checkpoint's weights as the kernels want them, kept in the user's cache: a second load reads and does not repack.
+
+One file per checkpoint, ``<cache>/prepacked/<key>-<digest>.weights``. The key hashes everything the content follows from: the
+content of every file of the checkpoint, the dtype asked for, the source of the layout, and the versions of quantkit and
+transformers; so a checkpoint that changed has another key, and a stale file is never looked at. The digest is the SHA-256
+of the file itself, compared before anything of it is used. Both take reading everything once; afterwards
+:func:`~quantkit.files.known_sha256` remembers, as long as size, inode and times say that nothing was written.
+
+    weights in the kernel's layout, tensor by tensor       read into huge pages, in parallel
+    unquantized tensors                                    mapped, private: read when touched, copied when written to
+    index: JSON, then its length (8 bytes)
+
+Files are written under a temporary name and renamed. Weights read at every token are read into memory rather than mapped,
+since files have no huge pages; the rest (an embedding is most of it) is mapped and costs memory only where it is touched.
+
+The cache holds at most :data:`LIMIT_BYTES`, the oldest files go first. ``quantkit cache --clear`` empties it, ``--off`` turns
+it off for good (a file in quantkit's cache directory says so), ``load(..., cache=False)`` once.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+import mmap
+import os
+import shutil
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+import torch
+from torch import Tensor
+
+from quantkit import __version__
+from quantkit.files import atomic_path, cache_dir, known_sha256, remember_sha256, write_atomic
+from quantkit.kernels import arena, layout
+from quantkit.kernels.layout import Prepacked
+
+log = logging.getLogger(__name__)
+
+LIMIT_BYTES: Final = 32 << 30
+"""Bytes that all files of the cache may take together."""
+
+WORTH_BYTES: Final = 16 << 20
+"""A checkpoint smaller than this is loaded as fast without a cache."""
+
+_SUFFIX: Final = ".weights"
+_TAIL: Final = struct.Struct("<Q")
+_READ_BYTES: Final = 32 << 20
+
+
+class Weights:
+    """What a file of the cache holds.
+
+    Attributes:
+        sites: site name to the prepacked matrices: one, or one per expert.
+        floats: parameter or buffer name to tensor; views of the file, private to this process.
+    """
+
+    def __init__(self, sites: dict[str, list[Prepacked]], floats: dict[str, Tensor]) -> None:
+        self.sites, self.floats = sites, floats
+
+
+def directory() -> Path:
+    """Return where the files lie."""
+    return cache_dir() / "prepacked"
+
+
+def enabled() -> bool:
+    """Say whether the cache is in use."""
+    return not _off().exists()
+
+
+def switch(on: bool) -> None:
+    """Turn the cache on or off, for every later process too; what it holds stays."""
+    if on:
+        _off().unlink(missing_ok=True)
+    else:
+        write_atomic(_off(), "`quantkit cache --on` removes this file and keeps prepacked weights again\n")
+
+
+def _off() -> Path:
+    return cache_dir() / "prepacked.off"
+
+
+def files() -> list[Path]:
+    """Return the files of the cache, oldest first."""
+    found = [(path.stat().st_mtime_ns, path) for path in directory().glob(f"*{_SUFFIX}")]
+    return [path for _, path in sorted(found)]
+
+
+def clear() -> int:
+    """Remove every file of the cache and return the bytes that were freed; models that are loaded keep what they have."""
+    freed = sum(path.stat().st_size for path in files())
+    shutil.rmtree(directory(), ignore_errors=True)
+    return freed
+
+
+def describe() -> str:
+    """Say in a line what the cache holds."""
+    sizes = [path.stat().st_size for path in files()]
+    state = "" if enabled() else "off, "
+    return f"{state}{len(sizes)} files, {sum(sizes) / 2**20:.0f} MiB (limit {LIMIT_BYTES >> 20} MiB) in {directory()}"
+
+
+def key_of(weights: Iterable[Path], config: Mapping[str, Any], dtype: torch.dtype | None) -> str:
+    """Return the key of a checkpoint: its weight files, the content of its config.json, and the dtype of what stays float."""
+    versions = [__version__, importlib.metadata.version("transformers"), hashlib.sha256(Path(layout.__file__).read_bytes())]
+    shards = [(path.name, known_sha256(path)) for path in sorted(weights)]
+    parts = [shards, config, str(dtype), *(v if isinstance(v, str) else v.hexdigest() for v in versions)]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def find(key: str) -> Weights | None:
+    """Return what the cache has for ``key``, or None. A damaged file is removed, and said so."""
+    for path in directory().glob(f"{key}-*{_SUFFIX}"):
+        try:
+            if known_sha256(path) == path.stem.partition("-")[2]:
+                return _read(path)
+            log.warning("%s is damaged (its content does not have the digest of its name); made again", path)
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            log.warning("%s cannot be read (%s); loading from the checkpoint", path, error)
+    return None
+
+
+def write(key: str, sites: Iterable[tuple[str, Sequence[Prepacked]]], floats: Iterable[tuple[str, Tensor]]) -> Weights:
+    """Write a file for ``key`` and return what it holds; items are taken one at a time, so nothing large is held.
+
+    Raises:
+        OSError: the cache cannot be written to.
+    """
+    target = directory() / key
+    with atomic_path(target) as temporary, temporary.open("wb") as file:
+        out = _Out(file)
+        index: dict[str, Any] = {"sites": {}, "floats": {}}
+        for name, parts in sites:
+            index["sites"][name] = [
+                [out.put(value) if isinstance(value, Tensor) else value for value in part] for part in parts
+            ]
+        out.pad(mmap.ALLOCATIONGRANULARITY)
+        index["weights_bytes"] = out.position
+        for name, tensor in floats:
+            index["floats"][name] = out.put(tensor)
+        text = json.dumps(index).encode()
+        out.write(text + _TAIL.pack(len(text)))
+        digest = out.digest.hexdigest()
+    path = target.replace(directory() / f"{key}-{digest}{_SUFFIX}")
+    remember_sha256(path, digest)
+    _evict()
+    return _read(path)
+
+
+class _Out:
+    """A file that is hashed as it is written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.position, self.digest, self._file = 0, hashlib.sha256(), file
+
+    def write(self, data: Any) -> None:
+        self._file.write(data)
+        self.digest.update(data)
+        self.position += len(data)
+
+    def pad(self, alignment: int) -> None:
+        self.write(bytes(-self.position % alignment))
+
+    def put(self, tensor: Tensor) -> dict[str, Any]:
+        """Write a tensor and return where and what it is."""
+        self.pad(arena.ALIGNMENT)
+        where = {"at": self.position, "dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
+        self.write(memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()))
+        return where
+
+
+def _read(path: Path) -> Weights:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        file.seek(size - _TAIL.size)
+        (length,) = _TAIL.unpack(file.read())
+        file.seek(size - _TAIL.size - length)
+        index = json.loads(file.read(length))
+        split = index["weights_bytes"]
+        mapped = mmap.mmap(file.fileno(), size - split, offset=split, access=mmap.ACCESS_COPY)
+    weights, rest = arena.allocate(split), torch.frombuffer(mapped, dtype=torch.uint8)
+    _fill(path, weights)
+    sites = {
+        name: [Prepacked(*(_view(weights, value) if isinstance(value, dict) else value for value in part)) for part in parts]
+        for name, parts in index["sites"].items()
+    }
+    return Weights(sites, {name: _view(rest, where, split) for name, where in index["floats"].items()})
+
+
+def _view(memory: Tensor, where: Mapping[str, Any], start: int = 0) -> Tensor:
+    dtype, shape, at = getattr(torch, where["dtype"]), where["shape"], where["at"] - start
+    return memory[at : at + torch.Size(shape).numel() * dtype.itemsize].view(dtype).view(shape)
+
+
+def _fill(path: Path, memory: Tensor) -> None:
+    """Read the file's first bytes into ``memory``, several pieces at once."""
+    view = memoryview(memory.numpy())
+
+    def read(start: int) -> None:
+        piece, done = view[start : start + _READ_BYTES], 0
+        with path.open("rb", buffering=0) as file:
+            file.seek(start)
+            while done < len(piece):
+                count = file.readinto(piece[done:])
+                if not count:
+                    raise OSError("it is shorter than its index says")
+                done += count
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(read, range(0, len(view), _READ_BYTES)))
+
+
+def _evict() -> None:
+    """Remove the oldest files until the rest fits."""
+    kept = 0
+    for path in reversed(files()):
+        kept += path.stat().st_size
+        if kept > LIMIT_BYTES:
+            path.unlink(missing_ok=True)

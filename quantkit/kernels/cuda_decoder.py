@@ -1,0 +1,244 @@
+"""A decoder program on CUDA: one function per step over static pages, which a CUDA graph can record.
+
+Rows are (token, position, slot) as for the CPU's decoder; a prompt is many rows of one slot. A step is, per layer: queries,
+keys and values in one product; rotation and append; attention; output product; residual and norm; gate and up in one product;
+gate; down; residual and norm. Nothing in it waits for the host, so decoding is a recorded step played again and again:
+:class:`GraphDecoder`.
+
+Not covered, and said by :func:`rejects`: heads that are not of 64 or 128 channels, head norms that are not an RMS norm per
+head, float or biased experts.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from quantkit.errors import KernelError
+from quantkit.kernels import cuda_glue, cuda_ops, fragments
+from quantkit.kernels.cuda import CudaKernel, unfit
+from quantkit.kernels.cuda_attention import HEAD_SIZES, Pages, Rope, Where
+from quantkit.kernels.program import Attention, Experts, Layer, Linear, Mlp, Norm, Program
+from quantkit.qtensor import concatenate
+
+
+def rejects(program: Program) -> str | None:
+    """Say why a program does not run here; None if it does."""
+    for index, layer in enumerate(program.layers):
+        if reason := _rejects_layer(layer):
+            return f"layer {index}: {reason}"
+    return _rejects_linear(program.head)
+
+
+def _rejects_layer(layer: Layer) -> str | None:
+    attention = layer.attention
+    if attention.head_dim not in HEAD_SIZES:
+        return f"heads of {attention.head_dim} channels, want one of {HEAD_SIZES}"
+    for norm in (attention.q_norm, attention.k_norm):
+        if norm is not None and (norm.center or norm.shift is not None or len(norm.gain) != attention.head_dim):
+            return "a head norm that is not an RMS norm of one head"
+    mlp = layer.mlp
+    if isinstance(mlp, Experts):
+        for which in ("up", "down"):
+            linears = [_part(expert, which) for expert in mlp.experts]
+            first = linears[0]
+            same = all(one.weight is first.weight and one.expert == e and one.bias is None for e, one in enumerate(linears))
+            if isinstance(first.weight, Tensor) or not same or len(mlp.experts[0].up) != 1:
+                return "experts that are not one quantized stack without biases"
+    parts = () if isinstance(mlp, Experts) else (*mlp.up, mlp.down)
+    return next((reason for part in (*attention.qkv, attention.out, *parts) if (reason := _rejects_linear(part))), None)
+
+
+def _rejects_linear(linear: Linear) -> str | None:
+    module: Any = linear.weight
+    if isinstance(module, Tensor):
+        return None
+    if module.activation is not None and not CudaKernel().rounds(module.spec, module.activation):
+        return f"activations rounded to {module.activation.describe()}"
+    return unfit(module.spec, module.shape[-2:])
+
+
+def _part(mlp: Mlp, which: str) -> Linear:
+    return mlp.up[0] if which == "up" else mlp.down
+
+
+class Product(NamedTuple):
+    """Linears side by side, laid out: one float weight, or one quantized one."""
+
+    floats: Tensor | None
+    weight: fragments.Fragments | None
+    bias: Tensor | None
+    form: str
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return ``x @ w.T + bias`` for x (rows, K)."""
+        if self.floats is not None:
+            return F.linear(x, self.floats, self.bias)
+        assert self.weight is not None
+        y: Tensor = cuda_ops.ops().fragment_matmul(x, *self.weight, self.bias, self.form)
+        return y
+
+
+class _Layer(NamedTuple):
+    qkv: tuple[Product, ...]
+    out: Product
+    up: tuple[Product, ...]
+    down: Product | None
+    experts: tuple[fragments.Fragments, fragments.Fragments, Product] | None
+
+
+class CudaDecoder:
+    """A program laid out on a device.
+
+    Args:
+        program: what to run.
+        device: where.
+        dtype: of activations and float weights, float16 or bfloat16.
+        context_tokens: longest sequence; rotary tables are made for it.
+
+    Raises:
+        KernelError: :func:`rejects` says why.
+    """
+
+    def __init__(
+        self, program: Program, *, device: torch.device | str = "cuda", dtype: torch.dtype = torch.bfloat16, context_tokens: int
+    ) -> None:
+        if reason := rejects(program):
+            raise KernelError(f"{program.name}: {reason}")
+        self.program, self.device, self.dtype = program, torch.device(device), dtype
+        self.context_tokens = context_tokens
+        self._embedding = program.embedding.to(self.device, dtype)
+        tied = isinstance(program.head.weight, Tensor) and program.head.weight is program.embedding
+        self._head = Product(self._embedding, None, None, "") if tied else self._join((program.head,))[0]
+        self._layers = [self._lay(layer) for layer in program.layers]
+        self._norms: dict[int, tuple[Tensor, Tensor | None]] = {}
+        tables = [rotary.tables(context_tokens) for rotary in program.rotaries]
+        self._tables = [tuple(part.float().contiguous().to(self.device) for part in pair) for pair in tables]
+        self._ropes = [self._rope(layer.attention) for layer in program.layers]
+
+    def pages(self, pages: int, kind: str = "float") -> list[Pages]:
+        """Allocate pages for every layer; ``kind`` as in :mod:`quantkit.kernels.cuda_attention`."""
+        sizes = [(layer.attention.kv_heads, layer.attention.head_dim) for layer in self.program.layers]
+        return [Pages.empty(pages, heads, size, kind, self.dtype, self.device) for heads, size in sizes]
+
+    def step(
+        self, tokens: Tensor, where: Where, pages: Sequence[Pages], wanted: Tensor | None = None, splits: int | None = None
+    ) -> Tensor:
+        """Read rows, append their keys and values, and return logits in :attr:`dtype`.
+
+        Args:
+            tokens: int64 (rows,).
+            where: where they stand; a slot's earlier positions have been read before, or are rows of this step.
+            pages: of every layer.
+            wanted: int64, rows whose logits are wanted; None for all.
+            splits: see :func:`quantkit.kernels.cuda_attention.attend`.
+        """
+        program = self.program
+        x = self._embedding[tokens]
+        if program.embedding_scale != 1:
+            x = x * program.embedding_scale
+        after = [*(layer.attention_in for layer in program.layers[1:]), program.final_norm]
+        inner = self._normalize(x, program.layers[0].attention_in)
+        for layer, laid, rope, stored, norm in zip(program.layers, self._layers, self._ropes, pages, after, strict=True):
+            a = self._attend(layer.attention, laid, rope, inner, where, stored, splits)
+            a = self._normalize(a, layer.attention_out)
+            read = self._normalize(x, layer.mlp_in) if layer.parallel else None
+            h, inner = self._add(a, x, None if layer.parallel else layer.mlp_in, layer.attention_scale)
+            m = self._mix(layer.mlp, laid, inner if read is None else read)
+            x, inner = self._add(self._normalize(m, layer.mlp_out), h, norm, layer.mlp_scale)
+        logits = self._head(inner if wanted is None else inner[wanted])
+        if program.logit_scale != 1:
+            logits = logits * program.logit_scale
+        cap = program.logit_softcap
+        return logits if cap is None else (cap * torch.tanh(logits.float() / cap)).to(logits.dtype)
+
+    def _attend(
+        self, attention: Attention, laid: _Layer, rope: Rope, x: Tensor, where: Where, pages: Pages, splits: int | None
+    ) -> Tensor:
+        ops = cuda_ops.ops()
+        qkv = _side_by_side(laid.qkv, x)
+        q = ops.append_pages(qkv, attention.heads, *rope, *where, *pages)
+        read = ops.attend_pages(q, *where, *pages, attention.scale, attention.window, attention.softcap, splits)
+        return laid.out(read.flatten(1))
+
+    def _mix(self, mlp: Mlp | Experts, laid: _Layer, x: Tensor) -> Tensor:
+        ops = cuda_ops.ops()
+        if isinstance(mlp, Mlp):
+            assert laid.down is not None
+            return laid.down(ops.gated_activation(_side_by_side(laid.up, x), mlp.activation, mlp.gated))
+        assert laid.experts is not None
+        up, down, router = laid.experts
+        weights, chosen = router(x).float().softmax(-1).topk(mlp.top_k, -1)
+        if mlp.normalize:
+            weights = weights / weights.sum(-1, keepdim=True)
+        flat, order = chosen.flatten().sort(stable=True)
+        offsets = torch.searchsorted(flat, torch.arange(len(mlp.experts) + 1, device=x.device)).to(torch.int32)
+        first = mlp.experts[0]
+        inner = ops.fragment_experts(x[order // mlp.top_k], offsets, *up)
+        y = ops.fragment_experts(ops.gated_activation(inner, first.activation, first.gated), offsets, *down)
+        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
+        parts = y[back].view(len(x), mlp.top_k, -1).float() * (weights * mlp.scale)[..., None]
+        summed: Tensor = parts.sum(1)
+        return summed.to(x.dtype)
+
+    def _normalize(self, x: Tensor, norm: Norm | None) -> Tensor:
+        return x if norm is None else self._add(x, None, norm, 1.0)[1]
+
+    def _add(self, x: Tensor, residual: Tensor | None, norm: Norm | None, factor: float) -> tuple[Tensor, Tensor]:
+        """Return ``residual + factor * x`` and its norm."""
+        gain, shift = (None, None) if norm is None else self._gains(norm)
+        kind = cuda_glue.NONE if norm is None else cuda_glue.LAYER if norm.center else cuda_glue.RMS
+        eps = 0.0 if norm is None else norm.eps
+        total, y, _ = cuda_ops.ops().residual_norm(x, residual, gain, shift, kind, eps, factor, "float")
+        return total, y
+
+    def _gains(self, norm: Norm) -> tuple[Tensor, Tensor | None]:
+        if id(norm) not in self._norms:  # the program keeps its norms alive
+            shift = None if norm.shift is None else norm.shift.float().to(self.device)
+            self._norms[id(norm)] = norm.gain.float().to(self.device), shift
+        return self._norms[id(norm)]
+
+    def _rope(self, attention: Attention) -> Rope:
+        gains = [None if n is None else n.gain.float().to(self.device) for n in (attention.q_norm, attention.k_norm)]
+        eps = next((n.eps for n in (attention.q_norm, attention.k_norm) if n is not None), 0.0)
+        if attention.rotary is None:
+            return Rope(None, None, 0, False, gains[0], gains[1], eps)
+        rotary, (cos, sin) = self.program.rotaries[attention.rotary], self._tables[attention.rotary]
+        return Rope(cos, sin, rotary.dim, rotary.interleaved, gains[0], gains[1], eps)
+
+    def _lay(self, layer: Layer) -> _Layer:
+        qkv, out = self._join(layer.attention.qkv), self._join((layer.attention.out,))[0]
+        if not isinstance(layer.mlp, Experts):
+            return _Layer(qkv, out, self._join(layer.mlp.up), self._join((layer.mlp.down,))[0], None)
+        stacks: list[Any] = [_part(layer.mlp.experts[0], which).weight for which in ("up", "down")]
+        up, down = (fragments.prepack(stack.qtensor.to(self.device)) for stack in stacks)
+        return _Layer(qkv, out, (), None, (up, down, self._join((layer.mlp.router,))[0]))
+
+    def _join(self, linears: Sequence[Linear]) -> tuple[Product, ...]:
+        """Lay linears out as one product if they are of one kind, else one by one."""
+        modules: list[Any] = [linear.weight for linear in linears]
+        floats = [module for module in modules if isinstance(module, Tensor)]
+        alike = not floats and all(m.spec == modules[0].spec and m.activation == modules[0].activation for m in modules)
+        if len(linears) > 1 and len(floats) != len(linears) and not (alike and modules[0].spec.block[0] == 1):
+            return tuple(self._join((linear,))[0] for linear in linears)
+        bias = self._bias(linears)
+        if floats:
+            return (Product(torch.cat([part.to(self.device, self.dtype) for part in floats]), None, bias, ""),)
+        first: Any = modules[0]
+        form = "codes" if first.spec.is_integer else "fp8 codes"
+        if first.activation is not None:
+            form = "int8" if first.activation.is_integer else "fp8"
+        joined = concatenate([module.qtensor.to(self.device) for module in modules])
+        return (Product(None, fragments.prepack(joined), bias, form),)
+
+    def _bias(self, linears: Sequence[Linear]) -> Tensor | None:
+        if all(linear.bias is None for linear in linears):
+            return None
+        parts = [torch.zeros(one.shape[0]) if one.bias is None else one.bias.detach() for one in linears]
+        return torch.cat([part.to(self.device, self.dtype) for part in parts])
+
+
+def _side_by_side(products: tuple[Product, ...], x: Tensor) -> Tensor:
+    return products[0](x) if len(products) == 1 else torch.cat([product(x) for product in products], -1)

@@ -1,0 +1,147 @@
+"""Decoding under a CUDA graph: one recorded step per batch size, tokens chosen inside, no word from the host in between."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from quantkit.errors import KernelError
+from quantkit.kernels import cuda_ops
+from quantkit.kernels.cuda_attention import PAGE_TOKENS, Where
+from quantkit.kernels.cuda_decoder import CudaDecoder
+
+
+class GraphDecoder:
+    """Continue up to ``batch`` sequences of one program, each in pages of its own.
+
+    A step reads every sequence's newest token, chooses the next one and writes both to device memory; the host looks once, at
+    the end. On a device other than CUDA the step runs without being recorded: slow, and the same tokens.
+
+    Args:
+        decoder: the program.
+        batch: sequences.
+        tokens: longest sequence, prompt included.
+        kv: how keys and values are stored.
+        temperature: 0 takes the most likely token; otherwise tokens are drawn from the softmax of ``logits / temperature``.
+        batch_invariant: split sequences as for a batch of one, so that a sequence gets the same tokens in every batch.
+
+    Raises:
+        KernelError: more tokens than the decoder has positions for.
+    """
+
+    PROMPT_ROWS = 512
+    """Rows of a prompt that are read at once."""
+
+    def __init__(
+        self,
+        decoder: CudaDecoder,
+        batch: int,
+        tokens: int,
+        *,
+        kv: str = "float",
+        temperature: float = 0.0,
+        batch_invariant: bool = False,
+    ) -> None:
+        if tokens > decoder.context_tokens:
+            raise KernelError(f"{tokens} tokens: the decoder was made for {decoder.context_tokens}")
+        self._decoder, self.batch, self.tokens, self._temperature = decoder, batch, tokens, temperature
+        device, pages = decoder.device, -(-tokens // PAGE_TOKENS)
+        self._pages = decoder.pages(batch * pages, kv)
+        table = torch.arange(batch * pages, dtype=torch.int32, device=device).view(batch, pages)
+        slots = torch.arange(batch, dtype=torch.int32, device=device)
+        self._where = Where(torch.zeros(batch, dtype=torch.int32, device=device), slots, table)
+        self._newest = torch.zeros(batch, dtype=torch.int64, device=device)
+        self._history = torch.zeros((tokens, batch), dtype=torch.int64, device=device)
+        self._at = torch.zeros(1, dtype=torch.int64, device=device)
+        kv_heads = decoder.program.layers[0].attention.kv_heads
+        self._splits = max(1, min(264 // kv_heads, tokens // 64, 64)) if batch_invariant else None
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._lengths: list[int] = []
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values."""
+        return sum(pages.nbytes for pages in self._pages)
+
+    @torch.no_grad()
+    def read(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Read the prompts and choose a token after each, (batch,); what was read before is forgotten.
+
+        Raises:
+            KernelError: not as many prompts as sequences, an empty one, or one without room after it.
+        """
+        if len(prompts) != self.batch or not all(0 < len(prompt) < self.tokens for prompt in prompts):
+            raise KernelError(
+                f"{len(prompts)} prompts of {[len(p) for p in prompts]} tokens; want {self.batch}, 1 to {self.tokens - 1}"
+            )
+        chosen = []
+        for slot, prompt in enumerate(prompts):
+            for start in range(0, len(prompt), self.PROMPT_ROWS):
+                rows = torch.tensor(prompt[start : start + self.PROMPT_ROWS], device=self._decoder.device)
+                positions = torch.arange(start, start + len(rows), dtype=torch.int32, device=rows.device)
+                where = Where(positions, torch.full_like(positions, slot), self._where.table)
+                last = torch.tensor([len(rows) - 1], device=rows.device)
+                logits = self._decoder.step(rows, where, self._pages, last, self._splits)
+            chosen.append(self._choose(logits))
+        self._newest.copy_(torch.cat(chosen))
+        self._where.positions.copy_(torch.tensor([len(p) for p in prompts]))
+        self._lengths = [len(prompt) for prompt in prompts]
+        return self._newest.clone()
+
+    @torch.no_grad()
+    def decode(self, count: int) -> Tensor:
+        """Choose ``count`` more tokens for every sequence, (count, batch), int64.
+
+        Raises:
+            KernelError: nothing read yet, or no room.
+        """
+        if not self._lengths or max(self._lengths) + count > self.tokens:
+            raise KernelError(
+                f"{count} tokens after {max(self._lengths, default=0)}: room for {self.tokens}, and a prompt comes first"
+            )
+        if self._graph is None and self._decoder.device.type == "cuda":
+            self._record()
+        self._at.zero_()
+        for _ in range(count):
+            if self._graph is None:
+                self._step()
+            else:
+                self._graph.replay()
+        self._lengths = [length + count for length in self._lengths]
+        return self._history[:count].clone()
+
+    def _step(self) -> None:
+        logits = self._decoder.step(self._newest, self._where, self._pages, splits=self._splits)
+        self._newest.copy_(self._choose(logits))
+        self._history.index_copy_(0, self._at, self._newest[None])
+        self._where.positions.add_(1)
+        self._at.add_(1)
+
+    def _choose(self, logits: Tensor) -> Tensor:
+        if self._temperature == 0:
+            best: Tensor = cuda_ops.ops().most_likely(logits.contiguous())
+            return best.long()
+        # Gumbel's trick: the largest of logits plus noise is a draw from their softmax.
+        noise = -torch.log(-torch.log(torch.rand(logits.shape, device=logits.device).clamp(1e-20, 1 - 1e-7)))
+        return (logits.float() / self._temperature + noise).argmax(-1)
+
+    def _record(self) -> None:
+        """Record one step. It runs twice before, on the stream of the recording, and the sequences are put back."""
+        held = [t.clone() for t in (self._newest, self._where.positions, self._at)]
+        stream = torch.cuda.Stream(self._decoder.device)
+        stream.wait_stream(torch.cuda.current_stream(self._decoder.device))
+
+        def restore() -> None:
+            for tensor, before in zip((self._newest, self._where.positions, self._at), held, strict=True):
+                tensor.copy_(before)
+
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                self._step()
+                restore()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=stream):
+                self._step()
+            restore()
+        torch.cuda.current_stream(self._decoder.device).wait_stream(stream)
+        self._graph = graph

@@ -1,0 +1,172 @@
+"""The CUDA functions as torch operators, ``torch.ops.quantkit.*``: schema, shapes for tracing, the kernel, and plain torch.
+
+:func:`ops` registers them once and returns the namespace. On CUDA tensors an operator launches its kernel (and may compile the
+library, once); on any other device it computes the same in plain torch, which is also what the kernels are tested against. None
+has a derivative.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from quantkit.kernels import cuda_attention, cuda_calls, cuda_glue, fragments
+from quantkit.kernels.cuda_attention import Pages, Rope, Where
+from quantkit.kernels.fragments import Fragments
+
+_WEIGHT = "Tensor codes, Tensor scale, Tensor? zero, int rows, int columns, int group, int bits, int zero_code"
+_PAGES = "Tensor{} keys, Tensor{} values, Tensor{}? key_scales, Tensor{}? value_scales, str kind"
+_WHERE = "Tensor positions, Tensor slots, Tensor table"
+_ROPE = "Tensor? cos, Tensor? sin, int dim, bool interleaved, Tensor? q_gain, Tensor? k_gain, float eps"
+
+SCHEMAS = {
+    "fragment_matmul": f"(Tensor x, {_WEIGHT}, Tensor? bias, str form) -> Tensor",
+    "fragment_experts": f"(Tensor x, Tensor offsets, {_WEIGHT}) -> Tensor",
+    "residual_norm": (
+        "(Tensor x, Tensor? residual, Tensor? gain, Tensor? shift, int kind, float eps, float factor, str rounding)"
+        " -> (Tensor, Tensor, Tensor)"
+    ),
+    "gated_activation": "(Tensor x, str activation, bool gated) -> Tensor",
+    "most_likely": "(Tensor logits) -> Tensor",
+    "append_pages": (f"(Tensor qkv, int heads, {_ROPE}, {_WHERE}, {_PAGES.format('(a!)', '(b!)', '(c!)', '(d!)')}) -> Tensor"),
+    "attend_pages": (
+        f"(Tensor q, {_WHERE}, {_PAGES.format('', '', '', '')}, float scale, int? window, float? softcap, int? splits)"
+        " -> Tensor"
+    ),
+}
+"""Operator to its arguments. ``form`` of a matmul: ``"codes"`` (activations as they are), ``"fp8 codes"`` (the same, fp8
+weights), ``"int8"`` or ``"fp8"`` (activations rounded per token)."""
+
+_library: list[torch.library.Library] = []  # keeps the registration alive
+
+
+@functools.cache
+def ops() -> Any:
+    """Register the operators once and return ``torch.ops.quantkit``."""
+    library = torch.library.Library("quantkit", "FRAGMENT")  # type: ignore[no-untyped-call]
+    for name, schema in SCHEMAS.items():
+        plain, cuda, fake = _IMPLEMENTATIONS[name]
+        library.define(name + schema)  # type: ignore[no-untyped-call]
+        library.impl(name, plain, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+        library.impl(name, cuda, "CUDA")  # type: ignore[no-untyped-call]
+        torch.library.register_fake(f"quantkit::{name}", fake, lib=library)
+    _library.append(library)
+    return torch.ops.quantkit
+
+
+def takes_codes(tokens: int, form: str) -> bool:
+    """Say whether so many tokens are multiplied straight from the codes; otherwise the weight is expanded first."""
+    return form != "fp8 codes" and tokens < cuda_calls.DENSE_TOKENS
+
+
+def multiply(x: Tensor, *arguments: Any) -> Tensor:
+    """Run ``fragment_matmul`` on the kernels: x (tokens, K) contiguous."""
+    weight, (bias, form) = Fragments(*arguments[:8]), arguments[8:]
+    if form in ("int8", "fp8"):
+        codes, scales = cuda_glue.round_tokens(x, "int8" if form == "int8" else "fp8_e4m3")
+        if takes_codes(len(x), form):
+            return cuda_calls.matmul(codes, weight, bias, x_scales=scales, kind=form, dtype=x.dtype)
+        x = (codes.float() * scales[:, None]).to(x.dtype)
+    elif takes_codes(len(x), form):
+        return cuda_calls.matmul(x, weight, bias)
+    return cuda_calls.dense_matmul(x, weight, bias, fp8="fp8" in form)
+
+
+def _multiply_plain(x: Tensor, *arguments: Any) -> Tensor:
+    weight, (bias, form) = Fragments(*arguments[:8]), arguments[8:]
+    wide = x.float()
+    if form in ("int8", "fp8"):
+        _, codes, scales = cuda_glue.norm_plain(
+            x, None, None, None, kind=cuda_glue.NONE, rounding="int8" if form == "int8" else "fp8_e4m3"
+        )
+        wide = codes.float() * scales[:, None]
+    floats = fragments.dequantize(weight, "fp8" in form)[0]
+    return F.linear(wide, floats, None if bias is None else bias.float()).to(x.dtype)
+
+
+def _multiply_fake(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, rows: int, *rest: Any) -> Tensor:
+    return x.new_empty((x.shape[0], rows))
+
+
+def _experts(x: Tensor, offsets: Tensor, *weight: Any) -> Tensor:
+    return cuda_calls.matmul(x, Fragments(*weight), offsets=offsets)
+
+
+def _experts_plain(x: Tensor, offsets: Tensor, *weight: Any) -> Tensor:
+    floats, ends = fragments.dequantize(Fragments(*weight)), offsets.tolist()
+    parts = [F.linear(x[start:end].float(), w) for w, start, end in zip(floats, ends[:-1], ends[1:], strict=True)]
+    return torch.cat(parts).to(x.dtype)
+
+
+def _experts_fake(x: Tensor, offsets: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, rows: int, *_: Any) -> Tensor:
+    return x.new_empty((x.shape[0], rows))
+
+
+def _norm(function: Callable[..., Any]) -> Callable[..., Any]:
+    def run(
+        x: Tensor,
+        residual: Tensor | None,
+        gain: Tensor | None,
+        shift: Tensor | None,
+        kind: int,
+        eps: float,
+        factor: float,
+        rounding: str,
+    ) -> Any:
+        total, y, scales = function(x, residual, gain, shift, kind=kind, eps=eps, factor=factor, rounding=rounding)
+        return total.clone() if total is x else total, y, scales  # an operator must not return its argument
+
+    return run
+
+
+def _norm_fake(x: Tensor, residual: Any, gain: Any, shift: Any, kind: int, eps: float, factor: float, rounding: str) -> Any:
+    stored = {"float": x.dtype, "int8": torch.int8, "fp8_e4m3": torch.float8_e4m3fn}[rounding]
+    scales = x.new_empty(0 if rounding == "float" else x.shape[0], dtype=torch.float32)
+    return torch.empty_like(x), torch.empty_like(x, dtype=stored), scales
+
+
+def _append(function: Callable[..., Any]) -> Callable[..., Any]:
+    def run(qkv: Tensor, heads: int, *rest: Any) -> Any:
+        return function(qkv, heads, Rope(*rest[:7]), Where(*rest[7:10]), Pages(*rest[10:]))
+
+    return run
+
+
+def _append_fake(qkv: Tensor, heads: int, *rest: Any) -> Tensor:
+    keys = rest[10]
+    return qkv.new_empty((qkv.shape[0], heads, qkv.shape[1] // (heads + 2 * keys.shape[1])))
+
+
+def _attend(function: Callable[..., Any]) -> Callable[..., Any]:
+    def run(q: Tensor, *rest: Any) -> Any:
+        scale, window, softcap, splits = rest[8:]
+        where, pages = Where(*rest[:3]), Pages(*rest[3:8])
+        return function(q, where, pages, scale=scale, window=window, softcap=softcap, splits=splits)
+
+    return run
+
+
+_IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]] = {
+    "fragment_matmul": (_multiply_plain, multiply, _multiply_fake),
+    "fragment_experts": (_experts_plain, _experts, _experts_fake),
+    "residual_norm": (_norm(cuda_glue.norm_plain), _norm(cuda_glue.norm), _norm_fake),
+    "gated_activation": (
+        cuda_glue.activate_plain,
+        cuda_glue.activate,
+        lambda x, activation, gated: x.new_empty((x.shape[0], x.shape[1] // (2 if gated else 1))),
+    ),
+    "most_likely": (
+        lambda logits: logits.argmax(-1).to(torch.int32),
+        cuda_glue.argmax,
+        lambda logits: logits.new_empty(logits.shape[0], dtype=torch.int32),
+    ),
+    "append_pages": (_append(cuda_attention.append_plain), _append(cuda_attention.append), _append_fake),
+    "attend_pages": (
+        _attend(cuda_attention.attend_plain),
+        _attend(cuda_attention.attend),
+        lambda q, *rest: torch.empty_like(q),
+    ),
+}

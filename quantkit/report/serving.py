@@ -1,0 +1,58 @@
+"""How a trace was served, as one page: a table, and percentiles of what clients wait for, way of batching by way."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from quantkit.evaluation.latency import Spread
+from quantkit.evaluation.trace import Served
+from quantkit.files import write_atomic
+from quantkit.report import plots
+from quantkit.report.page import TEMPLATES
+
+
+def trace_rows(found: Mapping[str, Served], price: float | None = None) -> tuple[list[str], list[list[str]]]:
+    """Return column titles and rows of cells, one row per way of batching.
+
+    Args:
+        found: what each way did with the same trace.
+        price: of the machine per hour; adds the cost of a million new tokens.
+    """
+    spread = "p50 / p90 / p99"
+    columns = ["batching", "seconds", "tokens/s", f"first token ms, {spread}", f"between tokens ms, {spread}", "steps"]
+    rows = [
+        [way, f"{s.seconds:.1f}", f"{s.tokens_per_s:.1f}", _spread(s.first_token_ms, 0), _spread(s.token_ms, 1), str(s.steps)]
+        for way, s in found.items()
+    ]
+    if price is None:
+        return columns, rows
+    costs = [f"{s.cost_per_million_tokens(price):.2f}" for s in found.values()]
+    return [*columns, "cost per million tokens"], [[*row, cost] for row, cost in zip(rows, costs, strict=True)]
+
+
+def write_trace_html(
+    path: str | Path, found: Mapping[str, Served], *, price: float | None = None, title: str = "A trace, served"
+) -> None:
+    """Write the page, atomically; arguments as in :func:`trace_rows`. Nothing is fetched when it is read."""
+    import jinja2
+    from markupsafe import Markup
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+    )
+    columns, rows = trace_rows(found, price)
+    names = {"Time to the first token": "first_token_ms", "Time between tokens": "token_ms"}
+    drawn = [(name, plots.percentiles({way: getattr(s, field) for way, s in found.items()})) for name, field in names.items()]
+    text = "Line from the 10th to the 99th percentile, circle at the median, tick at the 90th."
+    figures = [(Markup(svg), name, text) for name, svg in drawn if svg is not None]
+    first = next(iter(found.values()))
+    slowest, fastest = max(found, key=lambda w: found[w].seconds), min(found, key=lambda w: found[w].seconds)
+    saving = f": {fastest} took {found[fastest].seconds / found[slowest].seconds:.0%} of the time of {slowest}"
+    headline = f"{first.requests} requests, {first.new_tokens} new tokens{saving if fastest != slowest else ''}"
+    page = environment.get_template("trace.html").render(
+        title=title, headline=headline, columns=columns, rows=rows, figures=figures
+    )
+    write_atomic(path, page)
+
+
+def _spread(spread: Spread, digits: int) -> str:
+    return " / ".join(f"{value:.{digits}f}" for value in (spread.median, spread.p90, spread.p99))

@@ -1,0 +1,115 @@
+"""The CUDA decoder's steps on the CPU, in plain torch and through the emulated kernels, against the program's definition."""
+
+import pytest
+import torch
+
+from quantkit.errors import KernelError
+from quantkit.hf.experts import enable_experts
+from quantkit.hf.lower import lower
+from quantkit.kernels import cuda_ops, interpret
+from quantkit.kernels.cuda_decoder import CudaDecoder, rejects
+from quantkit.kernels.cuda_graph import GraphDecoder
+from quantkit.spec import QuantSpec
+from tests import tiny
+from tests.cuda import emulated
+from tests.kernels.test_decoder import quantize, some_ids
+
+W4 = QuantSpec("int4", (1, 32), False)
+
+
+def quantized(family: str, spec: QuantSpec):
+    model = tiny.FAMILIES[family](head_dim=64)
+    enable_experts(model)
+    return quantize(model, spec)
+
+
+def decoder_of(model, dtype: torch.dtype = torch.float16) -> CudaDecoder:
+    return CudaDecoder(lower(model), device="cpu", dtype=dtype, context_tokens=128)
+
+
+def read_in_pieces(decoder: CudaDecoder, ids: list[int], kv: str = "float") -> torch.Tensor:
+    """Logits of every token: a prompt of seven at once, the rest one by one, each step's only."""
+    state = GraphDecoder(decoder, 1, len(ids) + 1, kv=kv)
+    where = state._where
+    rows = []
+    for start, stop in ((0, 7), *((at, at + 1) for at in range(7, len(ids)))):
+        positions = torch.arange(start, stop, dtype=torch.int32)
+        here = where._replace(positions=positions, slots=torch.zeros_like(positions))
+        rows.append(decoder.step(torch.tensor(ids[start:stop]), here, state._pages))
+    return torch.cat(rows)
+
+
+def error(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got.float() - want).norm() / want.norm())
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_tied", "qwen3", "gemma2", "smollm3", "cohere"])
+def test_float_families(family):
+    options = {"head_dim": 64, "num_hidden_layers": 2, "layer_types": None}
+    if family == "cohere":
+        model = tiny.build("cohere", logit_scale=0.25, **options)
+    else:
+        known = family in ("gemma2",)
+        model = tiny.FAMILIES[family](head_dim=64, **({"sliding_window": 8} if known else {}))
+    decoder, ids = decoder_of(model), some_ids(12)
+    want = interpret.logits(decoder.program, torch.tensor(ids))
+    assert error(read_in_pieces(decoder, ids), want) < 5e-3
+    assert error(read_in_pieces(decoder, ids, "int8"), want) < 3e-2
+
+
+@pytest.mark.parametrize("spec", [W4, QuantSpec("int8")], ids=["int4", "int8"])
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_quantized_families(family, spec):
+    model = quantized(family, spec)
+    ids = some_ids(12)
+    decoder = decoder_of(model)
+    want = interpret.logits(decoder.program, torch.tensor(ids))
+    assert error(read_in_pieces(decoder, ids), want) < 5e-3
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_through_the_emulated_kernels(family, monkeypatch):
+    model = quantized(family, W4)
+    decoder, ids = decoder_of(model), some_ids(9)
+    want = interpret.logits(decoder.program, torch.tensor(ids))
+    functions = {name: made[1] for name, made in cuda_ops._IMPLEMENTATIONS.items()}
+    with emulated.machine(monkeypatch):
+        monkeypatch.setattr(cuda_ops, "ops", lambda: type("ops", (), {k: staticmethod(f) for k, f in functions.items()}))
+        assert error(read_in_pieces(decoder, ids), want) < 5e-3
+
+
+def test_decoding_chooses_the_most_likely_and_batches_do_not_matter():
+    model = quantized("llama", W4)
+    decoder, prompts = decoder_of(model), [some_ids(9, 1), some_ids(4, 2), some_ids(33, 3)]
+    together = GraphDecoder(decoder, 3, 64)
+    first, rest = together.read(prompts), together.decode(6)
+    program = decoder.program
+    for slot, prompt in enumerate(prompts):
+        alone = GraphDecoder(decoder, 1, 64)
+        chosen = torch.cat([alone.read([prompt]), alone.decode(4)[:, 0], alone.decode(2)[:, 0]])
+        assert chosen.tolist() == [int(first[slot]), *rest[:, slot].tolist()]
+        logits = interpret.logits(program, torch.tensor([*prompt, *chosen.tolist()[:-1]]))[len(prompt) - 1 :]
+        near = logits.max(-1).values - logits.gather(1, chosen[:, None])[:, 0]
+        assert (near < 0.02 * logits.abs().max()).all()
+
+
+def test_drawing_follows_the_distribution():
+    decoder = decoder_of(tiny.FAMILIES["llama"](head_dim=64))
+    drawn = GraphDecoder(decoder, 2, 16, temperature=0.5)
+    logits = torch.tensor([[0.0, 1.0, -1.0]]).repeat(20000, 1)
+    torch.manual_seed(0)
+    share = drawn._choose(logits).bincount(minlength=3) / 20000
+    torch.testing.assert_close(share, (logits[0] / 0.5).softmax(-1), atol=0.015, rtol=0)
+
+
+def test_what_it_cannot_run_is_named():
+    assert "heads of 16 channels" in str(rejects(lower(tiny.tiny_llama())))
+    assert "head norm" in str(rejects(lower(tiny.FAMILIES["olmo2"](hidden_size=256, num_attention_heads=4))))
+    assert "experts" in str(rejects(lower(tiny.FAMILIES["mixtral"](head_dim=64))))
+    with pytest.raises(KernelError, match="heads of 16"):
+        decoder_of(tiny.tiny_llama())
+    state = GraphDecoder(decoder_of(tiny.FAMILIES["llama"](head_dim=64)), 1, 16)
+    with pytest.raises(KernelError, match="a prompt comes first"):
+        state.decode(1)
+    with pytest.raises(KernelError, match="want 1, 1 to 15"):
+        state.read([[]])

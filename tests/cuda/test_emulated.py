@@ -1,0 +1,196 @@
+"""Every CUDA kernel, run on the CPU thread by thread (see ``host.h``), against what it should compute.
+
+Slow machinery, so the problems are few and odd: sizes that are no multiple of anything, every kind of weight, several splits.
+The same checks on a real device, and many more, are in ``tests/gpu``.
+"""
+
+import ctypes
+
+import pytest
+import torch
+
+from quantkit.kernels import cuda_attention, cuda_calls, cuda_glue, cuda_ops, fragments
+from quantkit.kernels.cuda_attention import Pages, Rope, Where
+from quantkit.numerics import grid
+from quantkit.numerics.fake import fake_quantize
+from quantkit.qtensor import QTensor
+from quantkit.spec import TOKEN_INT8, QuantSpec
+from tests.cuda import emulated
+from tests.qtensors import random_qtensor
+
+DTYPES = [torch.float16, torch.bfloat16]
+EPS = {torch.float16: 4e-4, torch.bfloat16: 3e-3}
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch):
+    torch.manual_seed(0)
+    with emulated.machine(monkeypatch):
+        yield
+
+
+def error(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got.double() - want.double()).norm() / want.double().norm().clamp(min=1e-9))
+
+
+def product(x: torch.Tensor, qtensor: QTensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    return x.double() @ qtensor.dequantize().double().T + (0 if bias is None else bias.double())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("bits", "symmetric", "group", "n", "k", "tokens"),
+    [
+        (4, True, 128, 70, 384, 1),
+        (4, False, 32, 130, 96, 9),
+        (4, False, 64, 64, 1152, 3),  # several splits
+        (4, True, -1, 33, 72, 17),
+        (3, True, -1, 5, 37, 2),  # columns that 8 does not divide
+        (8, False, 128, 65, 256, 5),
+        (8, True, 32, 64, 160, 33),  # two blocks of tokens
+        (6, True, -1, 40, 576, 8),
+    ],
+)
+def test_matmul_and_expand(bits, symmetric, group, n, k, tokens, dtype):
+    qtensor = random_qtensor(QuantSpec(f"int{bits}", (1, group), symmetric, "bfloat16" if bits == 8 else "float16"), (n, k))
+    weight = fragments.prepack(qtensor)
+    x, bias = torch.randn(tokens, k).to(dtype), torch.randn(n).to(dtype)
+    got = cuda_calls.matmul(x, weight, bias)
+    assert got.dtype == dtype
+    assert error(got, product(x, qtensor, bias)) < EPS[dtype]
+    whole = torch.cat([cuda_calls.expand(weight, dtype, range(tile, tile + 1)) for tile in range(weight.tiles)])
+    assert torch.equal(whole, qtensor.dequantize(dtype))
+    many = cuda_calls.dense_matmul(x, weight, bias)
+    assert error(many, product(x, qtensor, bias)) < 2 * EPS[dtype]
+
+
+def test_a_token_gets_the_same_bits_in_every_batch():
+    weight = fragments.prepack(random_qtensor(QuantSpec("int4", (1, 64), False), (64, 1152)))
+    x = torch.randn(40, 1152).half()
+    assert cuda_calls.choose_splits(1, 18, 8) > 1
+    whole = cuda_calls.matmul(x, weight)
+    for tokens in (1, 7, 12, 20):
+        assert torch.equal(cuda_calls.matmul(x[:tokens], weight), whole[:tokens])
+
+
+def test_a_machine_of_little_shared_memory_takes_fewer_warps():
+    qtensor = random_qtensor(QuantSpec("int8", (1, 32), False), (70, 384))
+    weight, x = fragments.prepack(qtensor), torch.randn(9, 384).half()
+
+    def knob(size: int) -> None:
+        emulated.library().qk_host_shared_limit(ctypes.c_long(size))
+
+    try:
+        knob(99 * 1024)
+        assert error(cuda_calls.matmul(x, weight), product(x, qtensor)) < EPS[torch.float16]
+    finally:
+        knob(226 * 1024)
+
+
+def test_infinities_and_padding_stay_where_they_are():
+    weight = fragments.prepack(random_qtensor(QuantSpec("int4", (1, 32)), (20, 96)))
+    x = torch.randn(3, 96).half()
+    x[1, 5] = float("nan")
+    got = cuda_calls.matmul(x, weight)
+    assert got[1].isnan().all()
+    assert got[0].isfinite().all()
+    assert got[2].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_int8_by_int8(dtype):
+    qtensor = random_qtensor(QuantSpec("int8"), (70, 208))
+    x, bias = torch.randn(11, 208).to(dtype), torch.randn(70).to(dtype)
+    got = cuda_ops.multiply(x, *fragments.prepack(qtensor), bias, "int8")
+    rounded = fake_quantize(x.float(), QuantSpec(*TOKEN_INT8))
+    assert error(got, product(rounded, qtensor, bias)) < EPS[dtype]
+
+
+def test_fp8_by_fp8():
+    spec = QuantSpec("fp8_e4m3")
+    weight = torch.randn(70, 160)
+    scale, _ = grid.choose_qparams(weight, spec)
+    qtensor = QTensor.from_codes(grid.quantize(weight, scale, None, spec), scale, None, spec)
+    x = torch.randn(3, 160).bfloat16()
+    got = cuda_ops.multiply(x, *fragments.prepack(qtensor), None, "fp8")
+    rounded = fake_quantize(x.float(), QuantSpec("fp8_e4m3", (1, -1), True, "float32", True))
+    assert error(got, product(rounded, qtensor)) < EPS[torch.bfloat16]
+    assert torch.equal(
+        cuda_calls.expand(fragments.prepack(qtensor), torch.bfloat16, range(2), fp8=True), qtensor.dequantize(x.dtype)
+    )
+
+
+def test_experts_multiply_their_own_tokens():
+    qtensor = random_qtensor(QuantSpec("int4", (1, 32), False), (4, 70, 96))
+    x, offsets = torch.randn(21, 96).half(), torch.tensor([0, 3, 3, 20, 21], dtype=torch.int32)
+    got = cuda_calls.matmul(x, fragments.prepack(qtensor), offsets=offsets)
+    for expert in range(4):
+        own = slice(int(offsets[expert]), int(offsets[expert + 1]))
+        if own.stop > own.start:
+            assert error(got[own], product(x[own], qtensor[expert])) < EPS[torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", [64, 77, 1100])
+def test_norms(n, dtype):
+    x, residual = torch.randn(3, n).to(dtype), torch.randn(3, n).to(dtype)
+    gain, shift = torch.randn(n), torch.randn(n)
+    for kind in (cuda_glue.NONE, cuda_glue.RMS, cuda_glue.LAYER):
+        for rounding in cuda_glue.ROUNDINGS:
+            wanted = {"kind": kind, "eps": 1e-5, "factor": 0.5, "rounding": rounding}
+            arguments = (x, residual, gain, shift if kind == cuda_glue.LAYER else None)
+            (total, y, scales), (total2, y2, scales2) = (
+                f(*arguments, **wanted) for f in (cuda_glue.norm, cuda_glue.norm_plain)
+            )
+            assert torch.equal(total, total2)
+            assert error(y.float(), y2.float()) < 4e-3
+            assert scales.shape == scales2.shape
+            torch.testing.assert_close(scales, scales2, rtol=4e-3, atol=0)
+    assert torch.equal(
+        cuda_glue.norm(torch.zeros(2, n, dtype=dtype), None, None, None, kind=0, rounding="int8")[2], torch.ones(2)
+    )
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu", "relu2"])
+def test_gates(activation):
+    x = torch.randn(3, 300).half()
+    for gated in (True, False):
+        got, want = (f(x, activation, gated) for f in (cuda_glue.activate, cuda_glue.activate_plain))
+        assert error(got, want) < EPS[x.dtype]
+
+
+def test_the_first_of_the_largest():
+    logits = torch.randn(3, 3000).half().clamp(max=2)  # many are equal
+    want = torch.tensor([int((row == row.max()).nonzero()[0]) for row in logits])
+    assert torch.equal(cuda_glue.argmax(logits).long(), want)
+    assert cuda_glue.argmax(torch.full((1, 50), float("nan")).half()).tolist() == [0]
+
+
+@pytest.mark.parametrize("kind", cuda_attention.KINDS)
+@pytest.mark.parametrize(
+    ("head", "heads", "kv_heads", "window", "softcap", "interleaved", "dtype"),
+    [(64, 4, 2, None, None, False, torch.float16), (128, 20, 1, 40, 5.0, True, torch.bfloat16)],
+)
+def test_pages(kind, head, heads, kv_heads, window, softcap, interleaved, dtype):
+    ours = Pages.empty(24, kv_heads, head, kind, dtype, "cpu")
+    twin = Pages(*(None if t is None else t.clone() for t in ours[:4]), kind)
+    table = torch.randperm(24).view(3, 8).int()
+    gains = (torch.rand(head) + 0.5, torch.rand(head) + 0.5) if interleaved else (None, None)
+    rope = Rope(torch.randn(256, 16), torch.randn(256, 16), 32, interleaved, *gains)
+    lengths = (5, 130, 49)
+    where = Where(
+        torch.cat([torch.arange(n) for n in lengths]).int(), torch.tensor([0] * 5 + [1] * 130 + [2] * 49).int(), table
+    )
+    qkv = torch.randn(sum(lengths), (heads + 2 * kv_heads) * head).to(dtype)
+    cuda_attention.append_plain(qkv, heads, rope, where, ours)
+    cuda_attention.append_plain(qkv, heads, rope, where, twin)
+    last = torch.tensor([4, 134, 183])
+    where, new = Where(where.positions[last], where.slots[last], table), torch.randn(3, qkv.shape[1]).to(dtype)
+    q, q2 = cuda_attention.append(new, heads, rope, where, ours), cuda_attention.append_plain(new, heads, rope, where, twin)
+    assert error(q, q2) < EPS[dtype]
+    for got, want in zip(ours.read(dtype), twin.read(dtype), strict=True):
+        assert error(got, want) < 5e-3  # a code may fall on the other side of a half
+    options = {"scale": 0.1, "window": window, "softcap": softcap}
+    want = cuda_attention.attend_plain(q, where, ours, **options)
+    for splits in (1, 3):
+        assert error(cuda_attention.attend(q, where, ours, splits=splits, **options), want) < EPS[dtype]

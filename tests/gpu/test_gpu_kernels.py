@@ -1,0 +1,170 @@
+"""Every CUDA kernel on a device, against float64 or its plain torch twin, at odd sizes; skipped without one."""
+
+import itertools
+
+import pytest
+import torch
+
+from quantkit.kernels import KERNELS, Problem, cuda_attention, cuda_calls, cuda_glue, cuda_ops, fragments, select
+from quantkit.kernels.cuda_attention import Pages, Rope, Where
+from quantkit.nn.linear import QuantLinear
+from quantkit.numerics import grid
+from quantkit.numerics.fake import fake_quantize
+from quantkit.qtensor import QTensor
+from quantkit.spec import TOKEN_INT8, QuantSpec
+from tests.qtensors import assert_same, random_qtensor
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+DTYPES = [torch.float16, torch.bfloat16]
+TOKENS = (1, 3, 5, 8, 9, 17, 32, 33, 63, 65, 159, 161, 255)
+TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 4e-3}
+
+
+def error(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got.double() - want.double()).norm() / want.double().norm().clamp(min=1e-9))
+
+
+def on_gpu(spec: QuantSpec, shape: tuple[int, ...]) -> QTensor:
+    return random_qtensor(spec, shape).to("cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
+@pytest.mark.parametrize("group", [32, 64, 128, -1])
+def test_matmul(group, bits, symmetric, dtype):
+    kernel = KERNELS.get("cuda")
+    for n, k in ((1, 128), (70, 384), (193, 1152), (576, 2048), (4096, 1024)):
+        qtensor = on_gpu(QuantSpec(f"int{bits}", (1, group), symmetric), (n, k))
+        assert select(Problem(qtensor.spec, (n, k), "cuda", dtype)) is kernel
+        state = kernel.prepack(qtensor)
+        assert_same(kernel.unpack(state, qtensor.spec), qtensor)
+        weight, bias = qtensor.dequantize().double(), torch.randn(n, device="cuda").to(dtype)
+        for tokens in TOKENS:
+            x = torch.randn(tokens, k, device="cuda").to(dtype)
+            got = kernel.matmul(x, state, bias)
+            assert error(got, x.double() @ weight.T + bias.double()) < TOLERANCE[dtype], (n, k, tokens)
+
+
+def test_columns_that_nothing_divides():
+    kernel = KERNELS.get("cuda")
+    for k in (8, 37, 72, 100, 4095):
+        qtensor = on_gpu(QuantSpec("int4"), (129, k))
+        state = kernel.prepack(qtensor)
+        for tokens in (1, 40, 200):
+            x = torch.randn(tokens, k, device="cuda").half()
+            assert error(kernel.matmul(x, state, None), x.double() @ qtensor.dequantize().double().T) < 1e-3
+
+
+def test_the_same_bits_every_time_and_in_every_batch():
+    for n, k in ((4096, 4096), (1024, 14336), (70, 1152)):
+        weight = fragments.prepack(on_gpu(QuantSpec("int4", (1, 128)), (n, k)))
+        x = torch.randn(128, k, device="cuda").bfloat16()
+        whole = cuda_calls.matmul(x, weight)
+        for _ in range(20):
+            assert torch.equal(cuda_calls.matmul(x, weight), whole)
+        for tokens in (1, 2, 8, 9, 16, 31, 64):
+            assert torch.equal(cuda_calls.matmul(x[:tokens].contiguous(), weight), whole[:tokens])
+
+
+def test_a_replayed_graph_says_what_eager_calls_say():
+    weight = fragments.prepack(on_gpu(QuantSpec("int4", (1, 128)), (1024, 4096)))
+    x = torch.randn(4, 4096, device="cuda").half()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        cuda_calls.matmul(x, weight)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            y = cuda_calls.matmul(x, weight)
+    for _ in range(3):
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(y, cuda_calls.matmul(x, weight))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_activations_of_8_bits(dtype):
+    int8 = on_gpu(QuantSpec("int8"), (193, 1152))
+    spec = QuantSpec("fp8_e4m3")
+    weight = torch.randn(193, 1152, device="cuda")
+    scale, _ = grid.choose_qparams(weight, spec)
+    fp8 = QTensor.from_codes(grid.quantize(weight, scale, None, spec), scale, None, spec)
+    for qtensor, activation in ((int8, QuantSpec(*TOKEN_INT8)), (fp8, QuantSpec("fp8_e4m3", (1, -1), True, "float32", True))):
+        if qtensor is fp8 and torch.cuda.get_device_capability() < (8, 9):
+            continue
+        layer = QuantLinear(qtensor, torch.randn(193, device="cuda").to(dtype), activation=activation)
+        for tokens in TOKENS:
+            x = torch.randn(tokens, 1152, device="cuda").to(dtype)
+            rounded = fake_quantize(x.float(), activation).double()
+            want = rounded @ qtensor.dequantize().double().T + layer.bias.double()
+            assert error(layer(x), want) < TOLERANCE[dtype] + (4e-3 if tokens >= cuda_calls.DENSE_TOKENS else 0)
+
+
+def test_experts():
+    qtensor = on_gpu(QuantSpec("int4", (1, 32), False), (16, 200, 384))
+    chosen = torch.randint(0, 16, (300,), device="cuda").sort().values
+    offsets = torch.searchsorted(chosen, torch.arange(17, device="cuda")).int()
+    x = torch.randn(300, 384, device="cuda").half()
+    got = cuda_ops.ops().fragment_experts(x, offsets, *fragments.prepack(qtensor))
+    want = torch.einsum("tk,tnk->tn", x.double(), qtensor.dequantize().double()[chosen])
+    assert error(got, want) < 1e-3
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_glue(dtype):
+    for rows, n in ((1, 4096), (3, 77), (130, 576), (2, 14336)):
+        x, residual = (torch.randn(rows, n, device="cuda").to(dtype) for _ in range(2))
+        gain, shift = torch.randn(n, device="cuda"), torch.randn(n, device="cuda")
+        for kind, rounding in itertools.product(range(3), cuda_glue.ROUNDINGS):
+            if rounding == "fp8_e4m3" and torch.cuda.get_device_capability() < (8, 9):
+                continue
+            options = {"kind": kind, "eps": 1e-5, "factor": 0.5, "rounding": rounding}
+            total, y, scales = cuda_glue.norm(x, residual, gain, shift, **options)
+            total2, y2, scales2 = cuda_glue.norm_plain(x, residual, gain, shift, **options)
+            assert error(total, total2) < 1e-3
+            assert error(y.float(), y2.float()) < 5e-3
+            torch.testing.assert_close(scales, scales2, rtol=8e-3, atol=0)
+        for activation, gated in itertools.product(("silu", "gelu", "gelu_tanh", "relu", "relu2"), (True, False)):
+            pair = torch.randn(rows, 2 * n, device="cuda").to(dtype)
+            got, want = (f(pair, activation, gated) for f in (cuda_glue.activate, cuda_glue.activate_plain))
+            assert error(got, want) < TOLERANCE[dtype]
+        best = cuda_glue.argmax(x)
+        assert torch.equal(x.gather(1, best.long()[:, None])[:, 0], x.amax(-1))
+
+
+@pytest.mark.parametrize("kind", cuda_attention.KINDS)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(32, 8), (9, 3), (20, 1), (8, 8)])
+@pytest.mark.parametrize("head", [64, 128])
+def test_attention(head, heads, kv_heads, kind):
+    for dtype, (window, softcap) in zip(DTYPES, ((None, None), (300, 30.0)), strict=True):
+        rows, lengths = 5, torch.tensor([1, 17, 500, 1023, 333], device="cuda")
+        pages = Pages.empty(rows * 32, kv_heads, head, kind, dtype, "cuda")
+        twin = Pages(*(None if t is None else t.clone() for t in pages[:4]), kind)
+        table = torch.randperm(rows * 32, device="cuda").view(rows, 32).int()
+        slots = torch.repeat_interleave(torch.arange(rows, device="cuda"), lengths).int()
+        positions = torch.cat([torch.arange(int(n), device="cuda") for n in lengths]).int()
+        where, rope = Where(positions, slots, table), Rope(torch.randn(1024, 32).cuda(), torch.randn(1024, 32).cuda(), 64)
+        qkv = torch.randn(len(positions), (heads + 2 * kv_heads) * head, device="cuda").to(dtype)
+        q = cuda_attention.append(qkv, heads, rope, where, pages)
+        q2 = cuda_attention.append_plain(qkv, heads, rope, where, twin)
+        assert error(q, q2) < TOLERANCE[dtype]
+        for got, want in zip(pages.read(dtype), twin.read(dtype), strict=True):
+            assert error(got, want) < 8e-3
+        last = lengths.cumsum(0) - 1
+        here, options = Where(positions[last], slots[last], table), {"scale": head**-0.5, "window": window, "softcap": softcap}
+        want = cuda_attention.attend_plain(q[last], here, pages, **options)
+        for splits in (1, 3, 16, None):
+            got = cuda_attention.attend(q[last].contiguous(), here, pages, splits=splits, **options)
+            assert error(got, want) < 2 * TOLERANCE[dtype], splits
+            for _ in range(20):
+                assert torch.equal(cuda_attention.attend(q[last].contiguous(), here, pages, splits=splits, **options), got)
+
+
+def test_operators_trace_and_modules_compile_to_the_same():
+    layer = QuantLinear(on_gpu(QuantSpec("int4", (1, 64)), (192, 256)))
+    x = torch.randn(3, 256, device="cuda").half()
+    weight = fragments.prepack(layer.qtensor)
+    torch.library.opcheck(cuda_ops.ops().fragment_matmul.default, (x, *weight, None, "codes"))
+    assert torch.equal(layer(x), cuda_ops.ops().fragment_matmul(x, *weight, None, "codes"))

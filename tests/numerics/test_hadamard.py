@@ -1,0 +1,35 @@
+"""Hadamard matrices of many sizes."""
+
+import pytest
+import torch
+
+from quantkit.numerics.hadamard import paley, random_hadamard, sylvester
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 12, 20, 28, 36, 64, 96, 576, 768])
+def test_these_sizes_spread_one_number_evenly(size: int) -> None:
+    matrix = random_hadamard(size)
+    torch.testing.assert_close(matrix @ matrix.T, torch.eye(size, dtype=torch.float64))
+    torch.testing.assert_close(matrix.abs(), torch.full((size, size), size**-0.5, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("size", [3, 5, 9, 18, 15 * 8, 7])
+def test_every_other_size_is_orthogonal(size: int) -> None:
+    matrix = random_hadamard(size, seed=3)
+    torch.testing.assert_close(matrix @ matrix.T, torch.eye(size, dtype=torch.float64))
+    assert torch.equal(matrix, random_hadamard(size, seed=3))
+    assert not torch.equal(matrix, random_hadamard(size, seed=4))
+
+
+@pytest.mark.parametrize("size", [4, 8, 12, 20, 24, 28, 36, 44, 60])
+def test_paley(size: int) -> None:
+    matrix = paley(size)
+    assert matrix is not None
+    assert torch.equal(matrix @ matrix.T, size * torch.eye(size, dtype=torch.float64))
+    assert matrix.abs().unique().tolist() == [1.0]
+
+
+def test_sizes_without_a_construction() -> None:
+    assert paley(9) is None
+    assert paley(40) is None
+    assert torch.equal(sylvester(2), torch.tensor([[1.0, 1.0], [1.0, -1.0]]).double())

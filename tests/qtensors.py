@@ -1,0 +1,26 @@
+"""Random quantized tensors, and what it means that two are the same: needs torch alone, so it runs wherever kernels do."""
+
+import torch
+
+from quantkit.numerics import grid
+from quantkit.qtensor import QTensor
+from quantkit.spec import QuantSpec
+
+
+def random_qtensor(spec: QuantSpec, shape: tuple[int, ...], seed: int = 0) -> QTensor:
+    """Every code and zero point possible: more than a quantizer would produce."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, cols = grid.block_size(spec, shape)
+    blocks = (*shape[:-2], shape[-2] // rows, shape[-1] // cols)
+    codes = torch.randint(0, 2**spec.bits, shape, generator=generator, dtype=torch.uint8)
+    scale = grid.round_scale(torch.rand(blocks, generator=generator) + 0.01, spec.scale_dtype)
+    zero = None if spec.symmetric else torch.randint(0, 2**spec.bits, blocks, generator=generator, dtype=torch.uint8)
+    return QTensor.from_codes(codes, scale, zero, spec)
+
+
+def assert_same(got: QTensor, want: QTensor) -> None:
+    """Equal bits, padding of the packed rows included."""
+    assert torch.equal(got.packed, want.packed)
+    assert torch.equal(got.scale, want.scale)
+    assert (got.zero_point is None) == (want.zero_point is None)
+    assert want.zero_point is None or torch.equal(got.zero_point, want.zero_point)
