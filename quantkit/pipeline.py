@@ -23,7 +23,7 @@ from quantkit.calibrate.walk import SiteStatistics
 from quantkit.compute import Compute
 from quantkit.distill import Distill, learn_scales, teach
 from quantkit.errors import CalibrationError, SpecError
-from quantkit.evaluation.coverage import CoverageRow
+from quantkit.evaluation.coverage import CoverageRow, coverage_after, coverage_before
 from quantkit.hf.blocks import check_chain
 from quantkit.hf.experts import enable_experts
 from quantkit.hf.load import PreTrainedModel, load_float
@@ -185,19 +185,12 @@ def quantize(
     if not plan:
         raise SpecError("nothing to quantize: the plan is empty")
     check_plan(plan, structure, format if out is not None else None)
-    if distill and (tables := [name for name, one in plan.items() if not one.weight.is_integer]):
-        raise SpecError(f"{tables[0]}: distillation learns integer grids, not {plan[tables[0]].weight.dtype}; leave it out")
-    if distill and (static := [name for name, one in plan.items() if one.static]):
-        raise SpecError(f"{static[0]}: distillation does not keep static input scales; leave it out, or use a dynamic scheme")
-    if structure.tied and structure.after[0].name in plan and any(isinstance(change, Rotate) for change in changes):
-        raise SpecError("rotate parts the tied head from the embedding, which was to be quantized as one; leave either out")
     if strict:
         _refuse_gaps(structure, plan, ignore)
     compute = compute or Compute.default(model)
     known = load_statistics(statistics)[0] if isinstance(statistics, str | Path) else statistics
+    _refuse_combinations(plan, structure, method, changes, distill, known)
     walk = any(needs_of(method, one) for one in plan.values()) and known is None
-    if isinstance(method, AutoRound) and known is not None:
-        raise CalibrationError("autoround learns from activations, which statistics= do not hold; pass data= instead")
     reads = walk or distill or any(change.needs for change in changes)
     batches = Calibration(data, samples, length, batch_size, mode).batches(tokenizer) if reads else []
     calibration = data_fingerprint(batches) if batches else "none"
@@ -214,7 +207,7 @@ def quantize(
         tensors = collect_statistics(model, structure, unpadded(batches), change.needs, compute=compute, progress=progress)
         apply_transform(model, structure, plan, change, tensors)
     chain = _chain(model, structure, unpadded(batches), method, compute) if walk else None
-    rows = _coverage_before(model, structure, plan)
+    rows = coverage_before(model, structure, plan)
     lessons = teach(model, structure, unpadded(batches), distill, compute, progress) if distill else []
     origin = _origin(model, structure, plan) if distill and distill.code_rate else {}
     results = quantize_blocks(
@@ -223,7 +216,7 @@ def quantize(
     curve: tuple[float, ...] = ()
     if distill:
         results, curve = learn_scales(model, structure, results, origin, lessons, distill, compute, progress)
-    coverage = _coverage_after(rows, results)
+    coverage = coverage_after(rows, results)
     fallen = [row.name for row in coverage if row.kind == "fell back"]
     if fallen:
         log.warning("%d sites fell back to rounding: %s ...", len(fallen), fallen[0])
@@ -334,6 +327,21 @@ def _open_store(
     return ResumeStore(path, run)
 
 
+def _refuse_combinations(
+    plan: Plan, structure: Structure, method: Quantizer, changes: Sequence[Transform], distill: Distill | None, known: Any
+) -> None:
+    """Refuse steps that do not go together."""
+    learns = "distillation" if distill else "autoround" if isinstance(method, AutoRound) else None
+    if learns and (tables := [name for name, one in plan.items() if not one.weight.is_integer]):
+        raise SpecError(f"{tables[0]}: {learns} learns integer grids, not {plan[tables[0]].weight.dtype}; leave it out")
+    if learns and (static := [name for name, one in plan.items() if one.static]):
+        raise SpecError(f"{static[0]}: {learns} does not keep static input scales; leave it out, or use a dynamic scheme")
+    if structure.tied and structure.after[0].name in plan and any(isinstance(change, Rotate) for change in changes):
+        raise SpecError("rotate parts the tied head from the embedding, which was to be quantized as one; leave either out")
+    if isinstance(method, AutoRound) and known is not None:
+        raise CalibrationError("autoround learns from activations, which statistics= do not hold; pass data= instead")
+
+
 def _refuse_gaps(structure: Structure, plan: Plan, ignore: Sequence[str]) -> None:
     """With strict=True, every linear layer must be in the plan or named in ``ignore``."""
     gaps = [name for name, reason in structure.skipped.items() if reason.startswith("experts module")]
@@ -341,43 +349,6 @@ def _refuse_gaps(structure: Structure, plan: Plan, ignore: Sequence[str]) -> Non
         gaps += [site.name for site in structure.sites if site.name not in plan]
     if gaps:
         raise SpecError(f"{gaps[0]} (and {len(gaps) - 1} more) would stay in float; strict=True wants them in `ignore`")
-
-
-def _coverage_before(model: nn.Module, structure: Structure, plan: Plan) -> list[CoverageRow]:
-    rows = []
-    ends = [site for site in structure.after if site in structure.outside or site.name in plan]
-    for site in (*structure.sites, *ends):
-        weight = read_weight(model, site)
-        kind = type(model.get_submodule(site.module)).__name__
-        where = "outside the blocks" if site in structure.outside else "left out of the plan"
-        rows.append(
-            CoverageRow(
-                "skipped", site.name, kind, site.numel, weight.nbytes, weight.nbytes, None, None if site.name in plan else where
-            )
-        )
-    for name, reason in structure.skipped.items():
-        if name.removesuffix(".weight") in {site.name for site in ends}:
-            continue
-        parameter = model.get_parameter(name)
-        kind = type(model.get_submodule(name.rpartition(".")[0])).__name__
-        # A tied parameter is stored, and counted, where it is tied to.
-        count, size = (0, 0) if reason.startswith("tied to") else (parameter.numel(), parameter.nbytes)
-        rows.append(CoverageRow("skipped", name, kind, count, size, size, None, reason))
-    return rows
-
-
-def _coverage_after(rows: list[CoverageRow], results: Mapping[str, Quantized]) -> list[CoverageRow]:
-    done = []
-    for row in rows:
-        one = results.get(row.name)
-        if one is not None:
-            kind = "fell back" if one.fell_back else "quantized"
-            scheme, reason = one.qtensor.spec.describe(), "; ".join(one.notes) or None
-            row = CoverageRow(
-                kind, row.name, row.module_type, row.parameters, row.bytes_before, one.qtensor.nbytes, scheme, reason
-            )
-        done.append(row)
-    return done
 
 
 def _metadata(
