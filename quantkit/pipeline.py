@@ -217,11 +217,7 @@ def quantize(
     if distill:
         results, curve = learn_scales(model, structure, results, origin, lessons, distill, compute, progress)
     coverage = coverage_after(rows, results)
-    fallen = [row.name for row in coverage if row.kind == "fell back"]
-    if fallen:
-        log.warning("%d sites fell back to rounding: %s ...", len(fallen), fallen[0])
-        if strict:
-            raise CalibrationError(f"{fallen[0]} (and {len(fallen) - 1} more) fell back to rounding; strict=True forbids that")
+    _report_fallen([row.name for row in coverage if row.kind == "fell back"], strict)
     metadata = _metadata(method, plan, calibration, batches, results, proof.measure(model))
     if changes:
         metadata["transforms"] = [repr(change) for change in changes]
@@ -340,6 +336,13 @@ def _refuse_combinations(
         raise SpecError("rotate parts the tied head from the embedding, which was to be quantized as one; leave either out")
     if isinstance(method, AutoRound) and known is not None:
         raise CalibrationError("autoround learns from activations, which statistics= do not hold; pass data= instead")
+
+
+def _report_fallen(names: list[str], strict: bool) -> None:
+    if names:
+        log.warning("%d sites fell back to rounding: %s ...", len(names), names[0])
+        if strict:
+            raise CalibrationError(f"{names[0]} (and {len(names) - 1} more) fell back to rounding; strict=True forbids that")
 
 
 def _refuse_gaps(structure: Structure, plan: Plan, ignore: Sequence[str]) -> None:
