@@ -332,7 +332,11 @@ def _refuse_combinations(
         raise SpecError(f"{tables[0]}: {learns} learns integer grids, not {plan[tables[0]].weight.dtype}; leave it out")
     if learns and (static := [name for name, one in plan.items() if one.static]):
         raise SpecError(f"{static[0]}: {learns} does not keep static input scales; leave it out, or use a dynamic scheme")
-    if structure.tied and structure.after[0].name in plan and any(isinstance(change, Rotate) for change in changes):
+    if (
+        structure.tied
+        and any(site.name in plan for site in structure.after)
+        and any(isinstance(one, Rotate) for one in changes)
+    ):
         raise SpecError("rotate parts the tied head from the embedding, which was to be quantized as one; leave either out")
     if isinstance(method, AutoRound) and known is not None:
         raise CalibrationError("autoround learns from activations, which statistics= do not hold; pass data= instead")
