@@ -29,7 +29,7 @@ from quantkit.hf.experts import enable_experts
 from quantkit.hf.load import PreTrainedModel, load_float
 from quantkit.hf.source import locate
 from quantkit.hf.structure import describe
-from quantkit.nn.sites import Structure, read_weight
+from quantkit.nn.sites import Structure
 from quantkit.plan import check_plan, make_plan, plan_ends
 from quantkit.progress import ProgressCallback
 from quantkit.progress import ignore as ignore_progress
@@ -209,13 +209,12 @@ def quantize(
     chain = _chain(model, structure, unpadded(batches), method, compute) if walk else None
     rows = coverage_before(model, structure, plan)
     lessons = teach(model, structure, unpadded(batches), distill, compute, progress) if distill else []
-    origin = _origin(model, structure, plan) if distill and distill.code_rate else {}
     results = quantize_blocks(
         model, structure, plan, method, chain, compute=compute, store=store, known=known, progress=progress
     )
     curve: tuple[float, ...] = ()
     if distill:
-        results, curve = learn_scales(model, structure, results, origin, lessons, distill, compute, progress)
+        results, curve = learn_scales(model, structure, results, lessons, distill, compute, progress)
     coverage = coverage_after(rows, results)
     _report_fallen([row.name for row in coverage if row.kind == "fell back"], strict)
     metadata = _metadata(method, plan, calibration, batches, results, proof.measure(model))
@@ -284,11 +283,6 @@ def _chain(model: nn.Module, structure: Structure, batches: list[Tensor], method
     return Chain(model, structure, batches, compute, twin="drift" in method.needs)
 
 
-def _origin(model: nn.Module, structure: Structure, plan: Plan) -> dict[str, Tensor]:
-    """Return the float weights of all planned sites, which stay in memory for it."""
-    return {site.name: read_weight(model, site) for site in structure.sites if site.name in plan}
-
-
 def _resolve_model(model: nn.Module | str | Path, tokenizer: Any) -> tuple[PreTrainedModel, Any]:
     if isinstance(model, nn.Module):
         return cast(PreTrainedModel, model.eval()), tokenizer
@@ -332,11 +326,8 @@ def _refuse_combinations(
         raise SpecError(f"{tables[0]}: {learns} learns integer grids, not {plan[tables[0]].weight.dtype}; leave it out")
     if learns and (static := [name for name, one in plan.items() if one.static]):
         raise SpecError(f"{static[0]}: {learns} does not keep static input scales; leave it out, or use a dynamic scheme")
-    if (
-        structure.tied
-        and any(site.name in plan for site in structure.after)
-        and any(isinstance(one, Rotate) for one in changes)
-    ):
+    rotates = any(isinstance(change, Rotate) for change in changes)
+    if rotates and structure.tied and any(site.name in plan for site in structure.after):
         raise SpecError("rotate parts the tied head from the embedding, which was to be quantized as one; leave either out")
     if isinstance(method, AutoRound) and known is not None:
         raise CalibrationError("autoround learns from activations, which statistics= do not hold; pass data= instead")
