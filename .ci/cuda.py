@@ -1,4 +1,4 @@
-"""Compile the CUDA sources and look at what came out; run by .ci/run where nvcc is. `--release` compiles every architecture.
+"""Compile the CUDA sources and look at what came out; run by .ci/run where nvcc is. `--release`: for every architecture.
 
 For each source, on sm_90a: no warning, no spilled register, no stack. Then, if cuobjdump is there (PATH or the packages
 nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm), the machine code of the hot kernels: tensor-core instructions of the right
@@ -37,13 +37,13 @@ def find(tool: str) -> str | None:
     return shutil.which(tool) or shutil.which(tool, path=":".join(paths))
 
 
-def compile_one(source: Path, folder: Path) -> tuple[Path, str, float]:
+def compile_one(source: Path, folder: Path, arch: str) -> tuple[Path, str, float]:
     """Compile one source; return the object, what the assembler said, and the seconds it took."""
-    made, start = folder / f"{source.stem}.o", time.monotonic()
-    line = [*nvcc.command((ARCH,)), "-Xptxas=-v", "-Werror=all-warnings", "-c", str(source), "-o", str(made)]
+    made, start = folder / f"{source.stem}.{arch}.o", time.monotonic()
+    line = [*nvcc.command((arch,)), "-Xptxas=-v", "-Werror=all-warnings", "-c", str(source), "-o", str(made)]
     done = subprocess.run(line, capture_output=True, text=True, check=False)
     if done.returncode:
-        sys.exit(f"{source.name} does not compile:\n{done.stderr}")
+        sys.exit(f"{source.name} does not compile for {arch}:\n{done.stderr}")
     return made, done.stderr, time.monotonic() - start
 
 
@@ -66,35 +66,33 @@ def kernels(made: Path, cuobjdump: str, nvdisasm: str) -> dict[str, str]:
     return {part.partition(",")[0].strip(): part for part in parts}
 
 
-def inspect(made: Path, cuobjdump: str, nvdisasm: str) -> list[str]:
+def inspect(made: Path, stem: str, cuobjdump: str, nvdisasm: str) -> list[str]:
     """Return what is wrong with the machine code of a source's kernels."""
     wrong, found = [], kernels(made, cuobjdump, nvdisasm)
     if not found:
-        return [f"{made.stem}: no kernels found"]
+        return [f"{stem}: no kernels found"]
     for name, code in found.items():
-        wrong += [f"{made.stem}: {name} has no {want}" for want in WANTED[made.stem] if not re.search(want, code)]
+        wrong += [f"{stem}: {name} has no {want}" for want in WANTED[stem] if not re.search(want, code)]
         if local := re.findall(r"\b(?:STL|LDL)\b", code):
-            wrong.append(f"{made.stem}: {name} uses local memory {len(local)} times")
+            wrong.append(f"{stem}: {name} uses local memory {len(local)} times")
     return wrong
 
 
 def main() -> None:
     """Compile, check, and print a line per source."""
-    if "--release" in sys.argv:
-        start = time.monotonic()
-        print(f"release library: {nvcc.make(nvcc.RELEASE)}, {time.monotonic() - start:.0f} s")
-    sources = [path for path in nvcc.sources() if path.suffix == ".cu"]
+    archs = [arch for arch in nvcc.RELEASE if not arch.endswith("-ptx")] if "--release" in sys.argv else [ARCH]
+    jobs = [(path, arch) for path in nvcc.sources() if path.suffix == ".cu" for arch in archs]
     tools = [find("cuobjdump"), find("nvdisasm")]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
         wrong = []
-        for source, (made, said, seconds) in zip(
-            sources, pool.map(lambda one: compile_one(one, Path(folder)), sources), strict=True
-        ):
+        results = pool.map(lambda job: compile_one(job[0], Path(folder), job[1]), jobs)
+        for (source, arch), (made, said, seconds) in zip(jobs, results, strict=True):
             registers = [int(number) for number in re.findall(r"Used (\d+) registers", said)]
-            print(f"{source.name}: {seconds:.0f} s, {len(registers)} kernels, at most {max(registers, default=0)} registers")
-            wrong += [f"{source.name}: {line}" for line in spills(said)]
-            if source.stem in WANTED and tools[0] and tools[1]:
-                wrong += inspect(made, tools[0], tools[1])
+            most = max(registers, default=0)
+            print(f"{source.name}, {arch}: {seconds:.0f} s, {len(registers)} kernels, at most {most} registers", flush=True)
+            wrong += [f"{source.name}, {arch}: {line}" for line in spills(said)]
+            if arch == ARCH and source.stem in WANTED and tools[0] and tools[1]:
+                wrong += inspect(made, source.stem, tools[0], tools[1])
         if not all(tools):
             print("machine code not inspected: cuobjdump or nvdisasm is missing")
     if wrong:

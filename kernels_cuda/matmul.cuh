@@ -95,7 +95,7 @@ template <class T, int kKind, int kTokens8> struct Worker {
     to += S::codes;
     constexpr int kPiece = 8 * P::activation_bytes;
     const int column = step * kStep + lane % 4 * 8;
-#pragma unroll
+#pragma unroll(kTokens8 == 1 ? 2 : 1)  // not more: addresses made ahead would not fit the registers
     for (int i = 0; i < 2 * kTokens8; ++i) {
       int token = i / 2 * 8 + lane / 4, left = (m.k - column - i % 2 * 32) * P::activation_bytes;
       if (token >= count || left < 0) left = 0;

@@ -21,6 +21,8 @@ from quantkit.spec import QuantSpec
 
 DTYPES = (torch.float16, torch.bfloat16)
 SMALLEST_GROUP = 32
+FP8_CAPABILITY = (8, 9)
+"""Older devices have no fp8 conversions: the kernels for it compile to nothing there."""
 
 
 class State(NamedTuple):
@@ -49,6 +51,8 @@ class CudaKernel:
         except KernelError as error:
             build.warn_once(f"quantized layers on CUDA run on the slow reference kernel: {error}")
             return str(error)
+        if not problem.spec.is_integer and torch.cuda.is_available() and torch.cuda.get_device_capability() < FP8_CAPABILITY:
+            return "fp8 products want compute capability 8.9 or later"
         return None
 
     def prepack(self, qtensor: QTensor) -> State:

@@ -19,7 +19,8 @@ namespace {
 
 void copy(float* to, const float* from, int64_t count) { memcpy(to, from, static_cast<size_t>(count) * sizeof(float)); }
 
-constexpr int64_t kFusedRows = 8;  // up to so many rows, a network's inner activations stay in the cache as they are
+constexpr int64_t kFusedRows = 8;    // up to so many rows, a network's inner activations stay in the cache as they are;
+constexpr int64_t kFusedBlocks = 2;  // with more, so many of their blocks do
 
 // One member's run through the program.
 class Run {
@@ -183,7 +184,7 @@ class Run {
   }
 
   // act(gate) * up, ready for the down projection. Who computes a part of the gate computes the same part of its partner, and
-  // what comes of them is made ready while it is in the cache: with many rows, one activation block after another.
+  // what comes of them is made ready while it is in the cache: with many rows, a few activation blocks at a time.
   const Ready& activated(const Mlp& mlp, const Ready& ready, int64_t rows) {
     active_ = b_.active;
     active_.fit(rows, mlp.down, 1, batch_.activation_block, batch_.exact != 0);
@@ -195,7 +196,7 @@ class Run {
     share(me_, rows_blocks(to), 1, &begin, &end);
     float* memory = b_.wide + block_column(to, begin) * rows * (mlp.gated ? 2 : 1);
     for (int64_t next; begin < end; begin = next) {
-      next = rows <= kFusedRows ? end : begin + 1;
+      next = rows > kFusedRows && begin + kFusedBlocks < end ? begin + kFusedBlocks : end;
       activated_part(mlp, ready, to, begin, next, memory);
     }
     me_.wait();
