@@ -116,7 +116,6 @@ def learn_scales(
     model: nn.Module,
     structure: Structure,
     results: Mapping[str, Quantized],
-    origin: Mapping[str, Tensor],
     lessons: Sequence[Sequence[Lesson]],
     settings: Distill,
     compute: Compute,
@@ -128,7 +127,6 @@ def learn_scales(
         model: the quantized model; its scales are replaced.
         structure: its blocks and sites.
         results: the quantized sites.
-        origin: site name to float weight, if codes are learned; see :mod:`quantkit.nn.tuned`.
         lessons: from :func:`teach`.
         settings: steps and rates.
         compute: the device.
@@ -149,7 +147,6 @@ def learn_scales(
             compute.dtype,
             codes=settings.code_rate > 0,
             activation=_quantized_module(model, site).activation,
-            origin=origin.get(site.name),
         )
         for site in sites
     }

@@ -23,13 +23,13 @@ from quantkit.calibrate.walk import SiteStatistics
 from quantkit.compute import Compute
 from quantkit.distill import Distill, learn_scales, teach
 from quantkit.errors import CalibrationError, SpecError
-from quantkit.evaluation.coverage import CoverageRow
+from quantkit.evaluation.coverage import CoverageRow, coverage_after, coverage_before
 from quantkit.hf.blocks import check_chain
 from quantkit.hf.experts import enable_experts
 from quantkit.hf.load import PreTrainedModel, load_float
 from quantkit.hf.source import locate
 from quantkit.hf.structure import describe
-from quantkit.nn.sites import Structure, read_weight
+from quantkit.nn.sites import Structure
 from quantkit.plan import check_plan, check_together, make_plan, plan_ends
 from quantkit.progress import ProgressCallback
 from quantkit.progress import ignore as ignore_progress
@@ -183,13 +183,12 @@ def quantize(
         plan = make_plan(structure, scheme, group_size=group_size, symmetric=symmetric, ignore=ignore, scale_dtype=dtype)
     plan = {**plan, **plan_ends(structure, embedding, head, _scale_dtype(model))}
     check_plan(plan, structure, format if out is not None else None)
-    check_together(plan, structure, distilled=distill is not None, rotated=any(isinstance(one, Rotate) for one in changes))
-    _refuse_gaps(structure, plan, ignore if strict else None)
+    if strict:
+        _refuse_gaps(structure, plan, ignore)
     compute = compute or Compute.default(model)
     known = load_statistics(statistics)[0] if isinstance(statistics, str | Path) else statistics
+    _refuse_combinations(plan, structure, method, changes, distill, known)
     walk = any(needs_of(method, one) for one in plan.values()) and known is None
-    if isinstance(method, AutoRound) and known is not None:
-        raise CalibrationError("autoround learns from activations, which statistics= do not hold; pass data= instead")
     reads = walk or distill or any(change.needs for change in changes)
     batches = Calibration(data, samples, length, batch_size, mode).batches(tokenizer) if reads else []
     calibration = data_fingerprint(batches) if batches else "none"
@@ -206,22 +205,16 @@ def quantize(
             found = collect_statistics(model, structure, unpadded(batches), change.needs, compute=compute, progress=progress)
             apply_transform(model, structure, plan, change, found)
     chain = _chain(model, structure, unpadded(batches), method, compute) if walk else None
-    rows = _coverage_before(model, structure, plan)
+    rows = coverage_before(model, structure, plan)
     lessons = teach(model, structure, unpadded(batches), distill, compute, progress) if distill else []
-    learns_codes = distill is not None and distill.code_rate > 0
-    origin = {site.name: read_weight(model, site) for site in structure.sites if site.name in plan} if learns_codes else {}
     results = quantize_blocks(
         model, structure, plan, method, chain, compute=compute, store=store, known=known, progress=progress
     )
     curve: tuple[float, ...] = ()
     if distill:
-        results, curve = learn_scales(model, structure, results, origin, lessons, distill, compute, progress)
-    coverage = _coverage_after(rows, results)
-    fallen = [row.name for row in coverage if row.kind == "fell back"]
-    if fallen:
-        log.warning("%d sites fell back to rounding: %s ...", len(fallen), fallen[0])
-        if strict:
-            raise CalibrationError(f"{fallen[0]} (and {len(fallen) - 1} more) fell back to rounding; strict=True forbids that")
+        results, curve = learn_scales(model, structure, results, lessons, distill, compute, progress)
+    coverage = coverage_after(rows, results)
+    _report_fallen([row.name for row in coverage if row.kind == "fell back"], strict)
     metadata = _metadata(method, plan, calibration, batches, results, proof.measure(model))
     metadata |= {"transforms": [repr(change) for change in changes]} if changes else {}
     metadata |= {"distill": {"settings": repr(distill), "kl": curve}} if distill else {}
@@ -320,52 +313,29 @@ def _open_store(
     return ResumeStore(path, run)
 
 
-def _refuse_gaps(structure: Structure, plan: Plan, ignore: Sequence[str] | None) -> None:
-    """With strict=True, every linear layer must be in the plan or named in ``ignore``; None allows all gaps."""
-    if ignore is None:
-        return
+def _refuse_combinations(
+    plan: Plan, structure: Structure, method: Quantizer, changes: Sequence[Transform], distill: Distill | None, known: Any
+) -> None:
+    learner = "distillation" if distill else "autoround" if isinstance(method, AutoRound) else None
+    check_together(plan, structure, learner=learner, rotated=any(isinstance(change, Rotate) for change in changes))
+    if isinstance(method, AutoRound) and known is not None:
+        raise CalibrationError("autoround learns from activations, which statistics= do not hold; pass data= instead")
+
+
+def _report_fallen(names: list[str], strict: bool) -> None:
+    if names:
+        log.warning("%d sites fell back to rounding: %s ...", len(names), names[0])
+        if strict:
+            raise CalibrationError(f"{names[0]} (and {len(names) - 1} more) fell back to rounding; strict=True forbids that")
+
+
+def _refuse_gaps(structure: Structure, plan: Plan, ignore: Sequence[str]) -> None:
+    """With strict=True, every linear layer must be in the plan or named in ``ignore``."""
     gaps = [name for name, reason in structure.skipped.items() if reason.startswith("experts module")]
     if not ignore:
         gaps += [site.name for site in structure.sites if site.name not in plan]
     if gaps:
         raise SpecError(f"{gaps[0]} (and {len(gaps) - 1} more) would stay in float; strict=True wants them in `ignore`")
-
-
-def _coverage_before(model: nn.Module, structure: Structure, plan: Plan) -> list[CoverageRow]:
-    rows = []
-    ends = [site for site in structure.after if site in structure.outside or site.name in plan]
-    for site in (*structure.sites, *ends):
-        weight = read_weight(model, site)
-        kind = type(model.get_submodule(site.module)).__name__
-        where = "outside the blocks" if site in structure.outside else "left out of the plan"
-        rows.append(
-            CoverageRow(
-                "skipped", site.name, kind, site.numel, weight.nbytes, weight.nbytes, None, None if site.name in plan else where
-            )
-        )
-    for name, reason in structure.skipped.items():
-        if name.removesuffix(".weight") in {site.name for site in ends}:
-            continue
-        parameter = model.get_parameter(name)
-        kind = type(model.get_submodule(name.rpartition(".")[0])).__name__
-        # A tied parameter is stored, and counted, where it is tied to.
-        count, size = (0, 0) if reason.startswith("tied to") else (parameter.numel(), parameter.nbytes)
-        rows.append(CoverageRow("skipped", name, kind, count, size, size, None, reason))
-    return rows
-
-
-def _coverage_after(rows: list[CoverageRow], results: Mapping[str, Quantized]) -> list[CoverageRow]:
-    done = []
-    for row in rows:
-        one = results.get(row.name)
-        if one is not None:
-            kind = "fell back" if one.fell_back else "quantized"
-            scheme, reason = one.qtensor.spec.describe(), "; ".join(one.notes) or None
-            row = CoverageRow(
-                kind, row.name, row.module_type, row.parameters, row.bytes_before, one.qtensor.nbytes, scheme, reason
-            )
-        done.append(row)
-    return done
 
 
 def _metadata(

@@ -4,10 +4,15 @@ A quantized model whose report does not list what was *not* quantized cannot be 
 memory without a word, and a site that fell back to rounding costs accuracy.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from torch import nn
+
 from quantkit.errors import SpecError
+from quantkit.nn.sites import Structure, read_weight
+from quantkit.quantizers.base import Quantized
+from quantkit.spec import Plan
 
 KINDS = ("quantized", "fell back", "skipped")
 
@@ -73,3 +78,42 @@ def summarise(rows: Iterable[CoverageRow]) -> list[CoverageSummary]:
         for key, members in groups.items()
     ]
     return sorted(summary, key=lambda s: (KINDS.index(s.kind), -s.parameters))
+
+
+def coverage_before(model: nn.Module, structure: Structure, plan: Plan) -> list[CoverageRow]:
+    """Return a row for every weight of the float model, as if all were skipped; what ``plan`` leaves alone says why."""
+    rows = []
+    ends = [site for site in structure.after if site in structure.outside or site.name in plan]
+    for site in (*structure.sites, *ends):
+        weight = read_weight(model, site)
+        kind = type(model.get_submodule(site.module)).__name__
+        where = "outside the blocks" if site in structure.outside else "left out of the plan"
+        rows.append(
+            CoverageRow(
+                "skipped", site.name, kind, site.numel, weight.nbytes, weight.nbytes, None, None if site.name in plan else where
+            )
+        )
+    for name, reason in structure.skipped.items():
+        if name.removesuffix(".weight") in {site.name for site in ends}:
+            continue
+        parameter = model.get_parameter(name)
+        kind = type(model.get_submodule(name.rpartition(".")[0])).__name__
+        # A tied parameter is stored, and counted, where it is tied to.
+        count, size = (0, 0) if reason.startswith("tied to") else (parameter.numel(), parameter.nbytes)
+        rows.append(CoverageRow("skipped", name, kind, count, size, size, None, reason))
+    return rows
+
+
+def coverage_after(rows: Iterable[CoverageRow], results: Mapping[str, Quantized]) -> list[CoverageRow]:
+    """Return the rows of :func:`coverage_before` with what has become of the quantized sites."""
+    done = []
+    for row in rows:
+        one = results.get(row.name)
+        if one is not None:
+            kind = "fell back" if one.fell_back else "quantized"
+            scheme, reason = one.qtensor.spec.describe(), "; ".join(one.notes) or None
+            row = CoverageRow(
+                kind, row.name, row.module_type, row.parameters, row.bytes_before, one.qtensor.nbytes, scheme, reason
+            )
+        done.append(row)
+    return done

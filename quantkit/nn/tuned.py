@@ -13,8 +13,9 @@ the identity in the gradient). A relative unknown makes one learning rate fit al
 Codes may be learned too: each has a drift, how far it wants to be from where it is, in steps of the grid. Every backward pass
 moves the drift by ``code_rate`` against the sign of its weight's gradient (signed gradient descent as in SignRound, Cheng et
 al. 2023, arXiv 2309.05516), and a code follows once the drift exceeds one half. A gradient without a clear sign makes the drift
-wander around zero, so that only codes that many windows agree on change. The drift begins with a part of what rounding took
-from the float weight: weights half-way between two codes change first, and codes whose gradients agree do not all jump at once.
+wander around zero, so that only codes that many windows agree on change. Given the float weight, the drift begins with half of
+what rounding took from it: weights half-way between two codes change first, and codes whose gradients agree do not all jump at
+once. (Over the steps of one block that is better; over few noisy steps of a whole model it was worse.)
 """
 
 import contextlib

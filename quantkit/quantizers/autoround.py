@@ -39,7 +39,7 @@ class AutoRound(GPTAQ):
         SpecError: for a number out of range.
     """
 
-    iters: int = 100
+    iters: int = 50
     batch_size: int = 2
     lr: float | None = None
     scale_lr: float = 0.002
