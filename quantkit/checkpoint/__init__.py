@@ -9,7 +9,7 @@ the same bytes.
 
 from quantkit.checkpoint.check import check_output, rejections
 from quantkit.checkpoint.files import INCOMPLETE
-from quantkit.checkpoint.load import load
+from quantkit.checkpoint.loading import load
 from quantkit.checkpoint.prove import kl_to, verify
 from quantkit.checkpoint.read import inspect
 from quantkit.checkpoint.write import CheckpointWriter, save

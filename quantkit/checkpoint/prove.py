@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from quantkit.checkpoint.contents import float_tensor
 from quantkit.checkpoint.files import mark_incomplete
-from quantkit.checkpoint.load import load
+from quantkit.checkpoint.loading import load
 from quantkit.checkpoint.read import open_checkpoint
 from quantkit.errors import FormatError
 from quantkit.nn.embedding import QuantEmbedding
