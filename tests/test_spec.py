@@ -10,11 +10,8 @@ from quantkit.spec import PRESETS, QuantSpec, Scheme, largest_group_size, preset
 def test_presets_say_what_they_are_called(name: str) -> None:
     spec = preset(name, [256, 384]).weight
     assert spec.dtype == f"int{name[1]}"
-    if name.endswith("a8"):
-        assert spec.block == (1, -1)
-        return
     assert spec.symmetric != name.endswith("-asym")
-    assert spec.block == (1, 128)
+    assert spec.block == ((1, -1) if name.startswith("w8a8") else (1, 128))
 
 
 @pytest.mark.parametrize(("sizes", "group"), [([576, 1536], 64), ([256], 128), ([96, 64], 32), ([100], -1)])

@@ -13,6 +13,7 @@ from quantkit.run import run_recipe
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 FEW = {"calibration.samples": 4, "calibration.length": 128, "evaluate.windows": 1, "evaluate.length": 128}
+FEW_STEPS = {"w3a16-distill": {"distill.steps": 2}}
 
 
 def test_the_promised_recipes_are_there():
@@ -22,8 +23,7 @@ def test_the_promised_recipes_are_there():
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_runs_on_a_tiny_model(path, tiny_float, tmp_path):
     changes = {**FEW, "model": str(tiny_float), "output.path": str(tmp_path / "out"), "dtype": "float32"}
-    if path.stem == "w3a16-distill":
-        changes["distill.steps"] = 2
+    changes |= FEW_STEPS.get(path.stem, {})
     if path.stem == "demo":
         changes["rules"] = [
             {"match": "*.mlp.down_proj", "scheme": "w8a16"},
@@ -38,7 +38,8 @@ def test_every_recipe_runs_on_a_tiny_model(path, tiny_float, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_runs_on_the_real_model(path, tmp_path):
-    outcome = run_recipe(load_recipe(path, {**FEW, "output.path": str(tmp_path / "out"), "evaluate.latency": False}))
+    changes = {**FEW, **FEW_STEPS.get(path.stem, {}), "output.path": str(tmp_path / "out"), "evaluate.latency": False}
+    outcome = run_recipe(load_recipe(path, changes))
     predicted, written = outcome.preview.forecast, checkpoint.inspect(tmp_path / "out")
     assert written["quantized_bytes"] == predicted.quantized_bytes
     assert written["metadata"]["bits_per_weight"] == predicted.bits_per_weight

@@ -96,7 +96,7 @@ def _cache_argument(model: PreTrainedModel, accepted: Any) -> str | None:
     supports = getattr(model, "_supports_default_dynamic_cache", None)
     if supports is not None and not supports():
         return None
-    return next((name for name in ("past_key_values", "cache_params") if name in accepted), None)
+    return next((name for name in ("cache", "past_key_values", "cache_params") if name in accepted), None)
 
 
 def require_decoder(model: PreTrainedModel) -> None:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from quantkit.errors import KernelError
 from quantkit.kernels import KERNELS, build, layout, ops
+from quantkit.kernels.cpu import BLOCK
 from quantkit.numerics import grid
 from quantkit.qtensor import QTensor
 from quantkit.spec import QuantSpec
@@ -78,7 +79,7 @@ def test_every_instruction_set_gives_the_same_product(kernel):
                     x = torch.randn(m, shape[1])
                     x[0] = x[0].sign()  # int8's largest values
                     x = x.to(dtype)
-                    seen = ops.round_activations(x, group, 64) if kernel is INT8 else x
+                    seen = ops.round_activations(x, group, BLOCK) if kernel is INT8 else x
                     exact = seen.double() @ qtensor.dequantize().double().T
                     size = (seen.double().abs() @ qtensor.dequantize().double().abs().T).max().item()
                     tolerance = {"atol": 1e-5 * size, "rtol": torch.finfo(dtype).eps}

@@ -81,7 +81,7 @@ def test_microscaling_scales_are_the_powers_of_two_of_the_standard() -> None:
 def test_a_model_in_each_format_comes_back_from_the_disk(tmp_path: Path, name: str) -> None:
     model, ids = tiny_llama(intermediate_size=128), torch.arange(3, 40)[None]
     before = model(ids).logits
-    quantize(model, name, quantizer="rtn", out=tmp_path / "q", format="native")
+    quantize(model, name, quantizer="rtn", data=[ids], out=tmp_path / "q", format="native")
     after = model(ids).logits
     assert torch.equal(checkpoint.load(tmp_path / "q")(ids).logits, after)
     error = ((after - before).square().mean() / before.square().mean()).sqrt().item()
