@@ -19,8 +19,10 @@ def random_qtensor(spec: QuantSpec, shape: tuple[int, ...], seed: int = 0) -> QT
 
 
 def assert_same(got: QTensor, want: QTensor) -> None:
-    """Equal bits, padding of the packed rows included."""
-    assert torch.equal(got.packed, want.packed)
-    assert torch.equal(got.scale, want.scale)
-    assert (got.zero_point is None) == (want.zero_point is None)
-    assert want.zero_point is None or torch.equal(got.zero_point, want.zero_point)
+    """The same grid, shape and bits, padding of the packed rows included."""
+    assert (got.spec, got.shape) == (want.spec, want.shape)
+    for a, b in ((got.packed, want.packed), (got.scale, want.scale), (got.zero_point, want.zero_point)):
+        assert (a is None) == (b is None)
+        if a is not None and b is not None:
+            assert a.dtype == b.dtype
+            assert torch.equal(a, b)

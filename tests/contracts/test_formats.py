@@ -7,9 +7,8 @@ from hypothesis import strategies as st
 
 from quantkit.errors import FormatError
 from quantkit.formats.base import FORMATS
-from quantkit.numerics import grid
-from quantkit.qtensor import QTensor
 from quantkit.spec import QuantSpec, Scheme
+from tests.qtensors import assert_same, random_qtensor
 
 NAMES = FORMATS.names()
 BLOCKS = [(1, 32), (1, 8), (1, -1), (-1, -1), (4, 16)]
@@ -20,26 +19,6 @@ W8A8 = [
 ]
 
 
-def random_qtensor(spec: QuantSpec, shape: tuple[int, ...] = (12, 64), seed: int = 0) -> QTensor:
-    """A QTensor with every code possible, so that nothing survives by being small."""
-    generator = torch.Generator().manual_seed(seed)
-    rows, cols = grid.block_size(spec, shape)
-    blocks = (*shape[:-2], shape[-2] // rows, shape[-1] // cols)
-    codes = torch.randint(0, 2**spec.bits, shape, generator=generator, dtype=torch.uint8)
-    scale = grid.round_scale(torch.rand(blocks, generator=generator) + 0.01, spec.scale_dtype)
-    zero = None if spec.symmetric else torch.randint(0, 2**spec.bits, blocks, generator=generator, dtype=torch.uint8)
-    return QTensor.from_codes(codes, scale, zero, spec)
-
-
-def assert_same(a: QTensor, b: QTensor) -> None:
-    assert (a.spec, a.shape) == (b.spec, b.shape)
-    for x, y in ((a.packed, b.packed), (a.scale, b.scale), (a.zero_point, b.zero_point)):
-        assert (x is None) == (y is None)
-        if x is not None and y is not None:
-            assert x.dtype == y.dtype
-            assert torch.equal(x, y)
-
-
 @pytest.mark.parametrize("spec", SPECS, ids=QuantSpec.describe)
 @pytest.mark.parametrize("name", NAMES)
 def test_decode_after_encode_is_the_identity(name: str, spec: QuantSpec) -> None:
@@ -48,7 +27,7 @@ def test_decode_after_encode_is_the_identity(name: str, spec: QuantSpec) -> None
         with pytest.raises(FormatError):  # refused at plan time and not written by accident either
             rule.codec(scheme).encode(random_qtensor(spec, (12, 64))) if spec.strategy != "block" else refuse()
         return
-    original = random_qtensor(spec)
+    original = random_qtensor(spec, (12, 64))
     codec = rule.codec(scheme)
     tensors = codec.encode(original)
     assert {suffix: (t.dtype, tuple(t.shape)) for suffix, t in tensors.items()} == codec.layout(spec, original.shape)
@@ -86,7 +65,7 @@ def test_slices_of_experts_survive(name: str) -> None:
 def test_wrong_tensors_are_refused(name: str, damage: str) -> None:
     spec = QuantSpec("int4", (1, 32), symmetric=False)
     codec = FORMATS.get(name).codec(Scheme(spec))
-    tensors = codec.encode(random_qtensor(spec))
+    tensors = codec.encode(random_qtensor(spec, (12, 64)))
     victim = next(iter(tensors))
     if damage == "missing":
         del tensors[victim]
