@@ -57,8 +57,10 @@ COLUMNS = {
 
 def main() -> None:
     arguments = parse()
-    if arguments.worker:
-        print("RESULT " + json.dumps(WORKERS[arguments.worker](json.loads(arguments.job))))
+    if arguments.worker == "score":
+        run_scores(json.loads(arguments.job))
+    elif arguments.worker:
+        print("RESULT " + json.dumps(run_quantkit(json.loads(arguments.job))))
     elif arguments.table:
         print_table(json.loads(Path(arguments.table).read_text()))
     else:
@@ -82,6 +84,7 @@ def measure(arguments: argparse.Namespace) -> None:
     peers = str(Path(__file__).with_name("peers.py"))
     tools += [(name, name, [python, peers, name]) for name, python in (peer.split("=", 1) for peer in arguments.peer)]
     extra = {"options": options(arguments.option), "distill": options(arguments.distill)}
+    score = Scorer()
     for scheme in arguments.scheme:
         for tool, name, command in tools:
             row = {"scheme": scheme, "tool": tool, "recipe": name, **(extra if tool == "quantkit" else {})}
@@ -89,7 +92,7 @@ def measure(arguments: argparse.Namespace) -> None:
                 continue
             job = {**vars(arguments), **row, **grid_of(scheme), "work": str(work), "out": str(work / f"{scheme}-{name}")}
             cost = call([*command, json.dumps(job)])
-            quality = call([sys.executable, __file__, "--worker", "score", "--job", json.dumps(job | cost)])
+            quality = score(job | cost)
             report["rows"].append({**row, **cost, **quality})
             print(json.dumps(report["rows"][-1]), flush=True)
             if arguments.json:
@@ -138,6 +141,27 @@ def call(command: list[str]) -> dict:
     return json.loads(lines[-1].removeprefix("RESULT "))
 
 
+class Scorer:
+    """A process that loads the float model once, and scores row after row beside it; it sleeps while others quantize."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen | None = None
+
+    def __call__(self, job: dict) -> dict:
+        """Return the quality of one row."""
+        if self._process is None:
+            command = [sys.executable, __file__, "--worker", "score", "--job", json.dumps(job)]
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(job) + "\n")
+        self._process.stdin.flush()
+        for line in self._process.stdout:
+            if line.startswith("RESULT "):
+                return json.loads(line.removeprefix("RESULT "))
+        return sys.exit("scoring failed; its messages are above")
+
+
 def run_quantkit(job: dict) -> dict:
     import torch
 
@@ -169,42 +193,47 @@ def run_quantkit(job: dict) -> dict:
     return cost
 
 
-def run_score(job: dict) -> dict:
+def run_scores(first: dict) -> None:
+    """Answer every job on a line of the standard input; all have the protocol of the first."""
     import torch
 
     import quantkit
     from quantkit.calibrate.data import encoder, load_texts, text_default
-    from quantkit.evaluation.quality import score
-    from quantkit.evaluation.windows import cut_windows
+    from quantkit.evaluation import BaseLogits, cut_windows, score
     from quantkit.hf.load import load_float
 
-    base, tokenizer = load_float(Path(job["work"]) / "float")
-    texts = load_texts(job["eval_data"]) if job["eval_data"] else text_default()[1]
-    tokens = torch.tensor([token for text in texts for token in encoder(tokenizer)(text)])
-    windows = cut_windows(tokens, length=1024, count=job["windows"])
-    other = torch.tensor([token for text in text_default()[1] for token in encoder(tokenizer)(text)])
-    if "weights" in job:  # a peer's dequantized weights
-        from safetensors.torch import load_file
+    model, tokenizer = load_float(Path(first["work"]) / "float")
+    base = BaseLogits(model)
 
-        model, bits = load_float(Path(job["work"]) / "float")[0], job["bits_per_weight"]
-        model.load_state_dict(load_file(job["weights"]), strict=False)
-    else:
-        model = quantkit.load(job["out"], dtype=torch.float32)
-        bits = quantkit.inspect(job["out"])["quantized_bits_per_weight"]
-    quality = score(model, windows, base, kl_windows=job["kl_windows"])
-    elsewhere = score(model, cut_windows(other, length=1024, count=job["other_windows"]), base).divergence
-    divergence = quality.divergence
-    assert divergence is not None
-    assert elsewhere is not None
-    return {
-        "bits_per_weight": bits,
-        "perplexity": quality.perplexity,
-        "kl": divergence.mean,
-        "kl_p99": divergence.p99,
-        "top1": 100 * divergence.same_top1,
-        "other_kl": elsewhere.mean,
-        "base_perplexity": divergence.base_perplexity,
-    }
+    def windows_of(texts: list[str], count: int):
+        tokens = torch.tensor([token for text in texts for token in encoder(tokenizer)(text)])
+        return cut_windows(tokens, length=1024, count=count)
+
+    windows = windows_of(load_texts(first["eval_data"]) if first["eval_data"] else text_default()[1], first["windows"])
+    other = windows_of(text_default()[1], first["other_windows"])
+    for job in map(json.loads, sys.stdin):
+        if "weights" in job:  # a peer's dequantized weights
+            from safetensors.torch import load_file
+
+            quantized, bits = load_float(Path(job["work"]) / "float")[0], job["bits_per_weight"]
+            quantized.load_state_dict(load_file(job["weights"]), strict=False)
+        else:
+            quantized = quantkit.load(job["out"], dtype=torch.float32)
+            bits = quantkit.inspect(job["out"])["quantized_bits_per_weight"]
+        quality = score(quantized, windows, base, kl_windows=job["kl_windows"])
+        divergence, elsewhere = quality.divergence, score(quantized, other, base).divergence
+        assert divergence is not None
+        assert elsewhere is not None
+        found = {
+            "bits_per_weight": bits,
+            "perplexity": quality.perplexity,
+            "kl": divergence.mean,
+            "kl_p99": divergence.p99,
+            "top1": 100 * divergence.same_top1,
+            "other_kl": elsewhere.mean,
+            "base_perplexity": divergence.base_perplexity,
+        }
+        print("RESULT " + json.dumps(found), flush=True)
 
 
 def grid_of(scheme: str) -> dict:
@@ -228,9 +257,6 @@ def print_table(report: dict) -> None:
         method += "".join(f" {key}={value}" for given in ("options", "distill") for key, value in row.get(given, {}).items())
         values = " | ".join(f"{row[name]:{form}}" for name, (_, form) in COLUMNS.items())
         print(f"| {row['scheme']} | {method} | {values} | {row.get('note', '')} |")
-
-
-WORKERS = {"quantkit": run_quantkit, "score": run_score}
 
 
 if __name__ == "__main__":

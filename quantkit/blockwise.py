@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from quantkit.calibrate.walk import SiteStatistics, block_sites, record_inputs, walk_block
+from quantkit.calibrate.walk import SiteStatistics, Statistics, block_sites, record_inputs, walk_block
 from quantkit.compute import Compute, resident
 from quantkit.errors import CalibrationError
 from quantkit.hf.blocks import call_block, cast_call, record_block_calls
@@ -19,6 +19,7 @@ from quantkit.memory import drop_pages, mapped_pages, return_freed_memory
 from quantkit.nn.install import install
 from quantkit.nn.sites import Block, Site, Structure, read_weight, write_weight
 from quantkit.numerics import grid
+from quantkit.numerics.hadamard import turn
 from quantkit.progress import Progress, ProgressCallback
 from quantkit.quantizers.autoround import AutoRound
 from quantkit.quantizers.base import Quantized, Quantizer, quantize_site
@@ -30,7 +31,7 @@ from quantkit.spec import Plan, QuantSpec, Scheme
 
 log = logging.getLogger(__name__)
 
-Visit = Callable[[Site, Callable[[Sequence[str]], SiteStatistics]], None]
+Visit = Callable[[Site, Statistics], None]
 
 
 class Chain:
@@ -85,7 +86,7 @@ class Chain:
 
             return run
 
-        def visit_exactly(site: Site, statistics: Callable[[Sequence[str]], SiteStatistics]) -> None:
+        def visit_exactly(site: Site, statistics: Statistics) -> None:
             with self.compute.rounding_products(False):
                 visit(site, statistics)
 
@@ -178,6 +179,17 @@ def static_scale(site: Site, activation: QuantSpec, statistics: SiteStatistics |
     return scale.squeeze(-1)
 
 
+def _weight_to_store(model: nn.Module, site: Site, scheme: Scheme) -> Tensor:
+    """Return a site's float weight as it will be stored: turned, where its inputs will be."""
+    weight = read_weight(model, site)
+    return turn(weight.float()) if scheme.rotated else weight
+
+
+def _write_stored(model: nn.Module, site: Site, scheme: Scheme, weight: Tensor) -> None:
+    """Write a stored weight into the float model, whose inputs are not turned."""
+    write_weight(model, site, turn(weight, back=True) if scheme.rotated else weight)
+
+
 def _reporter(progress: ProgressCallback, total: int, before: int) -> Callable[[str, Quantized, int], None]:
     def report(name: str, one: Quantized, done: int) -> None:
         for note in one.notes:
@@ -202,12 +214,13 @@ def _quantize_block(
 
     learns = isinstance(quantizer, AutoRound) and chain is not None and bool(sites)
     inputs = list(chain.hidden) if learns and chain is not None else []
-    origin = {site.name: read_weight(model, site) for site in sites} if learns else {}
+    origin = {site.name: _weight_to_store(model, site, plan[site.name]) for site in sites} if learns else {}
 
     def choose(site: Site, statistics: SiteStatistics | None) -> None:
-        weight, scheme = read_weight(model, site), plan[site.name]
+        scheme = plan[site.name]
+        weight = _weight_to_store(model, site, scheme)
         one = quantize_site(quantizer, site.name, weight, scheme.weight, statistics, global_scales.get(site.name))
-        write_weight(model, site, one.qtensor.dequantize())  # later sites and blocks see the quantized weight
+        _write_stored(model, site, scheme, one.qtensor.dequantize())  # later sites and blocks see the quantized weight
         qtensor = one.qtensor.to("cpu")
         if scheme.activation is not None and scheme.static:
             qtensor = replace(qtensor, input_scale=static_scale(site, scheme.activation, statistics))
@@ -215,7 +228,11 @@ def _quantize_block(
         report(site.name, one, len(quantized))
 
     if chain is not None:
-        chain.advance(index, sites, lambda site, statistics: choose(site, statistics(needs_of(quantizer, plan[site.name]))))
+
+        def visit(site: Site, statistics: Statistics) -> None:
+            choose(site, statistics(needs_of(quantizer, plan[site.name]), plan[site.name].rotated))
+
+        chain.advance(index, sites, visit)
     for site in sites:
         if site.name not in quantized:
             choose(site, known.get(site.name))
@@ -253,7 +270,7 @@ def _learn(
         chain.compute,
     )
     for site, qtensor in learned.items():
-        write_weight(model, site, qtensor.dequantize())
+        _write_stored(model, site, plan[site.name], qtensor.dequantize())
     with chain.compute.rounding_products():
         outputs = [chain.call(index, batch, x).to("cpu", chain.compute.dtype) for batch, x in enumerate(inputs)]
     after = relative_distance(outputs, chain.twin)
@@ -279,7 +296,7 @@ def _quantize_outside(
     """
     ends = {structure.head, structure.embedding.name if structure.embedding else None}
     for site in block_sites(Block("", structure.after), plan):
-        weight = read_weight(model, site).to(compute.device)
+        weight = _weight_to_store(model, site, plan[site.name]).to(compute.device)
         method = RTN("mse" if plan[site.name].weight.bits < 8 else "absmax") if site.name in ends else quantizer
         one = quantize_site(method, site.name, weight, plan[site.name].weight, None)
         results[site.name] = Quantized(one.qtensor.to("cpu"), one.loss, one.notes, one.fell_back)

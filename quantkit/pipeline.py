@@ -320,6 +320,9 @@ def _refuse_combinations(
     check_together(plan, structure, learner=learner, rotated=any(isinstance(change, Rotate) for change in changes))
     if isinstance(method, AutoRound) and known is not None:
         raise CalibrationError("autoround learns from activations, which statistics= do not hold; pass data= instead")
+    turned = next((name for name, scheme in plan.items() if scheme.rotated), None)
+    if turned is not None and known is not None and method.needs:
+        raise CalibrationError(f"{turned}: statistics= are of inputs that are not rotated; pass data= instead")
 
 
 def _report_fallen(names: list[str], strict: bool) -> None:

@@ -5,8 +5,9 @@ codes were chosen (a quantizer's business) nor where they are stored (a format's
 
 Preset names follow the field's habit, ``w<bits>a<16|8>[-asym][-g<size>|-channel]``: ``w4a16`` is 4-bit symmetric
 weights with 16-bit activations, ``w8a8`` 8-bit weights with activations that are rounded to 8 bits at run time, a scale per
-token (``-static``: one scale per site, found in calibration). A preset without a group takes the largest of 128, 64 and 32
-that divides every site; ``w8a8`` has one scale per channel, which is what integer products can use. With ``-g<size>`` the
+token (``-static``: one scale per site, found in calibration; ``-rotated``: rounded in a rotated basis, in which no channel
+sticks out). A preset without a group takes the largest of 128, 64 and 32 that divides every site; ``w8a8`` has one scale per
+channel, which is what integer products can use. With ``-g<size>`` the
 activations of ``w8a8`` have a scale per token and group, too. ``fp8``, ``nf4``, ``mxfp4``, ``nvfp4`` are formats of their own
 (:data:`NAMED`).
 """
@@ -25,7 +26,7 @@ AUTO_GROUP_SIZES = (128, 64, 32)
 
 PRESETS: tuple[str, ...] = (
     "w2a16-asym", "w3a16", "w3a16-asym", "w4a16", "w4a16-asym", "w5a16", "w5a16-asym",
-    "w6a16", "w6a16-asym", "w8a16", "w8a16-asym", "w4a8", "w4a8-asym", "w8a8", "w8a8-static",
+    "w6a16", "w6a16-asym", "w8a16", "w8a16-asym", "w4a8", "w4a8-asym", "w8a8", "w8a8-static", "w8a8-rotated",
 )  # fmt: skip
 """Preset names offered in help and documentation; any of them also takes ``-g<size>`` or ``-channel``."""
 
@@ -46,7 +47,7 @@ TOKEN_INT8 = ("int8", (1, -1), True, "float32", True)
 """Arguments of the :class:`QuantSpec` of activations in ``a8`` presets: symmetric int8, dynamic, one scale per token."""
 
 _PRESET = re.compile(
-    r"w(?P<bits>[2-8])a(?P<activation>16|8(?P<static>-static)?)(?P<asym>-asym)?(?:-g(?P<group>\d+)|(?P<channel>-channel))?"
+    r"w(?P<bits>[2-8])a(?P<activation>16|8(?P<how>-static|-rotated)?)(?P<asym>-asym)?(?:-g(?P<group>\d+)|(?P<channel>-channel))?"
 )
 
 
@@ -62,6 +63,8 @@ class QuantSpec:
         scale_dtype: dtype of stored scales; scales are rounded to it before codes are chosen.
         dynamic: (activations) the scale is found at run time and never stored. Activations that are not dynamic have one
             stored scale per site.
+        rotated: (activations) inputs are multiplied by a Hadamard matrix before they are rounded, at run time, and the weight
+            is stored multiplied by it: :func:`quantkit.numerics.hadamard.turn`.
     """
 
     dtype: str
@@ -69,6 +72,7 @@ class QuantSpec:
     symmetric: bool = True
     scale_dtype: str = "float16"
     dynamic: bool = False
+    rotated: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -115,7 +119,7 @@ class QuantSpec:
     def describe(self) -> str:
         """Return a short human name such as ``"int4 g64 asym"``."""
         shape = f"g{self.group_size}" if self.strategy == "group" else self.strategy
-        return f"{self.dtype} {shape}{'' if self.symmetric else ' asym'}"
+        return f"{self.dtype} {shape}{'' if self.symmetric else ' asym'}{' rotated' if self.rotated else ''}"
 
     def rejects(self, shape: tuple[int, ...]) -> str | None:
         """Say why a weight of ``shape`` (..., out, in) cannot be blocked this way; None if it can."""
@@ -148,7 +152,8 @@ class Scheme:
     """How one site is quantized: its weight grid and, optionally, its input activations' grid.
 
     Raises:
-        SpecError: static activations other than symmetric with one scale per tensor, or blocks of several tokens.
+        SpecError: static activations other than symmetric with one scale per tensor, blocks of several tokens, or a grid that
+            is rotated where that is not known: weights, and inputs of weights with a scale for the whole tensor.
     """
 
     weight: QuantSpec
@@ -160,11 +165,18 @@ class Scheme:
             raise SpecError(f"static activations {a.describe()}: want a symmetric grid with one scale per tensor")
         if a is not None and a.strategy == "block":
             raise SpecError(f"activations {a.describe()}: want one scale per tensor, per token, or per token and group")
+        if self.weight.rotated or (self.rotated and self.weight.has_global_scale):
+            raise SpecError(f"{self.describe()}: only activations can be rotated, and not those of NVFP4 weights")
 
     @property
     def static(self) -> bool:
         """Whether the scale of activations is found in calibration and stored."""
         return self.activation is not None and not self.activation.dynamic
+
+    @property
+    def rotated(self) -> bool:
+        """Whether inputs are rotated at run time and the weight is stored rotated."""
+        return self.activation is not None and self.activation.rotated
 
     def describe(self) -> str:
         """Return a short human name such as ``"int8 channel, inputs int8 channel"``."""
@@ -305,7 +317,10 @@ def preset(
     if group == 0 or group < -1:
         raise SpecError(f"group_size={group}: want a positive size, or -1 for one scale per channel")
     symmetric = symmetric if symmetric is not None else match["asym"] is None
-    activation = _activation("int8", group if bits == 8 else -1, bool(match["static"]), scale_dtype) if eight else None
+    activation = None
+    if eight:
+        activation = _activation("int8", group if bits == 8 else -1, match["how"] == "-static", scale_dtype)
+        activation = dataclasses.replace(activation, rotated=match["how"] == "-rotated")
     return Scheme(QuantSpec(f"int{bits}", (1, group), symmetric, scale_dtype), activation)
 
 

@@ -17,6 +17,7 @@ served first with the batches that reached it.
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import greenlet
 import torch
@@ -26,6 +27,7 @@ from quantkit.calibrate.collectors import COLLECTORS, Collector
 from quantkit.errors import CalibrationError
 from quantkit.memory import HeapWatch, return_freed_memory
 from quantkit.nn.sites import Block, Site
+from quantkit.numerics.hadamard import turn
 
 
 @dataclass(slots=True)
@@ -62,7 +64,14 @@ class SiteStatistics:
         return SiteStatistics({name: value[index] for name, value in self.results.items()}, (self.tokens[index],))
 
 
-def collect(site: Site, needs: Sequence[str], inputs: Sequence[Inputs], products: torch.dtype | None = None) -> SiteStatistics:
+def collect(
+    site: Site,
+    needs: Sequence[str],
+    inputs: Sequence[Inputs],
+    products: torch.dtype | None = None,
+    *,
+    rotated: bool = False,
+) -> SiteStatistics:
     """Run the named collectors over all ``inputs`` of ``site``; a paired one is left out where there is no twin.
 
     Args:
@@ -70,6 +79,7 @@ def collect(site: Site, needs: Sequence[str], inputs: Sequence[Inputs], products
         needs: names of collectors.
         inputs: one per batch.
         products: what the product rounds its input to, and so what the collectors see; None leaves inputs as they are.
+        rotated: look at inputs as :func:`quantkit.numerics.hadamard.turn` makes them.
 
     Raises:
         CalibrationError: if an input holds NaN or infinity.
@@ -81,6 +91,7 @@ def collect(site: Site, needs: Sequence[str], inputs: Sequence[Inputs], products
     tokens = [0] * experts
     for one in inputs:
         for expert, rows in _rows_by_expert(one, experts):
+            rows = turn(rows) if rotated else rows
             rows = rows if products is None else rows.to(products)
             if not torch.isfinite(rows.sum()):  # NaN and infinity survive a sum
                 raise CalibrationError(f"{site.name}: calibration inputs hold NaN or infinity; check the model and its dtype")
@@ -88,8 +99,8 @@ def collect(site: Site, needs: Sequence[str], inputs: Sequence[Inputs], products
             for name, collector in collectors[expert].items():
                 if _paired(name):
                     assert one.twin is not None
-                    rows_and_twin = torch.cat([rows, one.twin.detach().reshape(rows.shape).to(rows)], 1)
-                    collector.update(rows_and_twin)
+                    twin = one.twin.detach().reshape(rows.shape)
+                    collector.update(torch.cat([rows, (turn(twin) if rotated else twin).to(rows)], 1))
                 else:
                     collector.update(rows)
     return SiteStatistics({name: _stack(site, [c[name] for c in collectors], tokens) for name in needs}, tuple(tokens))
@@ -115,6 +126,13 @@ def _stack(site: Site, collectors: list[Collector], tokens: list[int]) -> Tensor
     if like is None:
         raise CalibrationError(f"{site.name}: no token reached any expert during calibration; use more calibration text")
     return torch.stack([torch.zeros_like(like) if r is None else r for r in seen])
+
+
+class Statistics(Protocol):
+    """Runs collectors over what waits at a site."""
+
+    def __call__(self, needs: Sequence[str], rotated: bool = False) -> SiteStatistics:
+        """Return the statistics called ``needs`` of the inputs, or of the turned inputs."""
 
 
 class _Batch(greenlet.greenlet):
@@ -156,7 +174,7 @@ def walk_block(
     block_name: str,
     sites: Sequence[Site],
     forwards: Sequence[Callable[[], Tensor]],
-    visit: Callable[[Site, Callable[[Sequence[str]], SiteStatistics]], None],
+    visit: Callable[[Site, Statistics], None],
     twins: Sequence[dict[str, Tensor]] = (),
     products: torch.dtype | None = None,
 ) -> list[Tensor]:
@@ -167,8 +185,9 @@ def walk_block(
         block_name: its path in the model, a prefix of the names of ``sites``.
         sites: the sites to visit, in registration order.
         forwards: one zero-argument function per batch that runs the block and returns its output (B, T, H).
-        visit: called once per site that is reached, as ``visit(site, statistics)``; ``statistics(needs)`` runs collectors
-            over the site's inputs. It may overwrite the site's float weight in place: the suspended batches then use it.
+        visit: called once per site that is reached, as ``visit(site, statistics)``; ``statistics(needs, rotated=False)``
+            runs collectors over the site's inputs, as they are or turned. It may overwrite the site's float weight in place:
+            the suspended batches then use it.
         twins: for every batch the inputs that the float model has at the sites (:func:`record_inputs`), if anybody wants
             them; emptied on the way.
         products: what the products of ``forwards`` round their inputs to, if they do; see :func:`collect`.
@@ -225,13 +244,11 @@ def walk_block(
     return [batch.output for batch in batches if batch.output is not None]
 
 
-def _memoised(
-    site: Site, inputs: list[Inputs], known: dict[str, SiteStatistics], products: torch.dtype | None
-) -> Callable[[Sequence[str]], SiteStatistics]:
-    def statistics(needs: Sequence[str]) -> SiteStatistics:
-        key = ",".join(sorted(needs))
+def _memoised(site: Site, inputs: list[Inputs], known: dict[str, SiteStatistics], products: torch.dtype | None) -> Statistics:
+    def statistics(needs: Sequence[str], rotated: bool = False) -> SiteStatistics:
+        key = ",".join([*sorted(needs), *(["rotated"] if rotated else [])])
         if key not in known:
-            known[key] = collect(site, needs, inputs, products)
+            known[key] = collect(site, needs, inputs, products, rotated=rotated)
         return known[key]
 
     return statistics

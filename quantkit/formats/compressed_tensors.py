@@ -138,6 +138,8 @@ def _codec(name: str) -> Codec:
 
 def _rejects_activation(weight: QuantSpec, activation: QuantSpec) -> str | None:
     what = f"activations {activation.describe()}"
+    if activation.rotated:
+        return f"{what}: its readers would not rotate them; use format native, or w8a8 and transforms=rotate"
     if activation.is_integer != weight.is_integer:
         return f"{what} do not go with weights {weight.describe()}; use w8a8 or fp8-dynamic"
     if activation.bits != 8 or (activation.strategy == "group" and not activation.is_integer):

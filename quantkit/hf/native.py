@@ -13,6 +13,7 @@ from quantkit.hf.lower import CannotLower, lower
 from quantkit.kernels.decoder import NativeDecoder, rejects
 from quantkit.kernels.program import Program
 from quantkit.memory import available_bytes, drop_pages, mapped_pages, return_freed_memory
+from quantkit.nn.linear import QuantLinear, QuantWeight
 
 _Mark = tuple[tuple[int, int, int], ...]
 
@@ -36,6 +37,9 @@ _decoders: weakref.WeakKeyDictionary[PreTrainedModel, tuple[_Mark, NativeDecoder
 def _make(model: PreTrainedModel) -> NativeDecoder | str:
     if next(model.parameters()).device.type != "cpu":
         return "its weights are not on the CPU"
+    for name, part in model.named_modules():
+        if isinstance(part, QuantLinear | QuantWeight) and part.activation is not None and part.activation.rotated:
+            return f"the inputs of {name} are rotated at run time"
     try:
         program = lower(model)
         if reason := rejects(program) or _too_large(program):

@@ -57,7 +57,7 @@ def _rejects_linear(linear: Linear) -> str | None:
     module: Any = linear.weight
     if isinstance(module, Tensor):
         return None
-    if module.activation is not None and not CudaKernel().rounds(module.spec, module.activation):
+    if module.activation is not None and (module.activation.rotated or not CudaKernel().rounds(module.spec, module.activation)):
         return f"activations rounded to {module.activation.describe()}"
     return unfit(module.spec, module.shape[-2:])
 

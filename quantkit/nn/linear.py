@@ -24,6 +24,7 @@ from quantkit.errors import SpecError
 from quantkit.kernels.cpu import State
 from quantkit.kernels.select import Activations, Kernel, Problem, RoundingKernel, select
 from quantkit.numerics.fake import fake_quantize
+from quantkit.numerics.hadamard import turn
 from quantkit.qtensor import QTensor, stack
 from quantkit.spec import QuantSpec
 
@@ -138,22 +139,24 @@ class _Quantized(nn.Module):
 
     def _multiply(self, x: Tensor, bias: Tensor | None, expert: int = 0) -> Tensor:
         if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-            return nn.functional.linear(self._rounded(x, expert), self._part(expert).dequantize(x.dtype), bias)
+            return nn.functional.linear(self._rounded(x, expert, self.activation), self._part(expert).dequantize(x.dtype), bias)
         ready = self._ready.get(expert)
         if ready is None or not self._fits(ready, x.dtype):
             ready = self._prepare(x.dtype, expert)
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)
         activation = self.activation
+        if activation is not None and activation.rotated:
+            x, activation = turn(x), dataclasses.replace(activation, rotated=False)
         if activation is not None and isinstance(ready.kernel, RoundingKernel) and ready.kernel.rounds(self.spec, activation):
             return ready.kernel.matmul_rounded(x, ready.state, bias, activation)
-        return ready.kernel.matmul(self._rounded(x, expert), ready.state, bias)
+        return ready.kernel.matmul(self._rounded(x, expert, activation), ready.state, bias)
 
-    def _rounded(self, x: Tensor, expert: int) -> Tensor:
-        if self.activation is None:
+    def _rounded(self, x: Tensor, expert: int, activation: QuantSpec | None) -> Tensor:
+        if activation is None:
             return x
         static = self.input_scale if self.input_scale is None or self.input_scale.ndim == 1 else self.input_scale[expert]
-        return fake_quantize(x, self.activation, static)
+        return fake_quantize(x, activation, static)
 
     def _fits(self, ready: _Ready, dtype: torch.dtype) -> bool:
         buffers = self._buffers

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from quantkit.numerics import grid
+from quantkit.numerics.hadamard import turn
 from quantkit.spec import QuantSpec
 
 
@@ -16,8 +17,11 @@ def fake_quantize(x: Tensor, spec: QuantSpec, scale: Tensor | None = None) -> Te
         scale: (1,), for a static grid, which is symmetric and has block ``(-1, -1)``.
 
     Returns:
-        The nearest values that the grid has, in x's shape and dtype. Its gradient is that of the identity.
+        The nearest values that the grid has, in x's shape and dtype, of x turned by
+        :func:`~quantkit.numerics.hadamard.turn` if the grid is rotated. Rounding has the gradient of the identity.
     """
+    if spec.rotated:
+        x = turn(x)
     rows = x.detach().reshape(-1, x.shape[-1]).float()
     if not rows.numel():
         return x

@@ -9,6 +9,9 @@ channel becomes a small number in all. Sizes are built as a product:
 - what is left (an odd factor without such a matrix) by a random orthogonal matrix, which spreads almost as evenly.
 
 So 576 = 36 x 16 and 1536 = 12 x 128 have true Hadamard matrices. Everything is float64 and made from a seed.
+
+What is applied at run time (:func:`turn`) must be the same matrix for ever, so it uses neither signs nor anything random: where
+no Hadamard matrix is known, channels are mixed within blocks of the largest power of two that divides their number.
 """
 
 import functools
@@ -27,6 +30,39 @@ def random_hadamard(size: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     signs = torch.randint(0, 2, (size, 1), generator=generator).double() * 2 - 1
     return signs * _orthogonal(size, seed)
+
+
+def turn(x: Tensor, *, back: bool = False) -> Tensor:
+    """Return ``x @ h.T`` for one orthogonal matrix h (n, n) per n; with ``back``, ``x @ h``, which undoes it.
+
+    ``turn(w) @ turn(x)`` is ``w @ x``. h is the Kronecker product of two small matrices, so a row costs n (a + b) products
+    with n = a b, for example 1536 x (12 + 128).
+
+    Args:
+        x: floating (..., n); n is at least 1.
+        back: undo it.
+
+    Returns:
+        A tensor of x's shape and dtype, computed in float32 at least.
+    """
+    wide = x if x.dtype == torch.float64 else x.float()
+    mixing, doubling = (part.to(wide) for part in _factors(x.shape[-1]))
+    parts = wide.reshape(-1, len(mixing), len(doubling))
+    turned = ((mixing.T if back else mixing) @ parts) @ doubling  # Sylvester's matrix is its own transpose
+    return turned.view(x.shape).to(x.dtype)
+
+
+@functools.lru_cache(maxsize=16)
+def _factors(size: int) -> tuple[Tensor, Tensor]:
+    """Return (a, a) and (b, b), orthogonal, a b = ``size``: a Hadamard matrix (or the identity) and Sylvester's."""
+    small = size // (size & -size)
+    while size % small == 0:
+        if small == 1 or (found := paley(small)) is not None:
+            mixing = torch.ones(1, 1, dtype=torch.float64) if small == 1 else found / math.sqrt(small)
+            return mixing, sylvester(size // small) / math.sqrt(size // small)
+        small *= 2
+    power = size & -size
+    return torch.eye(size // power, dtype=torch.float64), sylvester(power) / math.sqrt(power)
 
 
 def sylvester(size: int) -> Tensor:
