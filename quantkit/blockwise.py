@@ -5,7 +5,7 @@ activations between blocks (tokens x hidden) are kept in the compute dtype.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -114,6 +114,7 @@ def quantize_blocks(
     store: ResumeStore | None,
     known: Mapping[str, SiteStatistics] | None,
     progress: ProgressCallback,
+    corrected: Collection[str] = (),
 ) -> dict[str, Quantized]:
     """Quantize every planned site, block by block, and install the results in ``model``.
 
@@ -127,6 +128,7 @@ def quantize_blocks(
         store: where finished blocks are kept, or None.
         known: statistics from an earlier pass, by site name, used instead of a walk.
         progress: gets one event per site.
+        corrected: names of sites whose bias is corrected; see :mod:`quantkit.transforms.bias`.
 
     Returns:
         The quantized sites by name, in model order.
@@ -148,10 +150,13 @@ def quantize_blocks(
         else:
             report = _reporter(progress, len(plan), len(results))
             with torch.no_grad(), resident(model.get_submodule(block.name), compute):
-                quantized = _quantize_block(model, index, sites, plan, quantizer, chain, known or {}, global_scales, report)
+                quantized = _quantize_block(
+                    model, index, sites, plan, quantizer, chain, known or {}, global_scales, report, corrected
+                )
             if store is not None:
                 store.save(index, quantized, chain.state if chain else [])
         for site in sites:
+            _write_bias(model, site, quantized[site.name])
             install(model, site, quantized[site.name].qtensor, plan[site.name].activation)
         results |= quantized
         drop_pages(mapped)
@@ -190,6 +195,24 @@ def _write_stored(model: nn.Module, site: Site, scheme: Scheme, weight: Tensor) 
     write_weight(model, site, turn(weight, back=True) if scheme.rotated else weight)
 
 
+def corrected_bias(
+    model: nn.Module, site: Site, weight: Tensor, one: Quantized, statistics: SiteStatistics | None
+) -> Quantized:
+    """Return ``one`` with the bias that keeps the average output: b + (W - Q) E[x]; a note says where E[x] is unknown."""
+    if statistics is None or "mean" not in statistics.results:
+        return replace(one, notes=(*one.notes, "no calibration input: the bias is not corrected"))
+    mean = statistics.results["mean"].to(weight.device)
+    lost = (weight.double() - one.qtensor.dequantize().to(weight.device).double()) @ mean
+    bias = model.get_submodule(site.module).get_parameter("bias")
+    return replace(one, bias=(bias.detach().double() + lost.to(bias.device)).to(bias.dtype).cpu())
+
+
+def _write_bias(model: nn.Module, site: Site, one: Quantized) -> None:
+    if one.bias is not None:
+        bias = model.get_submodule(site.module).get_parameter("bias")
+        bias.data = one.bias.to(bias.device)
+
+
 def _reporter(progress: ProgressCallback, total: int, before: int) -> Callable[[str, Quantized, int], None]:
     def report(name: str, one: Quantized, done: int) -> None:
         for note in one.notes:
@@ -209,6 +232,7 @@ def _quantize_block(
     known: Mapping[str, SiteStatistics],
     global_scales: Mapping[str, Tensor],
     report: Callable[[str, Quantized, int], None],
+    corrected: Collection[str],
 ) -> dict[str, Quantized]:
     quantized: dict[str, Quantized] = {}
 
@@ -225,12 +249,16 @@ def _quantize_block(
         if scheme.activation is not None and scheme.static:
             qtensor = replace(qtensor, input_scale=static_scale(site, scheme.activation, statistics))
         quantized[site.name] = replace(one, qtensor=qtensor)
+        if site.name in corrected:
+            quantized[site.name] = corrected_bias(model, site, weight, quantized[site.name], statistics)
+            _write_bias(model, site, quantized[site.name])
         report(site.name, one, len(quantized))
 
     if chain is not None:
 
         def visit(site: Site, statistics: Statistics) -> None:
-            choose(site, statistics(needs_of(quantizer, plan[site.name]), plan[site.name].rotated))
+            needs = (*needs_of(quantizer, plan[site.name]), *(("mean",) if site.name in corrected else ()))
+            choose(site, statistics(needs, plan[site.name].rotated))
 
         chain.advance(index, sites, visit)
     for site in sites:

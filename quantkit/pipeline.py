@@ -41,6 +41,7 @@ from quantkit.resume import ResumeStore, fingerprint, settings_of, versions
 from quantkit.rotation import rotate
 from quantkit.spec import Plan, Scheme
 from quantkit.transforms.base import TRANSFORMS, Transform
+from quantkit.transforms.bias import BiasCorrection
 from quantkit.transforms.rotate import Rotate
 
 log = logging.getLogger(__name__)
@@ -149,7 +150,7 @@ def quantize(
         scheme: preset name such as ``"w4a16"`` or ``"w4a16-asym-g64"``, or a full :class:`Scheme`.
         quantizer: name from the registry (``"gptq"``, ``"rtn"``, ...) or an instance with options.
         transforms: names or instances (``"rotate"``, ``"smoothquant"``, ``"awq"``) that rewrite the float model first, in
-            order; the last two cost a pass over the calibration text each.
+            order; the last two cost a pass over the calibration text each. ``"bias-correction"`` is done after rounding.
         distill: learn the scales end to end after quantizing; see :mod:`quantkit.distill`.
         plan: site name to scheme; replaces ``scheme``, ``group_size``, ``symmetric`` and ``ignore``.
         group_size: input channels per scale; None takes the largest of 128, 64, 32 that divides every site.
@@ -188,7 +189,9 @@ def quantize(
     compute = compute or Compute.default(model)
     known = load_statistics(statistics)[0] if isinstance(statistics, str | Path) else statistics
     _refuse_combinations(plan, structure, method, changes, distill, known)
-    walk = any(needs_of(method, one) for one in plan.values()) and known is None
+    corrected = _biased(model, structure, plan) if any(isinstance(change, BiasCorrection) for change in changes) else []
+    _refuse_corrections(changes, corrected, method, distill, known)
+    walk = (bool(corrected) or any(needs_of(method, one) for one in plan.values())) and known is None
     reads = walk or distill or any(change.needs for change in changes)
     batches = Calibration(data, samples, length, batch_size, mode).batches(tokenizer) if reads else []
     calibration = data_fingerprint(batches) if batches else "none"
@@ -201,14 +204,14 @@ def quantize(
         if isinstance(change, Rotate):
             rotate(model, structure, change)
             structure = describe(model)  # a tied head stands alone now
-        else:
+        elif not isinstance(change, BiasCorrection):
             found = collect_statistics(model, structure, unpadded(batches), change.needs, compute=compute, progress=progress)
             apply_transform(model, structure, plan, change, found)
     chain = _chain(model, structure, unpadded(batches), method, compute) if walk else None
     rows = coverage_before(model, structure, plan)
     lessons = teach(model, structure, unpadded(batches), distill, compute, progress) if distill else []
     results = quantize_blocks(
-        model, structure, plan, method, chain, compute=compute, store=store, known=known, progress=progress
+        model, structure, plan, method, chain, compute=compute, store=store, known=known, progress=progress, corrected=corrected
     )
     curve: tuple[float, ...] = ()
     if distill:
@@ -323,6 +326,25 @@ def _refuse_combinations(
     turned = next((name for name, scheme in plan.items() if scheme.rotated), None)
     if turned is not None and known is not None and method.needs:
         raise CalibrationError(f"{turned}: statistics= are of inputs that are not rotated; pass data= instead")
+
+
+def _biased(model: nn.Module, structure: Structure, plan: Plan) -> list[str]:
+    """Return the planned linear layers of the blocks that have a bias."""
+    sites = [site for site in structure.sites if site.name in plan and len(site.shape) == 2]
+    return [site.name for site in sites if getattr(model.get_submodule(site.module), "bias", None) is not None]
+
+
+def _refuse_corrections(
+    changes: Sequence[Transform], corrected: Sequence[str], method: Quantizer, distill: Distill | None, known: Any
+) -> None:
+    if not any(isinstance(change, BiasCorrection) for change in changes):
+        return
+    if not corrected:
+        raise CalibrationError("bias-correction: none of the planned layers has a bias; leave it out")
+    if distill or isinstance(method, AutoRound):
+        raise CalibrationError("bias-correction: codes or scales are learned after it, which would undo it; leave one out")
+    if known is not None and any("mean" not in known[name].results for name in corrected if name in known):
+        raise CalibrationError('bias-correction: statistics= hold no means; collect(model, ["mean", ...]), or pass data=')
 
 
 def _report_fallen(names: list[str], strict: bool) -> None:

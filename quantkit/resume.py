@@ -78,6 +78,7 @@ class ResumeStore:
         for name, one in quantized.items():
             q = one.qtensor
             tensors |= {f"{name}|{part}": value for part in PARTS if (value := getattr(q, part)) is not None}
+            tensors |= {} if one.bias is None else {f"{name}|bias": one.bias}
             facts = {
                 "spec": q.spec.to_dict(),
                 "shape": q.shape,
@@ -101,7 +102,8 @@ class ResumeStore:
                 parts: dict[str, Any] = {k: file.get_tensor(f"{name}|{k}").clone() for k in PARTS if f"{name}|{k}" in keys}
                 parts = {"zero_point": None, **parts}
                 qtensor = QTensor(spec=QuantSpec.from_dict(facts["spec"]), shape=tuple(facts["shape"]), **parts)
-                result[name] = Quantized(qtensor, facts["loss"], tuple(facts["notes"]), facts["fell_back"])
+                bias = file.get_tensor(f"{name}|bias").clone() if f"{name}|bias" in keys else None
+                result[name] = Quantized(qtensor, facts["loss"], tuple(facts["notes"]), facts["fell_back"], bias)
         return result
 
     def load_chain(self, index: int) -> list[Tensor]:

@@ -72,6 +72,23 @@ class MeanSquare(_Sum):
         return self._mean("sum")
 
 
+@COLLECTORS.register("mean")
+class Mean(_Sum):
+    """Mean of every input channel, E[x]: float64 (features,)."""
+
+    def __init__(self, features: int) -> None:
+        self.state = {"sum": torch.zeros(features, dtype=torch.float64), "count": torch.zeros((), dtype=torch.int64)}
+
+    def update(self, x: Tensor) -> None:
+        """Add the rows of ``x`` (tokens, features)."""
+        self.state["sum"] = self.state["sum"].to(x.device) + x.double().sum(0)
+        self.state["count"] += x.shape[0]
+
+    def result(self) -> Tensor:
+        """Return E[x]."""
+        return self._mean("sum")
+
+
 @COLLECTORS.register("hessian")
 class Hessian(_Sum):
     """Second-moment matrix E[x x^T]: float32 (features, features), accumulated in float32.

@@ -60,12 +60,14 @@ class Quantized:
             weight itself where no statistics exist; of its block's output where the block was learned as a whole.
         notes: what was unusual.
         fell_back: the quantizer wanted statistics and there were none.
+        bias: (out,), the site's bias corrected for the rounding of the weight; None leaves it alone.
     """
 
     qtensor: QTensor
     loss: float
     notes: tuple[str, ...] = ()
     fell_back: bool = False
+    bias: Tensor | None = None
 
 
 def quantize_site(

@@ -5,18 +5,29 @@ r"""SmoothQuant: move part of the activations' outliers into the weights.
 (Xiao, Lin, Seznec, Wu, Demouth, Han 2023, arXiv 2211.10438, equation 4). A channel that is a hundred times larger than the
 others leaves them a hundredth of a token's 8-bit range; after the transform with :math:`\alpha = 1/2` weights and activations
 share it evenly. Useful where activations are quantized; sites with float activations are left alone.
+
+Which alpha is best differs from one tensor to the next. ``alpha=None`` tries :data:`CANDIDATES`, and no scaling at all, on a
+sample of the inputs, rounds weights and inputs as they will be, and takes what changes the outputs least:
+
+.. math:: \alpha = \arg\min \| Q(W \operatorname{diag}(s))\, Q(\operatorname{diag}(s)^{-1} x) - W x \|^2
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from quantkit.errors import SpecError
+from quantkit.numerics import grid
+from quantkit.numerics.fake import fake_quantize
+from quantkit.numerics.hadamard import turn
+from quantkit.numerics.scaling import powers_of_two
 from quantkit.spec import Scheme
 from quantkit.transforms.base import TRANSFORMS, Statistics
+
+CANDIDATES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
 @TRANSFORMS.register("smoothquant")
@@ -25,15 +36,15 @@ class SmoothQuant:
     """Even out activations and weights.
 
     Args:
-        alpha: how much of the difference goes into the weights, 0 to 1.
+        alpha: how much of the difference goes into the weights, 0 to 1; None finds it for every tensor.
     """
 
-    alpha: float = 0.5
-    needs: ClassVar[tuple[str, ...]] = ("abs_max",)
+    alpha: float | None = 0.5
+    needs: ClassVar[tuple[str, ...]] = ("abs_max", "samples")
 
     def __post_init__(self) -> None:
-        if not 0 <= self.alpha <= 1:
-            raise SpecError(f"smoothquant: alpha={self.alpha}; want 0 to 1")
+        if self.alpha is not None and not 0 <= self.alpha <= 1:
+            raise SpecError(f"smoothquant: alpha={self.alpha}; want 0 to 1, or None to find it")
 
     def factors(self, weights: Sequence[Tensor], schemes: Sequence[Scheme], statistics: Statistics) -> Tensor:
         """See :class:`quantkit.transforms.base.Transform`."""
@@ -41,5 +52,25 @@ class SmoothQuant:
         if all(scheme.activation is None for scheme in schemes):
             return torch.ones_like(largest_x)
         largest_w = torch.stack([weight.abs().amax(0) for weight in weights]).amax(0)
-        s = largest_x**self.alpha / largest_w ** (1 - self.alpha)
-        return torch.where((largest_x > 0) & (largest_w > 0), s, torch.ones_like(s))
+
+        def smoothed(alpha: float) -> Tensor:
+            s = largest_x**alpha / largest_w ** (1 - alpha)
+            return powers_of_two(torch.where((largest_x > 0) & (largest_w > 0), s, torch.ones_like(s)))
+
+        if self.alpha is not None:
+            return smoothed(self.alpha)
+        x = statistics.results["samples"].float()
+        tried = [torch.ones_like(largest_x), *(smoothed(alpha) for alpha in CANDIDATES)]
+        return min(tried, key=lambda s: sum(_error(w, scheme, s, x) for w, scheme in zip(weights, schemes, strict=True)))
+
+
+def _error(weight: Tensor, scheme: Scheme, s: Tensor, x: Tensor) -> float:
+    """Return ||Q(W s) Q(x / s) - W x||^2 for rows x (tokens, in); a static grid is taken for one per token."""
+    scaled, spec, inputs = weight * s, scheme.weight, x / s
+    if scheme.activation is not None:
+        activation = scheme.activation if scheme.activation.dynamic else replace(scheme.activation, block=(1, -1))
+        inputs = fake_quantize(inputs, activation)
+    stored = turn(scaled) if scheme.rotated else scaled
+    qparams = grid.choose_qparams(stored, spec)
+    rounded = grid.dequantize(grid.quantize(stored, *qparams, spec), *qparams, spec)
+    return float((inputs @ rounded.T - x @ weight.T).square().sum(dtype=torch.float64))

@@ -1,20 +1,27 @@
 """What every transform promises: positive factors, a model that computes what it did, on every architecture."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from quantkit.blockwise import collect_statistics
+from quantkit.calibrate.walk import SiteStatistics
 from quantkit.compute import Compute
 from quantkit.errors import CalibrationError, SpecError
 from quantkit.hf.structure import describe
 from quantkit.nn.sites import read_weight, write_weight
 from quantkit.numerics.scaling import powers_of_two
-from quantkit.pipeline import quantize
+from quantkit.pipeline import collect, quantize
 from quantkit.plan import make_plan
+from quantkit.quantizers.base import Quantized
 from quantkit.rescale import apply_transform, find_groups
+from quantkit.resume import ResumeStore
+from quantkit.spec import QuantSpec, preset
 from quantkit.transforms.awq import AWQ
 from quantkit.transforms.base import TRANSFORMS
 from quantkit.transforms.smoothquant import SmoothQuant
+from tests.qtensors import random_qtensor
 from tests.tiny import FAMILIES, tiny_llama
 
 NAMES = TRANSFORMS.names()
@@ -129,3 +136,68 @@ def test_bad_names_and_hopeless_models_are_refused() -> None:
     structure = describe(model)
     with pytest.raises(CalibrationError, match="nothing in this model can be rescaled"):
         apply_transform(model, structure, {}, AWQ(), {})
+
+
+def test_smoothquant_finds_its_exponent_per_tensor() -> None:
+    wanted = tiny_llama()(ids()[0]).logits
+    errors = {}
+    for alpha in (0.0, 0.5, None):
+        model = planted(256.0)
+        result = quantize(model, "w8a8", quantizer="rtn", transforms=[SmoothQuant(alpha)], data=ids())
+        assert result.metadata["transforms"] == [f"SmoothQuant(alpha={alpha})"]
+        errors[alpha] = (model(ids()[0]).logits - wanted).square().mean().sqrt().item()
+    assert errors[None] < errors[0.0] / 4
+    assert errors[None] < 1.05 * errors[0.5]
+    x, weight = torch.randn(64, 32), torch.randn(16, 32)
+    found = SiteStatistics({"abs_max": x.abs().amax(0), "samples": x}, (64,))
+    even = SmoothQuant(None).factors([weight], [preset("w8a8", ())], found)
+    assert torch.equal(even, torch.ones(32)) or (even.log2().abs() <= 1).all()  # nothing sticks out: next to nothing to do
+
+
+@pytest.mark.parametrize("quantizer", ["rtn", "gptq"])
+def test_bias_correction_keeps_average_outputs(quantizer: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    batches = ids(8)
+    sites = ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"]  # the first to read: inputs are as before
+    shifts = {}
+    for transforms in ((), ("bias-correction",)):
+        model = FAMILIES["starcoder2"]()
+        wanted = means_of_outputs(model, sites, batches)
+        quantize(
+            model, "w3a16-g32", quantizer=quantizer, transforms=transforms, data=batches, out=tmp_path / str(len(transforms))
+        )
+        shifts[transforms] = (means_of_outputs(model, sites, batches) - wanted).norm().item()
+    assert shifts[("bias-correction",)] < shifts[()] / 20
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "1", dtype=torch.float32)
+    torch.testing.assert_close(theirs(batches[0]).logits, model(batches[0]).logits, rtol=1e-3, atol=1e-3)
+
+
+def means_of_outputs(model: torch.nn.Module, sites: list[str], batches: list[torch.Tensor]) -> torch.Tensor:
+    seen: dict[str, list[torch.Tensor]] = {site: [] for site in sites}
+    hooks = [
+        model.get_submodule(site).register_forward_hook(lambda _m, _a, y, site=site: seen[site].append(y.flatten(0, -2)))
+        for site in sites
+    ]
+    with torch.no_grad():
+        for batch in batches:
+            model(batch)
+    for hook in hooks:
+        hook.remove()
+    return torch.cat([torch.cat(ys).mean(0) for ys in seen.values()])
+
+
+def test_bias_correction_continues_and_refuses(tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match="none of the planned layers has a bias"):
+        quantize(tiny_llama(), "w4a16", transforms=["bias-correction"], data=ids())
+    with pytest.raises(CalibrationError, match="leave one out"):
+        quantize(FAMILIES["opt"](), "w4a16", quantizer="autoround", transforms=["bias-correction"], data=ids())
+    known = collect(FAMILIES["opt"](), ["hessian"], data=ids())[0]
+    with pytest.raises(CalibrationError, match="hold no means"):
+        quantize(FAMILIES["opt"](), "w4a16", transforms=["bias-correction"], statistics=known)
+    one = Quantized(random_qtensor(QuantSpec("int4", (1, 32)), (4, 64)), 0.5, bias=torch.randn(3))
+    store = ResumeStore(tmp_path / "x.resume", "run")
+    store.save(0, {"a": one}, [])
+    loaded = store.load(0)["a"]
+    assert loaded.bias is not None
+    assert torch.equal(loaded.bias, one.bias)  # type: ignore[arg-type]
