@@ -46,7 +46,7 @@ def test_turning_keeps_products_and_goes_back(size: int, dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize(
-    ("size", "spread"), [(12, 12), (64, 64), (576, 576), (1536, 1536), (40, 40), (23 * 8, 184), (9, 1), (39 * 4, 4)]
+    ("size", "spread"), [(12, 12), (64, 64), (576, 576), (1536, 1536), (40, 40), (23 * 8, 8), (192, 192), (9, 1), (39 * 4, 4)]
 )
 def test_turning_spreads_one_number_over_so_many(size: int, spread: int) -> None:
     turned = turn(torch.eye(size, dtype=torch.float64))
