@@ -134,7 +134,7 @@ def test_rotated_activations_do_not_mind_outliers(quantizer: str | AutoRound) ->
         result = quantize(model, scheme, quantizer=quantizer, data=ids())
         errors[scheme] = ((model(ids()[0]).logits - wanted).norm() / wanted.norm()).item()
         assert not any(row.kind == "fell back" for row in result.coverage)
-    assert errors["w8a8-rotated"] < errors["w8a8"] / 3
+    assert errors["w8a8-rotated"] < errors["w8a8"] / 2
     assert errors["w8a8-rotated"] < 0.06
 
 

@@ -141,13 +141,12 @@ def test_bad_names_and_hopeless_models_are_refused() -> None:
 def test_smoothquant_finds_its_exponent_per_tensor() -> None:
     wanted = tiny_llama()(ids()[0]).logits
     errors = {}
-    for alpha in (0.0, 0.5, None):
+    for label, transforms in (("none", []), ("half", [SmoothQuant(0.5)]), ("found", [SmoothQuant(None)])):
         model = planted(256.0)
-        result = quantize(model, "w8a8", quantizer="rtn", transforms=[SmoothQuant(alpha)], data=ids())
-        assert result.metadata["transforms"] == [f"SmoothQuant(alpha={alpha})"]
-        errors[alpha] = (model(ids()[0]).logits - wanted).square().mean().sqrt().item()
-    assert errors[None] < errors[0.0] / 4
-    assert errors[None] < 1.05 * errors[0.5]
+        quantize(model, "w8a8", quantizer="rtn", transforms=transforms, data=ids())
+        errors[label] = (model(ids()[0]).logits - wanted).square().mean().sqrt().item()
+    assert errors["found"] < errors["none"] / 4
+    assert errors["found"] < 1.05 * errors["half"]
     x, weight = torch.randn(64, 32), torch.randn(16, 32)
     found = SiteStatistics({"abs_max": x.abs().amax(0), "samples": x}, (64,))
     even = SmoothQuant(None).factors([weight], [preset("w8a8", ())], found)
