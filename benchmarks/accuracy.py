@@ -189,7 +189,9 @@ def run_quantkit(job: dict) -> dict:
     )  # fmt: skip
     cost = clock.cost() | {"marks": marks}
     cost |= {"distill_kl": result.metadata["distill"]["kl"]} if distill else {}
-    quantkit.save(result.model, job["out"], tokenizer=tokenizer, overwrite=True)
+    rotated = any(scheme.rotated for scheme in result.plan.values())  # which no format but ours can say
+    form = "native" if rotated else "compressed-tensors"
+    quantkit.save(result.model, job["out"], tokenizer=tokenizer, format=form, overwrite=True)
     return cost
 
 

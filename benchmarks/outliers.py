@@ -15,7 +15,7 @@ import torch
 
 from quantkit import quantize
 from quantkit.calibrate.data import encoder, load_texts, text_default
-from quantkit.evaluation.quality import score
+from quantkit.evaluation import BaseLogits, score
 from quantkit.evaluation.windows import cut_windows
 from quantkit.hf.structure import describe
 from quantkit.models import open_model
@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     arguments = parser.parse_args()
     base, tokenizer = open_model(arguments.model, torch.float32)
+    compared = BaseLogits(base)
     texts = load_texts(arguments.eval_data) if arguments.eval_data else text_default()[1]
     tokens = torch.tensor([token for text in texts for token in encoder(tokenizer)(text)])
     windows = cut_windows(tokens, length=arguments.length, count=arguments.windows)
@@ -48,7 +49,7 @@ def main() -> None:
                     model, scheme, quantizer="rtn", transforms=() if transform == "none" else (transform,),
                     data=arguments.data, tokenizer=tokenizer, samples=arguments.samples, length=arguments.length,
                 )  # fmt: skip
-                found = score(model, windows, base).divergence
+                found = score(model, windows, compared).divergence
                 assert found is not None
                 values = f"{found.mean:10.5f}{found.p99:10.4f}{100 * found.same_top1:10.2f}"
                 print(f"{scheme:16}{factor:8}  {transform:14}{values}", flush=True)
