@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from quantkit.calibrate.collectors import COLLECTORS, Collector
 from quantkit.errors import CalibrationError
-from quantkit.memory import HeapWatch, return_freed_memory
+from quantkit.memory import HeapWatch
 from quantkit.nn.sites import Block, Site
 from quantkit.numerics.hadamard import turn
 
@@ -142,6 +142,16 @@ class _Batch(greenlet.greenlet):
     inputs: Inputs | None = None
     output: Tensor | None = None
     twins: dict[str, Tensor] | None = None
+    rounded: tuple[weakref.ref[Tensor], Tensor] | None = None  # the last input that was rounded, and what became of it
+
+    def rounds(self, x: Tensor, dtype: torch.dtype | None) -> Tensor:
+        """Return ``x`` in what products round it to; sites that read one tensor share one result."""
+        if dtype is None or x.dtype == dtype:
+            self.rounded = None
+            return x
+        if self.rounded is None or self.rounded[0]() is not x:
+            self.rounded = weakref.ref(x), x.to(dtype)
+        return self.rounded[1]
 
 
 def record_inputs(
@@ -203,7 +213,11 @@ def walk_block(
 
     def suspend(site: Site, inputs: Inputs) -> None:
         batch = greenlet.getcurrent()
-        if site.name not in done and isinstance(batch, _Batch):
+        if not isinstance(batch, _Batch):
+            return
+        if inputs.expert_ids is None:
+            inputs.x = batch.rounds(inputs.x, products)
+        if site.name not in done:
             inputs.twin = batch.twins.pop(site.name, None) if batch.twins else None
             batch.waiting, batch.inputs = site.name, inputs
             batch.parent.switch()
@@ -234,7 +248,7 @@ def walk_block(
             for batch in running:
                 batch.inputs = None
             del inputs
-            return_freed_memory()
+            heap.check()
     finally:
         for hook in hooks:
             hook()
@@ -266,8 +280,10 @@ def _attach(
             continue
         module = block.get_submodule(_relative(site.module, block_name))
 
-        def before(_module: nn.Module, args: tuple[Tensor, ...], site: Site = site) -> None:
-            suspend(site, Inputs(args[0]))
+        def before(_module: nn.Module, args: tuple[Tensor, ...], site: Site = site) -> tuple[Tensor, ...]:
+            inputs = Inputs(args[0])
+            suspend(site, inputs)
+            return inputs.x, *args[1:]
 
         undo.append(module.register_forward_pre_hook(before).remove)
     for path, by_parameter in experts.items():

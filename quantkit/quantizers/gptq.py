@@ -49,7 +49,7 @@ class GPTQ:
     damping: float = 0.01
     act_order: bool = True
     clip: Literal["importance", "mse", "absmax"] = "importance"
-    rounds: int = 2
+    rounds: int = 1
     needs: ClassVar[tuple[str, ...]] = ("hessian",)
 
     def quantize(self, weight: Tensor, spec: QuantSpec, statistics: Statistics | None) -> tuple[QTensor, tuple[str, ...]]:
