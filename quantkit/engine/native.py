@@ -21,6 +21,7 @@ class NativeBackend:
         decoder: the program, laid out; without LongRoPE's second set of tables, which depends on the length of a sequence.
         kv: how keys and values are stored, a key of :data:`quantkit.kernels.decoder.KV_DTYPES`.
         exact: float activations; False rounds them to int8 where they meet quantized weights.
+        bfloat16: round them to bfloat16 where they meet bfloat16 weights, if that is faster.
         context_tokens: longest sequence the model reads.
 
     Attributes:
@@ -32,9 +33,15 @@ class NativeBackend:
     device = torch.device("cpu")
 
     def __init__(
-        self, decoder: NativeDecoder, *, kv: str = "float32", exact: bool = True, context_tokens: int | None = None
+        self,
+        decoder: NativeDecoder,
+        *,
+        kv: str = "float32",
+        exact: bool = True,
+        bfloat16: bool = False,
+        context_tokens: int | None = None,
     ) -> None:
-        self.decoder, self.exact, self.context_tokens = decoder, exact, context_tokens
+        self.decoder, self.exact, self.bfloat16, self.context_tokens = decoder, exact, bfloat16, context_tokens
         self.engine = "native" if exact else "native, int8 activations"
         self._dtype = kv
         self._kv: KvPages | None = None
@@ -66,7 +73,7 @@ class NativeBackend:
         for source, target, _ in copies:
             for stored in (*pages.keys, *pages.values, *pages.key_scales, *pages.value_scales):
                 stored[target] = stored[source]
-        return self.decoder.run(_rows(spans), pages, exact=self.exact)
+        return self.decoder.run(_rows(spans), pages, exact=self.exact, bfloat16=self.bfloat16)
 
     def draft(self, spans: Sequence[Span], *, argmax: bool = False) -> Tensor:
         """Run ``spans`` roughly: with the high planes of weights alone, and int8 activations, whatever steps do.
@@ -74,7 +81,7 @@ class NativeBackend:
         Returns:
             Logits of each row, or the most likely tokens (int32).
         """
-        return self.decoder.run(_rows(spans), self._pages, exact=False, argmax=argmax, draft=True)
+        return self.decoder.run(_rows(spans), self._pages, exact=False, bfloat16=self.bfloat16, argmax=argmax, draft=True)
 
     @property
     def _pages(self) -> KvPages:

@@ -30,7 +30,7 @@ FALLBACKS: collections.Counter[str] = collections.Counter()
 """How often a model could not run natively, or not on pages, by model class and reason."""
 
 ENGINES = ("auto", "native", "modules")
-ACTIVATIONS = ("float", "int8")
+ACTIVATIONS = ("float", "float32", "int8")
 _NATIVE_KV = {KVScheme(): "float32", kv_preset("int8"): "int8"}
 
 
@@ -83,7 +83,8 @@ def make_backend(
         engine: ``"native"`` (one call per step; CPU), ``"modules"`` (transformers' own forward), or ``"auto"``, the first
             that can.
         activations: ``"int8"`` rounds them where they meet quantized weights: faster, less exact; modules round them where the
-            model was loaded to, which the native engine does too.
+            model was loaded to, which the native engine does too. Natively they are float32; those of a bfloat16 model are
+            rounded to bfloat16 where they meet bfloat16 weights and the CPU is faster for it, ``"float32"`` keeps them.
 
     Raises:
         QuantkitError: an encoder-decoder model, one without logits, an unknown engine, or options that the engine lacks.
@@ -96,9 +97,14 @@ def make_backend(
     if engine != "modules":
         decoder = _native(model, scheme)
         if isinstance(decoder, NativeDecoder):
-            kept = "bfloat16" if model.dtype == torch.bfloat16 and not scheme.quantized else _NATIVE_KV[scheme]
-            exact = activations == "float" and not _rounds(model)
-            return NativeBackend(decoder, kv=kept, exact=exact, context_tokens=context_tokens(model))
+            narrow = model.dtype == torch.bfloat16
+            return NativeBackend(
+                decoder,
+                kv="bfloat16" if narrow and not scheme.quantized else _NATIVE_KV[scheme],
+                exact=activations != "int8" and not _rounds(model),
+                bfloat16=narrow and activations != "float32",
+                context_tokens=context_tokens(model),
+            )
         if engine == "native":
             raise QuantkitError(f"{type(model).__name__} cannot run natively: {decoder}; engine='modules' can run it")
         _fall_back(f"{type(model).__name__} runs through its modules, not natively: {decoder}")

@@ -32,7 +32,7 @@ from quantkit.files import atomic_path, cache_dir
 
 logger = logging.getLogger(__name__)
 
-ABI_VERSION: Final = 2
+ABI_VERSION: Final = 3
 """What ``qk_abi_version()`` of a fitting library returns; raise both when a signature changes."""
 
 DTYPE_CODES: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -44,6 +44,7 @@ _ARM: Final = platform.machine().lower() in ("aarch64", "arm64")
 
 ISA_FLAGS: Final[dict[str, tuple[str, ...]]] = {
     "native": ("-mcpu=native",) if _ARM else ("-march=native",),
+    "avx512-bf16": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx512bf16", "-mfma", "-mf16c"),
     "avx512-vnni": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma", "-mf16c"),
     "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"),
     "avx2-vnni": ("-mavx2", "-mfma", "-mf16c", "-mavxvnni"),
@@ -56,6 +57,7 @@ _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 _SIGNATURES: Final[dict[str, tuple[Any, list[Any]]]] = {
     "qk_abi_version": (_INT, []),
     "qk_isa": (ctypes.c_char_p, []),
+    "qk_multiplies_bfloat16": (_INT, []),
     "qk_use_openmp": (None, [_POINTER] * 3),
     "qk_linear": (_INT, [_POINTER] * 4 + [_LONG] * 2 + [_INT] * 2),
     "qk_decoder_bytes": (_LONG, [_POINTER] + [_LONG] * 2 + [_INT] * 2),

@@ -8,7 +8,8 @@ not depend, to the last bit, on the rows beside it or on the number of threads.
 
 With ``exact`` the activations stay float32 and only the order of sums differs from the program's definition. Otherwise they
 are rounded to int8, a scale for every :data:`~quantkit.kernels.cpu.BLOCK` columns, wherever they meet a quantized weight;
-:mod:`quantkit.kernels.cpu` states the error. Float weights always meet float activations.
+:mod:`quantkit.kernels.cpu` states the error. With ``bfloat16`` they are rounded to bfloat16 where they meet a bfloat16 weight,
+as a model in bfloat16 rounds its own, if this CPU multiplies such numbers faster than floats; sums are float32 all the same.
 """
 
 import ctypes
@@ -34,6 +35,8 @@ CHUNK_TOKENS: Final = 128
 """Keys that a partial softmax of ``attention.cpp`` covers."""
 
 MAX_HEAD_DIM: Final = 512
+
+_TO_INT8, _TO_BFLOAT16 = 2, 4  # what activations may be rounded to: 1 << Form of linear.h
 
 KV_DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 """How keys and values can be stored; int8 with a float32 scale per token and head. The order is ``KvKind`` of decoder.h."""
@@ -156,6 +159,7 @@ class NativeDecoder:
             raise KernelError(f"{program.name}: {reason}")
         self.program, self.threads = program, threads
         self._library = build.library()
+        self._multiplies_bfloat16 = bool(self._library.qk_multiplies_bfloat16())
         self._turn = threading.Lock()  # scratch memory is shared by all steps
         self._laid_out = structs.LaidOut(program)
         self._struct = self._laid_out.struct
@@ -164,13 +168,16 @@ class NativeDecoder:
         self._scratch = torch.empty(0, dtype=torch.uint8)
         self._scratch_size = (0, 0, 0)
 
-    def run(self, rows: Rows, kv: KvPages, *, exact: bool = True, argmax: bool = False, draft: bool = False) -> Tensor:
+    def run(
+        self, rows: Rows, kv: KvPages, *, exact: bool = True, bfloat16: bool = False, argmax: bool = False, draft: bool = False
+    ) -> Tensor:
         """Read the rows, append their keys and values to ``kv``, and return what comes after the wanted ones.
 
         Args:
             rows: what to read.
             kv: pages of this program; those that the rows' positions fall on must be theirs to write.
             exact: float activations; False rounds them to int8 before quantized weights.
+            bfloat16: round them to bfloat16 before bfloat16 weights, where that is faster.
             argmax: return the most likely tokens instead of logits.
             draft: read only the high plane of weights that are in planes (:meth:`split_planes`).
 
@@ -201,7 +208,7 @@ class NativeDecoder:
             logits.data_ptr(),
             best.data_ptr() if argmax else None,
             chunks,
-            exact,
+            (0 if exact else _TO_INT8) | (_TO_BFLOAT16 if bfloat16 and self._multiplies_bfloat16 else 0),
             BLOCK,
             draft,
         )

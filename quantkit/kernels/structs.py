@@ -69,7 +69,7 @@ BatchStruct = _struct(
     *_all(_LONG, "wanted_count vocabulary"),
     *_all(_POINTER, "logits argmax"),
     ("chunks", _LONG),
-    *_all(_INT, "exact activation_block draft"),
+    *_all(_INT, "rounding activation_block draft"),
 )
 
 

@@ -134,6 +134,17 @@ def cut(ids: list[int], model: PreTrainedModel) -> list[int]:
     return ids[: ids.index(end) + 1] if end in ids else ids
 
 
+def test_activations_are_narrow_only_in_a_narrow_model():
+    asked = {
+        (dtype, activations): make_backend(tiny_llama().to(dtype), activations=activations)
+        for dtype in (torch.float32, torch.bfloat16)
+        for activations in ("float", "float32", "int8")
+    }
+    rounds = {key for key, backend in asked.items() if isinstance(backend, NativeBackend) and backend.bfloat16}
+    assert rounds == {(torch.bfloat16, "float"), (torch.bfloat16, "int8")}
+    assert {key[1] for key, backend in asked.items() if isinstance(backend, NativeBackend) and not backend.exact} == {"int8"}
+
+
 def test_a_model_loaded_to_round_activations_is_run_so_and_shares_its_weights(tiny_quantized):
     exact, rounding = load(tiny_quantized), load(tiny_quantized, activations="int8")
     prompt = prompt_of(30)

@@ -44,7 +44,7 @@ struct Model {
     return p;
   }
 
-  qk::Linear linear(int64_t rows, int64_t columns, bool quantized) {
+  qk::Linear linear(int64_t rows, int64_t columns, bool quantized, bool narrow = false) {
     const int64_t blocks = (rows + 15) / 16, group = quantized ? 8 : columns, padded = qk::round_up(group, 8);
     qk::Linear l{};
     l.rows = rows, l.columns = columns, l.group = group, l.bias = floats(rows);
@@ -55,7 +55,13 @@ struct Model {
       for (int64_t i = 0; i < blocks * columns / group * 16; ++i) scales[i] *= 0.1f;
       l.scales = scales, l.kind = qk::kWeightU4, l.zero_code = 8, l.scale_dtype = qk::kFloat32;
     } else {
-      l.codes = floats(blocks * padded * 16), l.kind = qk::kWeightFloat32;
+      float* values = floats(blocks * padded * 16);
+      l.codes = values, l.kind = qk::kWeightFloat32;
+      if (narrow) {
+        owned.push_back(new Exact(blocks * padded * 32));
+        for (int64_t i = 0; i < blocks * padded * 16; ++i) qk::store_one(owned.back()->p, i, qk::kBFloat16, values[i]);
+        l.codes = owned.back()->p, l.kind = qk::kWeightBFloat16;
+      }
     }
     return l;
   }
@@ -71,7 +77,7 @@ struct Model {
       qk::Layer layer{};
       qk::Attention& a = layer.attention;
       a.qkv = keep(linear(kHeads * kHeadDim, kHidden, quantized));
-      keep(linear(kKvHeads * kHeadDim, kHidden, false));
+      keep(linear(kKvHeads * kHeadDim, kHidden, false, kind != 2));
       keep(linear(kKvHeads * kHeadDim, kHidden, quantized));
       a.qkv_count = 3;
       a.out = keep(linear(kHidden, kHeads * kHeadDim, quantized));
@@ -88,7 +94,7 @@ struct Model {
         qk::Mlp mlp{};
         mlp.gated = kind != 1, mlp.activation = kind, mlp.up_count = 1;
         mlp.up = keep(linear(kInner * (mlp.gated ? 2 : 1), kHidden, quantized));
-        mlp.down = keep(linear(kHidden, kInner, quantized));
+        mlp.down = keep(linear(kHidden, kInner, quantized, true));
         mlps.push_back(mlp);
       }
       layer.mlps = &mlps[first];
@@ -129,7 +135,7 @@ struct Pages {
 };
 
 // Logits of all tokens, read in pieces of `step` tokens.
-std::vector<float> read(const Model& model, int32_t kind, int64_t step, int32_t threads, bool exact) {
+std::vector<float> read(const Model& model, int32_t kind, int64_t step, int32_t threads, int32_t rounding) {
   std::vector<int32_t> table(kPages), slots(kTokens), positions(kTokens), tokens(kTokens), wanted(kTokens), best(kTokens);
   for (int32_t i = 0; i < kTokens; ++i) positions[i] = i, tokens[i] = i * 7 % kVocabulary, wanted[i] = i;
   for (int32_t i = 0; i < kPages; ++i) table[i] = (i * 3 + 1) % kPages;
@@ -138,7 +144,7 @@ std::vector<float> read(const Model& model, int32_t kind, int64_t step, int32_t 
   for (int64_t start = 0; start < kTokens; start += step) {
     const int64_t count = std::min(step, kTokens - start), chunks = (start + count + qk::kChunkTokens - 1) / qk::kChunkTokens + 1;
     qk::Batch batch{count, &tokens[start], &positions[start], slots.data(), wanted.data(), count, kVocabulary,
-                    &logits[start * kVocabulary], best.data(), chunks, exact, kBlock};
+                    &logits[start * kVocabulary], best.data(), chunks, rounding, kBlock, 0};
     Exact scratch(qk_decoder_bytes(&model.program, count, chunks, kBlock, threads));
     qk_decoder_run(&model.program, &batch, &pages.kv, scratch.p, threads);
     for (int64_t i = 0; i < count; ++i) {
@@ -154,12 +160,12 @@ std::vector<float> read(const Model& model, int32_t kind, int64_t step, int32_t 
 void decoder_problems() {
   const Model model;
   for (int32_t kind = 0; kind < 3; ++kind)
-    for (int exact = 0; exact < 2; ++exact) {
-      const std::vector<float> whole = read(model, kind, kTokens, 1, exact);
+    for (int32_t rounding : {0, 1 << qk::kFormInt8, 1 << qk::kFormInt8 | 1 << qk::kFormBFloat16}) {
+      const std::vector<float> whole = read(model, kind, kTokens, 1, rounding);
       for (float value : whole)
         if (!(value > -7.01f && value < 7.01f)) fprintf(stderr, "wrong: a logit is %f\n", value), exit(1);
       for (int64_t step : {1, 2, 3, 5, 64})
-        if (read(model, kind, step, 1 + static_cast<int32_t>(step) % 3, exact) != whole)
+        if (read(model, kind, step, 1 + static_cast<int32_t>(step) % 3, rounding) != whole)
           fprintf(stderr, "wrong: pieces of %d tokens\n", static_cast<int>(step)), exit(1);
     }
 }

@@ -21,13 +21,20 @@ CPU, INT8 = KERNELS.get("cpu"), KERNELS.get("cpu-int8")
 BOTH = pytest.mark.parametrize("kernel", [CPU, INT8], ids=["float", "int8"])
 AVX512, AVX2 = {"avx512f", "avx512bw", "avx512vl", "avx512dq"}, {"avx2", "fma", "f16c"}
 NEEDED = {
+    "avx512-bf16": AVX512 | {"avx512_vnni", "avx512_bf16"},
     "avx512-vnni": AVX512 | {"avx512_vnni"},
     "avx512": AVX512,
     "avx2-vnni": AVX2 | {"avx_vnni"},
     "avx2": AVX2,
     "portable": set(),
 }
-SAYS = {"avx512-vnni": "avx512 vnni", "avx512": "avx512 maddubs", "avx2-vnni": "avx2 vnni", "avx2": "avx2 maddubs"}
+SAYS = {
+    "avx512-bf16": "avx512 vnni bf16",
+    "avx512-vnni": "avx512 vnni",
+    "avx512": "avx512 maddubs",
+    "avx2-vnni": "avx2 vnni",
+    "avx2": "avx2 maddubs",
+}
 
 
 def quantized(bits: int = 4, shape: tuple[int, int] = (200, 128), symmetric: bool = False, group: int = 32) -> QTensor:
@@ -129,6 +136,19 @@ def test_float_weights_run_in_the_same_layout(dtype):
                 exact = x.double() @ weight.double().T + bias.double()
                 got = ops.compute(x, state, state.struct(), block, bias)
                 torch.testing.assert_close(got.double(), exact, rtol=1e-6, atol=1e-6 * columns)
+
+
+@pytest.mark.usefixtures("isa")
+def test_bfloat16_weights_meet_bfloat16_activations_in_any_batch():
+    for rows, columns in ((1, 1), (33, 37), (50, 600), (77, 1030)):
+        weight, x, bias = (torch.randn(shape).bfloat16() for shape in ((rows, columns), (67, columns), (rows,)))
+        state = layout.prepack_float(weight)
+        exact = x.double() @ weight.double().T + bias.double()
+        size = (x.double().abs() @ weight.double().abs().T + bias.double().abs()).max().item()
+        whole = ops.compute(x, state, state.struct(), 0, bias)
+        torch.testing.assert_close(whole.double(), exact, rtol=2.0**-8, atol=1e-6 * size)
+        for m in (1, 2, 3, 4, 5, 8, 9, 13, 24, 40):
+            assert torch.equal(ops.compute(x[:m], state, state.struct(), 0, bias), whole[:m])
 
 
 def test_weights_that_have_no_layout_are_refused():

@@ -26,10 +26,14 @@ CLAIMED = [name for name in FAMILIES if name not in ("gpt2", "gpt_neox", "opt", 
 def quantize(model, spec: QuantSpec):
     """Round every site of a model to ``spec``, in place."""
     for site in describe(model).sites:
-        weight = read_weight(model, site).float()
-        scale, zero = grid.choose_qparams(weight, spec)
-        install(model, site, QTensor.from_codes(grid.quantize(weight, scale, zero, spec), scale, zero, spec))
+        round_site(model, site, spec)
     return model
+
+
+def round_site(model, site, spec: QuantSpec) -> None:
+    weight = read_weight(model, site).float()
+    scale, zero = grid.choose_qparams(weight, spec)
+    install(model, site, QTensor.from_codes(grid.quantize(weight, scale, zero, spec), scale, zero, spec))
 
 
 @functools.cache
@@ -147,9 +151,7 @@ def test_layers_of_mixed_grids_share_their_input():
     specs = {"q_proj": QuantSpec("int4", (1, 32)), "k_proj": QuantSpec("int8", (1, 64)), "up_proj": QuantSpec("int8", (1, -1))}
     for site in describe(model).sites:
         if spec := specs.get(site.name.rpartition(".")[2]):
-            weight = read_weight(model, site).float()
-            scale, zero = grid.choose_qparams(weight, spec)
-            install(model, site, QTensor.from_codes(grid.quantize(weight, scale, zero, spec), scale, zero, spec))
+            round_site(model, site, spec)
     program, ids = lower(model), some_ids(30)
     want = interpret.logits(program, torch.tensor(ids))
     assert_close(read(NativeDecoder(program), ids), want, 3e-6)
@@ -162,6 +164,40 @@ def test_bfloat16_weights_meet_float_activations():
     want = interpret.logits(program, torch.tensor(ids))
     assert_close(read(NativeDecoder(program), ids), want, 3e-6)
     assert torch.equal(read(NativeDecoder(program), ids, exact=False), read(NativeDecoder(program), ids))
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "mixtral"])
+def test_activations_are_rounded_to_bfloat16_where_that_is_faster(family, monkeypatch):
+    model = FAMILIES[family]().to(torch.bfloat16)
+    program, ids, decoder = lower(model), some_ids(50), NativeDecoder(lower(model))
+    exact, rounded = read(decoder, ids), read(decoder, ids, bfloat16=True)
+    if not build.library().qk_multiplies_bfloat16():
+        assert torch.equal(rounded, exact)
+        pytest.skip("this CPU multiplies bfloat16 numbers no faster than floats")
+    plain = interpret.linear
+    monkeypatch.setattr(interpret, "linear", lambda x, weight: plain(x.bfloat16().float(), weight))
+    want = interpret.logits(program, torch.tensor(ids))
+    off = (rounded - want).abs().mean()  # sums in another order: now and then one is rounded the other way
+    assert 0 < 3 * off < (exact - want).abs().mean()
+    for threads in (1, 2, 3):
+        for pieces in ([1, 2, 3, 7, 12, 13, 40], list(range(1, 50))):
+            assert torch.equal(read(NativeDecoder(program, threads=threads), ids, pieces, bfloat16=True), rounded)
+
+
+def test_only_bfloat16_weights_make_activations_bfloat16():
+    program, ids = program_of("llama"), some_ids(30)
+    assert torch.equal(read(NativeDecoder(program), ids, bfloat16=True), read(NativeDecoder(program), ids))
+    model = tiny_llama().to(torch.bfloat16)
+    for site in describe(model).sites:  # one input for weights of three kinds
+        if site.name.endswith("k_proj"):
+            round_site(model, site, QuantSpec("int4", (1, 32)))
+        if site.name.endswith("v_proj"):
+            model.get_submodule(site.name).float()
+    program = lower(model)
+    want = interpret.logits(program, torch.tensor(ids))
+    for exact in (True, False):
+        for bfloat16 in (True, False):
+            assert_close(read(NativeDecoder(program), ids, exact=exact, bfloat16=bfloat16), want, 0.02)
 
 
 def test_argmax_and_wanted_rows():

@@ -7,36 +7,45 @@
 namespace qk {
 
 constexpr int64_t kPrivateRows = 2;  // up to so many rows, every member makes activations ready for itself
-constexpr int64_t kGroups = 3;       // different group sizes among linears that share their input
+constexpr int64_t kForms = 3;        // different forms among linears that share their input
 
-// Rows of activations: the floats, and int8 copies of them for every group size that their linears have.
+// Rows of activations: the floats, and rounded copies of them, one for every form and group size that their linears have.
 struct Ready {
   float* x;
   char* memory;
   int64_t kinds;
-  Rows rows[kGroups];
+  int32_t rounding;
+  Rows rows[kForms];
 
-  void fit(int64_t count, const Linear* linears, int64_t linear_count, int64_t block, bool exact) {
-    kinds = 0;
-    rows[0] = Rows{x, count, linears->columns, linears->columns, linears->columns, block, nullptr, nullptr, nullptr};
-    if (exact) return;
+  void fit(int64_t count, const Linear* linears, int64_t linear_count, int64_t block, int32_t round_to) {
+    kinds = 0, rounding = round_to;
+    const int64_t columns = linears->columns;
+    const Rows plain{x, count, columns, columns, columns, block, kFormFloat32, nullptr, nullptr, nullptr, nullptr};
+    rows[0] = plain;
     char* at = memory;
     for (int64_t i = 0; i < linear_count; ++i) {
-      if (linears[i].kind == kWeightFloat32 || linears[i].kind == kWeightBFloat16) continue;
-      int64_t known = 0;
-      while (known < kinds && rows[known].group != linears[i].group) ++known;
-      if (known < kinds) continue;
+      const int32_t form = form_of(linears[i], rounding);
+      if (form == kFormFloat32 || find(linears[i]) < kinds) continue;
       Rows& r = rows[kinds++];
-      r = Rows{x, count, linears->columns, linears->columns, linears[i].group, block, nullptr, nullptr, nullptr};
+      r = plain;
+      r.form = form, r.group = linears[i].group;
       place_rows(r, at);
       at += round_up(rows_bytes(r), 64);
     }
   }
 
+  // The rows as `linear` reads them. One that reads the floats finds them in any.
   const Rows& of(const Linear& linear) const {
-    for (int64_t i = 1; i < kinds; ++i)
-      if (rows[i].group == linear.group) return rows[i];
-    return rows[0];
+    const int64_t found = find(linear);
+    return rows[found < kinds ? found : 0];
+  }
+
+ private:
+  int64_t find(const Linear& linear) const {
+    const int32_t form = form_of(linear, rounding);
+    int64_t i = 0;
+    while (i < kinds && (rows[i].form != form || rows[i].group != linear.group)) ++i;
+    return i;
   }
 };
 
@@ -109,7 +118,7 @@ struct Buffers {
   void fit(const Linear* linears, int64_t count, int64_t block) {
     input_ = most(input_, linears->columns);
     Ready ready{};
-    ready.fit(1, linears, count, block, false);
+    ready.fit(1, linears, count, block, 1 << kFormInt8 | 1 << kFormBFloat16);
     int64_t total = 0;
     for (int64_t i = 0; i < ready.kinds; ++i) total += round_up(rows_bytes(ready.rows[i]), 64) + 64;
     ready_bytes_ = most(ready_bytes_, total);

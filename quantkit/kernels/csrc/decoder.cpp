@@ -45,7 +45,7 @@ class Run {
   const Ready& prepare(int64_t rows, const Linear* linears, int64_t count, Fill fill) {
     const bool alone = rows <= kPrivateRows;
     ready_ = alone ? mine_.ready : b_.shared;
-    ready_.fit(rows, linears, count, batch_.activation_block, batch_.exact != 0);
+    ready_.fit(rows, linears, count, batch_.activation_block, batch_.rounding);
     int64_t begin = 0, end = rows;
     if (!alone) share(me_, rows, 1, &begin, &end);
     for (int64_t row = begin; row < end; ++row) fill(row, ready_.x + row * linears->columns);
@@ -70,7 +70,7 @@ class Run {
       const int64_t from = begin > first ? begin - first : 0, to = end - first < blocks ? end - first : blocks;
       if (from < to) {
         const Linear linear = as_read(linears[i]);
-        linear_share(linear, ready.of(linear), batch_.exact != 0, y, y_stride, from, to, mine_.scratch);
+        linear_share(linear, ready.of(linear), y, y_stride, from, to, mine_.scratch);
       }
       first += blocks;
       y += linears[i].rows;
@@ -187,7 +187,7 @@ class Run {
   // what comes of them is made ready while it is in the cache: with many rows, a few activation blocks at a time.
   const Ready& activated(const Mlp& mlp, const Ready& ready, int64_t rows) {
     active_ = b_.active;
-    active_.fit(rows, mlp.down, 1, batch_.activation_block, batch_.exact != 0);
+    active_.fit(rows, mlp.down, 1, batch_.activation_block, batch_.rounding);
     const Rows& to = active_.rows[0];
     const int64_t inner = mlp.down->columns;
     if (to.group % 16 || to.block % 16 || mlp.up->rows != (mlp.gated && mlp.up_count == 1 ? 2 * inner : inner))
@@ -209,7 +209,7 @@ class Run {
     for (int64_t half = 0; half < (mlp.gated ? 2 : 1); ++half) {
       const Linear l = as_read(mlp.up[half < mlp.up_count ? half : 0]);
       const int64_t row = first + (half < mlp.up_count ? 0 : mlp.down->columns);  // of the weight
-      linear_share(l, ready.of(l), batch_.exact != 0, memory + half * count - row, width, row / 16, (row + count) / 16,
+      linear_share(l, ready.of(l), memory + half * count - row, width, row / 16, (row + count) / 16,
                    mine_.scratch);
     }
     for (int64_t m = 0; m < to.m; ++m)

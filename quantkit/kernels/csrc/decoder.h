@@ -87,8 +87,8 @@ struct Batch {
   float* logits;    // [wanted_count][vocabulary]
   int32_t* argmax;  // [wanted_count], or null
   int64_t chunks;   // of kChunkTokens keys, that the longest context takes
-  int32_t exact;    // float activations, or int8 ones with a scale per `activation_block` columns
-  int32_t activation_block;
+  int32_t rounding;          // of activations: see form_of
+  int32_t activation_block;  // columns per scale of int8 ones
   int32_t draft;    // read only the high plane of weights that are in planes
 };
 

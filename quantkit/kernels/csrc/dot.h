@@ -1,4 +1,5 @@
-// Four-element int8 dot products, a register of them at a time: unsigned codes times signed activations.
+// Dot products in one instruction, a register of them at a time: four unsigned codes times signed int8 activations, and two
+// bfloat16 numbers times two.
 //
 // With VNNI this is one instruction. Without, x86 multiplies bytes in pairs whose int16 sum saturates: codes of up to 7 bits
 // stay below (2 * 127 * 127), wider ones are made signed (code - 128) and their sign is moved to the activation, which bounds
@@ -119,6 +120,25 @@ inline Ints dot(Ints sum, Codes c, Ints x) {
   return sum;
 }
 #endif
+#endif
+
+// sum + w0 * x0 + w1 * x1 of the bfloat16 pairs in every lane, each product exact and every sum rounded to float32.
+#if defined(__AVX512BF16__)
+#define QK_PAIRS " bf16"
+constexpr bool kDotPairs = true;
+inline Floats dot_pairs(Words w, Words x, Floats sum) {
+  return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)x);
+}
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#define QK_PAIRS " bf16"
+constexpr bool kDotPairs = true;
+inline Floats dot_pairs(Words w, Words x, Floats sum) {
+  return (Floats)vbfdotq_f32((float32x4_t)sum, (bfloat16x8_t)w, (bfloat16x8_t)x);
+}
+#else
+#define QK_PAIRS ""
+constexpr bool kDotPairs = false;
+inline Floats dot_pairs(Words, Words, Floats sum) { return sum; }
 #endif
 
 }  // namespace qk

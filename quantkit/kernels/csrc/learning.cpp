@@ -61,8 +61,8 @@ float read_row(const void* from, int64_t at, int64_t count, int32_t dtype, float
     top = larger(top, x);
   }
   float best = -INFINITY;
-  for (int lane = 0; lane < kWidth; ++lane) best = std::fmax(best, top[lane]);
-  for (; i < count; ++i) row[i] = load_one(from, at + i, dtype), best = std::fmax(best, row[i]);
+  for (int lane = 0; lane < kWidth; ++lane) best = top[lane] > best ? top[lane] : best;
+  for (; i < count; ++i) row[i] = load_one(from, at + i, dtype), best = row[i] > best ? row[i] : best;
   for (; i % kWidth; ++i) row[i] = kLowest;
   return best;
 }

@@ -1,4 +1,4 @@
-// Rows of activations made ready, and the choice between the float and the int8 path.
+// Rows of activations made ready, and the choice of the path that reads them.
 #include "linear.h"
 
 #include "dot.h"
@@ -6,9 +6,21 @@
 
 namespace qk {
 
-int64_t rows_bytes(const Rows& r) { return r.m * rows_q_stride(r) + 2 * round_up(r.m * rows_blocks(r) * 4, 64); }
+int32_t form_of(const Linear& l, int32_t rounding) {
+  if (l.kind == kWeightFloat32) return kFormFloat32;
+  if (l.kind == kWeightBFloat16) return kDotPairs && rounding >> kFormBFloat16 & 1 ? kFormBFloat16 : kFormFloat32;
+  return rounding >> kFormInt8 & 1 ? kFormInt8 : kFormFloat32;
+}
+
+int64_t rows_bytes(const Rows& r) {
+  if (r.form == kFormFloat32) return 0;
+  if (r.form == kFormBFloat16) return r.m * rows_pairs_stride(r) * 2;
+  return r.m * rows_q_stride(r) + 2 * round_up(r.m * rows_blocks(r) * 4, 64);
+}
 
 void place_rows(Rows& r, void* memory) {
+  if (r.form == kFormBFloat16) r.pairs = static_cast<uint16_t*>(memory);
+  if (r.form != kFormInt8) return;
   r.q = static_cast<int8_t*>(memory);
   char* end = static_cast<char*>(memory) + r.m * rows_q_stride(r);
   r.scale = reinterpret_cast<float*>(end);
@@ -69,9 +81,25 @@ inline float quantize_block(const float* x, int64_t count, int64_t padded, int8_
   return largest / 127.0f;
 }
 
+// Columns [begin, end) of x to bfloat16.
+inline void narrow(const float* x, int64_t begin, int64_t end, uint16_t* to) {
+  for (; begin + kWidth <= end; begin += kWidth)
+    store_floats(to, begin, kBFloat16, *reinterpret_cast<const FloatsAnywhere*>(x + begin));
+  for (; begin < end; ++begin) to[begin] = float_to_bfloat(x[begin]);
+}
+
 }  // namespace
 
 void prepare_blocks(const Rows& r, int64_t first, int64_t last, int64_t begin, int64_t end) {
+  if (r.form == kFormBFloat16) {
+    const int64_t from = block_column(r, begin), to = block_column(r, end);
+    for (int64_t m = first; m < last; ++m) {
+      uint16_t* pairs = r.pairs + m * rows_pairs_stride(r);
+      narrow(r.x + m * r.stride, from, to, pairs);
+      if (to % 2) pairs[to] = 0;
+    }
+  }
+  if (r.form != kFormInt8) return;
   const int64_t padded = round_up(r.group, 8), per_group = (padded + r.block - 1) / r.block, stride = rows_q_stride(r);
   for (int64_t m = first; m < last; ++m)
     for (int64_t block = begin, g = begin / per_group, part = begin % per_group; block < end; ++block) {
@@ -83,12 +111,11 @@ void prepare_blocks(const Rows& r, int64_t first, int64_t last, int64_t begin, i
     }
 }
 
-void linear_share(const Linear& l, const Rows& r, bool exact, float* y, int64_t y_stride, int64_t begin, int64_t end,
-                  void* scratch) {
-  if (exact || l.kind == kWeightFloat32 || l.kind == kWeightBFloat16)
-    float_share(l, r, y, y_stride, begin, end, scratch);
-  else
+void linear_share(const Linear& l, const Rows& r, float* y, int64_t y_stride, int64_t begin, int64_t end, void* scratch) {
+  if (r.form == kFormInt8 && l.kind != kWeightFloat32 && l.kind != kWeightBFloat16)
     int8_share(l, r, y, y_stride, begin, end, scratch);
+  else
+    float_share(l, r, y, y_stride, begin, end, scratch);
 }
 
 }  // namespace qk

@@ -33,14 +33,19 @@ struct Linear {          // filled in Python through ctypes (kernels/layout.py);
   int32_t scale_dtype;   // DType of vector.h
 };
 
+// What activations are rounded to where they meet a weight: nothing; int8 (quantized weights); bfloat16 (bfloat16 weights).
+enum Form : int32_t { kFormFloat32 = 0, kFormInt8 = 1, kFormBFloat16 = 2 };
+
 struct Rows {      // M rows of activations
   const float* x;  // [m][stride]
   int64_t m, stride, columns;
   int64_t group;   // the weight's; linears that share these rows share it (irrelevant where only `x` is read)
   int64_t block;   // columns per activation scale, a multiple of 8; a group's last block may be shorter
+  int32_t form;    // which of the following are there, and what linear_share reads
   int8_t* q;       // [m][rows_q_stride]: int8 columns, groups padded as the weight's
   float* scale;    // [rows_blocks][m]: x ~ q * scale
   int32_t* sum;    // [rows_blocks][m]: sum of q, for zero points
+  uint16_t* pairs; // [m][rows_pairs_stride]: bfloat16 columns, an odd last one followed by a zero
 };
 
 constexpr int64_t kShareScratchBytes = 1 << 17;  // what linear_share needs of its own, 64-byte aligned
@@ -55,8 +60,13 @@ inline int64_t rows_blocks(const Rows& r) {
   return r.columns / r.group * ((group + r.block - 1) / r.block);
 }
 inline int64_t rows_q_stride(const Rows& r) { return round_up(r.columns / r.group * round_up(r.group, 8), 64) | 64; }
+inline int64_t rows_pairs_stride(const Rows& r) { return round_up(r.columns, 32) | 32; }  // of two bytes each
 
-// Bytes that q, scale and sum take together, and placing them in such memory (64-byte aligned).
+// What a call may round activations to: the sum of 1 << Form. Of that, what it does round them to where they meet `l`; to
+// bfloat16 only where the machine multiplies it.
+int32_t form_of(const Linear& l, int32_t rounding);
+
+// Bytes that the rounded copy takes, and placing it in such memory (64-byte aligned).
 int64_t rows_bytes(const Rows&);
 void place_rows(Rows&, void* memory);
 
@@ -66,13 +76,13 @@ inline int64_t block_column(const Rows& r, int64_t block) {
   return block / per_group * r.group + block % per_group * r.block;
 }
 
-// Quantize activation blocks [begin, end) of rows [first, last): each block of x to int8 with scale max|x| / 127. A block that holds an infinity or a NaN gets
-// the scale NaN; one below 2^-100 throughout is zero.
+// Round activation blocks [begin, end) of rows [first, last). To int8: each block of x with scale max|x| / 127. A block that
+// holds an infinity or a NaN gets the scale NaN; one below 2^-100 throughout is zero.
 void prepare_blocks(const Rows&, int64_t first, int64_t last, int64_t begin, int64_t end);
 inline void prepare_rows(const Rows& r, int64_t first, int64_t last) { prepare_blocks(r, first, last, 0, rows_blocks(r)); }
 
-// y[m][y_stride] (float32): output rows of blocks [begin, end). exact: from x, else from q (which prepare_rows has filled).
-// Float kinds are always exact. Output columns past the last row are not written.
-void linear_share(const Linear&, const Rows&, bool exact, float* y, int64_t y_stride, int64_t begin, int64_t end, void* scratch);
+// y[m][y_stride] (float32): output rows of blocks [begin, end), from the rows in their form (which prepare_rows has filled).
+// Output columns past the last row are not written.
+void linear_share(const Linear&, const Rows&, float* y, int64_t y_stride, int64_t begin, int64_t end, void* scratch);
 
 }  // namespace qk

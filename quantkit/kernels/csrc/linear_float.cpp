@@ -4,6 +4,10 @@
 // Codes to floats with one logic instruction: OR-ing a code's bits, standing at bit p of the word, into the bits of 2^(23-p)
 // gives the float 2^(23-p) + code; subtracting 2^(23-p) + zero is exact and leaves code - zero. That serves every p up to 16
 // (the code must stay in the mantissa), so one shift by 16 serves half a word.
+//
+// Bfloat16 weights that meet bfloat16 activations go the same way, two columns at a time: where a word of the weight would be
+// decoded to two floats, it is multiplied as it is by a word of the activations.
+#include "dot.h"
 #include "tile.h"
 
 namespace qk {
@@ -12,12 +16,19 @@ namespace {
 constexpr int64_t kChunk = 256;          // columns of a long group that are summed by themselves
 constexpr int64_t kAliasFloats = 1024;
 
-enum Source { kFloats, kBFloats, kNibbles, kBytes, kPlanes, kHighPlane, kPanel };  // packed weights, and (code - zero) unpacked
+// packed weights, kPairs those of kBFloats, and panels: (code - zero) unpacked, or pairs as they are
+enum Source { kFloats, kBFloats, kNibbles, kBytes, kPlanes, kHighPlane, kPairs, kPanel, kPairsPanel };
+
+template <int SOURCE>
+constexpr bool kPaired = SOURCE == kPairs || SOURCE == kPairsPanel;
 
 template <int SOURCE>
 constexpr bool kSplit = SOURCE == kPlanes || SOURCE == kHighPlane;  // a word becomes two words of kBytes
 template <int SOURCE>
-constexpr int kColumns = SOURCE == kNibbles || kSplit<SOURCE> ? 8 : SOURCE == kBytes ? 4 : SOURCE == kBFloats ? 2 : 1;  // per word
+constexpr int kColumns =  // per word
+    SOURCE == kNibbles || kSplit<SOURCE> ? 8 : SOURCE == kBytes ? 4 : SOURCE == kBFloats || kPaired<SOURCE> ? 2 : 1;
+template <int SOURCE>
+constexpr int kSteps = kPaired<SOURCE> ? 1 : kColumns<SOURCE>;  // multiplications, and words of x, per word of the weight
 
 // Where a column's code stands: its bit in the word, or in the word shifted right by 16.
 struct Place {
@@ -58,7 +69,7 @@ struct Packed {
 
 template <int SOURCE>
 inline Floats decode(Words word, Words high, int column, const Floats* offsets) {
-  if constexpr (SOURCE == kFloats || SOURCE == kPanel) return (Floats)word;
+  if constexpr (SOURCE == kFloats || SOURCE == kPanel || kPaired<SOURCE>) return (Floats)word;
   if constexpr (SOURCE == kBFloats) return (Floats)(column ? word & 0xffff0000u : word << 16);
   const Place p = place<SOURCE>(column);
   const uint32_t mask = (SOURCE == kNibbles ? 15u : 255u) << p.bit, exponent = static_cast<uint32_t>(150 - p.bit) << 23;
@@ -71,11 +82,20 @@ inline Floats decode(const Packed<SOURCE>& from, int column, const Floats* offse
   return decode<SOURCE>(from.word[0], from.high[0], column, offsets);
 }
 
+// sum + weight * x, of two columns where they are paired.
+template <int SOURCE>
+inline Floats accumulate(Floats weight, const float* x, Floats sum) {
+  if constexpr (!kPaired<SOURCE>) return multiply_add(weight, splat(*x), sum);
+  int32_t pair;
+  memcpy(&pair, x, 4);
+  return dot_pairs((Words)weight, (Words)splat_int(pair), sum);
+}
+
 // Sums of UNITS registers of outputs for M rows of x, over STRANDS chunks of columns at once: independent sums hide the latency
 // of a multiply-add, and chunks of one block of rows are one stream of memory, which other rows would not be.
 template <int SOURCE, int M, int UNITS, int STRANDS>
 struct Sums {
-  static constexpr int kStep = SOURCE == kPanel ? UNITS * kWidth : kLanes;
+  static constexpr int kStep = SOURCE >= kPanel ? UNITS * kWidth : kLanes;
   const uint32_t* words[UNITS];
   const float* x[STRANDS];
   int64_t low_plane;  // words from the high plane to it
@@ -85,7 +105,7 @@ struct Sums {
   inline void add(int64_t apart, int64_t stride) {
 #pragma GCC unroll 8
     for (int s = 0; s < STRANDS; ++s) {
-      if (SOURCE != kPanel) {
+      if (SOURCE < kPanel) {
 #pragma GCC unroll 2
         for (int u = 0; u < UNITS; ++u) {
           __builtin_prefetch(words[u] + s * apart + kAhead);
@@ -96,38 +116,46 @@ struct Sums {
 #pragma GCC unroll 2
       for (int u = 0; u < UNITS; ++u) packed[u].load(words[u] + s * apart, low_plane);
 #pragma GCC unroll 8
-      for (int c = 0; c < kColumns<SOURCE>; ++c) {
+      for (int c = 0; c < kSteps<SOURCE>; ++c) {
         Floats weight[UNITS];
 #pragma GCC unroll 2
         for (int u = 0; u < UNITS; ++u) weight[u] = decode(packed[u], c, offsets[s][u]);
 #pragma GCC unroll 12
         for (int m = 0; m < M; ++m) {
-          const Floats value = splat(x[s][(m / 3 * 3) * stride + (m % 3) * stride + c]);
+          const float* value = x[s] + (m / 3 * 3) * stride + (m % 3) * stride + c;
 #pragma GCC unroll 2
-          for (int u = 0; u < UNITS; ++u) sum[s][u][m] = multiply_add(weight[u], value, sum[s][u][m]);
+          for (int u = 0; u < UNITS; ++u) sum[s][u][m] = accumulate<SOURCE>(weight[u], value, sum[s][u][m]);
         }
       }
     }
     for (int u = 0; u < UNITS; ++u) words[u] += kStep;
-    for (int s = 0; s < STRANDS; ++s) x[s] += kColumns<SOURCE>;
+    for (int s = 0; s < STRANDS; ++s) x[s] += kSteps<SOURCE>;
   }
 };
 
 struct Columns {  // of M rows of x, from column `first` of the weight on
-  const float* x;
+  const float* x;  // or pairs of columns
   int64_t stride, first;
 };
+
+template <int SOURCE>
+inline Columns columns_of(const Rows& r, int64_t row) {
+  if (!kPaired<SOURCE>) return {r.x + row * r.stride, r.stride, 0};
+  const int64_t stride = rows_pairs_stride(r) / 2;
+  return {reinterpret_cast<const float*>(r.pairs) + row * stride, stride, 0};
+}
 
 // STRANDS chunks from where `walk` stands; it moves past them. Several only where all chunks are alike.
 template <int SOURCE, int M, int UNITS, int STRANDS>
 inline void multiply(const Linear& l, const Columns& from, float* totals, Walk& walk, const uint32_t** words, const int64_t* at) {
   Sums<SOURCE, M, UNITS, STRANDS> sums;
-  const int64_t stored = walk.columns(), left = l.group - walk.first_column(), own = stored < left ? stored : left;
+  const int64_t stored = walk.columns(), left = round_up(l.group - walk.first_column(), kPaired<SOURCE> ? 2 : 1);
+  const int64_t own = stored < left ? stored : left;
   int64_t group[STRANDS];
 #pragma GCC unroll 8
   for (int s = 0; s < STRANDS; ++s, walk.next()) {
     group[s] = walk.group * kLanes;
-    sums.x[s] = from.x + walk.group * l.group + walk.first_column() - from.first;
+    sums.x[s] = from.x + (walk.group * l.group + walk.first_column() - from.first) / (kPaired<SOURCE> ? 2 : 1);
 #pragma GCC unroll 2
     for (int u = 0; u < UNITS; ++u) {
       load_offsets<SOURCE>(l, at[u] + group[s], sums.offsets[s][u]);
@@ -140,7 +168,7 @@ inline void multiply(const Linear& l, const Columns& from, float* totals, Walk& 
   const int64_t apart = stored / kColumns<SOURCE> * sums.kStep;
   int64_t k = 0;
   for (; k + kColumns<SOURCE> <= own; k += kColumns<SOURCE>) sums.add(apart, from.stride);
-  if (STRANDS == 1 && k < own) {  // a word that is partly padding
+  if (!kPaired<SOURCE> && STRANDS == 1 && k < own) {  // a word that is partly padding
     float tail[M][8] = {};
     for (int m = 0; m < M; ++m)
       for (int64_t c = 0; k + c < own; ++c) tail[m][c] = sums.x[0][m * from.stride + c];
@@ -165,7 +193,8 @@ inline void multiply(const Linear& l, const Columns& from, float* totals, Walk& 
 
 template <int SOURCE>
 struct FloatPath {
-  static constexpr int kBytes = 4, kPanelColumns = 1;
+  static constexpr int kBytes = kPaired<SOURCE> ? 2 : 4, kPanelColumns = kPaired<SOURCE> ? 2 : 1;
+  static constexpr int kPanelSource = kPaired<SOURCE> ? kPairsPanel : kPanel;
 
   static int64_t chunk(const Linear&, const Rows&) { return kChunk; }
 
@@ -183,7 +212,7 @@ struct FloatPath {
       words[u] = words_of(l, unit_of(t, u));
       at[u] = scale_of(l, unit_of(t, u));
     }
-    const Columns x{r.x + t.row * r.stride, r.stride, 0};
+    const Columns x = columns_of<SOURCE>(r, t.row);
     Walk walk(chunks, t.first);
     if (l.group % chunks.length == 0)
       while (walk.chunk + kStrands <= t.last) multiply<SOURCE, M, kDirectUnits, kStrands>(l, x, t.totals, walk, words, at);
@@ -198,9 +227,9 @@ struct FloatPath {
       words[u] = t.words + u * kWidth;
       at[u] = scale_of(l, unit_of(t, u));
     }
-    Columns x{r.x + t.row * r.stride, r.stride, 0};
-    if (r.stride % kAliasFloats == 0) x = gather<M>(l, x, chunks, t);
-    for (Walk walk(chunks, t.first); walk.chunk < t.last;) multiply<kPanel, M, kPanelUnits, 1>(l, x, t.totals, walk, words, at);
+    Columns x = columns_of<SOURCE>(r, t.row);
+    if (x.stride % kAliasFloats == 0) x = gather<M>(l, x, chunks, t);
+    for (Walk walk(chunks, t.first); walk.chunk < t.last;) multiply<kPanelSource, M, kPanelUnits, 1>(l, x, t.totals, walk, words, at);
   }
 
   // Rows a multiple of 4096 bytes apart fall into one set of the level-1 cache and throw each other out; a copy does not.
@@ -225,7 +254,7 @@ struct FloatPath {
           Packed<SOURCE> packed;
           packed.load(words, SOURCE == kPlanes ? words_per_plane(l) : 0);
 #pragma GCC unroll 8
-          for (int c = 0; c < kColumns<SOURCE>; ++c, to += kPanelWidth)
+          for (int c = 0; c < kSteps<SOURCE>; ++c, to += kPanelWidth)
             *reinterpret_cast<FloatsAnywhere*>(to) = decode(packed, c, offsets);
         }
       }
@@ -238,7 +267,9 @@ struct FloatPath {
 void float_share(const Linear& l, const Rows& r, float* y, int64_t y_stride, int64_t begin, int64_t end, void* scratch) {
   switch (l.kind) {
     case kWeightFloat32: return share<FloatPath<kFloats>>(l, r, y, y_stride, begin, end, scratch);
-    case kWeightBFloat16: return share<FloatPath<kBFloats>>(l, r, y, y_stride, begin, end, scratch);
+    case kWeightBFloat16:
+      if (r.form == kFormBFloat16) return share<FloatPath<kPairs>>(l, r, y, y_stride, begin, end, scratch);
+      return share<FloatPath<kBFloats>>(l, r, y, y_stride, begin, end, scratch);
     case kWeightU4: return share<FloatPath<kNibbles>>(l, r, y, y_stride, begin, end, scratch);
     case kWeightPlanes: return share<FloatPath<kPlanes>>(l, r, y, y_stride, begin, end, scratch);
     case kWeightHighPlane: return share<FloatPath<kHighPlane>>(l, r, y, y_stride, begin, end, scratch);

@@ -38,7 +38,6 @@ struct Call {
   char* y;            // (m, rows) of `dtype`
   float *wide, *sum;  // x and y in float32; where `dtype` is float32, sum is y and wide is unused
   int32_t dtype;
-  bool exact;
   std::atomic<bool>* starved;
 };
 
@@ -50,7 +49,7 @@ void prepare(const void* argument, int64_t begin, int64_t end) {
     for (; i + kWidth <= last; i += kWidth) store_floats(call.wide, i, kFloat32, load_floats(call.x, i, call.dtype));
     for (; i < last; ++i) call.wide[i] = load_one(call.x, i, call.dtype);
   }
-  if (!call.exact) prepare_rows(call.rows, begin, end);
+  prepare_rows(call.rows, begin, end);
 }
 
 void multiply(const void* argument, int64_t begin, int64_t end) {
@@ -58,7 +57,7 @@ void multiply(const void* argument, int64_t begin, int64_t end) {
   const Call& call = *static_cast<const Call*>(argument);
   char* memory = scratch.get(kShareScratchBytes);
   if (!memory) return call.starved->store(true);
-  linear_share(call.linear, call.rows, call.exact, call.sum, call.linear.rows, begin, end, memory);
+  linear_share(call.linear, call.rows, call.sum, call.linear.rows, begin, end, memory);
   if (call.dtype == kFloat32) return;
   const int64_t last = end * 16 < call.linear.rows ? end * 16 : call.linear.rows;
   for (int64_t m = 0; m < call.rows.m; ++m) {
@@ -75,12 +74,12 @@ bool run(Call call, int64_t m, int32_t threads) {
   const int64_t wide = call.dtype == kFloat32 ? 0 : round_up(m * call.rows.columns * 4, 64);
   const int64_t sums = call.dtype == kFloat32 ? 0 : round_up(m * call.linear.rows * 4, 64);
   call.rows.m = m;
-  char* memory = scratch.get(wide + sums + (call.exact ? 0 : rows_bytes(call.rows)) + 64);
+  char* memory = scratch.get(wide + sums + rows_bytes(call.rows) + 64);
   if (!memory) return false;
   call.wide = reinterpret_cast<float*>(memory);
   call.sum = reinterpret_cast<float*>(wide ? memory + wide : call.y);
   call.rows.x = wide ? call.wide : reinterpret_cast<const float*>(call.x);
-  if (!call.exact) place_rows(call.rows, memory + wide + sums);
+  place_rows(call.rows, memory + wide + sums);
   std::atomic<bool> starved{false};
   call.starved = &starved;
   parallel_for(m, 16, threads, prepare, &call);
@@ -93,30 +92,41 @@ bool run(Call call, int64_t m, int32_t threads) {
 }  // namespace
 }  // namespace qk
 
-QK_EXPORT int32_t qk_abi_version() { return 2; }
+QK_EXPORT int32_t qk_abi_version() { return 3; }
+
+// Whether products of bfloat16 numbers are there and faster than those of floats. AMD's cores make twice as many of them a
+// cycle; Intel's, which leave them to the tile unit, half as many (measured on Emerald Rapids).
+QK_EXPORT int32_t qk_multiplies_bfloat16() {
+#if defined(__x86_64__)
+  return qk::kDotPairs && __builtin_cpu_is("amd");
+#else
+  return qk::kDotPairs;
+#endif
+}
 
 QK_EXPORT const char* qk_isa() {
 #if defined(__AVX512F__)
-  return "avx512 " QK_DOT;
+  return "avx512 " QK_DOT QK_PAIRS;
 #elif defined(__AVX2__)
   return "avx2 " QK_DOT;
 #elif defined(__ARM_NEON)
-  return "neon " QK_DOT;
+  return "neon " QK_DOT QK_PAIRS;
 #else
   return "portable";
 #endif
 }
 
 // y (m, rows) = x (m, columns) @ w.T + bias, x and y of `dtype`, bias float32 or null. block: columns per int8 activation
-// scale, 0 for float activations. Returns 0, or 2 where there is no memory.
+// scale, 0 for float activations; bfloat16 ones meet bfloat16 weights as they are. Returns 0, or 2 where there is no memory.
 QK_EXPORT int32_t qk_linear(const qk::Linear* linear, const float* bias, const void* x, void* y, int64_t m, int64_t block,
                             int32_t dtype, int32_t threads) {
   using namespace qk;
-  Call call{*linear, {}, nullptr, nullptr, nullptr, nullptr, dtype, block == 0, nullptr};
+  Call call{*linear, {}, nullptr, nullptr, nullptr, nullptr, dtype, nullptr};
   call.linear.bias = bias;
   call.rows.stride = call.rows.columns = linear->columns;
   call.rows.group = linear->group;
-  call.rows.block = block;
+  call.rows.block = block ? block : 8;
+  call.rows.form = form_of(*linear, (block ? 1 << kFormInt8 : 0) | (dtype == kBFloat16 ? 1 << kFormBFloat16 : 0));
   const int64_t size = dtype == kFloat32 ? 4 : 2;
   for (int64_t from = 0; from < m; from += kBatch) {
     call.x = static_cast<const char*>(x) + from * linear->columns * size;
