@@ -10,7 +10,7 @@
 
 namespace qk {
 
-template <class T, int D, int kKind> __global__ void __launch_bounds__(kAttendWarps* kWarp) attend_prompt(Attend a) {
+template <class T, int D, int kKind> __global__ void __launch_bounds__(kAttendWarps* kWarp, 2) attend_prompt(Attend a) {
   using W = Attention<T, D, kKind, 2>;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int shared_by = a.heads / a.kv_heads, packs = (shared_by + kHeadRows - 1) / kHeadRows, kv_head = blockIdx.y / packs;

@@ -1,9 +1,9 @@
 """A decoder program on CUDA as a :class:`quantkit.engine.step.Backend`: recorded steps for decoding, one pass for prompts.
 
-Decoding is short runs of tokens (one, or one and its drafts) of several sequences. Such a step is a CUDA graph, recorded once for
-each of :data:`CudaBackend.RECORDED_ROWS` rows, the next larger number of which is taken: rows that are too many stand at position
--1, where they write nothing and read zeros. A step's tokens, positions and slots go to the device in one copy, pages in another
-when a sequence has got new ones, and nothing waits for the device until the caller reads the logits.
+Decoding is short runs of tokens (one, or one and its drafts) of several sequences. Such a step is a CUDA graph, recorded once
+for each of :data:`CudaBackend.RECORDED_ROWS` rows, the next larger number of which is taken: rows that are too many stand at
+position -1, where they write nothing and read zeros. A step's tokens, positions and slots go to the device in one copy, pages
+in another when a sequence has got new ones, and nothing waits for the device until the caller reads the logits.
 
 Steps with a longer run in them (a chunk of a prompt) are not recorded: their products are large enough to hide the host. Short
 runs come first in them, longer ones are cut into tiles that attend together.
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from quantkit.engine.step import Copy, Memory, Span
 from quantkit.errors import KernelError, QuantkitError
-from quantkit.kernels.cuda_attention import PAGE_TOKENS, Pages, Where
+from quantkit.kernels.cuda_attention import PAGE_TOKENS, Pages, Where, cut
 from quantkit.kernels.cuda_decoder import CudaDecoder, Prompts
 from quantkit.kernels.cuda_graph import record
 
@@ -162,7 +162,7 @@ class CudaBackend:
             span, size = spans[index], self.decoder.tile_tokens
             first[index], count = len(rows.tokens), len(span.ids)
             if count > self.SHORT_TOKENS:
-                rows.tiles.extend((first[index] + at, min(size, count - at)) for at in range(0, count, size))
+                rows.tiles.extend(cut(first[index], count, size))
             rows.tokens.extend(span.ids)
             rows.positions.extend(range(span.start, span.start + count))
             rows.slots.extend([span.slot] * count)

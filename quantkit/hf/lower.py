@@ -179,7 +179,7 @@ def _prove(program: Program, trace: Trace) -> None:
     limit = _LAYER_TOLERANCE.get(dtype, 1e-4)
     with torch.inference_mode():
         end = trace.start + len(trace.ids)
-        tables = [(cos[trace.start :], sin[trace.start :]) for cos, sin in (r.tables(end) for r in program.rotaries)]
+        tables = [(cos[trace.start :], sin[trace.start :]) for cos, sin in interpret.tables_of(program, end, trace.ids.device)]
         _compare("the first layer's input", interpret.embed(program, trace.ids), trace.layers[0].x, limit)
         for index, (layer, seen) in enumerate(zip(program.layers, trace.layers, strict=True)):
             got = interpret.run_layer(program, layer, seen.x.float(), tables)

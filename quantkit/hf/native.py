@@ -85,7 +85,9 @@ def _too_large_for_cuda(program: Program) -> str | None:
     if not torch.cuda.is_available():
         return None
     parts = [linear.weight for linear in program.linears()]
-    sizes = [part.nbytes if isinstance(part, Tensor) else sum(b.nbytes for b in part.buffers()) for part in dict.fromkeys(parts)]
+    sizes = [
+        part.nbytes if isinstance(part, Tensor) else sum(b.nbytes for b in part.buffers()) for part in dict.fromkeys(parts)
+    ]
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     if sum(sizes) < 0.9 * free:
         return None

@@ -258,6 +258,11 @@ def tile_tokens(heads: int, kv_heads: int) -> int:
     return _PROMPT_WARPS * (_HEAD_ROWS // min(_HEAD_ROWS, heads // kv_heads))
 
 
+def cut(first: int, count: int, size: int) -> list[tuple[int, int]]:
+    """Return tiles of at most ``size`` rows that cover ``count`` neighbouring rows from ``first`` on."""
+    return [(first + at, min(size, count - at)) for at in range(0, count, size)]
+
+
 def attend_prompt(
     q: Tensor,
     where: Where,

@@ -278,9 +278,7 @@ class CudaDecoder:
         return torch.cat([part.to(self.device, self.dtype) for part in parts])
 
 
-def _read(
-    attention: Attention, q: Tensor, where: Where, pages: Pages, splits: int | None, prompts: Prompts | None
-) -> Tensor:
+def _read(attention: Attention, q: Tensor, where: Where, pages: Pages, splits: int | None, prompts: Prompts | None) -> Tensor:
     """Return what queries (rows, heads, head) read."""
     ops, options = cuda_ops.ops(), (attention.scale, attention.window, attention.softcap)
     if prompts is None:

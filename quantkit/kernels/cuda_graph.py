@@ -7,8 +7,8 @@ from torch import Tensor
 
 from quantkit.errors import KernelError
 from quantkit.kernels import cuda_ops
-from quantkit.kernels.cuda_attention import PAGE_TOKENS, Where
-from quantkit.kernels.cuda_decoder import CudaDecoder
+from quantkit.kernels.cuda_attention import PAGE_TOKENS, Where, cut
+from quantkit.kernels.cuda_decoder import CudaDecoder, Prompts
 
 
 def record(
@@ -111,7 +111,8 @@ class GraphDecoder:
                 positions = torch.arange(start, start + len(rows), dtype=torch.int32, device=rows.device)
                 where = Where(positions, torch.full_like(positions, slot), self._where.table)
                 last = torch.tensor([len(rows) - 1], device=rows.device)
-                logits = self._decoder.step(rows, where, self._pages, last, self._splits)
+                tiles = torch.tensor(cut(0, len(rows), self._decoder.tile_tokens), dtype=torch.int32, device=rows.device)
+                logits = self._decoder.step(rows, where, self._pages, last, prompts=Prompts(0, tiles))
             chosen.append(self._choose(logits))
         self._newest.copy_(torch.cat(chosen))
         self._where.positions.copy_(torch.tensor([len(p) for p in prompts]))

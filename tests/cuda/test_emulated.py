@@ -216,8 +216,7 @@ def test_prompts(kind, head, heads, kv_heads, window, softcap, dtype):
     rope = Rope(None, None)
     cuda_attention.append_plain(torch.randn(384, (heads + 2 * kv_heads) * head).to(dtype), heads, rope, past, pages)
     where, q = Where(positions, slots, table), torch.randn(len(positions), heads, head).to(dtype)
-    tiles = [(at, min(size, 11 - at)) for at in range(0, 11, size)]
-    tiles += [(11 + at, min(size, 50 - at)) for at in range(0, 50, size)] + [(61, 1)]
+    tiles = [*cuda_attention.cut(0, 11, size), *cuda_attention.cut(11, 50, size), (61, 1)]
     options = {"scale": 0.1, "window": window, "softcap": softcap}
     want = cuda_attention.attend_plain(q, where, pages, **options)
     laid = torch.tensor(tiles, dtype=torch.int32)
