@@ -131,7 +131,7 @@ class CudaBackend:
         self._tell_pages(spans)
         count = len(rows.tokens)
         if rows.tiles or count > self.RECORDED_ROWS[-1]:
-            prompts = Prompts(rows.singles, self._sent(rows.tiles or [(0, 0)]))
+            prompts = Prompts(rows.singles, self._sent(rows.tiles)) if rows.tiles else None
             wanted = self._sent(rows.wanted, torch.int64)
             return self.run(self._sent([rows.tokens, rows.positions, rows.slots]), wanted, prompts)
         size = next(size for size in self.RECORDED_ROWS if size >= count)

@@ -74,13 +74,13 @@ def _make_on_cuda(model: PreTrainedModel) -> CudaDecoder | str:
         return f"its activations are {model.dtype}, the CUDA kernels take float16 or bfloat16"
     nvcc.library()
     program = lower(model)
-    if reason := cuda_decoder.rejects(program) or _too_large_for_cuda(program):
-        return reason
     device = next(model.parameters()).device
+    if reason := cuda_decoder.rejects(program) or _too_large_for_cuda(program, device):
+        return reason
     return CudaDecoder(program, device=device, dtype=model.dtype, context_tokens=FIRST_TOKENS)
 
 
-def _too_large_for_cuda(program: Program) -> str | None:
+def _too_large_for_cuda(program: Program, device: torch.device) -> str | None:
     """Weights are laid out a second time: say so where that would take nearly all of the free memory."""
     if not torch.cuda.is_available():
         return None
@@ -88,7 +88,8 @@ def _too_large_for_cuda(program: Program) -> str | None:
     sizes = [
         part.nbytes if isinstance(part, Tensor) else sum(b.nbytes for b in part.buffers()) for part in dict.fromkeys(parts)
     ]
-    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = torch.cuda.mem_get_info(device)[0] + unused
     if sum(sizes) < 0.9 * free:
         return None
     return f"a second copy of its weights takes {sum(sizes) / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free on the device"

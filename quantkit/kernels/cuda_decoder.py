@@ -139,7 +139,8 @@ class CudaDecoder:
         self.lengthen(context_tokens)
 
     def lengthen(self, tokens: int) -> None:
-        """Make rotary tables for sequences of ``tokens`` tokens, if they are not there yet."""
+        """Make rotary tables for sequences of ``tokens`` tokens, or the longest there can be, if they are not there yet."""
+        tokens = min(tokens, self.program.max_tokens or tokens)
         if tokens <= self.context_tokens:
             return
         tables = [rotary.tables(tokens) for rotary in self.program.rotaries]

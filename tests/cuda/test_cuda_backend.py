@@ -78,6 +78,9 @@ def test_drafts_do_not_change_answers():
     requests = [engine.submit(prompt, max_new_tokens=30) for prompt in PROMPTS]
     list(engine.run())
     assert [request.ids for request in requests] == want
+    backend = backend_of(program)
+    backend.RECORDED_ROWS = (1, 2)  # more rows than any recording has
+    assert answers(backend, tokens=30)[0] == want
 
 
 @pytest.fixture(params=["plain", "emulated"])
