@@ -1,11 +1,13 @@
 """The CUDA kernels and the recorded decode, side by side with torch's own, in one run on one device.
 
-    python benchmarks/gpu.py [machine matmul chain attention decode] [--json results.json] [--quick]
+    python benchmarks/gpu.py [machine matmul chain attention decode engine] [--json results.json] [--quick]
 
 Every number is from this run: read and copy rates and a large bf16 product first, the rest as times and as ratios to them
 and to bf16 products (cuBLAS) of the same shape. A time is the median over replays of one CUDA graph that calls the kernel
 once per copy of its weights, with copies enough to fill the second cache four times over; contenders take turns, and the
 first one is timed again at the end (`again`: how far the machine drifted). Results are checked before they are timed.
+`of_floor` is the share of the time that the machine part's own rates would need: bytes at its read rate, or arithmetic at its
+bf16 rate, whichever is longer.
 ``--smoke`` runs it all, tiny, on the CPU in plain torch: a check of this file, not of speed.
 """
 
@@ -23,6 +25,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from quantkit.engine.cuda import CudaBackend
+from quantkit.engine.engine import TokenEngine
+from quantkit.engine.request import Limits
 from quantkit.files import write_json
 from quantkit.kernels import cuda_ops, fragments
 from quantkit.kernels.cuda_attention import PAGE_TOKENS, Pages, Where
@@ -130,6 +135,15 @@ def shell(*line: str) -> str:
     return subprocess.run(line, capture_output=True, text=True, check=False).stdout.strip()
 
 
+def floor_us(bench: Bench, size: int, operations: int) -> float:
+    """Return the microseconds that so many bytes and operations need at this run's own rates; 0 where those are not known."""
+    rates = bench.found.get("machine")
+    if rates is None:
+        return 0.0
+    best = max(rates["read_tb_s"], rates["copy_tb_s"])
+    return max(size / best / 1e6, operations / rates["bf16_tflop_s"] / 1e6)
+
+
 def tinygemm(weight: QTensor) -> Callable[[Tensor], Tensor] | None:
     """Return torch's own int4 product of about the same weight, if this device has it."""
     try:
@@ -174,6 +188,7 @@ def matmul(bench: Bench) -> None:
             found = bench.compare(contenders)
             moved = laid4[0].nbytes + x.nbytes + 2 * tokens * n
             row = {"shape": name, "tokens": tokens, **found, "error": wrong, "int4_tb_s": moved / found["int4"] / 1e6}
+            row["int4_of_floor"] = floor_us(bench, moved, 2 * tokens * n * k) / found["int4"]
             row |= {f"{other}_speedup": found["bf16"] / found[other] for other in found if other not in ("bf16", "again")}
             rows.append(row)
             print(
@@ -240,6 +255,7 @@ def attention(bench: Bench) -> None:
             contenders["sdpa"] = [dense]  # one copy: in the second cache where it fits
             found = bench.compare(contenders)
             rates = {f"{kind}_tb_s": sizes[kind] / found[kind] / 1e6 for kind in sizes}
+            rates |= {f"{kind}_of_floor": floor_us(bench, sizes[kind], 0) / found[kind] for kind in sizes}
             rows.append({"context": context, "batch": batch, **found, **rates})
             print(rows[-1])
     bench.found["attention"] = rows
@@ -308,7 +324,36 @@ def decode(bench: Bench) -> None:
     bench.found["decode"] = rows
 
 
-PARTS = {"machine": machine, "matmul": matmul, "chain": chain, "attention": attention, "decode": decode}
+def engine(bench: Bench) -> None:
+    """Serve requests with an int4 model of 8B's shape: tokens per second as a caller sees them, prompts apart from answers."""
+    rows = []
+    prompt, new = (40, 4) if bench.smoke else (2048, 128)
+    decoder = CudaDecoder(
+        program(bench, 2 if bench.smoke else 32, "int4", "int8"), device=bench.device, context_tokens=prompt + new
+    )
+    words = decoder.program.tokens
+    for batch in (1, 2) if bench.smoke else (1, 8, 32):
+        limits = Limits(running=batch, kv_tokens=batch * (prompt + new + PAGE_TOKENS), step_tokens=2048)
+        server = TokenEngine(CudaBackend(decoder, context_tokens=prompt + new), words, limits=limits)
+        for _ in range(2):  # the first time records the steps
+            requests = [
+                server.submit(torch.randint(words, (prompt,)).tolist(), max_new_tokens=new, watch=lambda token: None)
+                for _ in range(batch)
+            ]
+            for _ in server.run():
+                pass
+        begin = max(request.token_s[0] for request in requests)
+        end = max(request.token_s[-1] for request in requests)
+        after = sum(sum(at > begin for at in request.token_s) for request in requests)
+        asked = min(request.submitted_s for request in requests)
+        rows.append(
+            {"batch": batch, "prompt_tokens_per_s": batch * prompt / (begin - asked), "tokens_per_s": after / (end - begin)}
+        )
+        print(rows[-1])
+    bench.found["engine"] = rows
+
+
+PARTS = {"machine": machine, "matmul": matmul, "chain": chain, "attention": attention, "decode": decode, "engine": engine}
 
 
 def main() -> None:

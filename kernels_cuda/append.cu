@@ -6,7 +6,7 @@ namespace qk {
 struct Append {  // AppendStruct of kernels/cuda_attention.py
   const void* qkv;           // (rows, heads + 2 kv_heads, head) of T
   void* q;                   // (rows, heads, head) of T
-  const int32_t* positions;  // (rows)
+  const int32_t* positions;  // (rows); a row at a negative one is left out
   const int32_t* slots;      // (rows)
   const int32_t* table;      // (slots, stride): pages
   const float *cos, *sin;    // (positions, rotated / 2), or null
@@ -50,6 +50,7 @@ template <class T> __global__ void __launch_bounds__(128) append(Append a) {
   const int64_t item = blockIdx.x * int64_t(4) + warp;
   if (item >= int64_t(a.rows) * all) return;
   const int row = int(item / all), which = int(item % all), position = a.positions[row];
+  if (position < 0) return;
   const bool query = which < a.heads, key = !query && which < a.heads + a.kv_heads;
   float* values = static_cast<float*>(shared_memory()) + warp * 2 * a.head;
   float* turned = values + a.head;

@@ -75,9 +75,9 @@ class Engine(TokenEngine):
         drafter: guesses ahead, to decode several tokens at once: ``"ngram"``; ``"twin"``, the upper four bits of the model's
             own int8 weights (native only); a smaller model with the same vocabulary; or any
             :class:`~quantkit.engine.drafters.Drafter`. Answers do not change.
-        engine: ``"native"`` (one call per step; CPU), ``"modules"`` (the model's own forward), or ``"auto"``, the first that
+        engine: ``"native"`` (one call per step), ``"modules"`` (the model's own forward), or ``"auto"``, the first that
             can run it.
-        activations: ``"int8"`` is faster and less exact; native only.
+        activations: ``"int8"`` is faster and less exact; native on the CPU only.
 
     Raises:
         QuantkitError: what :func:`~quantkit.hf.backend.make_backend` and :class:`~quantkit.engine.engine.TokenEngine` refuse.

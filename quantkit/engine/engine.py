@@ -278,7 +278,7 @@ class TokenEngine:
         kept = raw is logits and any(request.logprobs is not None for request, _ in owners)
         shaped = shape_logits(raw, [request.sampling for request, _ in owners], histories, copy=kept)
         tokens, usable = choose(shaped, [request.noise.row(ahead, logits.shape[-1]) for request, ahead in owners])
-        chosen = [token if good else -1 for token, good in zip(tokens.tolist(), usable.tolist(), strict=True)]
+        chosen = torch.where(usable, tokens, -1).tolist()  # one word from the device
         return chosen, shaped, _logprobs(logits, chosen, [request.logprobs for request, _ in owners])
 
     def _give(self, request: Request, token: int, logprob: Logprob | None, events: list[Event]) -> FinishReason | None:

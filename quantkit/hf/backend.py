@@ -1,6 +1,7 @@
 """How a transformers model runs: natively, on pages through its modules, or one sequence after another.
 
-The fastest way is native (:class:`~quantkit.engine.native.NativeBackend`): a model that lowers to a program runs in one call.
+The fastest way is native: a model that lowers to a program runs in one call on the CPU
+(:class:`~quantkit.engine.native.NativeBackend`), in one recorded step on CUDA (:class:`~quantkit.engine.cuda.CudaBackend`).
 Otherwise its own modules run on our pages (:class:`~quantkit.hf.paged.PagedBackend`), if that is proven right for it. What is
 left runs on transformers' own cache (:class:`SequentialBackend`). Every step down says so: once in the log, counted in
 :data:`FALLBACKS`.
@@ -14,16 +15,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from quantkit.engine.cuda import CudaBackend
 from quantkit.engine.native import NativeBackend
 from quantkit.engine.step import Backend, Copy, Memory, Span
 from quantkit.errors import QuantkitError
 from quantkit.hf.cache import TransformersStep, require_decoder
-from quantkit.hf.native import native_decoder
+from quantkit.hf.native import Decoder, device_types, native_decoder
 from quantkit.hf.paged import PagedBackend, context_tokens, describe_layers
+from quantkit.kernels.cuda_decoder import CudaDecoder
 from quantkit.kernels.decoder import NativeDecoder
 from quantkit.nn.embedding import input_table
 from quantkit.nn.linear import QuantLinear, QuantWeight
-from quantkit.spec import KVScheme, kv_preset
+from quantkit.spec import KVScheme, QuantSpec, kv_preset
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +36,8 @@ FALLBACKS: collections.Counter[str] = collections.Counter()
 ENGINES = ("auto", "native", "modules")
 ACTIVATIONS = ("float", "float32", "int8")
 _NATIVE_KV = {KVScheme(): "float32", kv_preset("int8"): "int8"}
+_INT4_TOKENS = QuantSpec("int4", (1, 32), False)
+_CUDA_KV = {KVScheme(): "float", kv_preset("int8"): "int8", KVScheme(_INT4_TOKENS, _INT4_TOKENS): "int4"}
 
 
 class SequentialBackend:
@@ -81,11 +86,11 @@ def make_backend(
     Args:
         model: a causal language model in eval mode.
         kv: how keys and values are stored: a scheme or its name.
-        engine: ``"native"`` (one call per step; CPU), ``"modules"`` (transformers' own forward), or ``"auto"``, the first
-            that can.
-        activations: ``"int8"`` rounds them where they meet quantized weights: faster, less exact; modules round them where the
-            model was loaded to, which the native engine does too. Natively they are float32; those of a bfloat16 model are
-            rounded to bfloat16 where they meet bfloat16 weights and the CPU is faster for it, ``"float32"`` keeps them.
+        engine: ``"native"`` (one call per step), ``"modules"`` (transformers' own forward), or ``"auto"``, the first that can.
+        activations: ``"int8"`` rounds them where they meet quantized weights: faster, less exact; the CPU's native engine alone
+            does it. Modules round them where the model was loaded to, which that engine does too. On a CPU they are float32,
+            but those of a bfloat16 model are rounded to bfloat16 where they meet bfloat16 weights and the CPU is faster for it;
+            ``"float32"`` keeps them.
 
     Raises:
         QuantkitError: an encoder-decoder model, one without logits, an unknown engine, or options that the engine lacks.
@@ -96,7 +101,9 @@ def make_backend(
     scheme = kv_preset(kv)
     require_decoder(model)
     if engine != "modules":
-        decoder = _native(model, scheme)
+        decoder = _native(model, scheme, activations)
+        if isinstance(decoder, CudaDecoder):
+            return CudaBackend(decoder, kv=_CUDA_KV[scheme], context_tokens=context_tokens(model))
         if isinstance(decoder, NativeDecoder):
             narrow = model.dtype == torch.bfloat16
             return NativeBackend(
@@ -117,6 +124,8 @@ def make_backend(
 def describe_engine(model: PreTrainedModel) -> str:
     """Say in a sentence how ``model`` would generate with ``engine="auto"``."""
     decoder = _native(model, KVScheme())
+    if isinstance(decoder, CudaDecoder):
+        return f"cuda: {len(decoder.program.layers)} layers in one recorded step"
     if isinstance(decoder, NativeDecoder):
         return f"native: {len(decoder.program.layers)} layers in one call per step"
     return f"modules: {decoder}"
@@ -127,8 +136,13 @@ def _rounds(model: PreTrainedModel) -> bool:
     return any(m.activations == "int8" for m in model.modules() if isinstance(m, QuantLinear | QuantWeight))
 
 
-def _native(model: PreTrainedModel, scheme: KVScheme) -> NativeDecoder | str:
-    if scheme not in _NATIVE_KV:
+def _native(model: PreTrainedModel, scheme: KVScheme, activations: str = "float") -> Decoder | str:
+    if device_types(model) == {"cuda"}:
+        if scheme not in _CUDA_KV:
+            return f"on CUDA it stores keys and values in float, int8 or int4 of 32 channels, not as {scheme.describe()}"
+        if activations != "float" or _rounds(model):
+            return "on CUDA it rounds activations where the weights' scheme says so, not on demand"
+    elif scheme not in _NATIVE_KV:
         return f"it stores keys and values in float or int8, not as {scheme.describe()}"
     return native_decoder(model)
 

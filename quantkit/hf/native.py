@@ -1,24 +1,30 @@
-"""The native decoder of a model: made once, kept as long as the model lives, made again when its weights have changed.
+"""The native decoder of a model, on the CPU or on CUDA: made once, kept as long as the model lives, made again when its weights
+have changed.
 
 A parameter or buffer that has been replaced or written to since is noticed by its identity, address and version.
 """
 
 import weakref
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from quantkit.errors import KernelError
 from quantkit.hf.lower import CannotLower, lower
+from quantkit.kernels import cuda_decoder, nvcc
+from quantkit.kernels.cuda import DTYPES
+from quantkit.kernels.cuda_decoder import CudaDecoder
 from quantkit.kernels.decoder import NativeDecoder, rejects
 from quantkit.kernels.program import Program
 from quantkit.memory import available_bytes, drop_pages, mapped_pages, return_freed_memory
 from quantkit.nn.linear import QuantLinear, QuantWeight
 
 _Mark = tuple[tuple[int, int, int], ...]
+Decoder = NativeDecoder | CudaDecoder
 
 
-def native_decoder(model: PreTrainedModel) -> NativeDecoder | str:
+def native_decoder(model: PreTrainedModel) -> Decoder | str:
     """Return the model's decoder, made if need be, or the reason why it has none."""
     if hooked := next((name for name, part in model.named_modules() if part._forward_hooks or part._forward_pre_hooks), None):
         return f"{hooked or 'the model'} has forward hooks, which a native step would not call"
@@ -31,25 +37,77 @@ def native_decoder(model: PreTrainedModel) -> NativeDecoder | str:
     return known[1]
 
 
-_decoders: weakref.WeakKeyDictionary[PreTrainedModel, tuple[_Mark, NativeDecoder | str]] = weakref.WeakKeyDictionary()
+FIRST_TOKENS = 2048
+"""Positions that rotary tables are made for at first; an engine asks for what it needs."""
+
+_decoders: weakref.WeakKeyDictionary[PreTrainedModel, tuple[_Mark, Decoder | str]] = weakref.WeakKeyDictionary()
 
 
-def _make(model: PreTrainedModel) -> NativeDecoder | str:
-    if next(model.parameters()).device.type != "cpu":
-        return "its weights are not on the CPU"
-    for name, part in model.named_modules():
-        if isinstance(part, QuantLinear | QuantWeight) and part.activation is not None and part.activation.rotated:
-            return f"the inputs of {name} are rotated at run time"
+def _make(model: PreTrainedModel) -> Decoder | str:
+    kinds = device_types(model)
+    if kinds not in ({"cpu"}, {"cuda"}):
+        return f"its weights are on {' and '.join(sorted(kinds))}, not on the CPU or on one CUDA device"
     try:
-        program = lower(model)
-        if reason := rejects(program) or _too_large(program):
-            return reason
-        _release(model)
-        decoder = NativeDecoder(program)
-        _release(model)
-        return decoder
+        return _make_on_cuda(model) if kinds == {"cuda"} else _make_on_cpu(model)
     except (CannotLower, KernelError) as error:
         return str(error)
+
+
+def device_types(model: PreTrainedModel) -> set[str]:
+    """Return where a model's parameters are; several CUDA devices by number."""
+    devices = {parameter.device for parameter in model.parameters()}
+    kinds = {device.type for device in devices}
+    return kinds if len(devices) == 1 or kinds != {"cuda"} else {str(device) for device in devices}
+
+
+def _make_on_cpu(model: PreTrainedModel) -> NativeDecoder | str:
+    if reason := _rounds_inputs(model):
+        return reason
+    program = lower(model)
+    if reason := rejects(program) or _too_large(program):
+        return reason
+    _release(model)
+    decoder = NativeDecoder(program)
+    _release(model)
+    return decoder
+
+
+def _rounds_inputs(model: PreTrainedModel) -> str | None:
+    """Say which layer's scheme rounds its inputs: the CPU's program has no place for it, and no proof would notice.
+
+    The proof runs such a layer as the module it is, so that it would agree, and the native products would not round.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear | QuantWeight) and module.activation is not None:
+            grid = module.activation.describe()
+            return f"{name} rounds its inputs to {grid}, which only modules do; ignore_activations=True loads it without"
+    return None
+
+
+def _make_on_cuda(model: PreTrainedModel) -> CudaDecoder | str:
+    if model.dtype not in DTYPES:
+        return f"its activations are {model.dtype}, the CUDA kernels take float16 or bfloat16"
+    nvcc.library()
+    program = lower(model)
+    device = next(model.parameters()).device
+    if reason := cuda_decoder.rejects(program) or _too_large_for_cuda(program, device):
+        return reason
+    return CudaDecoder(program, device=device, dtype=model.dtype, context_tokens=FIRST_TOKENS)
+
+
+def _too_large_for_cuda(program: Program, device: torch.device) -> str | None:
+    """Weights are laid out a second time: say so where that would take nearly all of the free memory."""
+    if not torch.cuda.is_available():
+        return None
+    parts = [linear.weight for linear in program.linears()]
+    sizes = [
+        part.nbytes if isinstance(part, Tensor) else sum(b.nbytes for b in part.buffers()) for part in dict.fromkeys(parts)
+    ]
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = torch.cuda.mem_get_info(device)[0] + unused
+    if sum(sizes) < 0.9 * free:
+        return None
+    return f"a second copy of its weights takes {sum(sizes) / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free on the device"
 
 
 def _release(model: PreTrainedModel) -> None:

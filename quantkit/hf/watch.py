@@ -189,7 +189,7 @@ class _Recorder:
         """Stand in for transformers' mask functions: remember the window, return the mask as booleans."""
         sees = options["mask_function"]
         q, kv = torch.arange(options["q_length"]), torch.arange(options["kv_length"])
-        mask = _evaluate(sees, q[:, None], kv)
+        mask = _evaluate(sees, q[:, None], kv).to(self.trace.ids.device)
         self.masks.append(mask)
         self.windows[id(mask)] = _window(sees)
         return mask

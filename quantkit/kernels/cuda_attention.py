@@ -1,10 +1,14 @@
 """Keys and values in pages on CUDA: append what a token adds, attend to what is there. Plain torch twins define both.
 
+Rows of a batch that stand at a negative position only fill it up: they write nothing, and read zeros. Attention has two kernels
+for one meaning: :func:`attend` for single tokens, over whose past blocks share the work, and :func:`attend_prompt` for runs of
+neighbouring tokens, which share what is read.
+
 Pages hold 32 tokens (``kernels_cuda/pages.cuh``). Quantized ones keep a float32 scale per token and head (``int8``), or a
 scale and a zero point per token and 32 channels (``int4``).
 """
 
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +22,7 @@ from quantkit.kernels.interpret import rotate
 PAGE_TOKENS: Final = 32
 KINDS: Final = ("float", "int8", "int4")
 HEAD_SIZES: Final = (64, 128)
-_GROUP, _HEAD_ROWS = 32, 16
+_GROUP, _HEAD_ROWS, _PROMPT_WARPS = 32, 16, 4
 
 AppendStruct = struct(
     "AppendStruct",
@@ -28,8 +32,8 @@ AppendStruct = struct(
 )
 AttendStruct = struct(
     "AttendStruct",
-    "q keys values key_scales value_scales positions slots table out partial arrived",
-    "rows heads kv_heads head stride splits window kv_kind dtype",
+    "q keys values key_scales value_scales positions slots table out partial arrived tiles",
+    "rows heads kv_heads head stride splits window kv_kind dtype count",
     "scale softcap",
 )
 
@@ -116,7 +120,7 @@ class Where(NamedTuple):
     """Where rows stand: all int32.
 
     Attributes:
-        positions: (rows,).
+        positions: (rows,); negative for a row that only fills a batch up.
         slots: (rows,): which sequence.
         table: (slots, pages of a sequence).
     """
@@ -157,10 +161,11 @@ def append_plain(qkv: Tensor, heads: int, rope: Rope, where: Where, pages: Pages
     if rope.k_gain is not None:
         k = k / (k.square().mean(-1, keepdim=True) + rope.eps).sqrt() * rope.k_gain
     if rope.cos is not None and rope.sin is not None:
-        positions = where.positions.long()
+        positions = where.positions.long().clamp(min=0)
         q, k = (rotate(part, rope.cos[positions], rope.sin[positions], rope.dim, rope.interleaved) for part in (q, k))
-    page, at = places(where)
-    for new, codes, scales in ((k, pages.keys, pages.key_scales), (v, pages.values, pages.value_scales)):
+    real = where.positions >= 0
+    page, at = (part[real] for part in places(where))
+    for new, codes, scales in ((k[real], pages.keys, pages.key_scales), (v[real], pages.values, pages.value_scales)):
         if scales is None:
             codes[page, :, at] = new.to(codes.dtype)
             continue
@@ -221,9 +226,7 @@ def attend(
             the same bits in every batch if this is fixed.
     """
     rows, heads, head = q.shape
-    kv_heads = pages.keys.shape[1]
-    if head not in HEAD_SIZES or heads % kv_heads:
-        raise KernelError(f"attention with {heads} heads of {head} over {kv_heads}: want heads of {HEAD_SIZES}, a multiple")
+    kv_heads = _check_heads(q, pages)
     packs = -(-(heads // kv_heads) // _HEAD_ROWS) * kv_heads
     tokens = where.table.shape[1] * PAGE_TOKENS
     splits = splits or choose_splits(rows, packs, tokens, cuda_calls.multiprocessors(q.device))
@@ -234,12 +237,66 @@ def attend(
         partial = torch.empty(size, dtype=torch.float32, device=q.device)
         arrived = cuda_calls.counters(q.device, rows * packs)
     filled = AttendStruct(
-        *map(pointer, (q, *pages[:4], *where, out, partial, arrived)),
+        *map(pointer, (q, *pages[:4], *where, out, partial, arrived, None)),
         *(rows, heads, kv_heads, head, where.table.shape[1], splits, window or 0),
-        *(KINDS.index(pages.kind), DTYPE_CODES[q.dtype], scale, softcap or 0.0),
+        *(KINDS.index(pages.kind), DTYPE_CODES[q.dtype], 0, scale, softcap or 0.0),
     )
     launch("qk_attend", filled, q.device)
     return out
+
+
+def _check_heads(q: Tensor, pages: Pages) -> int:
+    """Return how many key heads there are."""
+    (_, heads, head), kv_heads = q.shape, pages.keys.shape[1]
+    if head not in HEAD_SIZES or heads % kv_heads:
+        raise KernelError(f"attention with {heads} heads of {head} over {kv_heads}: want heads of {HEAD_SIZES}, a multiple")
+    return kv_heads
+
+
+def tile_tokens(heads: int, kv_heads: int) -> int:
+    """Return how many neighbouring tokens a tile of :func:`attend_prompt` may have."""
+    return _PROMPT_WARPS * (_HEAD_ROWS // min(_HEAD_ROWS, heads // kv_heads))
+
+
+def cut(first: int, count: int, size: int) -> list[tuple[int, int]]:
+    """Return tiles of at most ``size`` rows that cover ``count`` neighbouring rows from ``first`` on."""
+    return [(first + at, min(size, count - at)) for at in range(0, count, size)]
+
+
+def attend_prompt(
+    q: Tensor,
+    where: Where,
+    pages: Pages,
+    tiles: Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Compute what :func:`attend` does, for runs of tokens that read their past together.
+
+    Args:
+        q, where, pages, scale, window, softcap: as there.
+        tiles: int32 (tiles, 2): first row and number of rows, at most :func:`tile_tokens`, all of one sequence and each one
+            position after the one before. Rows of no tile read zeros.
+    """
+    rows, heads, head = q.shape
+    kv_heads, out = _check_heads(q, pages), torch.zeros_like(q)
+    filled = AttendStruct(
+        *map(pointer, (q, *pages[:4], *where, out, None, None, tiles)),
+        *(rows, heads, kv_heads, head, where.table.shape[1], 1, window or 0),
+        *(KINDS.index(pages.kind), DTYPE_CODES[q.dtype], len(tiles), scale, softcap or 0.0),
+    )
+    launch("qk_attend_prompt", filled, q.device)
+    return out
+
+
+def attend_prompt_plain(q: Tensor, where: Where, pages: Pages, tiles: Tensor, **options: Any) -> Tensor:
+    """Define :func:`attend_prompt` in plain torch."""
+    covered = torch.zeros(len(q), dtype=torch.bool, device=q.device)
+    for first, count in tiles.tolist():
+        covered[first : first + count] = True
+    return attend_plain(q, where, pages, **options) * covered[:, None, None]
 
 
 def attend_plain(
@@ -264,4 +321,5 @@ def attend_plain(
     age = where.positions[:, None] - torch.arange(keys.shape[1], device=q.device)
     hidden = (age < 0) | (age >= (window or 1 << 30))
     weights = scores.masked_fill(hidden[:, None], -torch.inf).softmax(-1)
+    weights = weights.masked_fill((where.positions < 0)[:, None, None], 0.0)  # a row that sees nothing
     return torch.einsum("rht,rthd->rhd", weights, values).to(q.dtype)

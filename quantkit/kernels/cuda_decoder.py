@@ -2,11 +2,13 @@
 
 Rows are (token, position, slot) as for the CPU's decoder; a prompt is many rows of one slot. A step is, per layer: queries,
 keys and values in one product; rotation and append; attention; output product; residual and norm; gate and up in one product;
-gate; down; residual and norm. Nothing in it waits for the host, so decoding is a recorded step played again and again:
-:class:`GraphDecoder`.
+gate; down; residual and norm. Nothing in it waits for the host, so decoding is a recorded step played again and again, by
+:class:`~quantkit.kernels.cuda_graph.GraphDecoder` for a few sequences from beginning to end, by
+:class:`~quantkit.engine.cuda.CudaBackend` for whatever an engine asks.
 
 Not covered, and said by :func:`rejects`: heads that are not of 64 or 128 channels, head norms that are not an RMS norm per
-head, float or biased experts.
+head, float or biased experts, quantized embedding tables, rotary tables that depend on the length of a sequence, fp8 on devices
+without it.
 """
 
 from collections.abc import Sequence
@@ -18,8 +20,8 @@ from torch.nn import functional as F
 
 from quantkit.errors import KernelError
 from quantkit.kernels import cuda_glue, cuda_ops, fragments
-from quantkit.kernels.cuda import CudaKernel, unfit
-from quantkit.kernels.cuda_attention import HEAD_SIZES, Pages, Rope, Where
+from quantkit.kernels.cuda import FP8_CAPABILITY, CudaKernel, State, unfit
+from quantkit.kernels.cuda_attention import HEAD_SIZES, Pages, Rope, Where, tile_tokens
 from quantkit.kernels.program import Attention, Experts, Layer, Linear, Mlp, Norm, Program
 from quantkit.qtensor import concatenate
 
@@ -28,6 +30,8 @@ def rejects(program: Program) -> str | None:
     """Say why a program does not run here; None if it does."""
     if not isinstance(program.embedding, Tensor):
         return "its embedding table is quantized"
+    if program.rope_switch is not None:
+        return f"its rotary tables change beyond {program.rope_switch} tokens, and a batch has sequences of many lengths"
     for index, layer in enumerate(program.layers):
         if reason := _rejects_layer(layer):
             return f"layer {index}: {reason}"
@@ -59,11 +63,25 @@ def _rejects_linear(linear: Linear) -> str | None:
         return None
     if module.activation is not None and (module.activation.rotated or not CudaKernel().rounds(module.spec, module.activation)):
         return f"activations rounded to {module.activation.describe()}"
+    if not module.spec.is_integer and torch.cuda.is_available() and torch.cuda.get_device_capability() < FP8_CAPABILITY:
+        return "fp8 products want compute capability 8.9 or later"
     return unfit(module.spec, module.shape[-2:])
 
 
 def _part(mlp: Mlp, which: str) -> Linear:
     return mlp.up[0] if which == "up" else mlp.down
+
+
+class Prompts(NamedTuple):
+    """Which rows of a step are runs of neighbouring tokens, so that attention reads their past once for all of a tile.
+
+    Attributes:
+        singles: so many rows come first and are read one by one.
+        tiles: int32 (tiles, 2), see :func:`~quantkit.kernels.cuda_attention.attend_prompt`; they cover the other rows.
+    """
+
+    singles: int
+    tiles: Tensor
 
 
 class Product(NamedTuple):
@@ -98,7 +116,7 @@ class CudaDecoder:
         program: what to run.
         device: where.
         dtype: of activations and float weights, float16 or bfloat16.
-        context_tokens: longest sequence; rotary tables are made for it.
+        context_tokens: longest sequence; rotary tables are made for it, and for more by :meth:`lengthen`.
 
     Raises:
         KernelError: :func:`rejects` says why.
@@ -110,42 +128,60 @@ class CudaDecoder:
         if reason := rejects(program):
             raise KernelError(f"{program.name}: {reason}")
         self.program, self.device, self.dtype = program, torch.device(device), dtype
-        self.context_tokens = context_tokens
         assert isinstance(program.embedding, Tensor)
         self._embedding = program.embedding.to(self.device, dtype)
         tied = isinstance(program.head.weight, Tensor) and program.head.weight is program.embedding
         self._head = Product(self._embedding, None, None, "") if tied else self._join((program.head,))[0]
         self._layers = [self._lay(layer) for layer in program.layers]
         self._norms: dict[int, tuple[Tensor, Tensor | None]] = {}
-        tables = [rotary.tables(context_tokens) for rotary in program.rotaries]
-        self._tables = [tuple(part.float().contiguous().to(self.device) for part in pair) for pair in tables]
-        self._ropes = [self._rope(layer.attention) for layer in program.layers]
+        self.tile_tokens = min(tile_tokens(one.attention.heads, one.attention.kv_heads) for one in program.layers)
+        self.context_tokens, self._kept = 0, list[Any]()
+        self.lengthen(context_tokens)
 
-    def pages(self, pages: int, kind: str = "float") -> list[Pages]:
+    def lengthen(self, tokens: int) -> None:
+        """Make rotary tables for sequences of ``tokens`` tokens, or the longest there can be, if they are not there yet."""
+        tokens = min(tokens, self.program.max_tokens or tokens)
+        if tokens <= self.context_tokens:
+            return
+        tables = [rotary.tables(tokens) for rotary in self.program.rotaries]
+        self._tables = [tuple(part.float().contiguous().to(self.device) for part in pair) for pair in tables]
+        self._ropes = [self._rope(layer.attention) for layer in self.program.layers]
+        self._kept.append(self._tables)  # steps that have been recorded read the tables they were recorded with
+        self.context_tokens = tokens
+
+    def pages(self, pages: int, kind: str = "float", device: torch.device | str | None = None) -> list[Pages]:
         """Allocate pages for every layer; ``kind`` as in :mod:`quantkit.kernels.cuda_attention`."""
         sizes = [(layer.attention.kv_heads, layer.attention.head_dim) for layer in self.program.layers]
-        return [Pages.empty(pages, heads, size, kind, self.dtype, self.device) for heads, size in sizes]
+        return [Pages.empty(pages, heads, size, kind, self.dtype, device or self.device) for heads, size in sizes]
 
     def step(
-        self, tokens: Tensor, where: Where, pages: Sequence[Pages], wanted: Tensor | None = None, splits: int | None = None
+        self,
+        tokens: Tensor,
+        where: Where,
+        pages: Sequence[Pages],
+        wanted: Tensor | None = None,
+        splits: int | None = None,
+        prompts: Prompts | None = None,
     ) -> Tensor:
         """Read rows, append their keys and values, and return logits in :attr:`dtype`.
 
         Args:
-            tokens: int64 (rows,).
+            tokens: int64 or int32 (rows,).
             where: where they stand; a slot's earlier positions have been read before, or are rows of this step.
             pages: of every layer.
             wanted: int64, rows whose logits are wanted; None for all.
             splits: see :func:`quantkit.kernels.cuda_attention.attend`.
+            prompts: rows that are runs of neighbours; None reads all one by one.
         """
         program = self.program
-        x = self._embedding[tokens]
+        x = F.embedding(tokens, self._embedding)
         if program.embedding_scale != 1:
             x = x * program.embedding_scale
         after = [*(layer.attention_in for layer in program.layers[1:]), program.final_norm]
         inner = self._normalize(x, program.layers[0].attention_in)
         for layer, laid, rope, stored, norm in zip(program.layers, self._layers, self._ropes, pages, after, strict=True):
-            a = self._attend(layer.attention, laid, rope, inner, where, stored, splits)
+            q = self._append(layer.attention, laid, rope, inner, where, stored)
+            a = laid.out(_read(layer.attention, q, where, stored, splits, prompts).flatten(1))
             a = self._normalize(a, layer.attention_out)
             read = self._normalize(x, layer.mlp_in) if layer.parallel else None
             h, inner = self._add(a, x, None if layer.parallel else layer.mlp_in, layer.attention_scale)
@@ -157,14 +193,11 @@ class CudaDecoder:
         cap = program.logit_softcap
         return logits if cap is None else (cap * torch.tanh(logits.float() / cap)).to(logits.dtype)
 
-    def _attend(
-        self, attention: Attention, laid: _Layer, rope: Rope, x: Tensor, where: Where, pages: Pages, splits: int | None
-    ) -> Tensor:
-        ops = cuda_ops.ops()
+    def _append(self, attention: Attention, laid: _Layer, rope: Rope, x: Tensor, where: Where, pages: Pages) -> Tensor:
+        """Append keys and values of inputs x; return the queries."""
         qkv = _side_by_side(laid.qkv, x)
-        q = ops.append_pages(qkv, attention.heads, *rope, *where, *pages)
-        read = ops.attend_pages(q, *where, *pages, attention.scale, attention.window, attention.softcap, splits)
-        return laid.out(read.flatten(1))
+        queries: Tensor = cuda_ops.ops().append_pages(qkv, attention.heads, *rope, *where, *pages)
+        return queries
 
     def _mix(self, mlp: Mlp | Experts, laid: _Layer, x: Tensor) -> Tensor:
         ops = cuda_ops.ops()
@@ -228,11 +261,14 @@ class CudaDecoder:
             return tuple(self._join((linear,))[0] for linear in linears)
         bias = self._bias(linears)
         if floats:
-            return (Product(torch.cat([part.to(self.device, self.dtype) for part in floats]), None, bias, ""),)
+            moved = [part.to(self.device, self.dtype) for part in floats]
+            return (Product(moved[0] if len(moved) == 1 else torch.cat(moved), None, bias, ""),)
         first: Any = modules[0]
         form = "codes" if first.spec.is_integer else "fp8 codes"
         if first.activation is not None:
             form = "int8" if first.activation.is_integer else "fp8"
+        if len(modules) == 1 and self.device.type == "cuda" and isinstance(state := first.prepacked(self.dtype), State):
+            return (Product(None, state.weight, bias, form),)  # the module's own copy
         joined = concatenate([module.qtensor.to(self.device) for module in modules])
         return (Product(None, fragments.prepack(joined), bias, form),)
 
@@ -241,6 +277,19 @@ class CudaDecoder:
             return None
         parts = [torch.zeros(one.shape[0]) if one.bias is None else one.bias.detach() for one in linears]
         return torch.cat([part.to(self.device, self.dtype) for part in parts])
+
+
+def _read(attention: Attention, q: Tensor, where: Where, pages: Pages, splits: int | None, prompts: Prompts | None) -> Tensor:
+    """Return what queries (rows, heads, head) read."""
+    ops, options = cuda_ops.ops(), (attention.scale, attention.window, attention.softcap)
+    if prompts is None:
+        alone: Tensor = ops.attend_pages(q, *where, *pages, *options, splits)
+        return alone
+    read: Tensor = ops.attend_prompt_pages(q, *where, *pages, prompts.tiles, *options)
+    if count := prompts.singles:
+        first = Where(where.positions[:count], where.slots[:count], where.table)
+        read[:count] = ops.attend_pages(q[:count], *first, *pages, *options, splits)
+    return read
 
 
 def _side_by_side(products: tuple[Product, ...], x: Tensor) -> Tensor:

@@ -1,14 +1,44 @@
 """Decoding under a CUDA graph: one recorded step per batch size, tokens chosen inside, no word from the host in between."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from quantkit.errors import KernelError
 from quantkit.kernels import cuda_ops
-from quantkit.kernels.cuda_attention import PAGE_TOKENS, Where
-from quantkit.kernels.cuda_decoder import CudaDecoder
+from quantkit.kernels.cuda_attention import PAGE_TOKENS, Where, cut
+from quantkit.kernels.cuda_decoder import CudaDecoder, Prompts
+
+
+def record(
+    step: Callable[[], Tensor],
+    stream: torch.cuda.Stream,
+    *,
+    restore: Callable[[], None] = lambda: None,
+    pool: tuple[int, int] | None = None,
+) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """Record a step in a graph; return it and the tensor that a replay writes the step's result to.
+
+    The step runs twice before, on the stream of the recording: that loads the library, makes counters and fills caches.
+
+    Args:
+        step: what to record; reads and writes the same memory every time.
+        stream: where to run it meanwhile.
+        restore: puts back what the runs before have changed.
+        pool: memory pool that recordings share, of which only one is replayed at a time.
+    """
+    stream.wait_stream(torch.cuda.current_stream(stream.device))
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            step()
+            restore()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
+            result = step()
+        restore()
+    torch.cuda.current_stream(stream.device).wait_stream(stream)
+    return graph, result
 
 
 class GraphDecoder:
@@ -81,7 +111,8 @@ class GraphDecoder:
                 positions = torch.arange(start, start + len(rows), dtype=torch.int32, device=rows.device)
                 where = Where(positions, torch.full_like(positions, slot), self._where.table)
                 last = torch.tensor([len(rows) - 1], device=rows.device)
-                logits = self._decoder.step(rows, where, self._pages, last, self._splits)
+                tiles = torch.tensor(cut(0, len(rows), self._decoder.tile_tokens), dtype=torch.int32, device=rows.device)
+                logits = self._decoder.step(rows, where, self._pages, last, prompts=Prompts(0, tiles))
             chosen.append(self._choose(logits))
         self._newest.copy_(torch.cat(chosen))
         self._where.positions.copy_(torch.tensor([len(p) for p in prompts]))
@@ -110,12 +141,13 @@ class GraphDecoder:
         self._lengths = [length + count for length in self._lengths]
         return self._history[:count].clone()
 
-    def _step(self) -> None:
+    def _step(self) -> Tensor:
         logits = self._decoder.step(self._newest, self._where, self._pages, splits=self._splits)
         self._newest.copy_(self._choose(logits))
         self._history.index_copy_(0, self._at, self._newest[None])
         self._where.positions.add_(1)
         self._at.add_(1)
+        return self._newest
 
     def _choose(self, logits: Tensor) -> Tensor:
         if self._temperature == 0:
@@ -126,22 +158,11 @@ class GraphDecoder:
         return (logits.float() / self._temperature + noise).argmax(-1)
 
     def _record(self) -> None:
-        """Record one step. It runs twice before, on the stream of the recording, and the sequences are put back."""
+        """Record one step; the sequences are put back to where they were."""
         held = [t.clone() for t in (self._newest, self._where.positions, self._at)]
-        stream = torch.cuda.Stream(self._decoder.device)
-        stream.wait_stream(torch.cuda.current_stream(self._decoder.device))
 
         def restore() -> None:
             for tensor, before in zip((self._newest, self._where.positions, self._at), held, strict=True):
                 tensor.copy_(before)
 
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                self._step()
-                restore()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=stream):
-                self._step()
-            restore()
-        torch.cuda.current_stream(self._decoder.device).wait_stream(stream)
-        self._graph = graph
+        self._graph, _ = record(self._step, torch.cuda.Stream(self._decoder.device), restore=restore)

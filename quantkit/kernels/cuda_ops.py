@@ -36,6 +36,10 @@ SCHEMAS = {
         f"(Tensor q, {_WHERE}, {_PAGES.format('', '', '', '')}, float scale, int? window, float? softcap, int? splits)"
         " -> Tensor"
     ),
+    "attend_prompt_pages": (
+        f"(Tensor q, {_WHERE}, {_PAGES.format('', '', '', '')}, Tensor tiles, float scale, int? window, float? softcap)"
+        " -> Tensor"
+    ),
 }
 """Operator to its arguments. ``form`` of a matmul: ``"codes"`` (activations as they are), ``"fp8 codes"`` (the same, fp8
 weights), ``"int8"`` or ``"fp8"`` (activations rounded per token)."""
@@ -149,6 +153,14 @@ def _attend(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def _attend_prompt(function: Callable[..., Any]) -> Callable[..., Any]:
+    def run(q: Tensor, *rest: Any) -> Any:
+        tiles, scale, window, softcap = rest[8:]
+        return function(q, Where(*rest[:3]), Pages(*rest[3:8]), tiles, scale=scale, window=window, softcap=softcap)
+
+    return run
+
+
 _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]] = {
     "fragment_matmul": (_multiply_plain, multiply, _multiply_fake),
     "fragment_experts": (_experts_plain, _experts, _experts_fake),
@@ -167,6 +179,11 @@ _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callab
     "attend_pages": (
         _attend(cuda_attention.attend_plain),
         _attend(cuda_attention.attend),
+        lambda q, *rest: torch.empty_like(q),
+    ),
+    "attend_prompt_pages": (
+        _attend_prompt(cuda_attention.attend_prompt_plain),
+        _attend_prompt(cuda_attention.attend_prompt),
         lambda q, *rest: torch.empty_like(q),
     ),
 }

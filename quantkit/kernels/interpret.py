@@ -30,10 +30,15 @@ def logits(program: Program, ids: Tensor) -> Tensor:
     """Return float32 logits (T, vocabulary) for ids (T,) int64 at positions 0 to T - 1."""
     with torch.inference_mode():
         x = embed(program, ids)
-        tables = [rotary.tables(len(ids)) for rotary in program.rotaries]
+        tables = tables_of(program, len(ids), ids.device)
         for layer in program.layers:
             x = run_layer(program, layer, x, tables)
         return read_out(program, x)
+
+
+def tables_of(program: Program, tokens: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """Return cos and sin of every rotary, for positions 0 to tokens - 1."""
+    return [(cos.to(device), sin.to(device)) for cos, sin in (rotary.tables(tokens) for rotary in program.rotaries)]
 
 
 def embed(program: Program, ids: Tensor) -> Tensor:
@@ -105,7 +110,8 @@ def attend(program: Program, attention: Attention, x: Tensor, tables: list[tuple
     scores = torch.einsum("qhd,khd->hqk", q, k) * attention.scale
     if attention.softcap is not None:
         scores = attention.softcap * torch.tanh(scores / attention.softcap)
-    age = torch.arange(tokens)[:, None] - torch.arange(tokens)
+    places = torch.arange(tokens, device=x.device)
+    age = places[:, None] - places
     hidden = age < 0 if attention.window is None else (age < 0) | (age >= attention.window)
     scores = scores.masked_fill(hidden, -torch.inf)
     return linear(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).flatten(1), attention.out)

@@ -194,3 +194,52 @@ def test_pages(kind, head, heads, kv_heads, window, softcap, interleaved, dtype)
     want = cuda_attention.attend_plain(q, where, ours, **options)
     for splits in (1, 3):
         assert error(cuda_attention.attend(q, where, ours, splits=splits, **options), want) < EPS[dtype]
+
+
+@pytest.mark.parametrize("kind", cuda_attention.KINDS)
+@pytest.mark.parametrize(
+    ("head", "heads", "kv_heads", "window", "softcap", "dtype"),
+    [
+        (64, 6, 2, None, None, torch.float16),  # 5 tokens of 3 heads in 16 rows, one of them idle
+        (128, 4, 2, 20, 5.0, torch.bfloat16),
+        (64, 20, 1, None, None, torch.float16),  # more heads than rows
+        (64, 1, 1, 7, None, torch.bfloat16),
+    ],
+)
+def test_prompts(kind, head, heads, kv_heads, window, softcap, dtype):
+    pages = Pages.empty(24, kv_heads, head, kind, dtype, "cpu")
+    table, size = torch.randperm(24).view(3, 8).int(), cuda_attention.tile_tokens(heads, kv_heads)
+    runs = [(0, 0, 11), (1, 37, 50), (2, 100, 1), (0, -1, 1)]  # slot, first position, tokens; the last one fills up
+    positions = torch.cat([torch.arange(start, start + count) for _, start, count in runs]).int()
+    slots = torch.cat([torch.full((count,), slot) for slot, _, count in runs]).int()
+    past = Where(torch.arange(128).repeat(3).int(), torch.arange(3).repeat_interleave(128).int(), table)
+    rope = Rope(None, None)
+    cuda_attention.append_plain(torch.randn(384, (heads + 2 * kv_heads) * head).to(dtype), heads, rope, past, pages)
+    where, q = Where(positions, slots, table), torch.randn(len(positions), heads, head).to(dtype)
+    tiles = [*cuda_attention.cut(0, 11, size), *cuda_attention.cut(11, 50, size), (61, 1)]
+    options = {"scale": 0.1, "window": window, "softcap": softcap}
+    want = cuda_attention.attend_plain(q, where, pages, **options)
+    laid = torch.tensor(tiles, dtype=torch.int32)
+    got = cuda_attention.attend_prompt(q, where, pages, laid, **options)
+    assert error(got, want) < EPS[dtype]
+    assert not got[-1].any()
+    assert torch.equal(cuda_attention.attend_prompt_plain(q, where, pages, laid, **options), want)
+
+
+@pytest.mark.parametrize("kind", cuda_attention.KINDS)
+def test_rows_that_fill_up_write_nothing_and_read_zeros(kind):
+    pages, table = Pages.empty(4, 2, 64, kind, torch.float16, "cpu"), torch.tensor([[2, 1], [3, 0]], dtype=torch.int32)
+    qkv, rope = torch.randn(3, 8 * 64).half(), Rope(torch.randn(64, 32), torch.randn(64, 32), 64)
+    where = Where(torch.tensor([-1, 40, -1], dtype=torch.int32), torch.tensor([0, 1, 0], dtype=torch.int32), table)
+    twin = Pages(*(None if t is None else t.clone() for t in pages[:4]), kind)
+    q = cuda_attention.append(qkv, 4, rope, where, pages)
+    cuda_attention.append_plain(qkv, 4, rope, where, twin)
+    for stored, want in zip(pages[:4], twin[:4], strict=True):
+        if stored is not None:
+            touched = stored.view(torch.uint8).flatten(2).any(-1).any(-1)
+            assert touched.tolist() == want.view(torch.uint8).flatten(2).any(-1).any(-1).tolist() == [True, False, False, False]
+    for splits in (1, 3):
+        got = cuda_attention.attend(q, where, pages, scale=0.1, splits=splits)
+        assert not got[0].any()
+        assert not got[2].any()
+        assert got[1].any()

@@ -160,6 +160,27 @@ def test_attention(head, heads, kv_heads, kind):
             assert error(got, want) < 2 * TOLERANCE[dtype], splits
             for _ in range(20):
                 assert torch.equal(cuda_attention.attend(q[last].contiguous(), here, pages, splits=splits, **options), got)
+        size, starts = cuda_attention.tile_tokens(heads, kv_heads), (last + 1 - lengths).tolist()
+        tiles = [tile for start, n in zip(starts, lengths.tolist(), strict=True) for tile in cuda_attention.cut(start, n, size)]
+        laid = torch.tensor(tiles, dtype=torch.int32, device="cuda")
+        together = cuda_attention.attend_prompt(q, where, pages, laid, **options)
+        assert error(together, cuda_attention.attend(q, where, pages, splits=1, **options)) < 2 * TOLERANCE[dtype]
+        for _ in range(20):
+            assert torch.equal(cuda_attention.attend_prompt(q, where, pages, laid, **options), together)
+
+
+@pytest.mark.parametrize("kind", cuda_attention.KINDS)
+def test_rows_that_fill_up_write_nothing_and_read_zeros(kind):
+    pages = Pages.empty(4, 2, 64, kind, torch.float16, "cuda")
+    table, rope = torch.tensor([[2, 1], [3, 0]], dtype=torch.int32, device="cuda"), Rope(None, None)
+    positions, slots = (torch.tensor(part, dtype=torch.int32, device="cuda") for part in ([-1, 40, -1], [0, 1, 0]))
+    where = Where(positions, slots, table)
+    q = cuda_attention.append(torch.randn(3, 8 * 64, device="cuda").half(), 4, rope, where, pages)
+    for stored in (part for part in pages[:4] if part is not None):
+        assert stored.view(torch.uint8).flatten(1).any(-1).tolist() == [True, False, False, False]
+    for splits in (1, 3):
+        got = cuda_attention.attend(q, where, pages, scale=0.1, splits=splits)
+        assert got.flatten(1).any(-1).tolist() == [False, True, False]
 
 
 def test_operators_trace_and_modules_compile_to_the_same():

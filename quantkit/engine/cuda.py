@@ -1,0 +1,199 @@
+"""A decoder program on CUDA as a :class:`quantkit.engine.step.Backend`: recorded steps for decoding, one pass for prompts.
+
+Decoding is short runs of tokens (one, or one and its drafts) of several sequences. Such a step is a CUDA graph, recorded once
+for each of :data:`CudaBackend.RECORDED_ROWS` rows, the next larger number of which is taken: rows that are too many stand at
+position -1, where they write nothing and read zeros. A step's tokens, positions and slots go to the device in one copy, pages
+in another when a sequence has got new ones, and nothing waits for the device until the caller reads the logits.
+
+Steps with a longer run in them (a chunk of a prompt) are not recorded: their products are large enough to hide the host. Short
+runs come first in them, longer ones are cut into tiles that attend together.
+"""
+
+from collections.abc import Sequence
+from typing import Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+from quantkit.engine.step import Copy, Memory, Span
+from quantkit.errors import KernelError, QuantkitError
+from quantkit.kernels.cuda_attention import PAGE_TOKENS, Pages, Where, cut
+from quantkit.kernels.cuda_decoder import CudaDecoder, Prompts
+from quantkit.kernels.cuda_graph import record
+
+
+class _Rows(NamedTuple):
+    """Spans as rows: short ones first.
+
+    Attributes:
+        tokens, positions, slots: one integer per row.
+        wanted: rows whose logits are wanted, in the order of the spans.
+        singles: rows of short spans.
+        tiles: first row and number of rows.
+    """
+
+    tokens: list[int]
+    positions: list[int]
+    slots: list[int]
+    wanted: list[int]
+    singles: int
+    tiles: list[tuple[int, int]]
+
+
+class _Recorded:
+    """A step of a fixed number of rows: where it reads its rows from, (3, rows), and how it is run."""
+
+    def __init__(self, backend: "CudaBackend", rows: int) -> None:
+        self.inputs = torch.zeros((3, rows), dtype=torch.int32, device=backend.device)
+        self.inputs[1] = -1  # rows that write nothing, while it is recorded
+        self._backend, self._graph = backend, None
+        if backend.device.type == "cuda":
+            self._graph, self._logits = record(self._step, backend.stream, pool=backend.pool)
+
+    def run(self) -> Tensor:
+        """Return the logits of all rows; the next run overwrites them."""
+        if self._graph is None:
+            return self._step()
+        self._graph.replay()
+        return self._logits
+
+    def _step(self) -> Tensor:
+        return self._backend.run(self.inputs)
+
+
+class CudaBackend:
+    """Run a program for many sequences, keys and values in pages on the device.
+
+    On a device other than CUDA (tests) steps run without being recorded, and compute the same.
+
+    Args:
+        decoder: the program, laid out. Several backends may share it.
+        kv: how keys and values are stored, one of :data:`quantkit.kernels.cuda_attention.KINDS`.
+        context_tokens: longest sequence the model reads.
+
+    Attributes:
+        engine: what runs a step, for reports.
+    """
+
+    RECORDED_ROWS: Final = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
+    SHORT_TOKENS: Final = 8
+    """Longest run of tokens that attends one by one: a token and its drafts."""
+
+    shares_pages = rewinds = True
+    notice = None
+    engine = "cuda"
+
+    def __init__(self, decoder: CudaDecoder, *, kv: str = "float", context_tokens: int | None = None) -> None:
+        self.decoder, self.device, self.context_tokens = decoder, decoder.device, context_tokens
+        self._kind = kv
+        self._memory: Memory | None = None
+        self._pages: list[Pages] = []
+        self._table = torch.empty(0, dtype=torch.int32)
+        self._known: list[list[int]] = []  # what stands in the table, by slot
+        self._recorded: dict[int, _Recorded] = {}
+        if self.device.type == "cuda":
+            self.stream, self.pool = torch.cuda.Stream(self.device), torch.cuda.graph_pool_handle()
+
+    def reserve(self, memory: Memory) -> None:
+        """Allocate pages; the kernels know one size of them."""
+        if memory.page_tokens != PAGE_TOKENS:
+            raise QuantkitError(
+                f"pages of {memory.page_tokens} tokens: the CUDA engine has pages of {PAGE_TOKENS}; "
+                "leave page_tokens out, or take engine='modules'"
+            )
+        if memory == self._memory:
+            return  # what was in the pages is nobody's any more, and what was recorded still fits
+        self._recorded, self._pages, self._memory = {}, [], memory
+        longest = min(self._longest, memory.pages * PAGE_TOKENS)
+        self.decoder.lengthen(longest)
+        self._pages = self.decoder.pages(memory.pages, self._kind)
+        self._known = [[] for _ in range(memory.slots)]
+        self._table = torch.zeros((memory.slots, -(-longest // PAGE_TOKENS)), dtype=torch.int32, device=self.device)
+
+    def bytes_for(self, memory: Memory) -> int:
+        """Return the bytes that :meth:`reserve` allocates for ``memory``."""
+        return sum(pages.nbytes for pages in self.decoder.pages(memory.pages, self._kind, "meta"))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values allocated now."""
+        return sum(pages.nbytes for pages in self._pages)
+
+    @torch.no_grad()
+    def step(self, spans: Sequence[Span], copies: Sequence[Copy] = ()) -> Tensor:
+        """Run ``spans``; see :class:`~quantkit.engine.step.Backend`."""
+        assert self._memory is not None, "reserve comes first"
+        for source, target, _ in copies:
+            for stored in (part for pages in self._pages for part in pages[:4] if part is not None):
+                stored[target] = stored[source]
+        rows = self._lay_out(spans)
+        self._check(rows)
+        self._tell_pages(spans)
+        count = len(rows.tokens)
+        if rows.tiles or count > self.RECORDED_ROWS[-1]:
+            prompts = Prompts(rows.singles, self._sent(rows.tiles)) if rows.tiles else None
+            wanted = self._sent(rows.wanted, torch.int64)
+            return self.run(self._sent([rows.tokens, rows.positions, rows.slots]), wanted, prompts)
+        size = next(size for size in self.RECORDED_ROWS if size >= count)
+        spare = size - count
+        if size not in self._recorded:
+            self._recorded[size] = _Recorded(self, size)
+        inputs = [[*rows.tokens, *[0] * spare], [*rows.positions, *[-1] * spare], [*rows.slots, *[0] * spare]]
+        self._recorded[size].inputs.copy_(torch.tensor(inputs, dtype=torch.int32), non_blocking=True)
+        logits = self._recorded[size].run()
+        if rows.wanted == list(range(count)):
+            return logits[:count].clone()
+        return logits[self._sent(rows.wanted, torch.int64)]
+
+    def run(self, inputs: Tensor, wanted: Tensor | None = None, prompts: Prompts | None = None) -> Tensor:
+        """Run rows given as int32 (3, rows), tokens, positions and slots on the device; see :meth:`CudaDecoder.step`."""
+        where = Where(inputs[1], inputs[2], self._table)
+        return self.decoder.step(inputs[0], where, self._pages, wanted, prompts=prompts)
+
+    @property
+    def _longest(self) -> int:
+        known = [limit for limit in (self.context_tokens, self.decoder.program.max_tokens) if limit]
+        return min(known, default=1 << 30)
+
+    def _lay_out(self, spans: Sequence[Span]) -> _Rows:
+        rows = _Rows([], [], [], [], sum(len(s.ids) for s in spans if len(s.ids) <= self.SHORT_TOKENS), [])
+        first: dict[int, int] = {}
+        for index in sorted(range(len(spans)), key=lambda i: len(spans[i].ids) > self.SHORT_TOKENS):
+            span, size = spans[index], self.decoder.tile_tokens
+            first[index], count = len(rows.tokens), len(span.ids)
+            if count > self.SHORT_TOKENS:
+                rows.tiles.extend(cut(first[index], count, size))
+            rows.tokens.extend(span.ids)
+            rows.positions.extend(range(span.start, span.start + count))
+            rows.slots.extend([span.slot] * count)
+        for index, span in enumerate(spans):
+            end = first[index] + len(span.ids)
+            rows.wanted.extend(range(end - span.wanted, end))
+        return rows
+
+    def _check(self, rows: _Rows) -> None:
+        """Check what the kernels rely on."""
+        for name, values, limit in (
+            ("token", rows.tokens, self.decoder.program.tokens),
+            ("position", rows.positions, min(self._table.shape[1] * PAGE_TOKENS, self.decoder.context_tokens)),
+            ("slot", rows.slots, len(self._known)),
+        ):
+            if min(values) < 0 or max(values) >= limit:
+                raise KernelError(f"{name}s from {min(values)} to {max(values)}; want 0 to {limit - 1}")
+
+    def _tell_pages(self, spans: Sequence[Span]) -> None:
+        """Bring the device's table up to date where a sequence's pages are not the ones it has."""
+        assert self._memory is not None
+        for span in spans:
+            table = list(span.table[: -(-(span.start + len(span.ids)) // PAGE_TOKENS)])
+            known = self._known[span.slot]
+            if known[: len(table)] == table:
+                continue
+            if min(table) < 0 or max(table) >= self._memory.pages:
+                raise KernelError(f"the block table points at pages beyond the {self._memory.pages} there are")
+            self._table[span.slot, : len(table)].copy_(torch.tensor(table, dtype=torch.int32), non_blocking=True)
+            self._known[span.slot] = table
+
+    def _sent(self, values: Sequence[object], dtype: torch.dtype = torch.int32) -> Tensor:
+        """Return numbers on the device; nobody waits for them to arrive."""
+        return torch.tensor(values, dtype=dtype).to(self.device, non_blocking=True)

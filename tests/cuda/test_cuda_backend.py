@@ -1,0 +1,170 @@
+"""The engine on CUDA's backend: in plain torch against the CPU's, and whole requests through the emulated kernels."""
+
+import logging
+
+import pytest
+import torch
+
+import quantkit
+from quantkit.engine.cuda import CudaBackend
+from quantkit.engine.engine import TokenEngine
+from quantkit.engine.native import NativeBackend
+from quantkit.engine.request import Limits
+from quantkit.engine.step import Copy, Memory, Span
+from quantkit.errors import KernelError, QuantkitError
+from quantkit.hf import backend as chooser
+from quantkit.hf import native
+from quantkit.hf.backend import describe_engine, make_backend
+from quantkit.hf.experts import enable_experts
+from quantkit.hf.lower import lower
+from quantkit.kernels import cuda_ops, interpret
+from quantkit.kernels.cuda_decoder import CudaDecoder
+from quantkit.kernels.decoder import NativeDecoder
+from quantkit.spec import KVScheme, QuantSpec
+from tests import tiny
+from tests.cuda import emulated
+from tests.kernels.test_decoder import quantize, some_ids
+
+W4 = QuantSpec("int4", (1, 32), False)
+PROMPTS = [some_ids(length, seed) for seed, length in enumerate((5, 45, 1, 17, 33))]
+
+
+def programs(family: str):
+    model = tiny.FAMILIES[family](head_dim=64)
+    enable_experts(model)
+    return lower(quantize(model, W4) if "moe" in family else model)
+
+
+def backend_of(program, kv: str = "float", dtype: torch.dtype = torch.float32) -> CudaBackend:
+    return CudaBackend(CudaDecoder(program, device="cpu", dtype=dtype, context_tokens=16), kv=kv, context_tokens=128)
+
+
+def answers(backend, prompts=PROMPTS, tokens: int = 12, **limits) -> tuple[list[list[int]], TokenEngine]:
+    engine = TokenEngine(backend, tiny.VOCAB, limits=Limits(**limits))
+    requests = [engine.submit(prompt, max_new_tokens=tokens) for prompt in prompts]
+    list(engine.run())
+    assert [len(request.ids) for request in requests] == [tokens] * len(prompts)
+    return [request.ids for request in requests], engine
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_tied", "qwen3", "gemma2", "smollm3", "qwen3_moe"])
+def test_greedy_equals_the_cpu_engine(family):
+    program = programs(family)
+    want, _ = answers(NativeBackend(NativeDecoder(program), context_tokens=128))
+    got, engine = answers(backend_of(program))
+    assert got == want
+    assert engine.stats["steps"] < 20  # together, not one after another
+    assert engine.backend._recorded
+
+
+@pytest.mark.parametrize("kv", ["float", "int8"])
+def test_preemption_chunks_and_shared_pages_change_nothing(kv):
+    program = programs("llama")
+    prompts = [*PROMPTS, [*PROMPTS[1][:40], 7, 8, 9]]
+    want, _ = answers(backend_of(program, kv), prompts, 60)
+    got, engine = answers(backend_of(program, kv), prompts, 60, kv_tokens=160, running=4, step_tokens=20)
+    assert engine.scheduler.preemptions > 0
+    assert got == want
+    again, engine = answers(backend_of(program, kv), [PROMPTS[1], prompts[-1]], 20, running=1)
+    assert engine.scheduler.pages.hits_tokens == 40  # a whole page shared, another one copied
+    assert again == [want[1][:20], want[5][:20]]
+
+
+def test_drafts_do_not_change_answers():
+    program = programs("llama")
+    want, _ = answers(backend_of(program), tokens=30)
+    engine = TokenEngine(backend_of(program), tiny.VOCAB)
+    engine.use_drafter(quantkit.engine.drafters.DRAFTERS.get("ngram")())
+    requests = [engine.submit(prompt, max_new_tokens=30) for prompt in PROMPTS]
+    list(engine.run())
+    assert [request.ids for request in requests] == want
+    backend = backend_of(program)
+    backend.RECORDED_ROWS = (1, 2)  # more rows than any recording has
+    assert answers(backend, tokens=30)[0] == want
+
+
+@pytest.fixture(params=["plain", "emulated"])
+def way(request, monkeypatch):
+    if request.param == "plain":
+        yield
+        return
+    with emulated.machine(monkeypatch):
+        direct(monkeypatch)
+        yield
+
+
+def direct(monkeypatch) -> None:
+    """Let operators call kernels for CPU tensors too."""
+    functions = {name: staticmethod(made[1]) for name, made in cuda_ops._IMPLEMENTATIONS.items()}
+    monkeypatch.setattr(cuda_ops, "ops", lambda: type("ops", (), functions))
+
+
+@pytest.mark.parametrize("kv", ["float", "int4"])
+def test_rows_that_fill_a_step_up_touch_no_page(way, kv):
+    backend = backend_of(programs("llama"), kv, torch.float16)
+    backend.reserve(Memory(6, 32, 4))
+    spans = [Span(2, 0, some_ids(3), [4], 1), Span(0, 0, some_ids(2, 1), [1], 2)]
+    want = backend.step(spans)  # 5 rows of 8
+    assert list(backend._recorded) == [8]
+    assert want.shape == (3, tiny.VOCAB)
+    for pages in backend._pages:
+        for stored in (part for part in pages[:4] if part is not None):
+            touched = stored.view(torch.uint8).flatten(3).any(-1).any(1)  # (pages, tokens)
+            assert touched.nonzero().tolist() == [[1, 0], [1, 1], [4, 0], [4, 1], [4, 2]]
+    torch.testing.assert_close(backend.step(spans), want, atol=0, rtol=0)
+    backend.step([Span(3, 0, some_ids(1), [0], 0)], [Copy(4, 5, 3)])
+    assert all(torch.equal(pages.keys[4], pages.keys[5]) for pages in backend._pages)
+
+
+def test_whole_requests_through_the_emulated_kernels(monkeypatch):
+    model = quantize(tiny.FAMILIES["llama"](head_dim=64), W4).half()
+    program = lower(model)
+    monkeypatch.setattr(native, "device_types", lambda model: {"cuda"})
+    monkeypatch.setattr(chooser, "device_types", lambda model: {"cuda"})
+    with emulated.machine(monkeypatch):
+        direct(monkeypatch)
+        backend = make_backend(model, engine="native")
+        assert isinstance(backend, CudaBackend)
+        assert describe_engine(model) == "cuda: 2 layers in one recorded step"
+        prompts = [some_ids(11, 5), some_ids(2, 6), some_ids(35, 7)]
+        got, engine = answers(backend, prompts, 4, kv_tokens=64, running=3, step_tokens=24)
+    assert engine.scheduler.preemptions + engine.stats["steps"] > 4
+    assert got == answers(NativeBackend(NativeDecoder(program)), prompts, 4)[0]
+    for prompt, tokens in zip(prompts, got, strict=True):
+        logits = interpret.logits(program, torch.tensor([*prompt, *tokens[:-1]]))[len(prompt) - 1 :]
+        lost = logits.max(-1).values - logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        assert (lost < 0.02 * logits.abs().max()).all()
+
+
+def test_what_it_cannot_run_goes_through_modules_and_is_counted(monkeypatch, caplog):
+    monkeypatch.setattr(chooser, "FALLBACKS", type(chooser.FALLBACKS)())
+    monkeypatch.setattr(native, "device_types", lambda model: {"cuda"})
+    monkeypatch.setattr(chooser, "device_types", lambda model: {"cuda"})
+    with emulated.machine(monkeypatch), caplog.at_level(logging.WARNING, logger="quantkit"):
+        for model, kv, reason in (
+            (tiny.FAMILIES["llama"](head_dim=64), "float", "activations are torch.float32"),
+            (tiny.FAMILIES["llama"]().half(), "float", "heads of 16 channels"),
+            (tiny.FAMILIES["llama"](head_dim=64).half(), "int4", "int4 of 32 channels, not as keys int4"),
+        ):
+            assert make_backend(model, kv).engine == "modules"
+            assert reason in caplog.records[-1].getMessage()
+        assert list(chooser.FALLBACKS.values()) == [1, 1, 1]
+        model = tiny.FAMILIES["llama"](head_dim=64).half()
+        with pytest.raises(QuantkitError, match="modules compute as loaded"):
+            make_backend(model, activations="int8")
+        assert make_backend(model, KVScheme(W4, W4)).bytes_for(Memory(3, 32, 1)) > 0
+        with pytest.raises(QuantkitError, match="the CUDA engine has pages of 32"):
+            make_backend(model).reserve(Memory(4, 16, 1))
+
+
+def test_rows_out_of_range_are_refused():
+    backend = backend_of(programs("llama"))
+    backend.reserve(Memory(4, 32, 2))
+    for span, message in (
+        (Span(0, 0, [tiny.VOCAB], [0], 1), "tokens from 192"),
+        (Span(0, 126, [5, 5, 5], [0, 1, 2, 3, 0], 1), "positions from 126 to 128"),
+        (Span(2, 0, [5], [0], 1), "slots from 2"),
+        (Span(0, 0, [5], [4], 1), "pages beyond the 4"),
+    ):
+        with pytest.raises(KernelError, match=message):
+            backend.step([span])

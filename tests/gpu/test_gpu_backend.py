@@ -1,0 +1,104 @@
+"""The engine on a device: models of transformers through recorded steps, against the model itself; skipped without one."""
+
+import pytest
+import torch
+
+import quantkit
+from quantkit.engine.cuda import CudaBackend
+from quantkit.engine.request import Limits
+from quantkit.engine.step import Memory, Span
+from quantkit.hf.backend import make_backend
+from quantkit.hf.experts import enable_experts
+from quantkit.hf.lower import lower
+from quantkit.spec import KVScheme, QuantSpec
+from tests import tiny
+from tests.kernels.test_decoder import quantize, some_ids
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+W4 = QuantSpec("int4", (1, 32), False)
+PROMPTS = [some_ids(length, seed) for seed, length in enumerate((5, 45, 1, 17, 33, 70))]
+
+
+def model_of(family: str, quantized: bool, dtype: torch.dtype = torch.float16):
+    model = tiny.FAMILIES[family](head_dim=64)
+    enable_experts(model)
+    return (quantize(model, W4) if quantized else model).to(dtype).cuda()
+
+
+def backend_of(model, kv: str | KVScheme = "float") -> CudaBackend:
+    backend = make_backend(model, kv, engine="native")
+    assert isinstance(backend, CudaBackend)
+    return backend
+
+
+def near(model, prompt: list[int], tokens: list[int]) -> None:
+    """Check that every token is one the model itself finds most likely, up to rounding."""
+    with torch.inference_mode():
+        logits = model(torch.tensor([[*prompt, *tokens[:-1]]], device="cuda")).logits[0, len(prompt) - 1 :].float()
+    lost = logits.max(-1).values - logits.gather(1, torch.tensor(tokens, device="cuda")[:, None])[:, 0]
+    assert (lost < 0.03 * logits.abs().max()).all()
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_tied", "qwen3", "gemma2", "gemma3", "smollm3", "mistral"])
+def test_float_families(family):
+    model = model_of(family, quantized=False)
+    lower(model)
+    engine = quantkit.Engine(model)
+    assert isinstance(engine.backend, CudaBackend)
+    requests = [engine.submit(prompt, max_new_tokens=20) for prompt in PROMPTS]
+    list(engine.run())
+    for prompt, request in zip(PROMPTS, requests, strict=True):
+        near(model, prompt, request.ids)
+
+
+@pytest.mark.parametrize("kv", ["float", "int8", KVScheme(W4, W4)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_quantized_families(family, dtype, kv):
+    model = model_of(family, True, dtype)
+    engine = quantkit.Engine(model, kv=kv, limits=Limits(running=4, step_tokens=32, kv_tokens=256))
+    requests = [engine.submit(prompt, max_new_tokens=40) for prompt in PROMPTS]
+    list(engine.run())
+    if kv == "float" and dtype == torch.float16:
+        for prompt, request in zip(PROMPTS, requests, strict=True):
+            near(model, prompt, request.ids)
+    assert all(len(request.ids) == 40 for request in requests)
+
+
+def test_recorded_steps_say_what_unrecorded_ones_say():
+    backend = backend_of(model_of("llama", True))
+    backend.reserve(Memory(16, 32, 8))
+    starts = [(slot, some_ids(20 + slot, slot)) for slot in range(5)]
+    backend.step([Span(slot, 0, ids, [2 * slot, 2 * slot + 1], 1) for slot, ids in starts])
+    decode = [Span(slot, len(ids), [7 + slot], [2 * slot, 2 * slot + 1], 1) for slot, ids in starts]
+    recorded = backend.step(decode)
+    assert list(backend._recorded) == [8]
+    before = [part.clone() for pages in backend._pages for part in pages[:4] if part is not None]
+    assert torch.equal(backend.step(decode), recorded)
+    after = [part for pages in backend._pages for part in pages[:4] if part is not None]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    inputs = torch.tensor(
+        [[span.ids[0] for span in decode] + [0] * 3, [span.start for span in decode] + [-1] * 3, [0, 1, 2, 3, 4, 0, 0, 0]]
+    )
+    with torch.no_grad():
+        assert torch.equal(backend.run(inputs.int().cuda())[:5], recorded)
+
+
+def test_a_recorded_step_waits_for_nobody():
+    backend = backend_of(model_of("llama", True))
+    backend.reserve(Memory(16, 32, 8))
+    spans = [[Span(slot, at, [5 + slot], [slot], 1) for slot in range(3)] for at in range(5)]
+    backend.step(spans[0])
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = [backend.step(one) for one in spans[1:]]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.isfinite(logits).all() for logits in found)
+
+
+def test_what_it_cannot_run_goes_through_modules():
+    assert make_backend(tiny.FAMILIES["llama"](head_dim=64).cuda()).engine == "modules"  # float32
+    assert make_backend(tiny.FAMILIES["llama"]().half().cuda()).engine == "modules"  # heads of 16
