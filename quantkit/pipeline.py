@@ -190,7 +190,7 @@ def quantize(
     known = load_statistics(statistics)[0] if isinstance(statistics, str | Path) else statistics
     _refuse_combinations(plan, structure, method, changes, distill, known)
     corrected = _biased(model, structure, plan) if any(isinstance(change, BiasCorrection) for change in changes) else []
-    _refuse_corrections(changes, corrected, method, distill, known)
+    _refuse_corrections(changes, corrected, method, distill)
     walk = (bool(corrected) or any(needs_of(method, one) for one in plan.values())) and known is None
     reads = walk or distill or any(change.needs for change in changes)
     batches = Calibration(data, samples, length, batch_size, mode).batches(tokenizer) if reads else []
@@ -345,7 +345,7 @@ def _biased(model: nn.Module, structure: Structure, plan: Plan) -> list[str]:
 
 
 def _refuse_corrections(
-    changes: Sequence[Transform], corrected: Sequence[str], method: Quantizer, distill: Distill | None, known: Any
+    changes: Sequence[Transform], corrected: Sequence[str], method: Quantizer, distill: Distill | None
 ) -> None:
     if not any(isinstance(change, BiasCorrection) for change in changes):
         return
@@ -353,8 +353,6 @@ def _refuse_corrections(
         raise CalibrationError("bias-correction: none of the planned layers has a bias; leave it out")
     if distill or isinstance(method, AutoRound):
         raise CalibrationError("bias-correction: codes or scales are learned after it, which would undo it; leave one out")
-    if known is not None and any("mean" not in known[name].results for name in corrected if name in known):
-        raise CalibrationError('bias-correction: statistics= hold no means; collect(model, ["mean", ...]), or pass data=')
 
 
 def _report_fallen(names: list[str], strict: bool) -> None:

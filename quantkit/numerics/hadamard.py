@@ -57,9 +57,9 @@ def _factors(size: int) -> tuple[Tensor, Tensor]:
     """Return (a, a) and (b, b), orthogonal, a b = ``size``: a Hadamard matrix (or the identity) and Sylvester's."""
     small = size // (size & -size)
     while size % small == 0:
-        if small == 1 or (found := paley(small)) is not None:
-            mixing = torch.ones(1, 1, dtype=torch.float64) if small == 1 else found / math.sqrt(small)
-            return mixing, sylvester(size // small) / math.sqrt(size // small)
+        found = sylvester(1) if small == 1 else paley(small)
+        if found is not None:
+            return found / math.sqrt(small), sylvester(size // small) / math.sqrt(size // small)
         small *= 2
     power = size & -size
     return torch.eye(size // power, dtype=torch.float64), sylvester(power) / math.sqrt(power)
