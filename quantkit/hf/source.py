@@ -9,7 +9,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from quantkit.errors import QuantkitError
 from quantkit.hf.demo_model import DEMO_MODEL, demo_model_path
@@ -45,7 +45,12 @@ def load_config(source: str | Path) -> PretrainedConfig:
 
 
 def read_gguf(what: Any, path: Path) -> Any:
-    """Return the config or the tokenizer of a GGUF file (``what`` is transformers' auto class of it), one's own to change; transformers' errors pass through."""
+    """Return the config or the tokenizer of a GGUF file, one's own to change; transformers' errors pass through.
+
+    Args:
+        what: transformers' auto class of it.
+        path: the file.
+    """
     stat = path.stat()
     return copy.deepcopy(_read_gguf(what, path.absolute(), stat.st_size, stat.st_mtime_ns))
 

@@ -16,7 +16,7 @@ def record(
     stream: torch.cuda.Stream,
     *,
     restore: Callable[[], None] = lambda: None,
-    pool: tuple[int, int] | None = None,
+    pool: Any = None,
 ) -> tuple[torch.cuda.CUDAGraph, Tensor]:
     """Record a step in a graph; return it and the tensor that a replay writes the step's result to.
 
