@@ -1,6 +1,7 @@
 """Decoding under a CUDA graph: one recorded step per batch size, tokens chosen inside, no word from the host in between."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
