@@ -5,8 +5,9 @@ every Python and torch version, and a machine without a compiler still runs, on 
 
 A library lies in ``$XDG_CACHE_HOME/quantkit/kernels`` (``~/.cache`` by default) under a name that hashes everything it
 depends on: sources, flags, compiler and its version, and the CPU's features, since it is compiled for the CPU it runs on.
-On x86 it uses AVX2, AVX-512, VNNI and bfloat16 products as the CPU has them, on 64-bit ARM NEON with dotprod, i8mm and bf16. ARM
-is tested under emulation, its speed unproven; AMX's tiles are tested on a stand-in for the instructions, unproven on hardware.
+On x86 it uses AVX2, AVX-512, VNNI and bfloat16 products as the CPU has them; on 64-bit ARM NEON with dotprod, i8mm and bf16,
+tested under emulation, speed unproven; AMX's tiles, tested on a stand-in for the instructions, are unproven on hardware.
+
 It is written under a temporary name and renamed, so processes may build at once. The SHA-256 of the library follows it
 in the file (loaders ignore trailing bytes): a damaged file is noticed before it is mapped, and rebuilt.
 """

@@ -230,14 +230,16 @@ def test_the_process_ends_cleanly_after_threads_have_run():
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, str(-7.0 * 64 * 512), "")
 
 
-def run_driver(compiler: list[str], driver: Path, emulator: tuple[str, ...] = ()) -> str:
+def run_driver(compiler: list[str], driver: Path, emulator: tuple[str, ...] = (), optimize: str = "-O1") -> str:
     """Compile the sources and the contract in C++, run it, and return the instruction set that it says it ran on."""
-    command = [*compiler, "-std=c++17", "-O1", "-Wno-psabi", "-pthread", f"-I{build.sources()[0].parent}"]
+    command = [*compiler, "-std=c++17", optimize, "-Wno-psabi", "-pthread", f"-I{build.sources()[0].parent}"]
     command += [str(path) for path in build.sources() if path.suffix == ".cpp"]
     command += [str(Path(__file__).with_name(name)) for name in ("driver.cpp", "decoder_problems.cpp")]
     done = subprocess.run([*command, "-o", str(driver)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    done = subprocess.run([*emulator, str(driver)], capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        [*emulator, str(driver), *(["few"] if emulator else [])], capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     assert " problems, all right, on " in done.stdout
     return done.stdout.strip().rpartition(" on ")[2]

@@ -8,33 +8,16 @@ import pytest
 from quantkit.kernels import build
 from tests.kernels.test_cpu import run_driver
 
-CROSS = "aarch64-linux-gnu-g++"
-LEVELS = {
-    "neon plain": "-march=armv8-a",
-    "neon dotprod": "-march=armv8.2-a+dotprod",
-    "neon i8mm bf16": "-march=armv8.6-a",
-}
-
-
-def needs(*programs: str) -> list[str]:
-    """Return where programs lie, or skip the test."""
-    for name in programs:
-        if not shutil.which(name):
-            pytest.skip(f"no {name} (Debian: g++-aarch64-linux-gnu and qemu-user)")
-    return list(programs)
+LEVELS = {"neon dotprod": ("-march=armv8.2-a+dotprod", "-O1"), "neon i8mm bf16": ("-march=armv8.6-a", "-O3")}
 
 
 @pytest.mark.parametrize("isa", LEVELS)
 def test_the_contract_holds_on_arm(isa, tmp_path):
-    compiler, emulator = needs(CROSS, "qemu-aarch64")
-    assert run_driver([compiler, LEVELS[isa], "-static"], tmp_path / "driver", (emulator, "-cpu", "max")) == isa
-
-
-def test_the_library_builds_for_arm_as_it_will_be(tmp_path):
-    (compiler,) = needs(CROSS)
-    files = [path for path in build.sources() if path.suffix == ".cpp"]
-    build.compile_and_link([compiler, *build.FLAGS, LEVELS["neon i8mm bf16"]], files, tmp_path / "quantkit.so", "")
-    assert (tmp_path / "quantkit.so").read_bytes()[:4] == b"\x7fELF"
+    compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
+    if not compiler or not emulator:
+        pytest.skip("no aarch64-linux-gnu-g++ or no qemu-aarch64 (Debian: g++-aarch64-linux-gnu, qemu-user)")
+    march, optimize = LEVELS[isa]
+    assert run_driver([compiler, march, "-static"], tmp_path / "driver", (emulator, "-cpu", "max"), optimize) == isa
 
 
 @pytest.mark.parametrize(("system", "flag"), [("Darwin", "-mcpu=apple-m1"), ("Linux", "-mcpu=native")])

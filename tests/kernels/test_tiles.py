@@ -1,4 +1,4 @@
-"""The tile path of AMX: its own source on plain C++ in the place of the tile intrinsics, and compiled as hardware will run it."""
+"""The tile path of AMX: run on plain C++ in the place of the tile intrinsics, and compiled as hardware will run it."""
 
 import platform
 import subprocess
