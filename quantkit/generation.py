@@ -77,7 +77,8 @@ class Engine(TokenEngine):
             :class:`~quantkit.engine.drafters.Drafter`. Answers do not change.
         engine: ``"native"`` (one call per step), ``"modules"`` (the model's own forward), or ``"auto"``, the first that
             can run it.
-        activations: ``"int8"`` is faster and less exact; native on the CPU only.
+        activations: ``"int8"`` is faster and less exact; ``"float32"`` keeps those of a bfloat16 model from being rounded to
+            bfloat16 where that is faster; both native, on a CPU.
 
     Raises:
         QuantkitError: what :func:`~quantkit.hf.backend.make_backend` and :class:`~quantkit.engine.engine.TokenEngine` refuse.

@@ -12,7 +12,7 @@ from quantkit.cli.show import console, facts, parse_settings, progress_bars, say
 Model = Annotated[str, typer.Argument(help="Checkpoint directory, float model, hub id, or demo.")]
 Engine = Annotated[str, typer.Option(help="native (one call per token, CPU), modules (transformers' forward), or auto.")]
 Activations = Annotated[
-    str, typer.Option(help="float, float32 (also of bfloat16 models), int8: faster, less exact; native engine.")
+    str, typer.Option(help="float, float32 even in a bfloat16 model, or int8: faster, less exact; native engine.")
 ]
 Head = Annotated[str, typer.Option(help="float, or int8: the output head rounded in memory, faster to read.")]
 

@@ -5,6 +5,9 @@ every Python and torch version, and a machine without a compiler still runs, on 
 
 A library lies in ``$XDG_CACHE_HOME/quantkit/kernels`` (``~/.cache`` by default) under a name that hashes everything it
 depends on: sources, flags, compiler and its version, and the CPU's features, since it is compiled for the CPU it runs on.
+On x86 it uses AVX2, AVX-512, VNNI and bfloat16 products as the CPU has them; on 64-bit ARM NEON with dotprod, i8mm and bf16,
+tested under emulation, speed unproven; AMX's tiles, tested on a stand-in for the instructions, are unproven on hardware.
+
 It is written under a temporary name and renamed, so processes may build at once. The SHA-256 of the library follows it
 in the file (loaders ignore trailing bytes): a damaged file is noticed before it is mapped, and rebuilt.
 """
@@ -42,11 +45,14 @@ FLAGS: Final = ("-std=c++17", "-O3", "-fno-math-errno", "-fPIC", "-pthread", "-f
 
 _ARM: Final = platform.machine().lower() in ("aarch64", "arm64")
 
+_AVX512: Final = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c")
+
 ISA_FLAGS: Final[dict[str, tuple[str, ...]]] = {
     "native": ("-mcpu=native",) if _ARM else ("-march=native",),
-    "avx512-bf16": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx512bf16", "-mfma", "-mf16c"),
-    "avx512-vnni": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma", "-mf16c"),
-    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"),
+    "avx512-amx": (*_AVX512, "-mavx512vnni", "-mamx-tile", "-mamx-int8"),
+    "avx512-bf16": (*_AVX512, "-mavx512vnni", "-mavx512bf16"),
+    "avx512-vnni": (*_AVX512, "-mavx512vnni"),
+    "avx512": _AVX512,
     "avx2-vnni": ("-mavx2", "-mfma", "-mf16c", "-mavxvnni"),
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
     "portable": (),
@@ -105,10 +111,23 @@ def load(isa: str) -> ctypes.CDLL:
     Raises:
         KernelError: if there is no compiler, it fails, or what it made cannot be loaded.
     """
-    command = [*compiler(), *FLAGS, *ISA_FLAGS[isa]]
+    command = [*compiler(), *FLAGS, *isa_flags(compiler(), isa)]
     path = cache_directory() / f"quantkit-{isa}-{_key(command)}.so"
     find_or_make(path, lambda: _compile(command, path))
     return _open(path)
+
+
+def isa_flags(command: list[str], isa: str) -> tuple[str, ...]:
+    """Return what makes ``command`` compile for one of :data:`ISA_FLAGS`.
+
+    Older compilers of a Mac cannot ask an ARM CPU what it is; the first such Mac had an M1, and the later ones can what it can.
+    """
+    flags = ISA_FLAGS[isa]
+    if flags == ("-mcpu=native",) and platform.system() == "Darwin":
+        tried = [*command, *flags, "-x", "c++", "-E", os.devnull]
+        if subprocess.run(tried, capture_output=True, timeout=60, check=False).returncode:
+            return ("-mcpu=apple-m1",)
+    return flags
 
 
 def find_or_make(path: Path, make: Callable[[], None]) -> None:

@@ -21,6 +21,7 @@ CPU, INT8 = KERNELS.get("cpu"), KERNELS.get("cpu-int8")
 BOTH = pytest.mark.parametrize("kernel", [CPU, INT8], ids=["float", "int8"])
 AVX512, AVX2 = {"avx512f", "avx512bw", "avx512vl", "avx512dq"}, {"avx2", "fma", "f16c"}
 NEEDED = {
+    "avx512-amx": AVX512 | {"avx512_vnni", "amx_tile", "amx_int8"},
     "avx512-bf16": AVX512 | {"avx512_vnni", "avx512_bf16"},
     "avx512-vnni": AVX512 | {"avx512_vnni"},
     "avx512": AVX512,
@@ -29,12 +30,14 @@ NEEDED = {
     "portable": set(),
 }
 SAYS = {
+    "avx512-amx": "avx512 vnni amx",
     "avx512-bf16": "avx512 vnni bf16",
     "avx512-vnni": "avx512 vnni",
     "avx512": "avx512 maddubs",
     "avx2-vnni": "avx2 vnni",
     "avx2": "avx2 maddubs",
 }
+SANITIZE = ("-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
 
 def quantized(bits: int = 4, shape: tuple[int, int] = (200, 128), symmetric: bool = False, group: int = 32) -> QTensor:
@@ -227,20 +230,25 @@ def test_the_process_ends_cleanly_after_threads_have_run():
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, str(-7.0 * 64 * 512), "")
 
 
+def run_driver(compiler: list[str], driver: Path, emulator: tuple[str, ...] = (), optimize: str = "-O1") -> str:
+    """Compile the sources and the contract in C++, run it, and return the instruction set that it says it ran on."""
+    command = [*compiler, "-std=c++17", optimize, "-Wno-psabi", "-pthread", f"-I{build.sources()[0].parent}"]
+    command += [str(path) for path in build.sources() if path.suffix == ".cpp"]
+    command += [str(Path(__file__).with_name(name)) for name in ("driver.cpp", "decoder_problems.cpp")]
+    done = subprocess.run([*command, "-o", str(driver)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    done = subprocess.run(
+        [*emulator, str(driver), *(["few"] if emulator else [])], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    assert " problems, all right, on " in done.stdout
+    return done.stdout.strip().rpartition(" on ")[2]
+
+
 @pytest.mark.parametrize("isa", ["portable", "native"])
 def test_no_byte_out_of_place(isa, tmp_path):
     """Compile the sources with the address and undefined-behaviour sanitizers and run them on arrays of exact size."""
-    driver = tmp_path / "driver"
-    files = [str(path) for path in build.sources() if path.suffix == ".cpp"]
-    command = [*build.compiler(), "-std=c++17", "-O1", "-g1", "-Wno-psabi", "-pthread", *build.ISA_FLAGS[isa]]
-    command += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-I{build.sources()[0].parent}"]
-    drivers = [str(Path(__file__).with_name(name)) for name in ("driver.cpp", "decoder_problems.cpp")]
-    command += [*files, *drivers, "-o", str(driver)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    done = subprocess.run([driver], capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
-    assert "problems, all right" in done.stdout
+    run_driver([*build.compiler(), *build.ISA_FLAGS[isa], *SANITIZE], tmp_path / "driver")
 
 
 @pytest.mark.parametrize("block", [0, 64], ids=["float", "int8"])

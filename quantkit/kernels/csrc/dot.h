@@ -1,7 +1,7 @@
 // Dot products in one instruction, a register of them at a time: four unsigned codes times signed int8 activations, and two
 // bfloat16 numbers times two.
 //
-// With VNNI this is one instruction. Without, x86 multiplies bytes in pairs whose int16 sum saturates: codes of up to 7 bits
+// With VNNI, and ARM's i8mm, this is one instruction; ARM's dotprod has it for signed codes (code - 128). Without, x86 multiplies bytes in pairs whose int16 sum saturates: codes of up to 7 bits
 // stay below (2 * 127 * 127), wider ones are made signed (code - 128) and their sign is moved to the activation, which bounds
 // a pair by 2 * 128 * 127 = 32512. kDotOffset is what such a code has lost; callers take it off the zero point too.
 #pragma once
@@ -91,7 +91,19 @@ struct Codes {
 };
 // a's low 16 bits, signed, times b; what x86 has an instruction for
 inline Ints add_product(Ints sum, Ints a, Ints b) { return sum + ((a << 16) >> 16) * b; }
-#if defined(__ARM_FEATURE_DOTPROD)  // compiles, but has not been run on a machine of its kind
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+#define QK_DOT "i8mm"
+template <bool WIDE>
+constexpr int32_t kDotOffset = 0;
+template <bool WIDE>
+inline Codes codes(Words word) {
+  return {word};
+}
+template <bool WIDE>
+inline Ints dot(Ints sum, Codes c, Ints x) {
+  return (Ints)vusdotq_s32((int32x4_t)sum, (uint8x16_t)c.value, (int8x16_t)x);
+}
+#elif defined(__ARM_FEATURE_DOTPROD)
 #define QK_DOT "dotprod"
 template <bool WIDE>
 constexpr int32_t kDotOffset = WIDE ? 128 : 0;

@@ -194,6 +194,7 @@ inline void multiply(const Linear& l, const Columns& from, float* totals, Walk& 
 template <int SOURCE>
 struct FloatPath {
   static constexpr int kBytes = kPaired<SOURCE> ? 2 : 4, kPanelColumns = kPaired<SOURCE> ? 2 : 1;
+  static constexpr int kRows = kPanelRows;
   static constexpr int kPanelSource = kPaired<SOURCE> ? kPairsPanel : kPanel;
 
   static int64_t chunk(const Linear&, const Rows&) { return kChunk; }

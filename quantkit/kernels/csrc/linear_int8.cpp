@@ -2,6 +2,7 @@
 // then total += (sum - zero * sum(q)) * (weight scale * activation scale) in float32, block after block.
 #include "dot.h"
 #include "tile.h"
+#include "tiles.h"
 
 namespace qk {
 namespace {
@@ -104,6 +105,7 @@ inline void multiply(const Linear& l, const Rows& r, const Chunks& chunks, const
 template <int SOURCE>
 struct Int8Path {
   static constexpr int kBytes = 1, kPanelColumns = 4;  // bytes per activation; columns per word of a panel
+  static constexpr int kRows = kPanelRows;
   static constexpr int kColumns = kEight<SOURCE> ? 8 : 4;
   static constexpr int kPanel = SOURCE == kNibbles ? kNarrowPanel : SOURCE == kHighPlane ? kHighPanel : kWidePanel;
 
@@ -145,14 +147,81 @@ struct Int8Path {
   }
 };
 
+#if defined(QK_HAS_TILES)
+// Columns of a chunk that tiles multiply at once; 0 where chunks differ, which is left to vectors.
+inline int64_t tile_columns(const Chunks& chunks) {
+  const int64_t length = chunks.length;
+  if (chunks.padded % length || (length > kTileBytes && length % kTileBytes)) return 0;
+  return length < kTileBytes ? length : kTileBytes;
+}
+
+// The panel's product for 16 rows of x, on tiles. The sums are whole numbers: the same as those of vectors, and so are the totals.
+template <int SOURCE>
+inline void multiply_tiles(const Linear& l, const Rows& r, const Chunks& chunks, const Tile& t) {
+  const int64_t stride = rows_q_stride(r), piece = tile_columns(chunks);
+  const uint32_t* words = t.words;
+  const int8_t* q = r.q + t.row * stride + chunks.stored_column(t.first);
+  const float* x_scale = r.scale + t.first * r.m + t.row;
+  const int32_t* x_sum = r.sum + t.first * r.m + t.row;
+  const Zeros zeros(l);
+  for (Walk walk(chunks, t.first); walk.chunk < t.last; walk.next(), x_scale += r.m, x_sum += r.m) {
+    _tile_zero(0);
+    _tile_zero(1);
+    for (int64_t k = 0; k < chunks.length; k += piece, q += piece, words += piece / 4 * kPanelWidth) {
+      _tile_loadd(2, q, stride);
+      _tile_loadd(3, words, kPanelWidth * 4);
+      _tile_loadd(4, words + kWidth, kPanelWidth * 4);
+      _tile_dpbsud(0, 2, 3);
+      _tile_dpbsud(1, 2, 4);
+    }
+    alignas(64) int32_t sums[kPanelUnits][kTileRows][kWidth];
+    _tile_stored(0, sums[0], kTileBytes);
+    _tile_stored(1, sums[1], kTileBytes);
+    for (int u = 0; u < kPanelUnits; ++u) {
+      const int64_t at = scale_of(l, unit_of(t, u)), place = at + walk.group * kLanes;
+      const Floats scale = load_floats(l.scales, place, l.scale_dtype);
+      const Ints minus_zero = kMiddle<SOURCE> - load_bytes(zeros.at(at) + walk.group * zeros.step);
+      for (int m = 0; m < kTileRows; ++m) {
+        const Ints all = *reinterpret_cast<const Ints*>(sums[u][m]) + minus_zero * x_sum[m];
+        FloatsAnywhere* total = reinterpret_cast<FloatsAnywhere*>(t.totals + (u * kTileRows + m) * kWidth);
+        *total = multiply_add(to_floats(all), scale * splat(x_scale[m]), *total);
+      }
+    }
+  }
+}
+
+template <int SOURCE>
+struct TilePath : Int8Path<SOURCE> {
+  static constexpr int kRows = kTileRows;
+
+  template <int M>
+  static void panel(const Linear& l, const Rows& r, const Chunks& chunks, const Tile& t) {
+    if constexpr (M == kTileRows) multiply_tiles<Int8Path<SOURCE>::kPanel>(l, r, chunks, t);
+    else Int8Path<SOURCE>::template panel<M>(l, r, chunks, t);
+  }
+};
+#endif
+
+template <int SOURCE>
+void share_codes(const Linear& l, const Rows& r, float* y, int64_t y_stride, int64_t begin, int64_t end, void* scratch) {
+#if defined(QK_HAS_TILES)
+  const int64_t columns = r.m < kTileRows || !tiles_granted() ? 0 : tile_columns(Chunks(l, r.block));
+  if (columns) {
+    const Tiles tiles(columns);
+    return share<TilePath<SOURCE>>(l, r, y, y_stride, begin, end, scratch);
+  }
+#endif
+  share<Int8Path<SOURCE>>(l, r, y, y_stride, begin, end, scratch);
+}
+
 }  // namespace
 
 void int8_share(const Linear& l, const Rows& r, float* y, int64_t y_stride, int64_t begin, int64_t end, void* scratch) {
   switch (l.kind) {
-    case kWeightU4: return share<Int8Path<kNibbles>>(l, r, y, y_stride, begin, end, scratch);
-    case kWeightPlanes: return share<Int8Path<kPlanes>>(l, r, y, y_stride, begin, end, scratch);
-    case kWeightHighPlane: return share<Int8Path<kHighPlane>>(l, r, y, y_stride, begin, end, scratch);
-    default: return share<Int8Path<kBytes>>(l, r, y, y_stride, begin, end, scratch);
+    case kWeightU4: return share_codes<kNibbles>(l, r, y, y_stride, begin, end, scratch);
+    case kWeightPlanes: return share_codes<kPlanes>(l, r, y, y_stride, begin, end, scratch);
+    case kWeightHighPlane: return share_codes<kHighPlane>(l, r, y, y_stride, begin, end, scratch);
+    default: return share_codes<kBytes>(l, r, y, y_stride, begin, end, scratch);
   }
 }
 

@@ -6,6 +6,7 @@
 #include "dot.h"
 #include "linear.h"
 #include "parallel.h"
+#include "tiles.h"
 
 #define QK_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -106,7 +107,7 @@ QK_EXPORT int32_t qk_multiplies_bfloat16() {
 
 QK_EXPORT const char* qk_isa() {
 #if defined(__AVX512F__)
-  return "avx512 " QK_DOT QK_PAIRS;
+  return "avx512 " QK_DOT QK_PAIRS QK_TILES;
 #elif defined(__AVX2__)
   return "avx2 " QK_DOT;
 #elif defined(__ARM_NEON)

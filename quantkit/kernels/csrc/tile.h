@@ -12,14 +12,15 @@ namespace qk {
 
 constexpr int kPanelUnits = 2;                             // units of a tile that reads a panel
 constexpr int kPanelWidth = kPanelUnits * kWidth;          // its output rows
-constexpr int kPanelRows = kWidth == 16 ? 12 : 4;          // its rows of x, at most
-constexpr int kFewRows = kWidth == 16 ? 8 : 4;             // up to so many rows of x, the packed weight is read directly
+constexpr int kPanelRows = kManyRegisters ? 12 : 4;        // its rows of x, at most, where they are vectors
+constexpr int kFewRows = kManyRegisters ? 8 : 4;            // up to so many rows of x, the packed weight is read directly
 constexpr int kDirectUnits = kParts < 2 ? kParts : 2;       // units of a tile that reads the packed weight: one stream
 constexpr int64_t kAhead = 1024;                           // words of the packed weight that are fetched ahead of their use
-constexpr int64_t kPanelBytes = 1 << 16;
+constexpr int64_t kPanelBytes = kWidth == 4 ? 1 << 15 : 1 << 16;
 constexpr int64_t kSpareStride = kPanelBytes / 4 / kPanelWidth + 16;  // a panel's columns of float x, for a copy of them
 constexpr int64_t kSpareBytes = kPanelRows * kSpareStride * 4;
 constexpr int64_t kSlabRows = (kShareScratchBytes - kPanelBytes - kSpareBytes) / 4 / kPanelWidth / kPanelRows * kPanelRows;
+static_assert(kSlabRows >= 2 * kPanelRows, "a panel, spare columns and totals do not fit the scratch memory");
 constexpr int64_t kSlabBytes = 3 << 17;                    // of x, that stay in the level-2 cache while panels change
 
 // Columns in the order they are summed: a group, padded to `padded` columns, is cut into chunks of `length`.
@@ -158,8 +159,9 @@ void panel_share(const Linear& l, const Rows& r, float* y, int64_t y_stride, int
   char* spare = static_cast<char*>(scratch) + kPanelBytes;
   float* totals = reinterpret_cast<float*>(spare + kSpareBytes);
   const int64_t most = kPanelBytes / 4 / kPanelWidth * Path::kPanelColumns / chunks.length;  // chunks of a panel
-  int64_t slab = kSlabBytes / (Path::kBytes * l.columns) / kPanelRows * kPanelRows;
-  slab = slab < 2 * kPanelRows ? 2 * kPanelRows : slab < kSlabRows ? slab : kSlabRows;
+  constexpr int64_t kRows = Path::kRows, kMost = kSlabRows / kRows * kRows;
+  int64_t slab = kSlabBytes / (Path::kBytes * l.columns) / kRows * kRows;
+  slab = slab < 2 * kRows ? 2 * kRows : slab < kMost ? slab : kMost;
   for (int64_t row = 0; row < r.m; row += slab) {
     const int64_t last_row = row + slab < r.m ? row + slab : r.m;
     for (int64_t unit = first; unit < last; unit += kPanelUnits) {
@@ -169,10 +171,10 @@ void panel_share(const Linear& l, const Rows& r, float* y, int64_t y_stride, int
         t.first = chunk, t.last = chunk + most < chunks.count ? chunk + most : chunks.count;
         t.row = row, t.totals = totals;
         Path::unpack(l, chunks, t, panel);
-        panel_rows<Path, kPanelRows>(l, r, chunks, t, last_row);
+        panel_rows<Path, kRows>(l, r, chunks, t, last_row);
       }
       t.row = row, t.totals = totals;
-      store_rows<kPanelRows>(l, t, y, y_stride, last_row);
+      store_rows<kRows>(l, t, y, y_stride, last_row);
     }
   }
 }

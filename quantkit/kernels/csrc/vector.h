@@ -23,6 +23,11 @@ constexpr int kWidth = 8;
 constexpr int kWidth = 4;
 #endif
 constexpr int kParts = kLanes / kWidth;  // registers per block
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr bool kManyRegisters = true;  // 32
+#else
+constexpr bool kManyRegisters = false;  // 16 or fewer
+#endif
 
 typedef float Floats __attribute__((vector_size(kWidth * 4)));
 typedef int32_t Ints __attribute__((vector_size(kWidth * 4)));
@@ -71,6 +76,10 @@ inline Ints load_bytes(const uint8_t* p) {
   return (Ints)_mm512_maskz_cvtepu8_epi32(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #elif defined(__AVX2__)
   return (Ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#elif defined(__aarch64__)
+  uint32_t four;
+  memcpy(&four, p, 4);
+  return (Ints)vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(four))));
 #else
   return __builtin_convertvector(*reinterpret_cast<const BytesAnywhere*>(p), Ints);
 #endif
@@ -81,6 +90,10 @@ inline Ints load_signed_bytes(const int8_t* p) {
   return (Ints)_mm512_maskz_cvtepi8_epi32(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #elif defined(__AVX2__)
   return (Ints)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#elif defined(__aarch64__)
+  uint32_t four;
+  memcpy(&four, p, 4);
+  return (Ints)vmovl_s16(vget_low_s16(vmovl_s8(vcreate_s8(four))));
 #else
   typedef int8_t SignedAnywhere __attribute__((vector_size(kWidth), aligned(1)));
   return __builtin_convertvector(*reinterpret_cast<const SignedAnywhere*>(p), Ints);
@@ -92,6 +105,8 @@ inline Words load_shorts(const uint16_t* p) {
   return (Words)_mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 #elif defined(__AVX2__)
   return (Words)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(__aarch64__)
+  return (Words)vmovl_u16(vld1_u16(p));
 #else
   return __builtin_convertvector(*reinterpret_cast<const HalvesAnywhere*>(p), Words);
 #endif
@@ -104,6 +119,10 @@ inline Floats to_floats(Ints values) { return __builtin_convertvector(values, Fl
 inline float half_to_float(uint16_t half) {
 #if defined(__F16C__)
   return _cvtsh_ss(half);
+#elif defined(__aarch64__)
+  __fp16 value;
+  memcpy(&value, &half, 2);
+  return value;
 #else
   uint32_t magnitude = half & 0x7fffu;
   float value = bits_to_float(magnitude << 13) * 0x1p112f;
@@ -117,6 +136,8 @@ inline Floats load_halves(const uint16_t* p) {
   return (Floats)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 #elif defined(__AVX2__) && defined(__F16C__)
   return (Floats)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(__aarch64__)
+  return (Floats)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
 #else
   Floats result;
   for (int i = 0; i < kWidth; ++i) result[i] = half_to_float(p[i]);
@@ -129,6 +150,11 @@ inline Floats load_halves(const uint16_t* p) {
 inline uint16_t float_to_half(float value) {
 #if defined(__F16C__)
   return static_cast<uint16_t>(_cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__aarch64__)
+  const __fp16 rounded = static_cast<__fp16>(value);
+  uint16_t half;
+  memcpy(&half, &rounded, 2);
+  return half;
 #else
   uint32_t bits = float_to_bits(value), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
   if (magnitude > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);   // NaN
@@ -153,6 +179,8 @@ inline HalvesAnywhere to_halves(Floats values) {
   return (HalvesAnywhere)_mm512_maskz_cvtps_ph(0xffff, (__m512)values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #elif defined(__AVX2__) && defined(__F16C__)
   return (HalvesAnywhere)_mm256_cvtps_ph((__m256)values, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__aarch64__)
+  return (HalvesAnywhere)vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)values));
 #else
   HalvesAnywhere result;
   for (int i = 0; i < kWidth; ++i) result[i] = float_to_half(values[i]);

@@ -1,0 +1,28 @@
+"""The tile path of AMX: run on plain C++ in the place of the tile intrinsics, and compiled as hardware will run it."""
+
+import platform
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from quantkit.kernels import build
+from tests.kernels.test_cpu import NEEDED, SANITIZE, run_driver
+
+pytestmark = pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="tiles are x86's")
+
+
+def test_the_contract_holds_on_tiles(tmp_path):
+    if not NEEDED["avx512-vnni"] <= set(Path("/proc/cpuinfo").read_text().split()):
+        pytest.skip("this CPU has no AVX-512 VNNI, which is what remains beside tiles")
+    stand_in = str(Path(__file__).with_name("tiles.h"))  # the driver fails where no tile was multiplied
+    command = [*build.compiler(), *build.ISA_FLAGS["avx512-vnni"], *SANITIZE, "-include", stand_in]
+    assert run_driver(command, tmp_path / "driver") == "avx512 vnni amx"
+
+
+def test_the_intrinsics_are_those_of_the_compiler(tmp_path):
+    source = next(path for path in build.sources() if path.name == "linear_int8.cpp")
+    command = [*build.compiler(), *build.FLAGS, *build.ISA_FLAGS["avx512-amx"], "-O1", "-S", str(source), "-o", "-"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert {"ldtilecfg", "tileloadd", "tdpbsud", "tilestored", "tilerelease"} <= set(done.stdout.split())
