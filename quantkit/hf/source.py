@@ -45,12 +45,7 @@ def load_config(source: str | Path) -> PretrainedConfig:
 
 
 def read_gguf(what: Any, path: Path) -> Any:
-    """Return the config or the tokenizer of a GGUF file, one's own to change; transformers' errors pass through.
-
-    Args:
-        what: transformers' auto class of it.
-        path: the file.
-    """
+    """Return what ``AutoConfig`` or ``AutoTokenizer`` makes of a GGUF file, one's own to change; their errors pass through."""
     stat = path.stat()
     return copy.deepcopy(_read_gguf(what, path.absolute(), stat.st_size, stat.st_mtime_ns))
 
