@@ -1,6 +1,7 @@
 """Decoding under a CUDA graph: one recorded step per batch size, tokens chosen inside, no word from the host in between."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ def record(
     stream: torch.cuda.Stream,
     *,
     restore: Callable[[], None] = lambda: None,
-    pool: tuple[int, int] | None = None,
+    pool: Any = None,
 ) -> tuple[torch.cuda.CUDAGraph, Tensor]:
     """Record a step in a graph; return it and the tensor that a replay writes the step's result to.
 
