@@ -23,6 +23,7 @@ from quantkit.engine.sampling import Sampling
 from quantkit.engine.step import Backend
 from quantkit.errors import QuantkitError
 from quantkit.hf.backend import make_backend
+from quantkit.nn.embedding import input_table
 from quantkit.spec import KVScheme
 
 Message = dict[str, Any]
@@ -93,7 +94,7 @@ class Engine(TokenEngine):
         activations: str = "float",
     ) -> None:
         backend = make_backend(model.eval(), kv, engine=engine, activations=activations)  # type: ignore[arg-type]
-        super().__init__(backend, _vocabulary(model), limits=limits)
+        super().__init__(backend, input_table(model)[0], limits=limits)
         self.use_drafter(_drafter(drafter, self))
 
 
@@ -160,7 +161,7 @@ def generate(  # type: ignore[misc]  # the overloads leave the options to this s
     prompts = [encode_prompt(one, tokenizer).tolist() for one in given]
     with _evaluating(model):
         backend = make_backend(model, kv, engine=engine, activations=activations)  # type: ignore[arg-type]
-        runner = TokenEngine(backend, _vocabulary(model), limits=_limits_for(backend, prompts, max_new_tokens, batch_size))
+        runner = TokenEngine(backend, input_table(model)[0], limits=_limits_for(backend, prompts, max_new_tokens, batch_size))
         runner.use_drafter(_drafter(drafter, runner))
         texts = [None if tokenizer is None else TextStream(tokenizer, stop_strings, stream) for _ in prompts]
         requests = [
@@ -223,11 +224,6 @@ def _drafter(drafter: str | nn.Module | Drafter | None, engine: TokenEngine) -> 
             return TwinDrafter(engine.backend)
         return DRAFTERS.get(drafter)()
     return drafter
-
-
-def _vocabulary(model: nn.Module) -> int:
-    rows: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-    return rows
 
 
 def is_several(prompt: Any) -> bool:

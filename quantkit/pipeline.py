@@ -195,7 +195,7 @@ def quantize(
     _check_model(model, structure)
     if out is not None:
         checkpoint.check_output(out, model, plan, format=format, overwrite=overwrite)
-    store = _open_store(model, (*changes, method, distill), plan, calibration, out, resume)
+    store = _open_store(model, (*changes, method, distill, compute), plan, batches, known, out, resume)
     proof = Proof.start(model, tokenizer)
     for change in changes:
         if isinstance(change, Rotate):
@@ -302,12 +302,18 @@ def _scale_dtype(model: nn.Module) -> str:
 
 
 def _open_store(
-    model: nn.Module, methods: Sequence[object], plan: Plan, calibration: str, out: str | Path | None, resume: bool
+    model: nn.Module,
+    methods: Sequence[object],
+    plan: Plan,
+    batches: Sequence[Batch],
+    known: Mapping[str, SiteStatistics] | None,
+    out: str | Path | None,
+    resume: bool,
 ) -> ResumeStore | None:
     if out is None:
         return None
     path = Path(f"{out}.resume")
-    run = fingerprint(model, settings_of(methods, plan, calibration))
+    run = fingerprint(model, settings_of(methods, plan, batches), known)
     if not resume:
         ResumeStore.remove(path)
     return ResumeStore(path, run)
@@ -318,6 +324,10 @@ def _refuse_combinations(
 ) -> None:
     learner = "distillation" if distill else "autoround" if isinstance(method, AutoRound) else None
     check_together(plan, structure, learner=learner, rotated=any(isinstance(change, Rotate) for change in changes))
+    if changes and known is not None:
+        raise CalibrationError(
+            f"statistics= are of inputs before {type(changes[0]).__name__}, which changes them; pass data= instead"
+        )
     if isinstance(method, AutoRound) and known is not None:
         raise CalibrationError("autoround learns from activations, which statistics= do not hold; pass data= instead")
 

@@ -111,6 +111,8 @@ def check_plan(plan: Plan, structure: Structure, format_name: str | None) -> Non
         reason = scheme.weight.rejects(known[name].shape)
         if known[name] == structure.embedding and (scheme.activation is not None or scheme.weight.block[0] != 1):
             reason = f"an embedding table wants float activations and a scale per row or group, not {scheme.describe()}"
+        if reason is None and scheme.static and known[name] in structure.after:
+            reason = "it stands outside the blocks, where no inputs are calibrated; use a scheme with dynamic activations"
         if reason is None and format_name is not None:
             reason = FORMATS.get(format_name).rejects(scheme, known[name].shape)
         if reason is not None:

@@ -17,6 +17,7 @@ from quantkit.errors import CalibrationError, FormatError
 from quantkit.evaluation.base import evaluating, run_model
 from quantkit.evaluation.quality import score
 from quantkit.evaluation.windows import Windows, from_batches
+from quantkit.nn.embedding import input_table
 
 WINDOWS, LENGTH = 2, 128
 """Size of the proof: 2 windows of 128 tokens; their float logits are held in memory meanwhile."""
@@ -88,6 +89,5 @@ def _windows(model: nn.Module, tokenizer: Any) -> tuple[Windows, str]:
     if tokenizer is not None:
         batches = token_batches(text_default()[1], encoder(tokenizer), samples=WINDOWS, length=length, batch_size=WINDOWS)
         return from_batches(batches), "held-out Python documentation"
-    words = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-    ids = torch.randint(words, (WINDOWS, length), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(input_table(model)[0], (WINDOWS, length), generator=torch.Generator().manual_seed(0))
     return from_batches([Batch(ids, None)]), "random tokens"

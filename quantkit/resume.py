@@ -19,6 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from quantkit import __version__
+from quantkit.calibrate.data import Batch
+from quantkit.calibrate.data import fingerprint as data_fingerprint
+from quantkit.calibrate.walk import SiteStatistics
 from quantkit.errors import FormatError
 from quantkit.files import atomic_path, write_json
 from quantkit.qtensor import PARTS, QTensor
@@ -26,12 +29,13 @@ from quantkit.quantizers.base import Quantized
 from quantkit.spec import QuantSpec
 
 
-def fingerprint(model: nn.Module, settings: Mapping[str, Any]) -> str:
-    """Return a SHA-256 over the settings and the model: names, shapes, dtypes and a spread of each parameter's bytes."""
+def fingerprint(model: nn.Module, settings: Mapping[str, Any], statistics: Mapping[str, SiteStatistics] | None = None) -> str:
+    """Return a SHA-256 over settings, model and statistics: names, shapes, dtypes and a spread of each tensor's bytes."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        flat = parameter.detach().reshape(-1)
+    known = [(f"{site}|{name}", value) for site, one in (statistics or {}).items() for name, value in one.results.items()]
+    for name, tensor in (*model.named_parameters(), *known):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        flat = tensor.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // 4096)].float().cpu().contiguous()
         digest.update(sample.numpy().tobytes())
     return digest.hexdigest()
@@ -131,11 +135,11 @@ def versions() -> dict[str, str]:
     return {"quantkit": __version__, **{name: importlib.metadata.version(name) for name in ("torch", "transformers")}}
 
 
-def settings_of(methods: Sequence[object], plan: Mapping[str, Any], calibration: str) -> dict[str, Any]:
-    """Collect what decides a run's result, for :func:`fingerprint`."""
+def settings_of(methods: Sequence[object], plan: Mapping[str, Any], batches: Sequence[Batch]) -> dict[str, Any]:
+    """Collect what decides a run's result, for :func:`fingerprint`; batches count by size too, since the chain keeps them."""
     return {
         "methods": [repr(method) for method in methods],
         "plan": {name: scheme.to_dict() for name, scheme in plan.items()},
-        "calibration": calibration,
+        "calibration": [data_fingerprint(batches), *(tuple(batch.ids.shape) for batch in batches)],
         "versions": versions(),
     }

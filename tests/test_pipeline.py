@@ -86,6 +86,13 @@ def test_statistics_survive_the_disk(tmp_path: Path) -> None:
     assert torch.equal(logits(direct.model), logits(again.model))
 
 
+def test_statistics_of_another_model_than_is_quantized_are_refused() -> None:
+    statistics, _ = collect(FAMILIES["llama"](), data=token_ids())
+    for change in ("smoothquant", "rotate"):
+        with pytest.raises(CalibrationError, match="which changes them; pass data= instead"):
+            quantize(FAMILIES["llama"](), "w4a16", transforms=[change], statistics=statistics, data=token_ids())
+
+
 def test_damaged_statistics_are_refused(tmp_path: Path) -> None:
     (tmp_path / "bad").write_bytes(b"\x00" * 100)
     for path in (tmp_path / "bad", tmp_path / "missing"):

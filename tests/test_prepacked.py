@@ -1,5 +1,6 @@
 """The cache of prepacked weights: the same model out of it, and never another one than the checkpoint's."""
 
+import contextlib
 import logging
 import os
 import shutil
@@ -215,3 +216,52 @@ def test_a_float_weight_is_laid_out_piece_by_piece(rows):
         for empty in (None, place.empty):
             found = layout.prepack_float(weight.to(dtype), empty)
             assert torch.equal(layout.dequantize(*found), weight.to(dtype).float())
+
+
+def test_two_at_once_do_not_take_each_others_file(tmp_path, monkeypatch, caplog):
+    """Another process writes the same between two steps of this one: both have their file in the end, and nobody complains."""
+    model, path = save(tmp_path)
+    checkpoint.load(path)
+    (file,) = prepacked.files()
+    key, content = file.name.partition("-")[0], file.read_bytes()
+    found = prepacked.find(key)
+    prepacked.clear()
+
+    @contextlib.contextmanager
+    def followed_by_another(target):
+        with files.atomic_path(target) as temporary:
+            yield temporary
+        monkeypatch.setattr(prepacked, "atomic_path", files.atomic_path)
+        prepacked.write(key, found.sites.items(), found.floats.items())
+
+    monkeypatch.setattr(prepacked, "atomic_path", followed_by_another)
+    with caplog.at_level(logging.WARNING):
+        prepacked.write(key, found.sites.items(), found.floats.items())
+    assert file.read_bytes() == content
+    assert [one.name for one in prepacked.directory().iterdir()] == [file.name]
+    assert torch.equal(logits(checkpoint.load(path)), logits(model))
+    assert not caplog.text
+
+
+def test_what_killed_processes_left_is_counted_and_goes_when_it_is_old(tmp_path):
+    _, path = save(tmp_path)
+    prepacked.directory().mkdir(parents=True)
+    young, old = prepacked.directory() / ".young.tmp", prepacked.directory() / ".old.tmp"
+    for left in (young, old):
+        left.write_bytes(bytes(3 << 20))
+    os.utime(old, (0, 0))
+    assert "0 files, 6 MiB" in prepacked.describe()
+    checkpoint.load(path)
+    assert young.exists()
+    assert not old.exists()
+    assert prepacked.clear() > 3 << 20
+
+
+def test_what_would_fill_the_whole_cache_is_not_kept(tmp_path, monkeypatch, caplog):
+    model, path = save(tmp_path)
+    size = sum(one.stat().st_size for one in path.glob("*.safetensors"))
+    monkeypatch.setattr(prepacked, "LIMIT_BYTES", size - 1)
+    monkeypatch.setattr(prepacked, "write", None)
+    with caplog.at_level(logging.WARNING):
+        assert torch.equal(logits(checkpoint.load(path)), logits(model))
+    assert not caplog.text

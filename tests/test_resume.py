@@ -5,12 +5,14 @@ import random
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from quantkit.compute import Compute
 from quantkit.errors import FormatError
-from quantkit.pipeline import quantize
+from quantkit.pipeline import collect, quantize
 from quantkit.progress import Progress
 from tests.tiny import tiny_llama
 
@@ -100,3 +102,25 @@ def test_state_of_another_run_is_not_continued(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match=r"unfinished state of another run .* resume=False"):
         run(tmp_path / "q", group_size=32, quantizer="rtn-importance")
     run(tmp_path / "q", group_size=32, quantizer="rtn-importance", resume=False)
+
+
+def test_other_batches_and_other_statistics_are_another_run(tmp_path: Path) -> None:
+    """What block i handed on has the sizes of its batches; statistics decide codes as calibration text does."""
+
+    def stop(event: Progress) -> None:
+        if event.detail.startswith("model.layers.1"):
+            raise KeyboardInterrupt
+
+    ids = torch.randint(3, 190, (4, 32), generator=torch.Generator().manual_seed(0))
+    known, others = (collect(tiny_llama(), data=[part])[0] for part in (ids, ids + 1))
+    runs: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        ({"data": [ids]}, {"data": list(ids.split(1))}),
+        ({"statistics": known}, {"statistics": others}),
+        ({"data": [ids]}, {"data": [ids], "compute": Compute(torch.device("cpu"), torch.bfloat16)}),
+    ]
+    for number, (first, second) in enumerate(runs):
+        with pytest.raises(KeyboardInterrupt):
+            quantize(tiny_llama(), "w4a16", out=tmp_path / f"{number}", progress=stop, **first)
+        with pytest.raises(FormatError, match="unfinished state of another run"):
+            quantize(tiny_llama(), "w4a16", out=tmp_path / f"{number}", **second)
+        quantize(tiny_llama(), "w4a16", out=tmp_path / f"{number}", **first)

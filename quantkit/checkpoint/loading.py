@@ -129,7 +129,10 @@ def _kernels(opened: Opened, sites: dict[str, Site]) -> dict[str, CpuKernel]:
 def _from_cache(opened: Opened, kernels: dict[str, CpuKernel], dtype: torch.dtype | None) -> prepacked.Weights | None:
     """Return what the cache holds for this checkpoint, made if need be; None where it cannot be, or is not worth a file."""
     files = [opened.path / name for name in sorted({header.file for header in opened.shards.headers.values()})]
-    if sum(file.stat().st_size for file in files) < prepacked.WORTH_BYTES:
+    specs = [(opened.schemes[name].weight, opened.contents.sites[name].numel) for name in kernels]
+    wider = sum((layout.stored_bits(spec) - spec.bits) * numel // 8 for spec, numel in specs)
+    size = sum(file.stat().st_size for file in files)
+    if size < prepacked.WORTH_BYTES or size + wider > prepacked.LIMIT_BYTES:
         return None
     key = prepacked.key_of(files, opened.config, dtype)
     found = prepacked.find(key)

@@ -10,13 +10,16 @@ of the file itself, compared before anything of it is used. Both take reading ev
     unquantized tensors                                    mapped, private: read when touched, copied when written to
     index: JSON, then its length (8 bytes)
 
-Files are written under a temporary name and renamed. Weights read at every token are read into memory rather than mapped,
-since files have no huge pages; the rest (an embedding is most of it) is mapped and costs memory only where it is touched.
+Files are written under a name of their own and renamed; what a killed process left half written goes after a day. Weights read
+at every token are read into memory rather than mapped, since files have no huge pages; the rest (an embedding is most of it) is
+mapped and costs memory only where it is touched.
 
-The cache holds at most :data:`LIMIT_BYTES`, the oldest files go first. ``quantkit cache --clear`` empties it, ``--off`` turns
-it off for good (a file in quantkit's cache directory says so), ``load(..., cache=False)`` once.
+The cache holds at most :data:`LIMIT_BYTES`, the oldest files go first; a checkpoint that would take more is not kept.
+``quantkit cache --clear`` empties it, ``--off`` turns it off for good (a file in quantkit's cache directory says so),
+``load(..., cache=False)`` once.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -25,6 +28,8 @@ import mmap
 import os
 import shutil
 import struct
+import time
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -49,6 +54,7 @@ WORTH_BYTES: Final = 16 << 20
 _SUFFIX: Final = ".weights"
 _TAIL: Final = struct.Struct("<Q")
 _READ_BYTES: Final = 32 << 20
+_ABANDONED_NS: Final = 24 * 3600 * 10**9  # a file that is still written to is younger
 
 
 class Weights:
@@ -87,22 +93,31 @@ def _off() -> Path:
 
 def files() -> list[Path]:
     """Return the files of the cache, oldest first."""
-    found = [(path.stat().st_mtime_ns, path) for path in directory().glob(f"*{_SUFFIX}")]
-    return [path for _, path in sorted(found)]
+    return [path for _, _, path in _entries() if path.suffix == _SUFFIX]
+
+
+def _entries() -> list[tuple[int, int, Path]]:
+    """Return time, bytes and path of whatever lies in the directory, oldest first; others may remove files meanwhile."""
+    found = []
+    for path in directory().glob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            stat = path.stat()
+            found.append((stat.st_mtime_ns, stat.st_size, path))
+    return sorted(found)
 
 
 def clear() -> int:
     """Remove every file of the cache and return the bytes that were freed; models that are loaded keep what they have."""
-    freed = sum(path.stat().st_size for path in files())
+    freed = sum(size for _, size, _ in _entries())
     shutil.rmtree(directory(), ignore_errors=True)
     return freed
 
 
 def describe() -> str:
     """Say in a line what the cache holds."""
-    sizes = [path.stat().st_size for path in files()]
+    used = sum(size for _, size, _ in _entries())
     state = "" if enabled() else "off, "
-    return f"{state}{len(sizes)} files, {sum(sizes) / 2**20:.0f} MiB (limit {LIMIT_BYTES >> 20} MiB) in {directory()}"
+    return f"{state}{len(files())} files, {used / 2**20:.0f} MiB (limit {LIMIT_BYTES >> 20} MiB) in {directory()}"
 
 
 def key_of(weights: Iterable[Path], config: Mapping[str, Any], dtype: torch.dtype | None) -> str:
@@ -132,7 +147,7 @@ def write(key: str, sites: Iterable[tuple[str, Sequence[Prepacked]]], floats: It
     Raises:
         OSError: the cache cannot be written to.
     """
-    target = directory() / key
+    target = directory() / f"{key}-{uuid.uuid4().hex}"  # others may be writing the same
     with atomic_path(target) as temporary, temporary.open("wb") as file:
         out = _Out(file)
         index: dict[str, Any] = {"sites": {}, "floats": {}}
@@ -149,7 +164,7 @@ def write(key: str, sites: Iterable[tuple[str, Sequence[Prepacked]]], floats: It
         digest = out.digest.hexdigest()
     path = target.replace(directory() / f"{key}-{digest}{_SUFFIX}")
     remember_sha256(path, digest)
-    _evict()
+    _evict(path)
     return _read(path)
 
 
@@ -220,10 +235,14 @@ def _fill(path: Path, memory: Tensor) -> None:
         list(pool.map(read, range(0, len(view), _READ_BYTES)))
 
 
-def _evict() -> None:
-    """Remove the oldest files until the rest fits."""
+def _evict(newest: Path) -> None:
+    """Remove the oldest files until the rest fits, and what nobody writes to any more."""
     kept = 0
-    for path in reversed(files()):
-        kept += path.stat().st_size
-        if kept > LIMIT_BYTES:
+    for written, size, path in reversed(_entries()):
+        if path.suffix != _SUFFIX:
+            if time.time_ns() - written > _ABANDONED_NS:
+                path.unlink(missing_ok=True)
+            continue
+        kept += size
+        if kept > LIMIT_BYTES and path != newest:
             path.unlink(missing_ok=True)

@@ -100,17 +100,17 @@ def trace(
     from quantkit.files import write_json
     from quantkit.generation import Engine as Runner
     from quantkit.models import open_model
+    from quantkit.nn.embedding import input_table
     from quantkit.report import trace_rows, write_trace_html
 
     opened, _ = open_model(model)
-    vocabulary = opened.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     arrivals = poisson_trace(
         requests,
         rate_per_s=rate or math.inf,
         prompt_tokens=_range("--prompt", prompt),
         new_tokens=_range("--new", new),
         lengths=read_lengths(lengths) if lengths else None,
-        vocabulary=vocabulary,
+        vocabulary=input_table(opened)[0],
         even=even,
         seed=seed,
     )

@@ -25,6 +25,7 @@ from quantkit.engine.step import Copy, Memory, Span
 from quantkit.errors import SpecError
 from quantkit.numerics.dtypes import SCALE_DTYPES
 from quantkit.numerics.grid import choose_qparams, dequantize, quantize
+from quantkit.numerics.hadamard import sylvester
 from quantkit.numerics.pack import pack, packed_words, unpack
 from quantkit.spec import KVScheme, QuantSpec
 
@@ -183,7 +184,9 @@ class QuantizedPool:
                 f"a grid per channel is chosen when a page of {memory.page_tokens} tokens is full; until then its tokens are "
                 f"kept in float: want recent >= {2 * memory.page_tokens}, got {recent}"
             )
-        self.rotation = hadamard(dim).to(device, dtype) if rotate else None
+        if rotate and (dim < 1 or dim & (dim - 1)):
+            raise SpecError(f"a Hadamard rotation of {dim} channels: want a power of two; leave rotate out")
+        self.rotation = (sylvester(dim) / dim**0.5).to(device, dtype) if rotate else None
         shape = (memory.pages, memory.page_tokens, heads, packed_words(dim, spec.bits))
         scales = scale_shape(spec, memory, heads, dim)
         self._words = torch.zeros(shape, dtype=torch.int32, device=device)
@@ -297,17 +300,3 @@ def scale_shape(spec: QuantSpec, memory: Memory, heads: int, dim: int) -> tuple[
         return memory.pages, heads, 1, dim
     groups = 1 if spec.block[1] == -1 else dim // spec.block[1]
     return memory.pages, memory.page_tokens, heads, groups
-
-
-def hadamard(n: int) -> Tensor:
-    """Return the Sylvester-Hadamard matrix (n, n) over sqrt(n), float32: orthogonal and symmetric.
-
-    Raises:
-        SpecError: ``n`` is not a power of two.
-    """
-    if n < 1 or n & (n - 1):
-        raise SpecError(f"a Hadamard rotation of {n} channels: want a power of two; leave rotate out")
-    matrix = torch.ones(1, 1)
-    while len(matrix) < n:
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return matrix / n**0.5

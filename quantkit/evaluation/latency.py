@@ -22,6 +22,7 @@ from quantkit.engine.step import OneSequence
 from quantkit.errors import CalibrationError
 from quantkit.evaluation.base import evaluating
 from quantkit.evaluation.footprint import peak_memory_bytes, reset_peak_memory
+from quantkit.nn.embedding import input_table
 from quantkit.progress import Progress, ProgressCallback, ignore
 
 
@@ -211,9 +212,9 @@ def _speedup(baseline: str, theirs: list[_Round], ours: list[_Round]) -> Speedup
 
 
 def _prompt(model: nn.Module, prompt: Tensor | None, context: int) -> Tensor:
-    embedding: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
+    words, device = input_table(model)
     ids = torch.arange(context) if prompt is None else prompt.flatten().repeat(-(-context // prompt.numel()))
-    return (ids[:context].long() % embedding.shape[0]).to(embedding.device)
+    return (ids[:context].long() % words).to(device)
 
 
 def max_positions(model: object) -> int | None:

@@ -19,8 +19,9 @@ from quantkit.engine.step import Backend, Copy, Memory, Span
 from quantkit.errors import QuantkitError
 from quantkit.hf.cache import TransformersStep, require_decoder
 from quantkit.hf.native import native_decoder
-from quantkit.hf.paged import PagedBackend, context_tokens, describe_layers, device_of
+from quantkit.hf.paged import PagedBackend, context_tokens, describe_layers
 from quantkit.kernels.decoder import NativeDecoder
+from quantkit.nn.embedding import input_table
 from quantkit.nn.linear import QuantLinear, QuantWeight
 from quantkit.spec import KVScheme, kv_preset
 
@@ -47,7 +48,7 @@ class SequentialBackend:
 
     def __init__(self, model: PreTrainedModel, notice: str) -> None:
         self._model, self.notice = model, notice
-        self.device, self.context_tokens = device_of(model), context_tokens(model)
+        self.device, self.context_tokens = input_table(model)[1], context_tokens(model)
         self._steps: list[TransformersStep] = []
 
     def reserve(self, memory: Memory) -> None:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.errors import CalibrationError, SpecError
+from quantkit.nn.embedding import input_table
 from quantkit.nn.sites import Structure
 
 _OUTPUT_FORMS: tuple[Callable[[Tensor], Any], ...] = (lambda h: h, lambda h: (h,), lambda h: (h, None))
@@ -151,7 +152,7 @@ def check_chain(model: nn.Module, structure: Structure, ids: Tensor | None = Non
         CalibrationError: if the model's own logits are not finite.
     """
     if ids is None:
-        ids = torch.arange(8, device=_ids_device(model)).unsqueeze(0)
+        ids = torch.arange(8, device=input_table(model)[1]).unsqueeze(0)
     batches = [(ids, mask), (ids.flip(1), None if mask is None else mask.flip(1))]
     with torch.no_grad():
         wanted = [model(**_inputs(*batch), use_cache=False).logits for batch in batches]
@@ -262,18 +263,12 @@ def _output_form(model: nn.Module, structure: Structure) -> Callable[[Tensor], A
 def _some_ids(model: nn.Module, shape: tuple[int, ...]) -> Tensor:
     """Return int64 ids of one token that is not padding, where the input embedding is."""
     pad = getattr(getattr(model, "config", None), "pad_token_id", None)
-    return torch.full(shape, 1 if pad == 0 else 0, dtype=torch.int64, device=_ids_device(model))
+    return torch.full(shape, 1 if pad == 0 else 0, dtype=torch.int64, device=input_table(model)[1])
 
 
 def _inputs(ids: Tensor, mask: Tensor | None) -> dict[str, Tensor | None]:
     """Return the model's keyword arguments for token ids and a bool mask."""
     return {"input_ids": ids, "attention_mask": None if mask is None else mask.to(torch.int64)}
-
-
-def _ids_device(model: nn.Module) -> torch.device:
-    """Return the device of the input embedding, where token ids must be."""
-    embedding = model.get_input_embeddings()  # type: ignore[operator]
-    return embedding.weight.device  # type: ignore[no-any-return]
 
 
 def _cast_tensor(value: Tensor, dtype: torch.dtype, device: torch.device | str) -> Tensor:

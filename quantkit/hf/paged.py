@@ -27,6 +27,7 @@ from quantkit.engine.kvstore import Pool, make_pool, pool_bytes
 from quantkit.engine.step import Copy, Memory, Span
 from quantkit.errors import QuantkitError
 from quantkit.hf.cache import rope_types
+from quantkit.nn.embedding import input_table
 from quantkit.spec import KVScheme
 
 _ATTENTION = "quantkit"
@@ -112,7 +113,7 @@ class PagedBackend:
 
     def __init__(self, model: PreTrainedModel, scheme: KVScheme, layers: Sequence[LayerShape]) -> None:
         self._model, self.scheme, self.layers = model, scheme, tuple(layers)
-        self.device = device_of(model)
+        self.device = input_table(model)[1]
         self.context_tokens = context_tokens(model)
         self._configs = _attention_configs(model)
         accepted = inspect.signature(model.forward).parameters
@@ -212,7 +213,7 @@ def _describe(model: PreTrainedModel) -> tuple[LayerShape, ...] | str:
 
 def _prove(model: PreTrainedModel, kinds: list[str]) -> tuple[LayerShape, ...]:
     """Find what the layers store and compare logits on pages, in chunks and beside another sequence, with a plain forward."""
-    device, size = device_of(model), len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
+    size, device = input_table(model)
     ids = (torch.arange(11, device=device) * 7919 + 3) % size
     with torch.inference_mode():
         plain = model(input_ids=ids[None], use_cache=False, return_dict=True)
@@ -292,9 +293,3 @@ def context_tokens(model: PreTrainedModel) -> int | None:
     """Return the longest sequence the model reads, or None if its config does not say."""
     longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     return int(longest) if isinstance(longest, int) and longest > 0 else None
-
-
-def device_of(model: PreTrainedModel) -> torch.device:
-    """Return where the model's embeddings are."""
-    device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[assignment]
-    return device

@@ -21,6 +21,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from quantkit.hf.experts import uses_experts_interface
+from quantkit.nn.embedding import input_table
 
 NAME = "quantkit_watch"
 """Name of the watching attention function in transformers' registries."""
@@ -113,8 +114,8 @@ def watch(model: PreTrainedModel, stack: nn.Module, start: int = 0) -> Trace:
         CannotWatch: the model does not use transformers' attention interface, or a mask that is not a causal window.
     """
     generator = torch.Generator().manual_seed(0)
-    embedding: Any = model.get_input_embeddings()
-    ids = torch.randint(0, embedding.weight.shape[0], (1, TOKENS), generator=generator).to(embedding.weight.device)
+    words, device = input_table(model)
+    ids = torch.randint(0, words, (1, TOKENS), generator=generator).to(device)
     recorder = _Recorder(Trace(ids[0], start))
     where = {"position_ids": start + torch.arange(TOKENS, device=ids.device)[None]} if start else {}
     with ExitStack() as cleanup, torch.no_grad():

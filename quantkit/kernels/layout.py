@@ -100,12 +100,17 @@ class Prepacked(NamedTuple):
         )
 
 
+def stored_bits(spec: QuantSpec) -> int:
+    """Return the bits that a code of an integer grid takes in the layout."""
+    return 4 if spec.bits <= 4 else 8
+
+
 def prepack(qtensor: QTensor) -> Prepacked:
     """Lay a quantized weight (N, K) out in blocks of 16 rows. The result shares no memory with it."""
     spec, (rows, columns) = qtensor.spec, qtensor.shape
     block_rows, group = grid.block_size(spec, qtensor.shape)
-    groups, kind = columns // group, U4 if spec.bits <= 4 else U8
-    bits = 32 // _COLUMNS[kind]
+    groups, bits = columns // group, stored_bits(spec)
+    kind = U4 if bits == 4 else U8
     if bits == spec.bits and group % _PADDING == 0:
         words = qtensor.packed.view(rows, groups, -1)
     else:

@@ -4,6 +4,8 @@ The table of a small model is a quarter of its weights, and of a tied model the 
 few microseconds more than in float; a head that is tied to the table runs as any quantized layer, on the same codes.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -46,3 +48,11 @@ class QuantEmbedding(_Quantized):
         shape = (len(flat), self.embedding_dim)
         rows = QTensor(self.packed[flat], self.scale[flat], zero, self.spec, shape, self.global_scale)
         return rows.dequantize(self.like.dtype).view(*ids.shape, self.embedding_dim)  # type: ignore[arg-type]
+
+
+def input_table(model: Any) -> tuple[int, torch.device]:
+    """Return how many ids the input embedding of ``model`` knows, and where ids must be; a quantized table stays quantized."""
+    table = model.get_input_embeddings()
+    if isinstance(table, QuantEmbedding):
+        return table.num_embeddings, table.like.device  # type: ignore[return-value]
+    return table.weight.shape[0], table.weight.device

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from quantkit.engine.attention import Layout, attend, in_order
-from quantkit.engine.kvstore import FloatPool, QuantizedPool, Reading, Rows, hadamard, make_pool, pool_bytes
+from quantkit.engine.kvstore import FloatPool, QuantizedPool, Reading, Rows, make_pool, pool_bytes
 from quantkit.engine.request import Limits
 from quantkit.engine.step import Copy, Memory, Span
 from quantkit.errors import SpecError
@@ -199,12 +199,6 @@ def test_attention_over_pages_equals_attention(window, softcap, with_sinks, rota
     for i in range(3):
         want = plain_attention(queries[i], keys[i], values[i], 0.3, window, softcap, sinks)
         torch.testing.assert_close(torch.cat(found[i]), want, atol=3e-5, rtol=1e-4)
-
-
-def test_hadamard_is_orthogonal_and_symmetric():
-    matrix = hadamard(16)
-    torch.testing.assert_close(matrix @ matrix.T, torch.eye(16))
-    assert torch.equal(matrix, matrix.T)
 
 
 def test_answers_with_quantized_memory_do_not_depend_on_batches_or_pressure():

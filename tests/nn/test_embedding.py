@@ -83,6 +83,8 @@ def test_what_cannot_be_is_refused_with_a_reason(tmp_path: Path) -> None:
         quantize(tiny.FAMILIES["llama_tied"](), "w8a16", quantizer="rtn", embedding="w8a16", head="w4a16")
     with pytest.raises(SpecError, match="embedding table wants float activations"):
         quantize(tiny.FAMILIES["llama"](), "w8a16", quantizer="rtn", embedding="w8a8")
+    with pytest.raises(SpecError, match="lm_head: it stands outside the blocks, where no inputs are calibrated"):
+        quantize(tiny.FAMILIES["llama"](), "w8a16", quantizer="rtn", head="w8a8-static")
     with pytest.raises(SpecError, match="embedding: the model has no input embedding that is a plain table"):
         quantize(tiny.FAMILIES["gemma3"](), "w8a16", quantizer="rtn", embedding="w8a16")  # its rows are scaled
 
@@ -106,3 +108,12 @@ def test_recipes_and_plans_name_the_ends() -> None:
     alone = Recipe.model_validate(text).resolve(structure)
     assert "lm_head" in alone.skipped
     assert set(plan_ends(describe(tiny.FAMILIES["llama_tied"]()), None, "w8a16")) == {"model.embed_tokens"}
+
+
+def test_a_quantized_table_is_not_made_whole_to_learn_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.FAMILIES["llama"]()
+    quantize(model, "w8a16-g32", quantizer="rtn", embedding="w8a16-g32")
+    monkeypatch.setattr(QuantEmbedding, "dequantize", None)
+    for engine in ("native", "modules"):
+        request = Engine(model, engine=engine).submit(IDS[0].tolist(), max_new_tokens=1)
+        assert request.remaining == 1

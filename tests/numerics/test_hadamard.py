@@ -21,6 +21,13 @@ def test_every_other_size_is_orthogonal(size: int) -> None:
     assert not torch.equal(matrix, random_hadamard(size, seed=4))
 
 
+@pytest.mark.parametrize("size", [1, 2, 16])
+def test_sylvesters_are_symmetric(size: int) -> None:
+    matrix = sylvester(size)
+    assert torch.equal(matrix, matrix.T)
+    assert torch.equal(matrix @ matrix, size * torch.eye(size, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("size", [4, 8, 12, 20, 24, 28, 36, 44, 60])
 def test_paley(size: int) -> None:
     matrix = paley(size)
