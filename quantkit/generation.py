@@ -216,7 +216,8 @@ def _drafter(drafter: str | nn.Module | Drafter | None, engine: TokenEngine) -> 
     if isinstance(drafter, nn.Module):
         context = engine.limits.context_tokens
         assert context is not None
-        return ModelDrafter(make_backend(drafter.eval()), engine.limits.running, context)  # type: ignore[arg-type]
+        backend = make_backend(drafter.eval())  # type: ignore[arg-type]
+        return ModelDrafter(backend, engine.limits.running, context, vocabulary=(input_table(drafter)[0], engine.vocabulary))
     if isinstance(drafter, str):
         if drafter == "model":
             raise QuantkitError("drafter='model' needs to know which: give the smaller model itself")

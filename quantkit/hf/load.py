@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from quantkit.errors import QuantkitError
-from quantkit.hf.source import locate
+from quantkit.hf.source import locate, read_gguf
 
 __all__ = [
     "PreTrainedModel",
@@ -127,13 +127,13 @@ def _load_gguf(path: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, 
     """Dequantize a GGUF file into a plain model, and read its tokenizer."""
     if not path.is_file():
         raise QuantkitError(f"no such file: {path}")
-    place: dict[str, Any] = {"gguf_file": path.name}
     options: dict[str, Any] = {"dtype": dtype} if dtype is not None else {}
     if hasattr(transformers, "GgufConfig"):  # releases that can keep GGUF blocks in memory must be told not to
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(path.parent, **place, **options)
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, **place)
+        config = read_gguf(AutoConfig, path)
+        loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, config=config, **options)
+        tokenizer: PreTrainedTokenizerBase = read_gguf(AutoTokenizer, path)
     except ImportError as error:
         raise QuantkitError(f"reading {path.name} needs the gguf package: pip install 'quantkit[demo]' ({error})") from error
     except (OSError, ValueError, KeyError, NotImplementedError) as error:

@@ -1,9 +1,15 @@
-"""Names of models: what a user may write where a model is wanted, and its config without its weights."""
+"""Names of models: what a user may write where a model is wanted, and its config without its weights.
 
+A GGUF file's header holds the whole vocabulary, which transformers parses token by token, in seconds, for each thing that is
+asked of it. So the config and the tokenizer of the last file are remembered, as long as its size and time stay what they were.
+"""
+
+import copy
+import functools
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from quantkit.errors import QuantkitError
 from quantkit.hf.demo_model import DEMO_MODEL, demo_model_path
@@ -25,9 +31,8 @@ def load_config(source: str | Path) -> PretrainedConfig:
     """
     place = locate(source)
     gguf = Path(place).suffix == ".gguf"
-    options: dict[str, Any] = {"gguf_file": Path(place).name} if gguf else {}
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(Path(place).parent if gguf else place, **options)
+        config: PretrainedConfig = read_gguf(AutoConfig, Path(place)) if gguf else AutoConfig.from_pretrained(place)
     except ImportError as error:
         raise QuantkitError(
             f"reading {Path(place).name} needs the gguf package: pip install 'quantkit[demo]' ({error})"
@@ -37,3 +42,15 @@ def load_config(source: str | Path) -> PretrainedConfig:
     if getattr(config, "quantization_config", None):
         raise QuantkitError(f"{source} is already quantized; start from the float model")
     return config
+
+
+def read_gguf(what: type[AutoConfig] | type[AutoTokenizer], path: Path) -> Any:
+    """Return the config or the tokenizer of a GGUF file, one's own to change; transformers' errors pass through."""
+    stat = path.stat()
+    return copy.deepcopy(_read_gguf(what, path.absolute(), stat.st_size, stat.st_mtime_ns))
+
+
+@functools.lru_cache(maxsize=2)
+def _read_gguf(what: Any, path: Path, size: int, written_ns: int) -> PretrainedConfig | PreTrainedTokenizerBase:
+    found: PretrainedConfig | PreTrainedTokenizerBase = what.from_pretrained(path.parent, gguf_file=path.name)
+    return found

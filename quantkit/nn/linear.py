@@ -200,9 +200,9 @@ class _Quantized(nn.Module):
         empty: dict[str, Any] = {
             name: None if tensor is None else torch.empty_like(tensor, device="meta") for name, tensor in held.items()
         }
+        self._released = True  # first: another thread that reads the weight meanwhile must not find a placeholder
         self._buffers.update(empty)
         self._ready = {expert: ready._replace(**empty) for expert, ready in self._ready.items()}
-        self._released = True
 
     def _restored(self) -> QTensor:
         parts = [ready.kernel.unpack(ready.state, self.spec) for _, ready in sorted(self._ready.items())]
@@ -214,9 +214,9 @@ class _Quantized(nn.Module):
         if self._released:
             whole = self._restored()
             own = {name: getattr(whole, name) for name in _BUFFERS}
-            self._released = False
             self._buffers.update(own)
             self._ready = {expert: ready._replace(**own) for expert, ready in self._ready.items()}
+            self._released = False
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Apply ``fn`` (a move or a cast) to everything, but keep the dtypes of codes, scales and zero points."""

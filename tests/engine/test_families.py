@@ -80,6 +80,21 @@ def test_drafts_change_nothing(family):
     assert engine.stats["accepted"] == engine.stats["drafted"] > 20  # the last drafter was the model itself
 
 
+@pytest.mark.parametrize("vocabulary", [100, 256])
+@pytest.mark.parametrize("engine", ["native", "modules"])
+def test_a_drafter_may_know_fewer_ids_or_more(vocabulary, engine):
+    """Models of one family pad their vocabularies differently; a draft is never an id that the model does not know."""
+    model, drafter = FAMILIES["llama"](), tiny_llama(vocab_size=vocabulary)
+    with torch.no_grad():
+        drafter.lm_head.weight[-1] = 50 * drafter.model.norm.weight  # it would like to say its last word
+    prompts = [[3, 50, 7, 9], [4, 190, 5], [60, 61, 62, 63, 64]]
+    for sampling in ({}, {"temperature": 1.0, "seed": 3}):
+        want = [generate(model, prompt, max_new_tokens=12, engine=engine, **sampling).ids for prompt in prompts]
+        found = generate(model, prompts, max_new_tokens=12, engine=engine, drafter=drafter, **sampling)
+        assert [one.ids for one in found] == want
+        assert sum(one.drafted for one in found) > 0
+
+
 @pytest.mark.parametrize("family", NATIVE)
 def test_native_equals_transformers_in_a_ragged_batch_with_drafts_and_under_pressure(family):
     for drafter, kv_tokens in ((None, 512), ("ngram", 512), (FAMILIES[family](), 512), (None, 128)):

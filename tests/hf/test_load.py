@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from quantkit.errors import QuantkitError
+from quantkit.hf import source
 from quantkit.hf.load import empty_model, load_float
+from quantkit.hf.source import load_config
 from tests.tiny import FAMILIES, tiny_llama, tiny_tokenizer
 
 
@@ -131,3 +133,23 @@ def test_damaged_gguf(tmp_path) -> None:
     (tmp_path / "bad.gguf").write_bytes(b"GGUF" + b"\xff" * 100)
     with pytest.raises(QuantkitError, match=r"bad\.gguf"):
         load_float(tmp_path / "bad.gguf")
+
+
+def test_a_gguf_header_is_parsed_once_while_the_file_stays_what_it_is(tmp_path, monkeypatch) -> None:
+    write_gguf(tmp_path / "toy.gguf")
+    config = load_config(tmp_path / "toy.gguf")
+    model, tokenizer = load_float(tmp_path / "toy.gguf", torch.float32)
+    assert tokenizer is not None
+    config.hidden_size = 8  # whoever changes what is one's own changes nobody else's
+    tokenizer.add_tokens(["never seen"])
+    with monkeypatch.context() as patch:
+        patch.setattr(source.AutoConfig, "from_pretrained", None)
+        patch.setattr(source.AutoTokenizer, "from_pretrained", None)
+        again, other = load_float(tmp_path / "toy.gguf", torch.float32)
+        assert load_config(tmp_path / "toy.gguf").hidden_size == 32
+        assert len(other.get_vocab()) == len(tokenizer.get_vocab()) - 1
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor)
+    write_gguf(tmp_path / "toy.gguf", hidden=64)
+    assert load_config(tmp_path / "toy.gguf").hidden_size == 64
+    assert load_float(tmp_path / "toy.gguf")[0].config.hidden_size == 64

@@ -137,3 +137,22 @@ def test_activations_are_rounded_only_when_asked_and_never_under_a_gradient():
     assert torch.equal(model(x), exact)
     with pytest.raises(KernelError, match="activations='int4'"):
         set_activations(model, "int4")
+
+
+def test_no_moment_shows_a_placeholder():
+    """What another thread would see between two steps of letting go, and of taking back."""
+    module, want = QuantLinear(quantized()), quantized()
+    seen = []
+
+    class Watched(dict):
+        def update(self, *args):
+            super().update(*args)
+            seen.append(module.qtensor.packed)
+
+    module._buffers = Watched(module._buffers)
+    module.keeps_codes = False
+    module(torch.randn(1, 64))
+    assert module.__dict__["_buffers"]["packed"].is_meta
+    module.to("cpu")
+    assert len(seen) == 2
+    assert all(torch.equal(packed, want.packed) for packed in seen)

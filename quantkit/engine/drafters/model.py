@@ -5,11 +5,13 @@ engine would choose it: greedily, or with the same noise under the same sampling
 row of pages for every slot; what it wrote of its own guesses stays if they were right and is overwritten if not.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from quantkit.engine.drafters.base import DRAFTERS, Ask, choose_drafts
 from quantkit.engine.step import Backend, Memory, Span
@@ -33,6 +35,7 @@ class ModelDrafter:
         slots: sequences that run at once in the engine.
         context_tokens: longest sequence.
         step_tokens: tokens it reads per step.
+        vocabulary: how many ids it knows, and how many the target; None: the same. Models of one family pad theirs differently.
 
     Raises:
         QuantkitError: a backend that cannot step a position twice.
@@ -41,10 +44,18 @@ class ModelDrafter:
     shares_memory = False
     PAGE_TOKENS = 32
 
-    def __init__(self, backend: Backend, slots: int, context_tokens: int, step_tokens: int = 512) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        slots: int,
+        context_tokens: int,
+        step_tokens: int = 512,
+        vocabulary: tuple[int, int] | None = None,
+    ) -> None:
         if not backend.rewinds:
             raise QuantkitError(f"the drafter's model cannot go back to an earlier token: {backend.notice}")
         self._backend, self._step_tokens = backend, step_tokens
+        self._known, self._wanted = vocabulary or (0, 0)
         self._context = min(context_tokens, backend.context_tokens or context_tokens)
         self._pages = -(-self._context // self.PAGE_TOKENS)
         self._slots = [_Slot() for _ in range(slots)]
@@ -53,7 +64,7 @@ class ModelDrafter:
     @torch.inference_mode()
     def propose(self, asks: Sequence[Ask]) -> list[list[int]]:
         """See :class:`~quantkit.engine.drafters.base.Drafter`."""
-        able = [ask for ask in asks if len(ask.ids) < self._context]
+        able = [ask for ask in asks if len(ask.ids) < self._context and self._knows(ask.ids)]
         written: dict[int, list[int]] = {ask.number: [] for ask in asks}
         active = able
         for i in range(max((ask.count for ask in able), default=0)):
@@ -75,7 +86,14 @@ class ModelDrafter:
     def _next(self, asks: Sequence[Ask], written: dict[int, list[int]]) -> list[int | None]:
         """Read what is new and choose one more token for each ask; None where the small model has no usable logits."""
         spans = [self._span(ask, [*ask.ids, *written[ask.number]]) for ask in asks]
-        return choose_drafts(asks, written, self._read(spans))
+        logits = self._read(spans)
+        if self._wanted and logits.shape[-1] != self._wanted:  # the target's noise is of this length
+            missing = max(self._wanted - logits.shape[-1], 0)
+            logits = F.pad(logits[:, : self._wanted], (0, missing), value=-math.inf)
+        return choose_drafts(asks, written, logits)
+
+    def _knows(self, ids: Sequence[int]) -> bool:
+        return self._known >= self._wanted or max(ids) < self._known
 
     def _span(self, ask: Ask, ids: list[int]) -> Span:
         slot = self._slots[ask.slot]
