@@ -5,7 +5,6 @@ The reference of every KL divergence is the unquantized model computed in float3
 taken in turn, round by round, at the end, so that a busy minute hits all rows alike.
 """
 
-import copy
 import dataclasses
 import gc
 import logging
@@ -25,6 +24,7 @@ from quantkit.forecast import Forecast, forecast
 from quantkit.hf.demo_model import DEMO_MODEL
 from quantkit.hf.source import load_config
 from quantkit.models import open_model
+from quantkit.nn.sites import sharing_copy
 from quantkit.pipeline import quantize
 from quantkit.plan import make_plan
 from quantkit.progress import ProgressCallback, ignore
@@ -125,7 +125,7 @@ def run_demo(settings: DemoSettings, variants: list[Variant] | None = None, prog
     losses: dict[str, float] = {}
     for variant in variants:
         done = quantize(
-            copy.deepcopy(plain),
+            sharing_copy(plain),
             quantizer=variant.quantizer,
             plan=variant.plan,
             data=settings.data,
@@ -164,7 +164,7 @@ def run_demo(settings: DemoSettings, variants: list[Variant] | None = None, prog
 
 def _in_dtype(model: nn.Module) -> nn.Module:
     """Return a copy whose weights are in :data:`DTYPE`. Buffers stay: rotary frequencies lose the position in 16 bits."""
-    other: Any = copy.deepcopy(model)
+    other: Any = sharing_copy(model)
     for parameter in other.parameters():
         parameter.data = parameter.data.to(DTYPE)
     other.config.dtype = DTYPE

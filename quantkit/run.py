@@ -15,6 +15,7 @@ from quantkit.evaluation import EvalReport, evaluate
 from quantkit.forecast import Forecast, forecast
 from quantkit.hf.source import load_config
 from quantkit.models import open_model
+from quantkit.nn.sites import sharing_copy
 from quantkit.pipeline import QuantizeResult, quantize
 from quantkit.progress import ProgressCallback, ignore
 from quantkit.recipe import Recipe, Resolution
@@ -97,6 +98,7 @@ def run_recipe(recipe: Recipe, progress: ProgressCallback = ignore) -> Outcome:
         log.info(note)
     model, tokenizer = open_model(recipe.model, preview.dtype)
     calibration, output, measure = recipe.calibration, recipe.output, recipe.evaluate
+    base = sharing_copy(model) if measure and measure.against == "base" else None  # quantize changes the model itself
     result = quantize(
         model,
         quantizer=recipe.quantizer.build(),
@@ -119,7 +121,6 @@ def run_recipe(recipe: Recipe, progress: ProgressCallback = ignore) -> Outcome:
     )
     if measure is None:
         return Outcome(preview, result, None)
-    base = open_model(recipe.model, preview.dtype)[0] if measure.against == "base" else None  # quantize changed the first one
     report = evaluate(
         result.model,
         base,

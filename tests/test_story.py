@@ -4,9 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from quantkit import checkpoint
 from quantkit.demo import DemoSettings, plan_demo, run_demo
+from quantkit.evaluation import evaluate
+from quantkit.hf.load import load_tokenizer
+from quantkit.models import open_model
 from quantkit.progress import Progress
 from quantkit.recipe import load_recipe
 from quantkit.run import run_recipe
@@ -33,6 +37,31 @@ def test_every_recipe_runs_on_a_tiny_model(path, tiny_float, tmp_path):
     assert checkpoint.inspect(tmp_path / "out")["quantized_parameters"] == outcome.preview.forecast.weights
     assert outcome.report is not None
     assert outcome.report.quality.divergence is not None
+
+
+@pytest.mark.parametrize("transforms", [[], ["rotate", "smoothquant"]], ids=["plain", "transformed"])
+def test_the_model_is_read_once_and_the_base_is_what_it_was(transforms, tiny_float, tmp_path, monkeypatch):
+    opened: list[torch.nn.Module] = []
+
+    def open_once(source, dtype=None):
+        opened.append(open_model(source, dtype)[0])
+        return opened[-1], load_tokenizer(source)
+
+    monkeypatch.setattr("quantkit.run.open_model", open_once)
+    changes = {
+        **FEW,
+        "model": str(tiny_float),
+        "output.path": str(tmp_path / "out"),
+        "dtype": "float32",
+        "evaluate.latency": False,
+    }
+    outcome = run_recipe(load_recipe(RECIPES[-1].with_name("w4a16-gptq.yaml"), {**changes, "transforms": transforms}))
+    assert len(opened) == 1
+    assert outcome.report is not None
+    scoring = {"windows": 1, "length": 128, "latency": False, "tokenizer": outcome.result.tokenizer}
+    again = evaluate(outcome.result.model, open_model(tiny_float, torch.float32)[0], **scoring)
+    assert outcome.report.quality.divergence == again.quality.divergence
+    assert again.quality.divergence.mean > 0
 
 
 @pytest.mark.slow

@@ -44,8 +44,8 @@ def load_config(source: str | Path) -> PretrainedConfig:
     return config
 
 
-def read_gguf(what: type[AutoConfig] | type[AutoTokenizer], path: Path) -> Any:
-    """Return the config or the tokenizer of a GGUF file, one's own to change; transformers' errors pass through."""
+def read_gguf(what: Any, path: Path) -> Any:
+    """Return what ``AutoConfig`` or ``AutoTokenizer`` makes of a GGUF file, one's own to change; their errors pass through."""
     stat = path.stat()
     return copy.deepcopy(_read_gguf(what, path.absolute(), stat.st_size, stat.st_mtime_ns))
 

@@ -5,10 +5,14 @@ A :class:`Site` is one weight matrix (or a 3-D stack of expert matrices) that ca
 calibrated, quantized and written at a time.
 """
 
+import copy
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,3 +98,12 @@ def write_weight(model: nn.Module, site: Site, value: Tensor) -> None:
     parameter: Tensor = getattr(model.get_submodule(site.module), site.parameter)
     value = value.to(parameter.device, parameter.dtype)
     parameter.data = value.transpose(-1, -2).contiguous() if site.transposed else value
+
+
+def sharing_copy(model: ModelT) -> ModelT:
+    """Return a copy of ``model`` whose parameters share the memory of the original's.
+
+    A parameter of either that gets a new value gets new memory with it (:func:`write_weight`), so the other stays what it is.
+    """
+    shared: dict[int, Any] = {id(p): nn.Parameter(p.data, requires_grad=p.requires_grad) for p in model.parameters()}
+    return copy.deepcopy(model, shared)

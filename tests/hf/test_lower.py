@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from quantkit import generate, load, quantize
+from quantkit import Engine, load, quantize
 from quantkit.hf.lower import CannotLower, lower
 from quantkit.hf.structure import describe
 from quantkit.kernels import interpret
@@ -250,10 +250,6 @@ def test_layers_that_round_their_inputs_are_left_to_modules(family, tmp_path):
     quantize(model, "w8a8", quantizer="rtn", out=tmp_path / "x")
     with pytest.raises(CannotLower, match=r"model.layers.0.* rounds its inputs to int8 .* ignore_activations"):
         lower(model)
-    ids = some_ids(20)
-    first = generate(model, ids.tolist(), max_new_tokens=1, logprobs=1).logprobs[0]
-    with torch.inference_mode():
-        logs = model(ids[None]).logits[0, -1].log_softmax(-1)
-    torch.testing.assert_close(first.logprob, float(logs.max()), atol=1e-5, rtol=1e-5)
     plain = load(tmp_path / "x", ignore_activations=True)
-    assert_same_logits(plain, ids)
+    assert_same_logits(plain, some_ids(20))
+    assert [Engine(one).backend.engine for one in (model, plain)] == ["modules", "native"]
