@@ -67,7 +67,6 @@ def lower(model: PreTrainedModel) -> Program:
 def _lower(model: PreTrainedModel) -> Program:
     if getattr(model.config, "is_encoder_decoder", False):
         raise CannotWatch("it is an encoder-decoder model")
-    _refuse_rounding(model)
     stack = model.get_submodule(find_stack(model))
     trace = watch(model, stack)
     program = _write(model, trace)
@@ -77,19 +76,6 @@ def _lower(model: PreTrainedModel) -> Program:
     if limit > 2 * TOKENS:
         _prove(program, watch(model, stack, limit - TOKENS))
     return program
-
-
-def _refuse_rounding(model: PreTrainedModel) -> None:
-    """Refuse layers whose scheme rounds their inputs: a program has no place for it, and no proof would notice.
-
-    The proof runs such a layer as the module it is, so that it would agree, and the native products would not round.
-    """
-    for name, module in model.named_modules():
-        if isinstance(module, QuantLinear | QuantWeight) and module.activation is not None:
-            grid = module.activation.describe()
-            raise CannotWatch(
-                f"{name} rounds its inputs to {grid}, which only modules do (load with ignore_activations=True to leave them)"
-            )
 
 
 @contextlib.contextmanager

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from quantkit import Engine, load, quantize
 from quantkit.hf.lower import CannotLower, lower
 from quantkit.hf.structure import describe
 from quantkit.kernels import interpret
@@ -241,15 +240,3 @@ def test_quantized_models_are_lowered_with_their_modules(family):
     program = lower(model)
     assert not isinstance(program.layers[0].attention.out.weight, torch.Tensor)
     assert_same_logits(model, some_ids())
-
-
-@pytest.mark.parametrize("family", ["llama", "mixtral"])
-def test_layers_that_round_their_inputs_are_left_to_modules(family, tmp_path):
-    """The native products would not round, and the proof, which runs the modules, would not notice."""
-    model = FAMILIES[family]()
-    quantize(model, "w8a8", quantizer="rtn", out=tmp_path / "x")
-    with pytest.raises(CannotLower, match=r"model.layers.0.* rounds its inputs to int8 .* ignore_activations"):
-        lower(model)
-    plain = load(tmp_path / "x", ignore_activations=True)
-    assert_same_logits(plain, some_ids(20))
-    assert [Engine(one).backend.engine for one in (model, plain)] == ["modules", "native"]
