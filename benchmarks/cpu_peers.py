@@ -223,11 +223,14 @@ class OpenVino:
         self.vocabulary = config["vocab_size"]
         stored = bytes_of(path)
         self.facts = {"bytes": stored, "read_bytes": None, "bits_per_read_weight": None}
+        self.salt = 0
 
     def _run(self, context: int, count: int) -> Any:
         import openvino
 
-        ids = self.numpy.array([prompt(context, self.vocabulary)], dtype=self.numpy.int64)
+        self.salt += 1  # a new first token: nothing comes from the prefix cache
+        tokens = [self.salt % self.vocabulary, *prompt(context, self.vocabulary)[1:]]
+        ids = self.numpy.array([tokens], dtype=self.numpy.int64)
         given = self.genai.TokenizedInputs(openvino.Tensor(ids), openvino.Tensor(self.numpy.ones_like(ids)))
         config = self.genai.GenerationConfig()
         config.max_new_tokens, config.ignore_eos, config.do_sample = count, True, False

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.calibrate.data import Batch, encoder, text_default, token_batches
+from quantkit.checkpoint.check import converted_buffers
 from quantkit.errors import CalibrationError, FormatError
 from quantkit.evaluation.base import evaluating, run_model
 from quantkit.evaluation.quality import score
@@ -68,8 +69,9 @@ class Proof:
         """
         kl = float(Proof(self.windows, self.text, _logits(in_memory, self.windows)).measure(reloaded)["kl_mean"])
         if not kl <= MAX_RELOAD_KL:
+            why = "".join(f"; {text}" for text in converted_buffers(in_memory, reloaded)[:1])
             raise FormatError(
-                f"the checkpoint read back differs from the model in memory: KL {kl:.3g}, want <= {MAX_RELOAD_KL:g}"
+                f"the checkpoint read back differs from the model in memory: KL {kl:.3g}, want <= {MAX_RELOAD_KL:g}{why}"
             )
         return kl
 

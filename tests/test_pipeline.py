@@ -93,6 +93,14 @@ def test_statistics_of_another_model_than_is_quantized_are_refused() -> None:
             quantize(FAMILIES["llama"](), "w4a16", transforms=[change], statistics=statistics, data=token_ids())
 
 
+def test_buffers_that_a_conversion_rounded_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A loaded model has its rotary frequencies in float32, whatever it is loaded in; rounding inputs shows the difference."""
+    model = FAMILIES["llama_tied"]().to(torch.bfloat16)
+    with pytest.raises(FormatError, match=r"KL .*inv_freq is torch.bfloat16 in memory .*load the model with dtype="):
+        quantize(model, "w8a8-static", quantizer="rtn", data=token_ids(), out=tmp_path / "x")
+    assert "inv_freq is torch.bfloat16" in caplog.text  # before any work
+
+
 def test_damaged_statistics_are_refused(tmp_path: Path) -> None:
     (tmp_path / "bad").write_bytes(b"\x00" * 100)
     for path in (tmp_path / "bad", tmp_path / "missing"):

@@ -1,6 +1,7 @@
 """Everything that can be refused before a byte is written: sites, directory, disk."""
 
 import copy
+import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,8 @@ from quantkit.files import write_atomic
 from quantkit.formats.base import FORMATS, Layout
 from quantkit.hf.load import PreTrainedModel
 from quantkit.spec import Plan
+
+log = logging.getLogger(__name__)
 
 MODEL_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
 """Files that make a directory a model."""
@@ -86,7 +89,23 @@ def check(contents: Contents, path: Path, model: PreTrainedModel, plan: Plan, fo
     _refuse(_rejections(contents, plan, format, dtype_name(model)), format)
     total = sum(layout_bytes(layout_of(contents, model, plan, format, entry)) for entry in contents.entries)
     _check_directory(path, total, overwrite)
+    for text in converted_buffers(model, contents.model):
+        log.warning("%s", text)
     return total
+
+
+def converted_buffers(model: nn.Module, loaded: nn.Module) -> list[str]:
+    """Say which buffers have another dtype than in a model that is loaded, where they come from the config.
+
+    ``model.to(torch.bfloat16)`` rounds rotary frequencies too, which loading in bfloat16 does not: the two compute differently.
+    """
+    fresh = dict(loaded.named_buffers())
+    pairs = [(name, buffer.dtype, fresh[name].dtype) for name, buffer in model.named_buffers() if name in fresh]
+    return [
+        f"{name} is {own} in memory and {other} where a checkpoint is loaded; load the model with dtype=, do not convert it"
+        for name, own, other in pairs
+        if own != other
+    ]
 
 
 def _refuse(refused: Mapping[str, str], format: str) -> None:

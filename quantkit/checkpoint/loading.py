@@ -21,6 +21,7 @@ from quantkit.kernels.cpu import CpuKernel, State
 from quantkit.kernels.layout import Prepacked
 from quantkit.kernels.select import Problem, check_activations, select
 from quantkit.memory import HeapWatch
+from quantkit.nn.embedding import QuantEmbedding
 from quantkit.nn.install import install, set_activations
 from quantkit.nn.linear import QuantLinear, QuantWeight
 from quantkit.nn.sites import Site
@@ -89,6 +90,8 @@ def load(
     for part in loaded.modules():
         if isinstance(part, QuantLinear | QuantWeight):
             part.keeps_codes = False
+        elif isinstance(part, QuantEmbedding) and dtype is not None:
+            part.to(dtype)  # of what a look-up returns
     set_activations(loaded, activations)
     return loaded
 

@@ -50,9 +50,17 @@ def rejects(program: Program) -> str | None:
         if layer.attention.head_dim > MAX_HEAD_DIM:
             return f"layer {index}: heads are {layer.attention.head_dim} wide, at most {MAX_HEAD_DIM} are supported"
     for linear in program.linears():
-        device = linear.weight.device if isinstance(linear.weight, Tensor) else next(linear.weight.buffers()).device
+        weight: Any = linear.weight
+        device = weight.device if isinstance(weight, Tensor) else next(weight.buffers()).device
         if device.type not in ("cpu", "meta"):  # what stands on meta has been let go for the kernels' layout
             return f"weights are on {device}, not on the CPU"
+        if isinstance(weight, Tensor):
+            continue
+        if not weight.spec.is_integer:
+            return f"weights are {weight.spec.describe()}, and it multiplies with integers"
+        if weight.activation is not None:  # the proof of a program runs modules, which round: it would not notice
+            how = f"inputs of layers are rounded to {weight.activation.describe()}"
+            return f"{how}, which modules do (load with ignore_activations=True to leave them as they are)"
     try:
         build.library()
     except KernelError as error:

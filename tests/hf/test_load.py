@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoTokenizer
 
 from quantkit.errors import QuantkitError
-from quantkit.hf import source
 from quantkit.hf.load import empty_model, load_float
 from quantkit.hf.source import load_config
 from tests.tiny import FAMILIES, tiny_llama, tiny_tokenizer
@@ -143,8 +143,8 @@ def test_a_gguf_header_is_parsed_once_while_the_file_stays_what_it_is(tmp_path, 
     config.hidden_size = 8  # whoever changes what is one's own changes nobody else's
     tokenizer.add_tokens(["never seen"])
     with monkeypatch.context() as patch:
-        patch.setattr(source.AutoConfig, "from_pretrained", None)
-        patch.setattr(source.AutoTokenizer, "from_pretrained", None)
+        patch.setattr(AutoConfig, "from_pretrained", None)
+        patch.setattr(AutoTokenizer, "from_pretrained", None)
         again, other = load_float(tmp_path / "toy.gguf", torch.float32)
         assert load_config(tmp_path / "toy.gguf").hidden_size == 32
         assert len(other.get_vocab()) == len(tokenizer.get_vocab()) - 1

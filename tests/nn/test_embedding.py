@@ -117,3 +117,10 @@ def test_a_quantized_table_is_not_made_whole_to_learn_its_size(monkeypatch: pyte
     for engine in ("native", "modules"):
         request = Engine(model, engine=engine).submit(IDS[0].tolist(), max_new_tokens=1)
         assert request.remaining == 1
+
+
+def test_a_table_looks_up_in_the_dtype_that_was_asked_for(tmp_path: Path) -> None:
+    quantize(tiny.FAMILIES["gpt2"](), "w8a16-g32", quantizer="rtn", embedding="w8a16-g32", out=tmp_path / "x", format="native")
+    loaded = load(tmp_path / "x", dtype=torch.bfloat16)
+    assert loaded.get_input_embeddings()(IDS).dtype == loaded.transformer.h[0].ln_1.weight.dtype == torch.bfloat16
+    assert loaded(IDS).logits.dtype == torch.bfloat16
