@@ -18,7 +18,6 @@ from quantkit.kernels.cuda_decoder import CudaDecoder
 from quantkit.kernels.decoder import NativeDecoder, rejects
 from quantkit.kernels.program import Program
 from quantkit.memory import available_bytes, drop_pages, mapped_pages, return_freed_memory
-from quantkit.nn.linear import QuantLinear, QuantWeight
 
 _Mark = tuple[tuple[int, int, int], ...]
 Decoder = NativeDecoder | CudaDecoder
@@ -61,8 +60,6 @@ def device_types(model: PreTrainedModel) -> set[str]:
 
 
 def _make_on_cpu(model: PreTrainedModel) -> NativeDecoder | str:
-    if reason := _rounds_inputs(model):
-        return reason
     program = lower(model)
     if reason := rejects(program) or _too_large(program):
         return reason
@@ -70,18 +67,6 @@ def _make_on_cpu(model: PreTrainedModel) -> NativeDecoder | str:
     decoder = NativeDecoder(program)
     _release(model)
     return decoder
-
-
-def _rounds_inputs(model: PreTrainedModel) -> str | None:
-    """Say which layer's scheme rounds its inputs: the CPU's program has no place for it, and no proof would notice.
-
-    The proof runs such a layer as the module it is, so that it would agree, and the native products would not round.
-    """
-    for name, module in model.named_modules():
-        if isinstance(module, QuantLinear | QuantWeight) and module.activation is not None:
-            grid = module.activation.describe()
-            return f"{name} rounds its inputs to {grid}, which only modules do; ignore_activations=True loads it without"
-    return None
 
 
 def _make_on_cuda(model: PreTrainedModel) -> CudaDecoder | str:
