@@ -189,8 +189,8 @@ def quantize(
     compute = compute or Compute.default(model)
     known = load_statistics(statistics)[0] if isinstance(statistics, str | Path) else statistics
     _refuse_combinations(plan, structure, method, changes, distill, known)
-    corrected = _biased(model, structure, plan) if any(isinstance(change, BiasCorrection) for change in changes) else []
-    _refuse_corrections(changes, corrected, method, distill)
+    corrects = any(isinstance(change, BiasCorrection) for change in changes)
+    corrected = _biases_to_correct(model, structure, plan, method, distill) if corrects else []
     walk = (bool(corrected) or any(needs_of(method, one) for one in plan.values())) and known is None
     reads = walk or distill or any(change.needs for change in changes)
     batches = Calibration(data, samples, length, batch_size, mode).batches(tokenizer) if reads else []
@@ -338,21 +338,17 @@ def _refuse_combinations(
         raise CalibrationError(f"{turned}: statistics= are of inputs that are not rotated; pass data= instead")
 
 
-def _biased(model: nn.Module, structure: Structure, plan: Plan) -> list[str]:
-    """Return the planned linear layers of the blocks that have a bias."""
-    sites = [site for site in structure.sites if site.name in plan and len(site.shape) == 2]
-    return [site.name for site in sites if getattr(model.get_submodule(site.module), "bias", None) is not None]
-
-
-def _refuse_corrections(
-    changes: Sequence[Transform], corrected: Sequence[str], method: Quantizer, distill: Distill | None
-) -> None:
-    if not any(isinstance(change, BiasCorrection) for change in changes):
-        return
-    if not corrected:
-        raise CalibrationError("bias-correction: none of the planned layers has a bias; leave it out")
+def _biases_to_correct(
+    model: nn.Module, structure: Structure, plan: Plan, method: Quantizer, distill: Distill | None
+) -> list[str]:
+    """Return the planned linear layers of the blocks that have a bias; refuse what would undo a correction."""
     if distill or isinstance(method, AutoRound):
         raise CalibrationError("bias-correction: codes or scales are learned after it, which would undo it; leave one out")
+    sites = [site for site in structure.sites if site.name in plan and len(site.shape) == 2]
+    biased = [site.name for site in sites if getattr(model.get_submodule(site.module), "bias", None) is not None]
+    if not biased:
+        raise CalibrationError("bias-correction: none of the planned layers has a bias; leave it out")
+    return biased
 
 
 def _report_fallen(names: list[str], strict: bool) -> None:

@@ -9,7 +9,7 @@ Factors are rounded to powers of two, so that nothing is rounded when they are m
 """
 
 from collections.abc import Sequence
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
@@ -27,10 +27,12 @@ class Statistics(Protocol):
 class Transform(Protocol):
     """Chooses a factor for every input channel of the sites that read one tensor.
 
-    A member is a frozen dataclass whose fields are its options. ``needs`` names the collectors it wants.
+    A member is a frozen dataclass whose fields are its options.
     """
 
-    needs: ClassVar[tuple[str, ...]]
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Names of the collectors it wants."""
 
     def factors(self, weights: Sequence[Tensor], schemes: Sequence[Scheme], statistics: Statistics) -> Tensor:
         """Return s, positive float32 (in,); 1 leaves a channel as it is.

@@ -14,7 +14,6 @@ sample of the inputs, rounds weights and inputs as they will be, and takes what 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -40,11 +39,15 @@ class SmoothQuant:
     """
 
     alpha: float | None = 0.5
-    needs: ClassVar[tuple[str, ...]] = ("abs_max", "samples")
 
     def __post_init__(self) -> None:
         if self.alpha is not None and not 0 <= self.alpha <= 1:
             raise SpecError(f"smoothquant: alpha={self.alpha}; want 0 to 1, or None to find it")
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Names of the collectors it wants: samples only to find alpha."""
+        return ("abs_max",) if self.alpha is not None else ("abs_max", "samples")
 
     def factors(self, weights: Sequence[Tensor], schemes: Sequence[Scheme], statistics: Statistics) -> Tensor:
         """See :class:`quantkit.transforms.base.Transform`."""

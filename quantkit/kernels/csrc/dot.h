@@ -91,14 +91,19 @@ struct Codes {
 };
 // a's low 16 bits, signed, times b; what x86 has an instruction for
 inline Ints add_product(Ints sum, Ints a, Ints b) { return sum + ((a << 16) >> 16) * b; }
-#if defined(__ARM_FEATURE_MATMUL_INT8)
-#define QK_DOT "i8mm"
+#if defined(__ARM_FEATURE_DOTPROD) && !defined(__ARM_FEATURE_MATMUL_INT8)
+constexpr bool kSignedCodes = true;  // the instruction takes two signed operands
+#else
+constexpr bool kSignedCodes = false;
+#endif
 template <bool WIDE>
-constexpr int32_t kDotOffset = 0;
+constexpr int32_t kDotOffset = WIDE && kSignedCodes ? 128 : 0;
 template <bool WIDE>
 inline Codes codes(Words word) {
-  return {word};
+  return {WIDE && kSignedCodes ? word ^ 0x80808080u : word};
 }
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+#define QK_DOT "i8mm"
 template <bool WIDE>
 inline Ints dot(Ints sum, Codes c, Ints x) {
   return (Ints)vusdotq_s32((int32x4_t)sum, (uint8x16_t)c.value, (int8x16_t)x);
@@ -106,23 +111,11 @@ inline Ints dot(Ints sum, Codes c, Ints x) {
 #elif defined(__ARM_FEATURE_DOTPROD)
 #define QK_DOT "dotprod"
 template <bool WIDE>
-constexpr int32_t kDotOffset = WIDE ? 128 : 0;
-template <bool WIDE>
-inline Codes codes(Words word) {
-  return {WIDE ? word ^ 0x80808080u : word};
-}
-template <bool WIDE>
 inline Ints dot(Ints sum, Codes c, Ints x) {
   return (Ints)vdotq_s32((int32x4_t)sum, (int8x16_t)c.value, (int8x16_t)x);
 }
 #else
 #define QK_DOT "plain"
-template <bool WIDE>
-constexpr int32_t kDotOffset = 0;
-template <bool WIDE>
-inline Codes codes(Words word) {
-  return {word};
-}
 template <bool WIDE>
 inline Ints dot(Ints sum, Codes c, Ints x) {
   for (int j = 0; j < 4; ++j) {
