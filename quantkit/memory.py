@@ -49,7 +49,7 @@ class HeapWatch:
     looks for more than it needs), so a loop that keeps one of every two tensors it makes holds twice what it keeps.
     """
 
-    def __init__(self, step_bytes: int = 64 << 20) -> None:
+    def __init__(self, step_bytes: int = 128 << 20) -> None:
         self._step, self._last = step_bytes, resident_bytes()
 
     def check(self) -> None:

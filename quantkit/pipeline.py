@@ -188,7 +188,7 @@ def quantize(
         _refuse_gaps(structure, plan, ignore)
     compute = compute or Compute.default(model)
     known = load_statistics(statistics)[0] if isinstance(statistics, str | Path) else statistics
-    _refuse_combinations(plan, structure, method, changes, distill, known)
+    refuse_combinations(plan, structure, method, changes, distill, known)
     corrects = any(isinstance(change, BiasCorrection) for change in changes)
     corrected = _biases_to_correct(model, structure, plan, method, distill) if corrects else []
     walk = (bool(corrected) or any(needs_of(method, one) for one in plan.values())) and known is None
@@ -322,9 +322,14 @@ def _open_store(
     return ResumeStore(path, run)
 
 
-def _refuse_combinations(
+def refuse_combinations(
     plan: Plan, structure: Structure, method: Quantizer, changes: Sequence[Transform], distill: Distill | None, known: Any
 ) -> None:
+    """Refuse what cannot be done together, with the reason; arguments as in :func:`quantize`, resolved.
+
+    Raises:
+        SpecError, CalibrationError: what does not go together, why, and what to leave out.
+    """
     learner = "distillation" if distill else "autoround" if isinstance(method, AutoRound) else None
     check_together(plan, structure, learner=learner, rotated=any(isinstance(change, Rotate) for change in changes))
     if changes and known is not None:

@@ -16,7 +16,8 @@ from quantkit.forecast import Forecast, forecast
 from quantkit.hf.source import load_config
 from quantkit.models import open_model
 from quantkit.nn.sites import sharing_copy
-from quantkit.pipeline import QuantizeResult, quantize
+from quantkit.pipeline import QuantizeResult, quantize, refuse_combinations
+from quantkit.plan import check_plan
 from quantkit.progress import ProgressCallback, ignore
 from quantkit.recipe import Recipe, Resolution
 
@@ -53,20 +54,23 @@ def plan_recipe(recipe: Recipe) -> Preview:
     config.dtype = dtype
     contents = contents_of(config)
     resolution = recipe.resolve(contents.structure, "bfloat16" if dtype == torch.bfloat16 else "float16")
+    check_plan(resolution.plan, contents.structure, None)
+    changes, method = [one.build() for one in recipe.transforms], recipe.quantizer.build()
+    distill = recipe.distill.build() if recipe.distill else None
+    refuse_combinations(resolution.plan, contents.structure, method, changes, distill, None)
     refused = checkpoint.rejections(contents.model, resolution.plan, recipe.output.format)
     if refused:
         name, reason = next(iter(refused.items()))
         raise RecipeError(f"output.format {recipe.output.format}: {name}: {reason} ({len(refused)} sites in all)")
     calibration = recipe.calibration
-    method = recipe.quantizer.build()
-    calibrates = bool(recipe.transforms) or any(needs_of(method, scheme) for scheme in resolution.plan.values())
+    calibrates = bool(changes) or any(needs_of(method, scheme) for scheme in resolution.plan.values())
     predicted = forecast(
         contents,
         resolution.plan,
         format=recipe.output.format,
         calibration_tokens=calibration.samples * calibration.length if calibrates else 0,
-        quantizer=recipe.quantizer.build(),
-        distill=recipe.distill.build() if recipe.distill else None,
+        quantizer=method,
+        distill=distill,
         length=calibration.length,
         batch_size=calibration.batch_size,
         reasons=resolution.skipped,

@@ -98,6 +98,7 @@ def test_set_overrides_a_key(recipe):
         ("schem=1", "did you mean 'scheme'"),
         ("x", "want KEY=VALUE"),
         ("a=[", "not valid YAML"),
+        ("rules=[{match: '*', scheme: nvfp4, group_size: 32}]", "want"),
     ],
 )
 def test_a_bad_recipe_is_one_message_and_exit_code_2(recipe, setting, wanted):

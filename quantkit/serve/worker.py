@@ -85,6 +85,8 @@ class Worker:
         self.prompt_tokens = self.failures = 0
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._answers: dict[Request, Answer] = {}
+        self._closing = threading.Lock()
+        self._closed = False
         self._thread = threading.Thread(target=self._run, name="quantkit-engine", daemon=True)
         self._thread.start()
 
@@ -99,18 +101,24 @@ class Worker:
         self._thread.join()
 
     def call(self, function: Callable[[], T]) -> "Future[T]":
-        """Run ``function`` on the engine's thread, between two steps."""
+        """Run ``function`` on the engine's thread, between two steps; once the worker is closed, fail instead."""
         future: Future[T] = Future()
 
         def run() -> None:
             if not future.set_running_or_notify_cancel():
                 return
             try:
+                if self._closed:
+                    raise QuantkitError("the engine is closed")
                 future.set_result(function())
             except Exception as error:
                 future.set_exception(error)
 
-        self._calls.put(run)
+        with self._closing:
+            if not self._closed:
+                self._calls.put(run)
+                return future
+        run()
         return future
 
     async def submit(
@@ -184,6 +192,11 @@ class Worker:
         for request in list(self._answers):
             self.engine.cancel(request)
         self._step()
+        with self._closing:  # from here on nothing is put into the queue; what is there hears that it came too late
+            self._closed = True
+        while not self._calls.empty():
+            if late := self._calls.get():
+                late()
 
     def _step(self) -> None:
         try:

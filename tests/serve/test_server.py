@@ -14,8 +14,9 @@ import torch
 
 from quantkit.engine.request import Limits
 from quantkit.errors import QuantkitError
-from quantkit.generation import generate
+from quantkit.generation import Engine, generate
 from quantkit.serve.run import open_server, run_server
+from quantkit.serve.worker import Worker
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 LIMITS = Limits(running=8, kv_tokens=1024, waiting=300, step_tokens=64)
@@ -277,3 +278,21 @@ def test_what_cannot_be_served_is_named():
             open_server(tiny_llama(), tiny_tokenizer(), port=taken.getsockname()[1])
     with pytest.raises(QuantkitError, match="no tokenizer"):
         open_server(tiny_llama(), None)
+
+
+def test_what_comes_after_the_end_of_the_engine_hears_of_it() -> None:
+    worker = Worker(Engine(tiny_llama(), limits=LIMITS), tiny_tokenizer())
+    entered, leave = threading.Event(), threading.Event()
+    held = worker.call(lambda: (entered.set(), leave.wait(20)))
+    assert entered.wait(20)
+    closer = threading.Thread(target=worker.close)
+    closer.start()
+    while not worker._calls.qsize():
+        time.sleep(0.001)
+    queued = worker.call(lambda: 1)  # behind the order to end
+    leave.set()
+    closer.join(20)
+    assert held.result(20)
+    for future in (queued, worker.call(lambda: 2)):
+        with pytest.raises(QuantkitError, match="closed"):
+            future.result(20)
