@@ -10,7 +10,8 @@ perplexity over ``--windows`` windows of 1024 tokens spread over the evaluation 
 ``--kl-windows`` of them, and the same KL on ``--other-windows`` of the text that every Python carries, which nothing here was
 calibrated or chosen on. ``--quick`` takes fewer tokens of all kinds: for a first look, not for a claim.
 
-``--peer auto-round=PEER/bin/python`` adds that tool's row for the same schemes (a Python that has the package).
+``--peer auto-round=PEER/bin/python`` adds that tool's row for the same schemes (a Python that has the package);
+``--peer llama.cpp=FOLDER`` takes the folder of ``llama-quantize``.
 ``--json FILE`` is written after every row and continued: rows of the same settings that it holds are not run again.
 ``--table FILE`` prints the table of such a file in markdown and does nothing else.
 """
@@ -82,7 +83,8 @@ def measure(arguments: argparse.Namespace) -> None:
         report["rows"] = found["rows"]
     tools = [("quantkit", name, [sys.executable, __file__, "--worker", "quantkit", "--job"]) for name in arguments.recipe]
     peers = str(Path(__file__).with_name("peers.py"))
-    tools += [(name, name, [python, peers, name]) for name, python in (peer.split("=", 1) for peer in arguments.peer)]
+    for name, where in (peer.split("=", 1) for peer in arguments.peer):
+        tools.append((name, name, [sys.executable if name == "llama.cpp" else where, peers, name]))
     extra = {"options": options(arguments.option), "distill": options(arguments.distill)}
     score = Scorer()
     for scheme in arguments.scheme:
@@ -109,7 +111,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--recipe", nargs="*", default=["rtn", "rtn-importance", "gptq"], choices=sorted(RECIPES))
     parser.add_argument("--option", action="append", default=[], help="key=value, added to the options of every quantizer")
     parser.add_argument("--distill", action="append", default=[], help="key=value, added to the settings of distillation")
-    parser.add_argument("--peer", action="append", default=[], help="name=python, name being one of: " + ", ".join(PEERS))
+    wanted = "name=python (llama.cpp=folder), name being one of: " + ", ".join(PEERS)
+    parser.add_argument("--peer", action="append", default=[], help=wanted)
     parser.add_argument(
         "--compute", default="default", choices=["default", "float32", "bfloat16"], help="dtype quantkit runs a block in"
     )

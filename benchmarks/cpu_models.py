@@ -149,7 +149,7 @@ def gguf_file(name: str, kind: str, work: Path, binaries: Path) -> Path:
         return path
     base = work / f"{name}-F16.gguf"
     if not base.exists():
-        _write_gguf(float_directory(name, work), base)
+        write_gguf(float_directory(name, work), base)
     made = path.with_suffix(".tmp")
     command = [str(binaries / "llama-quantize"), str(base), str(made), kind, str(os.cpu_count())]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -197,15 +197,14 @@ def openvino_directory(name: str, work: Path, python: str) -> Path:
     return path
 
 
-def _write_gguf(source: Path, path: Path) -> None:
-    """Write a llama directory as a 16-bit GGUF without a tokenizer, one tensor at a time."""
+def write_gguf(source: Path, path: Path, dtype: str = "float16") -> None:
+    """Write a llama directory as a GGUF without a tokenizer, matrices in ``dtype``, one tensor at a time."""
     import gguf
     import numpy as np
 
     config = json.loads((source / "config.json").read_text())
-    heads, keys = config["num_attention_heads"], config["num_key_value_heads"]
+    heads, keys, head_dim = heads_of(config)
     layers = config["num_hidden_layers"]
-    head_dim = config.get("head_dim") or config["hidden_size"] // heads
     theta = (config.get("rope_parameters") or config).get("rope_theta", 10000.0)
     made = path.with_suffix(".tmp")
     writer = gguf.GGUFWriter(made, "llama")
@@ -220,13 +219,13 @@ def _write_gguf(source: Path, path: Path) -> None:
     writer.add_rope_dimension_count(head_dim)
     writer.add_rope_freq_base(theta)
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16 if dtype == "float16" else gguf.LlamaFileType.ALL_F32)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, layers)
     places = dict(_places(source))
     for name, (_, shape) in places.items():
         own = names.get_name(name, (".weight",))
-        dtype = np.float16 if len(shape) > 1 else np.float32
-        writer.add_tensor_info(own, shape, np.dtype(dtype), math.prod(shape) * np.dtype(dtype).itemsize)
+        stored = np.dtype(dtype if len(shape) > 1 else "float32")
+        writer.add_tensor_info(own, shape, stored, math.prod(shape) * stored.itemsize)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -236,9 +235,15 @@ def _write_gguf(source: Path, path: Path) -> None:
         if name.endswith(("q_proj.weight", "k_proj.weight")):  # llama.cpp rotates neighbours, transformers halves
             count = heads if name.endswith("q_proj.weight") else keys
             tensor = tensor.view(count, 2, shape[0] // count // 2, shape[1]).transpose(1, 2).reshape(shape)
-        writer.write_tensor_data((tensor.half() if len(shape) > 1 else tensor.float()).numpy())
+        writer.write_tensor_data(tensor.float().numpy().astype(dtype if len(shape) > 1 else "float32"))
     writer.close()
     made.rename(path)
+
+
+def heads_of(config: dict[str, Any]) -> tuple[int, int, int]:
+    """Return the numbers of query heads and of key heads, and the size of one, from a llama's config."""
+    heads = config["num_attention_heads"]
+    return heads, config["num_key_value_heads"], config.get("head_dim") or config["hidden_size"] // heads
 
 
 def _places(source: Path) -> Iterator[tuple[str, tuple[Path, tuple[int, ...]]]]:

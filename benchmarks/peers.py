@@ -7,7 +7,9 @@ one file instead of a checkpoint, ``weights`` and the nominal ``bits_per_weight`
 """
 
 import json
+import os
 import resource
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -94,6 +96,99 @@ def hqq(job: dict) -> dict:
     return clock.cost() | write_weights(model, job, job["bits"] + 32 / job["group_size"]) | {"note": "float16 zero points"}
 
 
+def gptqmodel(job: dict) -> dict:
+    """GPTQ of GPTQModel with its defaults."""
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # by default one, and then its own loader asks for two
+    import torch
+    from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
+
+    ids = calibration_ids(job, at_most=128)
+    settings = QuantizeConfig(bits=job["bits"], group_size=job["group_size"], sym=job["symmetric"], device="cpu")
+    quantizing = GPTQModel.load(str(Path(job["work"]) / "float"), settings)
+    clock = Clock()
+    quantizing.quantize([{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in ids], batch_size=8)
+    cost = clock.cost()
+    quantizing.save(job["out"])
+    made = GPTQModel.load(job["out"], device="cpu", backend=BACKEND.TORCH)
+    model, _ = load(job)
+    with torch.no_grad():
+        for name, layer in made.model.named_modules():
+            if hasattr(layer, "dequantize_weight"):
+                model.get_submodule(name).weight.copy_(layer.dequantize_weight().T)
+    nominal = job["bits"] + (16 + job["bits"]) / job["group_size"]  # zero points are written for symmetric grids too
+    return cost | write_weights(model, job, nominal) | {"note": f"{len(ids)} windows"}
+
+
+def llama_cpp(job: dict) -> dict:
+    """llama.cpp's Q4_0 with an importance matrix over all windows, every matrix alike (``--pure``).
+
+    ``job["peer"]`` says where ``llama-quantize`` is. Needs gguf in this Python. K-quants want rows of a multiple of 256.
+    """
+    import gguf
+    from cpu_models import heads_of, write_gguf
+
+    if job["bits"] != 4:
+        sys.exit("llama.cpp: of its formats only Q4_0 (4 bits) takes rows of any multiple of 32")
+    binaries = Path(dict(one.split("=", 1) for one in job["peer"])["llama.cpp"])
+    source, base, made = Path(job["work"]) / "float", job["out"] + "-f32.gguf", job["out"] + ".gguf"
+    write_gguf(source, Path(base), "float32")
+    model, _ = load(job)
+    ids = calibration_ids(job, at_most=128)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.config.num_hidden_layers)
+    linears = {f"{name}.weight": layer for name, layer in model.model.layers.named_modules() if hasattr(layer, "weight")}
+    linears = {f"model.layers.{name}": layer for name, layer in linears.items() if layer.weight.ndim == 2}
+    clock = Clock()
+    importance = {str(names.get_name(name, (".weight",))): value for name, value in mean_squares(model, linears, ids).items()}
+    write_importance(Path(made + ".imatrix"), importance)
+    command = [str(binaries / "llama-quantize"), "--pure", "--imatrix", made + ".imatrix", base, made, "Q4_0"]
+    subprocess.run([*command, str(os.cpu_count())], check=True, stdout=subprocess.DEVNULL)
+    cost = clock.cost()
+    heads, keys, _ = heads_of(json.loads((source / "config.json").read_text()))
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(made).tensors}
+    nbytes = 0
+    for name, layer in linears.items():
+        tensor = stored[names.get_name(name, (".weight",))]
+        nbytes += int(tensor.n_bytes)
+        weight = layer.weight.data.new_tensor(gguf.dequantize(tensor.data, tensor.tensor_type))
+        if name.endswith(("q_proj.weight", "k_proj.weight")):  # back from neighbours to halves
+            weight = weight.view(heads if "q_proj" in name else keys, -1, 2, weight.shape[1]).transpose(1, 2)
+        layer.weight.data = weight.reshape(layer.weight.shape)
+    bits = nbytes * 8 / sum(layer.weight.numel() for layer in linears.values())
+    return cost | write_weights(model, job, bits) | {"note": f"Q4_0, groups of 32, importance of {len(ids)} windows"}
+
+
+def mean_squares(model, linears: dict, ids) -> dict:
+    """Return E[x^2] of every input channel of the named layers."""
+    import torch
+
+    sums = {name: torch.zeros(layer.in_features, dtype=torch.float64) for name, layer in linears.items()}
+
+    def watch(total: torch.Tensor):
+        def add(_layer, given) -> None:
+            total.add_(given[0].flatten(0, -2).double().square().sum(0))
+
+        return add
+
+    for name, layer in linears.items():
+        layer.register_forward_pre_hook(watch(sums[name]))
+    with torch.inference_mode():
+        for batch in ids.split(8):
+            model(input_ids=batch, use_cache=False, logits_to_keep=1)
+    return {name: total / ids.numel() for name, total in sums.items()}
+
+
+def write_importance(path: Path, importance: dict) -> None:
+    """Write llama.cpp's importance matrix in its older binary form: per name the number of calls and a float32 per channel."""
+    import struct
+
+    with path.open("wb") as file:
+        file.write(struct.pack("<i", len(importance)))
+        for name, values in importance.items():
+            encoded = name.encode()
+            file.write(struct.pack("<i", len(encoded)) + encoded + struct.pack("<ii", 1, len(values)))
+            file.write(values.float().numpy().tobytes())
+
+
 def load(job: dict):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -123,12 +218,16 @@ class Clock:
     """Wall and processor seconds (of all threads, which says more on a busy machine) since it was made, and peak memory."""
 
     def __init__(self) -> None:
-        self.wall, self.cpu = time.perf_counter(), time.process_time()
+        self.wall, self.cpu = time.perf_counter(), self._processor()
 
     def cost(self) -> dict:
         """Return what has passed."""
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        return {"seconds": time.perf_counter() - self.wall, "cpu_seconds": time.process_time() - self.cpu, "peak_mib": peak}
+        return {"seconds": time.perf_counter() - self.wall, "cpu_seconds": self._processor() - self.cpu, "peak_mib": peak}
+
+    @staticmethod
+    def _processor() -> float:
+        return sum(os.times()[:4])  # with children
 
 
 PEERS = {
@@ -136,6 +235,8 @@ PEERS = {
     "llm-compressor-gptq": llm_compressor_gptq,
     "llm-compressor-awq": llm_compressor_awq,
     "hqq": hqq,
+    "gptqmodel": gptqmodel,
+    "llama.cpp": llama_cpp,
 }
 
 if __name__ == "__main__":

@@ -120,6 +120,7 @@ def learn_scales(
     settings: Distill,
     compute: Compute,
     progress: ProgressCallback,
+    head: nn.Module | None = None,
 ) -> tuple[dict[str, Quantized], tuple[float, ...]]:
     """Learn the scales of every quantized site in the blocks and put them into ``model``.
 
@@ -131,6 +132,7 @@ def learn_scales(
         settings: steps and rates.
         compute: the device.
         progress: gets one event per step, with the KL of that step's windows as its loss.
+        head: the float model's output head, which the teacher goes on having if the model's own was quantized.
 
     Returns:
         ``results`` with the learned scales, and the mean KL in nats per token before each step.
@@ -154,14 +156,14 @@ def learn_scales(
     for parameter in frozen:
         parameter.requires_grad_(False)
     try:
-        with borrowed(model, compute), substituted(model, tuned):
+        with borrowed(model, compute), borrowed(head or nn.Module(), compute), substituted(model, tuned):
             changes = [weight.change for weight in tuned.values()]
             optimizer = torch.optim.Adam(changes, lr=settings.rate, betas=(0.9, 0.95), eps=1e-12)
             for step in range(settings.steps):
                 factor = rise_and_fall(step, settings.steps)
                 for weight in tuned.values():
                     weight.code_rate = settings.code_rate * factor
-                losses.append(_step(model, structure, lessons[step % len(lessons)], compute))
+                losses.append(_step(model, structure, lessons[step % len(lessons)], compute, head))
                 for group in optimizer.param_groups:
                     group["lr"] = settings.rate * factor
                 optimizer.step()
@@ -181,7 +183,7 @@ def learn_scales(
     return done, tuple(losses)
 
 
-def _step(model: nn.Module, structure: Structure, lessons: Sequence[Lesson], compute: Compute) -> float:
+def _step(model: nn.Module, structure: Structure, lessons: Sequence[Lesson], compute: Compute, head: nn.Module | None) -> float:
     """Add the gradient of the mean KL over one step's windows to the scales; return that mean."""
     total, tokens = 0.0, sum(lesson.ids.numel() for lesson in lessons)
     for lesson in lessons:
@@ -195,7 +197,8 @@ def _step(model: nn.Module, structure: Structure, lessons: Sequence[Lesson], com
             last = hidden[row : row + 1].detach().requires_grad_()
             logits = finish(model, structure, last)
             with torch.no_grad():
-                wanted = finish(model, structure, lesson.hidden[row : row + 1].to(last))
+                with _having(model, structure, head):
+                    wanted = finish(model, structure, lesson.hidden[row : row + 1].to(last))
                 divergence, by_logits = divergence_gradient(logits.detach().flatten(0, 1), wanted.flatten(0, 1))
             logits.backward(by_logits.view_as(logits))
             slope[row] = last.grad[0] / tokens  # type: ignore[index]
@@ -204,6 +207,21 @@ def _step(model: nn.Module, structure: Structure, lessons: Sequence[Lesson], com
             raise CalibrationError("distill: the KL is not finite; use a lower rate, or dtype float32")
         hidden.backward(slope)
     return total / tokens
+
+
+@contextlib.contextmanager
+def _having(model: nn.Module, structure: Structure, head: nn.Module | None) -> Iterator[None]:
+    """Let ``model`` have another output head for a while, if one is given."""
+    if head is None or structure.head is None:
+        yield
+        return
+    parent, _, name = structure.head.rpartition(".")
+    own = model.get_submodule(structure.head)
+    setattr(model.get_submodule(parent), name, head)
+    try:
+        yield
+    finally:
+        setattr(model.get_submodule(parent), name, own)
 
 
 def _stacked(rows: Sequence[Tensor]) -> list[Tensor]:

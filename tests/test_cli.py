@@ -98,7 +98,6 @@ def test_set_overrides_a_key(recipe):
         ("schem=1", "did you mean 'scheme'"),
         ("x", "want KEY=VALUE"),
         ("a=[", "not valid YAML"),
-        ("rules=[{match: '*', scheme: nvfp4, group_size: 32}]", "want"),
     ],
 )
 def test_a_bad_recipe_is_one_message_and_exit_code_2(recipe, setting, wanted):
@@ -106,6 +105,13 @@ def test_a_bad_recipe_is_one_message_and_exit_code_2(recipe, setting, wanted):
     assert shown.startswith("error: ")
     assert wanted in shown
     assert "Traceback" not in shown
+
+
+def test_plan_refuses_what_run_would(recipe):
+    shown = call(
+        "plan", recipe, "--set", "distill={steps: 2}", "--set", "rules=[{match: '*.down_proj', scheme: nvfp4}]", code=2
+    )
+    assert "distillation learns integer grids" in shown
 
 
 def test_debug_shows_the_traceback(tmp_path):

@@ -71,6 +71,16 @@ def test_divergence_and_its_gradient_are_those_of_autograd() -> None:
     torch.testing.assert_close(gradient, logits.grad)
 
 
+@pytest.mark.parametrize("family", ["llama", "llama_tied"])
+def test_the_teacher_keeps_its_head_where_the_students_is_quantized(family: str) -> None:
+    settings, curves = Distill(steps=1, windows=8, dtype="float32"), []
+    for head in (None, "w2a16-asym-g32"):
+        model = FAMILIES[family]()
+        curves.append(quantize(model, "w8a16", data=ids(), distill=settings, head=head).metadata["distill"]["kl"][0])
+        assert head is None or not isinstance(model.lm_head, torch.nn.Linear)
+    assert curves[1] > 100 * curves[0]  # what a head of 2 bits loses is seen
+
+
 @pytest.mark.parametrize("family", ["llama_tied", "gpt2", "qwen3_moe", "gpt_oss", "gemma2"])
 def test_the_kl_falls_and_only_scales_change(family: str) -> None:
     plain, tuned = (FAMILIES[family]() for _ in range(2))
