@@ -7,8 +7,8 @@ nothing of quantkit unless it is quantkit's turn.
 """
 
 import json
-import os
 import math
+import os
 import sys
 import time
 from collections.abc import Callable

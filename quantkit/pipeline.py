@@ -210,13 +210,13 @@ def quantize(
     chain = _chain(model, structure, unpadded(batches), method, compute) if walk else None
     rows = coverage_before(model, structure, plan)
     lessons = teach(model, structure, unpadded(batches), distill, compute, progress) if distill else []
-    head = model.get_submodule(structure.head) if distill and structure.head else None
+    own_head = model.get_submodule(structure.head) if distill and structure.head else None
     results = quantize_blocks(
         model, structure, plan, method, chain, compute=compute, store=store, known=known, progress=progress, corrected=corrected
     )
     curve: tuple[float, ...] = ()
     if distill:
-        results, curve = learn_scales(model, structure, results, lessons, distill, compute, progress, head)
+        results, curve = learn_scales(model, structure, results, lessons, distill, compute, progress, own_head)
     coverage = coverage_after(rows, results)
     _report_fallen([row.name for row in coverage if row.kind == "fell back"], strict)
     metadata = _metadata(method, plan, calibration, batches, results, proof.measure(model))
