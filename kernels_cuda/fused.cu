@@ -1,5 +1,5 @@
 // What stands between the matrix products of a decoder layer, each as one small kernel.
-#include "device.cuh"
+#include "activation.cuh"
 
 namespace qk {
 
@@ -81,27 +81,17 @@ template <class T> __global__ void __launch_bounds__(1024) norm(Norm a) {
 // --- gated activations -----------------------------------------------------------------------------------------------------------
 
 struct Activate {  // ActivateStruct
-  const void* x;  // (rows, 2 n) = [gate | up], or (rows, n) if not gated
+  const void* x;  // (rows, 2 n) = [gate | up], or gates and ups in turn, or (rows, n) if not gated
   void* y;        // (rows, n)
-  int32_t rows, n, activation, gated, dtype;  // activation: ACTIVATIONS of kernels/interpret.py, by position
+  int32_t rows, n, activation, gated, interleaved, dtype;
 };
-
-__device__ inline float activated(float x, int activation) {
-  switch (activation) {
-    case 0: return x / (1.0f + expf(-x));
-    case 1: return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f));
-    case 2: return 0.5f * x * (1.0f + tanhf(0.79788456080286536f * (x + 0.044715f * x * x * x)));
-    case 3: return fmaxf(x, 0.0f);
-    default: return x > 0 ? x * x : 0.0f;
-  }
-}
 
 template <class T> __global__ void __launch_bounds__(256) activate(Activate a) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
   if (i >= a.n) return;
   const T* x = static_cast<const T*>(a.x) + blockIdx.y * int64_t(a.n) * (a.gated ? 2 : 1);
-  float value = activated(to_float(x[i]), a.activation);
-  if (a.gated) value *= to_float(x[a.n + i]);
+  float value = activated(to_float(x[a.interleaved ? 2 * i : i]), a.activation);
+  if (a.gated) value *= to_float(x[a.interleaved ? 2 * i + 1 : a.n + i]);
   static_cast<T*>(a.y)[blockIdx.y * int64_t(a.n) + i] = from_float<T>(value);
 }
 

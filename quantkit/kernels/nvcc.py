@@ -21,7 +21,7 @@ from quantkit.kernels import build
 
 logger = logging.getLogger(__name__)
 
-ABI_VERSION: Final = 2
+ABI_VERSION: Final = 3
 """What ``qk_abi_version()`` of a fitting CUDA library returns; raise both when a signature changes."""
 
 RELEASE: Final = ("80", "86", "89", "90a", "100", "80-ptx", "100-ptx")

@@ -6,7 +6,7 @@ import torch
 from quantkit.errors import KernelError
 from quantkit.hf.experts import enable_experts
 from quantkit.hf.lower import lower
-from quantkit.kernels import cuda_ops, interpret
+from quantkit.kernels import cuda_ops, interpret, nvcc
 from quantkit.kernels.cuda_decoder import CudaDecoder, rejects
 from quantkit.kernels.cuda_graph import GraphDecoder
 from quantkit.spec import QuantSpec
@@ -76,6 +76,31 @@ def test_through_the_emulated_kernels(family, monkeypatch):
     with emulated.machine(monkeypatch):
         monkeypatch.setattr(cuda_ops, "ops", lambda: type("ops", (), {k: staticmethod(f) for k, f in functions.items()}))
         assert error(read_in_pieces(decoder, ids), want) < 5e-3
+
+
+class Listening:
+    """A library that notes what it is asked for."""
+
+    def __init__(self, library, heard: list[str]) -> None:
+        self._library, self._heard = library, heard
+
+    def __getattr__(self, name: str):
+        self._heard.append(name)
+        return getattr(self._library, name)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3"])  # gate and up apart in the model, and in one
+def test_a_layer_is_eight_kernels(family, monkeypatch):
+    decoder, heard = decoder_of(quantized(family, W4)), list[str]()
+    functions = {name: staticmethod(made[1]) for name, made in cuda_ops._IMPLEMENTATIONS.items()}
+    with emulated.machine(monkeypatch):
+        monkeypatch.setattr(cuda_ops, "ops", lambda: type("ops", (), functions))
+        monkeypatch.setattr(nvcc, "library", lambda: Listening(emulated.library(), heard))
+        state = GraphDecoder(decoder, 1, 4)
+        decoder.step(torch.tensor([5]), state._where, state._pages, splits=1)
+    product = "qk_matmul_codes4"
+    layer = [product, "qk_append", "qk_attend", product, "qk_norm", product, product, "qk_norm"]
+    assert heard[: 1 + 2 * len(layer)] == ["qk_norm", *layer, *layer]
 
 
 def test_decoding_chooses_the_most_likely_and_batches_do_not_matter():
