@@ -2,7 +2,8 @@
 
 Rows are (token, position, slot) as for the CPU's decoder; a prompt is many rows of one slot. A step is, per layer: queries,
 keys and values in one product; rotation and append; attention; output product; residual and norm; gate and up in one product
-that writes ``activation(gate) * up`` at once (quantized ones; float ones take one kernel more); down; residual and norm. Nothing in it waits for the host, so decoding is a recorded step played again and again, by
+that writes ``activation(gate) * up`` at once (quantized ones; float ones take one kernel more); down; residual and norm.
+Nothing in it waits for the host, so decoding is a recorded step played again and again, by
 :class:`~quantkit.kernels.cuda_graph.GraphDecoder` for a few sequences from beginning to end, by
 :class:`~quantkit.engine.cuda.CudaBackend` for whatever an engine asks.
 

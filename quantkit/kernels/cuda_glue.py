@@ -1,4 +1,4 @@
-"""What stands between the matrix products of a decoder layer on CUDA: norms with their residuals, gates, the choice of a token.
+"""What stands between the matrix products of a decoder layer on CUDA: norms with their residuals, and gates.
 
 Each has a plain torch twin beside it, which is its definition: what the kernel is tested against, and what runs elsewhere.
 """
@@ -20,7 +20,6 @@ ROUNDINGS: Final = ("float", "int8", "fp8_e4m3")
 
 NormStruct = struct("NormStruct", "x residual gain shift sum y scales", "rows n kind rounding dtype", "eps factor")
 ActivateStruct = struct("ActivateStruct", "x y", "rows n activation gated interleaved dtype")
-ArgmaxStruct = struct("ArgmaxStruct", "logits best", "rows n dtype")
 
 
 def norm(
@@ -115,14 +114,6 @@ def activate_plain(x: Tensor, activation: str, gated: bool = True, interleaved: 
         return ACTIVATIONS[activation](wide).to(x.dtype)
     gate, up = wide.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else wide.chunk(2, -1)
     return (ACTIVATIONS[activation](gate) * up).to(x.dtype)
-
-
-def argmax(logits: Tensor) -> Tensor:
-    """Return the first of the largest of each row of contiguous logits (rows, vocabulary), int32."""
-    best = torch.empty(len(logits), dtype=torch.int32, device=logits.device)
-    filled = ArgmaxStruct(logits.data_ptr(), best.data_ptr(), *logits.shape, DTYPE_CODES[logits.dtype])
-    launch("qk_argmax", filled, logits.device)
-    return best
 
 
 def round_tokens(x: Tensor, dtype: str) -> tuple[Tensor, Tensor]:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from quantkit.kernels import cuda_attention, cuda_calls, cuda_glue, fragments
+from quantkit.kernels import cuda_attention, cuda_calls, cuda_glue, cuda_sampling, fragments
 from quantkit.kernels.cuda_attention import Pages, Rope, Where
+from quantkit.kernels.cuda_sampling import Draw
 from quantkit.kernels.fragments import Fragments
 
 _WEIGHT = "Tensor codes, Tensor scale, Tensor? zero, int rows, int columns, int group, int bits, int zero_code"
@@ -30,7 +31,9 @@ SCHEMAS = {
         " -> (Tensor, Tensor, Tensor)"
     ),
     "gated_activation": "(Tensor x, str activation, bool gated) -> Tensor",
-    "most_likely": "(Tensor logits) -> Tensor",
+    "next_tokens": (
+        "(Tensor logits, Tensor temperature, Tensor top_k, Tensor rest, Tensor min_p, Tensor seed, Tensor positions) -> Tensor"
+    ),
     "append_pages": (f"(Tensor qkv, int heads, {_ROPE}, {_WHERE}, {_PAGES.format('(a!)', '(b!)', '(c!)', '(d!)')}) -> Tensor"),
     "attend_pages": (
         f"(Tensor q, {_WHERE}, {_PAGES.format('', '', '', '')}, float scale, int? window, float? softcap, int? splits)"
@@ -186,10 +189,10 @@ _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callab
         cuda_glue.activate,
         lambda x, activation, gated: x.new_empty((x.shape[0], x.shape[1] // (2 if gated else 1))),
     ),
-    "most_likely": (
-        lambda logits: logits.argmax(-1).to(torch.int32),
-        cuda_glue.argmax,
-        lambda logits: logits.new_empty(logits.shape[0], dtype=torch.int32),
+    "next_tokens": (
+        lambda logits, *rest: cuda_sampling.sample_plain(logits, Draw(*rest[:5]), rest[5]),
+        lambda logits, *rest: cuda_sampling.sample(logits, Draw(*rest[:5]), rest[5]),
+        lambda logits, *rest: logits.new_empty(logits.shape[0], dtype=torch.int32),
     ),
     "append_pages": (_append(cuda_attention.append_plain), _append(cuda_attention.append), _append_fake),
     "attend_pages": (

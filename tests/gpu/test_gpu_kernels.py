@@ -1,12 +1,15 @@
 """Every CUDA kernel on a device, against float64 or its plain torch twin, at odd sizes; skipped without one."""
 
+import dataclasses
 import itertools
 
 import pytest
 import torch
 
+from quantkit.engine.sampling import Sampling
 from quantkit.kernels import KERNELS, Problem, cuda_attention, cuda_calls, cuda_glue, cuda_ops, fragments, select
 from quantkit.kernels.cuda_attention import Pages, Rope, Where
+from quantkit.kernels.cuda_sampling import Draw, sample, sample_plain
 from quantkit.kernels.interpret import ACTIVATIONS
 from quantkit.nn.linear import QuantLinear
 from quantkit.numerics import grid
@@ -155,8 +158,22 @@ def test_glue(dtype):
             pair = torch.randn(rows, 2 * n, device="cuda").to(dtype)
             got, want = (f(pair, activation, gated) for f in (cuda_glue.activate, cuda_glue.activate_plain))
             assert error(got, want) < TOLERANCE[dtype]
-        best = cuda_glue.argmax(x)
-        assert torch.equal(x.gather(1, best.long()[:, None])[:, 0], x.amax(-1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tokens_are_chosen_as_the_twin_chooses(dtype):
+    wishes = [Sampling(), Sampling(1.0), Sampling(0.7, top_k=50), Sampling(1.2, top_p=0.9), Sampling(1.5, 200, 0.8, 0.02)]
+    rows = 128
+    for size in (128256, 151_669, 999, 4):
+        logits = (3 * torch.randn(rows, size, device="cuda")).to(dtype)
+        draw, positions = Draw.greedy(rows, "cuda"), torch.arange(rows, dtype=torch.int32, device="cuda")
+        draw.set([dataclasses.replace(wishes[row % len(wishes)], seed=row) for row in range(rows)])
+        got = sample(logits, draw, positions)
+        want = sample_plain(logits.cpu(), Draw(*(part.cpu() for part in draw)), positions.cpu())
+        assert (got.cpu() != want).sum() <= 1, size  # two that race within a rounding
+        for _ in range(20):
+            assert torch.equal(sample(logits, draw, positions), got)
+        assert torch.equal(sample(logits[7:9].contiguous(), Draw(*(part[7:9] for part in draw)), positions[7:9]), got[7:9])
 
 
 @pytest.mark.parametrize("kind", cuda_attention.KINDS)
