@@ -3,7 +3,7 @@
 How a row is drawn stands in device memory (:class:`Draw`): a recorded step follows it without being recorded again. The order
 is that of :func:`quantkit.engine.sampling.shape_logits`: temperature, top-k, top-p, min-p. Its thresholds are found exactly;
 only the sums of probabilities that top-p compares are rounded another way, which matters where they meet ``1 - p`` to about
-the sixth digit.
+the sixth digit. Of equals at the edge of top-p as many stay as there, and here they are the ones with the highest ids.
 
 Noise is a function of a row's seed, its position in the sequence, and the token: neither the batch nor how often a position is
 tried changes a draw. It is not the noise of the engine's generators, so the same seed gives other tokens there.
@@ -117,7 +117,7 @@ def sample_plain(logits: Tensor, draw: Draw, positions: Tensor) -> Tensor:
     shaped = keep_top_k(shaped, draw.top_k.long().clamp(max=size)[:, None])
     cut = draw.rest > 0
     if cut.any():
-        shaped[cut] = keep_top_p(shaped[cut], 1 - draw.rest[cut].double()[:, None])
+        shaped[cut] = keep_top_p(shaped[cut], 1 - draw.rest[cut].double()[:, None], stable=True)
     shaped = keep_min_p(shaped, draw.min_p[:, None])
     noise = gumbel(size, draw.seed, positions)
     return torch.where(drawn, (shaped + noise).argmax(-1), shaped.argmax(-1)).to(torch.int32)

@@ -19,12 +19,13 @@ def keep_top_k(logits: Tensor, k: int | Tensor) -> Tensor:
     return logits.masked_fill(logits < threshold, -math.inf)
 
 
-def keep_top_p(logits: Tensor, p: float | Tensor) -> Tensor:
+def keep_top_p(logits: Tensor, p: float | Tensor, *, stable: bool = False) -> Tensor:
     """Keep the smallest set of most likely tokens whose probabilities sum to at least ``p``; set the rest to -inf.
 
     Computed from the unlikely end: a token goes when it and all less likely ones together have probability <= 1 - p.
+    Of equals at the edge some may go and some stay: with ``stable`` those with lower indices go, else it is up to the sort.
     """
-    ascending, order = logits.sort(dim=-1)
+    ascending, order = logits.sort(dim=-1, stable=stable)
     rest = 1 - p
     goes = ascending.softmax(-1).cumsum(-1) <= (rest.to(logits.dtype) if isinstance(rest, Tensor) else rest)
     goes[..., -1] = False

@@ -146,7 +146,7 @@ def gated_pair(spec: QuantSpec, n: int, k: int) -> tuple[fragments.Fragments, fr
 )
 def test_a_gate_in_the_product_changes_no_bit(spec, form, n, k, tokens, activation, dtype):
     apart, in_turn = gated_pair(spec, n, k)
-    x, bias = torch.randn(tokens, k).to(dtype), torch.randn(2 * n).to(dtype)
+    x, bias = (torch.randn(tokens, k) / 1000).to(dtype), torch.randn(2 * n).to(dtype)
     for b in (None, bias):
         want = cuda_glue.activate(cuda_ops.multiply(x, *apart, b, form), activation)
         turned = None if b is None else fragments.in_turn(b)
@@ -166,7 +166,7 @@ def test_many_tokens_pass_their_gate_after_the_product(monkeypatch):
         (QuantSpec("fp8_e4m3"), "fp8 codes"),
     ):
         apart, in_turn = gated_pair(spec, 35, 96)
-        x, bias = torch.randn(5, 96).half(), torch.randn(70).half()
+        x, bias = (torch.randn(5, 96) / 1000).half(), torch.randn(70).half()
         want = cuda_glue.activate(cuda_ops.multiply(x, *apart, bias, form), "silu")
         assert error(cuda_ops.multiply(x, *in_turn, fragments.in_turn(bias), form, "silu"), want) < EPS[x.dtype]
 

@@ -6,6 +6,7 @@ import torch
 from quantkit.engine.sampling import Sampling, shape_logits
 from quantkit.errors import KernelError
 from quantkit.kernels.cuda_sampling import Draw, gumbel, philox, sample, sample_plain
+from quantkit.numerics.filters import keep_min_p, keep_top_k, keep_top_p
 from tests.cuda import emulated
 
 DTYPES = [torch.float16, torch.bfloat16]
@@ -70,6 +71,17 @@ def test_rows_without_a_number_give_some_token(monkeypatch):
         assert tokens[3] == 1
 
 
+def shaped_by(wish: Sampling, logits: torch.Tensor) -> torch.Tensor:
+    """What the engine makes of logits (V,); of equals at the edge of top-p, the highest ids stay."""
+    theirs = shape_logits(logits[None], [wish])[0]
+    if wish.top_p is None:
+        return theirs
+    shaped = keep_top_k((logits.float() / wish.temperature)[None], wish.top_k or len(logits))
+    shaped = keep_min_p(keep_top_p(shaped, wish.top_p, stable=True), wish.min_p or 0.0)[0]
+    assert torch.equal(shaped.sort().values, theirs.sort().values)
+    return shaped
+
+
 LOGITS = {
     "apart": lambda: torch.randn(301) * 3,
     "equals": lambda: (torch.randn(90) * 2).round(),  # a few values, zeros of both signs among them
@@ -97,7 +109,7 @@ def test_edges_are_where_the_engine_has_them(choose, kind, dtype):
     noise = gumbel(len(logits), torch.full((many,), seed), torch.arange(many))
     rows, wishes, want = [], [], []
     for wish in WISHES:
-        shaped = shape_logits(logits[None], [wish])[0]
+        shaped = shaped_by(wish, logits)
         winners, kept = (shaped + noise).argmax(-1), shaped.isfinite()
         free = (logits.float() / wish.temperature + noise).argmax(-1)
         found = [
