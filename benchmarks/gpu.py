@@ -7,7 +7,8 @@ and to bf16 products (cuBLAS) of the same shape. A time is the median over repla
 once per copy of its weights, with copies enough to fill the second cache four times over; contenders take turns, and the
 first one is timed again at the end (`again`: how far the machine drifted). Results are checked before they are timed.
 `of_floor` is the share of the time that the machine part's own rates would need: bytes at its read rate, or arithmetic at its
-bf16 rate, whichever is longer.
+bf16 rate, whichever is longer. Peers (``gpu_peers.py``) that cannot run, or whose results are wrong, stand under ``missing``
+with the reason.
 ``--smoke`` runs it all, tiny, on the CPU in plain torch: a check of this file, not of speed.
 """
 
@@ -21,6 +22,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import gpu_peers
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -144,22 +146,9 @@ def floor_us(bench: Bench, size: int, operations: int) -> float:
     return max(size / best / 1e6, operations / rates["bf16_tflop_s"] / 1e6)
 
 
-def tinygemm(weight: QTensor) -> Callable[[Tensor], Tensor] | None:
-    """Return torch's own int4 product of about the same weight, if this device has it."""
-    try:
-        codes = weight.codes().view(weight.shape[0], -1, 2)
-        packed = torch._convert_weight_to_int4pack((codes[..., 0] << 4 | codes[..., 1]).contiguous(), 8)
-        scale = weight.scale.T.contiguous().bfloat16()
-        both = torch.stack([scale, torch.zeros_like(scale)], -1).contiguous()
-        return lambda x: torch._weight_int4pack_mm(x, packed, weight.spec.group_size, both)
-    except (RuntimeError, NotImplementedError, AttributeError) as error:
-        print(f"tinygemm does not run: {str(error)[:100]}")
-        return None
-
-
 def matmul(bench: Bench) -> None:
     """Time products of the shapes of an 8B model, by number of tokens."""
-    ops, rows = cuda_ops.ops(), []
+    ops, rows, missing = cuda_ops.ops(), [], bench.found.setdefault("missing", {})
     shapes = {"o": (64, 128), "down": (96, 256)} if bench.smoke else SHAPES
     for name, (n, k) in shapes.items():
         need = 4 * bench.cache_bytes
@@ -168,14 +157,14 @@ def matmul(bench: Bench) -> None:
         laid4 = [fragments.prepack(one) for one in int4]
         laid8 = [fragments.prepack(random_weight(n, k, "int8", -1, bench.device)) for _ in range(copies[8])]
         dense = [torch.randn(n, k, device=bench.device).bfloat16() / k**0.5 for _ in range(copies[16])]
-        tiny = [] if bench.smoke else [call for one in int4 if (call := tinygemm(one))]
+        peers = gpu_peers.prepare(int4, missing)
         for tokens in (1, 4) if bench.smoke else (1, 16, 64, 1024) if bench.quick else TOKENS:
             if name == "head" and tokens > 256:
                 continue
             x = torch.randn(tokens, k, device=bench.device).bfloat16()
-            got = ops.fragment_matmul(x, *laid4[0], None, "codes").double()
+            got = ops.fragment_matmul(x, *laid4[0], None, "codes")
             want = x.double() @ int4[0].dequantize().double().T
-            wrong = float((got - want).norm() / want.norm())
+            wrong = gpu_peers.relative_error(got, want)
             assert wrong < 5e-3, (name, tokens, wrong)
             contenders = {
                 "bf16": [partial(F.linear, x, w) for w in dense],
@@ -183,19 +172,20 @@ def matmul(bench: Bench) -> None:
                 "int8": [partial(ops.fragment_matmul, x, *w, None, "codes") for w in laid8],
                 "w8a8": [partial(ops.fragment_matmul, x, *w, None, "int8") for w in laid8],
             }
-            if tiny and tokens <= 64:
-                contenders["tinygemm"] = [partial(call, x) for call in tiny]
-            found = bench.compare(contenders)
+            others, errors = gpu_peers.contenders(peers, x, want, missing)
+            found = bench.compare(contenders | others)
             moved = laid4[0].nbytes + x.nbytes + 2 * tokens * n
-            row = {"shape": name, "tokens": tokens, **found, "error": wrong, "int4_tb_s": moved / found["int4"] / 1e6}
+            row = {"shape": name, "tokens": tokens, **found, "error": wrong, **errors, "int4_tb_s": moved / found["int4"] / 1e6}
             row["int4_of_floor"] = floor_us(bench, moved, 2 * tokens * n * k) / found["int4"]
             row |= {f"{other}_speedup": found["bf16"] / found[other] for other in found if other not in ("bf16", "again")}
             rows.append(row)
             print(
                 "  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items())
             )
-        del int4, laid4, laid8, dense, tiny
+        del int4, laid4, laid8, dense, peers
     bench.found["matmul"] = rows
+    for peer, reason in missing.items():
+        print(f"{peer} does not run: {reason}")
     small = [row["int4_speedup"] for row in rows if row["tokens"] <= 16]
     print(f"geometric mean over up to 16 tokens: {statistics.geometric_mean(small):.3f} times bf16")
 

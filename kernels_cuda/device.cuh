@@ -124,6 +124,7 @@ __device__ __forceinline__ uint32_t pack_fp8(float a, float b, float c, float d)
 __device__ __forceinline__ float exchange(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 __device__ __forceinline__ int exchange(int x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 __device__ __forceinline__ float fresh(const float* x) { return __ldcg(x); }  // as another block wrote it
+__device__ __forceinline__ float2 fresh(const float2* x) { return __ldcg(x); }
 __device__ __forceinline__ void* shared_memory() {
   extern __shared__ uint4 qk_shared[];
   return qk_shared;

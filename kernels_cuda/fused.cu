@@ -1,18 +1,8 @@
 // What stands between the matrix products of a decoder layer, each as one small kernel.
-#include "device.cuh"
+#include "activation.cuh"
+#include "block.cuh"
 
 namespace qk {
-
-// Sum of a value over a block of up to 1024 threads, for every thread. `shared` holds a float per warp.
-__device__ inline float block_reduce(float x, float* shared, bool largest) {
-  x = largest ? warp_max(x) : warp_sum(x);
-  __syncthreads();
-  if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = x;
-  __syncthreads();
-  const unsigned lane = threadIdx.x % kWarp;
-  x = lane < blockDim.x / kWarp ? shared[lane] : 0.0f;  // what is reduced to the largest is never negative
-  return largest ? warp_max(x) : warp_sum(x);
-}
 
 // --- sum, norm, and rounding of activations, a row per block -------------------------------------------------------------------
 
@@ -45,11 +35,11 @@ template <class T> __global__ void __launch_bounds__(1024) norm(Norm a) {
     total += value;
   }
   float mean = 0, scale = 1;
-  if (a.kind == kLayer) mean = block_reduce(total, reduced, false) / a.n;
+  if (a.kind == kLayer) mean = block_sum(total, reduced) / a.n;
   if (a.kind != kNone) {
     float squares = 0;
     for (int i = threadIdx.x; i < a.n; i += blockDim.x) squares += (values[i] - mean) * (values[i] - mean);
-    scale = 1.0f / sqrtf(block_reduce(squares, reduced, false) / a.n + a.eps);
+    scale = 1.0f / sqrtf(block_sum(squares, reduced) / a.n + a.eps);
   }
   float largest = 0;
   for (int i = threadIdx.x; i < a.n; i += blockDim.x) {
@@ -61,7 +51,7 @@ template <class T> __global__ void __launch_bounds__(1024) norm(Norm a) {
   }
   if (a.rounding == kFloat) return;
   // As numerics.grid rounds: int8 from the largest to 127.5 steps, fp8 to its largest value, zeros with a scale of one.
-  largest = block_reduce(largest, reduced, true);
+  largest = block_reduce(largest, 0.0f, reduced, [](float x, float y) { return fmaxf(x, y); });
   const float step = largest == 0 ? 1.0f : largest / (a.rounding == kInt8Tokens ? 127.5f : 448.0f);
   if (threadIdx.x == 0) a.scales[blockIdx.x] = step;
   __syncthreads();
@@ -81,58 +71,18 @@ template <class T> __global__ void __launch_bounds__(1024) norm(Norm a) {
 // --- gated activations -----------------------------------------------------------------------------------------------------------
 
 struct Activate {  // ActivateStruct
-  const void* x;  // (rows, 2 n) = [gate | up], or (rows, n) if not gated
+  const void* x;  // (rows, 2 n) = [gate | up], or gates and ups in turn, or (rows, n) if not gated
   void* y;        // (rows, n)
-  int32_t rows, n, activation, gated, dtype;  // activation: ACTIVATIONS of kernels/interpret.py, by position
+  int32_t rows, n, activation, gated, interleaved, dtype;
 };
-
-__device__ inline float activated(float x, int activation) {
-  switch (activation) {
-    case 0: return x / (1.0f + expf(-x));
-    case 1: return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f));
-    case 2: return 0.5f * x * (1.0f + tanhf(0.79788456080286536f * (x + 0.044715f * x * x * x)));
-    case 3: return fmaxf(x, 0.0f);
-    default: return x > 0 ? x * x : 0.0f;
-  }
-}
 
 template <class T> __global__ void __launch_bounds__(256) activate(Activate a) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
   if (i >= a.n) return;
   const T* x = static_cast<const T*>(a.x) + blockIdx.y * int64_t(a.n) * (a.gated ? 2 : 1);
-  float value = activated(to_float(x[i]), a.activation);
-  if (a.gated) value *= to_float(x[a.n + i]);
+  float value = activated(to_float(x[a.interleaved ? 2 * i : i]), a.activation);
+  if (a.gated) value *= to_float(x[a.interleaved ? 2 * i + 1 : a.n + i]);
   static_cast<T*>(a.y)[blockIdx.y * int64_t(a.n) + i] = from_float<T>(value);
-}
-
-// --- the most likely token, a row per block ------------------------------------------------------------------------------------
-
-struct Argmax {  // ArgmaxStruct
-  const void* logits;  // (rows, n) of T
-  int32_t* best;       // (rows); of equals the first
-  int32_t rows, n, dtype;
-};
-
-__device__ inline void better(float& value, int& index, float other, int at) {
-  if (other > value || (other == value && at < index)) value = other, index = at;
-}
-
-template <class T> __global__ void __launch_bounds__(1024) argmax(Argmax a) {
-  __shared__ float values[32];
-  __shared__ int indices[32];
-  const T* logits = static_cast<const T*>(a.logits) + blockIdx.x * int64_t(a.n);
-  float value = -INFINITY;
-  int index = 0x7fffffff;
-  for (int i = threadIdx.x; i < a.n; i += blockDim.x) better(value, index, to_float(logits[i]), i);
-  for (int mask = 16; mask; mask /= 2) {
-    float other = exchange(value, mask);
-    better(value, index, other, exchange(index, mask));
-  }
-  if (threadIdx.x % kWarp == 0) values[threadIdx.x / kWarp] = value, indices[threadIdx.x / kWarp] = index;
-  __syncthreads();
-  if (threadIdx.x) return;
-  for (unsigned w = 1; w < blockDim.x / kWarp; ++w) better(value, index, values[w], indices[w]);
-  a.best[blockIdx.x] = index < a.n ? index : 0;
 }
 
 }  // namespace qk
@@ -146,7 +96,4 @@ QK_API int qk_norm(const qk::Norm* a, void* stream) {
 }
 QK_API int qk_activate(const qk::Activate* a, void* stream) {
   return a->rows ? QK_DISPATCH(activate, dim3(unsigned(a->n + 255) / 256, unsigned(a->rows)), 256, 0) : 0;
-}
-QK_API int qk_argmax(const qk::Argmax* a, void* stream) {
-  return a->rows ? QK_DISPATCH(argmax, dim3(unsigned(a->rows)), 1024, 0) : 0;
 }

@@ -1,7 +1,7 @@
 // What the library says about itself.
 #include "device.cuh"
 
-QK_API int qk_abi_version() { return 2; }
+QK_API int qk_abi_version() { return 3; }
 
 QK_API const char* qk_error_text(int code) {
 #ifdef __CUDACC__

@@ -10,14 +10,16 @@
 // - K is split over blocks where tiles are fewer than the machine's SMs. The block that arrives last adds the parts in their
 //   order: the same bits every time. The split depends on N and K, not on the tokens: neither do a token's sums.
 // - With `offsets`, blockIdx.z is an expert, and tokens offsets[z] .. offsets[z + 1] are its own.
+// - With `activation`, rows 2 i and 2 i + 1 are a gate and its value, which the block that has both sums multiplies at once.
 #pragma once
+#include "activation.cuh"
 #include "unpack.cuh"
 
 namespace qk {
 
 constexpr int kMostWarps = 4, kStages = 4;
 
-struct Matmul {  // MatmulStruct of kernels/cuda_library.py
+struct Matmul {  // MatmulStruct of kernels/cuda_calls.py
   const void* x;           // (tokens, k) of T, or bytes; 16-byte rows
   const uint4* codes;      // (experts, tiles, steps, 64 x 64 codes)
   const uint4* scales;     // 16-bit (experts, tiles, groups, 8 lanes g, 4 parts, 2 rows)
@@ -25,12 +27,13 @@ struct Matmul {  // MatmulStruct of kernels/cuda_library.py
   const void* bias;        // (n) of the output's type, or null
   const float* x_scales;   // (tokens): what products of 8-bit activations are multiplied by
   const int* offsets;      // (experts + 1), or null
-  void* y;                 // (tokens, n)
+  void* y;                 // (tokens, n), or (tokens, n / 2) with an activation
   float* partial;          // (grid z, tiles, splits, tokens of a block, 64), if splits > 1
   int* arrived;            // (grid z, tiles) zeros, left as zeros
   int32_t tokens, n, k, experts;
   int32_t group_shift;     // column >> group_shift is the group; 31 for a scale per channel
   int32_t splits, zero_code, scales_are_bfloat16, dtype;
+  int32_t activation;      // of activation.cuh, or kNoActivation; n is even with one
 };
 
 enum Kind { kCodes4 = 4, kCodes8 = 8, kInt8 = 9, kFp8 = 10 };
@@ -186,12 +189,27 @@ template <class T, int kKind, int kTokens8> struct Worker {
   }
 };
 
-// Store y (or a part of it) for the sums of one element.
-template <class T> __device__ inline void store(const Matmul& m, int token, int row, float sum) {
+// What the product has for one element, from its sum.
+template <class T> __device__ inline T finished(const Matmul& m, int token, int row, float sum) {
   if (m.x_scales) sum *= m.x_scales[token];
   if (m.bias) sum += to_float(static_cast<const T*>(m.bias)[row]);
-  static_cast<T*>(m.y)[int64_t(token) * m.n + row] = from_float<T>(sum);
+  return from_float<T>(sum);
 }
+
+// Store y for the sums of rows `row` (even) and row + 1. A gate and its value are rounded to T before they meet, as in memory.
+template <class T> __device__ inline void store(const Matmul& m, int token, int row, float2 sums) {
+  if (row >= m.n) return;
+  T low = finished<T>(m, token, row, sums.x);
+  T* y = static_cast<T*>(m.y) + (m.activation == kNoActivation ? int64_t(token) * m.n + row : (int64_t(token) * m.n + row) / 2);
+  if (row + 1 < m.n) {
+    T high = finished<T>(m, token, row + 1, sums.y);
+    if (m.activation == kNoActivation) y[1] = high;
+    else low = from_float<T>(activated(to_float(low), m.activation) * to_float(high));
+  }
+  *y = low;
+}
+
+__device__ inline float2 add(float2 a, float2 b) { return {a.x + b.x, a.y + b.y}; }
 
 // Add up the warps' sums (64 rows of up to 8 kTokens8 tokens), then the blocks' that share the tile.
 template <class T, int kTokens8>
@@ -207,14 +225,16 @@ __device__ void finish(const Matmul& m, const float (&total)[kParts][kTokens8][4
         sums[(warp * kTokens + j * 8 + lane % 4 * 2 + i % 2) * kPitch + p * 16 + lane / 4 + i / 2 * 8] = total[p][j][i];
   __syncthreads();
   const int64_t tile = blockIdx.z * int64_t(gridDim.x) + blockIdx.x;
-  float* partial = m.partial + tile * m.splits * kTokens * kTileRows;
-  const int elements = (count < kTokens ? count : kTokens) * kTileRows;
-  for (int at = threadIdx.x; at < elements; at += blockDim.x) {
-    int row = at % kTileRows, token = at / kTileRows;
-    float sum = 0;
-    for (int w = 0; w < int(blockDim.x) / kWarp; ++w) sum += sums[(w * kTokens + token) * kPitch + row];
-    if (m.splits > 1) partial[blockIdx.y * kTokens * kTileRows + at] = sum;
-    else if (tile_row + row < m.n) store<T>(m, first + token, tile_row + row, sum);
+  constexpr int kPairs = kTileRows / 2;
+  float2* partial = reinterpret_cast<float2*>(m.partial) + tile * m.splits * kTokens * kPairs;
+  const int pairs = (count < kTokens ? count : kTokens) * kPairs;
+  for (int at = threadIdx.x; at < pairs; at += blockDim.x) {
+    int row = at % kPairs * 2, token = at / kPairs;
+    float2 sum = {0, 0};
+    for (int w = 0; w < int(blockDim.x) / kWarp; ++w)
+      sum = add(sum, *reinterpret_cast<const float2*>(sums + (w * kTokens + token) * kPitch + row));
+    if (m.splits > 1) partial[blockIdx.y * kTokens * kPairs + at] = sum;
+    else store<T>(m, first + token, tile_row + row, sum);
   }
   if (m.splits == 1) return;
   __shared__ bool last;
@@ -224,11 +244,10 @@ __device__ void finish(const Matmul& m, const float (&total)[kParts][kTokens8][4
   __syncthreads();
   if (!last) return;
   __threadfence();
-  for (int at = threadIdx.x; at < elements; at += blockDim.x) {
-    int row = at % kTileRows, token = at / kTileRows;
-    float sum = 0;
-    for (int s = 0; s < m.splits; ++s) sum += fresh(partial + s * kTokens * kTileRows + at);
-    if (tile_row + row < m.n) store<T>(m, first + token, tile_row + row, sum);
+  for (int at = threadIdx.x; at < pairs; at += blockDim.x) {
+    float2 sum = {0, 0};
+    for (int s = 0; s < m.splits; ++s) sum = add(sum, fresh(partial + s * kTokens * kPairs + at));
+    store<T>(m, first + at / kPairs, tile_row + at % kPairs * 2, sum);
   }
   if (threadIdx.x == 0) m.arrived[tile] = 0;
 }
@@ -284,7 +303,7 @@ template <class T, int kKind> int launch_matmul(const Matmul& m, int tokens8, vo
 
 template <int kKind> int launch_matmul(const Matmul& m, int tokens8, void* stream) {
   if (m.tokens == 0) return 0;
-  if (m.offsets && m.splits != 1) return 1;
+  if ((m.offsets && m.splits != 1) || (m.activation != kNoActivation && m.n % 2)) return 1;
   return m.dtype == kBFloat16 ? launch_matmul<BFloat16, kKind>(m, tokens8, stream) : launch_matmul<Half, kKind>(m, tokens8, stream);
 }
 

@@ -15,8 +15,8 @@ The draw is a race: with independent exponential noise :math:`e_i`, :math:`\arg\
 same draw, from the same random numbers, as ``torch.multinomial``). A request takes one row of noise per token from a generator
 of its own, so neither its neighbours in the batch nor drafts change its answer.
 
-Papers: repetition penalty, Keskar et al. 2019 (arXiv 1909.05858); top-k, Fan et al. 2018 (arXiv 1805.04833); top-p,
-Holtzman et al. 2020 (arXiv 1904.09751); min-p, Nguyen et al. 2024 (arXiv 2407.01082).
+Paper: repetition penalty, Keskar et al. 2019 (arXiv 1909.05858); those of the filters are in
+:mod:`quantkit.numerics.filters`.
 """
 
 import math
@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import QuantkitError
+from quantkit.numerics.filters import keep_min_p, keep_top_k, keep_top_p
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,33 +119,6 @@ def penalize_repetition(logits: Tensor, previous_ids: Tensor, penalty: float | T
     """
     seen = logits.gather(-1, previous_ids)
     return logits.scatter(-1, previous_ids, torch.where(seen < 0, seen * penalty, seen / penalty))
-
-
-def keep_top_k(logits: Tensor, k: int | Tensor) -> Tensor:
-    """Set logits below the k-th largest to -inf. Ties with the k-th stay, so more than k tokens can remain."""
-    ranks = torch.as_tensor(k, device=logits.device).clamp(max=logits.shape[-1])
-    ordered = logits.topk(int(ranks.max()), dim=-1).values
-    threshold = ordered.gather(-1, (ranks - 1).expand(*logits.shape[:-1], 1))
-    return logits.masked_fill(logits < threshold, -math.inf)
-
-
-def keep_top_p(logits: Tensor, p: float | Tensor) -> Tensor:
-    """Keep the smallest set of most likely tokens whose probabilities sum to at least ``p``; set the rest to -inf.
-
-    Computed from the unlikely end: a token goes when it and all less likely ones together have probability <= 1 - p.
-    """
-    ascending, order = logits.sort(dim=-1)
-    rest = 1 - p
-    goes = ascending.softmax(-1).cumsum(-1) <= (rest.to(logits.dtype) if isinstance(rest, Tensor) else rest)
-    goes[..., -1] = False
-    return logits.masked_fill(goes.scatter(-1, order, goes), -math.inf)
-
-
-def keep_min_p(logits: Tensor, min_p: float | Tensor) -> Tensor:
-    """Set the logits of tokens less likely than ``min_p`` times the most likely token to -inf."""
-    probabilities = logits.softmax(-1)
-    largest = probabilities.amax(-1, keepdim=True)
-    return logits.masked_fill((probabilities < min_p * largest) & (probabilities < largest), -math.inf)
 
 
 def shape_logits(

@@ -16,6 +16,7 @@ from quantkit.errors import KernelError
 from quantkit.kernels import nvcc
 from quantkit.kernels.build import DTYPE_CODES
 from quantkit.kernels.fragments import STEP, TILE_ROWS, Fragments
+from quantkit.kernels.interpret import ACTIVATIONS
 
 WARPS: Final = 4
 LARGEST_SPLITS: Final = 16
@@ -35,7 +36,7 @@ def struct(name: str, pointers: str, integers: str, floats: str = "") -> type[ct
 MatmulStruct = struct(
     "MatmulStruct",
     "x codes scales zeros bias x_scales offsets y partial arrived",
-    "tokens n k experts group_shift splits zero_code scales_are_bfloat16 dtype",
+    "tokens n k experts group_shift splits zero_code scales_are_bfloat16 dtype activation",
 )
 ExpandStruct = struct(
     "ExpandStruct",
@@ -128,6 +129,11 @@ def group_shift(group: int, columns: int) -> int:
     return 31 if group >= columns else group.bit_length() - 1
 
 
+def activation_code(activation: str | None) -> int:
+    """Return the kernels' number of a key of :data:`~quantkit.kernels.interpret.ACTIVATIONS`; -1 for None."""
+    return -1 if activation is None else list(ACTIVATIONS).index(activation)
+
+
 def matmul(
     x: Tensor,
     weight: Fragments,
@@ -137,8 +143,9 @@ def matmul(
     offsets: Tensor | None = None,
     kind: str = "",
     dtype: torch.dtype | None = None,
+    activation: str | None = None,
 ) -> Tensor:
-    """Return ``x @ w.T + bias`` straight from the codes.
+    """Return ``x @ w.T + bias`` straight from the codes, (tokens, N).
 
     Args:
         x: (tokens, K), contiguous; of float16 or bfloat16, or bytes with ``x_scales``.
@@ -148,6 +155,12 @@ def matmul(
         offsets: int32 (experts + 1,): expert e multiplies tokens ``offsets[e]`` to ``offsets[e + 1]``.
         kind: ``"int8"`` or ``"fp8"`` for rounded activations.
         dtype: of the output, if not x's.
+        activation: the rows (and the bias) are gate and up in turn, and the result is ``activation(gate) * up``,
+            (tokens, N / 2): bit for bit what :func:`~quantkit.kernels.cuda_glue.activate` makes of the product, both rounded
+            to ``dtype`` first.
+
+    Raises:
+        KernelError: an activation, and an odd number of rows.
     """
     dtype = dtype or x.dtype
     tokens, columns = x.shape
@@ -155,7 +168,8 @@ def matmul(
         x = torch.nn.functional.pad(x, (0, -columns % 16))
     elif x.data_ptr() % 16:
         x = x.clone()
-    y = torch.empty((tokens, weight.rows), dtype=dtype, device=x.device)
+    width = weight.rows if activation is None else weight.rows // 2
+    y = torch.empty((tokens, width), dtype=dtype, device=x.device)
     if not tokens:
         return y
     tokens8 = 1 if tokens <= 8 else 2 if tokens <= 16 else 4
@@ -170,7 +184,7 @@ def matmul(
     filled = MatmulStruct(
         *map(pointer, (x, weight.codes, weight.scale, weight.zero, bias, x_scales, offsets, y, partial, arrived)),
         *(tokens, weight.rows, x.shape[1], weight.experts, group_shift(weight.group, columns), splits, weight.zero_code),
-        *(weight.scale.dtype == torch.bfloat16, DTYPE_CODES[dtype]),
+        *(weight.scale.dtype == torch.bfloat16, DTYPE_CODES[dtype], activation_code(activation)),
     )
     launch(f"qk_matmul_{kind or f'codes{weight.bits}'}", filled, x.device, tokens8)
     return y

@@ -1,8 +1,9 @@
 """A decoder program on CUDA: one function per step over static pages, which a CUDA graph can record.
 
 Rows are (token, position, slot) as for the CPU's decoder; a prompt is many rows of one slot. A step is, per layer: queries,
-keys and values in one product; rotation and append; attention; output product; residual and norm; gate and up in one product;
-gate; down; residual and norm. Nothing in it waits for the host, so decoding is a recorded step played again and again, by
+keys and values in one product; rotation and append; attention; output product; residual and norm; gate and up in one product
+that writes ``activation(gate) * up`` at once (quantized ones; float ones take one kernel more); down; residual and norm.
+Nothing in it waits for the host, so decoding is a recorded step played again and again, by
 :class:`~quantkit.kernels.cuda_graph.GraphDecoder` for a few sequences from beginning to end, by
 :class:`~quantkit.engine.cuda.CudaBackend` for whatever an engine asks.
 
@@ -85,19 +86,23 @@ class Prompts(NamedTuple):
 
 
 class Product(NamedTuple):
-    """Linears side by side, laid out: one float weight, or one quantized one."""
+    """Linears side by side, laid out: one float weight, or one quantized one.
+
+    Where ``activation`` is given, the quantized rows are gate and up in turn, and the result is ``activation(gate) * up``.
+    """
 
     floats: Tensor | None
     weight: fragments.Fragments | None
     bias: Tensor | None
     form: str
+    activation: str | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return ``x @ w.T + bias`` for x (rows, K)."""
+        """Return ``x @ w.T + bias`` for x (rows, K), or what its gate makes of it."""
         if self.floats is not None:
             return F.linear(x, self.floats, self.bias)
         assert self.weight is not None
-        y: Tensor = cuda_ops.ops().fragment_matmul(x, *self.weight, self.bias, self.form)
+        y: Tensor = cuda_ops.ops().fragment_matmul(x, *self.weight, self.bias, self.form, self.activation)
         return y
 
 
@@ -203,7 +208,10 @@ class CudaDecoder:
         ops = cuda_ops.ops()
         if isinstance(mlp, Mlp):
             assert laid.down is not None
-            return laid.down(ops.gated_activation(_side_by_side(laid.up, x), mlp.activation, mlp.gated))
+            inner = _side_by_side(laid.up, x)
+            if laid.up[0].activation is None:
+                inner = ops.gated_activation(inner, mlp.activation, mlp.gated)
+            return laid.down(inner)
         assert laid.experts is not None
         up, down, router = laid.experts
         weights, chosen = router(x).float().softmax(-1).topk(mlp.top_k, -1)
@@ -212,8 +220,10 @@ class CudaDecoder:
         flat, order = chosen.flatten().sort(stable=True)
         offsets = torch.searchsorted(flat, torch.arange(len(mlp.experts) + 1, device=x.device)).to(torch.int32)
         first = mlp.experts[0]
-        inner = ops.fragment_experts(x[order // mlp.top_k], offsets, *up)
-        y = ops.fragment_experts(ops.gated_activation(inner, first.activation, first.gated), offsets, *down)
+        inner = ops.fragment_experts(x[order // mlp.top_k], offsets, *up, first.activation if first.gated else None)
+        if not first.gated:
+            inner = ops.gated_activation(inner, first.activation, False)
+        y = ops.fragment_experts(inner, offsets, *down, None)
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
         parts = y[back].view(len(x), mlp.top_k, -1).float() * (weights * mlp.scale)[..., None]
         summed: Tensor = parts.sum(1)
@@ -246,14 +256,21 @@ class CudaDecoder:
 
     def _lay(self, layer: Layer) -> _Layer:
         qkv, out = self._join(layer.attention.qkv), self._join((layer.attention.out,))[0]
-        if not isinstance(layer.mlp, Experts):
-            return _Layer(qkv, out, self._join(layer.mlp.up), self._join((layer.mlp.down,))[0], None)
-        stacks: list[Any] = [_part(layer.mlp.experts[0], which).weight for which in ("up", "down")]
-        up, down = (fragments.prepack(stack.qtensor.to(self.device)) for stack in stacks)
-        return _Layer(qkv, out, (), None, (up, down, self._join((layer.mlp.router,))[0]))
+        mlp = layer.mlp
+        if isinstance(mlp, Mlp):
+            return _Layer(qkv, out, self._join(mlp.up, mlp.activation if mlp.gated else None), self._join((mlp.down,))[0], None)
+        up, down = (self._stack(mlp.experts[0], which) for which in ("up", "down"))
+        return _Layer(qkv, out, (), None, (up, down, self._join((mlp.router,))[0]))
 
-    def _join(self, linears: Sequence[Linear]) -> tuple[Product, ...]:
-        """Lay linears out as one product if they are of one kind, else one by one."""
+    def _stack(self, expert: Mlp, which: str) -> fragments.Fragments:
+        module: Any = _part(expert, which).weight
+        return fragments.prepack(module.qtensor.to(self.device), which == "up" and expert.gated)
+
+    def _join(self, linears: Sequence[Linear], activation: str | None = None) -> tuple[Product, ...]:
+        """Lay linears out as one product if they are of one kind, else one by one.
+
+        With ``activation`` they are gate and up, and one quantized product applies it.
+        """
         modules: list[Any] = [linear.weight for linear in linears]
         floats = [module for module in modules if isinstance(module, Tensor)]
         alike = not floats and all(m.spec == modules[0].spec and m.activation == modules[0].activation for m in modules)
@@ -267,10 +284,14 @@ class CudaDecoder:
         form = "codes" if first.spec.is_integer else "fp8 codes"
         if first.activation is not None:
             form = "int8" if first.activation.is_integer else "fp8"
-        if len(modules) == 1 and self.device.type == "cuda" and isinstance(state := first.prepacked(self.dtype), State):
+        gated = activation is not None
+        own = len(modules) == 1 and not gated and self.device.type == "cuda"
+        if own and isinstance(state := first.prepacked(self.dtype), State):
             return (Product(None, state.weight, bias, form),)  # the module's own copy
         joined = concatenate([module.qtensor.to(self.device) for module in modules])
-        return (Product(None, fragments.prepack(joined), bias, form),)
+        if gated and bias is not None:
+            bias = fragments.in_turn(bias)
+        return (Product(None, fragments.prepack(joined, gated), bias, form, activation),)
 
     def _bias(self, linears: Sequence[Linear]) -> Tensor | None:
         if all(linear.bias is None for linear in linears):

@@ -1,4 +1,4 @@
-"""What stands between the matrix products of a decoder layer on CUDA: norms with their residuals, gates, the choice of a token.
+"""What stands between the matrix products of a decoder layer on CUDA: norms with their residuals, and gates.
 
 Each has a plain torch twin beside it, which is its definition: what the kernel is tested against, and what runs elsewhere.
 """
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quantkit.kernels import cuda_calls
 from quantkit.kernels.build import DTYPE_CODES
-from quantkit.kernels.cuda_calls import launch, pointer, struct
+from quantkit.kernels.cuda_calls import activation_code, launch, pointer, struct
 from quantkit.kernels.interpret import ACTIVATIONS
 
 NONE, RMS, LAYER = range(3)
@@ -19,8 +19,7 @@ ROUNDINGS: Final = ("float", "int8", "fp8_e4m3")
 """What a norm's output may be rounded to, a scale per token, as :mod:`quantkit.numerics.grid` rounds."""
 
 NormStruct = struct("NormStruct", "x residual gain shift sum y scales", "rows n kind rounding dtype", "eps factor")
-ActivateStruct = struct("ActivateStruct", "x y", "rows n activation gated dtype")
-ArgmaxStruct = struct("ArgmaxStruct", "logits best", "rows n dtype")
+ActivateStruct = struct("ActivateStruct", "x y", "rows n activation gated interleaved dtype")
 
 
 def norm(
@@ -90,30 +89,31 @@ def norm_plain(
     return total, codes.clamp(-448, 448).to(torch.float8_e4m3fn), scales
 
 
-def activate(x: Tensor, activation: str, gated: bool = True) -> Tensor:
-    """Return ``act(gate) * up`` for x = [gate | up] (rows, 2 n), or ``act(x)``; contiguous float16 or bfloat16."""
+def activate(x: Tensor, activation: str, gated: bool = True, interleaved: bool = False) -> Tensor:
+    """Return ``act(gate) * up`` (rows, n), or ``act(x)`` if not ``gated``.
+
+    Args:
+        x: (rows, 2 n), contiguous float16 or bfloat16: [gate | up], or with ``interleaved`` gate and up in turn.
+        activation: a key of :data:`quantkit.kernels.interpret.ACTIVATIONS`.
+        gated: False for x (rows, n) without a gate.
+        interleaved: as products with the rows of :func:`quantkit.kernels.fragments.prepack` in turn come.
+    """
     n = x.shape[1] // 2 if gated else x.shape[1]
     y = x.new_empty((x.shape[0], n))
-    code = list(ACTIVATIONS).index(activation)
-    launch("qk_activate", ActivateStruct(x.data_ptr(), y.data_ptr(), len(x), n, code, gated, DTYPE_CODES[x.dtype]), x.device)
+    filled = ActivateStruct(
+        *map(pointer, (x, y)), len(x), n, activation_code(activation), gated, interleaved, DTYPE_CODES[x.dtype]
+    )
+    launch("qk_activate", filled, x.device)
     return y
 
 
-def activate_plain(x: Tensor, activation: str, gated: bool = True) -> Tensor:
+def activate_plain(x: Tensor, activation: str, gated: bool = True, interleaved: bool = False) -> Tensor:
     """Define :func:`activate` in plain torch."""
     wide = x.float()
     if not gated:
         return ACTIVATIONS[activation](wide).to(x.dtype)
-    gate, up = wide.chunk(2, -1)
+    gate, up = wide.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else wide.chunk(2, -1)
     return (ACTIVATIONS[activation](gate) * up).to(x.dtype)
-
-
-def argmax(logits: Tensor) -> Tensor:
-    """Return the first of the largest of each row of contiguous logits (rows, vocabulary), int32."""
-    best = torch.empty(len(logits), dtype=torch.int32, device=logits.device)
-    filled = ArgmaxStruct(logits.data_ptr(), best.data_ptr(), *logits.shape, DTYPE_CODES[logits.dtype])
-    launch("qk_argmax", filled, logits.device)
-    return best
 
 
 def round_tokens(x: Tensor, dtype: str) -> tuple[Tensor, Tensor]:

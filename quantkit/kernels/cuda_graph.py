@@ -10,6 +10,7 @@ from quantkit.errors import KernelError
 from quantkit.kernels import cuda_ops
 from quantkit.kernels.cuda_attention import PAGE_TOKENS, Where, cut
 from quantkit.kernels.cuda_decoder import CudaDecoder, Prompts
+from quantkit.kernels.cuda_sampling import Draw, Wish
 
 
 def record(
@@ -46,14 +47,14 @@ class GraphDecoder:
     """Continue up to ``batch`` sequences of one program, each in pages of its own.
 
     A step reads every sequence's newest token, chooses the next one and writes both to device memory; the host looks once, at
-    the end. On a device other than CUDA the step runs without being recorded: slow, and the same tokens.
+    the end. The most likely tokens are chosen until :meth:`choose_by` says otherwise. On a device other than CUDA the step runs
+    without being recorded: slow, and the same tokens.
 
     Args:
         decoder: the program.
         batch: sequences.
         tokens: longest sequence, prompt included.
         kv: how keys and values are stored.
-        temperature: 0 takes the most likely token; otherwise tokens are drawn from the softmax of ``logits / temperature``.
         batch_invariant: split sequences as for a batch of one, so that a sequence gets the same tokens in every batch.
 
     Raises:
@@ -70,12 +71,11 @@ class GraphDecoder:
         tokens: int,
         *,
         kv: str = "float",
-        temperature: float = 0.0,
         batch_invariant: bool = False,
     ) -> None:
         if tokens > decoder.context_tokens:
             raise KernelError(f"{tokens} tokens: the decoder was made for {decoder.context_tokens}")
-        self._decoder, self.batch, self.tokens, self._temperature = decoder, batch, tokens, temperature
+        self._decoder, self.batch, self.tokens = decoder, batch, tokens
         device, pages = decoder.device, -(-tokens // PAGE_TOKENS)
         self._pages = decoder.pages(batch * pages, kv)
         table = torch.arange(batch * pages, dtype=torch.int32, device=device).view(batch, pages)
@@ -86,6 +86,7 @@ class GraphDecoder:
         self._at = torch.zeros(1, dtype=torch.int64, device=device)
         kv_heads = decoder.program.layers[0].attention.kv_heads
         self._splits = max(1, min(264 // kv_heads, tokens // 64, 64)) if batch_invariant else None
+        self._draw = Draw.greedy(batch, device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._lengths: list[int] = []
 
@@ -93,6 +94,16 @@ class GraphDecoder:
     def nbytes(self) -> int:
         """Bytes of keys and values."""
         return sum(pages.nbytes for pages in self._pages)
+
+    def choose_by(self, wishes: Sequence[Wish]) -> None:
+        """Choose tokens from now on as one :class:`~quantkit.engine.sampling.Sampling` per sequence says.
+
+        Nothing is recorded anew. A drawn token depends on seed, position and logits, not on the other sequences.
+
+        Raises:
+            KernelError: not one per sequence, or a repetition penalty.
+        """
+        self._draw.set(wishes)
 
     @torch.no_grad()
     def read(self, prompts: Sequence[Sequence[int]]) -> Tensor:
@@ -114,7 +125,7 @@ class GraphDecoder:
                 last = torch.tensor([len(rows) - 1], device=rows.device)
                 tiles = torch.tensor(cut(0, len(rows), self._decoder.tile_tokens), dtype=torch.int32, device=rows.device)
                 logits = self._decoder.step(rows, where, self._pages, last, prompts=Prompts(0, tiles))
-            chosen.append(self._choose(logits))
+            chosen.append(_choose(logits, Draw(*(part[slot : slot + 1] for part in self._draw)), positions[-1:]))
         self._newest.copy_(torch.cat(chosen))
         self._where.positions.copy_(torch.tensor([len(p) for p in prompts]))
         self._lengths = [len(prompt) for prompt in prompts]
@@ -144,19 +155,11 @@ class GraphDecoder:
 
     def _step(self) -> Tensor:
         logits = self._decoder.step(self._newest, self._where, self._pages, splits=self._splits)
-        self._newest.copy_(self._choose(logits))
+        self._newest.copy_(_choose(logits, self._draw, self._where.positions))
         self._history.index_copy_(0, self._at, self._newest[None])
         self._where.positions.add_(1)
         self._at.add_(1)
         return self._newest
-
-    def _choose(self, logits: Tensor) -> Tensor:
-        if self._temperature == 0:
-            best: Tensor = cuda_ops.ops().most_likely(logits.contiguous())
-            return best.long()
-        # Gumbel's trick: the largest of logits plus noise is a draw from their softmax.
-        noise = -torch.log(-torch.log(torch.rand(logits.shape, device=logits.device).clamp(1e-20, 1 - 1e-7)))
-        return (logits.float() / self._temperature + noise).argmax(-1)
 
     def _record(self) -> None:
         """Record one step; the sequences are put back to where they were."""
@@ -167,3 +170,8 @@ class GraphDecoder:
                 tensor.copy_(before)
 
         self._graph, _ = record(self._step, torch.cuda.Stream(self._decoder.device), restore=restore)
+
+
+def _choose(logits: Tensor, draw: Draw, positions: Tensor) -> Tensor:
+    chosen: Tensor = cuda_ops.ops().next_tokens(logits.contiguous(), *draw, positions)
+    return chosen

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from quantkit.kernels import cuda_attention, cuda_calls, cuda_glue, fragments
+from quantkit.kernels import cuda_attention, cuda_calls, cuda_glue, cuda_sampling, fragments
 from quantkit.kernels.cuda_attention import Pages, Rope, Where
+from quantkit.kernels.cuda_sampling import Draw
 from quantkit.kernels.fragments import Fragments
 
 _WEIGHT = "Tensor codes, Tensor scale, Tensor? zero, int rows, int columns, int group, int bits, int zero_code"
@@ -23,14 +24,16 @@ _WHERE = "Tensor positions, Tensor slots, Tensor table"
 _ROPE = "Tensor? cos, Tensor? sin, int dim, bool interleaved, Tensor? q_gain, Tensor? k_gain, float eps"
 
 SCHEMAS = {
-    "fragment_matmul": f"(Tensor x, {_WEIGHT}, Tensor? bias, str form) -> Tensor",
-    "fragment_experts": f"(Tensor x, Tensor offsets, {_WEIGHT}) -> Tensor",
+    "fragment_matmul": f"(Tensor x, {_WEIGHT}, Tensor? bias, str form, str? activation=None) -> Tensor",
+    "fragment_experts": f"(Tensor x, Tensor offsets, {_WEIGHT}, str? activation=None) -> Tensor",
     "residual_norm": (
         "(Tensor x, Tensor? residual, Tensor? gain, Tensor? shift, int kind, float eps, float factor, str rounding)"
         " -> (Tensor, Tensor, Tensor)"
     ),
     "gated_activation": "(Tensor x, str activation, bool gated) -> Tensor",
-    "most_likely": "(Tensor logits) -> Tensor",
+    "next_tokens": (
+        "(Tensor logits, Tensor temperature, Tensor top_k, Tensor rest, Tensor min_p, Tensor seed, Tensor positions) -> Tensor"
+    ),
     "append_pages": (f"(Tensor qkv, int heads, {_ROPE}, {_WHERE}, {_PAGES.format('(a!)', '(b!)', '(c!)', '(d!)')}) -> Tensor"),
     "attend_pages": (
         f"(Tensor q, {_WHERE}, {_PAGES.format('', '', '', '')}, float scale, int? window, float? softcap, int? splits)"
@@ -42,7 +45,9 @@ SCHEMAS = {
     ),
 }
 """Operator to its arguments. ``form`` of a matmul: ``"codes"`` (activations as they are), ``"fp8 codes"`` (the same, fp8
-weights), ``"int8"`` or ``"fp8"`` (activations rounded per token)."""
+weights), ``"int8"`` or ``"fp8"`` (activations rounded per token). ``activation``: the weight's rows and the bias are gate and
+up in turn, and the result is ``activation(gate) * up``, (tokens, rows / 2), of a gate and an up that were rounded to x's
+dtype."""
 
 _library: list[torch.library.Library] = []  # keeps the registration alive
 
@@ -66,21 +71,29 @@ def takes_codes(tokens: int, form: str) -> bool:
     return form != "fp8 codes" and tokens < cuda_calls.DENSE_TOKENS
 
 
+def _split(arguments: tuple[Any, ...]) -> tuple[Fragments, Tensor | None, str, str | None]:
+    """Return weight, bias, form and activation; torch leaves the last one out where it is None."""
+    bias, form, activation = (*arguments[8:], None)[:3]
+    return Fragments(*arguments[:8]), bias, form, activation
+
+
 def multiply(x: Tensor, *arguments: Any) -> Tensor:
     """Run ``fragment_matmul`` on the kernels: x (tokens, K) contiguous."""
-    weight, (bias, form) = Fragments(*arguments[:8]), arguments[8:]
+    weight, bias, form, activation = _split(arguments)
     if form in ("int8", "fp8"):
         codes, scales = cuda_glue.round_tokens(x, "int8" if form == "int8" else "fp8_e4m3")
         if takes_codes(len(x), form):
-            return cuda_calls.matmul(codes, weight, bias, x_scales=scales, kind=form, dtype=x.dtype)
+            options: dict[str, Any] = {"x_scales": scales, "kind": form, "dtype": x.dtype}
+            return cuda_calls.matmul(codes, weight, bias, activation=activation, **options)
         x = (codes.float() * scales[:, None]).to(x.dtype)
     elif takes_codes(len(x), form):
-        return cuda_calls.matmul(x, weight, bias)
-    return cuda_calls.dense_matmul(x, weight, bias, fp8="fp8" in form)
+        return cuda_calls.matmul(x, weight, bias, activation=activation)
+    y = cuda_calls.dense_matmul(x, weight, bias, fp8="fp8" in form)
+    return y if activation is None else cuda_glue.activate(y, activation, interleaved=True)
 
 
 def _multiply_plain(x: Tensor, *arguments: Any) -> Tensor:
-    weight, (bias, form) = Fragments(*arguments[:8]), arguments[8:]
+    weight, bias, form, activation = _split(arguments)
     wide = x.float()
     if form in ("int8", "fp8"):
         _, codes, scales = cuda_glue.norm_plain(
@@ -88,25 +101,31 @@ def _multiply_plain(x: Tensor, *arguments: Any) -> Tensor:
         )
         wide = codes.float() * scales[:, None]
     floats = fragments.dequantize(weight, "fp8" in form)[0]
-    return F.linear(wide, floats, None if bias is None else bias.float()).to(x.dtype)
+    return _gated_plain(F.linear(wide, floats, None if bias is None else bias.float()).to(x.dtype), activation)
 
 
-def _multiply_fake(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, rows: int, *rest: Any) -> Tensor:
-    return x.new_empty((x.shape[0], rows))
+def _gated_plain(y: Tensor, activation: str | None) -> Tensor:
+    return y if activation is None else cuda_glue.activate_plain(y, activation, interleaved=True)
 
 
-def _experts(x: Tensor, offsets: Tensor, *weight: Any) -> Tensor:
-    return cuda_calls.matmul(x, Fragments(*weight), offsets=offsets)
+def _multiply_fake(x: Tensor, *arguments: Any) -> Tensor:
+    weight, _, _, activation = _split(arguments)
+    return x.new_empty((x.shape[0], weight.rows // (1 if activation is None else 2)))
 
 
-def _experts_plain(x: Tensor, offsets: Tensor, *weight: Any) -> Tensor:
-    floats, ends = fragments.dequantize(Fragments(*weight)), offsets.tolist()
+def _experts(x: Tensor, offsets: Tensor, *arguments: Any) -> Tensor:
+    return cuda_calls.matmul(x, Fragments(*arguments[:8]), offsets=offsets, activation=(*arguments[8:], None)[0])
+
+
+def _experts_plain(x: Tensor, offsets: Tensor, *arguments: Any) -> Tensor:
+    floats, ends = fragments.dequantize(Fragments(*arguments[:8])), offsets.tolist()
     parts = [F.linear(x[start:end].float(), w) for w, start, end in zip(floats, ends[:-1], ends[1:], strict=True)]
-    return torch.cat(parts).to(x.dtype)
+    return _gated_plain(torch.cat(parts).to(x.dtype), (*arguments[8:], None)[0])
 
 
-def _experts_fake(x: Tensor, offsets: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, rows: int, *_: Any) -> Tensor:
-    return x.new_empty((x.shape[0], rows))
+def _experts_fake(x: Tensor, offsets: Tensor, *arguments: Any) -> Tensor:
+    weight, activation = Fragments(*arguments[:8]), (*arguments[8:], None)[0]
+    return x.new_empty((x.shape[0], weight.rows // (1 if activation is None else 2)))
 
 
 def _norm(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -170,10 +189,10 @@ _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callab
         cuda_glue.activate,
         lambda x, activation, gated: x.new_empty((x.shape[0], x.shape[1] // (2 if gated else 1))),
     ),
-    "most_likely": (
-        lambda logits: logits.argmax(-1).to(torch.int32),
-        cuda_glue.argmax,
-        lambda logits: logits.new_empty(logits.shape[0], dtype=torch.int32),
+    "next_tokens": (
+        lambda logits, *rest: cuda_sampling.sample_plain(logits, Draw(*rest[:5]), rest[5]),
+        lambda logits, *rest: cuda_sampling.sample(logits, Draw(*rest[:5]), rest[5]),
+        lambda logits, *rest: logits.new_empty(logits.shape[0], dtype=torch.int32),
     ),
     "append_pages": (_append(cuda_attention.append_plain), _append(cuda_attention.append), _append_fake),
     "attend_pages": (

@@ -65,16 +65,31 @@ class Fragments(NamedTuple):
         return sum(tensor.nbytes for tensor in (self.codes, self.scale, self.zero) if tensor is not None)
 
 
-def prepack(qtensor: QTensor) -> Fragments:
-    """Lay a quantized weight (N, K) or (experts, N, K) out, on its own device. The result shares no memory with it."""
+def prepack(qtensor: QTensor, interleave: bool = False) -> Fragments:
+    """Lay a quantized weight (N, K) or (experts, N, K) out, on its own device. The result shares no memory with it.
+
+    With ``interleave`` the weight is [gate | up] (N even) and :func:`in_turn` orders its rows, so that the block of threads
+    that sums up a gate sums up what it is multiplied by too.
+    """
     spec, (rows, columns) = qtensor.spec, qtensor.shape[-2:]
     block_rows, group = grid.block_size(spec, qtensor.shape)
     bits = 4 if spec.bits <= 4 else 8
     codes = qtensor.codes().reshape(-1, rows, columns)
+    if interleave:
+        codes = in_turn(codes, 1)
     zero_code = grid.zero_code(spec) if spec.is_integer else 0
-    zero = None if qtensor.zero_point is None else _lay_grid(qtensor.zero_point, block_rows, rows)
+    scale, zero = (
+        None if values is None else _lay_grid(values, block_rows, rows, interleave)
+        for values in (qtensor.scale, qtensor.zero_point)
+    )
+    assert scale is not None
     laid = torch.stack([_lay_codes(part, bits) for part in codes])
-    return Fragments(laid, _lay_grid(qtensor.scale, block_rows, rows), zero, rows, columns, group, bits, zero_code)
+    return Fragments(laid, scale, zero, rows, columns, group, bits, zero_code)
+
+
+def in_turn(values: Tensor, axis: int = 0) -> Tensor:
+    """Return [gate | up] along ``axis`` as gate and up in turn: rows 0, N/2, 1, N/2 + 1, and so on."""
+    return values.unflatten(axis, (2, -1)).transpose(axis, axis + 1).flatten(axis, axis + 1)
 
 
 def restore(weight: Fragments, spec: QuantSpec, expert: int | None = None) -> QTensor:
@@ -127,9 +142,11 @@ def _read_codes(weight: Fragments, expert: int) -> Tensor:
     return view.reshape(weight.tiles * TILE_ROWS, steps * STEP)[: weight.rows, : weight.columns].contiguous()
 
 
-def _lay_grid(values: Tensor, block_rows: int, rows: int) -> Tensor:
+def _lay_grid(values: Tensor, block_rows: int, rows: int, interleave: bool) -> Tensor:
     """(..., row blocks, groups) to (experts, tiles, groups, 8, 4, 2)."""
     values = values.reshape(-1, *values.shape[-2:]).repeat_interleave(block_rows, 1)
+    if interleave:
+        values = in_turn(values, 1)
     padded = F.pad(values, (0, 0, 0, -rows % TILE_ROWS))
     return torch.stack([part.view(-1, 4, 2, 8, part.shape[-1]).permute(_GRID).contiguous() for part in padded])
 

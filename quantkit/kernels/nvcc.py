@@ -21,7 +21,7 @@ from quantkit.kernels import build
 
 logger = logging.getLogger(__name__)
 
-ABI_VERSION: Final = 2
+ABI_VERSION: Final = 3
 """What ``qk_abi_version()`` of a fitting CUDA library returns; raise both when a signature changes."""
 
 RELEASE: Final = ("80", "86", "89", "90a", "100", "80-ptx", "100-ptx")
@@ -152,7 +152,7 @@ def _for_arch(arch: str) -> ctypes.CDLL | KernelError:
 def signatures() -> dict[str, tuple[Any, list[Any]]]:
     """Return the functions of the library: those that launch take a struct's address, and a stream."""
     pointer, integer = ctypes.c_void_p, ctypes.c_int32
-    launches = ("qk_expand", "qk_norm", "qk_activate", "qk_append", "qk_argmax", "qk_attend", "qk_attend_prompt")
+    launches = ("qk_expand", "qk_norm", "qk_activate", "qk_append", "qk_sample", "qk_attend", "qk_attend_prompt")
     products = tuple(f"qk_matmul_{kind}" for kind in ("codes4", "codes8", "int8", "fp8"))
     return {
         "qk_abi_version": (integer, []),

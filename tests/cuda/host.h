@@ -132,7 +132,7 @@ inline void __syncthreads() { meet(block->everyone, int(block->fibers.size())); 
 inline void __syncwarp() { meet(block->warps[fiber->index / 32], 32); }
 inline void __threadfence() {}
 inline int atomicAdd(int* to, int value) { int old = *to; *to += value; return old; }
-inline float fresh(const float* x) { return *x; }
+template <class T> T fresh(const T* x) { return *x; }
 
 struct Half { uint16_t bits; };
 struct BFloat16 { uint16_t bits; };

@@ -9,6 +9,7 @@ import ctypes
 import pytest
 import torch
 
+from quantkit.errors import KernelError
 from quantkit.kernels import cuda_attention, cuda_calls, cuda_glue, cuda_ops, fragments
 from quantkit.kernels.cuda_attention import Pages, Rope, Where
 from quantkit.numerics import grid
@@ -120,6 +121,62 @@ def test_fp8_by_fp8():
     )
 
 
+def gated_pair(spec: QuantSpec, n: int, k: int) -> tuple[fragments.Fragments, fragments.Fragments]:
+    """One [gate | up] of n outputs laid out side by side, and with its rows in turn."""
+    if spec.dtype == "fp8_e4m3":
+        weight = torch.randn(2 * n, k)
+        scale, _ = grid.choose_qparams(weight, spec)
+        qtensor = QTensor.from_codes(grid.quantize(weight, scale, None, spec), scale, None, spec)
+    else:
+        qtensor = random_qtensor(spec, (2 * n, k))
+    return fragments.prepack(qtensor), fragments.prepack(qtensor, interleave=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("spec", "form", "n", "k", "tokens", "activation"),
+    [
+        (QuantSpec("int4", (1, 64), False), "codes", 35, 1152, 3, "silu"),  # several splits, a tile that is not full
+        (QuantSpec("int4", (1, 32)), "codes", 33, 96, 9, "gelu_tanh"),
+        (QuantSpec("int8", (1, 128), False), "codes", 64, 256, 33, "gelu"),  # two blocks of tokens
+        (QuantSpec("int6", (4, -1)), "codes", 34, 72, 1, "relu"),  # a scale that gate and up share
+        (QuantSpec("int8"), "int8", 35, 1088, 11, "relu2"),
+        (QuantSpec("fp8_e4m3"), "fp8", 35, 160, 2, "silu"),
+    ],
+)
+def test_a_gate_in_the_product_changes_no_bit(spec, form, n, k, tokens, activation, dtype):
+    apart, in_turn = gated_pair(spec, n, k)
+    x, bias = (torch.randn(tokens, k) / 1000).to(dtype), torch.randn(2 * n).to(dtype)
+    for b in (None, bias):
+        want = cuda_glue.activate(cuda_ops.multiply(x, *apart, b, form), activation)
+        turned = None if b is None else fragments.in_turn(b)
+        got = cuda_ops.multiply(x, *in_turn, turned, form, activation)
+        assert got.shape == (tokens, n)
+        assert torch.equal(got, want)
+        assert error(got, cuda_ops._multiply_plain(x, *in_turn, turned, form, activation)) < 4 * EPS[dtype]
+    if tokens > 1:
+        assert torch.equal(cuda_ops.multiply(x[:1], *in_turn, turned, form, activation), want[:1])
+
+
+def test_many_tokens_pass_their_gate_after_the_product(monkeypatch):
+    monkeypatch.setattr(cuda_calls, "DENSE_TOKENS", 4)
+    for spec, form in (
+        (QuantSpec("int4", (1, 32)), "codes"),
+        (QuantSpec("int8"), "int8"),
+        (QuantSpec("fp8_e4m3"), "fp8 codes"),
+    ):
+        apart, in_turn = gated_pair(spec, 35, 96)
+        x, bias = (torch.randn(5, 96) / 1000).half(), torch.randn(70).half()
+        want = cuda_glue.activate(cuda_ops.multiply(x, *apart, bias, form), "silu")
+        assert error(cuda_ops.multiply(x, *in_turn, fragments.in_turn(bias), form, "silu"), want) < EPS[x.dtype]
+
+
+def test_an_odd_number_of_rows_has_no_gates():
+    weight = fragments.prepack(random_qtensor(QuantSpec("int4", (1, 32)), (7, 32)))
+    with pytest.raises(KernelError, match="qk_matmul_codes4"):
+        cuda_calls.matmul(torch.zeros(1, 32).half(), weight, activation="silu")
+
+
 def test_experts_multiply_their_own_tokens():
     qtensor = random_qtensor(QuantSpec("int4", (1, 32), False), (4, 70, 96))
     x, offsets = torch.randn(21, 96).half(), torch.tensor([0, 3, 3, 20, 21], dtype=torch.int32)
@@ -128,6 +185,8 @@ def test_experts_multiply_their_own_tokens():
         own = slice(int(offsets[expert]), int(offsets[expert + 1]))
         if own.stop > own.start:
             assert error(got[own], product(x[own], qtensor[expert])) < EPS[torch.float16]
+    gated = cuda_calls.matmul(x, fragments.prepack(qtensor, interleave=True), offsets=offsets, activation="silu")
+    assert torch.equal(gated, cuda_glue.activate(got, "silu"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -157,13 +216,9 @@ def test_gates(activation):
     for gated in (True, False):
         got, want = (f(x, activation, gated) for f in (cuda_glue.activate, cuda_glue.activate_plain))
         assert error(got, want) < EPS[x.dtype]
-
-
-def test_the_first_of_the_largest():
-    logits = torch.randn(3, 3000).half().clamp(max=2)  # many are equal
-    want = torch.tensor([int((row == row.max()).nonzero()[0]) for row in logits])
-    assert torch.equal(cuda_glue.argmax(logits).long(), want)
-    assert cuda_glue.argmax(torch.full((1, 50), float("nan")).half()).tolist() == [0]
+    turned = fragments.in_turn(x, 1)
+    assert torch.equal(cuda_glue.activate(turned, activation, interleaved=True), cuda_glue.activate(x, activation))
+    assert torch.equal(cuda_glue.activate_plain(turned, activation, interleaved=True), cuda_glue.activate_plain(x, activation))
 
 
 @pytest.mark.parametrize("kind", cuda_attention.KINDS)

@@ -19,14 +19,12 @@ from quantkit.engine.sampling import (
     Noise,
     Sampling,
     choose,
-    keep_min_p,
-    keep_top_k,
-    keep_top_p,
     not_finite,
     penalize_repetition,
     shape_logits,
 )
 from quantkit.errors import QuantkitError
+from quantkit.numerics.filters import keep_min_p, keep_top_k, keep_top_p
 
 
 def random_logits(seed: int, rows: int = 3, vocab: int = 57) -> torch.Tensor:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from quantkit.engine.sampling import Sampling
 from quantkit.hf.experts import enable_experts
 from quantkit.hf.lower import lower
 from quantkit.kernels import interpret
@@ -33,6 +34,25 @@ def test_recorded_decoding(family, kv):
         logits = interpret.logits(program, torch.tensor([*prompt, *tokens.tolist()[:-1]]))[len(prompt) - 1 :]
         lost = logits.max(-1).values - logits.gather(1, tokens[:, None])[:, 0]
         assert (lost < 0.03 * logits.abs().max()).all()
+
+
+def test_a_recording_draws_by_what_was_last_wished():
+    model = quantize(tiny.FAMILIES["llama"](head_dim=64), QuantSpec("int4", (1, 32)))
+    decoder, prompts = CudaDecoder(lower(model), context_tokens=256), [some_ids(20, seed) for seed in range(3)]
+    recorded, eager = (GraphDecoder(decoder, 3, 200, batch_invariant=True) for _ in range(2))
+    eager._record = lambda: None
+    greedy = [Sampling()] * 3
+    drawn = [Sampling(1.5, top_k=50, seed=4), Sampling(), Sampling(0.9, top_p=0.9, min_p=0.01, seed=5)]
+    found = []
+    for wishes in (greedy, drawn, greedy):
+        tokens = []
+        for state in (recorded, eager):
+            state.choose_by(wishes)
+            tokens.append(torch.cat([state.read(prompts)[None], state.decode(40)]))
+        assert torch.equal(tokens[0], tokens[1])
+        found.append(tokens[0])
+    assert torch.equal(found[0], found[2])
+    assert [torch.equal(found[0][:, slot], found[1][:, slot]) for slot in range(3)] == [False, True, False]
 
 
 def test_a_sequence_gets_the_same_tokens_in_every_batch():

@@ -1,12 +1,16 @@
 """Every CUDA kernel on a device, against float64 or its plain torch twin, at odd sizes; skipped without one."""
 
+import dataclasses
 import itertools
 
 import pytest
 import torch
 
+from quantkit.engine.sampling import Sampling
 from quantkit.kernels import KERNELS, Problem, cuda_attention, cuda_calls, cuda_glue, cuda_ops, fragments, select
 from quantkit.kernels.cuda_attention import Pages, Rope, Where
+from quantkit.kernels.cuda_sampling import Draw, sample, sample_plain
+from quantkit.kernels.interpret import ACTIVATIONS
 from quantkit.nn.linear import QuantLinear
 from quantkit.numerics import grid
 from quantkit.numerics.fake import fake_quantize
@@ -102,6 +106,28 @@ def test_activations_of_8_bits(dtype):
             assert error(layer(x), want) < TOLERANCE[dtype] + (4e-3 if tokens >= cuda_calls.DENSE_TOKENS else 0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_gate_in_the_product_changes_no_bit(dtype):
+    ops = cuda_ops.ops()
+    for spec, form in (
+        (QuantSpec("int4", (1, 128)), "codes"),
+        (QuantSpec("int4", (1, 32), False), "codes"),
+        (QuantSpec("int8"), "codes"),
+        (QuantSpec("int8"), "int8"),
+    ):
+        for (n, k), activation in itertools.product(((35, 384), (7168, 2048)), ACTIVATIONS):
+            qtensor, bias = on_gpu(spec, (2 * n, k)), torch.randn(2 * n, device="cuda").to(dtype)
+            apart, in_turn = fragments.prepack(qtensor), fragments.prepack(qtensor, interleave=True)
+            for tokens in (1, 5, 16, 33, 200):
+                x = torch.randn(tokens, k, device="cuda").to(dtype)
+                want = cuda_glue.activate(ops.fragment_matmul(x, *apart, bias, form), activation)
+                got = ops.fragment_matmul(x, *in_turn, fragments.in_turn(bias), form, activation)
+                if tokens < cuda_calls.DENSE_TOKENS:
+                    assert torch.equal(got, want), (spec, n, activation, tokens)
+                else:
+                    assert error(got, want) < 2 * TOLERANCE[dtype]
+
+
 def test_experts():
     qtensor = on_gpu(QuantSpec("int4", (1, 32), False), (16, 200, 384))
     chosen = torch.randint(0, 16, (300,), device="cuda").sort().values
@@ -110,6 +136,8 @@ def test_experts():
     got = cuda_ops.ops().fragment_experts(x, offsets, *fragments.prepack(qtensor))
     want = torch.einsum("tk,tnk->tn", x.double(), qtensor.dequantize().double()[chosen])
     assert error(got, want) < 1e-3
+    gated = cuda_ops.ops().fragment_experts(x, offsets, *fragments.prepack(qtensor, interleave=True), "silu")
+    assert torch.equal(gated, cuda_glue.activate(got, "silu"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -126,12 +154,26 @@ def test_glue(dtype):
             assert error(total, total2) < 1e-3
             assert error(y.float(), y2.float()) < 5e-3
             torch.testing.assert_close(scales, scales2, rtol=8e-3, atol=0)
-        for activation, gated in itertools.product(("silu", "gelu", "gelu_tanh", "relu", "relu2"), (True, False)):
+        for activation, gated in itertools.product(ACTIVATIONS, (True, False)):
             pair = torch.randn(rows, 2 * n, device="cuda").to(dtype)
             got, want = (f(pair, activation, gated) for f in (cuda_glue.activate, cuda_glue.activate_plain))
             assert error(got, want) < TOLERANCE[dtype]
-        best = cuda_glue.argmax(x)
-        assert torch.equal(x.gather(1, best.long()[:, None])[:, 0], x.amax(-1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tokens_are_chosen_as_the_twin_chooses(dtype):
+    wishes = [Sampling(), Sampling(1.0), Sampling(0.7, top_k=50), Sampling(1.2, top_p=0.9), Sampling(1.5, 200, 0.8, 0.02)]
+    rows = 128
+    for size in (128256, 151_669, 999, 4):
+        logits = (3 * torch.randn(rows, size, device="cuda")).to(dtype)
+        draw, positions = Draw.greedy(rows, "cuda"), torch.arange(rows, dtype=torch.int32, device="cuda")
+        draw.set([dataclasses.replace(wishes[row % len(wishes)], seed=row) for row in range(rows)])
+        got = sample(logits, draw, positions)
+        want = sample_plain(logits.cpu(), Draw(*(part.cpu() for part in draw)), positions.cpu())
+        assert (got.cpu() != want).sum() <= 1, size  # two that race within a rounding
+        for _ in range(20):
+            assert torch.equal(sample(logits, draw, positions), got)
+        assert torch.equal(sample(logits[7:9].contiguous(), Draw(*(part[7:9] for part in draw)), positions[7:9]), got[7:9])
 
 
 @pytest.mark.parametrize("kind", cuda_attention.KINDS)
@@ -187,5 +229,6 @@ def test_operators_trace_and_modules_compile_to_the_same():
     layer = QuantLinear(on_gpu(QuantSpec("int4", (1, 64)), (192, 256)))
     x = torch.randn(3, 256, device="cuda").half()
     weight = fragments.prepack(layer.qtensor)
-    torch.library.opcheck(cuda_ops.ops().fragment_matmul.default, (x, *weight, None, "codes"))
+    for activation in (None, "silu"):
+        torch.library.opcheck(cuda_ops.ops().fragment_matmul.default, (x, *weight, None, "codes", activation))
     assert torch.equal(layer(x), cuda_ops.ops().fragment_matmul(x, *weight, None, "codes"))

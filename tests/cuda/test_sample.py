@@ -1,0 +1,163 @@
+"""The kernel that chooses tokens, in the emulator and as its plain torch twin, against the engine's sampling."""
+
+import pytest
+import torch
+
+from quantkit.engine.sampling import Sampling, shape_logits
+from quantkit.errors import KernelError
+from quantkit.kernels.cuda_sampling import Draw, gumbel, philox, sample, sample_plain
+from quantkit.numerics.filters import keep_min_p, keep_top_k, keep_top_p
+from tests.cuda import emulated
+
+DTYPES = [torch.float16, torch.bfloat16]
+
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+@pytest.fixture(params=["plain", "emulated"])
+def choose(request, monkeypatch):
+    if request.param == "plain":
+        yield sample_plain
+        return
+    with emulated.machine(monkeypatch):
+        yield sample
+
+
+def draw_of(*wishes: Sampling) -> Draw:
+    draw = Draw.greedy(len(wishes), "cpu")
+    draw.set(wishes)
+    return draw
+
+
+def positions_of(*numbers: int) -> torch.Tensor:
+    return torch.tensor(numbers, dtype=torch.int32)
+
+
+def test_philox_has_the_words_of_its_authors():
+    """Known answers of their library's own tests: counter, key, words."""
+    ones, full = 0xFFFFFFFF, [0xFFFFFFFF] * 4
+    pi = [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344]
+    for counter, key, want in (
+        ([0] * 4, (0, 0), [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+        (full, (ones, ones), [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+        (pi, (0xA4093822, 0x299F31D0), [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]),
+    ):
+        words = philox([torch.tensor([[word]]) for word in counter], [torch.tensor([word]) for word in key])
+        assert [int(word) for word in words] == want
+
+
+def test_noise_belongs_to_seed_position_and_token():
+    seeds, positions = torch.tensor([3, 3, 4, 3 + (1 << 32)]), positions_of(9, 10, 9, 9)
+    noise = gumbel(50, seeds, positions)
+    assert torch.equal(gumbel(50, seeds[1:2], positions[1:2])[0], noise[1])
+    assert torch.equal(gumbel(9, seeds[:1], positions[:1])[0], noise[0, :9])
+    assert len(noise.flatten().unique()) == 200
+
+
+@each_dtype
+def test_the_first_of_the_largest(choose, dtype):
+    logits = torch.randn(3, 3001, generator=torch.Generator().manual_seed(0)).to(dtype).clamp(max=2)  # many are equal
+    want = torch.tensor([int((row == row.max()).nonzero()[0]) for row in logits])
+    assert torch.equal(choose(logits, Draw.greedy(3, "cpu"), positions_of(0, 1, 2)).long(), want)
+
+
+def test_rows_without_a_number_give_some_token(monkeypatch):
+    nan, infinite = float("nan"), float("inf")
+    logits = torch.tensor([[nan] * 4, [-infinite] * 4, [infinite, nan, 0, infinite], [nan, 1, nan, -5]]).half()
+    for wish in (Sampling(), Sampling(1.0, top_k=2, top_p=0.5, min_p=0.1)):
+        with emulated.machine(monkeypatch):
+            tokens = sample(logits, draw_of(*[wish] * 4), positions_of(0, 1, 2, -1)).tolist()
+        assert all(0 <= token < 4 for token in tokens)
+        assert tokens[3] == 1
+
+
+def shaped_by(wish: Sampling, logits: torch.Tensor) -> torch.Tensor:
+    """What the engine makes of logits (V,); of equals at the edge of top-p, the highest ids stay."""
+    theirs = shape_logits(logits[None], [wish])[0]
+    if wish.top_p is None:
+        return theirs
+    shaped = keep_top_k((logits.float() / wish.temperature)[None], wish.top_k or len(logits))
+    shaped = keep_min_p(keep_top_p(shaped, wish.top_p, stable=True), wish.min_p or 0.0)[0]
+    assert torch.equal(shaped.sort().values, theirs.sort().values)
+    return shaped
+
+
+LOGITS = {
+    "apart": lambda: torch.randn(301) * 3,
+    "equals": lambda: (torch.randn(90) * 2).round(),  # a few values, zeros of both signs among them
+    "alike": lambda: torch.zeros(36),
+}
+WISHES = [
+    Sampling(0.7),
+    Sampling(1.5, top_k=7),
+    Sampling(1.0, top_k=1),
+    Sampling(0.8, top_p=0.6),
+    Sampling(2.5, top_p=0.97),
+    Sampling(1.0, top_p=1e-9),
+    Sampling(1.3, min_p=0.08),
+    Sampling(1.7, top_k=20, top_p=0.8, min_p=0.05),
+    Sampling(1.0, top_k=1000, top_p=0.5),
+]
+
+
+@each_dtype
+@pytest.mark.parametrize("kind", LOGITS)
+def test_edges_are_where_the_engine_has_them(choose, kind, dtype):
+    """Positions are looked for at which the weakest tokens that stay win, and those that would if they had not gone."""
+    torch.manual_seed(1)
+    logits, seed, many = LOGITS[kind]().to(dtype), 11, 3000
+    noise = gumbel(len(logits), torch.full((many,), seed), torch.arange(many))
+    rows, wishes, want = [], [], []
+    for wish in WISHES:
+        shaped = shaped_by(wish, logits)
+        winners, kept = (shaped + noise).argmax(-1), shaped.isfinite()
+        free = (logits.float() / wish.temperature + noise).argmax(-1)
+        found = [
+            (winners == token).nonzero() for token in shaped.masked_fill(~kept, 1e9).sort(stable=True).indices[:3].tolist()
+        ]
+        gone = logits.float().masked_fill(kept, -1e9).sort(descending=True).indices[: min(3, int((~kept).sum()))]
+        found += [(free == token).nonzero() for token in gone.tolist()]
+        for at in {int(places[0]) for places in found if len(places)}:
+            rows.append(at)
+            wishes.append(Sampling(wish.temperature, wish.top_k, wish.top_p, wish.min_p, seed=seed))
+            want.append(int(winners[at]))
+    assert len(rows) > 2 * len(WISHES)
+    got = choose(logits.expand(len(rows), -1).contiguous(), draw_of(*wishes), positions_of(*rows))
+    assert got.tolist() == want
+
+
+def chi_square(tokens: torch.Tensor, probabilities: torch.Tensor) -> float:
+    expected = probabilities.double() * len(tokens)
+    counts = tokens.long().bincount(minlength=len(probabilities)).double()
+    return float(((counts - expected) ** 2 / expected).sum())
+
+
+LIMIT = 29.9
+"""Six tokens exceed it once in 65000 times if they are drawn right."""
+
+
+def test_draws_follow_the_distribution(choose):
+    logits = torch.tensor([1.0, 0.25, -1.0, 0.5, 0.0, 2.0]).half()
+    rows = 1500
+    same, probabilities = logits.expand(rows, -1).contiguous(), (logits.float() / 1.25).softmax(-1)
+    for wish, seeds, positions in (
+        (Sampling(1.25, seed=5), None, torch.arange(rows)),  # along a sequence
+        (Sampling(1.25, seed=5), torch.arange(rows) * 77, torch.full((rows,), 40)),  # from request to request
+    ):
+        draw = draw_of(*[wish] * rows)
+        draw = draw if seeds is None else draw._replace(seed=seeds)
+        tokens = choose(same, draw, positions.int())
+        assert chi_square(tokens, probabilities) < LIMIT
+        assert chi_square(tokens, (logits.float() / 1.0).softmax(-1)) > LIMIT  # it would notice another temperature
+        pairs = tokens[1:] * 6 + tokens[:-1]  # neighbours know nothing of each other: 35 degrees of freedom
+        assert chi_square(pairs, torch.outer(probabilities, probabilities).flatten()) < 85
+
+
+def test_wishes_are_checked():
+    draw = Draw.greedy(2, "cpu")
+    with pytest.raises(KernelError, match="1 ways to choose a token for 2 rows"):
+        draw.set([Sampling()])
+    with pytest.raises(KernelError, match="repetition penalty"):
+        draw.set([Sampling(), Sampling(repetition_penalty=1.1)])
+    draw.set([Sampling(0.5), Sampling(0.5)])
+    assert draw.seed[0] != draw.seed[1]
