@@ -326,11 +326,7 @@ def _open_store(
 def refuse_combinations(
     plan: Plan, structure: Structure, method: Quantizer, changes: Sequence[Transform], distill: Distill | None, known: Any
 ) -> None:
-    """Refuse what cannot be done together, with the reason; arguments as in :func:`quantize`, resolved.
-
-    Raises:
-        SpecError, CalibrationError: what does not go together, why, and what to leave out.
-    """
+    """Raise SpecError or CalibrationError where things do not go together; arguments as in :func:`quantize`, resolved."""
     learner = "distillation" if distill else "autoround" if isinstance(method, AutoRound) else None
     check_together(plan, structure, learner=learner, rotated=any(isinstance(change, Rotate) for change in changes))
     if changes and known is not None:
