@@ -369,15 +369,7 @@ def sample(bench: Bench) -> None:
     bench.found["sample"] = rows
 
 
-PARTS = {
-    "machine": machine,
-    "matmul": matmul,
-    "chain": chain,
-    "attention": attention,
-    "sample": sample,
-    "decode": decode,
-    "engine": engine,
-}
+PARTS = {part.__name__: part for part in (machine, matmul, chain, attention, sample, decode, engine)}
 
 
 def main() -> None:
