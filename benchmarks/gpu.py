@@ -1,6 +1,6 @@
 """The CUDA kernels and the recorded decode, side by side with torch's own, in one run on one device.
 
-    python benchmarks/gpu.py [machine matmul chain attention decode engine] [--json results.json] [--quick]
+    python benchmarks/gpu.py [machine matmul chain attention sample decode engine] [--json results.json] [--quick]
 
 Every number is from this run: read and copy rates and a large bf16 product first, the rest as times and as ratios to them
 and to bf16 products (cuBLAS) of the same shape. A time is the median over replays of one CUDA graph that calls the kernel
@@ -30,11 +30,13 @@ from torch.nn import functional as F
 from quantkit.engine.cuda import CudaBackend
 from quantkit.engine.engine import TokenEngine
 from quantkit.engine.request import Limits
+from quantkit.engine.sampling import Sampling
 from quantkit.files import write_json
 from quantkit.kernels import cuda_ops, fragments
 from quantkit.kernels.cuda_attention import PAGE_TOKENS, Pages, Where
 from quantkit.kernels.cuda_decoder import CudaDecoder
 from quantkit.kernels.cuda_graph import GraphDecoder
+from quantkit.kernels.cuda_sampling import Draw
 from quantkit.kernels.program import Attention, Layer, Linear, Mlp, Norm, Program, Rotary
 from quantkit.nn.linear import QuantLinear
 from quantkit.qtensor import QTensor
@@ -343,7 +345,31 @@ def engine(bench: Bench) -> None:
     bench.found["engine"] = rows
 
 
-PARTS = {"machine": machine, "matmul": matmul, "chain": chain, "attention": attention, "decode": decode, "engine": engine}
+def sample(bench: Bench) -> None:
+    """Time the choice of a token by how it is drawn, beside torch's argmax and the sort that a plain top-p begins with."""
+    ops, rows = cuda_ops.ops(), []
+    wishes = {
+        "greedy": Sampling(),
+        "temperature": Sampling(0.8),
+        "top_k": Sampling(0.8, top_k=50),
+        "top_p": Sampling(0.8, top_p=0.95),
+        "all": Sampling(0.8, top_k=50, top_p=0.95, min_p=0.02),
+    }
+    for batch in (1, 4) if bench.smoke else (1, 8, 64):
+        logits = (3 * torch.randn(batch, 512 if bench.smoke else 128256, device=bench.device)).bfloat16()
+        positions = torch.arange(batch, dtype=torch.int32, device=bench.device)
+        contenders: dict[str, list[Callable[[], Any]]] = {}
+        for name, wish in wishes.items():
+            draw = Draw.greedy(batch, bench.device)
+            draw.set([wish] * batch)
+            contenders[name] = [partial(ops.next_tokens, logits, *draw, positions)]
+        contenders |= {"argmax": [partial(logits.argmax, -1)], "sort": [partial(logits.float().sort, -1)]}
+        rows.append({"batch": batch, **bench.compare(contenders)})
+        print(rows[-1])
+    bench.found["sample"] = rows
+
+
+PARTS = {part.__name__: part for part in (machine, matmul, chain, attention, sample, decode, engine)}
 
 
 def main() -> None:

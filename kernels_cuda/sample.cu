@@ -23,25 +23,18 @@ struct Sample {  // SampleStruct of kernels/cuda_sampling.py
   int32_t rows, n, dtype;
 };
 
-template <class T> struct Infinity;
-template <> struct Infinity<Half> { static constexpr uint32_t bits = 0x7c00; };
-template <> struct Infinity<BFloat16> { static constexpr uint32_t bits = 0x7f80; };
-
-// A number's place among all of its type, 0 to 65535: equal for equals, NaN below everything.
-template <class T> __device__ inline uint32_t key_of(uint32_t bits) {
-  if ((bits & 0x7fff) > Infinity<T>::bits) return 0;
-  if (bits == 0x8000) bits = 0;
-  return bits & 0x8000 ? ~bits & 0xffff : bits | 0x8000;
-}
-template <class T> __device__ inline float value_of(uint32_t key) {
-  return to_float(T{uint16_t(key & 0x8000 ? key & 0x7fff : ~key)});
+// The number at a place, 0 to 65535, among all of T in order. Beyond infinity it is NaN, which no number is compared to.
+template <class T> __device__ inline float number_at(uint32_t place) {
+  float value = to_float(T{uint16_t(place & 0x8000 ? place & 0x7fff : ~place)});
+  return value != value && !(place & 0x8000) ? -INFINITY : value;
 }
 
-// The largest x from 0 to `most` that `holds`; it holds for 0, and for everything below what it holds for.
-template <class Holds> __device__ inline uint32_t largest(uint32_t most, int bits, Holds holds) {
+// The largest x of so many bits that `holds`; it holds for 0, and for everything below what it holds for. It is asked about
+// ever larger x, except where it has just said no.
+template <class Holds> __device__ inline uint32_t largest(int bits, Holds holds) {
   uint32_t found = 0;
   for (uint32_t bit = 1u << (bits - 1); bit; bit /= 2)
-    if ((found | bit) <= most && holds(found | bit)) found |= bit;
+    if (holds(found | bit)) found |= bit;
   return found;
 }
 
@@ -61,56 +54,67 @@ __device__ inline float gumbel(uint32_t random) { return -logf(-log1pf(-(float(r
 template <class T> struct Row {
   const uint16_t* logits;
   const int n;
-  const float temperature;
-  float* sums;   // shared memory: a value per warp
+  const float inverse;  // of the temperature
+  float* sums;          // shared memory: a value per warp
   int* counts;
-  float top;     // the largest logit over the temperature
+  float most;           // the largest logit
 
-  __device__ float value(uint32_t key) const { return value_of<T>(key) / temperature; }
-  __device__ float weight(uint32_t key) const { return expf(value(key) - top); }
-
-  // f(token, key) for this thread's tokens: four neighbours in turn.
+  // f(token, logit) for this thread's tokens: eight neighbours in turn.
   template <class F> __device__ void each(F f) const {
-    for (int first = 4 * threadIdx.x; first < n; first += 4 * blockDim.x) {
-      if (n % 4 == 0) {
-        const uint2 four = *reinterpret_cast<const uint2*>(logits + first);
-        f(first, key_of<T>(four.x & 0xffff)), f(first + 1, key_of<T>(four.x >> 16));
-        f(first + 2, key_of<T>(four.y & 0xffff)), f(first + 3, key_of<T>(four.y >> 16));
-      } else {
-        for (int i = first; i < first + 4 && i < n; ++i) f(i, key_of<T>(logits[i]));
+    if (n % 8 == 0) {
+#pragma unroll 2
+      for (int first = 8 * threadIdx.x; first < n; first += 8 * blockDim.x) {
+        const uint4 eight = *reinterpret_cast<const uint4*>(logits + first);
+        const uint32_t words[4] = {eight.x, eight.y, eight.z, eight.w};
+#pragma unroll
+        for (int i = 0; i < 8; ++i) f(first + i, to_float(T{uint16_t(words[i / 2] >> (i % 2 * 16))}));
       }
+    } else {
+      for (int first = 8 * threadIdx.x; first < n; first += 8 * blockDim.x)
+        for (int i = first; i < first + 8 && i < n; ++i) f(i, to_float(T{logits[i]}));
     }
   }
   template <class If> __device__ int count(If counted) const {
     int mine = 0;
-    each([&](int i, uint32_t key) { mine += counted(i, key); });
+    each([&](int i, float x) { mine += counted(i, x); });
     return block_sum(mine, counts);
   }
-  // Sum of the weights of keys from `low` to before `end`: never less for a larger end, since rounding is monotone.
-  __device__ float mass(uint32_t low, uint32_t end) const {
+  __device__ float score(float x) const { return (x - most) * inverse; }  // log of a probability, but for a constant
+  // Sum of the probabilities, but for a factor, of logits from `low` to before `end`.
+  __device__ float mass(float low, float end) const {
     float mine = 0;
-    each([&](int, uint32_t key) { if (key >= low && key < end) mine += weight(key); });
+    each([&](int, float x) { if (x >= low && x < end) mine += expf(score(x)); });
     return block_sum(mine, sums);
   }
 };
 
-// What top-k and top-p keep: keys above `key`, and of equals the tokens from `token` on.
-struct Edge { uint32_t key; int token; };
+// What top-k and top-p keep: logits above `value`, and of its equals the tokens from `token` on.
+struct Edge { float value; int token; };
 
-template <class T> __device__ Edge edge_of(const Row<T>& row, uint32_t most, int top_k, float rest) {
-  uint32_t low = 0;
+template <class T> __device__ Edge edge_of(const Row<T>& row, int top_k, float rest) {
+  float low = -INFINITY;
   if (top_k < row.n)
-    low = largest(0xffff, 16, [&](uint32_t end) { return row.count([=](int, uint32_t key) { return key >= end; }) >= top_k; });
-  if (low == 0) low = 1;  // no NaN
+    low = number_at<T>(largest(16, [&](uint32_t place) {
+      const float end = number_at<T>(place);
+      return row.count([=](int, float x) { return x >= end; }) >= top_k;
+    }));
   if (rest <= 0) return {low, 0};
-  const float bound = rest * row.mass(low, 0x10000);
-  const uint32_t edge = largest(most, 16, [&](uint32_t end) { return row.mass(low, end) <= bound; });
-  const int equals = row.count([=](int, uint32_t key) { return key == edge; });
-  const float room = (bound - row.mass(low, edge)) / row.weight(edge);
+  const float bound = rest * row.mass(low, INFINITY);
+  float below = 0, edge = low;  // what lies under the edge has been summed up, and is not again
+  largest(16, [&](uint32_t place) {
+    const float end = number_at<T>(place);
+    if (!(end <= row.most)) return false;
+    const float more = row.mass(edge, end);
+    if (below + more > bound) return false;
+    below += more, edge = fmaxf(edge, end);
+    return true;
+  });
+  const int equals = row.count([=](int, float x) { return x == edge; });
+  const float room = (bound - below) / expf(row.score(edge));
   const int go = room < float(equals - 1) ? int(room) : equals - 1;
   if (go <= 0) return {edge, 0};
-  const uint32_t token = largest(uint32_t(row.n), 31, [&](uint32_t end) {
-    return row.count([=](int i, uint32_t key) { return key == edge && i < int(end); }) <= go;
+  const uint32_t token = largest(31, [&](uint32_t end) {
+    return end <= uint32_t(row.n) && row.count([=](int i, float x) { return x == edge && i < int(end); }) <= go;
   });
   return {edge, int(token)};
 }
@@ -120,35 +124,36 @@ template <class T> __global__ void __launch_bounds__(1024) sample(Sample a) {
   __shared__ float sums[32];
   __shared__ int counts[32];
   const int at = blockIdx.x;
-  Row<T> row{static_cast<const uint16_t*>(a.logits) + at * int64_t(a.n), a.n, a.temperature[at], sums, counts, 0};
+  const float temperature = a.temperature[at];
+  Row<T> row{static_cast<const uint16_t*>(a.logits) + at * int64_t(a.n), a.n, 1.0f / temperature, sums, counts, 0};
   Best best = no_best();
-  row.each([&](int i, uint32_t key) { best = better(best, {value_of<T>(key), i}); });
-  best = block_reduce(best, no_best(), bests, better);
-  const int likely = best.index < a.n ? best.index : 0;
-  if (row.temperature == 0 || best.index >= a.n) {
-    if (threadIdx.x == 0) a.chosen[at] = likely;
+  row.each([&](int i, float x) { best = better(best, {x, i}); });
+  const Best likely = block_reduce(best, no_best(), bests, better);
+  if (temperature == 0 || likely.index >= a.n) {
+    if (threadIdx.x == 0) a.chosen[at] = likely.index < a.n ? likely.index : 0;
     return;
   }
-  const uint32_t most = key_of<T>(row.logits[likely]);
-  row.top = row.value(most);
-  const Edge edge = edge_of(row, most, a.top_k[at], a.rest[at]);
+  row.most = likely.value;
+  const Edge edge = edge_of(row, a.top_k[at], a.rest[at]);
   const float min_p = a.min_p[at];
   const uint64_t seed = uint64_t(a.seed[at]);
   uint32_t noise[4];
   int drawn = -1;  // the four tokens whose noise that is
   best = no_best();
-  row.each([&](int i, uint32_t key) {
-    if (key < edge.key || (key == edge.key && i < edge.token) || (min_p > 0 && key < most && row.weight(key) < min_p)) return;
+  row.each([&](int i, float x) {
+    if (!(x > edge.value || (x == edge.value && i >= edge.token))) return;
+    const float score = row.score(x);
+    if (min_p > 0 && x < row.most && expf(score) < min_p) return;
     if (drawn != i / 4) {
       drawn = i / 4;
       noise[0] = uint32_t(drawn), noise[1] = uint32_t(a.position[at]), noise[2] = noise[3] = 0;
       philox(noise, uint32_t(seed), uint32_t(seed >> 32));
     }
     const uint32_t word = i % 4 == 0 ? noise[0] : i % 4 == 1 ? noise[1] : i % 4 == 2 ? noise[2] : noise[3];
-    best = better(best, {row.value(key) + gumbel(word), i});
+    best = better(best, {score + gumbel(word), i});
   });
   best = block_reduce(best, no_best(), bests, better);
-  if (threadIdx.x == 0) a.chosen[at] = best.index < a.n ? best.index : likely;
+  if (threadIdx.x == 0) a.chosen[at] = best.index < a.n ? best.index : likely.index;
 }
 
 }  // namespace qk

@@ -33,17 +33,34 @@ class Wish(Protocol):
     """How somebody wants tokens chosen; :class:`quantkit.engine.sampling.Sampling` says what each means."""
 
     @property
-    def temperature(self) -> float: ...  # noqa: D102
+    def temperature(self) -> float:
+        """0 takes the most likely token."""
+        ...
+
     @property
-    def top_k(self) -> int | None: ...  # noqa: D102
+    def top_k(self) -> int | None:
+        """So many most likely tokens; None for all."""
+        ...
+
     @property
-    def top_p(self) -> float | None: ...  # noqa: D102
+    def top_p(self) -> float | None:
+        """The most likely tokens that reach this probability; None for all."""
+        ...
+
     @property
-    def min_p(self) -> float | None: ...  # noqa: D102
+    def min_p(self) -> float | None:
+        """Tokens at least this fraction as likely as the most likely one; None for all."""
+        ...
+
     @property
-    def repetition_penalty(self) -> float: ...  # noqa: D102
+    def repetition_penalty(self) -> float:
+        """1, or it is refused."""
+        ...
+
     @property
-    def seed(self) -> int | None: ...  # noqa: D102
+    def seed(self) -> int | None:
+        """Of the noise; None for a fresh one."""
+        ...
 
 
 class Draw(NamedTuple):

@@ -89,7 +89,8 @@ def prepack(qtensor: QTensor, interleave: bool = False) -> Fragments:
 
 def in_turn(values: Tensor, axis: int = 0) -> Tensor:
     """Return [gate | up] along ``axis`` as gate and up in turn: rows 0, N/2, 1, N/2 + 1, and so on."""
-    return values.unflatten(axis, (2, -1)).transpose(axis, axis + 1).flatten(axis, axis + 1)
+    pairs: Tensor = values.unflatten(axis, (2, -1))
+    return pairs.transpose(axis, axis + 1).flatten(axis, axis + 1)
 
 
 def restore(weight: Fragments, spec: QuantSpec, expert: int | None = None) -> QTensor:
