@@ -119,7 +119,7 @@ template <class T> __device__ Edge edge_of(const Row<T>& row, int top_k, float r
   return {edge, int(token)};
 }
 
-template <class T> __global__ void __launch_bounds__(1024) sample(Sample a) {
+template <class T> __global__ void __launch_bounds__(1024, 1) sample(Sample a) {
   __shared__ Best bests[32];
   __shared__ float sums[32];
   __shared__ int counts[32];
