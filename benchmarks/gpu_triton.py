@@ -24,7 +24,7 @@ _CONFIGS = [
 def _product(
     x, codes, scale, y, m, n, k, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
 ):
-    """x (m, k) bfloat16, codes int32 (k / 8, n), scale float16 (k / GROUP, n), y (m, n) bfloat16."""
+    """Multiply x (m, k) by codes int32 (k / 8, n), scale float16 (k / GROUP, n) into y (m, n) of x's dtype."""
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inner = tl.arange(0, BLOCK_K)
@@ -36,8 +36,8 @@ def _product(
         words = tl.load(codes + (at // 8)[:, None] * n + columns[None, :])
         weight = ((words >> ((at % 8) * 4)[:, None]) & 15) - 8
         scales = tl.load(scale + (start // GROUP) * n + columns).to(tl.float32)
-        total += tl.dot(part, weight.to(tl.bfloat16)) * scales[None, :]
-    tl.store(y + rows[:, None] * n + columns[None, :], total.to(tl.bfloat16), mask=there)
+        total += tl.dot(part, weight.to(part.dtype)) * scales[None, :]
+    tl.store(y + rows[:, None] * n + columns[None, :], total.to(y.dtype.element_ty), mask=there)
 
 
 def product(weight: QTensor) -> Callable[[Tensor], Tensor]:

@@ -173,7 +173,7 @@ template <class T, int kKind, int kTokens8> struct Worker {
   }
 
   __device__ void run(int begin, int end) {
-#pragma unroll
+#pragma unroll 1  // once per block: three copies of it would want more registers than the loop that matters
     for (int s = 0; s < kStages - 1; ++s) {
       if (begin + s < end) fetch(begin + s, s);
       copies_commit();
@@ -252,16 +252,11 @@ __device__ void finish(const Matmul& m, const float (&total)[kParts][kTokens8][4
   if (threadIdx.x == 0) m.arrived[tile] = 0;
 }
 
-// Blocks that share an SM, which bounds the registers of a thread: on Blackwell fp8 takes more of them than three blocks leave.
-template <int kKind, int kTokens8> constexpr int blocks_per_sm() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-  if (kKind == kFp8 && kTokens8 == 2) return 2;
-#endif
-  return kTokens8 == 1 ? 4 : kTokens8 == 2 ? 3 : 2;
-}
+// Blocks that share an SM, which bounds the registers of a thread.
+template <int kTokens8> constexpr int blocks_per_sm() { return kTokens8 == 1 ? 4 : kTokens8 == 2 ? 3 : 2; }
 
 template <class T, int kKind, int kTokens8>
-__global__ void __launch_bounds__(kMostWarps* kWarp, (blocks_per_sm<kKind, kTokens8>())) matmul(Matmul m) {
+__global__ void __launch_bounds__(kMostWarps* kWarp, (blocks_per_sm<kTokens8>())) matmul(Matmul m) {
   using W = Worker<T, kKind, kTokens8>;
   constexpr int kTokens = 8 * kTokens8;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
