@@ -36,7 +36,7 @@ from quantkit.kernels import cuda_ops, fragments
 from quantkit.kernels.cuda_attention import PAGE_TOKENS, Pages, Where
 from quantkit.kernels.cuda_decoder import CudaDecoder
 from quantkit.kernels.cuda_graph import GraphDecoder
-from quantkit.kernels.cuda_sampling import Draw
+from quantkit.kernels.draw import Draw
 from quantkit.kernels.program import Attention, Layer, Linear, Mlp, Norm, Program, Rotary
 from quantkit.nn.linear import QuantLinear
 from quantkit.qtensor import QTensor

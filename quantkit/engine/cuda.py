@@ -2,8 +2,9 @@
 
 Decoding is short runs of tokens (one, or one and its drafts) of several sequences. Such a step is a CUDA graph, recorded once
 for each of :data:`CudaBackend.RECORDED_ROWS` rows, the next larger number of which is taken: rows that are too many stand at
-position -1, where they write nothing and read zeros. A step's tokens, positions and slots go to the device in one copy, pages
-in another when a sequence has got new ones, and nothing waits for the device until the caller reads the logits.
+position -1, where they write nothing and read zeros. A step's tokens, positions, slots and how to draw go to the device in one
+copy, pages in another when a sequence has got new ones. Tokens are chosen in the step and kept on the device by slot, so that
+the next step can follow at once; nothing waits for the device until somebody reads tokens or logits.
 
 Steps with a longer run in them (a chunk of a prompt) are not recorded: their products are large enough to hide the host. Short
 runs come first in them, longer ones are cut into tiles that attend together.
@@ -15,11 +16,13 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
-from quantkit.engine.step import Copy, Memory, Span
+from quantkit.engine.step import CHOSEN, Copy, Memory, Pick, Span
 from quantkit.errors import KernelError, QuantkitError
+from quantkit.kernels import cuda_ops
 from quantkit.kernels.cuda_attention import PAGE_TOKENS, Pages, Where, cut
 from quantkit.kernels.cuda_decoder import CudaDecoder, Prompts
 from quantkit.kernels.cuda_graph import record
+from quantkit.kernels.draw import Draw
 
 
 class _Rows(NamedTuple):
@@ -40,25 +43,86 @@ class _Rows(NamedTuple):
     tiles: list[tuple[int, int]]
 
 
+class _Inputs:
+    """What the device is told about some rows, in one copy.
+
+    Attributes:
+        words: int32 (9 * rows,): all of it.
+        tokens, positions, slots: int32 (rows,); token -1 is the one that was chosen last in the slot.
+        draw: how a token is chosen after each row.
+    """
+
+    def __init__(self, words: Tensor) -> None:
+        rows = len(words) // 9
+        self.words, seed = words, words[: 2 * rows].view(torch.int64)
+        self.tokens, self.positions, self.slots, *numbers = words[2 * rows :].view(7, rows)
+        temperature, rest, min_p = (part.view(torch.float32) for part in (numbers[0], *numbers[2:]))
+        self.draw = Draw(temperature, numbers[1], rest, min_p, seed)
+
+    @classmethod
+    def of(cls, rows: _Rows, size: int, picks: Sequence[Pick] | None) -> "_Inputs":
+        """Lay rows out on the host, and after them, up to ``size``, some that stand nowhere."""
+        inputs, count = cls(torch.zeros(9 * size, dtype=torch.int32)), len(rows.tokens)
+        tokens, positions, slots = (part.numpy() for part in (inputs.tokens, inputs.positions, inputs.slots))
+        tokens[:count], positions[:count], slots[:count] = rows.tokens, rows.positions, rows.slots
+        positions[count:] = -1
+        if picks:
+            drawn = Draw.of([pick.sampling for pick in picks], [pick.seed for pick in picks], "cpu")
+            for part, numbers in zip(inputs.draw, drawn, strict=True):
+                part[rows.wanted] = numbers
+        return inputs
+
+
 class _Recorded:
-    """A step of a fixed number of rows: where it reads its rows from, (3, rows), and how it is run."""
+    """A step of a fixed number of rows: where it reads them from, and how it is run."""
 
     def __init__(self, backend: "CudaBackend", rows: int) -> None:
-        self.inputs = torch.zeros((3, rows), dtype=torch.int32, device=backend.device)
-        self.inputs[1] = -1  # rows that write nothing, while it is recorded
+        self.inputs = _Inputs(torch.zeros(9 * rows, dtype=torch.int32, device=backend.device))
+        self.inputs.positions.fill_(-1)  # rows that write nothing, while it is recorded
         self._backend, self._graph = backend, None
         if backend.device.type == "cuda":
-            self._graph, self._logits = record(self._step, backend.stream, pool=backend.pool)
+            self._graph, self._results = record(self._step, backend.stream, pool=backend.pool)
 
-    def run(self) -> Tensor:
-        """Return the logits of all rows; the next run overwrites them."""
+    def run(self) -> tuple[Tensor, Tensor]:
+        """Return logits and chosen tokens of all rows; the next run overwrites them."""
         if self._graph is None:
             return self._step()
         self._graph.replay()
-        return self._logits
+        return self._results
 
-    def _step(self) -> Tensor:
+    def _step(self) -> tuple[Tensor, Tensor]:
         return self._backend.run(self.inputs)
+
+
+class _Flight:
+    """A step on its way; see :class:`quantkit.engine.step.Flight`.
+
+    Args:
+        logits, chosen: of all rows, or of those that are wanted.
+        wanted: which of them are wanted; None for all.
+    """
+
+    def __init__(self, logits: Tensor, chosen: Tensor, wanted: list[int] | None) -> None:
+        self._logits, self._wanted = logits, wanted
+        self._chosen, self._there = chosen, None
+        if chosen.is_cuda:
+            self._chosen = torch.empty(chosen.shape, dtype=chosen.dtype, pin_memory=True)
+            self._chosen.copy_(chosen, non_blocking=True)
+            self._there = torch.cuda.Event()
+            self._there.record(torch.cuda.current_stream(chosen.device))
+
+    def tokens(self) -> list[int]:
+        if self._there is not None:
+            self._there.synchronize()
+        tokens: list[int] = self._chosen.tolist()
+        return tokens if self._wanted is None else [tokens[row] for row in self._wanted]
+
+    def logits(self) -> Tensor:
+        if self._wanted is None:
+            return self._logits
+        if self._wanted == list(range(len(self._wanted))):
+            return self._logits[: len(self._wanted)].clone()
+        return self._logits[torch.tensor(self._wanted).to(self._logits.device, non_blocking=True)]
 
 
 class CudaBackend:
@@ -88,7 +152,7 @@ class CudaBackend:
         self._kind = kv
         self._memory: Memory | None = None
         self._pages: list[Pages] = []
-        self._table = torch.empty(0, dtype=torch.int32)
+        self._table = self._newest = torch.empty(0, dtype=torch.int32)
         self._known: list[list[int]] = []  # what stands in the table, by slot
         self._recorded: dict[int, _Recorded] = {}
         if self.device.type == "cuda":
@@ -108,6 +172,7 @@ class CudaBackend:
         self.decoder.lengthen(longest)
         self._pages = self.decoder.pages(memory.pages, self._kind)
         self._known = [[] for _ in range(memory.slots)]
+        self._newest = torch.zeros(memory.slots + 1, dtype=torch.int32, device=self.device)
         self._table = torch.zeros((memory.slots, -(-longest // PAGE_TOKENS)), dtype=torch.int32, device=self.device)
 
     def bytes_for(self, memory: Memory) -> int:
@@ -119,9 +184,13 @@ class CudaBackend:
         """Bytes of keys and values allocated now."""
         return sum(pages.nbytes for pages in self._pages)
 
-    @torch.no_grad()
     def step(self, spans: Sequence[Span], copies: Sequence[Copy] = ()) -> Tensor:
         """Run ``spans``; see :class:`~quantkit.engine.step.Backend`."""
+        return self.launch(spans, copies, None).logits()
+
+    @torch.no_grad()
+    def launch(self, spans: Sequence[Span], copies: Sequence[Copy], picks: Sequence[Pick] | None) -> _Flight:
+        """Begin a step; see :class:`~quantkit.engine.step.Chooser`. Without ``picks`` the most likely tokens are chosen."""
         assert self._memory is not None, "reserve comes first"
         for source, target, _ in copies:
             for stored in (part for pages in self._pages for part in pages[:4] if part is not None):
@@ -132,23 +201,26 @@ class CudaBackend:
         count = len(rows.tokens)
         if rows.tiles or count > self.RECORDED_ROWS[-1]:
             prompts = Prompts(rows.singles, self._sent(rows.tiles)) if rows.tiles else None
-            wanted = self._sent(rows.wanted, torch.int64)
-            return self.run(self._sent([rows.tokens, rows.positions, rows.slots]), wanted, prompts)
+            inputs = _Inputs(_Inputs.of(rows, count, picks).words.to(self.device, non_blocking=True))
+            return _Flight(*self.run(inputs, self._sent(rows.wanted, torch.int64), prompts), None)
         size = next(size for size in self.RECORDED_ROWS if size >= count)
-        spare = size - count
         if size not in self._recorded:
             self._recorded[size] = _Recorded(self, size)
-        inputs = [[*rows.tokens, *[0] * spare], [*rows.positions, *[-1] * spare], [*rows.slots, *[0] * spare]]
-        self._recorded[size].inputs.copy_(torch.tensor(inputs, dtype=torch.int32), non_blocking=True)
-        logits = self._recorded[size].run()
-        if rows.wanted == list(range(count)):
-            return logits[:count].clone()
-        return logits[self._sent(rows.wanted, torch.int64)]
+        recorded = self._recorded[size]
+        recorded.inputs.words.copy_(_Inputs.of(rows, size, picks).words, non_blocking=True)
+        return _Flight(*recorded.run(), rows.wanted)
 
-    def run(self, inputs: Tensor, wanted: Tensor | None = None, prompts: Prompts | None = None) -> Tensor:
-        """Run rows given as int32 (3, rows), tokens, positions and slots on the device; see :meth:`CudaDecoder.step`."""
-        where = Where(inputs[1], inputs[2], self._table)
-        return self.decoder.step(inputs[0], where, self._pages, wanted, prompts=prompts)
+    def run(self, inputs: _Inputs, wanted: Tensor | None = None, prompts: Prompts | None = None) -> tuple[Tensor, Tensor]:
+        """Run rows on the device; return logits and chosen tokens, of all rows or those ``wanted``."""
+        positions, slots, draw = inputs.positions, inputs.slots, inputs.draw
+        tokens = torch.where(inputs.tokens < 0, self._newest[slots], inputs.tokens)
+        logits = self.decoder.step(tokens, Where(positions, slots, self._table), self._pages, wanted, prompts=prompts)
+        if wanted is not None:
+            positions, slots, draw = positions[wanted], slots[wanted], Draw(*(part[wanted] for part in draw))
+        chosen = cuda_ops.ops().next_tokens(logits.contiguous(), *draw, positions)
+        nowhere = len(self._newest) - 1
+        self._newest.index_copy_(0, torch.where(positions < 0, nowhere, slots), chosen.clamp(min=0))
+        return logits, chosen
 
     @property
     def _longest(self) -> int:
@@ -173,12 +245,12 @@ class CudaBackend:
 
     def _check(self, rows: _Rows) -> None:
         """Check what the kernels rely on."""
-        for name, values, limit in (
-            ("token", rows.tokens, self.decoder.program.tokens),
-            ("position", rows.positions, min(self._table.shape[1] * PAGE_TOKENS, self.decoder.context_tokens)),
-            ("slot", rows.slots, len(self._known)),
+        for name, values, least, limit in (
+            ("token", rows.tokens, CHOSEN, self.decoder.program.tokens),
+            ("position", rows.positions, 0, min(self._table.shape[1] * PAGE_TOKENS, self.decoder.context_tokens)),
+            ("slot", rows.slots, 0, len(self._known)),
         ):
-            if min(values) < 0 or max(values) >= limit:
+            if min(values) < least or max(values) >= limit:
                 raise KernelError(f"{name}s from {min(values)} to {max(values)}; want 0 to {limit - 1}")
 
     def _tell_pages(self, spans: Sequence[Span]) -> None:

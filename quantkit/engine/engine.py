@@ -5,32 +5,63 @@
         for event in engine.step(): ...
 
 A step asks the drafter for guesses, lets the scheduler choose tokens (:mod:`.scheduler`), runs them through the backend
-(:mod:`.step`), chooses what follows wherever a sequence has come to its end (:mod:`.sampling`), and reports it. Nothing runs
-between two steps, so requests come and go at any time. A single request is the same code with a batch of one.
+(:mod:`.step`), chooses what follows wherever a sequence has come to its end (:mod:`.choosing`), and reports it. Requests come
+and go between two steps. A single request is the same code with a batch of one.
+
+A backend that chooses tokens itself is given the next step before the tokens of this one are known, wherever it is the same for
+all of them: one token more for every sequence. Reporting, and whatever callers do, happens while it computes.
 
 An engine is used from one thread.
 """
 
+import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
+from quantkit.engine.choosing import Owner, choose_tokens, logprobs_of, picks_of
 from quantkit.engine.drafters import Ask, Costs, Drafter, DraftLength
 from quantkit.engine.pages import Pages
 from quantkit.engine.request import Event, FinishReason, Limits, Logprob, QueueFull, Request, check_tokens
-from quantkit.engine.sampling import Noise, Sampling, choose, not_finite, shape_logits
+from quantkit.engine.sampling import Sampling, not_finite
 from quantkit.engine.scheduler import Running, Scheduler, Step
-from quantkit.engine.step import Backend, Memory
+from quantkit.engine.step import CHOSEN, Backend, Chooser, Flight, Memory, Span
 from quantkit.errors import QuantkitError
 
 KV_BUDGET_BYTES = 1 << 30
 """Key/value memory when the limits do not say."""
 UNKNOWN_CONTEXT_TOKENS = 4096
 """Longest sequence when neither the limits nor the model say."""
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A step that is planned, then under way.
+
+    Attributes:
+        plan: what runs.
+        owners: of its rows of logits.
+        drafting_s: what its drafts took.
+        going: logits, or the backend's step on its way; None before it is launched.
+        started_s: when that was.
+    """
+
+    plan: Step
+    owners: list[Owner]
+    drafting_s: float
+    going: Tensor | Flight | None = None
+    started_s: float = 0.0
+
+    def outcome(self) -> tuple[list[int], Tensor | None]:
+        """Wait for the tokens; return logits too if somebody asked for probabilities."""
+        assert self.going is not None
+        if isinstance(self.going, Tensor):
+            return choose_tokens(self.owners, self.going), self.going
+        asked = any(owner.request.logprobs is not None for owner in self.owners)
+        return self.going.tokens(), self.going.logits() if asked else None
 
 
 class TokenEngine:
@@ -72,6 +103,9 @@ class TokenEngine:
         self._requests: dict[Running, Request] = {}
         self._pending: list[Event] = []
         self._next_number = 0
+        self._chooser = backend if isinstance(backend, Chooser) else None
+        self._flight: _Flight | None = None
+        self._free_s = 0.0
 
     def use_drafter(self, drafter: Drafter | None) -> None:
         """Guess ahead with ``drafter`` from the next step on; None decodes one token per sequence and step.
@@ -135,7 +169,7 @@ class TokenEngine:
             frozenset(stop_tokens),
             watch,
             logprobs,
-            Noise(sampling, self.backend.device),
+            secrets.randbits(63) if sampling.seed is None else sampling.seed,
             Running(self._next_number, list(ids)),
         )
         self._next_number += 1
@@ -162,29 +196,79 @@ class TokenEngine:
         tokens, so the engine can go on.
         """
         events, self._pending = self._pending, []
+        flight, self._flight = self._flight or self._begin(), None
+        if flight is None:
+            return events
+        try:
+            if flight.going is None:
+                self._launch(flight)
+            self._flight = self._run_ahead(flight)
+            self._take(flight, events)
+        except BaseException:
+            for sequence in flight.plan.sequences:
+                if sequence.slot is not None:
+                    self.scheduler.preempt(sequence)
+            self._flight, self._pending = None, events  # what was certain is reported by the next step
+            raise
+        if self._flight is not None and not any(owner.request.sequence in self._requests for owner in self._flight.owners):
+            self._flight = None
+        now = time.perf_counter()
+        step_s, self._free_s = now - max(flight.started_s, self._free_s), now
+        spans = flight.plan.spans
+        self.stats["steps"] += 1
+        self.stats["rows"] += sum(len(span.ids) for span in spans)
+        self.stats["busy_us"] += int((flight.drafting_s + step_s) * 1e6)
+        drafts = [span.wanted - 1 for span in spans if span.wanted == len(span.ids)]
+        if self._drafter is not None and len(drafts) == len(spans):
+            self._costs.observe(len(drafts), sum(drafts), max(drafts), flight.drafting_s, step_s)
+        return events
+
+    def _begin(self) -> "_Flight | None":
+        """Ask for drafts and decide on the next step; None if there is nothing to do."""
         asked = time.perf_counter()
         self._draft()
         drafting_s = time.perf_counter() - asked
         plan = self.scheduler.schedule()
-        if not plan.spans:
-            return events
-        try:
-            started = time.perf_counter()
-            self._take(plan, self.backend.step(plan.spans, plan.copies), events)
-        except BaseException:
-            for sequence in plan.sequences:
-                if sequence.slot is not None:
-                    self.scheduler.preempt(sequence)
-            self._pending = events  # what was certain is reported by the next step
-            raise
-        self.stats["steps"] += 1
-        self.stats["rows"] += sum(len(span.ids) for span in plan.spans)
-        step_s = time.perf_counter() - started
-        self.stats["busy_us"] += int((drafting_s + step_s) * 1e6)
-        drafts = [span.wanted - 1 for span in plan.spans if span.wanted == len(span.ids)]
-        if self._drafter is not None and len(drafts) == len(plan.spans):
-            self._costs.observe(len(drafts), sum(drafts), max(drafts), drafting_s, step_s)
-        return events
+        return _Flight(plan, self._owners(plan), drafting_s) if plan.spans else None
+
+    def _owners(self, plan: Step) -> list[Owner]:
+        pairs = zip(plan.spans, plan.sequences, strict=True)
+        return [Owner(self._requests[sequence], ahead) for span, sequence in pairs for ahead in range(span.wanted)]
+
+    def _launch(self, flight: "_Flight") -> None:
+        """Let the backend run a step, and choose the tokens if it can."""
+        flight.started_s, plan = time.perf_counter(), flight.plan
+        picks = picks_of(flight.owners)
+        if self._chooser is not None and picks:
+            flight.going = self._chooser.launch(plan.spans, plan.copies, picks)
+        else:
+            flight.going = self.backend.step(plan.spans, plan.copies)
+
+    def _run_ahead(self, flight: "_Flight") -> "_Flight | None":
+        """Launch the step after one whose tokens nobody knows yet, if it is the same whatever they are.
+
+        A sequence that ends meanwhile takes part all the same: what it writes lies in pages that nobody reads, and whoever gets
+        them next writes after it.
+        """
+        others = self._drafter is not None or self.scheduler.admits or len(self.scheduler.running) > len(flight.plan.sequences)
+        if isinstance(flight.going, Tensor) or others or any(owner.request.logprobs is not None for owner in flight.owners):
+            return None
+        spans, sequences, owners = list[Span](), list[Running](), list[Owner]()
+        for span, sequence in zip(flight.plan.spans, flight.plan.sequences, strict=True):
+            request, count = self._requests.get(sequence), len(span.ids)
+            if request is None or (span.wanted and request.remaining == 1):
+                continue  # has ended, or ends with this token
+            after = Owner(request, 1)
+            if span.wanted != 1 or after.pick is None or self.scheduler.reserve(sequence, count + 1) <= count:
+                return None
+            spans.append(Span(span.slot, span.start + count, [CHOSEN], sequence.table, 1))
+            sequences.append(sequence)
+            owners.append(after)
+        if not spans:
+            return None
+        ahead = _Flight(Step(spans, sequences, []), owners, 0.0)
+        self._launch(ahead)
+        return ahead
 
     def _check_fits(self, prompt: int, new: int) -> None:
         longest = self.limits.context_tokens
@@ -214,35 +298,31 @@ class TokenEngine:
                 count = min(count, self.scheduler.reserve(sequence, count + 1))
             if count:
                 assert sequence.slot is not None
-                told = request.number, sequence.slot, sequence.ids, count, request.sampling, request.noise
+                told = request.number, sequence.slot, sequence.ids, count, request.sampling, request.seed
                 asks.append(Ask(*told, sequence.table if self._drafter.shares_memory else ()))
         drafts = dict(zip((ask.number for ask in asks), self._drafter.propose(asks) if asks else [], strict=True))
         for sequence in self.scheduler.running:
             sequence.drafts = drafts.get(sequence.number, [])
 
-    def _take(self, plan: Step, logits: Tensor, events: list[Event]) -> None:
-        """Choose a token for every row of logits and give each sequence those that follow from each other."""
-        owners = [
-            (self._requests[s], ahead)
-            for span, s in zip(plan.spans, plan.sequences, strict=True)
-            for ahead in range(span.wanted)
-        ]
-        chosen, shaped, logprobs = self._choose(owners, logits)
+    def _take(self, flight: "_Flight", events: list[Event]) -> None:
+        """Give each sequence those tokens that follow from each other."""
+        plan = flight.plan
+        chosen, logits = flight.outcome()
+        logprobs = {} if logits is None else logprobs_of(flight.owners, logits, chosen)
         row = 0
         for span, sequence in zip(plan.spans, plan.sequences, strict=True):
-            end = span.start + len(span.ids)
-            if not span.wanted:
-                self.scheduler.advance(sequence, end)
+            request, known = self._requests.get(sequence), len(sequence.ids)
+            if request is None:  # has ended since this was launched
+                row += span.wanted
                 continue
-            request, known, guesses = (
-                self._requests[sequence],
-                len(sequence.ids),
-                list(span.ids)[len(span.ids) - span.wanted + 1 :],
-            )
+            if not span.wanted:
+                self.scheduler.advance(sequence, span.start + len(span.ids))
+                continue
+            guesses = list(span.ids)[len(span.ids) - span.wanted + 1 :]
             finish: FinishReason | None = None
             for i in range(row, row + span.wanted):
                 if chosen[i] < 0:
-                    finish, request.error = "error", not_finite(shaped[i])
+                    finish, request.error = "error", not_finite()
                     events.append(Event(request, None, finish))
                 else:
                     finish = self._give(request, chosen[i], logprobs.get(i), events)
@@ -255,36 +335,9 @@ class TokenEngine:
             if finish:
                 self._finish(request, finish)
 
-    @torch.inference_mode()
-    def _choose(self, owners: list[tuple[Request, int]], logits: Tensor) -> tuple[list[int], Tensor, dict[int, Logprob]]:
-        """Choose for each row; return tokens (-1 where there is none), shaped logits, and log probabilities asked for."""
-        if not owners:
-            return [], logits, {}
-        held_back = [
-            (row, token)
-            for row, (request, ahead) in enumerate(owners)
-            if request.answered + ahead < request.min_new_tokens
-            for token in request.stop_tokens
-            if 0 <= token < logits.shape[-1]
-        ]
-        raw = logits
-        if held_back:
-            raw = logits.clone()
-            raw[[row for row, _ in held_back], [token for _, token in held_back]] = float("-inf")
-        histories = [
-            [*request.sequence.ids, *request.sequence.drafts[:ahead]] if request.sampling.repetition_penalty != 1 else []
-            for request, ahead in owners
-        ]
-        kept = raw is logits and any(request.logprobs is not None for request, _ in owners)
-        shaped = shape_logits(raw, [request.sampling for request, _ in owners], histories, copy=kept)
-        tokens, usable = choose(shaped, [request.noise.row(ahead, logits.shape[-1]) for request, ahead in owners])
-        chosen = torch.where(usable, tokens, -1).tolist()  # one word from the device
-        return chosen, shaped, _logprobs(logits, chosen, [request.logprobs for request, _ in owners])
-
     def _give(self, request: Request, token: int, logprob: Logprob | None, events: list[Event]) -> FinishReason | None:
         """Add one token to an answer and to the events; return why the answer ends with it, if it does."""
         request.sequence.ids.append(token)
-        request.noise.use()
         request.token_s.append(time.perf_counter())
         if logprob is not None:
             request.logprob.append(logprob)
@@ -319,19 +372,6 @@ class TokenEngine:
         if self._drafter is not None:
             self._drafter.forget(request.number)
         self.stats[reason] += 1
-
-
-def _logprobs(logits: Tensor, chosen: list[int], wanted: Sequence[int | None]) -> dict[int, Logprob]:
-    """Return the log probabilities of the rows that want them, under the model's own distribution."""
-    rows = [i for i, count in enumerate(wanted) if count is not None and chosen[i] >= 0]
-    if not rows:
-        return {}
-    logs = logits[rows].float().log_softmax(-1)
-    most = min(max(wanted[i] or 0 for i in rows), logs.shape[-1])
-    top = torch.topk(logs, most, dim=-1)
-    values, ids = top.values.tolist(), top.indices.tolist()
-    of_chosen = logs.gather(-1, torch.tensor([[chosen[i]] for i in rows], device=logs.device))[:, 0].tolist()
-    return {i: Logprob(of_chosen[n], list(zip(ids[n], values[n], strict=True))[: wanted[i]]) for n, i in enumerate(rows)}
 
 
 def _resolve(limits: Limits, backend: Backend) -> Limits:

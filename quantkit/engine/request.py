@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from quantkit.engine.sampling import Noise, Sampling
+from quantkit.engine.sampling import Sampling
 from quantkit.engine.scheduler import Batching, Running
 from quantkit.errors import QuantkitError
 
@@ -72,6 +72,7 @@ class Request:
         number: counts up; also the order of arrival.
         prompt: token ids.
         sampling, max_new_tokens, min_new_tokens, stop_tokens, logprobs: as submitted.
+        seed: of its noise: the sampling's own, or a fresh one.
         finish_reason: None while it is not finished.
         error: what went wrong, when the reason is ``"error"``.
         logprob: one per token of the answer, if asked for.
@@ -88,7 +89,7 @@ class Request:
     stop_tokens: frozenset[int]
     watch: Callable[[int], object] | None
     logprobs: int | None
-    noise: Noise
+    seed: int
     sequence: Running
     finish_reason: FinishReason | None = None
     error: QuantkitError | None = None

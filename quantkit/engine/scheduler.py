@@ -93,6 +93,11 @@ class Scheduler:
         """Queue a sequence; the caller has checked that it can finish alone."""
         bisect.insort(self.waiting, sequence, key=_arrival)
 
+    @property
+    def admits(self) -> bool:
+        """Whether somebody waits and there is a place."""
+        return bool(self.waiting and self._slots)
+
     def schedule(self) -> Step:
         """Choose the next step; empty when nothing is left to run."""
         budget, planned, copies = self.step_tokens, dict[Running, int](), list[Copy]()

@@ -13,10 +13,12 @@ transformers' own cache for models whose memory is not keys and values. A third 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+
+from quantkit.engine.sampling import Sampling
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,17 @@ class Span:
     table: Sequence[int]
     wanted: int
     fresh: bool = False
+
+
+CHOSEN = -1
+"""A token of a span: the one that the last launch has chosen in its slot, wherever that is."""
+
+
+class Pick(NamedTuple):
+    """How the token after a row is chosen: by ``sampling``, but with the noise of ``seed``; without a repetition penalty."""
+
+    sampling: Sampling
+    seed: int
 
 
 class Copy(NamedTuple):
@@ -109,6 +122,30 @@ class Backend(Protocol):
 
         Returns:
             Logits (R, V) in the model's dtype, where R is the sum of ``wanted``, in the order of the spans.
+        """
+        ...
+
+
+class Flight(Protocol):
+    """A step on its way."""
+
+    def tokens(self) -> list[int]:
+        """Wait for the tokens chosen, one per row of logits; -1 where logits are not numbers one can choose from."""
+        ...
+
+    def logits(self) -> Tensor:
+        """Return what :meth:`Backend.step` does; only until the next launch."""
+        ...
+
+
+@runtime_checkable
+class Chooser(Protocol):
+    """What a backend does besides if it chooses tokens where it computes them, so that nobody waits between two steps."""
+
+    def launch(self, spans: Sequence[Span], copies: Sequence[Copy], picks: Sequence[Pick]) -> Flight:
+        """Begin a step of ``spans`` and choose a token for every row of logits; like :meth:`Backend.step` for the rest.
+
+        A span of the single token :data:`CHOSEN` goes on where the launch before left its slot.
         """
         ...
 

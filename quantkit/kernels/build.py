@@ -35,7 +35,7 @@ from quantkit.files import atomic_path, cache_dir
 
 logger = logging.getLogger(__name__)
 
-ABI_VERSION: Final = 3
+ABI_VERSION: Final = 4
 """What ``qk_abi_version()`` of a fitting library returns; raise both when a signature changes."""
 
 DTYPE_CODES: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -73,6 +73,8 @@ _SIGNATURES: Final[dict[str, tuple[Any, list[Any]]]] = {
     "qk_sweep": (_INT, [_POINTER] * 5 + [_LONG] * 2 + [_INT] * 3),
     "qk_descend": (_INT, [_POINTER] * 5 + [_LONG] * 2 + [_INT] * 3),
     "qk_moment": (_INT, [_POINTER] * 3 + [_LONG] * 2 + [_INT] * 2),
+    "qk_draw_scratch": (_LONG, [_LONG]),
+    "qk_draw": (_INT, [_POINTER] * 9 + [_LONG] * 2 + [_INT] * 2),
     "qk_divergence": (_INT, [_POINTER] * 4 + [_LONG] * 2 + [_INT] * 2),
     "qk_drift": (_INT, [_POINTER] * 2 + [ctypes.c_float] + [_LONG] * 2 + [_INT] * 2),
     "qk_settle": (_INT, [_POINTER] * 3 + [_INT] + [_LONG] * 2 + [_INT]),

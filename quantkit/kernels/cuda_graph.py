@@ -1,7 +1,7 @@
 """Decoding under a CUDA graph: one recorded step per batch size, tokens chosen inside, no word from the host in between."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -10,17 +10,19 @@ from quantkit.errors import KernelError
 from quantkit.kernels import cuda_ops
 from quantkit.kernels.cuda_attention import PAGE_TOKENS, Where, cut
 from quantkit.kernels.cuda_decoder import CudaDecoder, Prompts
-from quantkit.kernels.cuda_sampling import Draw, Wish
+from quantkit.kernels.draw import Draw, Wish
+
+_Results = TypeVar("_Results")
 
 
 def record(
-    step: Callable[[], Tensor],
+    step: Callable[[], _Results],
     stream: torch.cuda.Stream,
     *,
     restore: Callable[[], None] = lambda: None,
     pool: Any = None,
-) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-    """Record a step in a graph; return it and the tensor that a replay writes the step's result to.
+) -> tuple[torch.cuda.CUDAGraph, _Results]:
+    """Record a step in a graph; return it and the tensors that a replay writes the step's results to.
 
     The step runs twice before, on the stream of the recording: that loads the library, makes counters and fills caches.
 
@@ -110,7 +112,8 @@ class GraphDecoder:
         """Read the prompts and choose a token after each, (batch,); what was read before is forgotten.
 
         Raises:
-            KernelError: not as many prompts as sequences, an empty one, or one without room after it.
+            KernelError: not as many prompts as sequences, an empty one, one without room after it, or logits that are not
+                finite.
         """
         if len(prompts) != self.batch or not all(0 < len(prompt) < self.tokens for prompt in prompts):
             raise KernelError(
@@ -126,7 +129,7 @@ class GraphDecoder:
                 tiles = torch.tensor(cut(0, len(rows), self._decoder.tile_tokens), dtype=torch.int32, device=rows.device)
                 logits = self._decoder.step(rows, where, self._pages, last, prompts=Prompts(0, tiles))
             chosen.append(_choose(logits, Draw(*(part[slot : slot + 1] for part in self._draw)), positions[-1:]))
-        self._newest.copy_(torch.cat(chosen))
+        self._newest.copy_(_finite(torch.cat(chosen)))
         self._where.positions.copy_(torch.tensor([len(p) for p in prompts]))
         self._lengths = [len(prompt) for prompt in prompts]
         return self._newest.clone()
@@ -136,7 +139,7 @@ class GraphDecoder:
         """Choose ``count`` more tokens for every sequence, (count, batch), int64.
 
         Raises:
-            KernelError: nothing read yet, or no room.
+            KernelError: nothing read yet, no room, or logits that are not finite.
         """
         if not self._lengths or max(self._lengths) + count > self.tokens:
             raise KernelError(
@@ -151,12 +154,13 @@ class GraphDecoder:
             else:
                 self._graph.replay()
         self._lengths = [length + count for length in self._lengths]
-        return self._history[:count].clone()
+        return _finite(self._history[:count].clone())
 
     def _step(self) -> Tensor:
         logits = self._decoder.step(self._newest, self._where, self._pages, splits=self._splits)
-        self._newest.copy_(_choose(logits, self._draw, self._where.positions))
-        self._history.index_copy_(0, self._at, self._newest[None])
+        chosen = _choose(logits, self._draw, self._where.positions)
+        self._history.index_copy_(0, self._at, chosen.long()[None])
+        self._newest.copy_(chosen.clamp(min=0))  # where there is none to choose, what follows is thrown away
         self._where.positions.add_(1)
         self._at.add_(1)
         return self._newest
@@ -175,3 +179,9 @@ class GraphDecoder:
 def _choose(logits: Tensor, draw: Draw, positions: Tensor) -> Tensor:
     chosen: Tensor = cuda_ops.ops().next_tokens(logits.contiguous(), *draw, positions)
     return chosen
+
+
+def _finite(tokens: Tensor) -> Tensor:
+    if bool((tokens < 0).any()):
+        raise KernelError("logits are not numbers one can choose from: the largest is NaN or infinite; look for overflow")
+    return tokens

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from quantkit.kernels import cuda_attention, cuda_calls, cuda_glue, cuda_sampling, fragments
 from quantkit.kernels.cuda_attention import Pages, Rope, Where
-from quantkit.kernels.cuda_sampling import Draw
+from quantkit.kernels.draw import Draw, draw_plain
 from quantkit.kernels.fragments import Fragments
 
 _WEIGHT = "Tensor codes, Tensor scale, Tensor? zero, int rows, int columns, int group, int bits, int zero_code"
@@ -190,7 +190,7 @@ _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callab
         lambda x, activation, gated: x.new_empty((x.shape[0], x.shape[1] // (2 if gated else 1))),
     ),
     "next_tokens": (
-        lambda logits, *rest: cuda_sampling.sample_plain(logits, Draw(*rest[:5]), rest[5]),
+        lambda logits, *rest: draw_plain(logits, Draw(*rest[:5]), rest[5]),
         lambda logits, *rest: cuda_sampling.sample(logits, Draw(*rest[:5]), rest[5]),
         lambda logits, *rest: logits.new_empty(logits.shape[0], dtype=torch.int32),
     ),

@@ -10,7 +10,7 @@ from quantkit.hf.lower import lower
 from quantkit.kernels import cuda_ops, interpret, nvcc
 from quantkit.kernels.cuda_decoder import CudaDecoder, rejects
 from quantkit.kernels.cuda_graph import GraphDecoder
-from quantkit.kernels.cuda_sampling import gumbel
+from quantkit.numerics.noise import gumbel
 from quantkit.spec import QuantSpec
 from tests import tiny
 from tests.cuda import emulated

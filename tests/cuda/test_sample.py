@@ -5,8 +5,10 @@ import torch
 
 from quantkit.engine.sampling import Sampling, shape_logits
 from quantkit.errors import KernelError
-from quantkit.kernels.cuda_sampling import Draw, gumbel, philox, sample, sample_plain
+from quantkit.kernels.cuda_sampling import sample
+from quantkit.kernels.draw import Draw, draw_plain
 from quantkit.numerics.filters import keep_min_p, keep_top_k, keep_top_p
+from quantkit.numerics.noise import gumbel, philox
 from tests.cuda import emulated
 
 DTYPES = [torch.float16, torch.bfloat16]
@@ -17,7 +19,7 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.fixture(params=["plain", "emulated"])
 def choose(request, monkeypatch):
     if request.param == "plain":
-        yield sample_plain
+        yield draw_plain
         return
     with emulated.machine(monkeypatch):
         yield sample

@@ -7,7 +7,7 @@ import pytest
 from quantkit.engine.drafters import DRAFTERS, Ask, Costs, DraftLength
 from quantkit.engine.drafters.model import ModelDrafter
 from quantkit.engine.drafters.ngram import NgramDrafter
-from quantkit.engine.sampling import Noise, Sampling
+from quantkit.engine.sampling import Sampling
 from quantkit.errors import QuantkitError
 from quantkit.generation import generate
 from quantkit.hf.backend import make_backend
@@ -15,7 +15,7 @@ from tests.tiny import build, tiny_llama
 
 
 def ask(ids, count, number=0, slot=0) -> Ask:
-    return Ask(number, slot, ids, count, Sampling(), Noise(Sampling()))
+    return Ask(number, slot, ids, count, Sampling(), 0)
 
 
 @pytest.mark.parametrize(

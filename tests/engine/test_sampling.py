@@ -16,10 +16,8 @@ from transformers import (
 )
 
 from quantkit.engine.sampling import (
-    Noise,
     Sampling,
     choose,
-    not_finite,
     penalize_repetition,
     shape_logits,
 )
@@ -101,62 +99,37 @@ def test_rows_have_their_own_parameters_and_do_not_see_each_other():
 )
 def test_draws_follow_the_distribution(sampling):
     logits, draws = random_logits(2, rows=1, vocab=8) / 2, 20_000
-    noise = Noise(sampling)
-    rows = [noise.row(i, 8) for i in range(draws)]
-    shaped = shape_logits(logits, [sampling])
-    tokens, _ = choose(shaped.expand(draws, -1), rows)
-    expected = shaped.softmax(-1)[0] * draws
-    observed = torch.bincount(tokens, minlength=8).float()
+    tokens = choose(logits.expand(draws, -1), [sampling] * draws, [3] * draws, range(draws))
+    expected = shape_logits(logits, [sampling]).softmax(-1)[0] * draws
+    observed = torch.bincount(torch.tensor(tokens), minlength=8).float()
     possible = expected > 0
     assert observed[~possible].sum() == 0
     chi_square = ((observed - expected)[possible] ** 2 / expected[possible]).sum()
     assert chi_square < 24.3  # P(chi2 with 7 degrees of freedom > 24.3) = 0.001
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_the_draw_is_torchs_multinomial(seed):
-    sampling, logits = Sampling(1.1, top_k=20, seed=seed), random_logits(seed, rows=8)
-    noise, theirs = Noise(sampling), sampling.generator()
-    for row in logits:
-        shaped = shape_logits(row[None], [sampling])
-        token, _ = choose(shaped, [noise.row(0, 57)])
-        noise.use()
-        assert token == torch.multinomial(shaped.softmax(-1), 1, generator=theirs)[0]
-
-
-def test_one_seed_one_answer_however_far_ahead_it_is_drawn():
-    def rows(seed, ahead):
-        noise, found = Noise(Sampling(1.0, seed=seed)), []
-        for _ in range(6):
-            noise.row(ahead, 5)
-            found.append(noise.row(0, 5))
-            noise.use()
-        return torch.stack(found)
-
-    assert torch.equal(rows(1, 0), rows(1, 4))
-    assert not torch.equal(rows(1, 0), rows(2, 0))
-    assert not torch.equal(rows(None, 0), rows(None, 0))
-    assert Noise(Sampling()).row(3, 5) is None
+def test_a_draw_belongs_to_seed_and_position():
+    logits, sampling = random_logits(3, rows=1, vocab=3000).expand(12, -1), Sampling(3.0)
+    drawn = choose(logits, [sampling] * 12, [1] * 6 + [2] * 6, [*range(6)] * 2)
+    assert len(set(drawn)) > 10
+    for row, (seed, position) in enumerate([(1, 0), (1, 3), (2, 5)]):
+        assert choose(logits[:1], [sampling], [seed], [position]) == [drawn[(seed - 1) * 6 + position]], row
 
 
 def test_greedy_is_argmax_and_takes_half_precision():
     logits = random_logits(4)
-    greedy, nothing = [Sampling()] * 3, [None] * 3
-    assert torch.equal(choose(shape_logits(logits, greedy), nothing)[0], logits.argmax(-1))
-    assert torch.equal(choose(shape_logits(logits.bfloat16(), greedy), nothing)[0], logits.bfloat16().argmax(-1))
+    for x in (logits, logits.bfloat16(), logits.half(), logits.double()):
+        assert choose(x, [Sampling()] * 3, [0] * 3, [0] * 3) == x.argmax(-1).tolist()
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, seed=1)])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, seed=1), Sampling(0.5, top_k=3, top_p=0.5, min_p=0.1)])
 def test_logits_that_are_not_finite_spoil_their_own_row_only(bad, sampling):
     logits = random_logits(4)
     logits[1, 5], logits[2] = bad, -math.inf
-    shaped = shape_logits(logits, [sampling] * 3)
-    rows = [Noise(sampling).row(0, 57)] * 3
-    tokens, usable = choose(shaped, rows)
-    assert usable.tolist() == [True, False, False]
-    assert tokens[0] == choose(shaped[:1], rows[:1])[0]
-    assert "not numbers one can choose from" in str(not_finite(shaped[1]))
+    tokens = choose(logits, [sampling] * 3, [1] * 3, [7] * 3)
+    assert tokens == [*choose(logits[:1], [sampling], [1], [7]), -1, -1]
+    assert tokens[0] >= 0
 
 
 @pytest.mark.parametrize(

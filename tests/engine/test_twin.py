@@ -8,7 +8,7 @@ import torch
 from quantkit.engine.drafters import Ask, Costs
 from quantkit.engine.drafters.twin import TwinDrafter
 from quantkit.engine.request import Limits
-from quantkit.engine.sampling import Noise, Sampling
+from quantkit.engine.sampling import Sampling
 from quantkit.engine.step import Memory, Span
 from quantkit.errors import QuantkitError
 from quantkit.generation import Engine, generate
@@ -102,7 +102,7 @@ def test_drafting_touches_only_what_is_verified_afterwards():
         tensor.zero_()  # what was never written may be anything, NaN included
     backend.step([Span(0, 0, ids[:-1], table, 0, fresh=True)])
     before = [tensor.clone() for tensor in (*pages.keys, *pages.values)]
-    [guess] = drafter.propose([Ask(0, 0, ids, 5, Sampling(), Noise(Sampling()), table)])
+    [guess] = drafter.propose([Ask(0, 0, ids, 5, Sampling(), 0, table)])
     assert len(guess) == 5
     written = range(39 - 32, 39 - 32 + 5)  # of page 0: the last known token and four guesses
     for old, new in zip(before, (*pages.keys, *pages.values), strict=True):

@@ -9,7 +9,8 @@ import torch
 from quantkit.engine.sampling import Sampling
 from quantkit.kernels import KERNELS, Problem, cuda_attention, cuda_calls, cuda_glue, cuda_ops, fragments, select
 from quantkit.kernels.cuda_attention import Pages, Rope, Where
-from quantkit.kernels.cuda_sampling import Draw, sample, sample_plain
+from quantkit.kernels.cuda_sampling import sample
+from quantkit.kernels.draw import Draw, draw_plain
 from quantkit.kernels.interpret import ACTIVATIONS
 from quantkit.nn.linear import QuantLinear
 from quantkit.numerics import grid
@@ -169,7 +170,7 @@ def test_tokens_are_chosen_as_the_twin_chooses(dtype):
         draw, positions = Draw.greedy(rows, "cuda"), torch.arange(rows, dtype=torch.int32, device="cuda")
         draw.set([dataclasses.replace(wishes[row % len(wishes)], seed=row) for row in range(rows)])
         got = sample(logits, draw, positions)
-        want = sample_plain(logits.cpu(), Draw(*(part.cpu() for part in draw)), positions.cpu())
+        want = draw_plain(logits.cpu(), Draw(*(part.cpu() for part in draw)), positions.cpu())
         assert (got.cpu() != want).sum() <= 1, size  # two that race within a rounding
         for _ in range(20):
             assert torch.equal(sample(logits, draw, positions), got)

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from quantkit.engine.sampling import Noise, Sampling, choose, shape_logits
+from quantkit.engine.sampling import Sampling, choose
 from quantkit.registry import Registry
 
 
@@ -22,7 +22,7 @@ class Ask:
         ids: prompt and answer so far.
         count: at most so many tokens are useful, >= 1.
         sampling: how the engine chooses.
-        noise: what the engine will choose its next tokens with.
+        seed: of the noise with which the engine chooses.
         table: pages of the target, for a drafter that :attr:`~Drafter.shares_memory`: room for ``count`` tokens from the last
             one of ``ids`` on, which is not read yet.
     """
@@ -32,7 +32,7 @@ class Ask:
     ids: Sequence[int]
     count: int
     sampling: Sampling
-    noise: Noise
+    seed: int
     table: Sequence[int] = ()
 
 
@@ -159,14 +159,13 @@ def choose_drafts(asks: Sequence[Ask], written: dict[int, list[int]], logits: Te
     Args:
         asks: which sequences.
         written: the drafts of each so far, by number.
-        logits: (asks, vocabulary), may be overwritten.
+        logits: (asks, vocabulary).
 
     Returns:
         A token for each; None where the logits are not usable.
     """
     penalized = any(ask.sampling.repetition_penalty != 1 for ask in asks)
-    histories = [[*ask.ids, *written[ask.number]] for ask in asks] if penalized else None
-    shaped = shape_logits(logits, [ask.sampling for ask in asks], histories, copy=False)
-    noise = [ask.noise.row(len(written[ask.number]), shaped.shape[-1]) for ask in asks]
-    tokens, usable = choose(shaped, noise)
-    return [token if good else None for token, good in zip(tokens.tolist(), usable.tolist(), strict=True)]
+    texts = [[*ask.ids, *written[ask.number]] for ask in asks] if penalized else None
+    positions = [len(ask.ids) + len(written[ask.number]) - 1 for ask in asks]
+    tokens = choose(logits, [ask.sampling for ask in asks], [ask.seed for ask in asks], positions, texts)
+    return [token if token >= 0 else None for token in tokens]

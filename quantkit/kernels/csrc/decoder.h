@@ -6,7 +6,7 @@
 
 #include "linear.h"
 #include "team.h"
-#include "vector.h"
+#include "elementary.h"
 
 namespace qk {
 
@@ -115,26 +115,5 @@ void merge_row(const AttentionJob& job, int64_t row, float* out);  // after a sp
 
 void normalize_row(const Norm& norm, const float* x, float* y);
 void activate_row(int32_t activation, bool gated, const float* x, float* y, int64_t width);
-
-// exp(x) = 2^n * exp(r) with n = round(x / ln 2); the polynomial is Cephes' expf, good to 2 units in the last place.
-inline Floats exp_floats(Floats x) {
-  const Floats low = splat(-87.3f), high = splat(88.3f);
-  x = x < low ? low : x;
-  x = x > high ? high : x;
-  const Floats n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer
-  const Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
-  Floats p = splat(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  const Ints exponent = (__builtin_convertvector(n, Ints) + 127) << 23;
-  return p * (Floats)exponent;
-}
-
-inline Floats load(const float* p) { return *reinterpret_cast<const FloatsAnywhere*>(p); }
-inline void store(float* p, Floats value) { *reinterpret_cast<FloatsAnywhere*>(p) = value; }
 
 }  // namespace qk

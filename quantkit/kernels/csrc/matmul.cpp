@@ -93,7 +93,7 @@ bool run(Call call, int64_t m, int32_t threads) {
 }  // namespace
 }  // namespace qk
 
-QK_EXPORT int32_t qk_abi_version() { return 3; }
+QK_EXPORT int32_t qk_abi_version() { return 4; }
 
 // Whether products of bfloat16 numbers are there and faster than those of floats. AMD's cores make twice as many of them a
 // cycle; Intel's, which leave them to the tile unit, half as many (measured on Emerald Rapids).
