@@ -74,6 +74,18 @@ def test_a_token_gets_the_same_bits_in_every_batch():
         assert torch.equal(cuda_calls.matmul(x[:tokens], weight), whole[:tokens])
 
 
+@pytest.mark.parametrize(("k", "splits"), [(192, 1), (1152, 2)])
+def test_chunks_of_tokens_share_every_tile_and_change_no_bit(k, splits):
+    qtensor = random_qtensor(QuantSpec("int4", (1, 64), False), (150, k))
+    weight, bias = fragments.prepack(qtensor), torch.randn(150).half()
+    x = torch.randn(70, k).half()  # three chunks, three tiles
+    assert cuda_calls.choose_splits(weight.tiles, k // fragments.STEP, 8) == splits
+    whole = cuda_calls.matmul(x, weight, bias)
+    assert error(whole, product(x, qtensor, bias)) < EPS[x.dtype]
+    for first in range(0, 70, 32):
+        assert torch.equal(cuda_calls.matmul(x[first : first + 32].contiguous(), weight, bias), whole[first : first + 32])
+
+
 def test_a_machine_of_little_shared_memory_takes_fewer_warps():
     qtensor = random_qtensor(QuantSpec("int8", (1, 32), False), (70, 384))
     weight, x = fragments.prepack(qtensor), torch.randn(9, 384).half()
