@@ -1,8 +1,10 @@
 // The next token of every row: the most likely one, or a draw from what temperature, top-k, top-p and min-p leave, a block per row.
 //
-// - Logits have 16 bits, so thresholds are found exactly, in 16 looks at the row: bit by bit, the largest threshold that still
-//   keeps k tokens (top-k), or under which so little probability lies that it may go (top-p). Of equals at the edge of top-p,
-//   lower ids go first, as in a stable ascending sort; how many is a division, and from which id on they stay a search more.
+// - Logits have 16 bits, so thresholds are found exactly, four bits in a look at the row: the largest one that still keeps k tokens
+//   (top-k), or under which so little probability lies that it may go (top-p). Of equals at the edge of top-p, lower ids go first,
+//   as in a stable ascending sort: how many is a division, and from which id on they stay is found the same way.
+// - A look sums up what tokens of each of 16 digits are worth. Each thread has its own 16 cells in shared memory, added up in an
+//   order that depends on the number of threads alone. (In registers a token would cost 16 comparisons.)
 // - The draw is a race: token i wins with probability p_i if log p_i - log e_i is the largest, e_i exponential noise.
 // - The noise is a function of seed, position and token alone (Philox-4x32-10: Salmon, Moraes, Dror, Shaw 2011, "Parallel random
 //   numbers: as easy as 1, 2, 3"), so neither the batch nor how often a position is tried changes a draw.
@@ -23,19 +25,18 @@ struct Sample {  // SampleStruct of kernels/cuda_sampling.py
   int32_t rows, n, dtype;
 };
 
-// The number at a place, 0 to 65535, among all of T in order. Beyond infinity it is NaN, which no number is compared to.
-template <class T> __device__ inline float number_at(uint32_t place) {
-  float value = to_float(T{uint16_t(place & 0x8000 ? place & 0x7fff : ~place)});
-  return value != value && !(place & 0x8000) ? -INFINITY : value;
-}
+constexpr int kDigits = 16;
 
-// The largest x of so many bits that `holds`; it holds for 0, and for everything below what it holds for. It is asked about
-// ever larger x, except where it has just said no.
-template <class Holds> __device__ inline uint32_t largest(int bits, Holds holds) {
-  uint32_t found = 0;
-  for (uint32_t bit = 1u << (bits - 1); bit; bit /= 2)
-    if (holds(found | bit)) found |= bit;
-  return found;
+// Where a logit stands among all of T in order, 1 to 65535; equal ones stand at the same place. NaN: 0, where no number is.
+template <class T> __device__ inline uint32_t place_of(T x) {
+  const float value = to_float(x);
+  const uint32_t bits = value == 0 ? 0 : x.bits;
+  return value != value ? 0 : bits & 0x8000 ? bits ^ 0xffff : bits | 0x8000;
+}
+// The number at a place, whether a number has it or not: infinity at the ends.
+template <class T> __device__ inline float number_at(uint32_t place) {
+  const float value = to_float(T{uint16_t(place & 0x8000 ? place & 0x7fff : ~place)});
+  return value == value ? value : place & 0x8000 ? INFINITY : -INFINITY;
 }
 
 __device__ inline void philox(uint32_t (&c)[4], uint32_t key0, uint32_t key1) {
@@ -55,79 +56,118 @@ template <class T> struct Row {
   const uint16_t* logits;
   const int n;
   const float inverse;  // of the temperature
-  float* sums;          // shared memory: a value per warp
-  int* counts;
   float most;           // the largest logit
 
-  // f(token, logit) for this thread's tokens: eight neighbours in turn.
-  template <class F> __device__ void each(F f) const {
+  __device__ float score(float x) const { return (x - most) * inverse; }  // log of a probability, but for a constant
+
+  // f(token, logit) for this thread's tokens before `end`, eight neighbours in turn; from `first` on, or up to seven before it.
+  template <class F> __device__ void each(int first, int end, F f) const {
+    first = first / 8 * 8 + 8 * threadIdx.x;
     if (n % 8 == 0) {
 #pragma unroll 2
-      for (int first = 8 * threadIdx.x; first < n; first += 8 * blockDim.x) {
+      for (; first < end; first += 8 * blockDim.x) {
         const uint4 eight = *reinterpret_cast<const uint4*>(logits + first);
         const uint32_t words[4] = {eight.x, eight.y, eight.z, eight.w};
 #pragma unroll
-        for (int i = 0; i < 8; ++i) f(first + i, to_float(T{uint16_t(words[i / 2] >> (i % 2 * 16))}));
+        for (int i = 0; i < 8; ++i) f(first + i, T{uint16_t(words[i / 2] >> (i % 2 * 16))});
       }
     } else {
-      for (int first = 8 * threadIdx.x; first < n; first += 8 * blockDim.x)
-        for (int i = first; i < first + 8 && i < n; ++i) f(i, to_float(T{logits[i]}));
+      for (; first < end; first += 8 * blockDim.x)
+        for (int i = first; i < first + 8 && i < n; ++i) f(i, T{logits[i]});
     }
   }
-  template <class If> __device__ int count(If counted) const {
-    int mine = 0;
-    each([&](int i, float x) { mine += counted(i, x); });
-    return block_sum(mine, counts);
-  }
-  __device__ float score(float x) const { return (x - most) * inverse; }  // log of a probability, but for a constant
-  // Sum of the probabilities, but for a factor, of logits from `low` to before `end`.
-  __device__ float mass(float low, float end) const {
-    float mine = 0;
-    each([&](int, float x) { if (x >= low && x < end) mine += expf(score(x)); });
-    return block_sum(mine, sums);
+
+  // One look: what all add(digit, worth) that f(token, logit, add) calls come to, by digit, until the next look. No digit, no sum.
+  template <class V, class F> __device__ const V* sums(int first, int end, F f) const {
+    V *cells = static_cast<V*>(shared_memory()), *totals = cells + kDigits * blockDim.x, *mine = cells + threadIdx.x;
+    for (int digit = 0; digit < kDigits; ++digit) mine[digit * blockDim.x] = 0;
+    each(first, end, [&](int i, T x) {
+      f(i, x, [&](uint32_t digit, V worth) { if (digit < kDigits) mine[digit * blockDim.x] += worth; });
+    });
+    __syncthreads();
+    for (int digit = threadIdx.x / kWarp; digit < kDigits; digit += blockDim.x / kWarp) {
+      V sum = 0;
+      for (int i = threadIdx.x % kWarp; i < int(blockDim.x); i += kWarp) sum += cells[digit * blockDim.x + i];
+      for (int mask = 16; mask; mask /= 2) sum += exchange(sum, mask);
+      if (threadIdx.x % kWarp == 0) totals[digit] = sum;
+    }
+    __syncthreads();
+    return totals;
   }
 };
+
+// The place of the k-th largest logit; 0 if there are fewer numbers.
+template <class T> __device__ uint32_t place_of_largest(const Row<T>& row, int k) {
+  uint32_t found = 0;
+  for (int shift = 12, above = 0; shift >= 0; shift -= 4) {
+    const int* counts = row.template sums<int>(0, row.n, [=](int, T x, auto add) {
+      const uint32_t place = place_of(x);
+      if ((place ^ found) >> shift < kDigits) add(place >> shift & 15, 1);
+    });
+    int digit = kDigits - 1;
+    for (; digit > 0 && above + counts[digit] < k; --digit) above += counts[digit];
+    found |= uint32_t(digit) << shift;
+  }
+  return found;
+}
+
+// Which of the tokens at a place is the first to stay, when there is `room` under the edge for so many of them; one stays always.
+template <class T> __device__ int token_after(const Row<T>& row, uint32_t place, float room) {
+  int first = 0, shift = 0, go = 0;
+  while (kDigits << shift < row.n) shift += 4;
+  for (const int widest = shift; shift >= 0; shift -= 4) {
+    const int end = first + (kDigits << shift);
+    const int* counts = row.template sums<int>(first, end < row.n ? end : row.n, [=](int i, T x, auto add) {
+      if (place_of(x) == place) add(uint32_t(i - first) >> shift, 1);
+    });
+    if (shift == widest) {
+      int equals = 0;
+      for (int digit = 0; digit < kDigits; ++digit) equals += counts[digit];
+      go = room < float(equals - 1) ? int(room) : equals - 1;
+      if (go <= 0) return 0;
+    }
+    int digit = 0;
+    for (; digit < kDigits - 1 && counts[digit] <= go; ++digit) go -= counts[digit];
+    first += digit << shift;
+  }
+  return first;
+}
 
 // What top-k and top-p keep: logits above `value`, and of its equals the tokens from `token` on.
 struct Edge { float value; int token; };
 
 template <class T> __device__ Edge edge_of(const Row<T>& row, int top_k, float rest) {
-  float low = -INFINITY;
-  if (top_k < row.n)
-    low = number_at<T>(largest(16, [&](uint32_t place) {
-      const float end = number_at<T>(place);
-      return row.count([=](int, float x) { return x >= end; }) >= top_k;
-    }));
-  if (rest <= 0) return {low, 0};
-  const float bound = rest * row.mass(low, INFINITY);
-  float below = 0, edge = low;  // what lies under the edge has been summed up, and is not again
-  largest(16, [&](uint32_t place) {
-    const float end = number_at<T>(place);
-    if (!(end <= row.most)) return false;
-    const float more = row.mass(edge, end);
-    if (below + more > bound) return false;
-    below += more, edge = fmaxf(edge, end);
-    return true;
-  });
-  const int equals = row.count([=](int, float x) { return x == edge; });
-  const float room = (bound - below) / expf(row.score(edge));
-  const int go = room < float(equals - 1) ? int(room) : equals - 1;
-  if (go <= 0) return {edge, 0};
-  const uint32_t token = largest(31, [&](uint32_t end) {
-    return end <= uint32_t(row.n) && row.count([=](int i, float x) { return x == edge && i < int(end); }) <= go;
-  });
-  return {edge, int(token)};
+  const uint32_t low = top_k < row.n ? place_of_largest(row, top_k) : 0;
+  if (rest <= 0) return {number_at<T>(low), 0};
+  const uint32_t most = place_of(from_float<T>(row.most));
+  uint32_t edge = 0;
+  float below = 0, bound = 0;  // probabilities, but for a factor: under the edge, and how much may lie there
+  for (int shift = 12; shift >= 0; shift -= 4) {
+    const float* masses = row.template sums<float>(0, row.n, [=, &row](int, T x, auto add) {
+      const uint32_t place = place_of(x);
+      if (!place || place < low || !(to_float(x) < INFINITY) || (place ^ edge) >> shift >= kDigits) return;
+      add(place >> shift & 15, expf(row.score(to_float(x))));
+    });
+    if (shift == 12) {
+      for (int digit = 0; digit < kDigits; ++digit) bound += masses[digit];
+      bound *= rest;
+    }
+    uint32_t digit = 0;
+    for (; digit < kDigits - 1 && (edge | (digit + 1) << shift) <= most && !(below + masses[digit] > bound); ++digit)
+      below += masses[digit];
+    edge |= digit << shift;
+  }
+  const float value = number_at<T>(edge), room = (bound - below) / expf(row.score(value));
+  return {value, room >= 1 ? token_after(row, edge, room) : 0};
 }
 
 template <class T> __global__ void __launch_bounds__(1024, 1) sample(Sample a) {
   __shared__ Best bests[32];
-  __shared__ float sums[32];
-  __shared__ int counts[32];
   const int at = blockIdx.x;
   const float temperature = a.temperature[at];
-  Row<T> row{static_cast<const uint16_t*>(a.logits) + at * int64_t(a.n), a.n, 1.0f / temperature, sums, counts, 0};
+  Row<T> row{static_cast<const uint16_t*>(a.logits) + at * int64_t(a.n), a.n, 1.0f / temperature, 0};
   Best best = no_best();
-  row.each([&](int i, float x) { best = better(best, {x, i}); });
+  row.each(0, a.n, [&](int i, T x) { best = better(best, {to_float(x), i}); });
   const Best likely = block_reduce(best, no_best(), bests, better);
   if (temperature == 0 || likely.index >= a.n) {
     if (threadIdx.x == 0) a.chosen[at] = likely.index < a.n ? likely.index : 0;
@@ -140,7 +180,8 @@ template <class T> __global__ void __launch_bounds__(1024, 1) sample(Sample a) {
   uint32_t noise[4];
   int drawn = -1;  // the four tokens whose noise that is
   best = no_best();
-  row.each([&](int i, float x) {
+  row.each(0, a.n, [&](int i, T logit) {
+    const float x = to_float(logit);
     if (!(x > edge.value || (x == edge.value && i >= edge.token))) return;
     const float score = row.score(x);
     if (min_p > 0 && x < row.most && expf(score) < min_p) return;
@@ -162,6 +203,7 @@ QK_API int qk_sample(const qk::Sample* a, void* stream) {
   if (a->rows == 0) return 0;
   const dim3 grid{unsigned(a->rows)};
   const int threads = a->n >= 4096 ? 1024 : 256;
-  return a->dtype == qk::kBFloat16 ? qk::launch(qk::sample<qk::BFloat16>, grid, threads, 0, stream, *a)
-                                   : qk::launch(qk::sample<qk::Half>, grid, threads, 0, stream, *a);
+  const size_t cells = 4 * qk::kDigits * size_t(threads + 1);
+  return a->dtype == qk::kBFloat16 ? qk::launch(qk::sample<qk::BFloat16>, grid, threads, cells, stream, *a)
+                                   : qk::launch(qk::sample<qk::Half>, grid, threads, cells, stream, *a);
 }

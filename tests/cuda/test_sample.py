@@ -128,6 +128,34 @@ def test_edges_are_where_the_engine_has_them(choose, kind, dtype):
     assert got.tolist() == want
 
 
+@each_dtype
+@pytest.mark.parametrize(("size", "equals"), [(9, (0, 3, 7, 8)), (16, (1, 2, 14, 15)), (70_003, (3, 65_537, 69_990, 70_002))])
+def test_of_equals_the_lowest_ids_go(choose, size, equals, dtype):
+    logits = torch.full((size,), -30.0, dtype=dtype)
+    logits[list(equals)] = 1.5
+    rows = 16
+    for top_p, top_k, stay in ((0.6, None, 3), (0.4, 6, 2), (0.01, size, 1), (0.9, 4, 4)):
+        tokens = choose(
+            logits.expand(rows, -1).contiguous(),
+            draw_of(*[Sampling(1.0, top_k, top_p, seed=7)] * rows),
+            torch.arange(rows).int(),
+        )
+        assert tokens.unique().tolist() == list(equals[4 - stay :])
+
+
+def test_a_nan_counts_as_if_it_were_not_there(monkeypatch):
+    torch.manual_seed(2)
+    logits = torch.randn(203).bfloat16() * 2
+    logits[::3], logits[1::7] = float("nan"), -0.0
+    logits[3:9:3] = -logits[3:9:3]  # NaN of the other sign
+    there = logits.nan_to_num(nan=-float("inf"))
+    draw = draw_of(*(Sampling(wish.temperature, wish.top_k, wish.top_p, wish.min_p, seed=5) for wish in WISHES * 3))
+    positions = torch.arange(3 * len(WISHES)).int()
+    with emulated.machine(monkeypatch):
+        got, want = (sample(row.expand(len(positions), -1).contiguous(), draw, positions) for row in (logits, there))
+    assert torch.equal(got, want)
+
+
 def chi_square(tokens: torch.Tensor, probabilities: torch.Tensor) -> float:
     expected = probabilities.double() * len(tokens)
     counts = tokens.long().bincount(minlength=len(probabilities)).double()
