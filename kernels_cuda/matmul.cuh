@@ -15,6 +15,7 @@
 // - With `activation`, rows 2 i and 2 i + 1 are a gate and its value, which the block that has both sums multiplies at once.
 #pragma once
 #include "activation.cuh"
+#include "block.cuh"
 #include "unpack.cuh"
 
 namespace qk {
@@ -32,6 +33,7 @@ struct Matmul {  // MatmulStruct of kernels/cuda_calls.py
   void* y;                 // (tokens, n), or (tokens, n / 2) with an activation
   float* partial;          // (chunks, tiles, splits, tokens of a block, 64), if splits > 1
   int* arrived;            // (chunks, tiles) zeros, left as zeros
+  Best* bests;             // (tokens, tiles): the best row of each, as y has it; or null, and it is with an activation
   int32_t tokens, n, k, experts;
   int32_t group_shift;     // column >> group_shift is the group; 31 for a scale per channel
   int32_t splits, zero_code, scales_are_bfloat16, dtype;
@@ -198,17 +200,27 @@ template <class T> __device__ inline T finished(const Matmul& m, int token, int 
   return from_float<T>(sum);
 }
 
-// Store y for the sums of rows `row` (even) and row + 1. A gate and its value are rounded to T before they meet, as in memory.
-template <class T> __device__ inline void store(const Matmul& m, int token, int row, float2 sums) {
-  if (row >= m.n) return;
+// Store y for the sums of rows `row` (even) and row + 1; returns the better one. A gate and its value are rounded to T before they meet, as in memory.
+template <class T> __device__ inline Best store(const Matmul& m, int token, int row, float2 sums) {
+  if (row >= m.n) return no_best();
   T low = finished<T>(m, token, row, sums.x);
+  Best best = better(no_best(), {to_float(low), row});
   T* y = static_cast<T*>(m.y) + (m.activation == kNoActivation ? int64_t(token) * m.n + row : (int64_t(token) * m.n + row) / 2);
   if (row + 1 < m.n) {
     T high = finished<T>(m, token, row + 1, sums.y);
+    best = better(best, {to_float(high), row + 1});
     if (m.activation == kNoActivation) y[1] = high;
     else low = from_float<T>(activated(to_float(low), m.activation) * to_float(high));
   }
   *y = low;
+  return best;
+}
+
+// Note a token's best row of the tile, of which each lane knows the better one of two.
+__device__ inline void note(const Matmul& m, int token, Best best) {
+  if (!m.bests) return;
+  for (int mask = 16; mask; mask /= 2) best = better(best, exchange(best, mask));
+  if (threadIdx.x % kWarp == 0) m.bests[int64_t(token) * gridDim.y + blockIdx.y] = best;
 }
 
 __device__ inline float2 add(float2 a, float2 b) { return {a.x + b.x, a.y + b.y}; }
@@ -228,6 +240,7 @@ __device__ void finish(const Matmul& m, const float (&total)[kParts][kTokens8][4
   __syncthreads();
   const int64_t tile = blockIdx.x * int64_t(gridDim.y) + blockIdx.y;
   constexpr int kPairs = kTileRows / 2;
+  static_assert(kPairs == kWarp, "a warp stores a token's tile");
   float2* partial = reinterpret_cast<float2*>(m.partial) + tile * m.splits * kTokens * kPairs;
   const int pairs = (count < kTokens ? count : kTokens) * kPairs;
   for (int at = threadIdx.x; at < pairs; at += blockDim.x) {
@@ -236,7 +249,7 @@ __device__ void finish(const Matmul& m, const float (&total)[kParts][kTokens8][4
     for (int w = 0; w < int(blockDim.x) / kWarp; ++w)
       sum = add(sum, *reinterpret_cast<const float2*>(sums + (w * kTokens + token) * kPitch + row));
     if (m.splits > 1) partial[blockIdx.z * kTokens * kPairs + at] = sum;
-    else store<T>(m, first + token, tile_row + row, sum);
+    else note(m, first + token, store<T>(m, first + token, tile_row + row, sum));
   }
   if (m.splits == 1) return;
   __shared__ bool last;
@@ -249,7 +262,7 @@ __device__ void finish(const Matmul& m, const float (&total)[kParts][kTokens8][4
   for (int at = threadIdx.x; at < pairs; at += blockDim.x) {
     float2 sum = {0, 0};
     for (int s = 0; s < m.splits; ++s) sum = add(sum, fresh(partial + s * kTokens * kPairs + at));
-    store<T>(m, first + at / kPairs, tile_row + at % kPairs * 2, sum);
+    note(m, first + at / kPairs, store<T>(m, first + at / kPairs, tile_row + at % kPairs * 2, sum));
   }
   if (threadIdx.x == 0) m.arrived[tile] = 0;
 }
@@ -301,7 +314,7 @@ template <class T, int kKind> int launch_matmul(const Matmul& m, int tokens8, vo
 
 template <int kKind> int launch_matmul(const Matmul& m, int tokens8, void* stream) {
   if (m.tokens == 0) return 0;
-  if ((m.offsets && m.splits != 1) || (m.activation != kNoActivation && m.n % 2)) return 1;
+  if ((m.offsets && m.splits != 1) || (m.activation != kNoActivation && (m.n % 2 || m.bests))) return 1;
   return m.dtype == kBFloat16 ? launch_matmul<BFloat16, kKind>(m, tokens8, stream) : launch_matmul<Half, kKind>(m, tokens8, stream);
 }
 

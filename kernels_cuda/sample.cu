@@ -22,7 +22,8 @@ struct Sample {  // SampleStruct of kernels/cuda_sampling.py
   const int64_t* seed;       // (rows)
   const int32_t* position;   // (rows): where in its sequence the row stands
   int32_t* chosen;           // (rows)
-  int32_t rows, n, dtype;
+  const Best* bests;         // (rows, tiles): the best logit of each part of a row, or null
+  int32_t rows, n, dtype, tiles;
 };
 
 constexpr int kDigits = 16;
@@ -114,8 +115,8 @@ template <class T> __device__ uint32_t place_of_largest(const Row<T>& row, int k
 // Which of the tokens at a place is the first to stay, when there is `room` under the edge for so many of them; one stays always.
 template <class T> __device__ int token_after(const Row<T>& row, uint32_t place, float room) {
   int first = 0, shift = 0, go = 0;
-  while (kDigits << shift < row.n) shift += 4;
-  for (const int widest = shift; shift >= 0; shift -= 4) {
+  while (kDigits << shift < row.n) ++shift;
+  for (const int widest = shift;; shift = shift > 4 ? shift - 4 : 0) {
     const int end = first + (kDigits << shift);
     const int* counts = row.template sums<int>(first, end < row.n ? end : row.n, [=](int i, T x, auto add) {
       if (place_of(x) == place) add(uint32_t(i - first) >> shift, 1);
@@ -129,8 +130,8 @@ template <class T> __device__ int token_after(const Row<T>& row, uint32_t place,
     int digit = 0;
     for (; digit < kDigits - 1 && counts[digit] <= go; ++digit) go -= counts[digit];
     first += digit << shift;
+    if (shift == 0) return first;
   }
-  return first;
 }
 
 // What top-k and top-p keep: logits above `value`, and of its equals the tokens from `token` on.
@@ -167,7 +168,10 @@ template <class T> __global__ void __launch_bounds__(1024, 1) sample(Sample a) {
   const float temperature = a.temperature[at];
   Row<T> row{static_cast<const uint16_t*>(a.logits) + at * int64_t(a.n), a.n, 1.0f / temperature, 0};
   Best best = no_best();
-  row.each(0, a.n, [&](int i, T x) { best = better(best, {to_float(x), i}); });
+  if (a.bests)
+    for (int i = threadIdx.x; i < a.tiles; i += blockDim.x) best = better(best, a.bests[at * int64_t(a.tiles) + i]);
+  else
+    row.each(0, a.n, [&](int i, T x) { best = better(best, {to_float(x), i}); });
   const Best likely = block_reduce(best, no_best(), bests, better);
   if (temperature == 0 || likely.index >= a.n) {
     if (threadIdx.x == 0) a.chosen[at] = likely.index < a.n ? likely.index : 0;

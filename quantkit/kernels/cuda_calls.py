@@ -35,7 +35,7 @@ def struct(name: str, pointers: str, integers: str, floats: str = "") -> type[ct
 
 MatmulStruct = struct(
     "MatmulStruct",
-    "x codes scales zeros bias x_scales offsets y partial arrived",
+    "x codes scales zeros bias x_scales offsets y partial arrived bests",
     "tokens n k experts group_shift splits zero_code scales_are_bfloat16 dtype activation",
 )
 ExpandStruct = struct(
@@ -144,6 +144,7 @@ def matmul(
     kind: str = "",
     dtype: torch.dtype | None = None,
     activation: str | None = None,
+    bests: Tensor | None = None,
 ) -> Tensor:
     """Return ``x @ w.T + bias`` straight from the codes, (tokens, N).
 
@@ -158,9 +159,10 @@ def matmul(
         activation: the rows (and the bias) are gate and up in turn, and the result is ``activation(gate) * up``,
             (tokens, N / 2): bit for bit what :func:`~quantkit.kernels.cuda_glue.activate` makes of the product, both rounded
             to ``dtype`` first.
+        bests: int32 (tokens, tiles, 2), written: what :func:`tile_bests` says of the result.
 
     Raises:
-        KernelError: an activation, and an odd number of rows.
+        KernelError: an activation, and an odd number of rows or ``bests``.
     """
     dtype = dtype or x.dtype
     tokens, columns = x.shape
@@ -182,12 +184,25 @@ def matmul(
         partial = torch.empty(size, dtype=torch.float32, device=x.device)
         arrived = counters(x.device, chunks * weight.tiles)
     filled = MatmulStruct(
-        *map(pointer, (x, weight.codes, weight.scale, weight.zero, bias, x_scales, offsets, y, partial, arrived)),
+        *map(pointer, (x, weight.codes, weight.scale, weight.zero, bias, x_scales, offsets, y, partial, arrived, bests)),
         *(tokens, weight.rows, x.shape[1], weight.experts, group_shift(weight.group, columns), splits, weight.zero_code),
         *(weight.scale.dtype == torch.bfloat16, DTYPE_CODES[dtype], activation_code(activation)),
     )
     launch(f"qk_matmul_{kind or f'codes{weight.bits}'}", filled, x.device, tokens8)
     return y
+
+
+def tile_bests(y: Tensor) -> Tensor:
+    """Return the largest of every 64 neighbours of y (tokens, N) and where it stands, int32 (tokens, tiles, 2).
+
+    The first number is the bits of the value as float32, the second the column: the first of equals. NaN is never it; where
+    there is nothing else, the value is minus infinity and the column 2^31 - 1.
+    """
+    parts = torch.nn.functional.pad(y.float(), (0, -y.shape[1] % TILE_ROWS), value=float("nan")).unflatten(1, (-1, TILE_ROWS))
+    largest = parts.nan_to_num(-float("inf"), float("inf"), -float("inf")).amax(-1)
+    columns = torch.arange(parts[0].numel(), dtype=torch.int32, device=y.device).view(parts.shape[1:])
+    first = torch.where(parts == largest[..., None], columns, (1 << 31) - 1).amin(-1)
+    return torch.stack([largest.view(torch.int32), first], -1)
 
 
 def expand(weight: Fragments, dtype: torch.dtype, tiles: range, expert: int = 0, *, fp8: bool = False) -> Tensor:

@@ -25,6 +25,7 @@ _ROPE = "Tensor? cos, Tensor? sin, int dim, bool interleaved, Tensor? q_gain, Te
 
 SCHEMAS = {
     "fragment_matmul": f"(Tensor x, {_WEIGHT}, Tensor? bias, str form, str? activation=None) -> Tensor",
+    "head_matmul": f"(Tensor x, {_WEIGHT}, Tensor? bias, str form) -> (Tensor, Tensor)",
     "fragment_experts": f"(Tensor x, Tensor offsets, {_WEIGHT}, str? activation=None) -> Tensor",
     "residual_norm": (
         "(Tensor x, Tensor? residual, Tensor? gain, Tensor? shift, int kind, float eps, float factor, str rounding)"
@@ -32,7 +33,8 @@ SCHEMAS = {
     ),
     "gated_activation": "(Tensor x, str activation, bool gated) -> Tensor",
     "next_tokens": (
-        "(Tensor logits, Tensor temperature, Tensor top_k, Tensor rest, Tensor min_p, Tensor seed, Tensor positions) -> Tensor"
+        "(Tensor logits, Tensor temperature, Tensor top_k, Tensor rest, Tensor min_p, Tensor seed, Tensor positions,"
+        " Tensor? bests=None) -> Tensor"
     ),
     "append_pages": (f"(Tensor qkv, int heads, {_ROPE}, {_WHERE}, {_PAGES.format('(a!)', '(b!)', '(c!)', '(d!)')}) -> Tensor"),
     "attend_pages": (
@@ -47,7 +49,8 @@ SCHEMAS = {
 """Operator to its arguments. ``form`` of a matmul: ``"codes"`` (activations as they are), ``"fp8 codes"`` (the same, fp8
 weights), ``"int8"`` or ``"fp8"`` (activations rounded per token). ``activation``: the weight's rows and the bias are gate and
 up in turn, and the result is ``activation(gate) * up``, (tokens, rows / 2), of a gate and an up that were rounded to x's
-dtype."""
+dtype. ``head_matmul`` also returns the ``bests`` of its logits, with which ``next_tokens`` need not look for the largest one:
+of logits as they come, neither scaled nor capped."""
 
 _library: list[torch.library.Library] = []  # keeps the registration alive
 
@@ -77,19 +80,39 @@ def _split(arguments: tuple[Any, ...]) -> tuple[Fragments, Tensor | None, str, s
     return Fragments(*arguments[:8]), bias, form, activation
 
 
-def multiply(x: Tensor, *arguments: Any) -> Tensor:
-    """Run ``fragment_matmul`` on the kernels: x (tokens, K) contiguous."""
+def multiply(x: Tensor, *arguments: Any, bests: Tensor | None = None) -> Tensor:
+    """Run ``fragment_matmul`` on the kernels: x (tokens, K) contiguous; ``bests`` only if :func:`takes_codes`."""
     weight, bias, form, activation = _split(arguments)
     if form in ("int8", "fp8"):
         codes, scales = cuda_glue.round_tokens(x, "int8" if form == "int8" else "fp8_e4m3")
         if takes_codes(len(x), form):
             options: dict[str, Any] = {"x_scales": scales, "kind": form, "dtype": x.dtype}
-            return cuda_calls.matmul(codes, weight, bias, activation=activation, **options)
+            return cuda_calls.matmul(codes, weight, bias, activation=activation, bests=bests, **options)
         x = (codes.float() * scales[:, None]).to(x.dtype)
     elif takes_codes(len(x), form):
-        return cuda_calls.matmul(x, weight, bias, activation=activation)
+        return cuda_calls.matmul(x, weight, bias, activation=activation, bests=bests)
     y = cuda_calls.dense_matmul(x, weight, bias, fp8="fp8" in form)
     return y if activation is None else cuda_glue.activate(y, activation, interleaved=True)
+
+
+def multiply_head(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """Run ``head_matmul`` on the kernels: logits and their bests."""
+    weight, _, form, _ = _split(arguments)
+    if not takes_codes(len(x), form):
+        logits = multiply(x, *arguments)
+        return logits, cuda_calls.tile_bests(logits)
+    bests = torch.empty((len(x), weight.tiles, 2), dtype=torch.int32, device=x.device)
+    return multiply(x, *arguments, bests=bests), bests
+
+
+def _head_plain(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    logits = _multiply_plain(x, *arguments)
+    return logits, cuda_calls.tile_bests(logits)
+
+
+def _head_fake(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    weight = _split(arguments)[0]
+    return x.new_empty((x.shape[0], weight.rows)), x.new_empty((x.shape[0], weight.tiles, 2), dtype=torch.int32)
 
 
 def _multiply_plain(x: Tensor, *arguments: Any) -> Tensor:
@@ -182,6 +205,7 @@ def _attend_prompt(function: Callable[..., Any]) -> Callable[..., Any]:
 
 _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]] = {
     "fragment_matmul": (_multiply_plain, multiply, _multiply_fake),
+    "head_matmul": (_head_plain, multiply_head, _head_fake),
     "fragment_experts": (_experts_plain, _experts, _experts_fake),
     "residual_norm": (_norm(cuda_glue.norm_plain), _norm(cuda_glue.norm), _norm_fake),
     "gated_activation": (
@@ -191,7 +215,7 @@ _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callab
     ),
     "next_tokens": (
         lambda logits, *rest: draw_plain(logits, Draw(*rest[:5]), rest[5]),
-        lambda logits, *rest: cuda_sampling.sample(logits, Draw(*rest[:5]), rest[5]),
+        lambda logits, *rest: cuda_sampling.sample(logits, Draw(*rest[:5]), *rest[5:]),
         lambda logits, *rest: logits.new_empty(logits.shape[0], dtype=torch.int32),
     ),
     "append_pages": (_append(cuda_attention.append_plain), _append(cuda_attention.append), _append_fake),

@@ -11,10 +11,10 @@ from quantkit.kernels.build import DTYPE_CODES
 from quantkit.kernels.cuda_calls import launch, pointer, struct
 from quantkit.kernels.draw import Draw
 
-SampleStruct = struct("SampleStruct", "logits temperature top_k rest min_p seed position chosen", "rows n dtype")
+SampleStruct = struct("SampleStruct", "logits temperature top_k rest min_p seed position chosen bests", "rows n dtype tiles")
 
 
-def sample(logits: Tensor, draw: Draw, positions: Tensor) -> Tensor:
+def sample(logits: Tensor, draw: Draw, positions: Tensor, bests: Tensor | None = None) -> Tensor:
     """Return the chosen token of each row, int32 (rows,).
 
     A row without a finite number gets some token.
@@ -23,8 +23,11 @@ def sample(logits: Tensor, draw: Draw, positions: Tensor) -> Tensor:
         logits: float16 or bfloat16 (rows, vocabulary), contiguous.
         draw: how.
         positions: int32 (rows,), of the rows in their sequences.
+        bests: of :func:`~quantkit.kernels.cuda_calls.tile_bests`; the most likely token is then found without the logits.
     """
     chosen = torch.empty(len(logits), dtype=torch.int32, device=logits.device)
-    filled = SampleStruct(*map(pointer, (logits, *draw, positions, chosen)), *logits.shape, DTYPE_CODES[logits.dtype])
+    tiles = 0 if bests is None else bests.shape[1]
+    pointers = map(pointer, (logits, *draw, positions, chosen, bests))
+    filled = SampleStruct(*pointers, *logits.shape, DTYPE_CODES[logits.dtype], tiles)
     launch("qk_sample", filled, logits.device)
     return chosen

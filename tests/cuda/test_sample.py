@@ -5,6 +5,7 @@ import torch
 
 from quantkit.engine.sampling import Sampling, shape_logits
 from quantkit.errors import KernelError
+from quantkit.kernels.cuda_calls import tile_bests
 from quantkit.kernels.cuda_sampling import sample
 from quantkit.kernels.draw import Draw, draw_plain
 from quantkit.numerics.filters import keep_min_p, keep_top_k, keep_top_p
@@ -154,6 +155,20 @@ def test_a_nan_counts_as_if_it_were_not_there(monkeypatch):
     with emulated.machine(monkeypatch):
         got, want = (sample(row.expand(len(positions), -1).contiguous(), draw, positions) for row in (logits, there))
     assert torch.equal(got, want)
+
+
+def test_the_largest_is_found_without_the_logits(monkeypatch):
+    logits = (torch.randn(len(WISHES) + 1, 333, generator=torch.Generator().manual_seed(4)) * 2).round().half()  # equals
+    logits[0, ::2], logits[1, :200] = float("nan"), -float("inf")
+    bests, draw = (
+        tile_bests(logits),
+        draw_of(Sampling(), *(Sampling(w.temperature, w.top_k, w.top_p, w.min_p, seed=3) for w in WISHES)),
+    )
+    positions = torch.arange(len(logits)).int()
+    with emulated.machine(monkeypatch):
+        assert torch.equal(sample(logits, draw, positions, bests), sample(logits, draw, positions))
+        greedy = Draw.greedy(len(logits), "cpu")
+        assert torch.equal(sample(torch.zeros_like(logits), greedy, positions, bests), sample(logits, greedy, positions))
 
 
 def chi_square(tokens: torch.Tensor, probabilities: torch.Tensor) -> float:

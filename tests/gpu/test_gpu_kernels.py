@@ -129,6 +129,21 @@ def test_a_gate_in_the_product_changes_no_bit(dtype):
                     assert error(got, want) < 2 * TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_head_knows_the_best_of_every_tile(dtype):
+    ops, draw = cuda_ops.ops(), Draw.greedy(200, "cuda")
+    for spec, form, n, k in ((QuantSpec("int4", (1, 128)), "codes", 128256, 512), (QuantSpec("int8"), "int8", 4131, 2048)):
+        weight = fragments.prepack(on_gpu(spec, (n, k)))
+        for tokens in (1, 9, 33, 65, 200):
+            x = torch.randn(tokens, k, device="cuda").to(dtype)
+            logits, bests = ops.head_matmul(x, *weight, None, form)
+            assert torch.equal(logits, ops.fragment_matmul(x, *weight, None, form))
+            assert torch.equal(bests, cuda_calls.tile_bests(logits))
+            wish, positions = [part[:tokens] for part in draw], torch.zeros(tokens, dtype=torch.int32, device="cuda")
+            assert torch.equal(ops.next_tokens(logits, *wish, positions, bests), ops.next_tokens(logits, *wish, positions))
+    torch.library.opcheck(ops.head_matmul.default, (x[:3], *weight, None, form))
+
+
 def test_experts():
     qtensor = on_gpu(QuantSpec("int4", (1, 32), False), (16, 200, 384))
     chosen = torch.randint(0, 16, (300,), device="cuda").sort().values
