@@ -219,7 +219,7 @@ class CudaBackend:
             positions, slots, draw = positions[wanted], slots[wanted], Draw(*(part[wanted] for part in draw))
         chosen = cuda_ops.ops().next_tokens(logits.contiguous(), *draw, positions)
         nowhere = len(self._newest) - 1
-        self._newest.index_copy_(0, torch.where(positions < 0, nowhere, slots), chosen.clamp(min=0))
+        self._newest.index_copy_(0, torch.where(positions < 0, nowhere, slots).long(), chosen.clamp(min=0))
         return logits, chosen
 
     @property
