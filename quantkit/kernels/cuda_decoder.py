@@ -13,7 +13,7 @@ without it.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,12 @@ from quantkit.kernels.cuda import FP8_CAPABILITY, CudaKernel, State, unfit
 from quantkit.kernels.cuda_attention import HEAD_SIZES, Pages, Rope, Where, tile_tokens
 from quantkit.kernels.program import Attention, Experts, Layer, Linear, Mlp, Norm, Program
 from quantkit.qtensor import concatenate
+
+INVARIANT_ROWS: Final = 32
+"""Rows of every dense product, and"""
+INVARIANT_SPLITS: Final = 8
+"""over how many blocks attention splits a sequence, where batches must not matter."""
+_ATTENDING_ROWS: Final = 128  # that are split at once: their parts take 16 float32 rows of a head each
 
 
 def rejects(program: Program) -> str | None:
@@ -97,8 +103,18 @@ class Product(NamedTuple):
     form: str
     activation: str | None = None
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return ``x @ w.T + bias`` for x (rows, K), or what its gate makes of it."""
+    def __call__(self, x: Tensor, batch_invariant: bool = False) -> Tensor:
+        """Return ``x @ w.T + bias`` for x (rows, K), or what its gate makes of it.
+
+        With ``batch_invariant``, a row's result does not depend on how many there are: dense products, whose library chooses
+        another order of summing for other shapes, always have :data:`INVARIANT_ROWS` rows; others are never made dense.
+        """
+        if batch_invariant:
+            dense = self.floats is not None or not cuda_ops.takes_codes(1, self.form)
+            size = INVARIANT_ROWS if dense else cuda_ops.MOST_CODES_ROWS
+            if dense or len(x) > size:
+                parts = [F.pad(part, (0, 0, 0, size - len(part))) if dense else part for part in x.split(size)]
+                return torch.cat([self(part) for part in parts])[: len(x)]
         if self.floats is not None:
             return F.linear(x, self.floats, self.bias)
         assert self.weight is not None
@@ -165,8 +181,9 @@ class CudaDecoder:
         where: Where,
         pages: Sequence[Pages],
         wanted: Tensor | None = None,
-        splits: int | None = None,
         prompts: Prompts | None = None,
+        *,
+        batch_invariant: bool = False,
     ) -> Tensor:
         """Read rows, append their keys and values, and return logits in :attr:`dtype`.
 
@@ -175,46 +192,48 @@ class CudaDecoder:
             where: where they stand; a slot's earlier positions have been read before, or are rows of this step.
             pages: of every layer.
             wanted: int64, rows whose logits are wanted; None for all.
-            splits: see :func:`quantkit.kernels.cuda_attention.attend`.
             prompts: rows that are runs of neighbours; None reads all one by one.
+            batch_invariant: a row's logits are the same bits whatever rows are beside it, unless ``prompts`` are given, at the
+                price of speed.
         """
-        program = self.program
+        program, alike = self.program, batch_invariant
         x = F.embedding(tokens, self._embedding)
         if program.embedding_scale != 1:
             x = x * program.embedding_scale
         after = [*(layer.attention_in for layer in program.layers[1:]), program.final_norm]
         inner = self._normalize(x, program.layers[0].attention_in)
         for layer, laid, rope, stored, norm in zip(program.layers, self._layers, self._ropes, pages, after, strict=True):
-            q = self._append(layer.attention, laid, rope, inner, where, stored)
-            a = laid.out(_read(layer.attention, q, where, stored, splits, prompts).flatten(1))
+            q = self._append(layer.attention, _side_by_side(laid.qkv, inner, alike), rope, where, stored)
+            a = laid.out(
+                _read(layer.attention, q, where, stored, INVARIANT_SPLITS if alike else None, prompts).flatten(1), alike
+            )
             a = self._normalize(a, layer.attention_out)
             read = self._normalize(x, layer.mlp_in) if layer.parallel else None
             h, inner = self._add(a, x, None if layer.parallel else layer.mlp_in, layer.attention_scale)
-            m = self._mix(layer.mlp, laid, inner if read is None else read)
+            m = self._mix(layer.mlp, laid, inner if read is None else read, alike)
             x, inner = self._add(self._normalize(m, layer.mlp_out), h, norm, layer.mlp_scale)
-        logits = self._head(inner if wanted is None else inner[wanted])
+        logits = self._head(inner if wanted is None else inner[wanted], alike)
         if program.logit_scale != 1:
             logits = logits * program.logit_scale
         cap = program.logit_softcap
         return logits if cap is None else (cap * torch.tanh(logits.float() / cap)).to(logits.dtype)
 
-    def _append(self, attention: Attention, laid: _Layer, rope: Rope, x: Tensor, where: Where, pages: Pages) -> Tensor:
-        """Append keys and values of inputs x; return the queries."""
-        qkv = _side_by_side(laid.qkv, x)
+    def _append(self, attention: Attention, qkv: Tensor, rope: Rope, where: Where, pages: Pages) -> Tensor:
+        """Append keys and values; return the queries."""
         queries: Tensor = cuda_ops.ops().append_pages(qkv, attention.heads, *rope, *where, *pages)
         return queries
 
-    def _mix(self, mlp: Mlp | Experts, laid: _Layer, x: Tensor) -> Tensor:
+    def _mix(self, mlp: Mlp | Experts, laid: _Layer, x: Tensor, alike: bool) -> Tensor:
         ops = cuda_ops.ops()
         if isinstance(mlp, Mlp):
             assert laid.down is not None
-            inner = _side_by_side(laid.up, x)
+            inner = _side_by_side(laid.up, x, alike)
             if laid.up[0].activation is None:
                 inner = ops.gated_activation(inner, mlp.activation, mlp.gated)
-            return laid.down(inner)
+            return laid.down(inner, alike)
         assert laid.experts is not None
         up, down, router = laid.experts
-        weights, chosen = router(x).float().softmax(-1).topk(mlp.top_k, -1)
+        weights, chosen = router(x, alike).float().softmax(-1).topk(mlp.top_k, -1)
         if mlp.normalize:
             weights = weights / weights.sum(-1, keepdim=True)
         flat, order = chosen.flatten().sort(stable=True)
@@ -304,8 +323,12 @@ def _read(attention: Attention, q: Tensor, where: Where, pages: Pages, splits: i
     """Return what queries (rows, heads, head) read."""
     ops, options = cuda_ops.ops(), (attention.scale, attention.window, attention.softcap)
     if prompts is None:
-        alone: Tensor = ops.attend_pages(q, *where, *pages, *options, splits)
-        return alone
+        pieces = []
+        for start in range(0, len(q), _ATTENDING_ROWS):
+            rows = slice(start, start + _ATTENDING_ROWS)
+            here = Where(where.positions[rows], where.slots[rows], where.table)
+            pieces.append(ops.attend_pages(q[rows], *here, *pages, *options, splits))
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
     read: Tensor = ops.attend_prompt_pages(q, *where, *pages, prompts.tiles, *options)
     if count := prompts.singles:
         first = Where(where.positions[:count], where.slots[:count], where.table)
@@ -313,5 +336,6 @@ def _read(attention: Attention, q: Tensor, where: Where, pages: Pages, splits: i
     return read
 
 
-def _side_by_side(products: tuple[Product, ...], x: Tensor) -> Tensor:
-    return products[0](x) if len(products) == 1 else torch.cat([product(x) for product in products], -1)
+def _side_by_side(products: tuple[Product, ...], x: Tensor, alike: bool) -> Tensor:
+    parts = [product(x, alike) for product in products]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)

@@ -7,7 +7,7 @@ has a derivative.
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -66,9 +66,13 @@ def ops() -> Any:
     return torch.ops.quantkit
 
 
+MOST_CODES_ROWS: Final = cuda_calls.DENSE_TOKENS - 1
+"""So many tokens at most are multiplied straight from the codes."""
+
+
 def takes_codes(tokens: int, form: str) -> bool:
     """Say whether so many tokens are multiplied straight from the codes; otherwise the weight is expanded first."""
-    return form != "fp8 codes" and tokens < cuda_calls.DENSE_TOKENS
+    return form != "fp8 codes" and tokens <= MOST_CODES_ROWS
 
 
 def _split(arguments: tuple[Any, ...]) -> tuple[Fragments, Tensor | None, str, str | None]:

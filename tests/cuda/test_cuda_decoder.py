@@ -99,7 +99,7 @@ def test_a_layer_is_eight_kernels(family, monkeypatch):
         monkeypatch.setattr(cuda_ops, "ops", lambda: type("ops", (), functions))
         monkeypatch.setattr(nvcc, "library", lambda: Listening(emulated.library(), heard))
         state = GraphDecoder(decoder, 1, 4)
-        decoder.step(torch.tensor([5]), state._where, state._pages, splits=1)
+        decoder.step(torch.tensor([5]), state._where, state._pages, batch_invariant=True)
     product = "qk_matmul_codes4"
     layer = [product, "qk_append", "qk_attend", product, "qk_norm", product, product, "qk_norm"]
     assert heard[: 1 + 2 * len(layer)] == ["qk_norm", *layer, *layer]
