@@ -80,16 +80,24 @@ def _lower(model: PreTrainedModel) -> Program:
 
 @contextlib.contextmanager
 def _float_activations(model: PreTrainedModel) -> Iterator[None]:
-    """Let quantized layers take activations as they are meanwhile: rounded ones would hide what a program computes."""
-    rounding = [m for m in model.modules() if isinstance(m, QuantLinear | QuantWeight) and m.activations != "float"]
-    before = [module.activations for module in rounding]
+    """Let quantized layers take activations as they are meanwhile: rounded ones would hide what a program computes.
+
+    Those in a rotated basis stay: without the rounding there would be no rotation either.
+    """
+    layers = [m for m in model.modules() if isinstance(m, QuantLinear | QuantWeight)]
+    before = [(module, module.activations, module.activation) for module in layers]
     try:
-        for module in rounding:
-            module.activations = "float"
+        for module in layers:
+            if module.activations != "float":
+                module.activations = "float"
+            if module.activation is not None and not module.activation.rotated:
+                module.activation = None
         yield
     finally:
-        for module, activations in zip(rounding, before, strict=True):
-            module.activations = activations
+        for module, activations, activation in before:
+            module.activation = activation
+            if module.activations != activations:
+                module.activations = activations
 
 
 def _write(model: PreTrainedModel, trace: Trace) -> Program:

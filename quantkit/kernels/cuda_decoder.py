@@ -91,6 +91,17 @@ class Prompts(NamedTuple):
     tiles: Tensor
 
 
+class Rounded(NamedTuple):
+    """Activations in 8 bits, a scale per token: int8 or float8 codes (rows, K), float32 (rows,)."""
+
+    codes: Tensor
+    scales: Tensor
+
+    def part(self, rows: Any) -> "Rounded":
+        """Return some of the rows."""
+        return Rounded(self.codes[rows], self.scales[rows])
+
+
 class Product(NamedTuple):
     """Linears side by side, laid out: one float weight, or one quantized one.
 
@@ -103,22 +114,35 @@ class Product(NamedTuple):
     form: str
     activation: str | None = None
 
-    def __call__(self, x: Tensor, batch_invariant: bool = False) -> Tensor:
-        """Return ``x @ w.T + bias`` for x (rows, K), or what its gate makes of it.
+    @property
+    def rounding(self) -> str:
+        """What a norm may round its output to for this product: one of :data:`~quantkit.kernels.cuda_glue.ROUNDINGS`."""
+        return cuda_ops.ROUNDED.get(self.form, "float")
+
+    def __call__(self, x: Tensor | Rounded, dtype: torch.dtype, batch_invariant: bool = False) -> Tensor:
+        """Return ``x @ w.T + bias`` for x (rows, K), or what its gate makes of it, in ``dtype``.
 
         With ``batch_invariant``, a row's result does not depend on how many there are: dense products, whose library chooses
         another order of summing for other shapes, always have :data:`INVARIANT_ROWS` rows; others are never made dense.
         """
+        ops, rows = cuda_ops.ops(), len(x.scales) if isinstance(x, Rounded) else len(x)
         if batch_invariant:
             dense = self.floats is not None or not cuda_ops.takes_codes(1, self.form)
             size = INVARIANT_ROWS if dense else cuda_ops.MOST_CODES_ROWS
-            if dense or len(x) > size:
-                parts = [F.pad(part, (0, 0, 0, size - len(part))) if dense else part for part in x.split(size)]
-                return torch.cat([self(part) for part in parts])[: len(x)]
+            if dense or rows > size:
+                pieces = [slice(start, start + size) for start in range(0, rows, size)]
+                parts = [x.part(piece) if isinstance(x, Rounded) else x[piece] for piece in pieces]
+                if dense and not isinstance(x, Rounded):
+                    parts[-1] = F.pad(parts[-1], (0, 0, 0, size * len(parts) - rows))  # type: ignore[arg-type]
+                return torch.cat([self(part, dtype) for part in parts])[:rows]
+        if isinstance(x, Rounded):
+            assert self.weight is not None
+            rounded: Tensor = ops.rounded_matmul(*x, *self.weight, self.bias, self.form, self.activation, dtype)
+            return rounded
         if self.floats is not None:
             return F.linear(x, self.floats, self.bias)
         assert self.weight is not None
-        y: Tensor = cuda_ops.ops().fragment_matmul(x, *self.weight, self.bias, self.form, self.activation)
+        y: Tensor = ops.fragment_matmul(x, *self.weight, self.bias, self.form, self.activation)
         return y
 
 
@@ -200,19 +224,24 @@ class CudaDecoder:
         x = F.embedding(tokens, self._embedding)
         if program.embedding_scale != 1:
             x = x * program.embedding_scale
-        after = [*(layer.attention_in for layer in program.layers[1:]), program.final_norm]
-        inner = self._normalize(x, program.layers[0].attention_in)
-        for layer, laid, rope, stored, norm in zip(program.layers, self._layers, self._ropes, pages, after, strict=True):
-            q = self._append(layer.attention, _side_by_side(laid.qkv, inner, alike), rope, where, stored)
-            a = laid.out(
-                _read(layer.attention, q, where, stored, INVARIANT_SPLITS if alike else None, prompts).flatten(1), alike
-            )
+        layers, splits = program.layers, INVARIANT_SPLITS if alike else None
+        after = [*(layer.attention_in for layer in layers[1:]), program.final_norm]
+        readers = [*(laid.qkv for laid in self._layers), (self._head,)]
+        inner = self._add(x, None, layers[0].attention_in, 1.0, _rounding(readers[0]))[1]
+        for layer, laid, rope, stored, norm, next_in in zip(
+            layers, self._layers, self._ropes, pages, after, readers[1:], strict=True
+        ):
+            q = self._append(layer.attention, self._side_by_side(laid.qkv, inner, alike), rope, where, stored)
+            a = laid.out(_read(layer.attention, q, where, stored, splits, prompts).flatten(1), self.dtype, alike)
             a = self._normalize(a, layer.attention_out)
-            read = self._normalize(x, layer.mlp_in) if layer.parallel else None
-            h, inner = self._add(a, x, None if layer.parallel else layer.mlp_in, layer.attention_scale)
+            form = _rounding(laid.up)
+            read = self._add(x, None, layer.mlp_in, 1.0, form)[1] if layer.parallel else None
+            h, inner = self._add(a, x, None if layer.parallel else layer.mlp_in, layer.attention_scale, form)
             m = self._mix(layer.mlp, laid, inner if read is None else read, alike)
-            x, inner = self._add(self._normalize(m, layer.mlp_out), h, norm, layer.mlp_scale)
-        logits = self._head(inner if wanted is None else inner[wanted], alike)
+            x, inner = self._add(self._normalize(m, layer.mlp_out), h, norm, layer.mlp_scale, _rounding(next_in))
+        if wanted is not None:
+            inner = inner.part(wanted) if isinstance(inner, Rounded) else inner[wanted]
+        logits = self._head(inner, self.dtype, alike)
         if program.logit_scale != 1:
             logits = logits * program.logit_scale
         cap = program.logit_softcap
@@ -223,17 +252,18 @@ class CudaDecoder:
         queries: Tensor = cuda_ops.ops().append_pages(qkv, attention.heads, *rope, *where, *pages)
         return queries
 
-    def _mix(self, mlp: Mlp | Experts, laid: _Layer, x: Tensor, alike: bool) -> Tensor:
+    def _mix(self, mlp: Mlp | Experts, laid: _Layer, x: Tensor | Rounded, alike: bool) -> Tensor:
         ops = cuda_ops.ops()
         if isinstance(mlp, Mlp):
             assert laid.down is not None
-            inner = _side_by_side(laid.up, x, alike)
+            inner = self._side_by_side(laid.up, x, alike)
             if laid.up[0].activation is None:
                 inner = ops.gated_activation(inner, mlp.activation, mlp.gated)
-            return laid.down(inner, alike)
+            return laid.down(inner, self.dtype, alike)
         assert laid.experts is not None
+        assert isinstance(x, Tensor)
         up, down, router = laid.experts
-        weights, chosen = router(x, alike).float().softmax(-1).topk(mlp.top_k, -1)
+        weights, chosen = router(x, self.dtype, alike).float().softmax(-1).topk(mlp.top_k, -1)
         if mlp.normalize:
             weights = weights / weights.sum(-1, keepdim=True)
         flat, order = chosen.flatten().sort(stable=True)
@@ -248,16 +278,26 @@ class CudaDecoder:
         summed: Tensor = parts.sum(1)
         return summed.to(x.dtype)
 
-    def _normalize(self, x: Tensor, norm: Norm | None) -> Tensor:
-        return x if norm is None else self._add(x, None, norm, 1.0)[1]
+    def _side_by_side(self, products: tuple[Product, ...], x: Tensor | Rounded, alike: bool) -> Tensor:
+        parts = [product(x, self.dtype, alike) for product in products]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
-    def _add(self, x: Tensor, residual: Tensor | None, norm: Norm | None, factor: float) -> tuple[Tensor, Tensor]:
-        """Return ``residual + factor * x`` and its norm."""
+    def _normalize(self, x: Tensor, norm: Norm | None) -> Tensor:
+        if norm is None:
+            return x
+        y = self._add(x, None, norm, 1.0)[1]
+        assert isinstance(y, Tensor)
+        return y
+
+    def _add(
+        self, x: Tensor, residual: Tensor | None, norm: Norm | None, factor: float, rounding: str = "float"
+    ) -> tuple[Tensor, Tensor | Rounded]:
+        """Return ``residual + factor * x`` and its norm, rounded for who reads it."""
         gain, shift = (None, None) if norm is None else self._gains(norm)
         kind = cuda_glue.NONE if norm is None else cuda_glue.LAYER if norm.center else cuda_glue.RMS
         eps = 0.0 if norm is None else norm.eps
-        total, y, _ = cuda_ops.ops().residual_norm(x, residual, gain, shift, kind, eps, factor, "float")
-        return total, y
+        total, y, scales = cuda_ops.ops().residual_norm(x, residual, gain, shift, kind, eps, factor, rounding)
+        return total, y if rounding == "float" else Rounded(y, scales)
 
     def _gains(self, norm: Norm) -> tuple[Tensor, Tensor | None]:
         if id(norm) not in self._norms:  # the program keeps its norms alive
@@ -336,6 +376,7 @@ def _read(attention: Attention, q: Tensor, where: Where, pages: Pages, splits: i
     return read
 
 
-def _side_by_side(products: tuple[Product, ...], x: Tensor, alike: bool) -> Tensor:
-    parts = [product(x, alike) for product in products]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+def _rounding(products: tuple[Product, ...]) -> str:
+    """Return what the norm before some products may round to; floats if they do not agree, or for experts and their router."""
+    kinds = {product.rounding for product in products}
+    return kinds.pop() if len(kinds) == 1 else "float"

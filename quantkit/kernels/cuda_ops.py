@@ -25,6 +25,9 @@ _ROPE = "Tensor? cos, Tensor? sin, int dim, bool interleaved, Tensor? q_gain, Te
 
 SCHEMAS = {
     "fragment_matmul": f"(Tensor x, {_WEIGHT}, Tensor? bias, str form, str? activation=None) -> Tensor",
+    "rounded_matmul": (
+        f"(Tensor x, Tensor scales, {_WEIGHT}, Tensor? bias, str form, str? activation, ScalarType dtype) -> Tensor"
+    ),
     "fragment_experts": f"(Tensor x, Tensor offsets, {_WEIGHT}, str? activation=None) -> Tensor",
     "residual_norm": (
         "(Tensor x, Tensor? residual, Tensor? gain, Tensor? shift, int kind, float eps, float factor, str rounding)"
@@ -45,9 +48,12 @@ SCHEMAS = {
     ),
 }
 """Operator to its arguments. ``form`` of a matmul: ``"codes"`` (activations as they are), ``"fp8 codes"`` (the same, fp8
-weights), ``"int8"`` or ``"fp8"`` (activations rounded per token). ``activation``: the weight's rows and the bias are gate and
-up in turn, and the result is ``activation(gate) * up``, (tokens, rows / 2), of a gate and an up that were rounded to x's
-dtype."""
+weights), ``"int8"`` or ``"fp8"`` (activations rounded per token; ``rounded_matmul`` takes their codes and scales).
+``activation``: the weight's rows and the bias are gate and up in turn, and the result is ``activation(gate) * up``,
+(tokens, rows / 2), of a gate and an up that were rounded to the output's dtype."""
+
+ROUNDED: Final = {"int8": "int8", "fp8": "fp8_e4m3"}
+"""Forms of a matmul that round activations, and to what (:data:`quantkit.kernels.cuda_glue.ROUNDINGS`)."""
 
 _library: list[torch.library.Library] = []  # keeps the registration alive
 
@@ -84,28 +90,43 @@ def _split(arguments: tuple[Any, ...]) -> tuple[Fragments, Tensor | None, str, s
 def multiply(x: Tensor, *arguments: Any) -> Tensor:
     """Run ``fragment_matmul`` on the kernels: x (tokens, K) contiguous."""
     weight, bias, form, activation = _split(arguments)
-    if form in ("int8", "fp8"):
-        codes, scales = cuda_glue.round_tokens(x, "int8" if form == "int8" else "fp8_e4m3")
-        if takes_codes(len(x), form):
-            options: dict[str, Any] = {"x_scales": scales, "kind": form, "dtype": x.dtype}
-            return cuda_calls.matmul(codes, weight, bias, activation=activation, **options)
-        x = (codes.float() * scales[:, None]).to(x.dtype)
-    elif takes_codes(len(x), form):
+    if form in ROUNDED:
+        return multiply_rounded(*cuda_glue.round_tokens(x, ROUNDED[form]), *weight, bias, form, activation, x.dtype)
+    if takes_codes(len(x), form):
         return cuda_calls.matmul(x, weight, bias, activation=activation)
+    return _multiply_dense(x, weight, bias, form, activation)
+
+
+def multiply_rounded(codes: Tensor, scales: Tensor, *arguments: Any) -> Tensor:
+    """Run ``rounded_matmul`` on the kernels: codes (tokens, K) contiguous."""
+    (weight, bias, form, activation), dtype = _split(arguments[:-1]), arguments[-1]
+    if takes_codes(len(codes), form):
+        return cuda_calls.matmul(codes, weight, bias, activation=activation, x_scales=scales, kind=form, dtype=dtype)
+    return _multiply_dense((codes.float() * scales[:, None]).to(dtype), weight, bias, form, activation)
+
+
+def _multiply_dense(x: Tensor, weight: Fragments, bias: Tensor | None, form: str, activation: str | None) -> Tensor:
     y = cuda_calls.dense_matmul(x, weight, bias, fp8="fp8" in form)
     return y if activation is None else cuda_glue.activate(y, activation, interleaved=True)
 
 
 def _multiply_plain(x: Tensor, *arguments: Any) -> Tensor:
     weight, bias, form, activation = _split(arguments)
-    wide = x.float()
-    if form in ("int8", "fp8"):
-        _, codes, scales = cuda_glue.norm_plain(
-            x, None, None, None, kind=cuda_glue.NONE, rounding="int8" if form == "int8" else "fp8_e4m3"
-        )
-        wide = codes.float() * scales[:, None]
+    if form in ROUNDED:
+        _, codes, scales = cuda_glue.norm_plain(x, None, None, None, kind=cuda_glue.NONE, rounding=ROUNDED[form])
+        return _multiply_rounded_plain(codes, scales, *weight, bias, form, activation, x.dtype)
+    return _multiply_floats(x.float(), weight, bias, form, activation, x.dtype)
+
+
+def _multiply_rounded_plain(codes: Tensor, scales: Tensor, *arguments: Any) -> Tensor:
+    return _multiply_floats(codes.float() * scales[:, None], *_split(arguments[:-1]), arguments[-1])
+
+
+def _multiply_floats(
+    x: Tensor, weight: Fragments, bias: Tensor | None, form: str, activation: str | None, dtype: torch.dtype
+) -> Tensor:
     floats = fragments.dequantize(weight, "fp8" in form)[0]
-    return _gated_plain(F.linear(wide, floats, None if bias is None else bias.float()).to(x.dtype), activation)
+    return _gated_plain(F.linear(x, floats, None if bias is None else bias.float()).to(dtype), activation)
 
 
 def _gated_plain(y: Tensor, activation: str | None) -> Tensor:
@@ -115,6 +136,10 @@ def _gated_plain(y: Tensor, activation: str | None) -> Tensor:
 def _multiply_fake(x: Tensor, *arguments: Any) -> Tensor:
     weight, _, _, activation = _split(arguments)
     return x.new_empty((x.shape[0], weight.rows // (1 if activation is None else 2)))
+
+
+def _multiply_rounded_fake(codes: Tensor, scales: Tensor, *arguments: Any) -> Tensor:
+    return _multiply_fake(codes, *arguments[:-1]).to(arguments[-1])
 
 
 def _experts(x: Tensor, offsets: Tensor, *arguments: Any) -> Tensor:
@@ -186,6 +211,7 @@ def _attend_prompt(function: Callable[..., Any]) -> Callable[..., Any]:
 
 _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]] = {
     "fragment_matmul": (_multiply_plain, multiply, _multiply_fake),
+    "rounded_matmul": (_multiply_rounded_plain, multiply_rounded, _multiply_rounded_fake),
     "fragment_experts": (_experts_plain, _experts, _experts_fake),
     "residual_norm": (_norm(cuda_glue.norm_plain), _norm(cuda_glue.norm), _norm_fake),
     "gated_activation": (
