@@ -128,7 +128,7 @@ class Product(NamedTuple):
         ops, rows = cuda_ops.ops(), len(x.scales) if isinstance(x, Rounded) else len(x)
         if batch_invariant:
             dense = self.floats is not None or not cuda_ops.takes_codes(1, self.form)
-            size = INVARIANT_ROWS if dense else cuda_ops.MOST_CODES_ROWS
+            size = INVARIANT_ROWS if dense else cuda_ops.SURE_CODES_ROWS
             if dense or rows > size:
                 pieces = [slice(start, start + size) for start in range(0, rows, size)]
                 parts = [x.part(piece) if isinstance(x, Rounded) else x[piece] for piece in pieces]

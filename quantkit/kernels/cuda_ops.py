@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from quantkit.kernels import cuda_attention, cuda_calls, cuda_glue, cuda_sampling, fragments
+from quantkit.kernels import cuda_attention, cuda_calls, cuda_glue, cuda_prompt, cuda_sampling, fragments
 from quantkit.kernels.cuda_attention import Pages, Rope, Where
 from quantkit.kernels.draw import Draw, draw_plain
 from quantkit.kernels.fragments import Fragments
@@ -72,13 +72,13 @@ def ops() -> Any:
     return torch.ops.quantkit
 
 
-MOST_CODES_ROWS: Final = cuda_calls.DENSE_TOKENS - 1
-"""So many tokens at most are multiplied straight from the codes."""
+SURE_CODES_ROWS: Final = 64
+"""So many tokens at most are multiplied straight from the codes on every device. To be measured: a guess from arithmetic."""
 
 
 def takes_codes(tokens: int, form: str) -> bool:
     """Say whether so many tokens are multiplied straight from the codes; otherwise the weight is expanded first."""
-    return form != "fp8 codes" and tokens <= MOST_CODES_ROWS
+    return form != "fp8 codes" and tokens < cuda_calls.DENSE_TOKENS
 
 
 def _split(arguments: tuple[Any, ...]) -> tuple[Fragments, Tensor | None, str, str | None]:
@@ -92,6 +92,8 @@ def multiply(x: Tensor, *arguments: Any) -> Tensor:
     weight, bias, form, activation = _split(arguments)
     if form in ROUNDED:
         return multiply_rounded(*cuda_glue.round_tokens(x, ROUNDED[form]), *weight, bias, form, activation, x.dtype)
+    if form == "codes" and len(x) > SURE_CODES_ROWS and cuda_prompt.works(x.device, x.dtype, weight.bits):
+        return cuda_prompt.matmul(x, weight, bias, activation)
     if takes_codes(len(x), form):
         return cuda_calls.matmul(x, weight, bias, activation=activation)
     return _multiply_dense(x, weight, bias, form, activation)
