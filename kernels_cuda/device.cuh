@@ -61,7 +61,7 @@ template <> __device__ __forceinline__ uint32_t subtract<BFloat16>(uint32_t a, u
 }
 
 // Copy 16, 8 or 4 bytes from global to shared memory behind the thread's back; beyond the first `bytes` zeros are written. Streams
-// (weights, read once) bypass the first cache and are the first to leave the second one.
+// (weights) bypass the first cache, and stay in the second one as the policy says.
 __device__ __forceinline__ void copy16_stream(void* to, const void* from, uint64_t policy) {
   asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(uint32_t(__cvta_generic_to_shared(to))),
                "l"(from), "l"(policy) : "memory");
@@ -82,10 +82,12 @@ __device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_
 template <int kPending> __device__ __forceinline__ void copies_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
-__device__ __forceinline__ uint64_t stream_policy() {
-  uint64_t policy;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
+// Lines that nobody reads `again` are the first to leave the second cache.
+__device__ __forceinline__ uint64_t stream_policy(bool again) {
+  uint64_t first, normal;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(first));
+  asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(normal));
+  return again ? normal : first;
 }
 
 // c += a @ b for a (16, 16) and b (16, 8) of T, c float (16, 8), each spread over the warp as the PTX ISA tables say.

@@ -9,7 +9,9 @@
 // - Products are of integers (code - zero_point) and activations; a group's sum is scaled in float32. Nothing else is rounded.
 // - K is split over blocks where tiles are fewer than the machine's SMs. The block that arrives last adds the parts in their
 //   order: the same bits every time. The split depends on N and K, not on the tokens: neither do a token's sums.
-// - With `offsets`, blockIdx.z is an expert, and tokens offsets[z] .. offsets[z + 1] are its own.
+// - More tokens than a block takes are chunks: blockIdx.x, the first to count on, so that blocks that read the same weight start
+//   together, and all but one of them find it in the second cache. blockIdx.y is the tile, blockIdx.z the part of K.
+// - With `offsets`, blockIdx.z is an expert, and tokens offsets[z] .. offsets[z + 1] are its own, however many chunks they are.
 // - With `activation`, rows 2 i and 2 i + 1 are a gate and its value, which the block that has both sums multiplies at once.
 #pragma once
 #include "activation.cuh"
@@ -28,8 +30,8 @@ struct Matmul {  // MatmulStruct of kernels/cuda_calls.py
   const float* x_scales;   // (tokens): what products of 8-bit activations are multiplied by
   const int* offsets;      // (experts + 1), or null
   void* y;                 // (tokens, n), or (tokens, n / 2) with an activation
-  float* partial;          // (grid z, tiles, splits, tokens of a block, 64), if splits > 1
-  int* arrived;            // (grid z, tiles) zeros, left as zeros
+  float* partial;          // (chunks, tiles, splits, tokens of a block, 64), if splits > 1
+  int* arrived;            // (chunks, tiles) zeros, left as zeros
   int32_t tokens, n, k, experts;
   int32_t group_shift;     // column >> group_shift is the group; 31 for a scale per channel
   int32_t splits, zero_code, scales_are_bfloat16, dtype;
@@ -215,7 +217,7 @@ __device__ inline float2 add(float2 a, float2 b) { return {a.x + b.x, a.y + b.y}
 template <class T, int kTokens8>
 __device__ void finish(const Matmul& m, const float (&total)[kParts][kTokens8][4], float* sums, int first, int count) {
   constexpr int kTokens = 8 * kTokens8, kPitch = kTileRows + 4;  // rows of the fragments fall on different banks
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, tile_row = blockIdx.x * kTileRows;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, tile_row = blockIdx.y * kTileRows;
 #pragma unroll
   for (int p = 0; p < kParts; ++p)
 #pragma unroll
@@ -224,7 +226,7 @@ __device__ void finish(const Matmul& m, const float (&total)[kParts][kTokens8][4
       for (int i = 0; i < 4; ++i)
         sums[(warp * kTokens + j * 8 + lane % 4 * 2 + i % 2) * kPitch + p * 16 + lane / 4 + i / 2 * 8] = total[p][j][i];
   __syncthreads();
-  const int64_t tile = blockIdx.z * int64_t(gridDim.x) + blockIdx.x;
+  const int64_t tile = blockIdx.x * int64_t(gridDim.y) + blockIdx.y;
   constexpr int kPairs = kTileRows / 2;
   float2* partial = reinterpret_cast<float2*>(m.partial) + tile * m.splits * kTokens * kPairs;
   const int pairs = (count < kTokens ? count : kTokens) * kPairs;
@@ -233,7 +235,7 @@ __device__ void finish(const Matmul& m, const float (&total)[kParts][kTokens8][4
     float2 sum = {0, 0};
     for (int w = 0; w < int(blockDim.x) / kWarp; ++w)
       sum = add(sum, *reinterpret_cast<const float2*>(sums + (w * kTokens + token) * kPitch + row));
-    if (m.splits > 1) partial[blockIdx.y * kTokens * kPairs + at] = sum;
+    if (m.splits > 1) partial[blockIdx.z * kTokens * kPairs + at] = sum;
     else store<T>(m, first + token, tile_row + row, sum);
   }
   if (m.splits == 1) return;
@@ -261,17 +263,18 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, (blocks_per_sm<kTokens8>())
   constexpr int kTokens = 8 * kTokens8;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int steps = (m.k + kStep - 1) / kStep, groups = ((m.k - 1) >> m.group_shift) + 1;
-  const int64_t tile = (m.offsets ? blockIdx.z : 0) * int64_t(gridDim.x) + blockIdx.x;
-  const int warps = blockDim.x / kWarp, part = blockIdx.y * warps + warp, parts = m.splits * warps;
-  int first = m.offsets ? m.offsets[blockIdx.z] : blockIdx.z * kTokens;
+  const int64_t tile = (m.offsets ? blockIdx.z : 0) * int64_t(gridDim.y) + blockIdx.y;
+  const int warps = blockDim.x / kWarp, part = (m.offsets ? 0 : blockIdx.z) * warps + warp, parts = m.splits * warps;
+  int first = m.offsets ? m.offsets[blockIdx.z] : blockIdx.x * kTokens;
   const int end = m.offsets ? m.offsets[blockIdx.z + 1] : (first + kTokens < m.tokens ? first + kTokens : m.tokens);
   for (; first < end; first += kTokens) {
     typename W::S stage{m.group_shift == 5 ? 2 : 1, m.zeros != nullptr};
     char* shared = static_cast<char*>(shared_memory());
+    const bool again = gridDim.x > 1 || end - first > kTokens;  // evict-first lines might be gone before the next chunk reads them
     W w{m, stage, shared + warp * kStages * stage.size(), lane, end - first,
         static_cast<const char*>(m.x) + int64_t(first) * m.k * W::P::activation_bytes,
         m.codes + tile * steps * (kParts * W::P::bits / 4 * kWarp), m.scales + tile * groups * 8,
-        m.zeros ? m.zeros + tile * groups * 8 : nullptr, stream_policy(), {}, {}};
+        m.zeros ? m.zeros + tile * groups * 8 : nullptr, stream_policy(again), {}, {}};
     w.run(steps * part / parts, steps * (part + 1) / parts);
     __syncthreads();  // the stages become room for the sums
     finish<T, kTokens8>(m, w.total, static_cast<float*>(shared_memory()), first, end - first);
@@ -284,8 +287,8 @@ template <class T, int kKind, int kTokens8> int launch_matmul(const Matmul& m, v
   const size_t stages = size_t(kStages) * typename W::S{m.group_shift == 5 ? 2 : 1, m.zeros != nullptr}.size();
   const size_t sums = sizeof(float) * 8 * kTokens8 * (kTileRows + 4), warp = stages > sums ? stages : sums;
   const int warps = kMostWarps * warp <= largest_shared_memory() ? kMostWarps : kMostWarps / 2;
-  int chunks = m.offsets ? m.experts : (m.tokens + 8 * kTokens8 - 1) / (8 * kTokens8);
-  dim3 grid(unsigned((m.n + kTileRows - 1) / kTileRows), unsigned(m.splits), unsigned(chunks));
+  const int chunks = m.offsets ? 1 : (m.tokens + 8 * kTokens8 - 1) / (8 * kTokens8);
+  dim3 grid(unsigned(chunks), unsigned((m.n + kTileRows - 1) / kTileRows), unsigned(m.offsets ? m.experts : m.splits));
   return launch(matmul<T, kKind, kTokens8>, grid, warps * kWarp, warps * warp, stream, m);
 }
 

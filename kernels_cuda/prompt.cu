@@ -47,7 +47,7 @@ template <class T, int kBits> __global__ void __launch_bounds__(kGroups * kGroup
   char* shared = static_cast<char*>(shared_memory());
   shared += (1024 - reinterpret_cast<uintptr_t>(shared) % 1024) % 1024;  // the low bits are the address's own
   char* mine = shared + kImage + warp * S::warp;
-  const uint64_t policy = stream_policy();
+  const uint64_t policy = stream_policy(gridDim.x > 1);
 
   auto fetch = [&](int step) {
     const int slot = step % kPromptStages * S::size;

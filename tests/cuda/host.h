@@ -175,7 +175,7 @@ inline void copy16_stream(void* to, const void* from, uint64_t) { copy(to, from,
 inline void copy16(void* to, const void* from, int bytes = 16) { copy(to, from, 16, bytes); }
 inline void copy8(void* to, const void* from, int bytes = 8) { copy(to, from, 8, bytes); }
 inline void copy4(void* to, const void* from, int bytes = 4) { copy(to, from, 4, bytes); }
-inline uint64_t stream_policy() { return 0; }
+inline uint64_t stream_policy(bool) { return 0; }
 inline void copies_commit() { fiber->groups.push_back(std::move(fiber->open)); fiber->open.clear(); }
 template <int kPending> void copies_wait() {
   auto& groups = fiber->groups;
