@@ -15,6 +15,7 @@
 // - With `activation`, rows 2 i and 2 i + 1 are a gate and its value, which the block that has both sums multiplies at once.
 #pragma once
 #include "activation.cuh"
+#include "block.cuh"
 #include "unpack.cuh"
 
 namespace qk {
@@ -32,6 +33,7 @@ struct Matmul {  // MatmulStruct of kernels/cuda_calls.py
   void* y;                 // (tokens, n), or (tokens, n / 2) with an activation
   float* partial;          // (chunks, tiles, splits, tokens of a block, 64), if splits > 1
   int* arrived;            // (chunks, tiles) zeros, left as zeros
+  Best* bests;             // (tokens, tiles): the largest y of a tile's rows, without an activation; or null
   int32_t tokens, n, k, experts;
   int32_t group_shift;     // column >> group_shift is the group; 31 for a scale per channel
   int32_t splits, zero_code, scales_are_bfloat16, dtype;
@@ -199,25 +201,65 @@ template <class T> __device__ inline T finished(const Matmul& m, int token, int 
 }
 
 // Store y for the sums of rows `row` (even) and row + 1. A gate and its value are rounded to T before they meet, as in memory.
-template <class T> __device__ inline void store(const Matmul& m, int token, int row, float2 sums) {
-  if (row >= m.n) return;
+// Returns the larger of the two.
+template <class T> __device__ inline Best store(const Matmul& m, int token, int row, float2 sums) {
+  if (row >= m.n) return no_best();
   T low = finished<T>(m, token, row, sums.x);
+  Best best = candidate(to_float(low), row);
   T* y = static_cast<T*>(m.y) + (m.activation == kNoActivation ? int64_t(token) * m.n + row : (int64_t(token) * m.n + row) / 2);
   if (row + 1 < m.n) {
     T high = finished<T>(m, token, row + 1, sums.y);
+    best = better(best, candidate(to_float(high), row + 1));
     if (m.activation == kNoActivation) y[1] = high;
     else low = from_float<T>(activated(to_float(low), m.activation) * to_float(high));
   }
   *y = low;
+  return best;
 }
 
 __device__ inline float2 add(float2 a, float2 b) { return {a.x + b.x, a.y + b.y}; }
+
+// What becomes of the sums of a tile for up to kTokens tokens, once its blocks (or their teams of `size` threads, of which this is
+// `rank`) have one each: sum_of(token, row) of rows `row` and row + 1. A warp has a token's rows.
+template <class T, int kTokens, class Sum>
+__device__ void conclude(const Matmul& m, int tile, int split, Sum sum_of, int first, int count, int rank, int size, bool& last) {
+  constexpr int kPairs = kTileRows / 2;
+  static_assert(kPairs == kWarp);
+  const int tiles = (m.n + kTileRows - 1) / kTileRows, pairs = (count < kTokens ? count : kTokens) * kPairs;
+  const int64_t place = blockIdx.x * int64_t(tiles) + tile;
+  float2* partial = reinterpret_cast<float2*>(m.partial) + place * m.splits * kTokens * kPairs;
+  auto finish_pair = [&](int at, float2 sum) {
+    const int token = first + at / kPairs;
+    Best best = store<T>(m, token, tile * kTileRows + at % kPairs * 2, sum);
+    if (!m.bests) return;
+    for (int mask = 16; mask; mask /= 2) best = better(best, exchange(best, mask));
+    if (at % kWarp == 0) m.bests[int64_t(token) * tiles + tile] = best;
+  };
+  for (int at = rank; at < pairs; at += size) {
+    const float2 sum = sum_of(at / kPairs, at % kPairs * 2);
+    if (m.splits > 1) partial[split * kTokens * kPairs + at] = sum;
+    else finish_pair(at, sum);
+  }
+  if (m.splits == 1) return;
+  __threadfence();
+  __syncthreads();
+  if (rank == 0 && pairs > 0) last = atomicAdd(m.arrived + place, 1) == m.splits - 1;
+  __syncthreads();
+  if (pairs <= 0 || !last) return;
+  __threadfence();
+  for (int at = rank; at < pairs; at += size) {
+    float2 sum = {0, 0};
+    for (int s = 0; s < m.splits; ++s) sum = add(sum, fresh(partial + s * kTokens * kPairs + at));
+    finish_pair(at, sum);
+  }
+  if (rank == 0) m.arrived[place] = 0;
+}
 
 // Add up the warps' sums (64 rows of up to 8 kTokens8 tokens), then the blocks' that share the tile.
 template <class T, int kTokens8>
 __device__ void finish(const Matmul& m, const float (&total)[kParts][kTokens8][4], float* sums, int first, int count) {
   constexpr int kTokens = 8 * kTokens8, kPitch = kTileRows + 4;  // rows of the fragments fall on different banks
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, tile_row = blockIdx.y * kTileRows;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
 #pragma unroll
   for (int p = 0; p < kParts; ++p)
 #pragma unroll
@@ -226,32 +268,14 @@ __device__ void finish(const Matmul& m, const float (&total)[kParts][kTokens8][4
       for (int i = 0; i < 4; ++i)
         sums[(warp * kTokens + j * 8 + lane % 4 * 2 + i % 2) * kPitch + p * 16 + lane / 4 + i / 2 * 8] = total[p][j][i];
   __syncthreads();
-  const int64_t tile = blockIdx.x * int64_t(gridDim.y) + blockIdx.y;
-  constexpr int kPairs = kTileRows / 2;
-  float2* partial = reinterpret_cast<float2*>(m.partial) + tile * m.splits * kTokens * kPairs;
-  const int pairs = (count < kTokens ? count : kTokens) * kPairs;
-  for (int at = threadIdx.x; at < pairs; at += blockDim.x) {
-    int row = at % kPairs * 2, token = at / kPairs;
+  auto sum_of = [&](int token, int row) {
     float2 sum = {0, 0};
     for (int w = 0; w < int(blockDim.x) / kWarp; ++w)
       sum = add(sum, *reinterpret_cast<const float2*>(sums + (w * kTokens + token) * kPitch + row));
-    if (m.splits > 1) partial[blockIdx.z * kTokens * kPairs + at] = sum;
-    else store<T>(m, first + token, tile_row + row, sum);
-  }
-  if (m.splits == 1) return;
+    return sum;
+  };
   __shared__ bool last;
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) last = atomicAdd(m.arrived + tile, 1) == m.splits - 1;
-  __syncthreads();
-  if (!last) return;
-  __threadfence();
-  for (int at = threadIdx.x; at < pairs; at += blockDim.x) {
-    float2 sum = {0, 0};
-    for (int s = 0; s < m.splits; ++s) sum = add(sum, fresh(partial + s * kTokens * kPairs + at));
-    store<T>(m, first + at / kPairs, tile_row + at % kPairs * 2, sum);
-  }
-  if (threadIdx.x == 0) m.arrived[tile] = 0;
+  conclude<T, kTokens>(m, blockIdx.y, blockIdx.z, sum_of, first, count, threadIdx.x, blockDim.x, last);
 }
 
 // Blocks that share an SM, which bounds the registers of a thread.

@@ -5,7 +5,8 @@
 // - A code becomes (code - zero_point) * scale in float32, rounded once to T, as kernels/expand.cu writes it: what a dense product
 //   of an expanded weight would multiply. Sums run over all of K in float32.
 // - Tokens are arranged before, once per product (arrange.cu), so copies are straight.
-// - Blocks that share a weight tile are neighbours, so that all but one find it in the second cache.
+// - Blocks that share a weight tile are neighbours, so that all but one find it in the second cache. Where there are few of them,
+//   K is split, as in matmul.cuh.
 #include "matmul.cuh"
 #include "prompt.cuh"
 
@@ -49,8 +50,10 @@ template <class T, int kBits> __global__ void __launch_bounds__(kGroups * kGroup
   char* mine = shared + kImage + warp * S::warp;
   const uint64_t policy = stream_policy(gridDim.x > 1);
 
+  const int begin = steps * blockIdx.z / m.splits, end = steps * (blockIdx.z + 1) / m.splits;
+
   auto fetch = [&](int step) {
-    const int slot = step % kPromptStages * S::size;
+    const int slot = (step - begin) % kPromptStages * S::size;
 #pragma unroll
     for (int i = 0; i < kImage / 16 / int(kGroups * kGroupWarps * kWarp); ++i) {
       const int at = (i * int(blockDim.x) + threadIdx.x) * 16;
@@ -72,18 +75,18 @@ template <class T, int kBits> __global__ void __launch_bounds__(kGroups * kGroup
 
   float d[16][4] = {};
 #pragma unroll 1
-  for (int step = 0; step < kPromptStages - 1; ++step) {
-    if (step < steps) fetch(step);
+  for (int step = begin; step < begin + kPromptStages - 1; ++step) {
+    if (step < end) fetch(step);
     copies_commit();
   }
 #pragma unroll 1
-  for (int step = 0; step < steps; ++step) {
+  for (int step = begin; step < end; ++step) {
     copies_wait<kPromptStages - 2>();
     show_products();
     __syncthreads();  // this stage is there for all, and nobody multiplies the one before any more
-    if (step + kPromptStages - 1 < steps) fetch(step + kPromptStages - 1);
+    if (step + kPromptStages - 1 < end) fetch(step + kPromptStages - 1);
     copies_commit();
-    const int slot = step % kPromptStages * S::size;
+    const int slot = (step - begin) % kPromptStages * S::size;
     alignas(16) uint32_t words[kBits];
 #pragma unroll
     for (int i = 0; i < kBits / 4; ++i)
@@ -113,7 +116,7 @@ template <class T, int kBits> __global__ void __launch_bounds__(kGroups * kGroup
 
   copies_wait<0>();
   __syncthreads();  // the stages become room for the sums, (tokens, rows)
-  constexpr int kPitch = kTileRows + 4, kPairs = kTileRows / 2;
+  constexpr int kPitch = kTileRows + 4;
   float* sums = reinterpret_cast<float*>(shared) + group * kPromptTokens * kPitch;
 #pragma unroll
   for (int j = 0; j < 16; ++j)
@@ -121,17 +124,16 @@ template <class T, int kBits> __global__ void __launch_bounds__(kGroups * kGroup
     for (int i = 0; i < 4; ++i)
       sums[(j * 8 + lane % 4 * 2 + i % 2) * kPitch + part * 16 + lane / 4 + i / 2 * 8] = d[j][i];
   __syncthreads();
-  if (own >= tiles) return;
-  const int first = blockIdx.x * kPromptTokens, count = min(kPromptTokens, m.tokens - first);
-#pragma unroll 1
-  for (int at = threadIdx.x % (kGroupWarps * kWarp); at < count * kPairs; at += kGroupWarps * kWarp)
-    store<T>(m, first + at / kPairs, tile * kTileRows + at % kPairs * 2,
-             *reinterpret_cast<const float2*>(sums + at / kPairs * kPitch + at % kPairs * 2));
+  __shared__ bool last[kGroups];
+  const int first = blockIdx.x * kPromptTokens, count = own < tiles ? min(kPromptTokens, m.tokens - first) : 0;
+  auto sum_of = [&](int token, int row) { return *reinterpret_cast<const float2*>(sums + token * kPitch + row); };
+  const int size = kGroupWarps * kWarp;
+  conclude<T, kPromptTokens>(m, tile, blockIdx.z, sum_of, first, count, threadIdx.x % size, size, last[group]);
 }
 
 template <class T, int kBits> int launch_prompt(const Matmul& m, void* stream) {
   const int tiles = (m.n + kTileRows - 1) / kTileRows;
-  const dim3 grid(unsigned((m.tokens + kPromptTokens - 1) / kPromptTokens), unsigned((tiles + kGroups - 1) / kGroups));
+  const dim3 grid(unsigned((m.tokens + kPromptTokens - 1) / kPromptTokens), unsigned((tiles + kGroups - 1) / kGroups), unsigned(m.splits));
   return launch(prompt<T, kBits>, grid, kGroups * kGroupWarps * kWarp, kPromptStages * PromptStage<kBits>::size + 1024, stream, m);
 }
 
@@ -141,7 +143,7 @@ template <class T> int launch_prompt(const Matmul& m, int bits, void* stream) {
 
 }  // namespace qk
 
-// `m.x` is what qk_arrange has made; no offsets, splits, partial sums or scales of activations.
+// `m.x` is what qk_arrange has made; no offsets and no scales of activations.
 QK_API int qk_prompt(const qk::Matmul* m, int bits, void* stream) {
   if (m->tokens == 0) return 0;
   if (m->offsets || m->x_scales || (m->activation != qk::kNoActivation && m->n % 2)) return 1;

@@ -18,9 +18,12 @@ struct Sample {  // SampleStruct of kernels/cuda_sampling.py
   const float* rest;         // (rows): 1 - top_p; 0 keeps all
   const float* min_p;        // (rows)
   const int64_t* seed;       // (rows)
-  const int32_t* position;   // (rows): where in its sequence the row stands
-  int32_t* chosen;           // (rows)
-  int32_t rows, n, dtype;
+  const int32_t* position;   // (rows): where in its sequence the row stands; below 0 nowhere
+  const Best* bests;         // (rows, tiles): the largest logits of `tiles` parts of a row, or null
+  const int32_t* slot;       // (rows), or null
+  int32_t* chosen;           // (rows); -1 where the largest logit is not a finite number
+  int32_t* newest;           // at `slot`, unless that is null: the token that a row that stands somewhere has chosen, at least 0
+  int32_t rows, n, dtype, tiles;
 };
 
 // The number at a place, 0 to 65535, among all of T in order. Beyond infinity it is NaN, which no number is compared to.
@@ -119,6 +122,12 @@ template <class T> __device__ Edge edge_of(const Row<T>& row, int top_k, float r
   return {edge, int(token)};
 }
 
+__device__ inline void tell(const Sample& a, int token) {
+  if (threadIdx.x) return;
+  a.chosen[blockIdx.x] = token;
+  if (a.slot && a.position[blockIdx.x] >= 0) a.newest[a.slot[blockIdx.x]] = token < 0 ? 0 : token;
+}
+
 template <class T> __global__ void __launch_bounds__(1024, 1) sample(Sample a) {
   __shared__ Best bests[32];
   __shared__ float sums[32];
@@ -127,12 +136,14 @@ template <class T> __global__ void __launch_bounds__(1024, 1) sample(Sample a) {
   const float temperature = a.temperature[at];
   Row<T> row{static_cast<const uint16_t*>(a.logits) + at * int64_t(a.n), a.n, 1.0f / temperature, sums, counts, 0};
   Best best = no_best();
-  row.each([&](int i, float x) { best = better(best, {x, i}); });
-  const Best likely = block_reduce(best, no_best(), bests, better);
-  if (temperature == 0 || likely.index >= a.n) {
-    if (threadIdx.x == 0) a.chosen[at] = likely.index < a.n ? likely.index : 0;
-    return;
+  if (a.bests) {
+    for (int i = threadIdx.x; i < a.tiles; i += blockDim.x) best = better(best, a.bests[at * int64_t(a.tiles) + i]);
+  } else {
+    row.each([&](int i, float x) { best = better(best, candidate(x, i)); });
   }
+  const Best likely = block_reduce(best, no_best(), bests, better);
+  const bool finite = likely.value > -INFINITY && likely.value < INFINITY;
+  if (temperature == 0 || !finite) return tell(a, finite ? likely.index : -1);
   row.most = likely.value;
   const Edge edge = edge_of(row, a.top_k[at], a.rest[at]);
   const float min_p = a.min_p[at];
@@ -153,7 +164,7 @@ template <class T> __global__ void __launch_bounds__(1024, 1) sample(Sample a) {
     best = better(best, {score + gumbel(word), i});
   });
   best = block_reduce(best, no_best(), bests, better);
-  if (threadIdx.x == 0) a.chosen[at] = best.index < a.n ? best.index : likely.index;
+  tell(a, best.index < a.n ? best.index : likely.index);
 }
 
 }  // namespace qk

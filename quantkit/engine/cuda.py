@@ -176,7 +176,7 @@ class CudaBackend:
         self.decoder.lengthen(longest)
         self._pages = self.decoder.pages(memory.pages, self._kind)
         self._known = [[] for _ in range(memory.slots)]
-        self._newest = torch.zeros(memory.slots + 1, dtype=torch.int32, device=self.device)
+        self._newest = torch.zeros(memory.slots, dtype=torch.int32, device=self.device)
         self._table = torch.zeros((memory.slots, -(-longest // PAGE_TOKENS)), dtype=torch.int32, device=self.device)
 
     def bytes_for(self, memory: Memory) -> int:
@@ -219,12 +219,11 @@ class CudaBackend:
         positions, slots, draw = inputs.positions, inputs.slots, inputs.draw
         tokens = torch.where(inputs.tokens < 0, self._newest[slots], inputs.tokens)
         where = Where(positions, slots, self._table)
-        logits = self.decoder.step(tokens, where, self._pages, wanted, prompts, batch_invariant=self._alike)
+        step, alike = self.decoder.step_with_bests, self._alike
+        logits, bests = step(tokens, where, self._pages, wanted, prompts, batch_invariant=alike)
         if wanted is not None:
             positions, slots, draw = positions[wanted], slots[wanted], Draw(*(part[wanted] for part in draw))
-        chosen = cuda_ops.ops().next_tokens(logits.contiguous(), *draw, positions)
-        nowhere = len(self._newest) - 1
-        self._newest.index_copy_(0, torch.where(positions < 0, nowhere, slots).long(), chosen.clamp(min=0))
+        chosen = cuda_ops.ops().next_tokens(logits.contiguous(), *draw, positions, slots, self._newest, bests)
         return logits, chosen
 
     @property

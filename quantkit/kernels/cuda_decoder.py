@@ -23,13 +23,12 @@ from quantkit.errors import KernelError
 from quantkit.kernels import cuda_glue, cuda_ops, fragments
 from quantkit.kernels.cuda import FP8_CAPABILITY, CudaKernel, State, unfit
 from quantkit.kernels.cuda_attention import HEAD_SIZES, Pages, Rope, Where, tile_tokens
+from quantkit.kernels.cuda_product import Product, Rounded, common_rounding
 from quantkit.kernels.program import Attention, Experts, Layer, Linear, Mlp, Norm, Program
 from quantkit.qtensor import concatenate
 
-INVARIANT_ROWS: Final = 32
-"""Rows of every dense product, and"""
 INVARIANT_SPLITS: Final = 8
-"""over how many blocks attention splits a sequence, where batches must not matter."""
+"""Over how many blocks attention splits a sequence where batches must not matter."""
 _ATTENDING_ROWS: Final = 128  # that are split at once: their parts take 16 float32 rows of a head each
 
 
@@ -89,61 +88,6 @@ class Prompts(NamedTuple):
 
     singles: int
     tiles: Tensor
-
-
-class Rounded(NamedTuple):
-    """Activations in 8 bits, a scale per token: int8 or float8 codes (rows, K), float32 (rows,)."""
-
-    codes: Tensor
-    scales: Tensor
-
-    def part(self, rows: Any) -> "Rounded":
-        """Return some of the rows."""
-        return Rounded(self.codes[rows], self.scales[rows])
-
-
-class Product(NamedTuple):
-    """Linears side by side, laid out: one float weight, or one quantized one.
-
-    Where ``activation`` is given, the quantized rows are gate and up in turn, and the result is ``activation(gate) * up``.
-    """
-
-    floats: Tensor | None
-    weight: fragments.Fragments | None
-    bias: Tensor | None
-    form: str
-    activation: str | None = None
-
-    @property
-    def rounding(self) -> str:
-        """What a norm may round its output to for this product: one of :data:`~quantkit.kernels.cuda_glue.ROUNDINGS`."""
-        return cuda_ops.ROUNDED.get(self.form, "float")
-
-    def __call__(self, x: Tensor | Rounded, dtype: torch.dtype, batch_invariant: bool = False) -> Tensor:
-        """Return ``x @ w.T + bias`` for x (rows, K), or what its gate makes of it, in ``dtype``.
-
-        With ``batch_invariant``, a row's result does not depend on how many there are: dense products, whose library chooses
-        another order of summing for other shapes, always have :data:`INVARIANT_ROWS` rows; others are never made dense.
-        """
-        ops, rows = cuda_ops.ops(), len(x.scales) if isinstance(x, Rounded) else len(x)
-        if batch_invariant:
-            dense = self.floats is not None or not cuda_ops.takes_codes(1, self.form)
-            size = INVARIANT_ROWS if dense else cuda_ops.SURE_CODES_ROWS
-            if dense or rows > size:
-                pieces = [slice(start, start + size) for start in range(0, rows, size)]
-                parts = [x.part(piece) if isinstance(x, Rounded) else x[piece] for piece in pieces]
-                if dense and not isinstance(x, Rounded):
-                    parts[-1] = F.pad(parts[-1], (0, 0, 0, size * len(parts) - rows))  # type: ignore[arg-type]
-                return torch.cat([self(part, dtype) for part in parts])[:rows]
-        if isinstance(x, Rounded):
-            assert self.weight is not None
-            rounded: Tensor = ops.rounded_matmul(*x, *self.weight, self.bias, self.form, self.activation, dtype)
-            return rounded
-        if self.floats is not None:
-            return F.linear(x, self.floats, self.bias)
-        assert self.weight is not None
-        y: Tensor = ops.fragment_matmul(x, *self.weight, self.bias, self.form, self.activation)
-        return y
 
 
 class _Layer(NamedTuple):
@@ -209,7 +153,20 @@ class CudaDecoder:
         *,
         batch_invariant: bool = False,
     ) -> Tensor:
-        """Read rows, append their keys and values, and return logits in :attr:`dtype`.
+        """Do what :meth:`step_with_bests` does, and return the logits."""
+        return self.step_with_bests(tokens, where, pages, wanted, prompts, batch_invariant=batch_invariant)[0]
+
+    def step_with_bests(
+        self,
+        tokens: Tensor,
+        where: Where,
+        pages: Sequence[Pages],
+        wanted: Tensor | None = None,
+        prompts: Prompts | None = None,
+        *,
+        batch_invariant: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Read rows, append their keys and values, and return logits in :attr:`dtype` and what ``next_tokens`` knows them by.
 
         Args:
             tokens: int64 or int32 (rows,).
@@ -227,25 +184,32 @@ class CudaDecoder:
         layers, splits = program.layers, INVARIANT_SPLITS if alike else None
         after = [*(layer.attention_in for layer in layers[1:]), program.final_norm]
         readers = [*(laid.qkv for laid in self._layers), (self._head,)]
-        inner = self._add(x, None, layers[0].attention_in, 1.0, _rounding(readers[0]))[1]
+        inner = self._add(x, None, layers[0].attention_in, 1.0, common_rounding(readers[0]))[1]
         for layer, laid, rope, stored, norm, next_in in zip(
             layers, self._layers, self._ropes, pages, after, readers[1:], strict=True
         ):
             q = self._append(layer.attention, self._side_by_side(laid.qkv, inner, alike), rope, where, stored)
             a = laid.out(_read(layer.attention, q, where, stored, splits, prompts).flatten(1), self.dtype, alike)
             a = self._normalize(a, layer.attention_out)
-            form = _rounding(laid.up)
+            form = common_rounding(laid.up)
             read = self._add(x, None, layer.mlp_in, 1.0, form)[1] if layer.parallel else None
             h, inner = self._add(a, x, None if layer.parallel else layer.mlp_in, layer.attention_scale, form)
             m = self._mix(layer.mlp, laid, inner if read is None else read, alike)
-            x, inner = self._add(self._normalize(m, layer.mlp_out), h, norm, layer.mlp_scale, _rounding(next_in))
+            x, inner = self._add(self._normalize(m, layer.mlp_out), h, norm, layer.mlp_scale, common_rounding(next_in))
         if wanted is not None:
             inner = inner.part(wanted) if isinstance(inner, Rounded) else inner[wanted]
-        logits = self._head(inner, self.dtype, alike)
-        if program.logit_scale != 1:
-            logits = logits * program.logit_scale
-        cap = program.logit_softcap
-        return logits if cap is None else (cap * torch.tanh(logits.float() / cap)).to(logits.dtype)
+        return self._read_out(inner, alike)
+
+    def _read_out(self, x: Tensor | Rounded, alike: bool) -> tuple[Tensor, Tensor | None]:
+        head, scale, cap = self._head, self.program.logit_scale, self.program.logit_softcap
+        few = isinstance(x, Tensor) and len(x) <= cuda_ops.SURE_CODES_ROWS
+        if few and head.weight is not None and head.form == "codes" and scale == 1 and cap is None:
+            logits, bests = cuda_ops.ops().head_matmul(x, *head.weight, head.bias, head.form)
+            return logits, bests
+        logits = head(x, self.dtype, alike)
+        if scale != 1:
+            logits = logits * scale
+        return logits if cap is None else (cap * torch.tanh(logits.float() / cap)).to(logits.dtype), None
 
     def _append(self, attention: Attention, qkv: Tensor, rope: Rope, where: Where, pages: Pages) -> Tensor:
         """Append keys and values; return the queries."""
@@ -374,9 +338,3 @@ def _read(attention: Attention, q: Tensor, where: Where, pages: Pages, splits: i
         first = Where(where.positions[:count], where.slots[:count], where.table)
         read[:count] = ops.attend_pages(q[:count], *first, *pages, *options, splits)
     return read
-
-
-def _rounding(products: tuple[Product, ...]) -> str:
-    """Return what the norm before some products may round to; floats if they do not agree, or for experts and their router."""
-    kinds = {product.rounding for product in products}
-    return kinds.pop() if len(kinds) == 1 else "float"

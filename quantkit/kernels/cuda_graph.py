@@ -84,8 +84,8 @@ class GraphDecoder:
         table = torch.arange(batch * pages, dtype=torch.int32, device=device).view(batch, pages)
         slots = torch.arange(batch, dtype=torch.int32, device=device)
         self._where = Where(torch.zeros(batch, dtype=torch.int32, device=device), slots, table)
-        self._newest = torch.zeros(batch, dtype=torch.int64, device=device)
-        self._history = torch.zeros((tokens, batch), dtype=torch.int64, device=device)
+        self._newest = torch.zeros(batch, dtype=torch.int32, device=device)
+        self._history = torch.zeros((tokens, batch), dtype=torch.int32, device=device)
         self._at = torch.zeros(1, dtype=torch.int64, device=device)
         self._alike = batch_invariant
         self._draw = Draw.greedy(batch, device)
@@ -132,7 +132,7 @@ class GraphDecoder:
         self._newest.copy_(_finite(torch.cat(chosen)))
         self._where.positions.copy_(torch.tensor([len(p) for p in prompts]))
         self._lengths = [len(prompt) for prompt in prompts]
-        return self._newest.clone()
+        return self._newest.long()
 
     @torch.no_grad()
     def decode(self, count: int) -> Tensor:
@@ -154,13 +154,14 @@ class GraphDecoder:
             else:
                 self._graph.replay()
         self._lengths = [length + count for length in self._lengths]
-        return _finite(self._history[:count].clone())
+        return _finite(self._history[:count].long())
 
     def _step(self) -> Tensor:
-        logits = self._decoder.step(self._newest, self._where, self._pages, batch_invariant=self._alike)
-        chosen = _choose(logits, self._draw, self._where.positions)
-        self._history.index_copy_(0, self._at, chosen.long()[None])
-        self._newest.copy_(chosen.clamp(min=0))  # where there is none to choose, what follows is thrown away
+        step, alike = self._decoder.step_with_bests, self._alike
+        logits, bests = step(self._newest, self._where, self._pages, batch_invariant=alike)
+        row = self._where.positions, self._where.slots, self._newest
+        chosen = cuda_ops.ops().next_tokens(logits.contiguous(), *self._draw, *row, bests)
+        self._history.index_copy_(0, self._at, chosen[None])  # -1 where there is none to choose: what follows is thrown away
         self._where.positions.add_(1)
         self._at.add_(1)
         return self._newest

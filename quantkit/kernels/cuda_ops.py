@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from quantkit.kernels import cuda_attention, cuda_calls, cuda_glue, cuda_prompt, cuda_sampling, fragments
 from quantkit.kernels.cuda_attention import Pages, Rope, Where
-from quantkit.kernels.draw import Draw, draw_plain
+from quantkit.kernels.draw import Draw
 from quantkit.kernels.fragments import Fragments
 
 _WEIGHT = "Tensor codes, Tensor scale, Tensor? zero, int rows, int columns, int group, int bits, int zero_code"
@@ -28,6 +28,7 @@ SCHEMAS = {
     "rounded_matmul": (
         f"(Tensor x, Tensor scales, {_WEIGHT}, Tensor? bias, str form, str? activation, ScalarType dtype) -> Tensor"
     ),
+    "head_matmul": f"(Tensor x, {_WEIGHT}, Tensor? bias, str form) -> (Tensor, Tensor)",
     "fragment_experts": f"(Tensor x, Tensor offsets, {_WEIGHT}, str? activation=None) -> Tensor",
     "residual_norm": (
         "(Tensor x, Tensor? residual, Tensor? gain, Tensor? shift, int kind, float eps, float factor, str rounding)"
@@ -35,7 +36,8 @@ SCHEMAS = {
     ),
     "gated_activation": "(Tensor x, str activation, bool gated) -> Tensor",
     "next_tokens": (
-        "(Tensor logits, Tensor temperature, Tensor top_k, Tensor rest, Tensor min_p, Tensor seed, Tensor positions) -> Tensor"
+        "(Tensor logits, Tensor temperature, Tensor top_k, Tensor rest, Tensor min_p, Tensor seed, Tensor positions,"
+        " Tensor? slots=None, Tensor(a!)? newest=None, Tensor? bests=None) -> Tensor"
     ),
     "append_pages": (f"(Tensor qkv, int heads, {_ROPE}, {_WHERE}, {_PAGES.format('(a!)', '(b!)', '(c!)', '(d!)')}) -> Tensor"),
     "attend_pages": (
@@ -92,11 +94,35 @@ def multiply(x: Tensor, *arguments: Any) -> Tensor:
     weight, bias, form, activation = _split(arguments)
     if form in ROUNDED:
         return multiply_rounded(*cuda_glue.round_tokens(x, ROUNDED[form]), *weight, bias, form, activation, x.dtype)
-    if form == "codes" and len(x) > SURE_CODES_ROWS and cuda_prompt.works(x.device, x.dtype, weight.bits):
+    if _goes_to_prompt(x, weight, form):
         return cuda_prompt.matmul(x, weight, bias, activation)
     if takes_codes(len(x), form):
         return cuda_calls.matmul(x, weight, bias, activation=activation)
     return _multiply_dense(x, weight, bias, form, activation)
+
+
+def multiply_head(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """Run ``head_matmul`` on the kernels: logits, and for ``next_tokens`` the largest of every 64, int32 (tokens, tiles, 2)."""
+    weight, bias, form, _ = _split(arguments)
+    bests = x.new_empty((len(x), weight.tiles, 2), dtype=torch.int32)
+    if _goes_to_prompt(x, weight, form):
+        return cuda_prompt.matmul(x, weight, bias, bests=bests), bests
+    return cuda_calls.matmul(x, weight, bias, bests=bests), bests
+
+
+def _multiply_head_plain(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    weight, y = Fragments(*arguments[:8]), _multiply_plain(x, *arguments)
+    wide = torch.where(y < torch.inf, y.float(), torch.inf)
+    tiles = F.pad(wide, (0, weight.tiles * fragments.TILE_ROWS - weight.rows), value=-torch.inf).unflatten(
+        -1, (weight.tiles, -1)
+    )
+    values, index = tiles.max(-1)
+    rows = index.int() + fragments.TILE_ROWS * torch.arange(weight.tiles, dtype=torch.int32, device=x.device)
+    return y, torch.stack([values.view(torch.int32), rows], -1)
+
+
+def _goes_to_prompt(x: Tensor, weight: Fragments, form: str) -> bool:
+    return form == "codes" and len(x) > SURE_CODES_ROWS and cuda_prompt.works(x.device, x.dtype, weight.bits)
 
 
 def multiply_rounded(codes: Tensor, scales: Tensor, *arguments: Any) -> Tensor:
@@ -214,6 +240,11 @@ def _attend_prompt(function: Callable[..., Any]) -> Callable[..., Any]:
 _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]] = {
     "fragment_matmul": (_multiply_plain, multiply, _multiply_fake),
     "rounded_matmul": (_multiply_rounded_plain, multiply_rounded, _multiply_rounded_fake),
+    "head_matmul": (
+        _multiply_head_plain,
+        multiply_head,
+        lambda x, *rest: (_multiply_fake(x, *rest), x.new_empty((len(x), -(-rest[3] // 64), 2), dtype=torch.int32)),
+    ),
     "fragment_experts": (_experts_plain, _experts, _experts_fake),
     "residual_norm": (_norm(cuda_glue.norm_plain), _norm(cuda_glue.norm), _norm_fake),
     "gated_activation": (
@@ -222,8 +253,8 @@ _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callab
         lambda x, activation, gated: x.new_empty((x.shape[0], x.shape[1] // (2 if gated else 1))),
     ),
     "next_tokens": (
-        lambda logits, *rest: draw_plain(logits, Draw(*rest[:5]), rest[5]),
-        lambda logits, *rest: cuda_sampling.sample(logits, Draw(*rest[:5]), rest[5]),
+        lambda logits, *rest: cuda_sampling.sample_plain(logits, Draw(*rest[:5]), *rest[5:]),
+        lambda logits, *rest: cuda_sampling.sample(logits, Draw(*rest[:5]), *rest[5:]),
         lambda logits, *rest: logits.new_empty(logits.shape[0], dtype=torch.int32),
     ),
     "append_pages": (_append(cuda_attention.append_plain), _append(cuda_attention.append), _append_fake),

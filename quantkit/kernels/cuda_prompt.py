@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from quantkit.kernels import cuda_calls, fragments
-from quantkit.kernels.build import DTYPE_CODES
-from quantkit.kernels.cuda_calls import MatmulStruct, activation_code, group_shift, launch, pointer, struct
+from quantkit.kernels.cuda_calls import fill_matmul, pointer, steps_of, struct
 from quantkit.kernels.fragments import STEP, Fragments
 from quantkit.qtensor import QTensor
 from quantkit.spec import QuantSpec
@@ -32,11 +31,13 @@ def arrange(x: Tensor) -> Tensor:
     """Return x (tokens, K), K a multiple of 16, as the kernel's blocks read it: (tiles of 128 tokens, steps of 64, 128, 64)."""
     tokens, columns = x.shape
     out = x.new_empty((-(-tokens // TOKENS), -(-columns // STEP), TOKENS, STEP))
-    launch("qk_arrange", ArrangeStruct(pointer(x), pointer(out), tokens, columns), x.device)
+    cuda_calls.launch("qk_arrange", ArrangeStruct(pointer(x), pointer(out), tokens, columns), x.device)
     return out
 
 
-def matmul(x: Tensor, weight: Fragments, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
+def matmul(
+    x: Tensor, weight: Fragments, bias: Tensor | None = None, activation: str | None = None, *, bests: Tensor | None = None
+) -> Tensor:
     """Return ``x @ w.T + bias``, or what gates make of it, as :func:`quantkit.kernels.cuda_calls.matmul` does.
 
     Each weight is rounded to x's dtype first, as where it is expanded; sums are in float32.
@@ -46,10 +47,10 @@ def matmul(x: Tensor, weight: Fragments, bias: Tensor | None = None, activation:
         weight: one matrix of integer codes.
         bias: (N,) of x's dtype.
         activation: the rows (and the bias) are gate and up in turn.
+        bests: see there.
     """
     tokens, columns = x.shape
-    width = weight.rows if activation is None else weight.rows // 2
-    y = x.new_empty((tokens, width))
+    y = x.new_empty((tokens, weight.rows if activation is None else weight.rows // 2))
     if not tokens:
         return y
     if columns % 16:
@@ -57,16 +58,15 @@ def matmul(x: Tensor, weight: Fragments, bias: Tensor | None = None, activation:
     elif x.data_ptr() % 16:
         x = x.clone()
     arranged = arrange(x)
-    parts = {"x": arranged, "codes": weight.codes, "scales": weight.scale, "zeros": weight.zero, "bias": bias, "y": y}
-    filled = MatmulStruct(
-        **{name: pointer(part) for name, part in parts.items()},
-        **{"tokens": tokens, "n": weight.rows, "k": x.shape[1], "experts": 1, "splits": 1},
-        **{"group_shift": group_shift(weight.group, columns), "zero_code": weight.zero_code},
-        **{"scales_are_bfloat16": weight.scale.dtype == torch.bfloat16, "dtype": DTYPE_CODES[x.dtype]},
-        activation=activation_code(activation),
-    )
-    launch("qk_prompt", filled, x.device, weight.bits)
+    splits = choose_splits(len(arranged) * -(-weight.tiles // 2), steps_of(columns), cuda_calls.multiprocessors(x.device))
+    parts = {"x": arranged, "bias": bias, "y": y, "bests": bests}
+    cuda_calls.launch("qk_prompt", fill_matmul(weight, parts, TOKENS, splits, activation), x.device, weight.bits)
     return y
+
+
+def choose_splits(blocks: int, steps: int, processors: int) -> int:
+    """Return over how many blocks K is split: as many as leave no multiprocessor without one, of 8 steps at least."""
+    return max(1, min(processors // blocks, steps // 8))
 
 
 def capability(device: torch.device) -> tuple[int, int]:

@@ -37,6 +37,7 @@ def machine(monkeypatch, processors: int = 8, capability: tuple[int, int] = (8, 
     monkeypatch.setattr(cuda_calls, "on_device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(cuda_calls, "stream_of", lambda device: 0)
     monkeypatch.setattr(cuda_calls, "multiprocessors", lambda device: processors)
+    monkeypatch.setattr(cuda_calls, "slice_bytes", lambda device: cuda_calls.SLICE_BYTES)
     monkeypatch.setattr(cuda_calls, "runs_on", lambda x: True)
     monkeypatch.setattr(cuda_calls, "capturing", lambda: False)
     monkeypatch.setattr(cuda_prompt, "capability", lambda device: capability)

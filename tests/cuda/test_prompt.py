@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from quantkit.kernels import cuda_calls, cuda_glue, cuda_ops, cuda_prompt, fragments
 from quantkit.numerics import grid
@@ -41,6 +42,42 @@ def test_it_equals_a_dense_product_of_the_expanded_weight(bits, group, symmetric
     with emulated.machine(monkeypatch):
         assert error(cuda_prompt.matmul(x, weight), want) < 4e-3
         assert error(cuda_prompt.matmul(x, weight, bias), want + bias.double()) < 4e-3
+
+
+@pytest.mark.parametrize("processors", [8, 132])
+def test_split_sums_are_the_same_bits_every_time(processors, monkeypatch):
+    weight = fragments.prepack(quantized(QuantSpec("int4", (1, 64), False), 200, 1100 // 64 * 64))
+    x, bias = torch.randn(140, weight.columns).half(), torch.randn(200).half()
+    splits = cuda_prompt.choose_splits(4, weight.columns // 64, processors)
+    assert splits == {8: 2, 132: 2}[processors]
+    assert cuda_prompt.choose_splits(64, 64, 132) == 2
+    assert cuda_prompt.choose_splits(448, 64, 132) == 1
+    with emulated.machine(monkeypatch, processors):
+        got = cuda_prompt.matmul(x, weight, bias)
+        assert torch.equal(cuda_prompt.matmul(x, weight, bias), got)
+        monkeypatch.setattr(cuda_prompt, "choose_splits", lambda *rest: 1)
+        assert error(got, cuda_prompt.matmul(x, weight, bias)) < 1e-3
+
+
+@pytest.mark.parametrize("tokens", [3, 130])
+@pytest.mark.parametrize("rows", [64, 150])
+def test_a_head_says_where_its_largest_results_are(tokens, rows, monkeypatch):
+    weight = fragments.prepack(quantized(QuantSpec("int4", (1, 64), False), rows, 576))
+    x = torch.randn(tokens, 576).half()
+    x[1] = 60000  # beyond half's numbers
+    with emulated.machine(monkeypatch, 64, capability=(9, 0)):  # several splits
+        monkeypatch.setattr(cuda_prompt, "_agrees", lambda *key: True)
+        monkeypatch.setattr(cuda_prompt, "_known", {})
+        logits, bests = cuda_ops.multiply_head(x, *weight, None, "codes")
+    assert torch.equal(logits.isfinite().all(-1), torch.arange(tokens) != 1)
+    tiles = F.pad(torch.where(logits < torch.inf, logits.float(), torch.inf), (0, -rows % 64), value=-torch.inf)
+    want = tiles.unflatten(-1, (weight.tiles, 64)).max(-1)
+    assert torch.equal(bests[..., 0].view(torch.float32), want.values)
+    assert torch.equal(bests[..., 1], want.indices.int() + 64 * torch.arange(weight.tiles, dtype=torch.int32))
+    plain = cuda_ops._IMPLEMENTATIONS["head_matmul"][0](x[:1], *weight, None, "codes")
+    assert error(plain[0], logits[:1]) < 2e-3
+    assert plain[1].shape == bests[:1].shape
+    assert (plain[1][..., 1] == bests[:1, :, 1]).float().mean() > 0.5  # near equals may change places
 
 
 def test_tokens_are_arranged_as_the_products_read_them(monkeypatch):

@@ -5,7 +5,7 @@ import torch
 
 from quantkit.engine.sampling import Sampling, shape_logits
 from quantkit.errors import KernelError
-from quantkit.kernels.cuda_sampling import sample
+from quantkit.kernels.cuda_sampling import sample, sample_plain
 from quantkit.kernels.draw import Draw, draw_plain
 from quantkit.numerics.filters import keep_min_p, keep_top_k, keep_top_p
 from quantkit.numerics.noise import gumbel, philox
@@ -63,14 +63,37 @@ def test_the_first_of_the_largest(choose, dtype):
     assert torch.equal(choose(logits, Draw.greedy(3, "cpu"), positions_of(0, 1, 2)).long(), want)
 
 
-def test_rows_without_a_number_give_some_token(monkeypatch):
+def test_rows_without_a_number_say_so(choose):
     nan, infinite = float("nan"), float("inf")
-    logits = torch.tensor([[nan] * 4, [-infinite] * 4, [infinite, nan, 0, infinite], [nan, 1, nan, -5]]).half()
-    for wish in (Sampling(), Sampling(1.0, top_k=2, top_p=0.5, min_p=0.1)):
-        with emulated.machine(monkeypatch):
-            tokens = sample(logits, draw_of(*[wish] * 4), positions_of(0, 1, 2, -1)).tolist()
-        assert all(0 <= token < 4 for token in tokens)
-        assert tokens[3] == 1
+    bad = [[nan] * 4, [-infinite] * 4, [infinite, 0, 0, 1], [nan, 1, -1, -5]]
+    logits = torch.tensor([*bad, [-infinite, 1, -infinite, 0.5]]).half()
+    for wish in (Sampling(), Sampling(1.0, top_k=1, top_p=0.5, min_p=0.1)):
+        assert choose(logits, draw_of(*[wish] * 5), positions_of(0, 1, 2, 3, 4)).tolist() == [-1, -1, -1, -1, 1]
+
+
+def test_tokens_are_noted_by_slot(choose):
+    function = sample if choose is sample else sample_plain
+    logits = torch.randn(5, 40).half()
+    logits[3, 7] = float("nan")
+    newest = torch.full((6,), 99, dtype=torch.int32)
+    slots = torch.tensor([4, 0, 0, 2, 5], dtype=torch.int32)
+    chosen = function(logits, Draw.greedy(5, "cpu"), positions_of(3, -1, 8, 0, 1), slots, newest)
+    want = logits.argmax(-1).tolist()
+    assert chosen.tolist() == [*want[:3], -1, want[4]]
+    assert newest.tolist() == [want[2], 99, 0, 99, want[0], want[4]]
+
+
+def test_the_largest_logits_of_parts_are_enough(monkeypatch):
+    """Greedy rows do not read the logits at all; others begin where the parts say."""
+    logits = (torch.randn(4, 150) * 2).bfloat16()
+    tiles = torch.nn.functional.pad(logits.float(), (0, 42), value=float("-inf")).unflatten(-1, (3, 64)).max(-1)
+    bests = torch.stack([tiles.values.view(torch.int32), tiles.indices.int() + 64 * torch.arange(3, dtype=torch.int32)], -1)
+    wishes = [Sampling(), Sampling(0.8, top_k=9, seed=1), Sampling(), Sampling(1.1, top_p=0.9, min_p=0.01, seed=2)]
+    draw, positions = draw_of(*wishes), positions_of(1, 2, 3, 4)
+    spoilt = torch.where(torch.tensor([True, False, True, False])[:, None], float("nan"), logits.float()).bfloat16()
+    with emulated.machine(monkeypatch):
+        want = sample(logits, draw, positions)
+        assert torch.equal(sample(spoilt, draw, positions, bests=bests.contiguous()), want)
 
 
 def shaped_by(wish: Sampling, logits: torch.Tensor) -> torch.Tensor:
