@@ -28,12 +28,14 @@ WANTED = {  # source -> instructions that each of its hot kernels has
     "matmul_codes8": ("HMMA.16816.F32", "LDGSTS.E.BYPASS.128"),
     "matmul_int8": ("IMMA.16832.S8.S8", "LDGSTS.E.BYPASS.128"),
     "matmul_fp8": ("HMMA.16816.F32", "LDGSTS.E.BYPASS.128"),  # Hopper's mma.sync turns fp8 into half first
+    "prompt": ("HGMMA.64x128x16.F32", "LDGSTS.E.BYPASS.128"),
     "attend": ("HMMA.16816.F32", "LDGSTS.E"),
     "attend_prompt": ("HMMA.16816.F32", "LDGSTS.E"),
 }
 OTHERWISE = {  # the same where an architecture has others
     ("matmul_fp8", "80"): (),  # no fp8: compiled to nothing, and never called
     ("matmul_fp8", "86"): (),
+    **{("prompt", arch): () for arch in ("80", "86", "89", "100")},  # Hopper's alone: elsewhere it traps, and is never called
     ("matmul_fp8", "89"): ("QMMA.16832.F32.E4M3.E4M3", "LDGSTS.E.BYPASS.128"),
 }
 

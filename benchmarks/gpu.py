@@ -324,14 +324,16 @@ def engine(bench: Bench) -> None:
         program(bench, 2 if bench.smoke else 32, "int4", "int8"), device=bench.device, context_tokens=prompt + new
     )
     words = decoder.program.tokens
-    for batch in (1, 2) if bench.smoke else (1, 8, 32):
+    drawn = Sampling(0.8, top_k=50, top_p=0.95, seed=1)
+    ways = {"greedy": (Sampling(), True), "greedy, waiting for every token": (Sampling(), False), "drawn": (drawn, True)}
+    for batch, (way, (wish, ahead)) in itertools.product((1, 2) if bench.smoke else (1, 8, 32), ways.items()):
         limits = Limits(running=batch, kv_tokens=batch * (prompt + new + PAGE_TOKENS), step_tokens=2048)
         server = TokenEngine(CudaBackend(decoder, context_tokens=prompt + new), words, limits=limits)
+        if not ahead:
+            server._run_ahead = lambda flight: None
+        options = {"max_new_tokens": new, "sampling": wish, "watch": lambda token: None}
         for _ in range(2):  # the first time records the steps
-            requests = [
-                server.submit(torch.randint(words, (prompt,)).tolist(), max_new_tokens=new, watch=lambda token: None)
-                for _ in range(batch)
-            ]
+            requests = [server.submit(torch.randint(words, (prompt,)).tolist(), **options) for _ in range(batch)]
             for _ in server.run():
                 pass
         begin = max(request.token_s[0] for request in requests)
@@ -339,7 +341,8 @@ def engine(bench: Bench) -> None:
         after = sum(sum(at > begin for at in request.token_s) for request in requests)
         asked = min(request.submitted_s for request in requests)
         rows.append(
-            {"batch": batch, "prompt_tokens_per_s": batch * prompt / (begin - asked), "tokens_per_s": after / (end - begin)}
+            {"batch": batch, "way": way}
+            | {"prompt_tokens_per_s": batch * prompt / (begin - asked), "tokens_per_s": after / (end - begin)}
         )
         print(rows[-1])
     bench.found["engine"] = rows

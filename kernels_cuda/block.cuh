@@ -20,8 +20,9 @@ template <class V> __device__ inline V block_sum(V x, V* shared) {
   return block_reduce(x, V(0), shared, [](V a, V b) { return a + b; });
 }
 
-// The largest value and where it stands: the first of equals. A NaN is never it.
+// The largest value and where it stands: the first of equals. What is not a number counts as infinite, so that it shows.
 struct Best { float value; int index; };
+__device__ inline Best candidate(float value, int index) { return {value < INFINITY ? value : INFINITY, index}; }
 __device__ inline Best no_best() { return {-INFINITY, 0x7fffffff}; }
 __device__ inline Best exchange(Best x, int mask) { return {exchange(x.value, mask), exchange(x.index, mask)}; }
 __device__ inline Best better(Best a, Best b) {

@@ -111,6 +111,48 @@ __device__ __forceinline__ void mma_fp8(float (&c)[4], const uint32_t (&a)[4], u
   QK_MMA(float, "m16n8k32", "f32.e4m3.e4m3.f32", "f");
 #endif
 }
+// Hopper's products of four warps, which run on while their threads do something else: d (64, 128) += a (64, 16) @ b (16, 128).
+// Each warp brings its 16 rows of a and keeps those of d, both spread as mma's are; b lies in shared memory, see `tile_address`.
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define QK_WGMMA(kinds)                                                                                                        \
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, %69, 0;\n"                                                                      \
+      "wgmma.mma_async.sync.aligned.m64n128k16." kinds " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, {%64,%65,%66,%67}, %68, p, 1, 1, 0; }"                           \
+      : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]),\
+      "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]),\
+      "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]), "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]),\
+      "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]), "+f"(d[7][0]), "+f"(d[7][1]), "+f"(d[7][2]), "+f"(d[7][3]),\
+      "+f"(d[8][0]), "+f"(d[8][1]), "+f"(d[8][2]), "+f"(d[8][3]), "+f"(d[9][0]), "+f"(d[9][1]), "+f"(d[9][2]), "+f"(d[9][3]),\
+      "+f"(d[10][0]), "+f"(d[10][1]), "+f"(d[10][2]), "+f"(d[10][3]), "+f"(d[11][0]), "+f"(d[11][1]), "+f"(d[11][2]), "+f"(d[11][3]),\
+      "+f"(d[12][0]), "+f"(d[12][1]), "+f"(d[12][2]), "+f"(d[12][3]), "+f"(d[13][0]), "+f"(d[13][1]), "+f"(d[13][2]), "+f"(d[13][3]),\
+      "+f"(d[14][0]), "+f"(d[14][1]), "+f"(d[14][2]), "+f"(d[14][3]), "+f"(d[15][0]), "+f"(d[15][1]), "+f"(d[15][2]), "+f"(d[15][3]) \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(1))
+__device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void products_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+#else
+#define QK_WGMMA(kinds) __trap()
+__device__ __forceinline__ void products_begin() {}
+__device__ __forceinline__ void products_commit() {}
+__device__ __forceinline__ void products_wait() {}
+#endif
+template <class T> __device__ void wide_mma(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b);
+template <> __device__ __forceinline__ void wide_mma<Half>(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b) {
+  QK_WGMMA("f32.f16.f16");
+}
+template <> __device__ __forceinline__ void wide_mma<BFloat16>(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b) {
+  QK_WGMMA("f32.bf16.bf16");
+}
+// Where b is: rows of 128 bytes, one per column of b, 16 elements of each from `at` on; 1024 bytes are 8 rows, in which the 16-byte
+// piece c of row r lies in the place of piece c ^ r (the matrix descriptor of the PTX ISA, 128-byte swizzle, K first).
+__device__ __forceinline__ uint64_t tile_address(const void* at) {
+  return (uint64_t(__cvta_generic_to_shared(at)) & 0x3ffff) >> 4 | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
+}
+// What this thread has written to shared memory, such products see after the next barrier.
+__device__ __forceinline__ void show_products() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
 // Four floats as four fp8_e4m3, the first in the lowest byte; too large ones become the largest.
 __device__ __forceinline__ uint32_t pack_fp8(float a, float b, float c, float d) {
 #if __CUDA_ARCH__ >= 890

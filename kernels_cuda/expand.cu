@@ -12,8 +12,9 @@ struct Expand {  // ExpandStruct of kernels/cuda_calls.py
   int32_t group_shift, zero_code, scales_are_bfloat16, bits, dtype, fp8;
 };
 
+// `zero` counts from 2^23, as the code does once it is the lowest bits of that float: no conversion, which few units do.
 __device__ inline float code_value(uint32_t code, float zero, bool fp8) {
-  if (!fp8) return float(code) - zero;
+  if (!fp8) return __uint_as_float(0x4b000000u | code) - zero;
   uint32_t size = code & 127;  // e4m3's exponent bias is 7, half's is 15: shifted into a half, the value is 256 times too small
   float value = to_float(Half{uint16_t(size << 7)}) * 256.0f;
   return code & 128 ? -value : value;
@@ -38,7 +39,7 @@ template <class T, int kBits> __global__ void __launch_bounds__(128) expand(Expa
       for (int r = 0; r < 2; ++r) {
         const int row = blockIdx.x * kTileRows + part * 16 + r * 8 + lane / 4;
         if (row >= e.rows) continue;
-        const float scale = to_float_16(scales >> (16 * r) & 0xffff, e.scales_are_bfloat16), zero = float(zeros >> (8 * r) & 255);
+        const float scale = to_float_16(scales >> (16 * r) & 0xffff, e.scales_are_bfloat16), zero = kWholes + float(zeros >> (8 * r) & 255);
         float value[8];
         for (int i = 0; i < 8; ++i) {
           const int s = i / 4, pair = i / 2 % 2, odd = i % 2;

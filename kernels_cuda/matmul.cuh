@@ -33,7 +33,7 @@ struct Matmul {  // MatmulStruct of kernels/cuda_calls.py
   void* y;                 // (tokens, n), or (tokens, n / 2) with an activation
   float* partial;          // (chunks, tiles, splits, tokens of a block, 64), if splits > 1
   int* arrived;            // (chunks, tiles) zeros, left as zeros
-  Best* bests;             // (tokens, tiles): the best row of each, as y has it; or null, and it is with an activation
+  Best* bests;             // (tokens, tiles): the largest y of a tile's rows, without an activation; or null
   int32_t tokens, n, k, experts;
   int32_t group_shift;     // column >> group_shift is the group; 31 for a scale per channel
   int32_t splits, zero_code, scales_are_bfloat16, dtype;
@@ -200,15 +200,16 @@ template <class T> __device__ inline T finished(const Matmul& m, int token, int 
   return from_float<T>(sum);
 }
 
-// Store y for the sums of rows `row` (even) and row + 1; returns the better one. A gate and its value are rounded to T before they meet, as in memory.
+// Store y for the sums of rows `row` (even) and row + 1. A gate and its value are rounded to T before they meet, as in memory.
+// Returns the larger of the two.
 template <class T> __device__ inline Best store(const Matmul& m, int token, int row, float2 sums) {
   if (row >= m.n) return no_best();
   T low = finished<T>(m, token, row, sums.x);
-  Best best = better(no_best(), {to_float(low), row});
+  Best best = candidate(to_float(low), row);
   T* y = static_cast<T*>(m.y) + (m.activation == kNoActivation ? int64_t(token) * m.n + row : (int64_t(token) * m.n + row) / 2);
   if (row + 1 < m.n) {
     T high = finished<T>(m, token, row + 1, sums.y);
-    best = better(best, {to_float(high), row + 1});
+    best = better(best, candidate(to_float(high), row + 1));
     if (m.activation == kNoActivation) y[1] = high;
     else low = from_float<T>(activated(to_float(low), m.activation) * to_float(high));
   }
@@ -216,20 +217,49 @@ template <class T> __device__ inline Best store(const Matmul& m, int token, int 
   return best;
 }
 
-// Note a token's best row of the tile, of which each lane knows the better one of two.
-__device__ inline void note(const Matmul& m, int token, Best best) {
-  if (!m.bests) return;
-  for (int mask = 16; mask; mask /= 2) best = better(best, exchange(best, mask));
-  if (threadIdx.x % kWarp == 0) m.bests[int64_t(token) * gridDim.y + blockIdx.y] = best;
-}
-
 __device__ inline float2 add(float2 a, float2 b) { return {a.x + b.x, a.y + b.y}; }
+
+// What becomes of the sums of a tile for up to kTokens tokens, once its blocks (or their teams of `size` threads, of which this is
+// `rank`) have one each: sum_of(token, row) of rows `row` and row + 1. A warp has a token's rows.
+template <class T, int kTokens, class Sum>
+__device__ void conclude(const Matmul& m, int tile, int split, Sum sum_of, int first, int count, int rank, int size, bool& last) {
+  constexpr int kPairs = kTileRows / 2;
+  static_assert(kPairs == kWarp);
+  const int tiles = (m.n + kTileRows - 1) / kTileRows, pairs = (count < kTokens ? count : kTokens) * kPairs;
+  const int64_t place = blockIdx.x * int64_t(tiles) + tile;
+  float2* partial = reinterpret_cast<float2*>(m.partial) + place * m.splits * kTokens * kPairs;
+  auto finish_pair = [&](int at, float2 sum) {
+    const int token = first + at / kPairs;
+    Best best = store<T>(m, token, tile * kTileRows + at % kPairs * 2, sum);
+    if (!m.bests) return;
+    for (int mask = 16; mask; mask /= 2) best = better(best, exchange(best, mask));
+    if (at % kWarp == 0) m.bests[int64_t(token) * tiles + tile] = best;
+  };
+  for (int at = rank; at < pairs; at += size) {
+    const float2 sum = sum_of(at / kPairs, at % kPairs * 2);
+    if (m.splits > 1) partial[split * kTokens * kPairs + at] = sum;
+    else finish_pair(at, sum);
+  }
+  if (m.splits == 1) return;
+  __threadfence();
+  __syncthreads();
+  if (rank == 0 && pairs > 0) last = atomicAdd(m.arrived + place, 1) == m.splits - 1;
+  __syncthreads();
+  if (pairs <= 0 || !last) return;
+  __threadfence();
+  for (int at = rank; at < pairs; at += size) {
+    float2 sum = {0, 0};
+    for (int s = 0; s < m.splits; ++s) sum = add(sum, fresh(partial + s * kTokens * kPairs + at));
+    finish_pair(at, sum);
+  }
+  if (rank == 0) m.arrived[place] = 0;
+}
 
 // Add up the warps' sums (64 rows of up to 8 kTokens8 tokens), then the blocks' that share the tile.
 template <class T, int kTokens8>
 __device__ void finish(const Matmul& m, const float (&total)[kParts][kTokens8][4], float* sums, int first, int count) {
   constexpr int kTokens = 8 * kTokens8, kPitch = kTileRows + 4;  // rows of the fragments fall on different banks
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, tile_row = blockIdx.y * kTileRows;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
 #pragma unroll
   for (int p = 0; p < kParts; ++p)
 #pragma unroll
@@ -238,33 +268,14 @@ __device__ void finish(const Matmul& m, const float (&total)[kParts][kTokens8][4
       for (int i = 0; i < 4; ++i)
         sums[(warp * kTokens + j * 8 + lane % 4 * 2 + i % 2) * kPitch + p * 16 + lane / 4 + i / 2 * 8] = total[p][j][i];
   __syncthreads();
-  const int64_t tile = blockIdx.x * int64_t(gridDim.y) + blockIdx.y;
-  constexpr int kPairs = kTileRows / 2;
-  static_assert(kPairs == kWarp, "a warp stores a token's tile");
-  float2* partial = reinterpret_cast<float2*>(m.partial) + tile * m.splits * kTokens * kPairs;
-  const int pairs = (count < kTokens ? count : kTokens) * kPairs;
-  for (int at = threadIdx.x; at < pairs; at += blockDim.x) {
-    int row = at % kPairs * 2, token = at / kPairs;
+  auto sum_of = [&](int token, int row) {
     float2 sum = {0, 0};
     for (int w = 0; w < int(blockDim.x) / kWarp; ++w)
       sum = add(sum, *reinterpret_cast<const float2*>(sums + (w * kTokens + token) * kPitch + row));
-    if (m.splits > 1) partial[blockIdx.z * kTokens * kPairs + at] = sum;
-    else note(m, first + token, store<T>(m, first + token, tile_row + row, sum));
-  }
-  if (m.splits == 1) return;
+    return sum;
+  };
   __shared__ bool last;
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) last = atomicAdd(m.arrived + tile, 1) == m.splits - 1;
-  __syncthreads();
-  if (!last) return;
-  __threadfence();
-  for (int at = threadIdx.x; at < pairs; at += blockDim.x) {
-    float2 sum = {0, 0};
-    for (int s = 0; s < m.splits; ++s) sum = add(sum, fresh(partial + s * kTokens * kPairs + at));
-    note(m, first + at / kPairs, store<T>(m, first + at / kPairs, tile_row + at % kPairs * 2, sum));
-  }
-  if (threadIdx.x == 0) m.arrived[tile] = 0;
+  conclude<T, kTokens>(m, blockIdx.y, blockIdx.z, sum_of, first, count, threadIdx.x, blockDim.x, last);
 }
 
 // Blocks that share an SM, which bounds the registers of a thread.
@@ -283,7 +294,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, (blocks_per_sm<kTokens8>())
   for (; first < end; first += kTokens) {
     typename W::S stage{m.group_shift == 5 ? 2 : 1, m.zeros != nullptr};
     char* shared = static_cast<char*>(shared_memory());
-    const bool again = gridDim.x > 1 || end - first > kTokens;  // evict-first lines could be gone before the next chunk reads them
+    const bool again = gridDim.x > 1 || end - first > kTokens;  // evict-first lines might be gone before the next chunk reads them
     W w{m, stage, shared + warp * kStages * stage.size(), lane, end - first,
         static_cast<const char*>(m.x) + int64_t(first) * m.k * W::P::activation_bytes,
         m.codes + tile * steps * (kParts * W::P::bits / 4 * kWarp), m.scales + tile * groups * 8,
@@ -314,7 +325,7 @@ template <class T, int kKind> int launch_matmul(const Matmul& m, int tokens8, vo
 
 template <int kKind> int launch_matmul(const Matmul& m, int tokens8, void* stream) {
   if (m.tokens == 0) return 0;
-  if ((m.offsets && m.splits != 1) || (m.activation != kNoActivation && (m.n % 2 || m.bests))) return 1;
+  if ((m.offsets && m.splits != 1) || (m.activation != kNoActivation && m.n % 2)) return 1;
   return m.dtype == kBFloat16 ? launch_matmul<BFloat16, kKind>(m, tokens8, stream) : launch_matmul<Half, kKind>(m, tokens8, stream);
 }
 

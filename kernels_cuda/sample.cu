@@ -20,19 +20,20 @@ struct Sample {  // SampleStruct of kernels/cuda_sampling.py
   const float* rest;         // (rows): 1 - top_p; 0 keeps all
   const float* min_p;        // (rows)
   const int64_t* seed;       // (rows)
-  const int32_t* position;   // (rows): where in its sequence the row stands
-  int32_t* chosen;           // (rows)
-  const Best* bests;         // (rows, tiles): the best logit of each part of a row, or null
+  const int32_t* position;   // (rows): where in its sequence the row stands; below 0 nowhere
+  const Best* bests;         // (rows, tiles): the largest logits of `tiles` parts of a row, or null
+  const int32_t* slot;       // (rows), or null
+  int32_t* chosen;           // (rows); -1 where the largest logit is not a finite number
+  int32_t* newest;           // at `slot`, unless that is null: the token that a row that stands somewhere has chosen, at least 0
   int32_t rows, n, dtype, tiles;
 };
 
 constexpr int kDigits = 16;
 
-// Where a logit stands among all of T in order, 1 to 65535; equal ones stand at the same place. NaN: 0, where no number is.
+// Where a logit, which is not NaN, stands among all of T in order, 0 to 65535; equal ones stand at the same place.
 template <class T> __device__ inline uint32_t place_of(T x) {
-  const float value = to_float(x);
-  const uint32_t bits = value == 0 ? 0 : x.bits;
-  return value != value ? 0 : bits & 0x8000 ? bits ^ 0xffff : bits | 0x8000;
+  const uint32_t bits = to_float(x) == 0 ? 0 : x.bits;
+  return bits & 0x8000 ? bits ^ 0xffff : bits | 0x8000;
 }
 // The number at a place, whether a number has it or not: infinity at the ends.
 template <class T> __device__ inline float number_at(uint32_t place) {
@@ -97,7 +98,7 @@ template <class T> struct Row {
   }
 };
 
-// The place of the k-th largest logit; 0 if there are fewer numbers.
+// The place of the k-th largest logit.
 template <class T> __device__ uint32_t place_of_largest(const Row<T>& row, int k) {
   uint32_t found = 0;
   for (int shift = 12, above = 0; shift >= 0; shift -= 4) {
@@ -146,20 +147,25 @@ template <class T> __device__ Edge edge_of(const Row<T>& row, int top_k, float r
   for (int shift = 12; shift >= 0; shift -= 4) {
     const float* masses = row.template sums<float>(0, row.n, [=, &row](int, T x, auto add) {
       const uint32_t place = place_of(x);
-      if (!place || place < low || !(to_float(x) < INFINITY) || (place ^ edge) >> shift >= kDigits) return;
-      add(place >> shift & 15, expf(row.score(to_float(x))));
+      if (place >= low && (place ^ edge) >> shift < kDigits) add(place >> shift & 15, expf(row.score(to_float(x))));
     });
     if (shift == 12) {
       for (int digit = 0; digit < kDigits; ++digit) bound += masses[digit];
       bound *= rest;
     }
     uint32_t digit = 0;
-    for (; digit < kDigits - 1 && (edge | (digit + 1) << shift) <= most && !(below + masses[digit] > bound); ++digit)
+    for (; digit < kDigits - 1 && (edge | (digit + 1) << shift) <= most && below + masses[digit] <= bound; ++digit)
       below += masses[digit];
     edge |= digit << shift;
   }
   const float value = number_at<T>(edge), room = (bound - below) / expf(row.score(value));
   return {value, room >= 1 ? token_after(row, edge, room) : 0};
+}
+
+__device__ inline void tell(const Sample& a, int token) {
+  if (threadIdx.x) return;
+  a.chosen[blockIdx.x] = token;
+  if (a.slot && a.position[blockIdx.x] >= 0) a.newest[a.slot[blockIdx.x]] = token < 0 ? 0 : token;
 }
 
 template <class T> __global__ void __launch_bounds__(1024, 1) sample(Sample a) {
@@ -168,15 +174,14 @@ template <class T> __global__ void __launch_bounds__(1024, 1) sample(Sample a) {
   const float temperature = a.temperature[at];
   Row<T> row{static_cast<const uint16_t*>(a.logits) + at * int64_t(a.n), a.n, 1.0f / temperature, 0};
   Best best = no_best();
-  if (a.bests)
+  if (a.bests) {
     for (int i = threadIdx.x; i < a.tiles; i += blockDim.x) best = better(best, a.bests[at * int64_t(a.tiles) + i]);
-  else
-    row.each(0, a.n, [&](int i, T x) { best = better(best, {to_float(x), i}); });
-  const Best likely = block_reduce(best, no_best(), bests, better);
-  if (temperature == 0 || likely.index >= a.n) {
-    if (threadIdx.x == 0) a.chosen[at] = likely.index < a.n ? likely.index : 0;
-    return;
+  } else {
+    row.each(0, a.n, [&](int i, T x) { best = better(best, candidate(to_float(x), i)); });
   }
+  const Best likely = block_reduce(best, no_best(), bests, better);
+  const bool finite = likely.value > -INFINITY && likely.value < INFINITY;
+  if (temperature == 0 || !finite) return tell(a, finite ? likely.index : -1);
   row.most = likely.value;
   const Edge edge = edge_of(row, a.top_k[at], a.rest[at]);
   const float min_p = a.min_p[at];
@@ -198,7 +203,7 @@ template <class T> __global__ void __launch_bounds__(1024, 1) sample(Sample a) {
     best = better(best, {score + gumbel(word), i});
   });
   best = block_reduce(best, no_best(), bests, better);
-  if (threadIdx.x == 0) a.chosen[at] = best.index < a.n ? best.index : likely.index;
+  tell(a, best.index < a.n ? best.index : likely.index);
 }
 
 }  // namespace qk

@@ -79,6 +79,8 @@ class Engine(TokenEngine):
             can run it.
         activations: ``"int8"`` is faster and less exact; ``"float32"`` keeps those of a bfloat16 model from being rounded to
             bfloat16 where that is faster; both native, on a CPU.
+        batch_invariant: an answer is the same bits whatever runs beside it, with drafts and without. The CPU's native engine is
+            always so; CUDA's reads prompts several times slower for it.
 
     Raises:
         QuantkitError: what :func:`~quantkit.hf.backend.make_backend` and :class:`~quantkit.engine.engine.TokenEngine` refuse.
@@ -93,8 +95,10 @@ class Engine(TokenEngine):
         drafter: str | nn.Module | Drafter | None = None,
         engine: str = "auto",
         activations: str = "float",
+        batch_invariant: bool = False,
     ) -> None:
-        backend = make_backend(model.eval(), kv, engine=engine, activations=activations)  # type: ignore[arg-type]
+        options: dict[str, Any] = {"engine": engine, "activations": activations, "batch_invariant": batch_invariant}
+        backend = make_backend(model.eval(), kv, **options)  # type: ignore[arg-type]
         super().__init__(backend, input_table(model)[0], limits=limits)
         self.use_drafter(_drafter(drafter, self))
 
@@ -124,6 +128,7 @@ def generate(  # type: ignore[misc]  # the overloads leave the options to this s
     batch_size: int = 8,
     engine: str = "auto",
     activations: str = "float",
+    batch_invariant: bool = False,
 ) -> Generation | list[Generation]:
     """Continue a prompt, or each of a list of prompts.
 
@@ -142,7 +147,7 @@ def generate(  # type: ignore[misc]  # the overloads leave the options to this s
         logprobs: report each token's log probability, and those of so many most likely ones.
         kv: see :class:`Engine`, as is ``drafter``.
         batch_size: prompts that run at once.
-        engine: see :class:`Engine`, as is ``activations``.
+        engine: see :class:`Engine`, as are ``activations`` and ``batch_invariant``.
 
     Returns:
         The answer and its timings; for a list of prompts, a list.
@@ -161,7 +166,8 @@ def generate(  # type: ignore[misc]  # the overloads leave the options to this s
     given = cast(Sequence[Prompt], prompt if several else [prompt])
     prompts = [encode_prompt(one, tokenizer).tolist() for one in given]
     with _evaluating(model):
-        backend = make_backend(model, kv, engine=engine, activations=activations)  # type: ignore[arg-type]
+        options: dict[str, Any] = {"engine": engine, "activations": activations, "batch_invariant": batch_invariant}
+        backend = make_backend(model, kv, **options)  # type: ignore[arg-type]
         runner = TokenEngine(backend, input_table(model)[0], limits=_limits_for(backend, prompts, max_new_tokens, batch_size))
         runner.use_drafter(_drafter(drafter, runner))
         texts = [None if tokenizer is None else TextStream(tokenizer, stop_strings, stream) for _ in prompts]

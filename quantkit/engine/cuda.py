@@ -134,6 +134,8 @@ class CudaBackend:
         decoder: the program, laid out. Several backends may share it.
         kv: how keys and values are stored, one of :data:`quantkit.kernels.cuda_attention.KINDS`.
         context_tokens: longest sequence the model reads.
+        batch_invariant: a sequence gets the same tokens whatever runs beside it, with drafts and without, and after having been
+            preempted: rows are computed alone, in one order. Decoding is a little slower, reading prompts several times.
 
     Attributes:
         engine: what runs a step, for reports.
@@ -147,9 +149,11 @@ class CudaBackend:
     notice = None
     engine = "cuda"
 
-    def __init__(self, decoder: CudaDecoder, *, kv: str = "float", context_tokens: int | None = None) -> None:
+    def __init__(
+        self, decoder: CudaDecoder, *, kv: str = "float", context_tokens: int | None = None, batch_invariant: bool = False
+    ) -> None:
         self.decoder, self.device, self.context_tokens = decoder, decoder.device, context_tokens
-        self._kind = kv
+        self._kind, self._alike = kv, batch_invariant
         self._memory: Memory | None = None
         self._pages: list[Pages] = []
         self._table = self._newest = torch.empty(0, dtype=torch.int32)
@@ -172,7 +176,7 @@ class CudaBackend:
         self.decoder.lengthen(longest)
         self._pages = self.decoder.pages(memory.pages, self._kind)
         self._known = [[] for _ in range(memory.slots)]
-        self._newest = torch.zeros(memory.slots + 1, dtype=torch.int32, device=self.device)
+        self._newest = torch.zeros(memory.slots, dtype=torch.int32, device=self.device)
         self._table = torch.zeros((memory.slots, -(-longest // PAGE_TOKENS)), dtype=torch.int32, device=self.device)
 
     def bytes_for(self, memory: Memory) -> int:
@@ -214,12 +218,12 @@ class CudaBackend:
         """Run rows on the device; return logits and chosen tokens, of all rows or those ``wanted``."""
         positions, slots, draw = inputs.positions, inputs.slots, inputs.draw
         tokens = torch.where(inputs.tokens < 0, self._newest[slots], inputs.tokens)
-        logits = self.decoder.step(tokens, Where(positions, slots, self._table), self._pages, wanted, prompts=prompts)
+        where = Where(positions, slots, self._table)
+        step, alike = self.decoder.step_with_bests, self._alike
+        logits, bests = step(tokens, where, self._pages, wanted, prompts, batch_invariant=alike)
         if wanted is not None:
             positions, slots, draw = positions[wanted], slots[wanted], Draw(*(part[wanted] for part in draw))
-        chosen = cuda_ops.ops().next_tokens(logits.contiguous(), *draw, positions)
-        nowhere = len(self._newest) - 1
-        self._newest.index_copy_(0, torch.where(positions < 0, nowhere, slots), chosen.clamp(min=0))
+        chosen = cuda_ops.ops().next_tokens(logits.contiguous(), *draw, positions, slots, self._newest, bests)
         return logits, chosen
 
     @property
@@ -228,12 +232,13 @@ class CudaBackend:
         return min(known, default=1 << 30)
 
     def _lay_out(self, spans: Sequence[Span]) -> _Rows:
-        rows = _Rows([], [], [], [], sum(len(s.ids) for s in spans if len(s.ids) <= self.SHORT_TOKENS), [])
+        short = sum(len(span.ids) for span in spans if self._alike or len(span.ids) <= self.SHORT_TOKENS)
+        rows = _Rows([], [], [], [], short, [])
         first: dict[int, int] = {}
         for index in sorted(range(len(spans)), key=lambda i: len(spans[i].ids) > self.SHORT_TOKENS):
             span, size = spans[index], self.decoder.tile_tokens
             first[index], count = len(rows.tokens), len(span.ids)
-            if count > self.SHORT_TOKENS:
+            if count > self.SHORT_TOKENS and not self._alike:
                 rows.tiles.extend(cut(first[index], count, size))
             rows.tokens.extend(span.ids)
             rows.positions.extend(range(span.start, span.start + count))

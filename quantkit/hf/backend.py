@@ -79,7 +79,12 @@ class SequentialBackend:
 
 
 def make_backend(
-    model: PreTrainedModel, kv: str | KVScheme = "float", *, engine: str = "auto", activations: str = "float"
+    model: PreTrainedModel,
+    kv: str | KVScheme = "float",
+    *,
+    engine: str = "auto",
+    activations: str = "float",
+    batch_invariant: bool = False,
 ) -> Backend:
     """Return the best backend for ``model``.
 
@@ -91,6 +96,8 @@ def make_backend(
             does it. Modules round them where the model was loaded to, which that engine does too. On a CPU they are float32,
             but those of a bfloat16 model are rounded to bfloat16 where they meet bfloat16 weights and the CPU is faster for it;
             ``"float32"`` keeps them.
+        batch_invariant: an answer is the same whatever runs beside it: always so on the CPU's native engine, slower on CUDA's;
+            modules do not promise it.
 
     Raises:
         QuantkitError: an encoder-decoder model, one without logits, an unknown engine, or options that the engine lacks.
@@ -103,7 +110,8 @@ def make_backend(
     if engine != "modules":
         decoder = _native(model, scheme, activations)
         if isinstance(decoder, CudaDecoder):
-            return CudaBackend(decoder, kv=_CUDA_KV[scheme], context_tokens=context_tokens(model))
+            longest, kind = context_tokens(model), _CUDA_KV[scheme]
+            return CudaBackend(decoder, kv=kind, context_tokens=longest, batch_invariant=batch_invariant)
         if isinstance(decoder, NativeDecoder):
             narrow = model.dtype == torch.bfloat16
             return NativeBackend(
@@ -118,6 +126,8 @@ def make_backend(
         _fall_back(f"{type(model).__name__} runs through its modules, not natively: {decoder}")
     if activations != "float":
         raise QuantkitError(f"activations={activations!r}: only the native engine has them, modules compute as loaded")
+    if batch_invariant:
+        raise QuantkitError("batch_invariant=True: modules do not promise it, and this model runs through them")
     return _modules(model, scheme)
 
 

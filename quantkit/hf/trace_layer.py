@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from quantkit.hf import facts
 from quantkit.hf.experts import expert_parameters, uses_experts_interface
@@ -195,25 +196,27 @@ class LayerReader:
 
     def _mixture(self) -> tuple[Experts, Tensor, Tensor] | None:
         """Return the mixture of experts, what it reads and what it returns; None for a layer without experts."""
-        call = next((call for call in self.trace.calls if uses_experts_interface(call.module)), None)
+        call = experts_call(self.trace)
         if call is None:
             return None
-        module: Any = call.module
         x, y = flat(call.x), flat(call.y)
-        args, kwargs = call.arguments
-        index, weights = [*args, *kwargs.values()][1:3]
-        router = self._router(x, module)
-        probabilities = linear(x.float(), router).softmax(-1)
-        top = probabilities.gather(-1, index)
-        if not torch.equal(probabilities.topk(index.shape[1], -1).indices.sort(-1).values, index.sort(-1).values):
-            raise CannotWatch("the chosen experts are not the most probable ones of the softmax")
-        ratios = [(True, top / top.sum(-1, keepdim=True)), (False, top)]
-        rule = next(((n, s) for n, t in ratios if (s := facts.factor(weights, t.to(weights.dtype), self.config))), None)
+        index, weights = _choice(call)
+        router = self._router(x, call.module)
+        rule = None
+        for probabilities in _probabilities(x, router):
+            top = probabilities.gather(-1, index)
+            if not torch.equal(probabilities.topk(index.shape[1], -1).indices.sort(-1).values, index.sort(-1).values):
+                continue
+            ratios = [(True, top / top.sum(-1, keepdim=True)), (False, top)]
+            rule = rule or next(
+                ((n, s) for n, t in ratios if (s := facts.factor(weights, t.to(weights.dtype), self.config))), None
+            )
         if rule is None:
-            raise CannotWatch("the experts' weights are not their softmax probabilities")
+            raise CannotWatch("experts and their weights are not the most probable ones of a softmax, and its probabilities")
+        clear = clear_rows(self.trace, router)
         for name in ACTIVATIONS:
-            moe = Experts(router, tuple(_experts(module, name)), index.shape[1], rule[0], rule[1])
-            if facts.agrees(mixture(moe, x.float()).to(y.dtype), y):
+            moe = Experts(router, tuple(_experts(call.module, name)), index.shape[1], rule[0], rule[1])
+            if facts.agrees(mixture(moe, x.float()).to(y.dtype)[clear], y[clear]):
                 return moe, x, y
         raise CannotWatch("the experts are no plain gated networks with a known activation")
 
@@ -226,6 +229,42 @@ class LayerReader:
                 if bias is None:
                     return Linear(weight.detach(), (count, x.shape[1]))
         raise CannotWatch("no router with one row per expert reads what the experts read")
+
+
+def experts_call(trace: LayerTrace) -> Call | None:
+    """Return the call of a layer's experts; None for a layer without."""
+    return next((call for call in trace.calls if uses_experts_interface(call.module)), None)
+
+
+def clear_rows(trace: LayerTrace, router: Linear) -> Tensor:
+    """Return which rows of a mixture (T,) can be compared with the same mixture in float32.
+
+    In 16 bits, of two experts that are about as probable another one may be chosen than in float32, and a row says something
+    else altogether; so only the half of the rows counts whose last chosen expert is farthest ahead of the next one.
+    """
+    call = experts_call(trace)
+    assert call is not None
+    x, chosen = flat(call.x), _choice(call)[0].shape[1]
+    scores = linear(x.float(), router)
+    if x.dtype == torch.float32 or chosen == scores.shape[1]:
+        return torch.ones(len(x), dtype=torch.bool, device=x.device)
+    ordered = scores.topk(chosen + 1, -1).values
+    ahead = ordered[:, -2] - ordered[:, -1]
+    return ahead >= ahead.median()
+
+
+def _choice(call: Call) -> tuple[Tensor, Tensor]:
+    """Return the experts that were chosen (T, k), and their weights."""
+    args, kwargs = call.arguments
+    index, weights = [*args, *kwargs.values()][1:3]
+    return index, weights
+
+
+def _probabilities(x: Tensor, router: Linear) -> Iterator[Tensor]:
+    """Yield a router's softmax, from products in float32 and in x's own dtype."""
+    yield linear(x.float(), router).softmax(-1)
+    if isinstance(router.weight, Tensor) and x.dtype != torch.float32:
+        yield F.linear(x, router.weight.to(x.dtype)).float().softmax(-1)
 
 
 def _by_token(x: Tensor, tokens: int, size: int) -> Tensor:

@@ -23,7 +23,7 @@ LARGEST_SPLITS: Final = 16
 DENSE_TOKENS: Final = 160
 """From so many tokens on a weight is expanded and multiplied densely. To be measured: a guess from bytes and arithmetic."""
 SLICE_BYTES: Final = 8 << 20
-"""So much of an expanded weight is made at a time, to stay in the second cache."""
+"""At least so much of an expanded weight is made at a time; half of the second cache where that is more."""
 
 
 def struct(name: str, pointers: str, integers: str, floats: str = "") -> type[ctypes.Structure]:
@@ -76,6 +76,12 @@ def stream_of(device: torch.device) -> int:
 def multiprocessors(device: torch.device) -> int:
     """Return how many blocks can have a multiprocessor of their own."""
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@functools.cache
+def slice_bytes(device: torch.device) -> int:
+    """Return how much of an expanded weight is made at a time, so that it stays in the second cache."""
+    return max(SLICE_BYTES, torch.cuda.get_device_properties(device).L2_cache_size // 2)
 
 
 def capturing() -> bool:
@@ -159,10 +165,10 @@ def matmul(
         activation: the rows (and the bias) are gate and up in turn, and the result is ``activation(gate) * up``,
             (tokens, N / 2): bit for bit what :func:`~quantkit.kernels.cuda_glue.activate` makes of the product, both rounded
             to ``dtype`` first.
-        bests: int32 (tokens, tiles, 2), written: what :func:`tile_bests` says of the result.
+        bests: int32 (tokens, tiles, 2), to be filled: of every 64 rows the largest result (the bits of a float32) and its row.
 
     Raises:
-        KernelError: an activation, and an odd number of rows or ``bests``.
+        KernelError: an activation, and an odd number of rows.
     """
     dtype = dtype or x.dtype
     tokens, columns = x.shape
@@ -175,34 +181,54 @@ def matmul(
     if not tokens:
         return y
     tokens8 = 1 if tokens <= 8 else 2 if tokens <= 16 else 4
-    steps = -(-columns // STEP)
-    splits = 1 if offsets is not None else choose_splits(weight.tiles, steps, multiprocessors(x.device))
-    chunks = 1 if offsets is not None else -(-tokens // (8 * tokens8))
-    partial = arrived = None
-    if splits > 1:
-        size = chunks * weight.tiles * splits * 8 * tokens8 * TILE_ROWS
-        partial = torch.empty(size, dtype=torch.float32, device=x.device)
-        arrived = counters(x.device, chunks * weight.tiles)
-    filled = MatmulStruct(
-        *map(pointer, (x, weight.codes, weight.scale, weight.zero, bias, x_scales, offsets, y, partial, arrived, bests)),
-        *(tokens, weight.rows, x.shape[1], weight.experts, group_shift(weight.group, columns), splits, weight.zero_code),
-        *(weight.scale.dtype == torch.bfloat16, DTYPE_CODES[dtype], activation_code(activation)),
-    )
+    splits = 1 if offsets is not None else choose_splits(weight.tiles, steps_of(columns), multiprocessors(x.device))
+    parts = {"x": x, "bias": bias, "x_scales": x_scales, "offsets": offsets, "y": y, "bests": bests}
+    filled = fill_matmul(weight, parts, 8 * tokens8, splits, activation)
     launch(f"qk_matmul_{kind or f'codes{weight.bits}'}", filled, x.device, tokens8)
     return y
 
 
-def tile_bests(y: Tensor) -> Tensor:
-    """Return the largest of every 64 neighbours of y (tokens, N) and where it stands, int32 (tokens, tiles, 2).
+def steps_of(columns: int) -> int:
+    """Return how many steps a weight has."""
+    return -(-columns // STEP)
 
-    The first number is the bits of the value as float32, the second the column: the first of equals. NaN is never it; where
-    there is nothing else, the value is minus infinity and the column 2^31 - 1.
+
+def fill_matmul(
+    weight: Fragments, parts: dict[str, Tensor | None], block_tokens: int, splits: int, activation: str | None
+) -> ctypes.Structure:
+    """Return the struct of a product, with memory for the parts of its sums if K is split.
+
+    Args:
+        weight: what is multiplied.
+        parts: tensors by the struct's fields, x as the kernel reads it (its last dimension counts only where that is K), y.
+        block_tokens: how many tokens a block takes.
+        splits: over how many blocks K is split.
+        activation: of gates that lie in turn.
     """
-    parts = torch.nn.functional.pad(y.float(), (0, -y.shape[1] % TILE_ROWS), value=float("nan")).unflatten(1, (-1, TILE_ROWS))
-    largest = parts.nan_to_num(-float("inf"), float("inf"), -float("inf")).amax(-1)
-    columns = torch.arange(parts[0].numel(), dtype=torch.int32, device=y.device).view(parts.shape[1:])
-    first = torch.where(parts == largest[..., None], columns, (1 << 31) - 1).amin(-1)
-    return torch.stack([largest.view(torch.int32), first], -1)
+    y = parts["y"]
+    assert y is not None
+    device, tokens, partial, arrived = y.device, len(y), None, None
+    if splits > 1:
+        places = -(-tokens // block_tokens) * weight.tiles
+        partial = torch.empty(places * splits * block_tokens * TILE_ROWS, dtype=torch.float32, device=device)
+        arrived = counters(device, places)
+    columns = -(-weight.columns // 16) * 16
+    tensors = parts | {
+        "codes": weight.codes,
+        "scales": weight.scale,
+        "zeros": weight.zero,
+        "partial": partial,
+        "arrived": arrived,
+    }
+    filled = MatmulStruct(
+        **{name: pointer(tensor) for name, tensor in tensors.items()},
+        **{"tokens": tokens, "n": weight.rows, "k": columns, "experts": weight.experts, "splits": splits},
+        **{"group_shift": group_shift(weight.group, weight.columns), "zero_code": weight.zero_code},
+        **{"scales_are_bfloat16": weight.scale.dtype == torch.bfloat16, "dtype": DTYPE_CODES[y.dtype]},
+        activation=activation_code(activation),
+    )
+    filled.kept = (partial, arrived)  # until it has been launched; the allocator keeps order on the stream
+    return filled
 
 
 def expand(weight: Fragments, dtype: torch.dtype, tiles: range, expert: int = 0, *, fp8: bool = False) -> Tensor:
@@ -222,10 +248,12 @@ def expand(weight: Fragments, dtype: torch.dtype, tiles: range, expert: int = 0,
 def dense_matmul(x: Tensor, weight: Fragments, bias: Tensor | None, expert: int = 0, *, fp8: bool = False) -> Tensor:
     """Return ``x @ w.T + bias`` for many tokens: expand a slice that stays in the second cache, multiply densely, go on."""
     y = x.new_empty((x.shape[0], weight.rows))
-    tiles = max(1, SLICE_BYTES // (2 * weight.columns * TILE_ROWS))
+    tiles = max(1, slice_bytes(x.device) // (2 * weight.columns * TILE_ROWS))
+    floats: Tensor | None = None
     for first in range(0, weight.tiles, tiles):
         part = range(first, min(first + tiles, weight.tiles))
         rows = slice(part.start * TILE_ROWS, part.stop * TILE_ROWS)
+        floats = None  # the next slice takes its memory, and with it its place in the cache
         floats = expand(weight, x.dtype, part, expert, fp8=fp8)
         if bias is None:
             torch.mm(x, floats.T, out=y[:, rows])

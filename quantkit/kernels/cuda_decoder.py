@@ -13,7 +13,7 @@ without it.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,8 +23,13 @@ from quantkit.errors import KernelError
 from quantkit.kernels import cuda_glue, cuda_ops, fragments
 from quantkit.kernels.cuda import FP8_CAPABILITY, CudaKernel, State, unfit
 from quantkit.kernels.cuda_attention import HEAD_SIZES, Pages, Rope, Where, tile_tokens
+from quantkit.kernels.cuda_product import Product, Rounded, common_rounding
 from quantkit.kernels.program import Attention, Experts, Layer, Linear, Mlp, Norm, Program
 from quantkit.qtensor import concatenate
+
+INVARIANT_SPLITS: Final = 8
+"""Over how many blocks attention splits a sequence where batches must not matter."""
+_ATTENDING_ROWS: Final = 128  # that are split at once: their parts take 16 float32 rows of a head each
 
 
 def rejects(program: Program) -> str | None:
@@ -83,27 +88,6 @@ class Prompts(NamedTuple):
 
     singles: int
     tiles: Tensor
-
-
-class Product(NamedTuple):
-    """Linears side by side, laid out: one float weight, or one quantized one.
-
-    Where ``activation`` is given, the quantized rows are gate and up in turn, and the result is ``activation(gate) * up``.
-    """
-
-    floats: Tensor | None
-    weight: fragments.Fragments | None
-    bias: Tensor | None
-    form: str
-    activation: str | None = None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return ``x @ w.T + bias`` for x (rows, K), or what its gate makes of it."""
-        if self.floats is not None:
-            return F.linear(x, self.floats, self.bias)
-        assert self.weight is not None
-        y: Tensor = cuda_ops.ops().fragment_matmul(x, *self.weight, self.bias, self.form, self.activation)
-        return y
 
 
 class _Layer(NamedTuple):
@@ -165,56 +149,85 @@ class CudaDecoder:
         where: Where,
         pages: Sequence[Pages],
         wanted: Tensor | None = None,
-        splits: int | None = None,
         prompts: Prompts | None = None,
+        *,
+        batch_invariant: bool = False,
     ) -> Tensor:
-        """Read rows, append their keys and values, and return logits in :attr:`dtype`.
+        """Do what :meth:`step_with_bests` does, and return the logits."""
+        return self.step_with_bests(tokens, where, pages, wanted, prompts, batch_invariant=batch_invariant)[0]
+
+    def step_with_bests(
+        self,
+        tokens: Tensor,
+        where: Where,
+        pages: Sequence[Pages],
+        wanted: Tensor | None = None,
+        prompts: Prompts | None = None,
+        *,
+        batch_invariant: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Read rows, append their keys and values, and return logits in :attr:`dtype` and what ``next_tokens`` knows them by.
 
         Args:
             tokens: int64 or int32 (rows,).
             where: where they stand; a slot's earlier positions have been read before, or are rows of this step.
             pages: of every layer.
             wanted: int64, rows whose logits are wanted; None for all.
-            splits: see :func:`quantkit.kernels.cuda_attention.attend`.
             prompts: rows that are runs of neighbours; None reads all one by one.
+            batch_invariant: a row's logits are the same bits whatever rows are beside it, unless ``prompts`` are given, at the
+                price of speed.
         """
-        program = self.program
+        program, alike = self.program, batch_invariant
         x = F.embedding(tokens, self._embedding)
         if program.embedding_scale != 1:
             x = x * program.embedding_scale
-        after = [*(layer.attention_in for layer in program.layers[1:]), program.final_norm]
-        inner = self._normalize(x, program.layers[0].attention_in)
-        for layer, laid, rope, stored, norm in zip(program.layers, self._layers, self._ropes, pages, after, strict=True):
-            q = self._append(layer.attention, laid, rope, inner, where, stored)
-            a = laid.out(_read(layer.attention, q, where, stored, splits, prompts).flatten(1))
+        layers, splits = program.layers, INVARIANT_SPLITS if alike else None
+        after = [*(layer.attention_in for layer in layers[1:]), program.final_norm]
+        readers = [*(laid.qkv for laid in self._layers), (self._head,)]
+        inner = self._add(x, None, layers[0].attention_in, 1.0, common_rounding(readers[0]))[1]
+        for layer, laid, rope, stored, norm, next_in in zip(
+            layers, self._layers, self._ropes, pages, after, readers[1:], strict=True
+        ):
+            q = self._append(layer.attention, self._side_by_side(laid.qkv, inner, alike), rope, where, stored)
+            a = laid.out(_read(layer.attention, q, where, stored, splits, prompts).flatten(1), self.dtype, alike)
             a = self._normalize(a, layer.attention_out)
-            read = self._normalize(x, layer.mlp_in) if layer.parallel else None
-            h, inner = self._add(a, x, None if layer.parallel else layer.mlp_in, layer.attention_scale)
-            m = self._mix(layer.mlp, laid, inner if read is None else read)
-            x, inner = self._add(self._normalize(m, layer.mlp_out), h, norm, layer.mlp_scale)
-        logits = self._head(inner if wanted is None else inner[wanted])
-        if program.logit_scale != 1:
-            logits = logits * program.logit_scale
-        cap = program.logit_softcap
-        return logits if cap is None else (cap * torch.tanh(logits.float() / cap)).to(logits.dtype)
+            form = common_rounding(laid.up)
+            read = self._add(x, None, layer.mlp_in, 1.0, form)[1] if layer.parallel else None
+            h, inner = self._add(a, x, None if layer.parallel else layer.mlp_in, layer.attention_scale, form)
+            m = self._mix(layer.mlp, laid, inner if read is None else read, alike)
+            x, inner = self._add(self._normalize(m, layer.mlp_out), h, norm, layer.mlp_scale, common_rounding(next_in))
+        if wanted is not None:
+            inner = inner.part(wanted) if isinstance(inner, Rounded) else inner[wanted]
+        return self._read_out(inner, alike)
 
-    def _append(self, attention: Attention, laid: _Layer, rope: Rope, x: Tensor, where: Where, pages: Pages) -> Tensor:
-        """Append keys and values of inputs x; return the queries."""
-        qkv = _side_by_side(laid.qkv, x)
+    def _read_out(self, x: Tensor | Rounded, alike: bool) -> tuple[Tensor, Tensor | None]:
+        head, scale, cap = self._head, self.program.logit_scale, self.program.logit_softcap
+        few = isinstance(x, Tensor) and len(x) <= cuda_ops.SURE_CODES_ROWS
+        if few and head.weight is not None and head.form == "codes" and scale == 1 and cap is None:
+            logits, bests = cuda_ops.ops().head_matmul(x, *head.weight, head.bias, head.form)
+            return logits, bests
+        logits = head(x, self.dtype, alike)
+        if scale != 1:
+            logits = logits * scale
+        return logits if cap is None else (cap * torch.tanh(logits.float() / cap)).to(logits.dtype), None
+
+    def _append(self, attention: Attention, qkv: Tensor, rope: Rope, where: Where, pages: Pages) -> Tensor:
+        """Append keys and values; return the queries."""
         queries: Tensor = cuda_ops.ops().append_pages(qkv, attention.heads, *rope, *where, *pages)
         return queries
 
-    def _mix(self, mlp: Mlp | Experts, laid: _Layer, x: Tensor) -> Tensor:
+    def _mix(self, mlp: Mlp | Experts, laid: _Layer, x: Tensor | Rounded, alike: bool) -> Tensor:
         ops = cuda_ops.ops()
         if isinstance(mlp, Mlp):
             assert laid.down is not None
-            inner = _side_by_side(laid.up, x)
+            inner = self._side_by_side(laid.up, x, alike)
             if laid.up[0].activation is None:
                 inner = ops.gated_activation(inner, mlp.activation, mlp.gated)
-            return laid.down(inner)
+            return laid.down(inner, self.dtype, alike)
         assert laid.experts is not None
+        assert isinstance(x, Tensor)
         up, down, router = laid.experts
-        weights, chosen = router(x).float().softmax(-1).topk(mlp.top_k, -1)
+        weights, chosen = router(x, self.dtype, alike).float().softmax(-1).topk(mlp.top_k, -1)
         if mlp.normalize:
             weights = weights / weights.sum(-1, keepdim=True)
         flat, order = chosen.flatten().sort(stable=True)
@@ -229,16 +242,26 @@ class CudaDecoder:
         summed: Tensor = parts.sum(1)
         return summed.to(x.dtype)
 
-    def _normalize(self, x: Tensor, norm: Norm | None) -> Tensor:
-        return x if norm is None else self._add(x, None, norm, 1.0)[1]
+    def _side_by_side(self, products: tuple[Product, ...], x: Tensor | Rounded, alike: bool) -> Tensor:
+        parts = [product(x, self.dtype, alike) for product in products]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
-    def _add(self, x: Tensor, residual: Tensor | None, norm: Norm | None, factor: float) -> tuple[Tensor, Tensor]:
-        """Return ``residual + factor * x`` and its norm."""
+    def _normalize(self, x: Tensor, norm: Norm | None) -> Tensor:
+        if norm is None:
+            return x
+        y = self._add(x, None, norm, 1.0)[1]
+        assert isinstance(y, Tensor)
+        return y
+
+    def _add(
+        self, x: Tensor, residual: Tensor | None, norm: Norm | None, factor: float, rounding: str = "float"
+    ) -> tuple[Tensor, Tensor | Rounded]:
+        """Return ``residual + factor * x`` and its norm, rounded for who reads it."""
         gain, shift = (None, None) if norm is None else self._gains(norm)
         kind = cuda_glue.NONE if norm is None else cuda_glue.LAYER if norm.center else cuda_glue.RMS
         eps = 0.0 if norm is None else norm.eps
-        total, y, _ = cuda_ops.ops().residual_norm(x, residual, gain, shift, kind, eps, factor, "float")
-        return total, y
+        total, y, scales = cuda_ops.ops().residual_norm(x, residual, gain, shift, kind, eps, factor, rounding)
+        return total, y if rounding == "float" else Rounded(y, scales)
 
     def _gains(self, norm: Norm) -> tuple[Tensor, Tensor | None]:
         if id(norm) not in self._norms:  # the program keeps its norms alive
@@ -304,14 +327,14 @@ def _read(attention: Attention, q: Tensor, where: Where, pages: Pages, splits: i
     """Return what queries (rows, heads, head) read."""
     ops, options = cuda_ops.ops(), (attention.scale, attention.window, attention.softcap)
     if prompts is None:
-        alone: Tensor = ops.attend_pages(q, *where, *pages, *options, splits)
-        return alone
+        pieces = []
+        for start in range(0, len(q), _ATTENDING_ROWS):
+            rows = slice(start, start + _ATTENDING_ROWS)
+            here = Where(where.positions[rows], where.slots[rows], where.table)
+            pieces.append(ops.attend_pages(q[rows], *here, *pages, *options, splits))
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
     read: Tensor = ops.attend_prompt_pages(q, *where, *pages, prompts.tiles, *options)
     if count := prompts.singles:
         first = Where(where.positions[:count], where.slots[:count], where.table)
         read[:count] = ops.attend_pages(q[:count], *first, *pages, *options, splits)
     return read
-
-
-def _side_by_side(products: tuple[Product, ...], x: Tensor) -> Tensor:
-    return products[0](x) if len(products) == 1 else torch.cat([product(x) for product in products], -1)

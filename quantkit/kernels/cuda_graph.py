@@ -57,7 +57,8 @@ class GraphDecoder:
         batch: sequences.
         tokens: longest sequence, prompt included.
         kv: how keys and values are stored.
-        batch_invariant: split sequences as for a batch of one, so that a sequence gets the same tokens in every batch.
+        batch_invariant: a sequence gets the same tokens in every batch, and decoding is a little slower; prompts are read one
+            by one in any case.
 
     Raises:
         KernelError: more tokens than the decoder has positions for.
@@ -83,11 +84,10 @@ class GraphDecoder:
         table = torch.arange(batch * pages, dtype=torch.int32, device=device).view(batch, pages)
         slots = torch.arange(batch, dtype=torch.int32, device=device)
         self._where = Where(torch.zeros(batch, dtype=torch.int32, device=device), slots, table)
-        self._newest = torch.zeros(batch, dtype=torch.int64, device=device)
-        self._history = torch.zeros((tokens, batch), dtype=torch.int64, device=device)
+        self._newest = torch.zeros(batch, dtype=torch.int32, device=device)
+        self._history = torch.zeros((tokens, batch), dtype=torch.int32, device=device)
         self._at = torch.zeros(1, dtype=torch.int64, device=device)
-        kv_heads = decoder.program.layers[0].attention.kv_heads
-        self._splits = max(1, min(264 // kv_heads, tokens // 64, 64)) if batch_invariant else None
+        self._alike = batch_invariant
         self._draw = Draw.greedy(batch, device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._lengths: list[int] = []
@@ -127,12 +127,12 @@ class GraphDecoder:
                 where = Where(positions, torch.full_like(positions, slot), self._where.table)
                 last = torch.tensor([len(rows) - 1], device=rows.device)
                 tiles = torch.tensor(cut(0, len(rows), self._decoder.tile_tokens), dtype=torch.int32, device=rows.device)
-                logits = self._decoder.step(rows, where, self._pages, last, prompts=Prompts(0, tiles))
+                logits = self._decoder.step(rows, where, self._pages, last, Prompts(0, tiles))
             chosen.append(_choose(logits, Draw(*(part[slot : slot + 1] for part in self._draw)), positions[-1:]))
         self._newest.copy_(_finite(torch.cat(chosen)))
         self._where.positions.copy_(torch.tensor([len(p) for p in prompts]))
         self._lengths = [len(prompt) for prompt in prompts]
-        return self._newest.clone()
+        return self._newest.long()
 
     @torch.no_grad()
     def decode(self, count: int) -> Tensor:
@@ -154,13 +154,14 @@ class GraphDecoder:
             else:
                 self._graph.replay()
         self._lengths = [length + count for length in self._lengths]
-        return _finite(self._history[:count].clone())
+        return _finite(self._history[:count].long())
 
     def _step(self) -> Tensor:
-        logits = self._decoder.step(self._newest, self._where, self._pages, splits=self._splits)
-        chosen = _choose(logits, self._draw, self._where.positions)
-        self._history.index_copy_(0, self._at, chosen.long()[None])
-        self._newest.copy_(chosen.clamp(min=0))  # where there is none to choose, what follows is thrown away
+        step, alike = self._decoder.step_with_bests, self._alike
+        logits, bests = step(self._newest, self._where, self._pages, batch_invariant=alike)
+        row = self._where.positions, self._where.slots, self._newest
+        chosen = cuda_ops.ops().next_tokens(logits.contiguous(), *self._draw, *row, bests)
+        self._history.index_copy_(0, self._at, chosen[None])  # -1 where there is none to choose: what follows is thrown away
         self._where.positions.add_(1)
         self._at.add_(1)
         return self._newest

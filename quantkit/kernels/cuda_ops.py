@@ -7,15 +7,15 @@ has a derivative.
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from quantkit.kernels import cuda_attention, cuda_calls, cuda_glue, cuda_sampling, fragments
+from quantkit.kernels import cuda_attention, cuda_calls, cuda_glue, cuda_prompt, cuda_sampling, fragments
 from quantkit.kernels.cuda_attention import Pages, Rope, Where
-from quantkit.kernels.draw import Draw, draw_plain
+from quantkit.kernels.draw import Draw
 from quantkit.kernels.fragments import Fragments
 
 _WEIGHT = "Tensor codes, Tensor scale, Tensor? zero, int rows, int columns, int group, int bits, int zero_code"
@@ -25,6 +25,9 @@ _ROPE = "Tensor? cos, Tensor? sin, int dim, bool interleaved, Tensor? q_gain, Te
 
 SCHEMAS = {
     "fragment_matmul": f"(Tensor x, {_WEIGHT}, Tensor? bias, str form, str? activation=None) -> Tensor",
+    "rounded_matmul": (
+        f"(Tensor x, Tensor scales, {_WEIGHT}, Tensor? bias, str form, str? activation, ScalarType dtype) -> Tensor"
+    ),
     "head_matmul": f"(Tensor x, {_WEIGHT}, Tensor? bias, str form) -> (Tensor, Tensor)",
     "fragment_experts": f"(Tensor x, Tensor offsets, {_WEIGHT}, str? activation=None) -> Tensor",
     "residual_norm": (
@@ -34,7 +37,7 @@ SCHEMAS = {
     "gated_activation": "(Tensor x, str activation, bool gated) -> Tensor",
     "next_tokens": (
         "(Tensor logits, Tensor temperature, Tensor top_k, Tensor rest, Tensor min_p, Tensor seed, Tensor positions,"
-        " Tensor? bests=None) -> Tensor"
+        " Tensor? slots=None, Tensor(a!)? newest=None, Tensor? bests=None) -> Tensor"
     ),
     "append_pages": (f"(Tensor qkv, int heads, {_ROPE}, {_WHERE}, {_PAGES.format('(a!)', '(b!)', '(c!)', '(d!)')}) -> Tensor"),
     "attend_pages": (
@@ -47,10 +50,12 @@ SCHEMAS = {
     ),
 }
 """Operator to its arguments. ``form`` of a matmul: ``"codes"`` (activations as they are), ``"fp8 codes"`` (the same, fp8
-weights), ``"int8"`` or ``"fp8"`` (activations rounded per token). ``activation``: the weight's rows and the bias are gate and
-up in turn, and the result is ``activation(gate) * up``, (tokens, rows / 2), of a gate and an up that were rounded to x's
-dtype. ``head_matmul`` also returns the ``bests`` of its logits, with which ``next_tokens`` need not look for the largest one:
-of logits as they come, neither scaled nor capped."""
+weights), ``"int8"`` or ``"fp8"`` (activations rounded per token; ``rounded_matmul`` takes their codes and scales).
+``activation``: the weight's rows and the bias are gate and up in turn, and the result is ``activation(gate) * up``,
+(tokens, rows / 2), of a gate and an up that were rounded to the output's dtype."""
+
+ROUNDED: Final = {"int8": "int8", "fp8": "fp8_e4m3"}
+"""Forms of a matmul that round activations, and to what (:data:`quantkit.kernels.cuda_glue.ROUNDINGS`)."""
 
 _library: list[torch.library.Library] = []  # keeps the registration alive
 
@@ -69,6 +74,10 @@ def ops() -> Any:
     return torch.ops.quantkit
 
 
+SURE_CODES_ROWS: Final = 64
+"""So many tokens at most are multiplied straight from the codes on every device. To be measured: a guess from arithmetic."""
+
+
 def takes_codes(tokens: int, form: str) -> bool:
     """Say whether so many tokens are multiplied straight from the codes; otherwise the weight is expanded first."""
     return form != "fp8 codes" and tokens < cuda_calls.DENSE_TOKENS
@@ -80,51 +89,72 @@ def _split(arguments: tuple[Any, ...]) -> tuple[Fragments, Tensor | None, str, s
     return Fragments(*arguments[:8]), bias, form, activation
 
 
-def multiply(x: Tensor, *arguments: Any, bests: Tensor | None = None) -> Tensor:
-    """Run ``fragment_matmul`` on the kernels: x (tokens, K) contiguous; ``bests`` only if :func:`takes_codes`."""
+def multiply(x: Tensor, *arguments: Any) -> Tensor:
+    """Run ``fragment_matmul`` on the kernels: x (tokens, K) contiguous."""
     weight, bias, form, activation = _split(arguments)
-    if form in ("int8", "fp8"):
-        codes, scales = cuda_glue.round_tokens(x, "int8" if form == "int8" else "fp8_e4m3")
-        if takes_codes(len(x), form):
-            options: dict[str, Any] = {"x_scales": scales, "kind": form, "dtype": x.dtype}
-            return cuda_calls.matmul(codes, weight, bias, activation=activation, bests=bests, **options)
-        x = (codes.float() * scales[:, None]).to(x.dtype)
-    elif takes_codes(len(x), form):
-        return cuda_calls.matmul(x, weight, bias, activation=activation, bests=bests)
+    if form in ROUNDED:
+        return multiply_rounded(*cuda_glue.round_tokens(x, ROUNDED[form]), *weight, bias, form, activation, x.dtype)
+    if _goes_to_prompt(x, weight, form):
+        return cuda_prompt.matmul(x, weight, bias, activation)
+    if takes_codes(len(x), form):
+        return cuda_calls.matmul(x, weight, bias, activation=activation)
+    return _multiply_dense(x, weight, bias, form, activation)
+
+
+def multiply_head(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """Run ``head_matmul`` on the kernels: logits, and for ``next_tokens`` the largest of every 64, int32 (tokens, tiles, 2)."""
+    weight, bias, form, _ = _split(arguments)
+    bests = x.new_empty((len(x), weight.tiles, 2), dtype=torch.int32)
+    if _goes_to_prompt(x, weight, form):
+        return cuda_prompt.matmul(x, weight, bias, bests=bests), bests
+    return cuda_calls.matmul(x, weight, bias, bests=bests), bests
+
+
+def _multiply_head_plain(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    weight, y = Fragments(*arguments[:8]), _multiply_plain(x, *arguments)
+    wide = torch.where(y < torch.inf, y.float(), torch.inf)
+    tiles = F.pad(wide, (0, weight.tiles * fragments.TILE_ROWS - weight.rows), value=-torch.inf).unflatten(
+        -1, (weight.tiles, -1)
+    )
+    values, index = tiles.max(-1)
+    rows = index.int() + fragments.TILE_ROWS * torch.arange(weight.tiles, dtype=torch.int32, device=x.device)
+    return y, torch.stack([values.view(torch.int32), rows], -1)
+
+
+def _goes_to_prompt(x: Tensor, weight: Fragments, form: str) -> bool:
+    return form == "codes" and len(x) > SURE_CODES_ROWS and cuda_prompt.works(x.device, x.dtype, weight.bits)
+
+
+def multiply_rounded(codes: Tensor, scales: Tensor, *arguments: Any) -> Tensor:
+    """Run ``rounded_matmul`` on the kernels: codes (tokens, K) contiguous."""
+    (weight, bias, form, activation), dtype = _split(arguments[:-1]), arguments[-1]
+    if takes_codes(len(codes), form):
+        return cuda_calls.matmul(codes, weight, bias, activation=activation, x_scales=scales, kind=form, dtype=dtype)
+    return _multiply_dense((codes.float() * scales[:, None]).to(dtype), weight, bias, form, activation)
+
+
+def _multiply_dense(x: Tensor, weight: Fragments, bias: Tensor | None, form: str, activation: str | None) -> Tensor:
     y = cuda_calls.dense_matmul(x, weight, bias, fp8="fp8" in form)
     return y if activation is None else cuda_glue.activate(y, activation, interleaved=True)
 
 
-def multiply_head(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    """Run ``head_matmul`` on the kernels: logits and their bests."""
-    weight, _, form, _ = _split(arguments)
-    if not takes_codes(len(x), form):
-        logits = multiply(x, *arguments)
-        return logits, cuda_calls.tile_bests(logits)
-    bests = torch.empty((len(x), weight.tiles, 2), dtype=torch.int32, device=x.device)
-    return multiply(x, *arguments, bests=bests), bests
-
-
-def _head_plain(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    logits = _multiply_plain(x, *arguments)
-    return logits, cuda_calls.tile_bests(logits)
-
-
-def _head_fake(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    weight = _split(arguments)[0]
-    return x.new_empty((x.shape[0], weight.rows)), x.new_empty((x.shape[0], weight.tiles, 2), dtype=torch.int32)
-
-
 def _multiply_plain(x: Tensor, *arguments: Any) -> Tensor:
     weight, bias, form, activation = _split(arguments)
-    wide = x.float()
-    if form in ("int8", "fp8"):
-        _, codes, scales = cuda_glue.norm_plain(
-            x, None, None, None, kind=cuda_glue.NONE, rounding="int8" if form == "int8" else "fp8_e4m3"
-        )
-        wide = codes.float() * scales[:, None]
+    if form in ROUNDED:
+        _, codes, scales = cuda_glue.norm_plain(x, None, None, None, kind=cuda_glue.NONE, rounding=ROUNDED[form])
+        return _multiply_rounded_plain(codes, scales, *weight, bias, form, activation, x.dtype)
+    return _multiply_floats(x.float(), weight, bias, form, activation, x.dtype)
+
+
+def _multiply_rounded_plain(codes: Tensor, scales: Tensor, *arguments: Any) -> Tensor:
+    return _multiply_floats(codes.float() * scales[:, None], *_split(arguments[:-1]), arguments[-1])
+
+
+def _multiply_floats(
+    x: Tensor, weight: Fragments, bias: Tensor | None, form: str, activation: str | None, dtype: torch.dtype
+) -> Tensor:
     floats = fragments.dequantize(weight, "fp8" in form)[0]
-    return _gated_plain(F.linear(wide, floats, None if bias is None else bias.float()).to(x.dtype), activation)
+    return _gated_plain(F.linear(x, floats, None if bias is None else bias.float()).to(dtype), activation)
 
 
 def _gated_plain(y: Tensor, activation: str | None) -> Tensor:
@@ -134,6 +164,10 @@ def _gated_plain(y: Tensor, activation: str | None) -> Tensor:
 def _multiply_fake(x: Tensor, *arguments: Any) -> Tensor:
     weight, _, _, activation = _split(arguments)
     return x.new_empty((x.shape[0], weight.rows // (1 if activation is None else 2)))
+
+
+def _multiply_rounded_fake(codes: Tensor, scales: Tensor, *arguments: Any) -> Tensor:
+    return _multiply_fake(codes, *arguments[:-1]).to(arguments[-1])
 
 
 def _experts(x: Tensor, offsets: Tensor, *arguments: Any) -> Tensor:
@@ -205,7 +239,12 @@ def _attend_prompt(function: Callable[..., Any]) -> Callable[..., Any]:
 
 _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]] = {
     "fragment_matmul": (_multiply_plain, multiply, _multiply_fake),
-    "head_matmul": (_head_plain, multiply_head, _head_fake),
+    "rounded_matmul": (_multiply_rounded_plain, multiply_rounded, _multiply_rounded_fake),
+    "head_matmul": (
+        _multiply_head_plain,
+        multiply_head,
+        lambda x, *rest: (_multiply_fake(x, *rest), x.new_empty((len(x), -(-rest[3] // 64), 2), dtype=torch.int32)),
+    ),
     "fragment_experts": (_experts_plain, _experts, _experts_fake),
     "residual_norm": (_norm(cuda_glue.norm_plain), _norm(cuda_glue.norm), _norm_fake),
     "gated_activation": (
@@ -214,7 +253,7 @@ _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callab
         lambda x, activation, gated: x.new_empty((x.shape[0], x.shape[1] // (2 if gated else 1))),
     ),
     "next_tokens": (
-        lambda logits, *rest: draw_plain(logits, Draw(*rest[:5]), rest[5]),
+        lambda logits, *rest: cuda_sampling.sample_plain(logits, Draw(*rest[:5]), *rest[5:]),
         lambda logits, *rest: cuda_sampling.sample(logits, Draw(*rest[:5]), *rest[5:]),
         lambda logits, *rest: logits.new_empty(logits.shape[0], dtype=torch.int32),
     ),

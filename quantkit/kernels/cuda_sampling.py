@@ -9,25 +9,50 @@ from torch import Tensor
 
 from quantkit.kernels.build import DTYPE_CODES
 from quantkit.kernels.cuda_calls import launch, pointer, struct
-from quantkit.kernels.draw import Draw
+from quantkit.kernels.draw import Draw, draw_plain
 
-SampleStruct = struct("SampleStruct", "logits temperature top_k rest min_p seed position chosen bests", "rows n dtype tiles")
+SampleStruct = struct(
+    "SampleStruct", "logits temperature top_k rest min_p seed position bests slot chosen newest", "rows n dtype tiles"
+)
 
 
-def sample(logits: Tensor, draw: Draw, positions: Tensor, bests: Tensor | None = None) -> Tensor:
-    """Return the chosen token of each row, int32 (rows,).
-
-    A row without a finite number gets some token.
+def sample(
+    logits: Tensor,
+    draw: Draw,
+    positions: Tensor,
+    slots: Tensor | None = None,
+    newest: Tensor | None = None,
+    bests: Tensor | None = None,
+) -> Tensor:
+    """Return the chosen token of each row, int32 (rows,); -1 where the largest logit is not a finite number.
 
     Args:
         logits: float16 or bfloat16 (rows, vocabulary), contiguous.
         draw: how.
-        positions: int32 (rows,), of the rows in their sequences.
-        bests: of :func:`~quantkit.kernels.cuda_calls.tile_bests`; the most likely token is then found without the logits.
+        positions: int32 (rows,), of the rows in their sequences; below 0 for rows that are nowhere.
+        slots: int32 (rows,): where in ``newest`` rows that are somewhere write their token, 0 instead of -1.
+        newest: int32 (slots,).
+        bests: int32 (rows, tiles, 2), what :func:`quantkit.kernels.cuda_calls.matmul` says of the logits: the largest ones are
+            looked for there.
     """
     chosen = torch.empty(len(logits), dtype=torch.int32, device=logits.device)
+    parts = (logits, *draw, positions, bests, slots, chosen, newest)
     tiles = 0 if bests is None else bests.shape[1]
-    pointers = map(pointer, (logits, *draw, positions, chosen, bests))
-    filled = SampleStruct(*pointers, *logits.shape, DTYPE_CODES[logits.dtype], tiles)
-    launch("qk_sample", filled, logits.device)
+    launch("qk_sample", SampleStruct(*map(pointer, parts), *logits.shape, DTYPE_CODES[logits.dtype], tiles), logits.device)
+    return chosen
+
+
+def sample_plain(
+    logits: Tensor,
+    draw: Draw,
+    positions: Tensor,
+    slots: Tensor | None = None,
+    newest: Tensor | None = None,
+    bests: Tensor | None = None,
+) -> Tensor:
+    """Define :func:`sample` in plain torch, for logits of any float dtype; ``bests`` say nothing new."""
+    chosen = draw_plain(logits, draw, positions)
+    if slots is not None and newest is not None:
+        there = positions >= 0
+        newest[slots[there].long()] = chosen[there].clamp(min=0)
     return chosen

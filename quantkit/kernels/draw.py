@@ -101,7 +101,8 @@ class Draw(NamedTuple):
             ([wish.min_p or 0.0 for wish in wishes], torch.float32),
             ([secrets.randbits(63) if seed is None else seed for seed in seeds], torch.int64),
         )
-        return cls(*(torch.tensor(numbers, dtype=dtype).to(device, non_blocking=True) for numbers, dtype in values))
+        made = [torch.tensor(numbers, dtype=dtype) for numbers, dtype in values]
+        return cls(*(made if str(device) == "cpu" else (part.to(device, non_blocking=True) for part in made)))
 
     def set(self, wishes: Sequence[Wish]) -> None:
         """Write down, in place, how the rows are drawn from now on; a row without a seed gets a fresh one.

@@ -152,8 +152,8 @@ def _for_arch(arch: str) -> ctypes.CDLL | KernelError:
 def signatures() -> dict[str, tuple[Any, list[Any]]]:
     """Return the functions of the library: those that launch take a struct's address, and a stream."""
     pointer, integer = ctypes.c_void_p, ctypes.c_int32
-    launches = ("qk_expand", "qk_norm", "qk_activate", "qk_append", "qk_sample", "qk_attend", "qk_attend_prompt")
-    products = tuple(f"qk_matmul_{kind}" for kind in ("codes4", "codes8", "int8", "fp8"))
+    launches = ("qk_expand", "qk_norm", "qk_activate", "qk_append", "qk_sample", "qk_attend", "qk_attend_prompt", "qk_arrange")
+    products = (*(f"qk_matmul_{kind}" for kind in ("codes4", "codes8", "int8", "fp8")), "qk_prompt")
     return {
         "qk_abi_version": (integer, []),
         "qk_error_text": (ctypes.c_char_p, [integer]),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from quantkit.kernels import build, cuda_calls, nvcc
+from quantkit.kernels import build, cuda_calls, cuda_prompt, nvcc
 
 HERE = Path(__file__).parent
 FLAGS = ("-x", "c++", "-std=c++17", "-O2", "-fPIC", "-w", f"-I{HERE}", "-ffp-contract=off")
@@ -30,15 +30,17 @@ def link(command: list[str], units: list[Path], path: Path) -> None:
 
 
 @contextlib.contextmanager
-def machine(monkeypatch, processors: int = 8):
+def machine(monkeypatch, processors: int = 8, capability: tuple[int, int] = (8, 6)):
     """Let calls go to the emulated library, with CPU tensors."""
     built = library()
     monkeypatch.setattr(nvcc, "library", lambda: built)
     monkeypatch.setattr(cuda_calls, "on_device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(cuda_calls, "stream_of", lambda device: 0)
     monkeypatch.setattr(cuda_calls, "multiprocessors", lambda device: processors)
+    monkeypatch.setattr(cuda_calls, "slice_bytes", lambda device: cuda_calls.SLICE_BYTES)
     monkeypatch.setattr(cuda_calls, "runs_on", lambda x: True)
     monkeypatch.setattr(cuda_calls, "capturing", lambda: False)
+    monkeypatch.setattr(cuda_prompt, "capability", lambda device: capability)
     cuda_calls._counters.pop((torch.device("cpu"), 0), None)
     yield
     counters = cuda_calls._counters.pop((torch.device("cpu"), 0), None)

@@ -226,6 +226,29 @@ void product(C (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Value 
 template <class T> void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   product<2>(c, a, b0, b1, [](uint32_t word, int i) { return double(to_float(T{uint16_t(word >> (16 * i))})); });
 }
+inline void products_begin() {}
+inline void products_commit() {}
+inline void products_wait() {}
+inline void show_products() {}
+inline uint64_t tile_address(const void* at) { return reinterpret_cast<uintptr_t>(at); }
+// A warp's rows of a product whose other operand lies in swizzled rows of 128 bytes (PTX ISA 9.7.15.5: 128-byte swizzle).
+template <class T> void wide_mma(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b) {
+  const uint32_t* all = show(a, 4);
+  const int lane = fiber->index % 32;
+  for (int j = 0; j < 16; ++j)
+    for (int i = 0; i < 4; ++i) {
+      const int row = lane / 4 + (i >= 2 ? 8 : 0), column = 8 * j + lane % 4 * 2 + i % 2;
+      double sum = 0;
+      for (int k = 0; k < 16; ++k) {
+        const uint32_t left = all[(row % 8 * 4 + k % 8 / 2) * 8 + (k >= 8 ? 2 : 0) + (row >= 8)];
+        uint64_t at = b + column * 128 + k * 2;
+        at ^= (at >> 7 & 7) << 4;
+        sum += double(to_float(T{uint16_t(left >> (k % 2 * 16))})) * to_float(*reinterpret_cast<const T*>(at));
+      }
+      d[j][i] += float(sum);
+    }
+  meet(block->warps[fiber->index / 32], 32);
+}
 inline float fp8_value(uint32_t code) {
   int exponent = code >> 3 & 15, mantissa = code & 7;
   float size = exponent ? ldexpf(1 + mantissa / 8.0f, exponent - 7) : ldexpf(mantissa / 8.0f, -6);

@@ -1,5 +1,6 @@
 """The engine on CUDA's backend: in plain torch against the CPU's, and whole requests through the emulated kernels."""
 
+import contextlib
 import logging
 
 import pytest
@@ -9,8 +10,9 @@ import quantkit
 from quantkit.engine.cuda import CudaBackend
 from quantkit.engine.engine import TokenEngine
 from quantkit.engine.native import NativeBackend
-from quantkit.engine.request import Limits
-from quantkit.engine.step import Copy, Memory, Span
+from quantkit.engine.request import Limits, Request
+from quantkit.engine.sampling import Sampling
+from quantkit.engine.step import CHOSEN, Copy, Memory, Span
 from quantkit.errors import KernelError, QuantkitError
 from quantkit.hf import backend as chooser
 from quantkit.hf import native
@@ -80,6 +82,158 @@ def test_drafts_do_not_change_answers():
     backend = backend_of(program)
     backend.RECORDED_ROWS = (1, 2)  # more rows than any recording has
     assert answers(backend, tokens=30)[0] == want
+
+
+WISHES = [
+    Sampling(0.9, seed=1),
+    Sampling(1.2, top_k=20, seed=2),
+    Sampling(),
+    Sampling(0.8, top_p=0.9, min_p=0.02, seed=3),
+    Sampling(1.0, repetition_penalty=1.3, seed=4),
+]
+
+
+def submitted(backend, wishes=WISHES, **limits) -> tuple[TokenEngine, list[Request]]:
+    engine = TokenEngine(backend, tiny.VOCAB, limits=Limits(**limits))
+    return engine, [engine.submit(p, max_new_tokens=14, sampling=wish) for p, wish in zip(PROMPTS, wishes, strict=True)]
+
+
+def watched(backend: CudaBackend) -> list[int]:
+    """Note for every launch how many of its tokens nobody knew."""
+    launches, launch = list[int](), backend.launch
+
+    def note(spans, copies, picks):
+        launches.append(sum(list(span.ids) == [CHOSEN] for span in spans))
+        return launch(spans, copies, picks)
+
+    backend.launch = note
+    return launches
+
+
+@pytest.mark.parametrize("limits", [{}, {"running": 3}, {"kv_tokens": 128, "step_tokens": 20}], ids=str)
+def test_draws_equal_the_cpu_engines(limits):
+    program = programs("llama")
+    engine, wanted = submitted(NativeBackend(NativeDecoder(program), context_tokens=128))
+    list(engine.run())
+    engine, got = submitted(backend_of(program), **limits)
+    launches = watched(engine.backend)
+    list(engine.run())
+    assert [request.ids for request in got] == [request.ids for request in wanted]
+    assert limits or sum(launches) == 0  # a penalty wants to know every token before the next step
+    engine, got = submitted(backend_of(program), [*WISHES[:4], WISHES[0]], **limits)
+    launches = watched(engine.backend)
+    list(engine.run())
+    assert [request.ids for request in got[:4]] == [request.ids for request in wanted[:4]]
+    assert sum(launches) > (10 if limits else 40)
+    assert max(launches) <= engine.limits.running
+
+
+def test_answers_that_end_while_the_next_step_runs():
+    """By a stop token, by their watcher, by being taken back, and by a watcher that raises."""
+    program = programs("llama")
+    wishes = [WISHES[0]] * 4 + [Sampling()]
+    engine, wanted = submitted(backend_of(program), wishes)
+    list(engine.run())
+    backend = backend_of(program)
+    engine, launches = TokenEngine(backend, tiny.VOCAB), watched(backend)
+    stop, until = wanted[0].ids[5], wanted[1].ids[3]
+
+    def refuse(token):
+        if len(raising.ids) == 7:
+            raise RuntimeError("seen enough")
+
+    options = [{"stop_tokens": [stop]}, {"watch": lambda token: token == until}, {}, {"watch": refuse}, {"logprobs": None}]
+    requests = [
+        engine.submit(prompt, max_new_tokens=14, sampling=wish, **option)
+        for prompt, wish, option in zip(PROMPTS, wishes, options, strict=True)
+    ]
+    raising, late = requests[3], None
+    while engine.busy:
+        with contextlib.suppress(RuntimeError):  # the watcher's
+            engine.step()
+        if len(requests[2].ids) == 4:
+            engine.cancel(requests[2])
+        if len(requests[4].ids) == 9 and late is None:  # joins while a step is under way
+            late = engine.submit(PROMPTS[2], max_new_tokens=14, sampling=wishes[2])
+    assert [request.finish_reason for request in requests] == ["stop", "stop", "cancelled", "error", "length"]
+    for request, want in zip(requests, wanted, strict=True):
+        assert request.ids == want.ids[: len(request.ids)]
+    assert [len(request.ids) for request in requests] == [
+        wanted[0].ids.index(stop) + 1, wanted[1].ids.index(until) + 1, 4, 7, 14,
+    ]  # fmt: skip
+    assert late is not None
+    assert late.ids == wanted[2].ids
+    assert sum(launches) > 20
+    assert engine.scheduler.pages.available == engine.scheduler.pages.count  # nobody holds a page any more
+
+
+def test_probabilities_and_held_back_stops_are_those_of_the_cpu_engine():
+    program, found = programs("llama"), []
+    for backend in (NativeBackend(NativeDecoder(program), context_tokens=128), backend_of(program)):
+        engine = TokenEngine(backend, tiny.VOCAB)
+        first = engine.submit(PROMPTS[0], max_new_tokens=9, sampling=WISHES[0], logprobs=2)
+        rest = engine.submit(PROMPTS[1], max_new_tokens=9, sampling=WISHES[1])
+        stops = range(0, tiny.VOCAB, 2)
+        held = engine.submit(PROMPTS[3], max_new_tokens=9, min_new_tokens=5, stop_tokens=stops)
+        list(engine.run())
+        assert not set(held.ids[:5]) & set(stops)
+        found.append((first, rest.ids, held.ids))
+    assert found[0][1:] == found[1][1:]
+    for mine, theirs in zip(found[1][0].logprob, found[0][0].logprob, strict=True):
+        assert mine.logprob == pytest.approx(theirs.logprob, abs=1e-4)
+        assert [token for token, _ in mine.top] == [token for token, _ in theirs.top]
+
+
+def test_batch_invariant_rows_are_computed_alike(monkeypatch):
+    """Dense products have one shape, sequences one number of splits, and nothing attends in tiles."""
+    model = tiny.FAMILIES["qwen3_moe"](head_dim=64)
+    enable_experts(model)
+    program = lower(quantize(model, W4))
+    shapes, splits, linear = set[int](), set[int | None](), torch.nn.functional.linear
+    functions = {name: made[0] for name, made in cuda_ops._IMPLEMENTATIONS.items()}
+    attend = functions["attend_pages"]
+
+    def noted(q, *rest):
+        splits.add(rest[-1])
+        return attend(q, *rest)
+
+    def dense(x, weight, bias=None):
+        if any(weight is one for one in floats):
+            shapes.add(len(x))
+        return linear(x, weight, bias)
+
+    functions = {name: staticmethod(function) for name, function in functions.items()} | {"attend_pages": staticmethod(noted)}
+    del functions["attend_prompt_pages"]
+    decoder = CudaDecoder(program, device="cpu", dtype=torch.float32, context_tokens=16)
+    floats = [decoder._head.floats, *(layer.experts[2].floats for layer in decoder._layers)]
+    monkeypatch.setattr(cuda_ops, "ops", lambda: type("ops", (), functions))
+    monkeypatch.setattr(torch.nn.functional, "linear", dense)
+    prompts = [*PROMPTS, some_ids(110, 9)]
+    found = []
+    for limits in ({}, {"running": 2, "step_tokens": 20}):
+        backend = CudaBackend(decoder, context_tokens=128, batch_invariant=True)
+        found.append(answers(backend, prompts, 6, **limits)[0])
+    assert found[0] == found[1]
+    assert (shapes, splits) == ({32}, {8})
+    assert found[0][:5] == answers(NativeBackend(NativeDecoder(program), context_tokens=128), tokens=6)[0]
+
+
+def test_logits_that_are_not_finite_end_their_request(monkeypatch):
+    backend = backend_of(programs("llama"))
+    backend._bad = 0
+    run = backend.run
+
+    def spoil(inputs, wanted=None, prompts=None):
+        logits, chosen = run(inputs, wanted, prompts)
+        backend._bad += 1
+        return logits, chosen if backend._bad < 4 else torch.full_like(chosen, -1)
+
+    monkeypatch.setattr(backend, "run", spoil)
+    engine = TokenEngine(backend, tiny.VOCAB)
+    request = engine.submit(PROMPTS[0], max_new_tokens=14)
+    list(engine.run())
+    assert len(request.ids) == 3
+    assert "not numbers one can choose from" in str(request.error)
 
 
 @pytest.fixture(params=["plain", "emulated"])
@@ -163,6 +317,7 @@ def test_rows_out_of_range_are_refused():
     backend.reserve(Memory(4, 32, 2))
     for span, message in (
         (Span(0, 0, [tiny.VOCAB], [0], 1), "tokens from 192"),
+        (Span(0, 0, [-2], [0], 1), "tokens from -2"),
         (Span(0, 126, [5, 5, 5], [0, 1, 2, 3, 0], 1), "positions from 126 to 128"),
         (Span(2, 0, [5], [0], 1), "slots from 2"),
         (Span(0, 0, [5], [4], 1), "pages beyond the 4"),

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import quantkit
 from quantkit.engine.sampling import Sampling, shape_logits
 from quantkit.errors import KernelError
 from quantkit.hf.experts import enable_experts
@@ -99,10 +100,33 @@ def test_a_layer_is_eight_kernels(family, monkeypatch):
         monkeypatch.setattr(cuda_ops, "ops", lambda: type("ops", (), functions))
         monkeypatch.setattr(nvcc, "library", lambda: Listening(emulated.library(), heard))
         state = GraphDecoder(decoder, 1, 4)
-        decoder.step(torch.tensor([5]), state._where, state._pages, splits=1)
+        decoder.step(torch.tensor([5]), state._where, state._pages, batch_invariant=True)
     product = "qk_matmul_codes4"
     layer = [product, "qk_append", "qk_attend", product, "qk_norm", product, product, "qk_norm"]
     assert heard[: 1 + 2 * len(layer)] == ["qk_norm", *layer, *layer]
+
+
+@pytest.mark.parametrize("way", ["plain", "emulated"])
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_norms_round_for_the_products_that_read_them(family, way, monkeypatch):
+    model = tiny.FAMILIES[family](head_dim=64)
+    enable_experts(model)
+    model = quantkit.quantize(model, "w8a8", quantizer="rtn").model.half()
+    decoder, ids, heard = decoder_of(model), some_ids(9), list[str]()
+    with torch.no_grad():
+        want = model.float()(torch.tensor([ids])).logits[0]
+    if way == "plain":
+        assert error(read_in_pieces(decoder, ids), want) < 1.5e-2
+        return
+    functions = {name: staticmethod(made[1]) for name, made in cuda_ops._IMPLEMENTATIONS.items()}
+    with emulated.machine(monkeypatch):
+        monkeypatch.setattr(cuda_ops, "ops", lambda: type("ops", (), functions))
+        monkeypatch.setattr(nvcc, "library", lambda: Listening(emulated.library(), heard))
+        assert error(read_in_pieces(decoder, ids), want) < 1.5e-2
+    product, mix = "qk_matmul_int8", ["qk_matmul_int8", "qk_norm", "qk_matmul_int8"]  # one rounds what the gate has made
+    if family == "llama":
+        layer = [product, "qk_append", "qk_attend", "qk_norm", product, "qk_norm", *mix, "qk_norm"]
+        assert heard[: 1 + 2 * len(layer)] == ["qk_norm", *layer, *layer]
 
 
 def test_decoding_chooses_the_most_likely_and_batches_do_not_matter():

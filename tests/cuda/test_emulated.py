@@ -12,7 +12,6 @@ import torch
 from quantkit.errors import KernelError
 from quantkit.kernels import cuda_attention, cuda_calls, cuda_glue, cuda_ops, fragments
 from quantkit.kernels.cuda_attention import Pages, Rope, Where
-from quantkit.kernels.draw import Draw
 from quantkit.numerics import grid
 from quantkit.numerics.fake import fake_quantize
 from quantkit.qtensor import QTensor
@@ -188,44 +187,6 @@ def test_an_odd_number_of_rows_has_no_gates():
     weight = fragments.prepack(random_qtensor(QuantSpec("int4", (1, 32)), (7, 32)))
     with pytest.raises(KernelError, match="qk_matmul_codes4"):
         cuda_calls.matmul(torch.zeros(1, 32).half(), weight, activation="silu")
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    ("spec", "form", "n", "k", "tokens"),
-    [
-        (QuantSpec("int4", (1, 64), False), "codes", 131, 1152, 35),  # several splits, two chunks, a tile of three rows
-        (QuantSpec("int4", (1, 32)), "codes", 192, 96, 3),
-        (QuantSpec("int8"), "int8", 70, 208, 9),
-        (QuantSpec("int8"), "codes", 70, 64, 1),
-    ],
-)
-def test_the_head_knows_the_best_of_every_tile(spec, form, n, k, tokens, dtype, monkeypatch):
-    weight = fragments.prepack(random_qtensor(spec, (n, k)))
-    x, bias = torch.randn(tokens, k).to(dtype), (4 * torch.randn(n)).round().to(dtype)
-    x[0] = 0  # the bias alone: equals
-    bias[5] = float("nan")
-    bias[64:70] = -float("inf")
-    logits, bests = cuda_ops.multiply_head(x, *weight, bias, form)
-    assert torch.equal(logits.view(torch.int16), cuda_ops.multiply(x, *weight, bias, form).view(torch.int16))
-    assert torch.equal(bests, cuda_calls.tile_bests(logits))
-    chosen = bests[:, :, 0].view(torch.float32).argmax(1)
-    assert torch.equal(bests[torch.arange(tokens), chosen, 1], logits.nan_to_num(-1e4).argmax(1).int())
-    monkeypatch.setattr(cuda_calls, "DENSE_TOKENS", 1)
-    logits, bests = cuda_ops.multiply_head(x, *weight, bias, form)
-    assert torch.equal(bests, cuda_calls.tile_bests(logits))
-
-
-def test_a_head_has_no_gates_and_its_operator_traces():
-    weight, x = fragments.prepack(random_qtensor(QuantSpec("int4", (1, 32)), (70, 32))), torch.randn(3, 32).half()
-    with pytest.raises(KernelError, match="qk_matmul_codes4"):
-        cuda_calls.matmul(x, weight, activation="silu", bests=torch.zeros(3, 2, 2, dtype=torch.int32))
-    ops = cuda_ops.ops()
-    torch.library.opcheck(ops.head_matmul.default, (x, *weight, None, "codes"))
-    logits, bests = ops.head_matmul(x, *weight, None, "codes")
-    assert torch.equal(bests, cuda_calls.tile_bests(logits))
-    wish = (*Draw.greedy(3, "cpu"), torch.zeros(3, dtype=torch.int32))
-    assert torch.equal(ops.next_tokens(logits, *wish, bests), ops.next_tokens(logits, *wish))
 
 
 def test_experts_multiply_their_own_tokens():

@@ -5,8 +5,7 @@ import torch
 
 from quantkit.engine.sampling import Sampling, shape_logits
 from quantkit.errors import KernelError
-from quantkit.kernels.cuda_calls import tile_bests
-from quantkit.kernels.cuda_sampling import sample
+from quantkit.kernels.cuda_sampling import sample, sample_plain
 from quantkit.kernels.draw import Draw, draw_plain
 from quantkit.numerics.filters import keep_min_p, keep_top_k, keep_top_p
 from quantkit.numerics.noise import gumbel, philox
@@ -64,14 +63,37 @@ def test_the_first_of_the_largest(choose, dtype):
     assert torch.equal(choose(logits, Draw.greedy(3, "cpu"), positions_of(0, 1, 2)).long(), want)
 
 
-def test_rows_without_a_number_give_some_token(monkeypatch):
+def test_rows_without_a_number_say_so(choose):
     nan, infinite = float("nan"), float("inf")
-    logits = torch.tensor([[nan] * 4, [-infinite] * 4, [infinite, nan, 0, infinite], [nan, 1, nan, -5]]).half()
-    for wish in (Sampling(), Sampling(1.0, top_k=2, top_p=0.5, min_p=0.1)):
-        with emulated.machine(monkeypatch):
-            tokens = sample(logits, draw_of(*[wish] * 4), positions_of(0, 1, 2, -1)).tolist()
-        assert all(0 <= token < 4 for token in tokens)
-        assert tokens[3] == 1
+    bad = [[nan] * 4, [-infinite] * 4, [infinite, 0, 0, 1], [nan, 1, -1, -5]]
+    logits = torch.tensor([*bad, [-infinite, 1, -infinite, 0.5]]).half()
+    for wish in (Sampling(), Sampling(1.0, top_k=1, top_p=0.5, min_p=0.1)):
+        assert choose(logits, draw_of(*[wish] * 5), positions_of(0, 1, 2, 3, 4)).tolist() == [-1, -1, -1, -1, 1]
+
+
+def test_tokens_are_noted_by_slot(choose):
+    function = sample if choose is sample else sample_plain
+    logits = torch.randn(5, 40).half()
+    logits[3, 7] = float("nan")
+    newest = torch.full((6,), 99, dtype=torch.int32)
+    slots = torch.tensor([4, 0, 0, 2, 5], dtype=torch.int32)
+    chosen = function(logits, Draw.greedy(5, "cpu"), positions_of(3, -1, 8, 0, 1), slots, newest)
+    want = logits.argmax(-1).tolist()
+    assert chosen.tolist() == [*want[:3], -1, want[4]]
+    assert newest.tolist() == [want[2], 99, 0, 99, want[0], want[4]]
+
+
+def test_the_largest_logits_of_parts_are_enough(monkeypatch):
+    """Greedy rows do not read the logits at all; others begin where the parts say."""
+    logits = (torch.randn(4, 150) * 2).bfloat16()
+    tiles = torch.nn.functional.pad(logits.float(), (0, 42), value=float("-inf")).unflatten(-1, (3, 64)).max(-1)
+    bests = torch.stack([tiles.values.view(torch.int32), tiles.indices.int() + 64 * torch.arange(3, dtype=torch.int32)], -1)
+    wishes = [Sampling(), Sampling(0.8, top_k=9, seed=1), Sampling(), Sampling(1.1, top_p=0.9, min_p=0.01, seed=2)]
+    draw, positions = draw_of(*wishes), positions_of(1, 2, 3, 4)
+    spoilt = torch.where(torch.tensor([True, False, True, False])[:, None], float("nan"), logits.float()).bfloat16()
+    with emulated.machine(monkeypatch):
+        want = sample(logits, draw, positions)
+        assert torch.equal(sample(spoilt, draw, positions, bests=bests.contiguous()), want)
 
 
 def shaped_by(wish: Sampling, logits: torch.Tensor) -> torch.Tensor:
@@ -142,33 +164,6 @@ def test_of_equals_the_lowest_ids_go(choose, size, equals, dtype):
             torch.arange(rows).int(),
         )
         assert tokens.unique().tolist() == list(equals[4 - stay :])
-
-
-def test_a_nan_counts_as_if_it_were_not_there(monkeypatch):
-    torch.manual_seed(2)
-    logits = torch.randn(203).bfloat16() * 2
-    logits[::3], logits[1::7] = float("nan"), -0.0
-    logits[3:9:3] = -logits[3:9:3]  # NaN of the other sign
-    there = logits.nan_to_num(nan=-float("inf"))
-    draw = draw_of(*(Sampling(wish.temperature, wish.top_k, wish.top_p, wish.min_p, seed=5) for wish in WISHES * 3))
-    positions = torch.arange(3 * len(WISHES)).int()
-    with emulated.machine(monkeypatch):
-        got, want = (sample(row.expand(len(positions), -1).contiguous(), draw, positions) for row in (logits, there))
-    assert torch.equal(got, want)
-
-
-def test_the_largest_is_found_without_the_logits(monkeypatch):
-    logits = (torch.randn(len(WISHES) + 1, 333, generator=torch.Generator().manual_seed(4)) * 2).round().half()  # equals
-    logits[0, ::2], logits[1, :200] = float("nan"), -float("inf")
-    bests, draw = (
-        tile_bests(logits),
-        draw_of(Sampling(), *(Sampling(w.temperature, w.top_k, w.top_p, w.min_p, seed=3) for w in WISHES)),
-    )
-    positions = torch.arange(len(logits)).int()
-    with emulated.machine(monkeypatch):
-        assert torch.equal(sample(logits, draw, positions, bests), sample(logits, draw, positions))
-        greedy = Draw.greedy(len(logits), "cpu")
-        assert torch.equal(sample(torch.zeros_like(logits), greedy, positions, bests), sample(logits, greedy, positions))
 
 
 def chi_square(tokens: torch.Tensor, probabilities: torch.Tensor) -> float:

@@ -88,7 +88,7 @@ def test_a_drafter_may_know_fewer_ids_or_more(vocabulary, engine):
     with torch.no_grad():
         drafter.lm_head.weight[-1] = 50 * drafter.model.norm.weight  # it would like to say its last word
     prompts = [[3, 50, 7, 9], [4, 190, 5], [60, 61, 62, 63, 64]]
-    for sampling in ({}, {"temperature": 1.0, "seed": 3}):
+    for sampling in ({}, {"temperature": 1.0, "seed": 6}):
         want = [generate(model, prompt, max_new_tokens=12, engine=engine, **sampling).ids for prompt in prompts]
         found = generate(model, prompts, max_new_tokens=12, engine=engine, drafter=drafter, **sampling)
         assert [one.ids for one in found] == want

@@ -5,8 +5,10 @@ import torch
 
 import quantkit
 from quantkit.engine.cuda import CudaBackend
+from quantkit.engine.engine import TokenEngine
 from quantkit.engine.request import Limits
-from quantkit.engine.step import Memory, Span
+from quantkit.engine.sampling import Sampling
+from quantkit.engine.step import CHOSEN, Memory, Pick, Span
 from quantkit.hf.backend import make_backend
 from quantkit.hf.experts import enable_experts
 from quantkit.hf.lower import lower
@@ -78,11 +80,53 @@ def test_recorded_steps_say_what_unrecorded_ones_say():
     assert torch.equal(backend.step(decode), recorded)
     after = [part for pages in backend._pages for part in pages[:4] if part is not None]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-    inputs = torch.tensor(
-        [[span.ids[0] for span in decode] + [0] * 3, [span.start for span in decode] + [-1] * 3, [0, 1, 2, 3, 4, 0, 0, 0]]
-    )
-    with torch.no_grad():
-        assert torch.equal(backend.run(inputs.int().cuda())[:5], recorded)
+    unrecorded = CudaBackend.run(backend, backend._recorded[8].inputs)[0]
+    assert torch.equal(unrecorded[:5], recorded)
+
+
+WISHES = [Sampling(0.9, seed=1), Sampling(1.2, top_k=20, seed=2), Sampling(), Sampling(0.8, top_p=0.9, min_p=0.02, seed=3)]
+
+
+def answers(model, drafter=None, wishes=WISHES, **limits) -> list[list[int]]:
+    engine = quantkit.Engine(model, drafter=drafter, limits=Limits(**limits), batch_invariant=True)
+    requests = [
+        engine.submit(prompt, max_new_tokens=40, sampling=wish) for prompt, wish in zip(PROMPTS[:4], wishes, strict=True)
+    ]
+    list(engine.run())
+    return [request.ids for request in requests]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize("quantized", [False, True], ids=["float", "int4"])
+def test_batch_invariant_answers_are_the_same_alone_together_under_pressure_and_with_drafts(family, quantized):
+    model = model_of(family, quantized)
+    want = answers(model)
+    assert answers(model, running=1) == want
+    assert answers(model, running=3, step_tokens=16, kv_tokens=128) == want
+    assert answers(model, drafter="ngram") == want
+    assert answers(model, drafter=model_of(family, quantized)) == want
+
+
+def test_steps_run_ahead_of_the_tokens_they_read():
+    backend = backend_of(model_of("llama", True))
+    launch, unknown = backend.launch, []
+
+    def noted(spans, copies, picks):
+        unknown.append(sum(list(span.ids) == [CHOSEN] for span in spans))
+        return launch(spans, copies, picks)
+
+    found = []
+    for ahead in (True, False):
+        backend.launch = noted if ahead else launch
+        engine = TokenEngine(backend, tiny.VOCAB)
+        engine._run_ahead = engine._run_ahead if ahead else lambda flight: None
+        requests = [
+            engine.submit(prompt, max_new_tokens=40, sampling=wish) for prompt, wish in zip(PROMPTS[:4], WISHES, strict=True)
+        ]
+        list(engine.run())
+        found.append([request.ids for request in requests])
+    assert found[0] == found[1]
+    assert sum(unknown) > 100
 
 
 def test_a_recorded_step_waits_for_nobody():
@@ -90,13 +134,16 @@ def test_a_recorded_step_waits_for_nobody():
     backend.reserve(Memory(16, 32, 8))
     spans = [[Span(slot, at, [5 + slot], [slot], 1) for slot in range(3)] for at in range(5)]
     backend.step(spans[0])
+    backend.launch(spans[0][:1], [], [Pick(WISHES[1], 7)]).tokens()  # pinned memory, once
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         found = [backend.step(one) for one in spans[1:]]
+        flights = [backend.launch([Span(0, 5 + at, [CHOSEN], [0], 1)], [], [Pick(WISHES[1], 7)]) for at in range(4)]
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(torch.isfinite(logits).all() for logits in found)
+    assert all(0 <= flight.tokens()[0] < tiny.VOCAB for flight in flights)
 
 
 def test_what_it_cannot_run_goes_through_modules():

@@ -254,3 +254,22 @@ def test_layers_that_round_their_inputs_are_left_to_modules(family, tmp_path):
     plain = load(tmp_path / "x", ignore_activations=True)
     assert_same_logits(plain, some_ids(20))
     assert [Engine(one).backend.engine for one in (model, plain)] == ["modules", "native"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_mixtures_whose_routers_round(family, dtype):
+    """Rounded routers choose other experts here and there; the program is proven on rows where the choice is clear."""
+    many = {"num_experts" if family == "qwen3_moe" else "num_local_experts": 64, "num_experts_per_tok": 6}
+    model = FAMILIES[family](**many).to(dtype)
+    moe = lower(model).layers[0].mlp
+    assert isinstance(moe, Experts)
+    assert (len(moe.experts), moe.top_k) == (64, 6)
+    x = torch.randn(500, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    exact, rounded = (
+        nn.functional.linear(x, moe.router.weight.to(x.dtype)).topk(6, -1).indices.sort(-1).values for x in (x.float(), x)
+    )
+    assert dtype == torch.float16 or not torch.equal(exact, rounded)
+    model.model.layers[0].mlp.experts.act_fn = nn.Softsign()
+    with pytest.raises(CannotLower, match="experts are no plain gated networks"):
+        lower(model)

@@ -13,6 +13,7 @@ int32_t qk_linear(const qk::Linear*, const float*, const void*, void*, int64_t, 
 }
 
 void decoder_problems(bool few);
+void draw_problems(bool few);
 
 static int problems = 0;
 
@@ -127,6 +128,7 @@ static void halves() {
 int main(int count, char**) {
   halves();
   decoder_problems(count > 1);
+  draw_problems(count > 1);
   for (int32_t kind = 0; kind < 4; ++kind)
     for (int64_t group : {1, 5, 32, 37, 64, 72})
       for (int64_t rows : {1, 7, 32, 49})

@@ -19,16 +19,6 @@ from quantkit.spec import QuantSpec
 
 CPU, INT8 = KERNELS.get("cpu"), KERNELS.get("cpu-int8")
 BOTH = pytest.mark.parametrize("kernel", [CPU, INT8], ids=["float", "int8"])
-AVX512, AVX2 = {"avx512f", "avx512bw", "avx512vl", "avx512dq"}, {"avx2", "fma", "f16c"}
-NEEDED = {
-    "avx512-amx": AVX512 | {"avx512_vnni", "amx_tile", "amx_int8"},
-    "avx512-bf16": AVX512 | {"avx512_vnni", "avx512_bf16"},
-    "avx512-vnni": AVX512 | {"avx512_vnni"},
-    "avx512": AVX512,
-    "avx2-vnni": AVX2 | {"avx_vnni"},
-    "avx2": AVX2,
-    "portable": set(),
-}
 SAYS = {
     "avx512-amx": "avx512 vnni amx",
     "avx512-bf16": "avx512 vnni bf16",
@@ -48,14 +38,6 @@ def quantized(bits: int = 4, shape: tuple[int, int] = (200, 128), symmetric: boo
     return QTensor.from_codes(grid.quantize(weight, scale, zero, spec), scale, zero, spec)
 
 
-@pytest.fixture
-def threads():
-    """Restore torch's number of threads."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def extremes(bits: int, shape: tuple[int, int], group: int) -> QTensor:
     """Largest and smallest codes and zero points: what saturates where sums are too narrow."""
     generator = torch.Generator().manual_seed(bits)
@@ -64,17 +46,6 @@ def extremes(bits: int, shape: tuple[int, int], group: int) -> QTensor:
     codes[0], codes[1] = top, 0
     zero = torch.randint(0, 2, blocks, generator=generator, dtype=torch.uint8) * top
     return QTensor.from_codes(codes, torch.ones(blocks).half(), zero, QuantSpec(f"int{bits}", (1, group), False))
-
-
-@pytest.fixture(params=NEEDED)
-def isa(request, monkeypatch):
-    """Run on the library for one instruction set."""
-    flags = set(Path("/proc/cpuinfo").read_text().split()) if Path("/proc/cpuinfo").exists() else set()
-    if not NEEDED[request.param] <= flags:
-        pytest.skip(f"this CPU has no {request.param}")
-    library = build.load(request.param)
-    monkeypatch.setattr(build, "library", lambda: library)
-    return request.param
 
 
 @pytest.mark.usefixtures("isa")
@@ -234,7 +205,7 @@ def run_driver(compiler: list[str], driver: Path, emulator: tuple[str, ...] = ()
     """Compile the sources and the contract in C++, run it, and return the instruction set that it says it ran on."""
     command = [*compiler, "-std=c++17", optimize, "-Wno-psabi", "-pthread", f"-I{build.sources()[0].parent}"]
     command += [str(path) for path in build.sources() if path.suffix == ".cpp"]
-    command += [str(Path(__file__).with_name(name)) for name in ("driver.cpp", "decoder_problems.cpp")]
+    command += [str(Path(__file__).with_name(name)) for name in ("driver.cpp", "decoder_problems.cpp", "draw_problems.cpp")]
     done = subprocess.run([*command, "-o", str(driver)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     done = subprocess.run(

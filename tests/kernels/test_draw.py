@@ -11,7 +11,6 @@ from quantkit.engine.sampling import Sampling
 from quantkit.kernels import build
 from quantkit.kernels.draw import Draw, draw_plain, draw_tokens, shape
 from quantkit.numerics.noise import gumbel
-from tests.kernels.test_cpu import isa  # noqa: F401
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -76,7 +75,12 @@ def test_ties_and_tails(kind):
 def test_what_top_p_leaves_is_what_it_should():
     """Not only the winners: over many places every survivor wins somewhere, and nobody else."""
     logits = (torch.randn(40, generator=torch.Generator().manual_seed(3)) * 2).round()
-    for wish in (Sampling(2.0, top_p=0.7), Sampling(2.0, top_k=9), Sampling(2.0, top_k=15, top_p=0.8), Sampling(2.0, min_p=0.2)):
+    for wish in (
+        Sampling(2.0, top_p=0.7),
+        Sampling(2.0, top_k=9),
+        Sampling(2.0, top_k=15, top_p=0.8),
+        Sampling(2.0, min_p=0.2),
+    ):
         many = 4000
         draw = draws([wish] * many)
         left = shape(logits[None], draws([wish]))[0].isfinite()

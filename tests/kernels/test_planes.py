@@ -5,9 +5,8 @@ import torch
 
 from quantkit.kernels import layout, ops
 from quantkit.qtensor import QTensor
-from tests.kernels.test_cpu import extremes, isa, quantized
+from tests.kernels.test_cpu import extremes, quantized
 
-__all__ = ["isa"]
 SHAPES = ((2, 8, 8), (7, 74, 37), (77, 96, 32), (50, 576, 576), (33, 640, 64), (200, 24, 12))  # rows, columns, group
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from quantkit.kernels import build
-from tests.kernels.test_cpu import NEEDED, SANITIZE, run_driver
+from tests.kernels.conftest import NEEDED
+from tests.kernels.test_cpu import SANITIZE, run_driver
 
 pytestmark = pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="tiles are x86's")
 

@@ -1,0 +1,73 @@
+"""One matrix product of a decoder on CUDA: float or quantized weights, of activations as they are or rounded before."""
+
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from quantkit.kernels import cuda_ops, fragments
+
+INVARIANT_ROWS: Final = 32
+"""Rows of every dense product where batches must not matter."""
+
+
+class Rounded(NamedTuple):
+    """Activations in 8 bits, a scale per token: int8 or float8 codes (rows, K), float32 (rows,)."""
+
+    codes: Tensor
+    scales: Tensor
+
+    def part(self, rows: Any) -> "Rounded":
+        """Return some of the rows."""
+        return Rounded(self.codes[rows], self.scales[rows])
+
+
+class Product(NamedTuple):
+    """Linears side by side, laid out: one float weight, or one quantized one.
+
+    Where ``activation`` is given, the quantized rows are gate and up in turn, and the result is ``activation(gate) * up``.
+    """
+
+    floats: Tensor | None
+    weight: fragments.Fragments | None
+    bias: Tensor | None
+    form: str
+    activation: str | None = None
+
+    @property
+    def rounding(self) -> str:
+        """What a norm may round its output to for this product: one of :data:`~quantkit.kernels.cuda_glue.ROUNDINGS`."""
+        return cuda_ops.ROUNDED.get(self.form, "float")
+
+    def __call__(self, x: Tensor | Rounded, dtype: torch.dtype, batch_invariant: bool = False) -> Tensor:
+        """Return ``x @ w.T + bias`` for x (rows, K), or what its gate makes of it, in ``dtype``.
+
+        With ``batch_invariant``, a row's result does not depend on how many there are: dense products, whose library chooses
+        another order of summing for other shapes, always have :data:`INVARIANT_ROWS` rows; others are never made dense.
+        """
+        ops, rows = cuda_ops.ops(), len(x.scales) if isinstance(x, Rounded) else len(x)
+        if batch_invariant:
+            dense = self.floats is not None or not cuda_ops.takes_codes(1, self.form)
+            size = INVARIANT_ROWS if dense else cuda_ops.SURE_CODES_ROWS
+            if dense or rows > size:
+                pieces = [slice(start, start + size) for start in range(0, rows, size)]
+                parts = [x.part(piece) if isinstance(x, Rounded) else x[piece] for piece in pieces]
+                if dense and not isinstance(x, Rounded):
+                    parts[-1] = F.pad(parts[-1], (0, 0, 0, size * len(parts) - rows))  # type: ignore[arg-type]
+                return torch.cat([self(part, dtype) for part in parts])[:rows]
+        if isinstance(x, Rounded):
+            assert self.weight is not None
+            rounded: Tensor = ops.rounded_matmul(*x, *self.weight, self.bias, self.form, self.activation, dtype)
+            return rounded
+        if self.floats is not None:
+            return F.linear(x, self.floats, self.bias)
+        assert self.weight is not None
+        y: Tensor = ops.fragment_matmul(x, *self.weight, self.bias, self.form, self.activation)
+        return y
+
+
+def common_rounding(products: tuple[Product, ...]) -> str:
+    """Return what the norm before some products may round to; floats if they do not agree, or for experts and their router."""
+    kinds = {product.rounding for product in products}
+    return kinds.pop() if len(kinds) == 1 else "float"
