@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from quantkit.engine.sampling import Sampling
-from quantkit.kernels import KERNELS, Problem, cuda_attention, cuda_calls, cuda_glue, cuda_ops, fragments, select
+from quantkit.kernels import KERNELS, Problem, cuda_attention, cuda_calls, cuda_glue, cuda_ops, cuda_prompt, fragments, select
 from quantkit.kernels.cuda_attention import Pages, Rope, Where
 from quantkit.kernels.cuda_sampling import sample
 from quantkit.kernels.draw import Draw, draw_plain
@@ -71,6 +71,40 @@ def test_the_same_bits_every_time_and_in_every_batch():
             assert torch.equal(cuda_calls.matmul(x, weight), whole)
         for tokens in (1, 2, 8, 9, 16, 31, 64):
             assert torch.equal(cuda_calls.matmul(x[:tokens].contiguous(), weight), whole[:tokens])
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() != cuda_prompt.CAPABILITY, reason="needs compute 9.0"
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_many_tokens_on_hopper(bits, dtype):
+    assert cuda_prompt.works(torch.device("cuda", 0), dtype, bits)
+    for n, k, group in ((64, 64, 32), (70, 384, 64), (193, 1152, -1), (4096, 4096, 128), (1024, 14336, 128), (129, 100, -1)):
+        qtensor = on_gpu(QuantSpec(f"int{bits}", (1, group), False), (n, k))
+        weight, bias = fragments.prepack(qtensor), torch.randn(n, device="cuda").to(dtype)
+        exact = qtensor.dequantize().to(dtype).double()
+        for tokens in (1, 65, 127, 128, 129, 300, 1024):
+            x = torch.randn(tokens, k, device="cuda").to(dtype)
+            got = cuda_prompt.matmul(x, weight, bias)
+            assert error(got, x.double() @ exact.T + bias.double()) < TOLERANCE[dtype], (n, k, tokens)
+            for _ in range(20):
+                assert torch.equal(cuda_prompt.matmul(x, weight, bias), got)
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 64, 100])
+def test_a_head_and_the_tokens_chosen_from_it(tokens):
+    weight = fragments.prepack(on_gpu(QuantSpec("int8", (1, -1)), (5003, 1024)))
+    x = torch.randn(tokens, 1024, device="cuda").bfloat16()
+    logits, bests = cuda_ops.ops().head_matmul(x, *weight, None, "codes")
+    assert torch.equal(logits, cuda_ops.ops().fragment_matmul(x, *weight, None, "codes"))
+    draw, positions = Draw.greedy(tokens, "cuda"), torch.arange(tokens, dtype=torch.int32, device="cuda")
+    draw.set([Sampling() if i % 2 else Sampling(0.9, top_k=40, top_p=0.95, seed=i) for i in range(tokens)])
+    newest = torch.full((tokens,), -5, dtype=torch.int32, device="cuda")
+    slots = positions.flip(0).contiguous()
+    chosen = sample(logits, draw, positions, slots, newest, bests)
+    assert torch.equal(chosen, sample(logits, draw, positions))
+    assert torch.equal(newest.flip(0), chosen)
 
 
 def test_a_replayed_graph_says_what_eager_calls_say():
