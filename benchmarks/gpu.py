@@ -1,6 +1,6 @@
 """The CUDA kernels and the recorded decode, side by side with torch's own, in one run on one device.
 
-    python benchmarks/gpu.py [machine matmul chain attention sample decode engine] [--json results.json] [--quick]
+    python benchmarks/gpu.py [machine matmul ways chain attention sample decode engine] [--json results.json] [--quick]
 
 Every number is from this run: read and copy rates and a large bf16 product first, the rest as times and as ratios to them
 and to bf16 products (cuBLAS) of the same shape. A time is the median over replays of one CUDA graph that calls the kernel
@@ -32,7 +32,7 @@ from quantkit.engine.engine import TokenEngine
 from quantkit.engine.request import Limits
 from quantkit.engine.sampling import Sampling
 from quantkit.files import write_json
-from quantkit.kernels import cuda_ops, fragments
+from quantkit.kernels import cuda_calls, cuda_ops, cuda_prompt, fragments
 from quantkit.kernels.cuda_attention import PAGE_TOKENS, Pages, Where
 from quantkit.kernels.cuda_decoder import CudaDecoder
 from quantkit.kernels.cuda_graph import GraphDecoder
@@ -190,6 +190,30 @@ def matmul(bench: Bench) -> None:
         print(f"{peer} does not run: {reason}")
     small = [row["int4_speedup"] for row in rows if row["tokens"] <= 16]
     print(f"geometric mean over up to 16 tokens: {statistics.geometric_mean(small):.3f} times bf16")
+
+
+def ways(bench: Bench) -> None:
+    """Time the ways that an int4 product can go, to see where one overtakes another."""
+    rows, device = [], torch.device(bench.device)
+    shapes = {"o": (64, 128)} if bench.smoke else {name: SHAPES[name] for name in ("o", "qkv", "down", "gate_up")}
+    for (name, (n, k)), tokens in itertools.product(shapes.items(), (2,) if bench.smoke else (33, 64, 96, 128, 192, 256, 512)):
+        copies = max(1, min(64, -(-4 * bench.cache_bytes // (n * k // 2))))
+        weights = [fragments.prepack(random_weight(n, k, "int4", GROUP, bench.device)) for _ in range(copies)]
+        x = torch.randn(tokens, k, device=bench.device).bfloat16()
+        contenders: dict[str, list[Callable[[], Any]]] = {"dispatched": [partial(product, x, w) for w in weights]}
+        if not bench.smoke:
+            contenders["codes"] = [partial(cuda_calls.matmul, x, w) for w in weights]
+            contenders["expanded"] = [partial(cuda_calls.dense_matmul, x, w, None) for w in weights]
+            if cuda_prompt.works(device, x.dtype, 4):
+                contenders["wgmma"] = [partial(cuda_prompt.matmul, x, w) for w in weights]
+        rows.append({"shape": name, "tokens": tokens, **bench.compare(contenders)})
+        print(rows[-1])
+    bench.found["ways"] = rows
+
+
+def product(x: Tensor, weight: fragments.Fragments) -> Tensor:
+    y: Tensor = cuda_ops.ops().fragment_matmul(x, *weight, None, "codes")
+    return y
 
 
 def chain(bench: Bench) -> None:
@@ -372,7 +396,7 @@ def sample(bench: Bench) -> None:
     bench.found["sample"] = rows
 
 
-PARTS = {part.__name__: part for part in (machine, matmul, chain, attention, sample, decode, engine)}
+PARTS = {part.__name__: part for part in (machine, matmul, ways, chain, attention, sample, decode, engine)}
 
 
 def main() -> None:
