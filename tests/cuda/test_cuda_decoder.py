@@ -8,6 +8,7 @@ from quantkit.engine.sampling import Sampling, shape_logits
 from quantkit.errors import KernelError
 from quantkit.hf.experts import enable_experts
 from quantkit.hf.lower import lower
+from quantkit.hf.structure import describe
 from quantkit.kernels import cuda_ops, interpret, nvcc
 from quantkit.kernels.cuda_decoder import CudaDecoder, rejects
 from quantkit.kernels.cuda_graph import GraphDecoder
@@ -15,7 +16,7 @@ from quantkit.numerics.noise import gumbel
 from quantkit.spec import QuantSpec
 from tests import tiny
 from tests.cuda import emulated
-from tests.kernels.test_decoder import quantize, some_ids
+from tests.kernels.test_decoder import quantize, round_site, some_ids
 
 W4 = QuantSpec("int4", (1, 32), False)
 
@@ -127,6 +128,24 @@ def test_norms_round_for_the_products_that_read_them(family, way, monkeypatch):
     if family == "llama":
         layer = [product, "qk_append", "qk_attend", "qk_norm", product, "qk_norm", *mix, "qk_norm"]
         assert heard[: 1 + 2 * len(layer)] == ["qk_norm", *layer, *layer]
+
+
+def test_a_long_prompt_on_hopper(monkeypatch):
+    """Products of more than 64 tokens are wgmma's; the head sees one row, and says where its largest logits are."""
+    model = tiny.FAMILIES["llama"](head_dim=64)
+    for site in describe(model).sites:
+        round_site(model, site, QuantSpec("int8") if "down_proj" in site.name else W4)
+    decoder, prompt, heard = decoder_of(model), some_ids(70, 4), list[str]()
+    want = interpret.logits(decoder.program, torch.tensor(prompt))[-1:]
+    functions = {name: staticmethod(made[1]) for name, made in cuda_ops._IMPLEMENTATIONS.items()}
+    with emulated.machine(monkeypatch, capability=(9, 0)):
+        monkeypatch.setattr(cuda_ops, "ops", lambda: type("ops", (), functions))
+        monkeypatch.setattr(nvcc, "library", lambda: Listening(emulated.library(), heard))
+        state = GraphDecoder(decoder, 1, 80)
+        chosen = state.read([prompt])
+    assert heard.count("qk_prompt") >= 8
+    lost = want.max() - want[0, int(chosen)]
+    assert lost < 0.02 * want.abs().max()
 
 
 def test_decoding_chooses_the_most_likely_and_batches_do_not_matter():
