@@ -52,7 +52,9 @@ __device__ inline void philox(uint32_t (&c)[4], uint32_t key0, uint32_t key1) {
 }
 
 // -log(e) for exponential noise e. Small e win, and near 0 there are many of them: 32 bits count from there.
-__device__ inline float gumbel(uint32_t random) { return -logf(-log1pf(-(float(random) + 0.5f) * 0x1p-32f)); }
+__device__ inline float gumbel(uint32_t random) {
+  return -logf(-log1pf(-fminf((float(random) + 0.5f) * 0x1p-32f, 1 - 0x1p-24f)));
+}
 
 template <class T> struct Row {
   const uint16_t* logits;
