@@ -306,11 +306,18 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, (blocks_per_sm<kTokens8>())
   }
 }
 
+// Bytes of shared memory per warp: its stages, which become room for its sums.
+template <class T, int kKind, int kTokens8> size_t warp_bytes(const Matmul& m) {
+  using S = typename Worker<T, kKind, kTokens8>::S;
+  const size_t stages = size_t(kStages) * S{m.group_shift == 5 ? 2 : 1, m.zeros != nullptr}.size();
+  const size_t sums = sizeof(float) * 8 * kTokens8 * (kTileRows + 4);
+  return stages > sums ? stages : sums;
+}
+
 template <class T, int kKind, int kTokens8> int launch_matmul(const Matmul& m, void* stream) {
-  using W = Worker<T, kKind, kTokens8>;
-  const size_t stages = size_t(kStages) * typename W::S{m.group_shift == 5 ? 2 : 1, m.zeros != nullptr}.size();
-  const size_t sums = sizeof(float) * 8 * kTokens8 * (kTileRows + 4), warp = stages > sums ? stages : sums;
-  const int warps = kMostWarps * warp <= largest_shared_memory() ? kMostWarps : kMostWarps / 2;
+  // Warps share K: their number is that of the largest blocks, so that a token's sums do not depend on how many there are.
+  const int warps = kMostWarps * warp_bytes<T, kKind, 4>(m) <= largest_shared_memory() ? kMostWarps : kMostWarps / 2;
+  const size_t warp = warp_bytes<T, kKind, kTokens8>(m);
   const int chunks = m.offsets ? 1 : (m.tokens + 8 * kTokens8 - 1) / (8 * kTokens8);
   dim3 grid(unsigned(chunks), unsigned((m.n + kTileRows - 1) / kTileRows), unsigned(m.offsets ? m.experts : m.splits));
   return launch(matmul<T, kKind, kTokens8>, grid, warps * kWarp, warps * warp, stream, m);

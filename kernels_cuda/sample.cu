@@ -24,7 +24,7 @@ struct Sample {  // SampleStruct of kernels/cuda_sampling.py
   const Best* bests;         // (rows, tiles): the largest logits of `tiles` parts of a row, or null
   const int32_t* slot;       // (rows), or null
   int32_t* chosen;           // (rows); -1 where the largest logit is not a finite number
-  int32_t* newest;           // at `slot`, unless that is null: the token that a row that stands somewhere has chosen, at least 0
+  int32_t* newest;           // at `slot`, unless that is null: what the last of its rows has chosen, which are neighbours; at least 0
   int32_t rows, n, dtype, tiles;
 };
 
@@ -166,8 +166,11 @@ template <class T> __device__ Edge edge_of(const Row<T>& row, int top_k, float r
 
 __device__ inline void tell(const Sample& a, int token) {
   if (threadIdx.x) return;
-  a.chosen[blockIdx.x] = token;
-  if (a.slot && a.position[blockIdx.x] >= 0) a.newest[a.slot[blockIdx.x]] = token < 0 ? 0 : token;
+  const int at = blockIdx.x;
+  a.chosen[at] = token;
+  if (!a.slot || a.position[at] < 0) return;
+  const bool last = at + 1 == a.rows || a.slot[at + 1] != a.slot[at] || a.position[at + 1] < 0;
+  if (last) a.newest[a.slot[at]] = token < 0 ? 0 : token;
 }
 
 template <class T> __global__ void __launch_bounds__(1024, 1) sample(Sample a) {

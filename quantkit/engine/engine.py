@@ -326,9 +326,11 @@ class TokenEngine:
                     events.append(Event(request, None, finish))
                 else:
                     finish = self._give(request, chosen[i], logprobs.get(i), events)
-                if finish or i - row == len(guesses) or chosen[i] != guesses[i - row]:
+                if finish or request.finish_reason or i - row == len(guesses) or chosen[i] != guesses[i - row]:
                     break
             row += span.wanted
+            if request.finish_reason:  # its own watcher has taken it back
+                continue
             right = max(len(sequence.ids) - known - 1, 0)
             self._learn(request, len(guesses), right)
             self.scheduler.advance(sequence, known + right)
@@ -351,6 +353,7 @@ class TokenEngine:
             request.error = QuantkitError(f"its watcher raised {type(error).__name__}: {error}")
             self._finish(request, "error")
             raise
+        finish = None if request.finish_reason else finish
         events.append(Event(request, token, finish, logprob))
         return finish
 

@@ -118,14 +118,15 @@ def counters(device: torch.device, wanted: int) -> Tensor:
 def choose_splits(tiles: int, steps: int, processors: int) -> int:
     """Return over how many blocks K is split: the fewest steps of the busiest multiprocessor, with a price per split.
 
-    A model, not a measurement: a block keeps 24 KB under way, a multiprocessor wants 40 KB, and up to four blocks share one.
-    It depends on the weight alone, so that a token's sums are the same in every batch.
+    A model, not a measurement: a block keeps 24 KB under way, a multiprocessor wants 40 KB, up to four blocks share one, and
+    handing sums on takes a block as long as two steps. It depends on the weight alone, so that a token's sums are the same in
+    every batch.
     """
 
     def cost(splits: int) -> float:
         blocks = -(-tiles * splits // processors)  # of the busiest multiprocessor
         under_way = min(1.0, min(blocks, 4) * 24 / 40)
-        return blocks * steps / splits / under_way + 3 * splits
+        return blocks * (steps / splits / under_way + (2 if splits > 1 else 0)) + 3 * splits
 
     return min(range(1, max(1, min(LARGEST_SPLITS, steps // WARPS)) + 1), key=cost)
 

@@ -47,7 +47,7 @@ class Product(NamedTuple):
         another order of summing for other shapes, always have :data:`INVARIANT_ROWS` rows; others are never made dense.
         """
         ops, rows = cuda_ops.ops(), len(x.scales) if isinstance(x, Rounded) else len(x)
-        if batch_invariant:
+        if batch_invariant and rows:
             dense = self.floats is not None or not cuda_ops.takes_codes(1, self.form)
             size = INVARIANT_ROWS if dense else cuda_ops.SURE_CODES_ROWS
             if dense or rows > size:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from quantkit.errors import KernelError
 from quantkit.kernels import cuda_calls, fragments
 from quantkit.kernels.cuda_calls import fill_matmul, pointer, steps_of, struct
 from quantkit.kernels.fragments import STEP, Fragments
@@ -90,16 +91,24 @@ _known: dict[tuple[torch.device, torch.dtype, int], bool] = {}
 
 
 def _agrees(device: torch.device, dtype: torch.dtype, bits: int) -> bool:
+    """Compare products that use every stage of the pipeline again and again, with K split, twice each."""
     generator = torch.Generator().manual_seed(0)
-    codes = torch.randint(2**bits, (130, 192), generator=generator, dtype=torch.uint8)
-    scale, zero = torch.rand(130, 3, generator=generator).half(), torch.randint(2**bits, (130, 3), generator=generator).byte()
-    weight = fragments.prepack(QTensor.from_codes(codes, scale, zero, QuantSpec(f"int{bits}", (1, 64), False)).to(device))
-    x = torch.randn(150, 192, generator=generator).to(device, dtype)
-    want = cuda_calls.dense_matmul(x, weight, None).float()
-    error = float((matmul(x, weight).float() - want).norm() / want.norm())
-    if error < _LARGEST_ERROR:
-        return True
-    logger.warning(
-        "%s: the product for many tokens is off by %.2g of its norm and is not used; please report this", device, error
-    )
-    return False
+    x = torch.randn(150, 1088, generator=generator).to(device, dtype)
+    for group, symmetric in ((64, False), (32, True)):
+        codes = torch.randint(2**bits, (130, 1088), generator=generator, dtype=torch.uint8)
+        scale = torch.rand(130, 1088 // group, generator=generator).half()
+        zero = None if symmetric else torch.randint(2**bits, scale.shape, generator=generator).byte()
+        qtensor = QTensor.from_codes(codes, scale, zero, QuantSpec(f"int{bits}", (1, group), symmetric))
+        weight = fragments.prepack(qtensor.to(device))
+        want = cuda_calls.dense_matmul(x, weight, None).float()
+        try:
+            got, again = matmul(x, weight), matmul(x, weight)
+        except KernelError as failed:
+            logger.warning("%s: the product for many tokens is not used: %s", device, failed)
+            return False
+        error = float((got.float() - want).norm() / want.norm())
+        if not error < _LARGEST_ERROR or not torch.equal(got, again):
+            message = "%s: the product for many tokens is off by %.2g of its norm, or not twice the same, and not used"
+            logger.warning(message + "; please report this", device, error)
+            return False
+    return True

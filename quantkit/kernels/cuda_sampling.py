@@ -30,7 +30,8 @@ def sample(
         logits: float16 or bfloat16 (rows, vocabulary), contiguous.
         draw: how.
         positions: int32 (rows,), of the rows in their sequences; below 0 for rows that are nowhere.
-        slots: int32 (rows,): where in ``newest`` rows that are somewhere write their token, 0 instead of -1.
+        slots: int32 (rows,): where in ``newest`` the last row of a slot writes its token, 0 instead of -1. Rows of a slot are
+            neighbours; those that are nowhere write nothing.
         newest: int32 (slots,).
         bests: int32 (rows, tiles, 2), what :func:`quantkit.kernels.cuda_calls.matmul` says of the logits: the largest ones are
             looked for there.
@@ -53,6 +54,7 @@ def sample_plain(
     """Define :func:`sample` in plain torch, for logits of any float dtype; ``bests`` say nothing new."""
     chosen = draw_plain(logits, draw, positions)
     if slots is not None and newest is not None:
-        there = positions >= 0
-        newest[slots[there].long()] = chosen[there].clamp(min=0)
+        there = torch.nn.functional.pad(positions >= 0, (0, 1))
+        last = there[:-1] & ~(there[1:] & (slots == slots.roll(-1)))
+        newest[slots[last].long()] = chosen[last].clamp(min=0)
     return chosen

@@ -30,9 +30,10 @@ def link(command: list[str], units: list[Path], path: Path) -> None:
 
 
 @contextlib.contextmanager
-def machine(monkeypatch, processors: int = 8, capability: tuple[int, int] = (8, 6)):
+def machine(monkeypatch, processors: int = 8, capability: tuple[int, int] = (8, 6), last_block_first: bool = False):
     """Let calls go to the emulated library, with CPU tensors."""
     built = library()
+    built.qk_host_last_block_first(last_block_first)
     monkeypatch.setattr(nvcc, "library", lambda: built)
     monkeypatch.setattr(cuda_calls, "on_device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(cuda_calls, "stream_of", lambda device: 0)

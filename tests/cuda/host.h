@@ -102,6 +102,7 @@ inline void run_block(Block& self) {
 }
 
 inline size_t shared_limit = 226 * 1024;
+inline bool last_block_first = false;  // on a GPU blocks run in no order
 inline size_t largest_shared_memory() { return shared_limit; }
 
 template <class... Params, class... Args>
@@ -111,7 +112,7 @@ int launch(void (*kernel)(Params...), dim3 grid, int threads, size_t shared, voi
     for (unsigned y = 0; y < grid.y; ++y)
       for (unsigned x = 0; x < grid.x; ++x) {
         Block one;
-        one.index = dim3(x, y, z), one.size = dim3(threads), one.grid = grid;
+        one.index = last_block_first ? dim3(grid.x - 1 - x, grid.y - 1 - y, grid.z - 1 - z) : dim3(x, y, z), one.size = dim3(threads), one.grid = grid;
         one.fibers.resize(threads);
         for (int i = 0; i < threads; ++i) one.fibers[i].thread = dim3(i, 0, 0), one.fibers[i].index = i;
         one.warps.resize((threads + 31) / 32);

@@ -208,14 +208,25 @@ def test_batch_invariant_rows_are_computed_alike(monkeypatch):
     floats = [decoder._head.floats, *(layer.experts[2].floats for layer in decoder._layers)]
     monkeypatch.setattr(cuda_ops, "ops", lambda: type("ops", (), functions))
     monkeypatch.setattr(torch.nn.functional, "linear", dense)
-    prompts = [*PROMPTS, some_ids(110, 9)]
+    prompts = [*PROMPTS, some_ids(110, 9)]  # in a step with others more rows than any recording has
     found = []
-    for limits in ({}, {"running": 2, "step_tokens": 20}):
+    for limits in ({}, {"running": 2, "step_tokens": 20}, {"running": 1, "step_tokens": 130}):
         backend = CudaBackend(decoder, context_tokens=128, batch_invariant=True)
         found.append(answers(backend, prompts, 6, **limits)[0])
-    assert found[0] == found[1]
+    assert found[0] == found[1] == found[2]
     assert (shapes, splits) == ({32}, {8})
     assert found[0][:5] == answers(NativeBackend(NativeDecoder(program), context_tokens=128), tokens=6)[0]
+
+
+def test_a_prompt_longer_than_a_step_has_steps_that_want_nothing(monkeypatch):
+    program = programs("llama")
+    monkeypatch.setattr(CudaBackend, "RECORDED_ROWS", (1, 2, 4, 8))
+    prompt = some_ids(90, 3)
+    want, _ = answers(backend_of(program), [prompt], 5)
+    for invariant in (False, True):
+        decoder = CudaDecoder(program, device="cpu", dtype=torch.float32, context_tokens=16)
+        backend = CudaBackend(decoder, context_tokens=128, batch_invariant=invariant)
+        assert answers(backend, [prompt], 5, step_tokens=40)[0] == want
 
 
 def test_logits_that_are_not_finite_end_their_request(monkeypatch):

@@ -96,6 +96,11 @@ def test_a_machine_of_little_shared_memory_takes_fewer_warps():
     try:
         knob(99 * 1024)
         assert error(cuda_calls.matmul(x, weight), product(x, qtensor)) < EPS[torch.float16]
+        for spec in (QuantSpec("int4", (1, 32), False), QuantSpec("int8", (1, 64))):  # as many for few tokens as for many
+            weight, x = fragments.prepack(random_qtensor(spec, (70, 384))), torch.randn(33, 384).half()
+            whole = cuda_calls.matmul(x, weight)
+            for tokens in (1, 8, 9, 16, 17):
+                assert torch.equal(cuda_calls.matmul(x[:tokens].contiguous(), weight), whole[:tokens])
     finally:
         knob(226 * 1024)
 

@@ -71,16 +71,19 @@ def test_rows_without_a_number_say_so(choose):
         assert choose(logits, draw_of(*[wish] * 5), positions_of(0, 1, 2, 3, 4)).tolist() == [-1, -1, -1, -1, 1]
 
 
-def test_tokens_are_noted_by_slot(choose):
-    function = sample if choose is sample else sample_plain
-    logits = torch.randn(5, 40).half()
-    logits[3, 7] = float("nan")
+@pytest.mark.parametrize("way", ["plain", "emulated", "emulated, the last block first"])
+def test_tokens_are_noted_by_slot(way, monkeypatch):
+    """By the last row of each, whichever finishes last; rows that fill a step up stand in slot 0."""
+    logits = torch.randn(8, 40).half()
+    logits[4, 7] = float("nan")
     newest = torch.full((6,), 99, dtype=torch.int32)
-    slots = torch.tensor([4, 0, 0, 2, 5], dtype=torch.int32)
-    chosen = function(logits, Draw.greedy(5, "cpu"), positions_of(3, -1, 8, 0, 1), slots, newest)
+    slots = torch.tensor([4, 4, 4, 0, 2, 5, 0, 0], dtype=torch.int32)
+    with emulated.machine(monkeypatch, last_block_first="last" in way):
+        function = sample_plain if way == "plain" else sample
+        chosen = function(logits, Draw.greedy(8, "cpu"), positions_of(3, 4, 5, 8, 0, 1, -1, -1), slots, newest)
     want = logits.argmax(-1).tolist()
-    assert chosen.tolist() == [*want[:3], -1, want[4]]
-    assert newest.tolist() == [want[2], 99, 0, 99, want[0], want[4]]
+    assert chosen.tolist() == [*want[:4], -1, *want[5:]]
+    assert newest.tolist() == [want[3], 99, 0, 99, want[2], want[5]]
 
 
 def test_the_largest_logits_of_parts_are_enough(monkeypatch):

@@ -1,13 +1,17 @@
 """The engine on a toy backend whose answers can be worked out by hand, and whose memory notices every mistake."""
 
+import itertools
 import math
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from quantkit.engine.engine import TokenEngine
 from quantkit.engine.request import Limits, QueueFull
-from quantkit.engine.sampling import Sampling
+from quantkit.engine.sampling import Sampling, choose
+from quantkit.engine.step import CHOSEN
 from quantkit.errors import QuantkitError
 
 VOCAB, SIZE = 10, 4
@@ -48,6 +52,27 @@ class SumBackend:
                 row = torch.nn.functional.one_hot(torch.tensor(total % VOCAB), VOCAB).float() * 5 * self.spread
                 rows.append(row * math.nan if total in self.broken else row)
         return torch.stack(rows) if rows else torch.zeros(0, VOCAB)
+
+
+class AheadBackend(SumBackend):
+    """The same, choosing tokens itself: what it is asked to go on from is known to it alone."""
+
+    def launch(self, spans, copies, picks):
+        known = getattr(self, "newest", {})
+        spans = [replace(s, ids=[known[s.slot]]) if list(s.ids) == [CHOSEN] else s for s in spans]
+        logits = self.step(spans, copies)
+        positions = [s.start + len(s.ids) - s.wanted + i for s in spans for i in range(s.wanted)]
+        tokens = choose(logits, [pick.sampling for pick in picks], [pick.seed for pick in picks], positions)
+        rows = itertools.accumulate(span.wanted for span in spans)
+        self.newest = known | {s.slot: tokens[row - 1] for s, row in zip(spans, rows, strict=True) if s.wanted}
+        return SimpleNamespace(tokens=lambda: tokens, logits=lambda: logits)
+
+
+@pytest.fixture(params=["waits for tokens", "runs ahead of them"], autouse=True)
+def ahead(request, monkeypatch):
+    if "ahead" in request.param:
+        monkeypatch.setitem(globals(), "SumBackend", AheadBackend)
+    return "ahead" in request.param
 
 
 def follow(prompt: list[int], count: int) -> list[int]:
@@ -240,3 +265,18 @@ def test_limits_are_stated_and_kept():
         Limits(batching="lazy")
     found = TokenEngine(SumBackend(), VOCAB, limits=Limits(running=2)).limits
     assert (found.context_tokens, found.kv_tokens) == (200, 2 * 224)
+
+
+@pytest.mark.parametrize("at", [1, 3, 6])
+def test_a_watcher_may_take_its_own_request_back(at):
+    engine = engine_on()
+    before = engine.scheduler.pages.available
+    request = engine.submit(
+        [5] * 40, max_new_tokens=6, watch=lambda token: engine.cancel(request) if len(request.ids) == at else None
+    )
+    other = engine.submit([7, 8, 9], max_new_tokens=6)
+    events = list(engine.run())
+    assert (request.finish_reason, len(request.ids)) == ("cancelled", at)
+    assert [event.finish for event in events if event.request is request] == [*[None] * at, "cancelled"]
+    assert len(other.ids) == 6
+    assert engine.scheduler.pages.available == before
