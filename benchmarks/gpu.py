@@ -9,7 +9,8 @@ first one is timed again at the end (`again`: how far the machine drifted). Resu
 `of_floor` is the share of the time that the machine part's own rates would need: bytes at its read rate, or arithmetic at its
 bf16 rate, whichever is longer. Peers (``gpu_peers.py``) that cannot run, or whose results are wrong, stand under ``missing``
 with the reason.
-``gpu_table.py`` prints what a JSON says of the goals. ``--smoke`` runs it all, tiny, on the CPU in plain torch: a check of this file, not of speed.
+``gpu_table.py`` prints what a JSON says of the goals. ``--smoke`` runs it all, tiny, on the CPU in plain torch: a check of this
+file, not of speed.
 """
 
 import argparse
