@@ -118,11 +118,16 @@ class _Flight:
         return tokens if self._wanted is None else [tokens[row] for row in self._wanted]
 
     def logits(self) -> Tensor:
-        if self._wanted is None:
-            return self._logits
-        if self._wanted == list(range(len(self._wanted))):
-            return self._logits[: len(self._wanted)].clone()
-        return self._logits[torch.tensor(self._wanted).to(self._logits.device, non_blocking=True)]
+        return _wanted_rows(self._logits, self._wanted)
+
+
+def _wanted_rows(logits: Tensor, wanted: list[int] | None) -> Tensor:
+    """Return rows of logits that the next step does not overwrite; None for all, which are nobody else's."""
+    if wanted is None:
+        return logits
+    if wanted == list(range(len(wanted))):
+        return logits[: len(wanted)].clone()
+    return logits[torch.tensor(wanted).to(logits.device, non_blocking=True)]
 
 
 class CudaBackend:
@@ -190,11 +195,18 @@ class CudaBackend:
 
     def step(self, spans: Sequence[Span], copies: Sequence[Copy] = ()) -> Tensor:
         """Run ``spans``; see :class:`~quantkit.engine.step.Backend`."""
-        return self.launch(spans, copies, None).logits()
+        logits, _, wanted = self._begin(spans, copies, None)
+        return _wanted_rows(logits, wanted)
+
+    def launch(self, spans: Sequence[Span], copies: Sequence[Copy], picks: Sequence[Pick]) -> _Flight:
+        """Begin a step; see :class:`~quantkit.engine.step.Chooser`."""
+        return _Flight(*self._begin(spans, copies, picks))
 
     @torch.no_grad()
-    def launch(self, spans: Sequence[Span], copies: Sequence[Copy], picks: Sequence[Pick] | None) -> _Flight:
-        """Begin a step; see :class:`~quantkit.engine.step.Chooser`. Without ``picks`` the most likely tokens are chosen."""
+    def _begin(
+        self, spans: Sequence[Span], copies: Sequence[Copy], picks: Sequence[Pick] | None
+    ) -> tuple[Tensor, Tensor, list[int] | None]:
+        """Begin a step; return logits and chosen tokens, and which of them are wanted if not all."""
         assert self._memory is not None, "reserve comes first"
         for source, target, _ in copies:
             for stored in (part for pages in self._pages for part in pages[:4] if part is not None):
@@ -206,21 +218,20 @@ class CudaBackend:
         if rows.tiles or count > self.RECORDED_ROWS[-1]:
             prompts = Prompts(rows.singles, self._sent(rows.tiles)) if rows.tiles else None
             inputs = _Inputs(_Inputs.of(rows, count, picks).words.to(self.device, non_blocking=True))
-            return _Flight(*self.run(inputs, self._sent(rows.wanted, torch.int64), prompts), None)
+            return *self.run(inputs, self._sent(rows.wanted, torch.int64), prompts), None
         size = next(size for size in self.RECORDED_ROWS if size >= count)
         if size not in self._recorded:
             self._recorded[size] = _Recorded(self, size)
         recorded = self._recorded[size]
         recorded.inputs.words.copy_(_Inputs.of(rows, size, picks).words, non_blocking=True)
-        return _Flight(*recorded.run(), rows.wanted)
+        return *recorded.run(), rows.wanted
 
     def run(self, inputs: _Inputs, wanted: Tensor | None = None, prompts: Prompts | None = None) -> tuple[Tensor, Tensor]:
         """Run rows on the device; return logits and chosen tokens, of all rows or those ``wanted``."""
         positions, slots, draw = inputs.positions, inputs.slots, inputs.draw
         tokens = torch.where(inputs.tokens < 0, self._newest[slots], inputs.tokens)
         where = Where(positions, slots, self._table)
-        step, alike = self.decoder.step_with_bests, self._alike
-        logits, bests = step(tokens, where, self._pages, wanted, prompts, batch_invariant=alike)
+        logits, bests = self.decoder.step(tokens, where, self._pages, wanted, prompts, batch_invariant=self._alike)
         if wanted is not None:
             positions, slots, draw = positions[wanted], slots[wanted], Draw(*(part[wanted] for part in draw))
         chosen = cuda_ops.ops().next_tokens(logits.contiguous(), *draw, positions, slots, self._newest, bests)

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import QuantkitError
-from quantkit.kernels.draw import Draw, draw_tokens, shape
+from quantkit.kernels.draw import Draw, draw_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,20 +110,6 @@ def penalize_repetition(logits: Tensor, previous_ids: Tensor, penalty: float | T
     return logits.scatter(-1, previous_ids, torch.where(seen < 0, seen * penalty, seen / penalty))
 
 
-def shape_logits(logits: Tensor, samplings: Sequence[Sampling], histories: Sequence[Sequence[int]] | None = None) -> Tensor:
-    """Apply everything :class:`Sampling` asks for, in the module's order, short of the draw.
-
-    Args:
-        logits: (R, V) of any float dtype.
-        samplings: one per row.
-        histories: the tokens of prompt and answer so far of each row; needed only where there is a repetition penalty.
-
-    Returns:
-        Float32 (R, V): the softmax of a row is the distribution drawn from; its maximum is the greedy token.
-    """
-    return shape(_penalized(logits, samplings, histories), Draw.of(samplings, [0] * len(samplings), logits.device))
-
-
 def choose(
     logits: Tensor,
     samplings: Sequence[Sampling],
@@ -138,18 +124,19 @@ def choose(
         samplings: one per row.
         seeds: one per row, of its noise, whatever the sampling's own is.
         positions: of the rows in their sequences.
-        histories: see :func:`shape_logits`.
+        histories: the tokens of prompt and answer so far of each row; needed only where there is a repetition penalty.
 
     Returns:
         A token per row; -1 for one whose logits hold NaN, +inf or only -inf.
     """
     where = torch.tensor(positions, dtype=torch.int32, device=logits.device)
-    tokens = draw_tokens(_penalized(logits, samplings, histories), Draw.of(samplings, seeds, logits.device), where)
+    tokens = draw_tokens(penalize(logits, samplings, histories), Draw.of(samplings, seeds, logits.device), where)
     chosen: list[int] = tokens.tolist()  # one word from the device
     return chosen
 
 
-def _penalized(logits: Tensor, samplings: Sequence[Sampling], histories: Sequence[Sequence[int]] | None) -> Tensor:
+def penalize(logits: Tensor, samplings: Sequence[Sampling], histories: Sequence[Sequence[int]] | None) -> Tensor:
+    """Apply the repetition penalties of rows that have one; see :func:`choose`."""
     rows = [i for i, s in enumerate(samplings) if s.repetition_penalty != 1]
     if not rows:
         return logits

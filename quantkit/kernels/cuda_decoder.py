@@ -97,6 +97,11 @@ class _Layer(NamedTuple):
     down: Product | None
     experts: tuple[fragments.Fragments, fragments.Fragments, Product] | None
 
+    @property
+    def mlp_rounding(self) -> str:
+        """What the norm before the feed-forward network may round to."""
+        return common_rounding(self.up)
+
 
 class CudaDecoder:
     """A program laid out on a device.
@@ -122,6 +127,11 @@ class CudaDecoder:
         tied = isinstance(program.head.weight, Tensor) and program.head.weight is program.embedding
         self._head = Product(self._embedding, None, None, "") if tied else self._join((program.head,))[0]
         self._layers = [self._lay(layer) for layer in program.layers]
+        norms = [*(layer.attention_in for layer in program.layers[1:]), program.final_norm]
+        self._first_rounding, *others = (
+            common_rounding(read) for read in (*(laid.qkv for laid in self._layers), (self._head,))
+        )
+        self._after = list(zip(norms, others, strict=True))  # the norm after each layer, and what it rounds to
         self._norms: dict[int, tuple[Tensor, Tensor | None]] = {}
         self.tile_tokens = min(tile_tokens(one.attention.heads, one.attention.kv_heads) for one in program.layers)
         self.context_tokens, self._kept = 0, list[Any]()
@@ -152,19 +162,6 @@ class CudaDecoder:
         prompts: Prompts | None = None,
         *,
         batch_invariant: bool = False,
-    ) -> Tensor:
-        """Do what :meth:`step_with_bests` does, and return the logits."""
-        return self.step_with_bests(tokens, where, pages, wanted, prompts, batch_invariant=batch_invariant)[0]
-
-    def step_with_bests(
-        self,
-        tokens: Tensor,
-        where: Where,
-        pages: Sequence[Pages],
-        wanted: Tensor | None = None,
-        prompts: Prompts | None = None,
-        *,
-        batch_invariant: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Read rows, append their keys and values, and return logits in :attr:`dtype` and what ``next_tokens`` knows them by.
 
@@ -182,20 +179,17 @@ class CudaDecoder:
         if program.embedding_scale != 1:
             x = x * program.embedding_scale
         layers, splits = program.layers, INVARIANT_SPLITS if alike else None
-        after = [*(layer.attention_in for layer in layers[1:]), program.final_norm]
-        readers = [*(laid.qkv for laid in self._layers), (self._head,)]
-        inner = self._add(x, None, layers[0].attention_in, 1.0, common_rounding(readers[0]))[1]
-        for layer, laid, rope, stored, norm, next_in in zip(
-            layers, self._layers, self._ropes, pages, after, readers[1:], strict=True
+        inner = self._add(x, None, layers[0].attention_in, 1.0, self._first_rounding)[1]
+        for layer, laid, rope, stored, (norm, next_rounding) in zip(
+            layers, self._layers, self._ropes, pages, self._after, strict=True
         ):
             q = self._append(layer.attention, self._side_by_side(laid.qkv, inner, alike), rope, where, stored)
             a = laid.out(_read(layer.attention, q, where, stored, splits, prompts).flatten(1), self.dtype, alike)
             a = self._normalize(a, layer.attention_out)
-            form = common_rounding(laid.up)
-            read = self._add(x, None, layer.mlp_in, 1.0, form)[1] if layer.parallel else None
-            h, inner = self._add(a, x, None if layer.parallel else layer.mlp_in, layer.attention_scale, form)
+            read = self._add(x, None, layer.mlp_in, 1.0, laid.mlp_rounding)[1] if layer.parallel else None
+            h, inner = self._add(a, x, None if layer.parallel else layer.mlp_in, layer.attention_scale, laid.mlp_rounding)
             m = self._mix(layer.mlp, laid, inner if read is None else read, alike)
-            x, inner = self._add(self._normalize(m, layer.mlp_out), h, norm, layer.mlp_scale, common_rounding(next_in))
+            x, inner = self._add(self._normalize(m, layer.mlp_out), h, norm, layer.mlp_scale, next_rounding)
         if wanted is not None:
             inner = inner.part(wanted) if isinstance(inner, Rounded) else inner[wanted]
         return self._read_out(inner, alike)

@@ -127,7 +127,7 @@ class GraphDecoder:
                 where = Where(positions, torch.full_like(positions, slot), self._where.table)
                 last = torch.tensor([len(rows) - 1], device=rows.device)
                 tiles = torch.tensor(cut(0, len(rows), self._decoder.tile_tokens), dtype=torch.int32, device=rows.device)
-                logits = self._decoder.step(rows, where, self._pages, last, Prompts(0, tiles))
+                logits, _ = self._decoder.step(rows, where, self._pages, last, Prompts(0, tiles))
             chosen.append(_choose(logits, Draw(*(part[slot : slot + 1] for part in self._draw)), positions[-1:]))
         self._newest.copy_(_finite(torch.cat(chosen)))
         self._where.positions.copy_(torch.tensor([len(p) for p in prompts]))
@@ -157,8 +157,7 @@ class GraphDecoder:
         return _finite(self._history[:count].long())
 
     def _step(self) -> Tensor:
-        step, alike = self._decoder.step_with_bests, self._alike
-        logits, bests = step(self._newest, self._where, self._pages, batch_invariant=alike)
+        logits, bests = self._decoder.step(self._newest, self._where, self._pages, batch_invariant=self._alike)
         row = self._where.positions, self._where.slots, self._newest
         chosen = cuda_ops.ops().next_tokens(logits.contiguous(), *self._draw, *row, bests)
         self._history.index_copy_(0, self._at, chosen[None])  # -1 where there is none to choose: what follows is thrown away

@@ -1,5 +1,6 @@
 """One matrix product of a decoder on CUDA: float or quantized weights, of activations as they are or rounded before."""
 
+from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -43,28 +44,32 @@ class Product(NamedTuple):
     def __call__(self, x: Tensor | Rounded, dtype: torch.dtype, batch_invariant: bool = False) -> Tensor:
         """Return ``x @ w.T + bias`` for x (rows, K), or what its gate makes of it, in ``dtype``.
 
-        With ``batch_invariant``, a row's result does not depend on how many there are: dense products, whose library chooses
-        another order of summing for other shapes, always have :data:`INVARIANT_ROWS` rows; others are never made dense.
+        With ``batch_invariant``, a row's result does not depend on how many there are.
         """
-        ops, rows = cuda_ops.ops(), len(x.scales) if isinstance(x, Rounded) else len(x)
-        if batch_invariant and rows:
-            dense = self.floats is not None or not cuda_ops.takes_codes(1, self.form)
-            size = INVARIANT_ROWS if dense else cuda_ops.SURE_CODES_ROWS
-            if dense or rows > size:
-                pieces = [slice(start, start + size) for start in range(0, rows, size)]
-                parts = [x.part(piece) if isinstance(x, Rounded) else x[piece] for piece in pieces]
-                if dense and not isinstance(x, Rounded):
-                    parts[-1] = F.pad(parts[-1], (0, 0, 0, size * len(parts) - rows))  # type: ignore[arg-type]
-                return torch.cat([self(part, dtype) for part in parts])[:rows]
-        if isinstance(x, Rounded):
-            assert self.weight is not None
-            rounded: Tensor = ops.rounded_matmul(*x, *self.weight, self.bias, self.form, self.activation, dtype)
-            return rounded
+        if batch_invariant:
+            return self._in_pieces(x, dtype)
         if self.floats is not None:
+            assert isinstance(x, Tensor)
             return F.linear(x, self.floats, self.bias)
         assert self.weight is not None
-        y: Tensor = ops.fragment_matmul(x, *self.weight, self.bias, self.form, self.activation)
+        ops, rest = cuda_ops.ops(), (*self.weight, self.bias, self.form, self.activation)
+        y: Tensor = ops.rounded_matmul(*x, *rest, dtype) if isinstance(x, Rounded) else ops.fragment_matmul(x, *rest)
         return y
+
+    def _in_pieces(self, x: Tensor | Rounded, dtype: torch.dtype) -> Tensor:
+        """Multiply so few rows at a time that they all go the same way.
+
+        A dense product, whose library chooses another order of summing for other shapes, always has :data:`INVARIANT_ROWS`.
+        """
+        dense = self.floats is not None or not cuda_ops.takes_codes(1, self.form)
+        size, rows = INVARIANT_ROWS if dense else cuda_ops.SURE_CODES_ROWS, len(x.scales) if isinstance(x, Rounded) else len(x)
+        pieces: Sequence[Tensor | Rounded]
+        if isinstance(x, Rounded):  # which no dense product takes
+            pieces = [x.part(slice(start, start + size)) for start in range(0, max(rows, 1), size)]
+        else:
+            pieces = (F.pad(x, (0, 0, 0, -rows % size)) if dense else x).split(size)
+        parts = [self(piece, dtype) for piece in pieces]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts))[:rows]
 
 
 def common_rounding(products: tuple[Product, ...]) -> str:

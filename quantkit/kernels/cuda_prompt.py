@@ -77,13 +77,12 @@ def capability(device: torch.device) -> tuple[int, int]:
 
 def works(device: torch.device, dtype: torch.dtype, bits: int) -> bool:
     """Say whether :func:`matmul` is right on a device; a device on which it ought to be and is not is logged, once."""
-    if capability(device) != CAPABILITY:
-        return False
     key = (device, dtype, bits)
     if key not in _known:
-        if cuda_calls.capturing():
+        fits = capability(device) == CAPABILITY
+        if fits and cuda_calls.capturing():
             return False
-        _known[key] = _agrees(*key)
+        _known[key] = fits and _agrees(*key)
     return _known[key]
 
 

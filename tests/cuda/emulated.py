@@ -42,6 +42,7 @@ def machine(monkeypatch, processors: int = 8, capability: tuple[int, int] = (8, 
     monkeypatch.setattr(cuda_calls, "runs_on", lambda x: True)
     monkeypatch.setattr(cuda_calls, "capturing", lambda: False)
     monkeypatch.setattr(cuda_prompt, "capability", lambda device: capability)
+    monkeypatch.setattr(cuda_prompt, "_known", {})
     cuda_calls._counters.pop((torch.device("cpu"), 0), None)
     yield
     counters = cuda_calls._counters.pop((torch.device("cpu"), 0), None)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import quantkit
-from quantkit.engine.sampling import Sampling, shape_logits
+from quantkit.engine.sampling import Sampling
 from quantkit.errors import KernelError
 from quantkit.hf.experts import enable_experts
 from quantkit.hf.lower import lower
@@ -17,6 +17,7 @@ from quantkit.spec import QuantSpec
 from tests import tiny
 from tests.cuda import emulated
 from tests.kernels.test_decoder import quantize, round_site, some_ids
+from tests.shaped import shape_logits
 
 W4 = QuantSpec("int4", (1, 32), False)
 
@@ -39,7 +40,7 @@ def read_in_pieces(decoder: CudaDecoder, ids: list[int], kv: str = "float") -> t
     for start, stop in ((0, 7), *((at, at + 1) for at in range(7, len(ids)))):
         positions = torch.arange(start, stop, dtype=torch.int32)
         here = where._replace(positions=positions, slots=torch.zeros_like(positions))
-        rows.append(decoder.step(torch.tensor(ids[start:stop]), here, state._pages))
+        rows.append(decoder.step(torch.tensor(ids[start:stop]), here, state._pages)[0])
     return torch.cat(rows)
 
 

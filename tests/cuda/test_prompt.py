@@ -67,7 +67,6 @@ def test_a_head_says_where_its_largest_results_are(tokens, rows, monkeypatch):
     x[1] = 60000  # beyond half's numbers
     with emulated.machine(monkeypatch, 64, capability=(9, 0)):  # several splits
         monkeypatch.setattr(cuda_prompt, "_agrees", lambda *key: True)
-        monkeypatch.setattr(cuda_prompt, "_known", {})
         logits, bests = cuda_ops.multiply_head(x, *weight, None, "codes")
     assert torch.equal(logits.isfinite().all(-1), torch.arange(tokens) != 1)
     tiles = F.pad(torch.where(logits < torch.inf, logits.float(), torch.inf), (0, -rows % 64), value=-torch.inf)
@@ -114,7 +113,6 @@ def test_a_gate_meets_its_value(activation, monkeypatch):
 def test_a_device_that_computes_something_else_is_noticed(monkeypatch, caplog):
     cpu = torch.device("cpu")
     with emulated.machine(monkeypatch, capability=(9, 0)):
-        monkeypatch.setattr(cuda_prompt, "_known", {})
         monkeypatch.setattr(cuda_calls, "capturing", lambda: True)
         assert not cuda_prompt.works(cpu, torch.bfloat16, 4)  # not now
         monkeypatch.setattr(cuda_calls, "capturing", lambda: False)
@@ -141,7 +139,6 @@ def test_which_way_a_product_goes(form, monkeypatch):
     monkeypatch.setattr(cuda_calls, "dense_matmul", lambda x, *rest, **options: calls.append("dense") or x)
     monkeypatch.setattr(cuda_prompt, "matmul", lambda x, *rest, **options: calls.append("prompt") or x)
     monkeypatch.setattr(cuda_prompt, "_agrees", lambda *key: True)
-    monkeypatch.setattr(cuda_prompt, "_known", {})
     for capability in ((8, 0), (9, 0)):
         with emulated.machine(monkeypatch, capability=capability):
             for tokens in (1, 64, 65, 159, 160, 700):

@@ -3,13 +3,14 @@
 import pytest
 import torch
 
-from quantkit.engine.sampling import Sampling, shape_logits
+from quantkit.engine.sampling import Sampling
 from quantkit.errors import KernelError
 from quantkit.kernels.cuda_sampling import sample, sample_plain
 from quantkit.kernels.draw import Draw, draw_plain
 from quantkit.numerics.filters import keep_min_p, keep_top_k, keep_top_p
 from quantkit.numerics.noise import gumbel, philox
 from tests.cuda import emulated
+from tests.shaped import shape_logits
 
 DTYPES = [torch.float16, torch.bfloat16]
 

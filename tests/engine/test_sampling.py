@@ -19,10 +19,10 @@ from quantkit.engine.sampling import (
     Sampling,
     choose,
     penalize_repetition,
-    shape_logits,
 )
 from quantkit.errors import QuantkitError
 from quantkit.numerics.filters import keep_min_p, keep_top_k, keep_top_p
+from tests.shaped import shape_logits
 
 
 def random_logits(seed: int, rows: int = 3, vocab: int = 57) -> torch.Tensor:

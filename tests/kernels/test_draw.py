@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantkit.engine.sampling import Sampling
-from quantkit.kernels import build
 from quantkit.kernels.draw import Draw, draw_plain, draw_tokens, shape
 from quantkit.numerics.noise import gumbel
 
@@ -121,4 +120,3 @@ def test_without_a_compiler_it_says_so_once_and_chooses_the_same(monkeypatch):
     monkeypatch.setattr("quantkit.kernels.draw.compiled", lambda what: said.append(what))
     assert torch.equal(draw_tokens(logits, draws(wishes), positions), want)
     assert said == ["sampling"]
-    assert build.library().qk_draw_scratch(1) > 0
