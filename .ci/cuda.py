@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from quantkit.kernels import nvcc
+from quantkit.kernels.cuda import nvcc
 
 ARCH = "90a"
 WANTED = {  # source -> instructions that each of its hot kernels has

@@ -170,10 +170,10 @@ def run_quantkit(job: dict) -> dict:
     import torch
 
     import quantkit
-    from quantkit.compute import Compute
-    from quantkit.distill import Distill
     from quantkit.hf.load import load_float
+    from quantkit.pipeline.distill import Distill
     from quantkit.quantizers.base import QUANTIZERS
+    from quantkit.system.compute import Compute
 
     recipe = RECIPES[job["recipe"]]
     ids = calibration_ids(job, job["samples"])

@@ -92,7 +92,8 @@ class Bandwidth:
     """Reads a buffer larger than any cache with all threads."""
 
     def __init__(self, threads: int, nbytes: int = 1 << 30) -> None:
-        from quantkit.kernels import arena, build
+        from quantkit.kernels import build
+        from quantkit.kernels.cpu import huge_pages
 
         with tempfile.TemporaryDirectory() as folder:
             source, made = Path(folder) / "probe.cpp", Path(folder) / "probe.so"
@@ -101,7 +102,7 @@ class Bandwidth:
             subprocess.run([*build.compiler(), *flags, str(source), "-o", str(made)], check=True)
             self._read = ctypes.CDLL(str(made)).read_all
         self._read.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-        self._buffer = arena.allocate(nbytes).fill_(1)
+        self._buffer = huge_pages.allocate(nbytes).fill_(1)
         self._threads, self._pool = threads, ThreadPoolExecutor(threads)
 
     def measure(self, streams: Sequence[int] = (1, 4, 8, 1, 4, 8)) -> float:
@@ -251,7 +252,7 @@ def float_bytes(name: str, arguments: argparse.Namespace) -> int:
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure one slice."""
     name, started, missing = arguments.model, dict[str, Any](), dict[str, str]()
-    from quantkit.memory import available_bytes
+    from quantkit.system.memory import available_bytes
 
     free = (available_bytes() or 1 << 40) * MEMORY_SHARE
     probe = Bandwidth(arguments.threads)
@@ -324,7 +325,7 @@ def cpu_name() -> str:
 
 def keep(slice_: dict[str, Any], path: Path) -> None:
     """Add a slice to the JSON; one with as many contenders replaces the older one of its model."""
-    from quantkit.files import write_json
+    from quantkit.system.files import write_json
 
     known = json.loads(path.read_text()) if path.exists() else {"cpu": cpu_name(), "slices": []}
     covered = slice_["rows"].keys()

@@ -31,7 +31,7 @@ def load(path: str, cache: bool) -> dict[str, Any]:
     import torch
 
     from quantkit import checkpoint
-    from quantkit.engine.step import OneSequence
+    from quantkit.engine.backend import OneSequence
     from quantkit.hf.backend import make_backend
     from quantkit.kernels import build
 

@@ -58,7 +58,7 @@ def float_directory(name: str, work: Path) -> Path:
 
 
 def _save_smollm2(path: Path) -> None:
-    from quantkit.models import open_model
+    from quantkit.checkpoint.open import open_model
 
     model: Any
     model, tokenizer = open_model("demo", torch.bfloat16)

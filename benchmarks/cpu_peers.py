@@ -26,9 +26,9 @@ class Quantkit:
     """The native engine; ``quantkit[-float]-exact`` keeps activations float, ``-int8`` rounds them."""
 
     def __init__(self, kind: str, path: str) -> None:
-        from quantkit.engine.step import OneSequence
+        from quantkit.checkpoint.open import open_model
+        from quantkit.engine.backend import OneSequence
         from quantkit.hf.backend import make_backend
-        from quantkit.models import open_model
 
         start = time.perf_counter()
         quantized = kind != "quantkit-bf16"
@@ -77,7 +77,7 @@ class Quantkit:
 def divergence(backend: Any, tokenizer: Any, tokens: int = 512) -> float:
     """Return the mean KL, in nats per token, that rounding activations alone makes on the text that every Python carries."""
     from quantkit.calibrate.data import text_default
-    from quantkit.engine.step import Span
+    from quantkit.engine.backend import Span
 
     ids = tokenizer("\n".join(text_default()[0])[: 8 * tokens])["input_ids"][:tokens]
     found = []

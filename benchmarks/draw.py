@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import LogitsProcessorList, MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from quantkit.engine.sampling import Sampling, choose
-from quantkit.files import write_json
-from quantkit.kernels.draw import Draw, draw_plain
+from quantkit.kernels.functions.sampling import Draw, draw_plain
+from quantkit.system.files import write_json
 
 WISHES = {
     "greedy": Sampling(),

@@ -19,16 +19,17 @@ from typing import Any
 import torch
 
 from quantkit.calibrate.data import text_default
+from quantkit.checkpoint.open import open_model
+from quantkit.engine.backend import Memory
 from quantkit.engine.request import Limits
 from quantkit.engine.sampling import Sampling
-from quantkit.engine.step import Memory
 from quantkit.evaluation import BaseLogits, cut_windows, score
 from quantkit.evaluation.through_cache import ThroughCache
-from quantkit.files import write_json
-from quantkit.generation import Engine, encode_prompt
-from quantkit.models import open_model
+from quantkit.generation.engine import Engine
+from quantkit.generation.text import encode_prompt
 from quantkit.nn.linear import QuantLinear
 from quantkit.spec import kv_preset
+from quantkit.system.files import write_json
 
 QUESTIONS = (
     "What is the capital of France?",

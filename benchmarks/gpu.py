@@ -32,16 +32,17 @@ from quantkit.engine.cuda import CudaBackend
 from quantkit.engine.engine import TokenEngine
 from quantkit.engine.request import Limits
 from quantkit.engine.sampling import Sampling
-from quantkit.files import write_json
-from quantkit.kernels import cuda_calls, cuda_ops, cuda_prompt, fragments
-from quantkit.kernels.cuda_attention import PAGE_TOKENS, Pages, Where
-from quantkit.kernels.cuda_decoder import CudaDecoder
-from quantkit.kernels.cuda_graph import GraphDecoder
-from quantkit.kernels.draw import Draw
-from quantkit.kernels.program import Attention, Layer, Linear, Mlp, Norm, Program, Rotary
+from quantkit.kernels.cuda import calls, layout, prefill
+from quantkit.kernels.cuda import ops as cuda_ops
+from quantkit.kernels.cuda.attention import PAGE_TOKENS, Pages, Where
+from quantkit.kernels.cuda.decoder import CudaDecoder
+from quantkit.kernels.cuda.graph import GraphDecoder
+from quantkit.kernels.functions.sampling import Draw
+from quantkit.kernels.program.definition import Attention, Layer, Linear, Mlp, Norm, Program, Rotary
 from quantkit.nn.linear import QuantLinear
 from quantkit.qtensor import QTensor
 from quantkit.spec import QuantSpec
+from quantkit.system.files import write_json
 
 SHAPES = {"o": (4096, 4096), "qkv": (6144, 4096), "down": (4096, 14336), "gate_up": (28672, 4096), "head": (128256, 4096)}
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096)
@@ -157,8 +158,8 @@ def matmul(bench: Bench) -> None:
         need = 4 * bench.cache_bytes
         copies = {bits: max(1, min(64, -(-need // (n * k * bits // 8)))) for bits in (4, 8, 16)}
         int4 = [random_weight(n, k, "int4", GROUP, bench.device) for _ in range(copies[4])]
-        laid4 = [fragments.prepack(one) for one in int4]
-        laid8 = [fragments.prepack(random_weight(n, k, "int8", -1, bench.device)) for _ in range(copies[8])]
+        laid4 = [layout.prepack(one) for one in int4]
+        laid8 = [layout.prepack(random_weight(n, k, "int8", -1, bench.device)) for _ in range(copies[8])]
         dense = [torch.randn(n, k, device=bench.device).bfloat16() / k**0.5 for _ in range(copies[16])]
         peers = gpu_peers.prepare(int4, missing)
         for tokens in (1, 4) if bench.smoke else (1, 16, 64, 1024) if bench.quick else TOKENS:
@@ -199,20 +200,20 @@ def ways(bench: Bench) -> None:
     shapes = {"o": (64, 128)} if bench.smoke else {name: SHAPES[name] for name in ("o", "qkv", "down", "gate_up")}
     for (name, (n, k)), tokens in itertools.product(shapes.items(), (2,) if bench.smoke else (33, 64, 96, 128, 192, 256, 512)):
         copies = max(1, min(64, -(-4 * bench.cache_bytes // (n * k // 2))))
-        weights = [fragments.prepack(random_weight(n, k, "int4", GROUP, bench.device)) for _ in range(copies)]
+        weights = [layout.prepack(random_weight(n, k, "int4", GROUP, bench.device)) for _ in range(copies)]
         x = torch.randn(tokens, k, device=bench.device).bfloat16()
         contenders: dict[str, list[Callable[[], Any]]] = {"dispatched": [partial(product, x, w) for w in weights]}
         if not bench.smoke:
-            contenders["codes"] = [partial(cuda_calls.matmul, x, w) for w in weights]
-            contenders["expanded"] = [partial(cuda_calls.dense_matmul, x, w, None) for w in weights]
-            if cuda_prompt.works(device, x.dtype, 4):
-                contenders["wgmma"] = [partial(cuda_prompt.matmul, x, w) for w in weights]
+            contenders["codes"] = [partial(calls.matmul, x, w) for w in weights]
+            contenders["expanded"] = [partial(calls.dense_matmul, x, w, None) for w in weights]
+            if prefill.works(device, x.dtype, 4):
+                contenders["wgmma"] = [partial(prefill.matmul, x, w) for w in weights]
         rows.append({"shape": name, "tokens": tokens, **bench.compare(contenders)})
         print(rows[-1])
     bench.found["ways"] = rows
 
 
-def product(x: Tensor, weight: fragments.Fragments) -> Tensor:
+def product(x: Tensor, weight: layout.Fragments) -> Tensor:
     y: Tensor = cuda_ops.ops().fragment_matmul(x, *weight, None, "codes")
     return y
 
@@ -222,7 +223,7 @@ def chain(bench: Bench) -> None:
     ops, rows = cuda_ops.ops(), []
     names, layers = ("qkv", "o", "gate_up", "down"), 2 if bench.smoke else 32
     shapes = {name: (64, 128) if bench.smoke else SHAPES[name] for name in names}
-    int4 = [[fragments.prepack(random_weight(*shapes[n], "int4", GROUP, bench.device)) for n in names] for _ in range(layers)]
+    int4 = [[layout.prepack(random_weight(*shapes[n], "int4", GROUP, bench.device)) for n in names] for _ in range(layers)]
     dense = [[torch.randn(shapes[n], device=bench.device).bfloat16() for n in names] for _ in range(layers)]
     for tokens in (1, 4, 8, 16):
         inputs = {name: torch.randn(tokens, shapes[name][1], device=bench.device).bfloat16() for name in names}

@@ -25,8 +25,8 @@ from transformers import AutoTokenizer
 
 from quantkit import checkpoint
 from quantkit.engine.request import Limits
-from quantkit.files import write_json
-from quantkit.generation import Engine
+from quantkit.generation.engine import Engine
+from quantkit.system.files import write_json
 
 VLLM_PROGRAM = """
 import json, sys

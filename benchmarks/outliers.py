@@ -15,11 +15,11 @@ import torch
 
 from quantkit import quantize
 from quantkit.calibrate.data import encoder, load_texts, text_default
+from quantkit.checkpoint.open import open_model
 from quantkit.evaluation import BaseLogits, score
 from quantkit.evaluation.windows import cut_windows
 from quantkit.hf.structure import describe
-from quantkit.models import open_model
-from quantkit.rescale import find_groups, rescale
+from quantkit.transforms.scaling_groups import find_groups, rescale
 
 
 def main() -> None:

@@ -106,8 +106,8 @@ def run_quantkit(arguments: argparse.Namespace) -> dict:
     from safetensors.torch import load_file
 
     import quantkit
-    from quantkit.compute import Compute
     from quantkit.hf.load import load_float
+    from quantkit.system.compute import Compute
 
     work = Path(arguments.work)
     ids = load_file(work / "calibration.safetensors")["ids"]

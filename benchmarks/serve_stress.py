@@ -20,7 +20,7 @@ from typing import Any
 
 import httpx
 
-from quantkit.files import write_json
+from quantkit.system.files import write_json
 
 GROWTH_MIB = 32
 """Of resident memory from the second round to the last: what an allocator may move without anything having leaked."""

@@ -6,7 +6,7 @@ namespace qk {
 
 constexpr int kNoActivation = -1;
 
-// `activation`: ACTIVATIONS of kernels/interpret.py, by position.
+// `activation`: ACTIVATIONS of kernels/program/reference.py, by position.
 __device__ inline float activated(float x, int activation) {
   switch (activation) {
     case 0: return x / (1.0f + expf(-x));

@@ -3,7 +3,7 @@
 
 namespace qk {
 
-struct Append {  // AppendStruct of kernels/cuda_attention.py
+struct Append {  // AppendStruct of kernels/cuda/attention.py
   const void* qkv;           // (rows, heads + 2 kv_heads, head) of T
   void* q;                   // (rows, heads, head) of T
   const int32_t* positions;  // (rows); a row at a negative one is left out

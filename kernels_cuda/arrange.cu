@@ -3,7 +3,7 @@
 
 namespace qk {
 
-struct Arrange {  // ArrangeStruct of kernels/cuda_calls.py
+struct Arrange {  // ArrangeStruct of kernels/cuda/calls.py
   const uint4* x;  // (tokens, k) of 16 bits, k a multiple of 16
   uint4* out;      // (ceil(tokens / 128), steps, 128 tokens, 8 pieces), zeros beyond tokens and columns
   int32_t tokens, k;

@@ -14,7 +14,7 @@
 
 namespace qk {
 
-struct Attend {  // AttendStruct of kernels/cuda_attention.py
+struct Attend {  // AttendStruct of kernels/cuda/attention.py
   const void* q;             // (rows, heads, head) of T
   const void *keys, *values, *key_scales, *value_scales;
   const int32_t* positions;  // (rows): a row sees tokens 0 to its own; a negative one sees nothing and reads zeros

@@ -3,7 +3,7 @@
 
 namespace qk {
 
-struct Expand {  // ExpandStruct of kernels/cuda_calls.py
+struct Expand {  // ExpandStruct of kernels/cuda/calls.py
   const uint4* codes;
   const uint4* scales;
   const uint2* zeros;

@@ -9,7 +9,7 @@ namespace qk {
 enum NormKind { kNone, kRms, kLayer };
 enum Rounding { kFloat, kInt8Tokens, kFp8Tokens };
 
-struct Norm {  // NormStruct of kernels/cuda_glue.py
+struct Norm {  // NormStruct of kernels/cuda/norms.py
   const void* x;         // (rows, n) of T
   const void* residual;  // (rows, n) of T, or null
   const float* gain;     // (n), if a norm

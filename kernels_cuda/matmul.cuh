@@ -22,7 +22,7 @@ namespace qk {
 
 constexpr int kMostWarps = 4, kStages = 4;
 
-struct Matmul {  // MatmulStruct of kernels/cuda_calls.py
+struct Matmul {  // MatmulStruct of kernels/cuda/calls.py
   const void* x;           // (tokens, k) of T, or bytes; 16-byte rows
   const uint4* codes;      // (experts, tiles, steps, 64 x 64 codes)
   const uint4* scales;     // 16-bit (experts, tiles, groups, 8 lanes g, 4 parts, 2 rows)

@@ -13,7 +13,7 @@
 
 namespace qk {
 
-struct Sample {  // SampleStruct of kernels/cuda_sampling.py
+struct Sample {  // SampleStruct of kernels/cuda/sampling.py
   const void* logits;        // (rows, n) of T
   const float* temperature;  // (rows); 0 takes the most likely token, whatever the other settings are
   const int32_t* top_k;      // (rows), at least 1; n and more keep all

@@ -10,12 +10,11 @@ Names are resolved on first use, so that importing quantkit is quick and loads n
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from quantkit.version import __version__
 
 if TYPE_CHECKING:
     from quantkit.calibrate.statistics import load_statistics, save_statistics
     from quantkit.checkpoint import inspect, load, save
-    from quantkit.distill import Distill
     from quantkit.engine.request import Limits
     from quantkit.engine.sampling import Sampling
     from quantkit.errors import (
@@ -27,42 +26,44 @@ if TYPE_CHECKING:
         SpecError,
     )
     from quantkit.evaluation import EvalReport, evaluate
-    from quantkit.generation import Engine, Generation, generate
-    from quantkit.pipeline import QuantizeResult, collect, quantize
-    from quantkit.progress import Progress
+    from quantkit.generation.engine import Engine
+    from quantkit.generation.generate import Generation, generate
+    from quantkit.pipeline.distill import Distill
+    from quantkit.pipeline.quantize import QuantizeResult, collect, quantize
     from quantkit.qtensor import QTensor
     from quantkit.report import comparison_table, write_html
     from quantkit.spec import KVScheme, Plan, QuantSpec, Scheme, preset
+    from quantkit.system.progress import Progress
 
 _HOME = {
     "CalibrationError": "errors",
-    "Distill": "distill",
-    "Engine": "generation",
+    "Distill": "pipeline.distill",
+    "Engine": "generation.engine",
     "EvalReport": "evaluation",
     "FormatError": "errors",
-    "Generation": "generation",
+    "Generation": "generation.generate",
     "KVScheme": "spec",
     "KernelError": "errors",
     "Limits": "engine.request",
     "Plan": "spec",
-    "Progress": "progress",
+    "Progress": "system.progress",
     "QTensor": "qtensor",
     "QuantSpec": "spec",
-    "QuantizeResult": "pipeline",
+    "QuantizeResult": "pipeline.quantize",
     "QuantkitError": "errors",
     "RecipeError": "errors",
     "Sampling": "engine.sampling",
     "Scheme": "spec",
     "SpecError": "errors",
-    "collect": "pipeline",
+    "collect": "pipeline.quantize",
     "comparison_table": "report",
     "evaluate": "evaluation",
-    "generate": "generation",
+    "generate": "generation.generate",
     "inspect": "checkpoint",
     "load": "checkpoint",
     "load_statistics": "calibrate.statistics",
     "preset": "spec",
-    "quantize": "pipeline",
+    "quantize": "pipeline.quantize",
     "save": "checkpoint",
     "save_statistics": "calibrate.statistics",
     "write_html": "report",
@@ -88,6 +89,7 @@ __all__ = [
     "Sampling",
     "Scheme",
     "SpecError",
+    "__version__",
     "collect",
     "comparison_table",
     "evaluate",

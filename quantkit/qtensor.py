@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantkit.dtypes import SCALE_DTYPES
 from quantkit.errors import SpecError
 from quantkit.numerics import grid
-from quantkit.numerics.dtypes import SCALE_DTYPES
 from quantkit.numerics.pack import pack, packed_words, unpack
 from quantkit.spec import QuantSpec
 

@@ -18,8 +18,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from quantkit.dtypes import DTYPES, SCALE_DTYPES
 from quantkit.errors import SpecError, nearest
-from quantkit.numerics.dtypes import DTYPES, SCALE_DTYPES
 
 AUTO_GROUP_SIZES = (128, 64, 32)
 """Group sizes a preset tries, largest first."""
@@ -56,7 +56,7 @@ class QuantSpec:
     """One grid of numbers.
 
     Attributes:
-        dtype: a row of :data:`quantkit.numerics.dtypes.DTYPES`, e.g. ``"int4"``.
+        dtype: a row of :data:`quantkit.dtypes.DTYPES`, e.g. ``"int4"``.
         block: rows x columns of a weight (out, in) that share one scale; -1 means all. ``(1, 128)`` is a group of 128
             input channels, ``(1, -1)`` per output channel (per token for activations), ``(-1, -1)`` per tensor.
         symmetric: the zero point is the middle code and is not stored.
@@ -64,7 +64,7 @@ class QuantSpec:
         dynamic: (activations) the scale is found at run time and never stored. Activations that are not dynamic have one
             stored scale per site.
         rotated: (activations) inputs are multiplied by a Hadamard matrix before they are rounded, at run time, and the weight
-            is stored multiplied by it: :func:`quantkit.numerics.hadamard.turn`.
+            is stored multiplied by it: :func:`quantkit.numerics.hadamard.hadamard_transform`.
     """
 
     dtype: str

@@ -27,7 +27,7 @@ def tiny_text(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_quantized(tiny_float, tmp_path_factory) -> Path:
     """A compressed-tensors checkpoint of the tiny model, 4 bits, rounded to nearest."""
-    from quantkit.pipeline import quantize
+    from quantkit.pipeline.quantize import quantize
 
     path = tmp_path_factory.mktemp("quantized") / "w4"
     quantize(tiny_float, "w4a16", quantizer="rtn", out=path)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from quantkit.engine.sampling import Sampling, penalize
-from quantkit.kernels.draw import Draw, shape
+from quantkit.kernels.functions.sampling import Draw, shape
 
 
 def shape_logits(logits: Tensor, samplings: Sequence[Sampling], histories: Sequence[Sequence[int]] | None = None) -> Tensor:

@@ -13,8 +13,8 @@ from quantkit.hf.native import native_decoder
 from quantkit.nn.linear import QuantLinear
 from quantkit.numerics.fake import fake_quantize
 from quantkit.numerics.grid import choose_qparams
-from quantkit.numerics.hadamard import turn
-from quantkit.pipeline import collect
+from quantkit.numerics.hadamard import hadamard_transform
+from quantkit.pipeline.quantize import collect
 from quantkit.quantizers.autoround import AutoRound
 from quantkit.quantizers.rtn import nearest
 from quantkit.spec import QuantSpec, Scheme, preset
@@ -141,9 +141,9 @@ def test_rotated_activations_do_not_mind_outliers(quantizer: str | AutoRound) ->
 def test_a_rotated_layer_is_the_layer_on_turned_inputs() -> None:
     weight, x = torch.randn(24, 96, generator=torch.Generator().manual_seed(1)), torch.randn(5, 96)
     scheme = preset("w8a8-rotated", (96,))
-    qtensor = nearest(turn(weight), choose_qparams(turn(weight), scheme.weight), scheme.weight)
+    qtensor = nearest(hadamard_transform(weight), choose_qparams(hadamard_transform(weight), scheme.weight), scheme.weight)
     layer = QuantLinear(qtensor, activation=scheme.activation)
-    want = fake_quantize(turn(x), preset("w8a8", (96,)).activation) @ qtensor.dequantize().T  # type: ignore[arg-type]
+    want = fake_quantize(hadamard_transform(x), preset("w8a8", (96,)).activation) @ qtensor.dequantize().T  # type: ignore[arg-type]
     torch.testing.assert_close(layer(x), want, rtol=1e-4, atol=1e-4)
     assert (layer(x) - x @ weight.T).norm() < 0.02 * (x @ weight.T).norm()
     learning = x.clone().requires_grad_()

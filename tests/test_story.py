@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from quantkit import checkpoint
-from quantkit.demo import DemoSettings, plan_demo, run_demo
+from quantkit.checkpoint.open import open_model
+from quantkit.cli.demo import DemoSettings, plan_demo, run_demo
 from quantkit.evaluation import evaluate
 from quantkit.hf.load import load_tokenizer
-from quantkit.models import open_model
-from quantkit.progress import Progress
-from quantkit.recipe import load_recipe
-from quantkit.run import run_recipe
+from quantkit.recipe.run import run_recipe
+from quantkit.recipe.schema import load_recipe
+from quantkit.system.progress import Progress
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 FEW = {"calibration.samples": 4, "calibration.length": 128, "evaluate.windows": 1, "evaluate.length": 128}
@@ -34,7 +34,7 @@ def test_every_recipe_runs_on_a_tiny_model(path, tiny_float, tmp_path):
             {"match": "re:model\\.layers\\.0\\..*", "skip": True},
         ]
     outcome = run_recipe(load_recipe(path, changes))
-    assert checkpoint.inspect(tmp_path / "out")["quantized_parameters"] == outcome.preview.forecast.weights
+    assert checkpoint.inspect(tmp_path / "out")["quantized_parameters"] == outcome.preview.estimate.weights
     assert outcome.report is not None
     assert outcome.report.quality.divergence is not None
 
@@ -47,7 +47,7 @@ def test_the_model_is_read_once_and_the_base_is_what_it_was(transforms, tiny_flo
         opened.append(open_model(source, dtype)[0])
         return opened[-1], load_tokenizer(source)
 
-    monkeypatch.setattr("quantkit.run.open_model", open_once)
+    monkeypatch.setattr("quantkit.recipe.run.open_model", open_once)
     changes = {
         **FEW,
         "model": str(tiny_float),
@@ -69,7 +69,7 @@ def test_the_model_is_read_once_and_the_base_is_what_it_was(transforms, tiny_flo
 def test_every_recipe_runs_on_the_real_model(path, tmp_path):
     changes = {**FEW, **FEW_STEPS.get(path.stem, {}), "output.path": str(tmp_path / "out"), "evaluate.latency": False}
     outcome = run_recipe(load_recipe(path, changes))
-    predicted, written = outcome.preview.forecast, checkpoint.inspect(tmp_path / "out")
+    predicted, written = outcome.preview.estimate, checkpoint.inspect(tmp_path / "out")
     assert written["quantized_bytes"] == predicted.quantized_bytes
     assert written["metadata"]["bits_per_weight"] == predicted.bits_per_weight
     assert abs(written["bytes"] - predicted.total_bytes) < 0.002 * predicted.total_bytes  # headers
@@ -96,7 +96,7 @@ def test_the_demo_on_a_tiny_model(tiny_float, tmp_path):
         assert report.latency is not None
         assert report.environment.dtype == "bfloat16"
     for report, variant in zip(result.reports[1:], variants, strict=True):
-        assert report.footprint.bits_per_weight == variant.forecast.bits_per_weight
+        assert report.footprint.bits_per_weight == variant.estimate.bits_per_weight
     assert {"W4 GPTQ g32: quantize", "bf16: evaluate", "latency"} <= set(stages)
     assert len(json.loads(result.json.read_text())) == 4
     assert "W4 GPTQ g32" in result.html.read_text()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import CalibrationError
-from quantkit.kernels.moment import add_moment
+from quantkit.kernels.functions.moment import add_moment
 from quantkit.registry import Registry
 
 
@@ -131,9 +131,9 @@ class Drift(_Sum):
 
     def update(self, x: Tensor) -> None:
         """Add ``(x' - x)^T x`` for rows ``[x, x']`` (tokens, 2 features)."""
-        own, twin = x.chunk(2, 1)
+        own, float_x = x.chunk(2, 1)
         total = self.state["sum"] = self.state["sum"].to(x.device)
-        add_moment(total, (twin.float() - own.float()).to(x.dtype), own)
+        add_moment(total, (float_x.float() - own.float()).to(x.dtype), own)
         self.state["count"] += x.shape[0]
 
     def result(self) -> Tensor:

@@ -322,3 +322,61 @@ def _check_cut(
     for name, value, good, want in checks:
         if not good:
             raise CalibrationError(f"{name}={value!r}: want {want}")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Which text calibrates: ``samples`` windows of ``length`` tokens of ``data``, run ``batch_size`` at a time.
+
+    Args:
+        data: see :func:`quantkit.calibrate.data.load_texts`; a list of batches or of int64 tensors (B, T) is used as it is;
+            None is the text that every Python carries.
+        samples: number of windows (packed) or of texts (ragged).
+        length: tokens per window, or the longest a text may be.
+        batch_size: windows per forward.
+        mode: ``"packed"`` (one stream cut in windows) or ``"ragged"`` (one text per row; rows of equal length run together,
+            so there is never any padding).
+    """
+
+    data: Any = None
+    samples: int = 128
+    length: int = 512
+    batch_size: int = 8
+    mode: Literal["packed", "ragged"] = "packed"
+
+    def batches(self, tokenizer: Any) -> list[Batch]:
+        """Tokenize and cut the text.
+
+        Raises:
+            CalibrationError: if there is no tokenizer for text, or too little text.
+        """
+        if isinstance(self.data, Sequence) and self.data and isinstance(self.data[0], Batch | Tensor):
+            return [item if isinstance(item, Batch) else Batch(item, None) for item in self.data]
+        if tokenizer is None:
+            raise CalibrationError(
+                "calibration text needs a tokenizer; pass tokenizer=, or data= as tensors of token ids (B, T)"
+            )
+        texts = text_default()[0] if self.data is None else load_texts(self.data)
+        return token_batches(
+            texts,
+            encoder(tokenizer),
+            samples=self.samples,
+            length=self.length,
+            batch_size=self.batch_size,
+            mode=self.mode,
+            shortfall="warn" if self.data is None else "error",
+        )
+
+
+def unpadded(batches: Sequence[Batch]) -> list[Tensor]:
+    """Return the batches as int64 ids (B, T) without padding: rows of equal length together, in order of first appearance.
+
+    Running sequences without padding keeps it out of every statistic, wherever in a block it is taken.
+    """
+    result: list[Tensor] = []
+    for batch in batches:
+        by_length: dict[int, list[Tensor]] = {}
+        for row in batch.rows():
+            by_length.setdefault(len(row), []).append(row)
+        result += [torch.stack(rows) for rows in by_length.values()]
+    return result

@@ -12,9 +12,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from quantkit.calibrate.walk import SiteStatistics
 from quantkit.errors import FormatError
-from quantkit.files import atomic_path
+from quantkit.nn.sites import SiteStatistics
+from quantkit.system.files import atomic_path
 
 _VERSION = "1"
 

@@ -16,7 +16,7 @@ served first with the batches that reached it.
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import greenlet
@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from quantkit.calibrate.collectors import COLLECTORS, Collector
 from quantkit.errors import CalibrationError
-from quantkit.memory import HeapWatch
-from quantkit.nn.sites import Block, Site
-from quantkit.numerics.hadamard import turn
+from quantkit.nn.sites import Block, Site, SiteStatistics
+from quantkit.numerics.hadamard import hadamard_transform
+from quantkit.system.memory import HeapWatch
 
 
 @dataclass(slots=True)
@@ -37,31 +37,12 @@ class Inputs:
     Attributes:
         x: (..., in) as the module received it.
         expert_ids: int64 (rows,) expert of every row, for a 3-D site; None otherwise.
-        twin: what the float model multiplies at the same place, of x's shape, if that is known.
+        float_x: what the float model multiplies at the same place, of x's shape, if that is known.
     """
 
     x: Tensor
     expert_ids: Tensor | None = None
-    twin: Tensor | None = None
-
-
-@dataclass
-class SiteStatistics:
-    """Results of the collectors of one site; for a 3-D site every result has a leading expert axis.
-
-    Attributes:
-        results: collector name to result.
-        tokens: number of rows seen, per expert for a 3-D site.
-        cache: what a quantizer derived from the results (a factorisation), shared by the sites that share the statistics.
-    """
-
-    results: dict[str, Tensor]
-    tokens: tuple[int, ...]
-    cache: dict[str, Tensor] = field(default_factory=dict)
-
-    def expert(self, index: int) -> "SiteStatistics":
-        """Return the statistics of one expert."""
-        return SiteStatistics({name: value[index] for name, value in self.results.items()}, (self.tokens[index],))
+    float_x: Tensor | None = None
 
 
 def collect(
@@ -72,35 +53,36 @@ def collect(
     *,
     rotated: bool = False,
 ) -> SiteStatistics:
-    """Run the named collectors over all ``inputs`` of ``site``; a paired one is left out where there is no twin.
+    """Run the named collectors over all ``inputs`` of ``site``; those that compare with the float model only where its input is
+    known.
 
     Args:
         site: the site.
         needs: names of collectors.
         inputs: one per batch.
         products: what the product rounds its input to, and so what the collectors see; None leaves inputs as they are.
-        rotated: look at inputs as :func:`quantkit.numerics.hadamard.turn` makes them.
+        rotated: look at inputs as :func:`quantkit.numerics.hadamard.hadamard_transform` makes them.
 
     Raises:
         CalibrationError: if an input holds NaN or infinity.
     """
     experts = site.shape[0] if len(site.shape) == 3 else 1
-    twins = all(one.twin is not None for one in inputs)
-    needs = [name for name in needs if twins or not _paired(name)]
+    float_inputs = all(one.float_x is not None for one in inputs)
+    needs = [name for name in needs if float_inputs or not _paired(name)]
     collectors = [{name: COLLECTORS.get(name)(site.in_features) for name in needs} for _ in range(experts)]
     tokens = [0] * experts
     for one in inputs:
         for expert, rows in _rows_by_expert(one, experts):
-            rows = turn(rows) if rotated else rows
+            rows = hadamard_transform(rows) if rotated else rows
             rows = rows if products is None else rows.to(products)
             if not torch.isfinite(rows.sum()):  # NaN and infinity survive a sum
                 raise CalibrationError(f"{site.name}: calibration inputs hold NaN or infinity; check the model and its dtype")
             tokens[expert] += rows.shape[0]
             for name, collector in collectors[expert].items():
                 if _paired(name):
-                    assert one.twin is not None
-                    twin = one.twin.detach().reshape(rows.shape)
-                    collector.update(torch.cat([rows, (turn(twin) if rotated else twin).to(rows)], 1))
+                    assert one.float_x is not None
+                    float_x = one.float_x.detach().reshape(rows.shape)
+                    collector.update(torch.cat([rows, (hadamard_transform(float_x) if rotated else float_x).to(rows)], 1))
                 else:
                     collector.update(rows)
     return SiteStatistics({name: _stack(site, [c[name] for c in collectors], tokens) for name in needs}, tuple(tokens))
@@ -141,7 +123,7 @@ class _Batch(greenlet.greenlet):
     waiting: str | None = None
     inputs: Inputs | None = None
     output: Tensor | None = None
-    twins: dict[str, Tensor] | None = None
+    float_inputs: dict[str, Tensor] | None = None
     rounded: tuple[weakref.ref[Tensor], Tensor] | None = None  # the last input that was rounded, and what became of it
 
     def rounds(self, x: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -185,7 +167,7 @@ def walk_block(
     sites: Sequence[Site],
     forwards: Sequence[Callable[[], Tensor]],
     visit: Callable[[Site, Statistics], None],
-    twins: Sequence[dict[str, Tensor]] = (),
+    float_inputs: Sequence[dict[str, Tensor]] = (),
     products: torch.dtype | None = None,
 ) -> list[Tensor]:
     """Run ``block`` once over all batches, visiting each site when all its inputs are known.
@@ -198,7 +180,7 @@ def walk_block(
         visit: called once per site that is reached, as ``visit(site, statistics)``; ``statistics(needs, rotated=False)``
             runs collectors over the site's inputs, as they are or turned. It may overwrite the site's float weight in place:
             the suspended batches then use it.
-        twins: for every batch the inputs that the float model has at the sites (:func:`record_inputs`), if anybody wants
+        float_inputs: for every batch the inputs that the float model has at the sites (:func:`record_inputs`), if anybody wants
             them; emptied on the way.
         products: what the products of ``forwards`` round their inputs to, if they do; see :func:`collect`.
 
@@ -218,13 +200,13 @@ def walk_block(
         if inputs.expert_ids is None:
             inputs.x = batch.rounds(inputs.x, products)
         if site.name not in done:
-            inputs.twin = batch.twins.pop(site.name, None) if batch.twins else None
+            inputs.float_x = batch.float_inputs.pop(site.name, None) if batch.float_inputs else None
             batch.waiting, batch.inputs = site.name, inputs
             batch.parent.switch()
 
     batches = [_Batch(lambda run=run: setattr(greenlet.getcurrent(), "output", run())) for run in forwards]
-    for batch, twin in zip(batches, twins, strict=False):
-        batch.twins = twin
+    for batch, float_x in zip(batches, float_inputs, strict=False):
+        batch.float_inputs = float_x
     hooks = _attach(block, block_name, sites, suspend)
     try:
         running, heap = batches, HeapWatch()

@@ -10,8 +10,8 @@ the same bytes.
 from quantkit.checkpoint.check import check_output, rejections
 from quantkit.checkpoint.files import INCOMPLETE
 from quantkit.checkpoint.loading import load
-from quantkit.checkpoint.prove import kl_to, verify
 from quantkit.checkpoint.read import inspect
+from quantkit.checkpoint.verify import kl_to, verify
 from quantkit.checkpoint.write import CheckpointWriter, save
 
 __all__ = ["INCOMPLETE", "CheckpointWriter", "check_output", "inspect", "kl_to", "load", "rejections", "save", "verify"]

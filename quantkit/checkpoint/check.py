@@ -13,10 +13,10 @@ from torch import nn
 from quantkit.checkpoint.contents import Contents, Entry, contents_of, lookup, rejections_of
 from quantkit.checkpoint.files import INCOMPLETE
 from quantkit.errors import FormatError, SpecError, nearest
-from quantkit.files import write_atomic
 from quantkit.formats.base import FORMATS, Layout
 from quantkit.hf.load import PreTrainedModel
 from quantkit.spec import Plan
+from quantkit.system.files import write_atomic
 
 log = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from quantkit.errors import FormatError
-from quantkit.files import atomic_path, write_json
-from quantkit.memory import drop_pages, mapped_pages
+from quantkit.system.files import atomic_path, write_json
+from quantkit.system.memory import drop_pages, mapped_pages
 
 INCOMPLETE = "INCOMPLETE.json"
 """Name of the marker: a directory that has it is not a checkpoint."""

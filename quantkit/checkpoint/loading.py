@@ -15,17 +15,18 @@ from quantkit.checkpoint.read import Opened, open_checkpoint
 from quantkit.errors import FormatError
 from quantkit.hf.experts import enable_experts
 from quantkit.hf.load import PreTrainedModel, read_generation_config
-from quantkit.kernels import Activations, layout
-from quantkit.kernels.arena import Arena
-from quantkit.kernels.cpu import CpuKernel, State
-from quantkit.kernels.layout import Prepacked
+from quantkit.kernels import Activations
+from quantkit.kernels.cpu import layout
+from quantkit.kernels.cpu.huge_pages import Arena
+from quantkit.kernels.cpu.layout import Prepacked
+from quantkit.kernels.cpu.matmul import CpuKernel, State
 from quantkit.kernels.select import Problem, check_activations, select
-from quantkit.memory import HeapWatch
 from quantkit.nn.embedding import QuantEmbedding
 from quantkit.nn.install import install, set_activations
 from quantkit.nn.linear import QuantLinear, QuantWeight
 from quantkit.nn.sites import Site
 from quantkit.qtensor import QTensor
+from quantkit.system.memory import HeapWatch
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ def load(
         device: where the model goes.
         ignore_activations: run a checkpoint that asks for quantized activations (W8A8) with float ones.
         activations: what quantized layers make of their inputs on a CPU: ``"float"``, nothing, or ``"int8"``, rounded block by
-            block, which is faster and has an error of its own (:mod:`quantkit.kernels.cpu`).
+            block, which is faster and has an error of its own (:mod:`quantkit.kernels.cpu.matmul`).
         cache: keep the kernels' layout of this checkpoint on the disk, and use what is kept; False does neither.
 
     Raises:

@@ -4,7 +4,7 @@ One file per checkpoint, ``<cache>/prepacked/<key>-<digest>.weights``. The key h
 content of every file of the checkpoint, the dtype asked for, the source of the layout, and the versions of quantkit and
 transformers; so a checkpoint that changed has another key, and a stale file is never looked at. The digest is the SHA-256
 of the file itself, compared before anything of it is used. Both take reading everything once; afterwards
-:func:`~quantkit.files.known_sha256` remembers, as long as size, inode and times say that nothing was written.
+:func:`~quantkit.system.files.known_sha256` remembers, as long as size, inode and times say that nothing was written.
 
     weights in the kernel's layout, tensor by tensor       read into huge pages, in parallel
     unquantized tensors                                    mapped, private: read when touched, copied when written to
@@ -38,10 +38,10 @@ from typing import Any, BinaryIO, Final
 import torch
 from torch import Tensor
 
-from quantkit import __version__
-from quantkit.files import atomic_path, cache_dir, known_sha256, remember_sha256, write_atomic
-from quantkit.kernels import arena, layout
-from quantkit.kernels.layout import Prepacked
+from quantkit.kernels.cpu import huge_pages, layout
+from quantkit.kernels.cpu.layout import Prepacked
+from quantkit.system.files import atomic_path, cache_dir, known_sha256, remember_sha256, write_atomic
+from quantkit.version import __version__
 
 log = logging.getLogger(__name__)
 
@@ -184,7 +184,7 @@ class _Out:
 
     def put(self, tensor: Tensor) -> dict[str, Any]:
         """Write a tensor and return where and what it is."""
-        self.pad(arena.ALIGNMENT)
+        self.pad(huge_pages.ALIGNMENT)
         where = {"at": self.position, "dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
         content: Any = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
         self.write(memoryview(content))
@@ -200,7 +200,7 @@ def _read(path: Path) -> Weights:
         index = json.loads(file.read(length))
         split = index["weights_bytes"]
         mapped = mmap.mmap(file.fileno(), size - split, offset=split, access=mmap.ACCESS_COPY)
-    weights, rest = arena.allocate(split), torch.frombuffer(mapped, dtype=torch.uint8)
+    weights, rest = huge_pages.allocate(split), torch.frombuffer(mapped, dtype=torch.uint8)
     _fill(path, weights)
 
     def matrix(part: Sequence[Any]) -> Prepacked:

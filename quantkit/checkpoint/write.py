@@ -8,17 +8,17 @@ from typing import Any
 
 from torch import Tensor
 
-from quantkit import __version__
 from quantkit.checkpoint.check import MODEL_FILES, check, config_of, dtype_name, layout_bytes, layout_of
 from quantkit.checkpoint.contents import Entry, aliases, contents_of, float_tensor, linear_modules, quantized_slice
 from quantkit.checkpoint.files import INCOMPLETE, index_name, mark_incomplete, single_name, write_shard
-from quantkit.checkpoint.prove import installed, installed_plan, verify
+from quantkit.checkpoint.verify import installed, installed_plan, verify
 from quantkit.errors import FormatError
-from quantkit.files import remove_temporaries, write_atomic, write_json
 from quantkit.formats.base import FORMATS
 from quantkit.hf.load import PreTrainedModel
 from quantkit.qtensor import QTensor
 from quantkit.spec import Plan
+from quantkit.system.files import remove_temporaries, write_atomic, write_json
+from quantkit.version import __version__
 
 MAX_SHARD_BYTES = 5_000_000_000
 """Largest shard, unless one weight alone is larger."""

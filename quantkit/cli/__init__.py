@@ -12,8 +12,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from quantkit import __version__
 from quantkit.errors import QuantkitError
+from quantkit.version import __version__
 
 RESUMABLE = ("demo", "run")
 """Commands that continue an interrupted run when they are given again."""
@@ -67,4 +67,4 @@ def _settings(
     os.environ.setdefault("TQDM_DISABLE", "1")  # bars of the libraries below would fight with ours
 
 
-from quantkit.cli import building, looking, serving, working  # noqa: E402, F401  (they add their commands to the app)
+from quantkit.cli import build, inspect, run, serve  # noqa: E402, F401  (they add their commands to the app)

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from quantkit.engine.backend import Span
 from quantkit.engine.kvstore import Pool, Reading, Rows
-from quantkit.engine.step import Span
 
 
 @dataclass(frozen=True, slots=True)

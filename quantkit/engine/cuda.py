@@ -1,4 +1,4 @@
-"""A decoder program on CUDA as a :class:`quantkit.engine.step.Backend`: recorded steps for decoding, one pass for prompts.
+"""A decoder program on CUDA as a :class:`quantkit.engine.backend.Backend`: recorded steps for decoding, one pass for prompts.
 
 Decoding is short runs of tokens (one, or one and its drafts) of several sequences. Such a step is a CUDA graph, recorded once
 for each of :data:`CudaBackend.RECORDED_ROWS` rows, the next larger number of which is taken: rows that are too many stand at
@@ -16,13 +16,13 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
-from quantkit.engine.step import CHOSEN, Copy, Memory, Pick, Span
+from quantkit.engine.backend import CHOSEN, Copy, Memory, Pick, Span
 from quantkit.errors import KernelError, QuantkitError
-from quantkit.kernels import cuda_ops
-from quantkit.kernels.cuda_attention import PAGE_TOKENS, Pages, Where, cut
-from quantkit.kernels.cuda_decoder import CudaDecoder, Prompts
-from quantkit.kernels.cuda_graph import record
-from quantkit.kernels.draw import Draw
+from quantkit.kernels.cuda import ops
+from quantkit.kernels.cuda.attention import PAGE_TOKENS, Pages, Where, cut
+from quantkit.kernels.cuda.decoder import CudaDecoder, Prompts
+from quantkit.kernels.cuda.graph import record
+from quantkit.kernels.functions.sampling import Draw
 
 
 class _Rows(NamedTuple):
@@ -95,7 +95,7 @@ class _Recorded:
 
 
 class _Flight:
-    """A step on its way; see :class:`quantkit.engine.step.Flight`.
+    """A step on its way; see :class:`quantkit.engine.backend.Flight`.
 
     Args:
         logits, chosen: of all rows, or of those that are wanted.
@@ -137,7 +137,7 @@ class CudaBackend:
 
     Args:
         decoder: the program, laid out. Several backends may share it.
-        kv: how keys and values are stored, one of :data:`quantkit.kernels.cuda_attention.KINDS`.
+        kv: how keys and values are stored, one of :data:`quantkit.kernels.cuda.attention.KINDS`.
         context_tokens: longest sequence the model reads.
         batch_invariant: a sequence gets the same tokens whatever runs beside it, with drafts and without, and after having been
             preempted: rows are computed alone, in one order. Decoding is a little slower, reading prompts several times.
@@ -194,12 +194,12 @@ class CudaBackend:
         return sum(pages.nbytes for pages in self._pages)
 
     def step(self, spans: Sequence[Span], copies: Sequence[Copy] = ()) -> Tensor:
-        """Run ``spans``; see :class:`~quantkit.engine.step.Backend`."""
+        """Run ``spans``; see :class:`~quantkit.engine.backend.Backend`."""
         logits, _, wanted = self._begin(spans, copies, None)
         return _wanted_rows(logits, wanted)
 
     def launch(self, spans: Sequence[Span], copies: Sequence[Copy], picks: Sequence[Pick]) -> _Flight:
-        """Begin a step; see :class:`~quantkit.engine.step.Chooser`."""
+        """Begin a step; see :class:`~quantkit.engine.backend.Chooser`."""
         return _Flight(*self._begin(spans, copies, picks))
 
     @torch.no_grad()
@@ -234,7 +234,7 @@ class CudaBackend:
         logits, bests = self.decoder.step(tokens, where, self._pages, wanted, prompts, batch_invariant=self._alike)
         if wanted is not None:
             positions, slots, draw = positions[wanted], slots[wanted], Draw(*(part[wanted] for part in draw))
-        chosen = cuda_ops.ops().next_tokens(logits.contiguous(), *draw, positions, slots, self._newest, bests)
+        chosen = ops.ops().next_tokens(logits.contiguous(), *draw, positions, slots, self._newest, bests)
         return logits, chosen
 
     @property

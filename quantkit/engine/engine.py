@@ -22,13 +22,13 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from quantkit.engine.choosing import Owner, choose_tokens, logprobs_of, picks_of
+from quantkit.engine.backend import CHOSEN, Backend, Chooser, Flight, Memory, Span
 from quantkit.engine.drafters import Ask, Costs, Drafter, DraftLength
 from quantkit.engine.pages import Pages
 from quantkit.engine.request import Event, FinishReason, Limits, Logprob, QueueFull, Request, check_tokens
 from quantkit.engine.sampling import Sampling, not_finite
 from quantkit.engine.scheduler import Running, Scheduler, Step
-from quantkit.engine.step import CHOSEN, Backend, Chooser, Flight, Memory, Span
+from quantkit.engine.select_tokens import Owner, choose_tokens, logprobs_of, picks_of
 from quantkit.errors import QuantkitError
 
 KV_BUDGET_BYTES = 1 << 30

@@ -21,9 +21,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from quantkit.engine.step import Copy, Memory, Span
+from quantkit.dtypes import SCALE_DTYPES
+from quantkit.engine.backend import Copy, Memory, Span
 from quantkit.errors import SpecError
-from quantkit.numerics.dtypes import SCALE_DTYPES
 from quantkit.numerics.grid import choose_qparams, dequantize, quantize
 from quantkit.numerics.hadamard import sylvester
 from quantkit.numerics.pack import pack, packed_words, unpack

@@ -1,4 +1,4 @@
-"""A decoder program on the CPU as a :class:`quantkit.engine.step.Backend`: one native call per step, whatever its rows are."""
+"""A decoder program on the CPU as a :class:`quantkit.engine.backend.Backend`: one native call per step, whatever its rows."""
 
 from collections.abc import Sequence
 
@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quantkit.engine.step import Copy, Memory, Span
+from quantkit.engine.backend import Copy, Memory, Span
 from quantkit.errors import QuantkitError
-from quantkit.kernels.decoder import KV_DTYPES, PAGE_TOKENS, KvPages, NativeDecoder, Rows
+from quantkit.kernels.cpu.decoder import KV_DTYPES, PAGE_TOKENS, KvPages, NativeDecoder, Rows
 
 
 class NativeBackend:
@@ -19,7 +19,7 @@ class NativeBackend:
 
     Args:
         decoder: the program, laid out; without LongRoPE's second set of tables, which depends on the length of a sequence.
-        kv: how keys and values are stored, a key of :data:`quantkit.kernels.decoder.KV_DTYPES`.
+        kv: how keys and values are stored, a key of :data:`quantkit.kernels.cpu.decoder.KV_DTYPES`.
         exact: float activations; False rounds them to int8 where they meet quantized weights.
         bfloat16: round them to bfloat16 where they meet bfloat16 weights, if that is faster.
         context_tokens: longest sequence the model reads.
@@ -68,7 +68,7 @@ class NativeBackend:
         return 0 if self._kv is None else self._kv.nbytes
 
     def step(self, spans: Sequence[Span], copies: Sequence[Copy] = ()) -> Tensor:
-        """Run ``spans``; see :class:`~quantkit.engine.step.Backend`."""
+        """Run ``spans``; see :class:`~quantkit.engine.backend.Backend`."""
         pages = self._pages
         for source, target, _ in copies:
             for stored in (*pages.keys, *pages.values, *pages.key_scales, *pages.value_scales):

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import QuantkitError
-from quantkit.kernels.draw import Draw, draw_tokens
+from quantkit.kernels.functions.sampling import Draw, draw_tokens
 
 
 @dataclass(frozen=True, slots=True)

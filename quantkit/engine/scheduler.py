@@ -15,8 +15,8 @@ import bisect
 from dataclasses import dataclass, field
 from typing import Literal
 
+from quantkit.engine.backend import Copy, Span
 from quantkit.engine.pages import ROOT, Pages
-from quantkit.engine.step import Copy, Span
 from quantkit.errors import QuantkitError
 
 Batching = Literal["continuous", "static"]

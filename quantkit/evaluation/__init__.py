@@ -16,17 +16,17 @@ from torch import Tensor, nn
 
 from quantkit.calibrate.data import Batch, encoder, load_texts, text_default
 from quantkit.errors import CalibrationError
-from quantkit.evaluation.base import BaseLogits
 from quantkit.evaluation.coverage import CoverageRow, summarise
 from quantkit.evaluation.footprint import Footprint, footprint
 from quantkit.evaluation.latency import Latency, compare_latency, max_positions, measure_latency
 from quantkit.evaluation.quality import Divergence, Quality, score
 from quantkit.evaluation.record import Environment, EvalReport, Protocol, describe_environment
+from quantkit.evaluation.reference import BaseLogits
 from quantkit.evaluation.through_cache import ThroughCache
 from quantkit.evaluation.windows import Windows, cut_windows, from_batches
 from quantkit.nn.linear import QuantLinear, QuantWeight
-from quantkit.progress import ProgressCallback, ignore
 from quantkit.spec import KVScheme
+from quantkit.system.progress import ProgressCallback, ignore
 
 __all__ = [
     "BaseLogits", "CoverageRow", "Divergence", "Environment", "EvalReport", "Footprint", "Latency", "Protocol", "Quality",
@@ -123,7 +123,7 @@ def _load(model: nn.Module | str | Path) -> tuple[nn.Module, Any]:
     """Return the model and its tokenizer (None for a model object)."""
     if isinstance(model, nn.Module):
         return model, None
-    from quantkit.models import open_model  # transformers is slow to import; a model object does not need it
+    from quantkit.checkpoint.open import open_model  # transformers is slow to import; a model object does not need it
 
     return open_model(model)
 

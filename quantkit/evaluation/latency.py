@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from quantkit.engine.step import OneSequence
+from quantkit.engine.backend import OneSequence
 from quantkit.errors import CalibrationError
-from quantkit.evaluation.base import evaluating
 from quantkit.evaluation.footprint import peak_memory_bytes, reset_peak_memory
+from quantkit.evaluation.reference import evaluating
 from quantkit.nn.embedding import input_table
-from quantkit.progress import Progress, ProgressCallback, ignore
+from quantkit.system.progress import Progress, ProgressCallback, ignore
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,9 +27,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from quantkit.errors import CalibrationError
-from quantkit.evaluation.base import BaseLogits, LogitsFunction, evaluating, run_model
+from quantkit.evaluation.reference import BaseLogits, LogitsFunction, evaluating, run_model
 from quantkit.evaluation.windows import Windows
-from quantkit.progress import Progress, ProgressCallback, ignore
+from quantkit.system.progress import Progress, ProgressCallback, ignore
 
 TILE = 1 << 22
 """Logits worked on at a time. Smaller tiles stay in the cache, but on a busy machine their threads wait for each other."""

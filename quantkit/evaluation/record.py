@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from quantkit import __version__
 from quantkit.errors import FormatError
 from quantkit.evaluation.footprint import Footprint
 from quantkit.evaluation.latency import Latency
 from quantkit.evaluation.quality import Quality
-from quantkit.files import write_json
+from quantkit.system.files import write_json
+from quantkit.version import __version__
 
 SCHEMA = "quantkit.eval-report/1"
 """Name and version of the JSON layout; a reader refuses others."""

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantkit.engine.step import Backend, Memory, Span
-from quantkit.evaluation.base import evaluating
+from quantkit.engine.backend import Backend, Memory, Span
+from quantkit.evaluation.reference import evaluating
 from quantkit.spec import KVScheme
 
 

@@ -28,7 +28,7 @@ from quantkit.engine.engine import TokenEngine
 from quantkit.engine.request import Request
 from quantkit.errors import QuantkitError
 from quantkit.evaluation.latency import Spread
-from quantkit.progress import Progress, ProgressCallback, ignore
+from quantkit.system.progress import Progress, ProgressCallback, ignore
 
 
 @dataclass(frozen=True, slots=True)

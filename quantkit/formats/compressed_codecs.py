@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quantkit.dtypes import SCALE_DTYPES
 from quantkit.errors import FormatError
 from quantkit.formats.base import Codec, Layout, check_layout
 from quantkit.numerics import grid
-from quantkit.numerics.dtypes import SCALE_DTYPES
 from quantkit.numerics.pack import pack, packed_words, unpack
 from quantkit.qtensor import QTensor
 from quantkit.spec import QuantSpec

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantkit.dtypes import SCALE_DTYPES
 from quantkit.errors import FormatError, SpecError
 from quantkit.formats.base import FORMATS, Codec, Layout, Matcher, Stored, check_layout, group_by_scheme
 from quantkit.numerics import grid
-from quantkit.numerics.dtypes import SCALE_DTYPES
 from quantkit.numerics.pack import pack, packed_words, unpack
 from quantkit.qtensor import QTensor
 from quantkit.spec import QuantSpec, Scheme

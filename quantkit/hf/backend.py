@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from quantkit.engine.backend import Backend, Copy, Memory, Span
 from quantkit.engine.cuda import CudaBackend
 from quantkit.engine.native import NativeBackend
-from quantkit.engine.step import Backend, Copy, Memory, Span
 from quantkit.errors import QuantkitError
 from quantkit.hf.cache import TransformersStep, require_decoder
 from quantkit.hf.native import Decoder, device_types, native_decoder
 from quantkit.hf.paged import PagedBackend, context_tokens, describe_layers
-from quantkit.kernels.cuda_decoder import CudaDecoder
-from quantkit.kernels.decoder import NativeDecoder
+from quantkit.kernels.cpu.decoder import NativeDecoder
+from quantkit.kernels.cuda.decoder import CudaDecoder
 from quantkit.nn.embedding import input_table
 from quantkit.nn.linear import QuantLinear, QuantWeight
 from quantkit.spec import KVScheme, QuantSpec, kv_preset

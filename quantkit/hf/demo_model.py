@@ -16,7 +16,7 @@ import zipfile
 from pathlib import Path
 
 from quantkit.errors import QuantkitError
-from quantkit.files import atomic_path, cache_dir, sha256_file
+from quantkit.system.files import atomic_path, cache_dir, sha256_file
 
 log = logging.getLogger(__name__)
 

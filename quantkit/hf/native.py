@@ -11,13 +11,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from quantkit.errors import KernelError
-from quantkit.hf.lower import CannotLower, lower
-from quantkit.kernels import cuda_decoder, nvcc
-from quantkit.kernels.cuda import DTYPES
-from quantkit.kernels.cuda_decoder import CudaDecoder
-from quantkit.kernels.decoder import NativeDecoder, rejects
-from quantkit.kernels.program import Program
-from quantkit.memory import available_bytes, drop_pages, mapped_pages, return_freed_memory
+from quantkit.hf.lowering.lower import CannotLower, lower
+from quantkit.kernels.cpu.decoder import NativeDecoder, rejects
+from quantkit.kernels.cuda import decoder, nvcc
+from quantkit.kernels.cuda.decoder import CudaDecoder
+from quantkit.kernels.cuda.matmul import DTYPES
+from quantkit.kernels.program.definition import Program
+from quantkit.system.memory import available_bytes, drop_pages, mapped_pages, return_freed_memory
 
 _Mark = tuple[tuple[int, int, int], ...]
 Decoder = NativeDecoder | CudaDecoder
@@ -75,7 +75,7 @@ def _make_on_cuda(model: PreTrainedModel) -> CudaDecoder | str:
     nvcc.library()
     program = lower(model)
     device = next(model.parameters()).device
-    if reason := cuda_decoder.rejects(program) or _too_large_for_cuda(program, device):
+    if reason := decoder.rejects(program) or _too_large_for_cuda(program, device):
         return reason
     return CudaDecoder(program, device=device, dtype=model.dtype, context_tokens=FIRST_TOKENS)
 

@@ -23,8 +23,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from quantkit.engine.attention import Layout, attend, in_order
+from quantkit.engine.backend import Copy, Memory, Span
 from quantkit.engine.kvstore import Pool, make_pool, pool_bytes
-from quantkit.engine.step import Copy, Memory, Span
 from quantkit.errors import QuantkitError
 from quantkit.hf.cache import rope_types
 from quantkit.nn.embedding import input_table
@@ -146,7 +146,7 @@ class PagedBackend:
 
     @torch.inference_mode()
     def step(self, spans: Sequence[Span], copies: Sequence[Copy] = ()) -> Tensor:
-        """Run ``spans``; see :class:`~quantkit.engine.step.Backend`."""
+        """Run ``spans``; see :class:`~quantkit.engine.backend.Backend`."""
         for pool in (pool for pools in self._pools for pool in pools):
             pool.copy(copies)
         ordered = [spans[i] for i in in_order(spans)]

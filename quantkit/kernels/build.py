@@ -31,7 +31,8 @@ from typing import Any, Final
 import torch
 
 from quantkit.errors import KernelError
-from quantkit.files import atomic_path, cache_dir
+from quantkit.kernels import build
+from quantkit.system.files import atomic_path, cache_dir
 
 logger = logging.getLogger(__name__)
 
@@ -320,3 +321,13 @@ def _openmp() -> tuple[int | None, ...] | None:
     except AttributeError:
         return None
     return tuple(ctypes.cast(entry, ctypes.c_void_p).value for entry in entries)
+
+
+def compiled(what: str) -> bool:
+    """Say whether the compiled library is there; if not, log once that ``what`` is slow, and why."""
+    try:
+        build.library()
+    except KernelError as error:
+        build.warn_once(f"{what}: run in plain torch, many times slower: {error}")
+        return False
+    return True

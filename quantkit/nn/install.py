@@ -5,7 +5,10 @@ A linear layer's whole module is replaced by a :class:`~quantkit.nn.linear.Quant
 :class:`~quantkit.nn.linear.QuantWeight` of the same name. The float weight is freed as soon as nobody else holds it.
 """
 
+from typing import Any
+
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from quantkit.errors import SpecError
 from quantkit.kernels import Activations
@@ -13,6 +16,7 @@ from quantkit.kernels.select import check_activations
 from quantkit.nn.embedding import QuantEmbedding
 from quantkit.nn.linear import QuantLinear, QuantWeight
 from quantkit.nn.sites import Site
+from quantkit.numerics import grid
 from quantkit.qtensor import QTensor
 from quantkit.spec import QuantSpec
 
@@ -98,3 +102,32 @@ def _find(model: nn.Module, site: Site) -> tuple[nn.Module, Tensor]:
     if shape != site.shape:
         raise SpecError(f"{site.name}: the model's weight has shape {shape} (out, in), the site says {site.shape}")
     return module, weight
+
+
+HEAD_SPEC = QuantSpec("int8", (1, 64))
+"""The default grid: 8.25 bits a weight."""
+
+
+def quantize_head(model: PreTrainedModel, spec: QuantSpec = HEAD_SPEC) -> None:
+    """Round the output head of ``model`` to nearest on ``spec``, in place; a head that is quantized already stays.
+
+    A tied embedding is left in float, and the config says that the two are no longer tied.
+
+    Raises:
+        SpecError: the model has no linear head, or the grid does not fit it.
+    """
+    head: Any = model.get_output_embeddings()
+    if isinstance(head, QuantLinear):
+        return
+    if type(head) is not nn.Linear:
+        kind = "none" if head is None else type(head).__name__
+        raise SpecError(f"{type(model).__name__}: the output head is {kind}, want nn.Linear; leave it as it is")
+    weight: Tensor = head.weight.detach().float()
+    scale, zero = grid.choose_qparams(weight, spec)
+    qtensor = QTensor.from_codes(grid.quantize(weight, scale, zero, spec), scale, zero, spec)
+    name = next(name for name, module in model.named_modules() if module is head)
+    parent, _, own = name.rpartition(".")
+    rounded = QuantLinear(qtensor, head.bias).train(head.training)
+    rounded.keeps_codes = False
+    setattr(model.get_submodule(parent), own, rounded)
+    model.config.tie_word_embeddings = False

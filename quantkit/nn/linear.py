@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.errors import SpecError
-from quantkit.kernels.cpu import State
+from quantkit.kernels.cpu.matmul import State
 from quantkit.kernels.select import Activations, Kernel, Problem, RoundingKernel, select
 from quantkit.numerics.fake import fake_quantize
-from quantkit.numerics.hadamard import turn
+from quantkit.numerics.hadamard import hadamard_transform
 from quantkit.qtensor import QTensor, stack
 from quantkit.spec import QuantSpec
 
@@ -85,7 +85,8 @@ class _Quantized(nn.Module):
     def activations(self) -> Activations:
         """What kernels make of x: ``"float"``, nothing (the default), or ``"int8"``, rounded block by block.
 
-        :mod:`quantkit.kernels.cpu` states the error of the second. Where a gradient is wanted, x is always left as it is.
+        :mod:`quantkit.kernels.cpu.matmul` states the error of the second. Where a gradient is wanted, x is always left as it
+        is.
         """
         return self._activations
 
@@ -147,7 +148,7 @@ class _Quantized(nn.Module):
             bias = bias.to(x.dtype)
         activation = self.activation
         if activation is not None and activation.rotated:
-            x, activation = turn(x), dataclasses.replace(activation, rotated=False)
+            x, activation = hadamard_transform(x), dataclasses.replace(activation, rotated=False)
         if activation is not None and isinstance(ready.kernel, RoundingKernel) and ready.kernel.rounds(self.spec, activation):
             return ready.kernel.matmul_rounded(x, ready.state, bias, activation)
         return ready.kernel.matmul(self._rounded(x, expert, activation), ready.state, bias)

@@ -6,7 +6,7 @@ calibrated, quantized and written at a time.
 """
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -107,3 +107,22 @@ def sharing_copy(model: ModelT) -> ModelT:
     """
     shared: dict[int, Any] = {id(p): nn.Parameter(p.data, requires_grad=p.requires_grad) for p in model.parameters()}
     return copy.deepcopy(model, shared)
+
+
+@dataclass
+class SiteStatistics:
+    """Results of the collectors of one site; for a 3-D site every result has a leading expert axis.
+
+    Attributes:
+        results: collector name to result.
+        tokens: number of rows seen, per expert for a 3-D site.
+        cache: what a quantizer derived from the results (a factorisation), shared by the sites that share the statistics.
+    """
+
+    results: dict[str, Tensor]
+    tokens: tuple[int, ...]
+    cache: dict[str, Tensor] = field(default_factory=dict)
+
+    def expert(self, index: int) -> "SiteStatistics":
+        """Return the statistics of one expert."""
+        return SiteStatistics({name: value[index] for name, value in self.results.items()}, (self.tokens[index],))

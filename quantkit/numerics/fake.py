@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from quantkit.numerics import grid
-from quantkit.numerics.hadamard import turn
+from quantkit.numerics.hadamard import hadamard_transform
 from quantkit.spec import QuantSpec
 
 
@@ -18,10 +18,11 @@ def fake_quantize(x: Tensor, spec: QuantSpec, scale: Tensor | None = None) -> Te
 
     Returns:
         The nearest values that the grid has, in x's shape and dtype, of x turned by
-        :func:`~quantkit.numerics.hadamard.turn` if the grid is rotated. Rounding has the gradient of the identity.
+        :func:`~quantkit.numerics.hadamard.hadamard_transform` if the grid is rotated. Rounding has the gradient of the
+        identity.
     """
     if spec.rotated:
-        x = turn(x)
+        x = hadamard_transform(x)
     rows = x.detach().reshape(-1, x.shape[-1]).float()
     if not rows.numel():
         return x

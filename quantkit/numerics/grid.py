@@ -9,7 +9,7 @@ Symmetric grids have :math:`z = 2^{b-1}` (not stored) and :math:`s = \max|w| / (
 shape (..., out / block rows, in / block columns). Scales are rounded to the dtype they are stored in *before* codes are
 chosen, so what is measured is what is written.
 
-Table dtypes (:mod:`quantkit.numerics.dtypes`) are symmetric, :math:`w \approx v_q s` with the value :math:`v_q` of the code and
+Table dtypes (:mod:`quantkit.dtypes`) are symmetric, :math:`w \approx v_q s` with the value :math:`v_q` of the code and
 :math:`s = \max|w| / \max v`; ties go to the even mantissa where the table is a float's, as in hardware. Scales that are powers
 of two (MXFP4) follow the OCP rule, :math:`s = 2^{\lfloor\log_2 \max|w|\rfloor - \lfloor\log_2 \max v\rfloor}`.
 """
@@ -19,8 +19,8 @@ import math
 import torch
 from torch import Tensor
 
+from quantkit.dtypes import DTYPES, SCALE_DTYPES, table
 from quantkit.errors import SpecError
-from quantkit.numerics.dtypes import DTYPES, SCALE_DTYPES, table
 from quantkit.spec import QuantSpec
 
 FP8_LARGEST = 448.0
@@ -153,3 +153,12 @@ def _nearest_in_table(values: Tensor, dtype: str) -> Tensor:
     above, below = (torch.bucketize(values, bounds, right=right) for right in (False, True))
     even = (codes & 1) == 0  # bounds belong to the neighbour with the even code
     return torch.where(even[above], codes[above], codes[below])
+
+
+_LARGEST = 12
+"""Largest exponent: 2^12 either way is far beyond any outlier, and far from float16's limits for weights."""
+
+
+def powers_of_two(factors: Tensor) -> Tensor:
+    """Return the nearest powers of two (in the logarithm), of magnitude 2^-12 to 2^12; ``factors`` are positive."""
+    return torch.exp2(factors.log2().round().clamp(-_LARGEST, _LARGEST))

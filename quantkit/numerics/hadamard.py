@@ -10,8 +10,9 @@ channel becomes a small number in all. Sizes are built as a product:
 
 So 576 = 36 x 16 and 1536 = 12 x 128 have true Hadamard matrices. Everything is float64 and made from a seed.
 
-What is applied at run time (:func:`turn`) must be the same matrix for ever, so it uses neither signs nor anything random: where
-no Hadamard matrix is known, channels are mixed within blocks of the largest power of two that divides their number.
+What is applied at run time (:func:`hadamard_transform`) must be the same matrix for ever, so it uses neither signs nor anything
+random: where no Hadamard matrix is known, channels are mixed within blocks of the largest power of two that divides their
+number.
 """
 
 import functools
@@ -32,11 +33,11 @@ def random_hadamard(size: int, seed: int = 0) -> Tensor:
     return signs * _orthogonal(size, seed)
 
 
-def turn(x: Tensor, *, back: bool = False) -> Tensor:
+def hadamard_transform(x: Tensor, *, back: bool = False) -> Tensor:
     """Return ``x @ h.T`` for one orthogonal matrix h (n, n) per n; with ``back``, ``x @ h``, which undoes it.
 
-    ``turn(w) @ turn(x)`` is ``w @ x``. h is the Kronecker product of two small matrices, so a row costs n (a + b) products
-    with n = a b, for example 1536 x (12 + 128).
+    ``hadamard_transform(w) @ hadamard_transform(x)`` is ``w @ x``. h is the Kronecker product of two small matrices, so a row
+    costs n (a + b) products with n = a b, for example 1536 x (12 + 128).
 
     Args:
         x: floating (..., n); n is at least 1.

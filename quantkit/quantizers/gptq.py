@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import CalibrationError
-from quantkit.kernels import rounding
+from quantkit.kernels.functions import rounding
 from quantkit.numerics import descent, grid
 from quantkit.qtensor import QTensor
 from quantkit.quantizers.base import QUANTIZERS, Statistics

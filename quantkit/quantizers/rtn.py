@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from quantkit.kernels import rounding
+from quantkit.kernels.functions import rounding
 from quantkit.numerics import grid
 from quantkit.qtensor import QTensor
 from quantkit.quantizers.base import QUANTIZERS, Statistics

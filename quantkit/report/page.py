@@ -12,12 +12,12 @@ from typing import Any
 from quantkit.errors import CalibrationError
 from quantkit.evaluation.coverage import KINDS, CoverageRow, CoverageSummary, summarise
 from quantkit.evaluation.record import EvalReport
-from quantkit.files import write_atomic
 from quantkit.report import plots
 from quantkit.report.cells import DASH, columns, mib, protocol_lines, significant
 from quantkit.report.findings import findings, headline
+from quantkit.system.files import write_atomic
 
-TEMPLATES = Path(__file__).parent.parent / "templates"
+TEMPLATES = Path(__file__).parent / "templates"
 
 Losses = Mapping[str, float] | Sequence[Mapping[str, Any]]
 """Site name to loss, or rows ``{"site": name, "block": number, "loss": value}``."""

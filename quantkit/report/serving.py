@@ -5,9 +5,9 @@ from pathlib import Path
 
 from quantkit.evaluation.latency import Spread
 from quantkit.evaluation.trace import Served
-from quantkit.files import write_atomic
 from quantkit.report import plots
 from quantkit.report.page import TEMPLATES
+from quantkit.system.files import write_atomic
 
 
 def trace_rows(found: Mapping[str, Served], price: float | None = None) -> tuple[list[str], list[list[str]]]:

@@ -17,7 +17,7 @@ from starlette.routing import Route
 from quantkit.engine.engine import TokenEngine
 from quantkit.engine.request import QueueFull
 from quantkit.errors import QuantkitError
-from quantkit.generation import encode_prompt
+from quantkit.generation.text import encode_prompt
 from quantkit.serve.metrics import counter, gauge
 from quantkit.serve.wire import Chat, Completion, Generating, Piece, Reply, explain, usage
 from quantkit.serve.worker import Answer, Worker

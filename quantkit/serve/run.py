@@ -10,7 +10,8 @@ from quantkit.engine.drafters import Drafter
 from quantkit.engine.engine import TokenEngine
 from quantkit.engine.request import Limits
 from quantkit.errors import QuantkitError
-from quantkit.generation import Engine, end_tokens
+from quantkit.generation.engine import Engine
+from quantkit.generation.generate import end_tokens
 from quantkit.spec import KVScheme
 
 

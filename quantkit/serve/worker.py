@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from quantkit.engine.engine import TokenEngine
 from quantkit.engine.request import Event, FinishReason, Logprob, Request
 from quantkit.errors import QuantkitError
-from quantkit.generation import TextStream
+from quantkit.generation.text import TextStream
 from quantkit.serve.metrics import Histogram
 
 logger = logging.getLogger(__name__)

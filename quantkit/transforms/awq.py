@@ -16,9 +16,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from quantkit.kernels import rounding
+from quantkit.kernels.functions import rounding
 from quantkit.numerics import grid
-from quantkit.numerics.scaling import powers_of_two
+from quantkit.numerics.grid import powers_of_two
 from quantkit.spec import Scheme
 from quantkit.transforms.base import TRANSFORMS, Statistics
 

@@ -3,7 +3,7 @@ r"""What a transform is: factors that move size between a layer's input channels
 For any positive s, :math:`W x = (W \operatorname{diag}(s)) (\operatorname{diag}(s)^{-1} x)`. If whatever produces x (a norm's
 weight, the rows of another linear layer) can take up :math:`1/s`, the model computes what it computed before, but weights and
 activations have other sizes, and so other rounding errors. A transform only says which s it wants, from the weights that read x
-and from statistics; :mod:`quantkit.rescale` finds the places where that is allowed, and carries it out.
+and from statistics; :mod:`quantkit.transforms.scaling_groups` finds the places where that is allowed, and carries it out.
 
 Factors are rounded to powers of two, so that nothing is rounded when they are multiplied in, whatever the model's dtype.
 """

@@ -21,8 +21,8 @@ from torch import Tensor
 from quantkit.errors import SpecError
 from quantkit.numerics import grid
 from quantkit.numerics.fake import fake_quantize
-from quantkit.numerics.hadamard import turn
-from quantkit.numerics.scaling import powers_of_two
+from quantkit.numerics.grid import powers_of_two
+from quantkit.numerics.hadamard import hadamard_transform
 from quantkit.spec import Scheme
 from quantkit.transforms.base import TRANSFORMS, Statistics
 
@@ -73,7 +73,7 @@ def _error(weight: Tensor, scheme: Scheme, s: Tensor, x: Tensor) -> float:
     if scheme.activation is not None:
         activation = scheme.activation if scheme.activation.dynamic else replace(scheme.activation, block=(1, -1))
         inputs = fake_quantize(inputs, activation)
-    stored = turn(scaled) if scheme.rotated else scaled
+    stored = hadamard_transform(scaled) if scheme.rotated else scaled
     qparams = grid.choose_qparams(stored, spec)
     rounded = grid.dequantize(grid.quantize(stored, *qparams, spec), *qparams, spec)
     return float((inputs @ rounded.T - x @ weight.T).square().sum(dtype=torch.float64))

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quantkit.calibrate.walk import Inputs, SiteStatistics, collect, record_inputs, walk_block
+from quantkit.calibrate.walk import Inputs, collect, record_inputs, walk_block
 from quantkit.errors import CalibrationError
-from quantkit.nn.sites import Site
+from quantkit.nn.sites import Site, SiteStatistics
 
 
 class Block(nn.Module):
@@ -63,17 +63,17 @@ def test_drift_compares_with_what_the_float_block_has_at_the_same_place() -> Non
         block.get_submodule(site.name[2:]).weight.mul_(1.5)
 
     moved = [x + 0.1 for x in xs]
-    outputs, twins = record_inputs(block, "b", sites(), [lambda x=x: block(x) for x in xs])
-    assert twins[0]["b.q"] is twins[0]["b.k"]
+    outputs, float_inputs = record_inputs(block, "b", sites(), [lambda x=x: block(x) for x in xs])
+    assert float_inputs[0]["b.q"] is float_inputs[0]["b.k"]
     for out, x in zip(outputs, xs, strict=True):
         assert torch.equal(out, plain(x))
-    walk_block(block, "b", sites(), [lambda x=x: block(x) for x in moved], visit, twins)
+    walk_block(block, "b", sites(), [lambda x=x: block(x) for x in moved], visit, float_inputs)
     assert found["b.q"] is found["b.k"]
-    assert not any(twins)  # let go
+    assert not any(float_inputs)  # let go
     h, g = (torch.tanh(torch.cat(part)).reshape(-1, 8) for part in (moved, xs))
     torch.testing.assert_close(found["b.q"].results["drift"], (g - h).T @ h / len(h))
-    between, twin = 2.25 * plain.q(h) * plain.k(h), plain.q(g) * plain.k(g)
-    torch.testing.assert_close(found["b.o"].results["drift"], (twin - between).T @ between / len(h))
+    between, float_x = 2.25 * plain.q(h) * plain.k(h), plain.q(g) * plain.k(g)
+    torch.testing.assert_close(found["b.o"].results["drift"], (float_x - between).T @ between / len(h))
     without = collect(sites()[0], ["drift", "hessian"], [Inputs(h)])
     assert list(without.results) == ["hessian"]
 

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantkit.errors import KernelError
-from quantkit.kernels import KERNELS, Kernel, Problem, ops, report, select
-from quantkit.kernels.cpu import BLOCK
+from quantkit.kernels import KERNELS, Kernel, Problem, report, select
+from quantkit.kernels.cpu import ops
+from quantkit.kernels.cpu.matmul import BLOCK
 from quantkit.numerics import grid
 from quantkit.qtensor import QTensor
 from quantkit.spec import QuantSpec

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from quantkit.calibrate.collectors import COLLECTORS, Hessian
-from quantkit.calibrate.walk import SiteStatistics
 from quantkit.errors import CalibrationError, SpecError
+from quantkit.nn.sites import SiteStatistics
 from quantkit.quantizers.base import QUANTIZERS, quantize_site, relative_error
 from quantkit.quantizers.gptaq import GPTAQ
 from quantkit.quantizers.gptq import GPTQ, inverse_factor
@@ -155,19 +155,19 @@ def test_rounds_of_descent_lower_the_error_every_time(spec: QuantSpec) -> None:
 def test_gptaq_comes_closer_to_the_float_models_outputs_than_gptq() -> None:
     generator = torch.Generator().manual_seed(0)
     weight, _ = problem(out=32, features=128)
-    twin = torch.randn(2000, 128, generator=generator) @ torch.randn(128, 128, generator=generator)
-    x = twin * 1.05 + 0.3 * twin.roll(1, 1) + torch.randn(2000, 128, generator=generator)
+    float_x = torch.randn(2000, 128, generator=generator) @ torch.randn(128, 128, generator=generator)
+    x = float_x * 1.05 + 0.3 * float_x.roll(1, 1) + torch.randn(2000, 128, generator=generator)
     statistics = statistics_of(x)
     drift = COLLECTORS.get("drift")(128)
-    drift.update(torch.cat([x, twin], 1))
+    drift.update(torch.cat([x, float_x], 1))
     statistics.results["drift"] = drift.result()
     errors = {}
     for name, quantizer in {"gptq": GPTQ(), "half": GPTAQ(), "full": GPTAQ(correction=1.0)}.items():
         quantized = quantize_site(quantizer, "s", weight, SPECS[1], statistics).qtensor.dequantize()
-        errors[name] = (twin @ weight.T - x @ quantized.T).square().mean().item()
+        errors[name] = (float_x @ weight.T - x @ quantized.T).square().mean().item()
     assert errors["full"] < errors["half"] < errors["gptq"]
-    float_best = torch.linalg.lstsq(x, twin @ weight.T).solution.T
-    unavoidable = (twin @ weight.T - x @ float_best.T).square().mean().item()
+    float_best = torch.linalg.lstsq(x, float_x @ weight.T).solution.T
+    unavoidable = (float_x @ weight.T - x @ float_best.T).square().mean().item()
     assert errors["full"] - unavoidable < 0.5 * (errors["gptq"] - unavoidable)
 
 

@@ -5,21 +5,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantkit.blockwise import collect_statistics
-from quantkit.calibrate.walk import SiteStatistics
-from quantkit.compute import Compute
+from quantkit.calibrate.chain import collect_statistics
 from quantkit.errors import CalibrationError, SpecError
 from quantkit.hf.structure import describe
-from quantkit.nn.sites import read_weight, write_weight
-from quantkit.numerics.scaling import powers_of_two
-from quantkit.pipeline import collect, quantize
-from quantkit.plan import make_plan
+from quantkit.nn.sites import SiteStatistics, read_weight, write_weight
+from quantkit.numerics.grid import powers_of_two
+from quantkit.pipeline.plan import make_plan
+from quantkit.pipeline.quantize import collect, quantize
+from quantkit.pipeline.resume import ResumeStore
 from quantkit.quantizers.base import Quantized
-from quantkit.rescale import apply_transform, find_groups
-from quantkit.resume import ResumeStore
 from quantkit.spec import QuantSpec, preset
+from quantkit.system.compute import Compute
 from quantkit.transforms.awq import AWQ
 from quantkit.transforms.base import TRANSFORMS
+from quantkit.transforms.scaling_groups import apply_transform, find_groups
 from quantkit.transforms.smoothquant import SmoothQuant
 from tests.qtensors import random_qtensor
 from tests.tiny import FAMILIES, tiny_llama

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from quantkit.kernels import build, cuda_calls, cuda_prompt, nvcc
+from quantkit.kernels import build
+from quantkit.kernels.cuda import calls, nvcc, prefill
 
 HERE = Path(__file__).parent
 FLAGS = ("-x", "c++", "-std=c++17", "-O2", "-fPIC", "-w", f"-I{HERE}", "-ffp-contract=off")
@@ -35,15 +36,15 @@ def machine(monkeypatch, processors: int = 8, capability: tuple[int, int] = (8, 
     built = library()
     built.qk_host_last_block_first(last_block_first)
     monkeypatch.setattr(nvcc, "library", lambda: built)
-    monkeypatch.setattr(cuda_calls, "on_device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(cuda_calls, "stream_of", lambda device: 0)
-    monkeypatch.setattr(cuda_calls, "multiprocessors", lambda device: processors)
-    monkeypatch.setattr(cuda_calls, "slice_bytes", lambda device: cuda_calls.SLICE_BYTES)
-    monkeypatch.setattr(cuda_calls, "runs_on", lambda x: True)
-    monkeypatch.setattr(cuda_calls, "capturing", lambda: False)
-    monkeypatch.setattr(cuda_prompt, "capability", lambda device: capability)
-    monkeypatch.setattr(cuda_prompt, "_known", {})
-    cuda_calls._counters.pop((torch.device("cpu"), 0), None)
+    monkeypatch.setattr(calls, "on_device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(calls, "stream_of", lambda device: 0)
+    monkeypatch.setattr(calls, "multiprocessors", lambda device: processors)
+    monkeypatch.setattr(calls, "slice_bytes", lambda device: calls.SLICE_BYTES)
+    monkeypatch.setattr(calls, "runs_on", lambda x: True)
+    monkeypatch.setattr(calls, "capturing", lambda: False)
+    monkeypatch.setattr(prefill, "capability", lambda device: capability)
+    monkeypatch.setattr(prefill, "_known", {})
+    calls._counters.pop((torch.device("cpu"), 0), None)
     yield
-    counters = cuda_calls._counters.pop((torch.device("cpu"), 0), None)
+    counters = calls._counters.pop((torch.device("cpu"), 0), None)
     assert counters is None or not counters.any()  # every kernel leaves them as it found them

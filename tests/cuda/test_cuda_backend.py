@@ -7,21 +7,22 @@ import pytest
 import torch
 
 import quantkit
+from quantkit.engine.backend import CHOSEN, Copy, Memory, Span
 from quantkit.engine.cuda import CudaBackend
 from quantkit.engine.engine import TokenEngine
 from quantkit.engine.native import NativeBackend
 from quantkit.engine.request import Limits, Request
 from quantkit.engine.sampling import Sampling
-from quantkit.engine.step import CHOSEN, Copy, Memory, Span
 from quantkit.errors import KernelError, QuantkitError
 from quantkit.hf import backend as chooser
 from quantkit.hf import native
 from quantkit.hf.backend import describe_engine, make_backend
 from quantkit.hf.experts import enable_experts
-from quantkit.hf.lower import lower
-from quantkit.kernels import cuda_ops, interpret
-from quantkit.kernels.cuda_decoder import CudaDecoder
-from quantkit.kernels.decoder import NativeDecoder
+from quantkit.hf.lowering.lower import lower
+from quantkit.kernels.cpu.decoder import NativeDecoder
+from quantkit.kernels.cuda import ops
+from quantkit.kernels.cuda.decoder import CudaDecoder
+from quantkit.kernels.program import reference
 from quantkit.spec import KVScheme, QuantSpec
 from tests import tiny
 from tests.cuda import emulated
@@ -190,7 +191,7 @@ def test_batch_invariant_rows_are_computed_alike(monkeypatch):
     enable_experts(model)
     program = lower(quantize(model, W4))
     shapes, splits, linear = set[int](), set[int | None](), torch.nn.functional.linear
-    functions = {name: made[0] for name, made in cuda_ops._IMPLEMENTATIONS.items()}
+    functions = {name: made[0] for name, made in ops._IMPLEMENTATIONS.items()}
     attend = functions["attend_pages"]
 
     def noted(q, *rest):
@@ -206,7 +207,7 @@ def test_batch_invariant_rows_are_computed_alike(monkeypatch):
     del functions["attend_prompt_pages"]
     decoder = CudaDecoder(program, device="cpu", dtype=torch.float32, context_tokens=16)
     floats = [decoder._head.floats, *(layer.experts[2].floats for layer in decoder._layers)]
-    monkeypatch.setattr(cuda_ops, "ops", lambda: type("ops", (), functions))
+    monkeypatch.setattr(ops, "ops", lambda: type("ops", (), functions))
     monkeypatch.setattr(torch.nn.functional, "linear", dense)
     prompts = [*PROMPTS, some_ids(110, 9)]  # in a step with others more rows than any recording has
     found = []
@@ -259,8 +260,8 @@ def way(request, monkeypatch):
 
 def direct(monkeypatch) -> None:
     """Let operators call kernels for CPU tensors too."""
-    functions = {name: staticmethod(made[1]) for name, made in cuda_ops._IMPLEMENTATIONS.items()}
-    monkeypatch.setattr(cuda_ops, "ops", lambda: type("ops", (), functions))
+    functions = {name: staticmethod(made[1]) for name, made in ops._IMPLEMENTATIONS.items()}
+    monkeypatch.setattr(ops, "ops", lambda: type("ops", (), functions))
 
 
 @pytest.mark.parametrize("kv", ["float", "int4"])
@@ -297,7 +298,7 @@ def test_whole_requests_through_the_emulated_kernels(monkeypatch):
     assert set(backend._recorded) == {8, 1}  # seven rows, the end of a prompt among them; then one
     assert got == answers(NativeBackend(NativeDecoder(program)), prompts, 3)[0]
     for prompt, tokens in zip(prompts, got, strict=True):
-        logits = interpret.logits(program, torch.tensor([*prompt, *tokens[:-1]]))[len(prompt) - 1 :]
+        logits = reference.logits(program, torch.tensor([*prompt, *tokens[:-1]]))[len(prompt) - 1 :]
         lost = logits.max(-1).values - logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]
         assert (lost < 0.02 * logits.abs().max()).all()
 

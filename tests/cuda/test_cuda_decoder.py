@@ -7,11 +7,12 @@ import quantkit
 from quantkit.engine.sampling import Sampling
 from quantkit.errors import KernelError
 from quantkit.hf.experts import enable_experts
-from quantkit.hf.lower import lower
+from quantkit.hf.lowering.lower import lower
 from quantkit.hf.structure import describe
-from quantkit.kernels import cuda_ops, interpret, nvcc
-from quantkit.kernels.cuda_decoder import CudaDecoder, rejects
-from quantkit.kernels.cuda_graph import GraphDecoder
+from quantkit.kernels.cuda import nvcc, ops
+from quantkit.kernels.cuda.decoder import CudaDecoder, rejects
+from quantkit.kernels.cuda.graph import GraphDecoder
+from quantkit.kernels.program import reference
 from quantkit.numerics.noise import gumbel
 from quantkit.spec import QuantSpec
 from tests import tiny
@@ -57,7 +58,7 @@ def test_float_families(family):
         known = family in ("gemma2",)
         model = tiny.FAMILIES[family](head_dim=64, **({"sliding_window": 8} if known else {}))
     decoder, ids = decoder_of(model), some_ids(12)
-    want = interpret.logits(decoder.program, torch.tensor(ids))
+    want = reference.logits(decoder.program, torch.tensor(ids))
     assert error(read_in_pieces(decoder, ids), want) < 5e-3
     assert error(read_in_pieces(decoder, ids, "int8"), want) < 3e-2
 
@@ -68,7 +69,7 @@ def test_quantized_families(family, spec):
     model = quantized(family, spec)
     ids = some_ids(12)
     decoder = decoder_of(model)
-    want = interpret.logits(decoder.program, torch.tensor(ids))
+    want = reference.logits(decoder.program, torch.tensor(ids))
     assert error(read_in_pieces(decoder, ids), want) < 5e-3
 
 
@@ -76,10 +77,10 @@ def test_quantized_families(family, spec):
 def test_through_the_emulated_kernels(family, monkeypatch):
     model = quantized(family, W4)
     decoder, ids = decoder_of(model), some_ids(9)
-    want = interpret.logits(decoder.program, torch.tensor(ids))
-    functions = {name: made[1] for name, made in cuda_ops._IMPLEMENTATIONS.items()}
+    want = reference.logits(decoder.program, torch.tensor(ids))
+    functions = {name: made[1] for name, made in ops._IMPLEMENTATIONS.items()}
     with emulated.machine(monkeypatch):
-        monkeypatch.setattr(cuda_ops, "ops", lambda: type("ops", (), {k: staticmethod(f) for k, f in functions.items()}))
+        monkeypatch.setattr(ops, "ops", lambda: type("ops", (), {k: staticmethod(f) for k, f in functions.items()}))
         assert error(read_in_pieces(decoder, ids), want) < 5e-3
 
 
@@ -97,9 +98,9 @@ class Listening:
 @pytest.mark.parametrize("family", ["llama", "phi3"])  # gate and up apart in the model, and in one
 def test_a_layer_is_eight_kernels(family, monkeypatch):
     decoder, heard = decoder_of(quantized(family, W4)), list[str]()
-    functions = {name: staticmethod(made[1]) for name, made in cuda_ops._IMPLEMENTATIONS.items()}
+    functions = {name: staticmethod(made[1]) for name, made in ops._IMPLEMENTATIONS.items()}
     with emulated.machine(monkeypatch):
-        monkeypatch.setattr(cuda_ops, "ops", lambda: type("ops", (), functions))
+        monkeypatch.setattr(ops, "ops", lambda: type("ops", (), functions))
         monkeypatch.setattr(nvcc, "library", lambda: Listening(emulated.library(), heard))
         state = GraphDecoder(decoder, 1, 4)
         decoder.step(torch.tensor([5]), state._where, state._pages, batch_invariant=True)
@@ -120,9 +121,9 @@ def test_norms_round_for_the_products_that_read_them(family, way, monkeypatch):
     if way == "plain":
         assert error(read_in_pieces(decoder, ids), want) < 1.5e-2
         return
-    functions = {name: staticmethod(made[1]) for name, made in cuda_ops._IMPLEMENTATIONS.items()}
+    functions = {name: staticmethod(made[1]) for name, made in ops._IMPLEMENTATIONS.items()}
     with emulated.machine(monkeypatch):
-        monkeypatch.setattr(cuda_ops, "ops", lambda: type("ops", (), functions))
+        monkeypatch.setattr(ops, "ops", lambda: type("ops", (), functions))
         monkeypatch.setattr(nvcc, "library", lambda: Listening(emulated.library(), heard))
         assert error(read_in_pieces(decoder, ids), want) < 1.5e-2
     product, mix = "qk_matmul_int8", ["qk_matmul_int8", "qk_norm", "qk_matmul_int8"]  # one rounds what the gate has made
@@ -137,10 +138,10 @@ def test_a_long_prompt_on_hopper(monkeypatch):
     for site in describe(model).sites:
         round_site(model, site, QuantSpec("int8") if "down_proj" in site.name else W4)
     decoder, prompt, heard = decoder_of(model), some_ids(70, 4), list[str]()
-    want = interpret.logits(decoder.program, torch.tensor(prompt))[-1:]
-    functions = {name: staticmethod(made[1]) for name, made in cuda_ops._IMPLEMENTATIONS.items()}
+    want = reference.logits(decoder.program, torch.tensor(prompt))[-1:]
+    functions = {name: staticmethod(made[1]) for name, made in ops._IMPLEMENTATIONS.items()}
     with emulated.machine(monkeypatch, capability=(9, 0)):
-        monkeypatch.setattr(cuda_ops, "ops", lambda: type("ops", (), functions))
+        monkeypatch.setattr(ops, "ops", lambda: type("ops", (), functions))
         monkeypatch.setattr(nvcc, "library", lambda: Listening(emulated.library(), heard))
         state = GraphDecoder(decoder, 1, 80)
         chosen = state.read([prompt])
@@ -159,7 +160,7 @@ def test_decoding_chooses_the_most_likely_and_batches_do_not_matter():
         alone = GraphDecoder(decoder, 1, 64)
         chosen = torch.cat([alone.read([prompt]), alone.decode(4)[:, 0], alone.decode(2)[:, 0]])
         assert chosen.tolist() == [int(first[slot]), *rest[:, slot].tolist()]
-        logits = interpret.logits(program, torch.tensor([*prompt, *chosen.tolist()[:-1]]))[len(prompt) - 1 :]
+        logits = reference.logits(program, torch.tensor([*prompt, *chosen.tolist()[:-1]]))[len(prompt) - 1 :]
         near = logits.max(-1).values - logits.gather(1, chosen[:, None])[:, 0]
         assert (near < 0.02 * logits.abs().max()).all()
 
@@ -182,7 +183,7 @@ def test_every_sequence_is_drawn_as_it_wishes():
     for slot in (0, 2):  # every token is the winner among those that the engine would keep
         ids = [*prompts[slot], *together[:, slot].tolist()]
         start = len(prompts[slot]) - 1
-        logits = interpret.logits(decoder.program, torch.tensor(ids[:-1]))[start:]
+        logits = reference.logits(decoder.program, torch.tensor(ids[:-1]))[start:]
         positions = torch.arange(start, len(ids) - 1, dtype=torch.int32)
         scores = shape_logits(logits, [wishes[slot]] * 13) + gumbel(tiny.VOCAB, torch.full((13,), wishes[slot].seed), positions)
         assert (scores.argmax(-1) == together[:, slot]).sum() >= 12  # logits of half precision may change a close race

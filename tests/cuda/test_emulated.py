@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from quantkit.errors import KernelError
-from quantkit.kernels import cuda_attention, cuda_calls, cuda_glue, cuda_ops, fragments
-from quantkit.kernels.cuda_attention import Pages, Rope, Where
+from quantkit.kernels.cuda import attention, calls, layout, norms, ops
+from quantkit.kernels.cuda.attention import Pages, Rope, Where
 from quantkit.numerics import grid
 from quantkit.numerics.fake import fake_quantize
 from quantkit.qtensor import QTensor
@@ -54,62 +54,62 @@ def product(x: torch.Tensor, qtensor: QTensor, bias: torch.Tensor | None = None)
 )
 def test_matmul_and_expand(bits, symmetric, group, n, k, tokens, dtype):
     qtensor = random_qtensor(QuantSpec(f"int{bits}", (1, group), symmetric, "bfloat16" if bits == 8 else "float16"), (n, k))
-    weight = fragments.prepack(qtensor)
+    weight = layout.prepack(qtensor)
     x, bias = torch.randn(tokens, k).to(dtype), torch.randn(n).to(dtype)
-    got = cuda_calls.matmul(x, weight, bias)
+    got = calls.matmul(x, weight, bias)
     assert got.dtype == dtype
     assert error(got, product(x, qtensor, bias)) < EPS[dtype]
-    whole = torch.cat([cuda_calls.expand(weight, dtype, range(tile, tile + 1)) for tile in range(weight.tiles)])
+    whole = torch.cat([calls.expand(weight, dtype, range(tile, tile + 1)) for tile in range(weight.tiles)])
     assert torch.equal(whole, qtensor.dequantize(dtype))
-    many = cuda_calls.dense_matmul(x, weight, bias)
+    many = calls.dense_matmul(x, weight, bias)
     assert error(many, product(x, qtensor, bias)) < 2 * EPS[dtype]
 
 
 def test_a_token_gets_the_same_bits_in_every_batch():
-    weight = fragments.prepack(random_qtensor(QuantSpec("int4", (1, 64), False), (64, 1152)))
+    weight = layout.prepack(random_qtensor(QuantSpec("int4", (1, 64), False), (64, 1152)))
     x = torch.randn(40, 1152).half()
-    assert cuda_calls.choose_splits(1, 18, 8) > 1
-    whole = cuda_calls.matmul(x, weight)
+    assert calls.choose_splits(1, 18, 8) > 1
+    whole = calls.matmul(x, weight)
     for tokens in (1, 7, 12, 20):
-        assert torch.equal(cuda_calls.matmul(x[:tokens], weight), whole[:tokens])
+        assert torch.equal(calls.matmul(x[:tokens], weight), whole[:tokens])
 
 
 @pytest.mark.parametrize(("k", "splits"), [(192, 1), (1152, 2)])
 def test_chunks_of_tokens_share_every_tile_and_change_no_bit(k, splits):
     qtensor = random_qtensor(QuantSpec("int4", (1, 64), False), (150, k))
-    weight, bias = fragments.prepack(qtensor), torch.randn(150).half()
+    weight, bias = layout.prepack(qtensor), torch.randn(150).half()
     x = torch.randn(70, k).half()  # three chunks, three tiles
-    assert cuda_calls.choose_splits(weight.tiles, k // fragments.STEP, 8) == splits
-    whole = cuda_calls.matmul(x, weight, bias)
+    assert calls.choose_splits(weight.tiles, k // layout.STEP, 8) == splits
+    whole = calls.matmul(x, weight, bias)
     assert error(whole, product(x, qtensor, bias)) < EPS[x.dtype]
     for first in range(0, 70, 32):
-        assert torch.equal(cuda_calls.matmul(x[first : first + 32].contiguous(), weight, bias), whole[first : first + 32])
+        assert torch.equal(calls.matmul(x[first : first + 32].contiguous(), weight, bias), whole[first : first + 32])
 
 
 def test_a_machine_of_little_shared_memory_takes_fewer_warps():
     qtensor = random_qtensor(QuantSpec("int8", (1, 32), False), (70, 384))
-    weight, x = fragments.prepack(qtensor), torch.randn(9, 384).half()
+    weight, x = layout.prepack(qtensor), torch.randn(9, 384).half()
 
     def knob(size: int) -> None:
         emulated.library().qk_host_shared_limit(ctypes.c_long(size))
 
     try:
         knob(99 * 1024)
-        assert error(cuda_calls.matmul(x, weight), product(x, qtensor)) < EPS[torch.float16]
+        assert error(calls.matmul(x, weight), product(x, qtensor)) < EPS[torch.float16]
         for spec in (QuantSpec("int4", (1, 32), False), QuantSpec("int8", (1, 64))):  # as many for few tokens as for many
-            weight, x = fragments.prepack(random_qtensor(spec, (70, 384))), torch.randn(33, 384).half()
-            whole = cuda_calls.matmul(x, weight)
+            weight, x = layout.prepack(random_qtensor(spec, (70, 384))), torch.randn(33, 384).half()
+            whole = calls.matmul(x, weight)
             for tokens in (1, 8, 9, 16, 17):
-                assert torch.equal(cuda_calls.matmul(x[:tokens].contiguous(), weight), whole[:tokens])
+                assert torch.equal(calls.matmul(x[:tokens].contiguous(), weight), whole[:tokens])
     finally:
         knob(226 * 1024)
 
 
 def test_infinities_and_padding_stay_where_they_are():
-    weight = fragments.prepack(random_qtensor(QuantSpec("int4", (1, 32)), (20, 96)))
+    weight = layout.prepack(random_qtensor(QuantSpec("int4", (1, 32)), (20, 96)))
     x = torch.randn(3, 96).half()
     x[1, 5] = float("nan")
-    got = cuda_calls.matmul(x, weight)
+    got = calls.matmul(x, weight)
     assert got[1].isnan().all()
     assert got[0].isfinite().all()
     assert got[2].isfinite().all()
@@ -119,7 +119,7 @@ def test_infinities_and_padding_stay_where_they_are():
 def test_int8_by_int8(dtype):
     qtensor = random_qtensor(QuantSpec("int8"), (70, 208))
     x, bias = torch.randn(11, 208).to(dtype), torch.randn(70).to(dtype)
-    got = cuda_ops.multiply(x, *fragments.prepack(qtensor), bias, "int8")
+    got = ops.multiply(x, *layout.prepack(qtensor), bias, "int8")
     rounded = fake_quantize(x.float(), QuantSpec(*TOKEN_INT8))
     assert error(got, product(rounded, qtensor, bias)) < EPS[dtype]
 
@@ -130,15 +130,13 @@ def test_fp8_by_fp8():
     scale, _ = grid.choose_qparams(weight, spec)
     qtensor = QTensor.from_codes(grid.quantize(weight, scale, None, spec), scale, None, spec)
     x = torch.randn(3, 160).bfloat16()
-    got = cuda_ops.multiply(x, *fragments.prepack(qtensor), None, "fp8")
+    got = ops.multiply(x, *layout.prepack(qtensor), None, "fp8")
     rounded = fake_quantize(x.float(), QuantSpec("fp8_e4m3", (1, -1), True, "float32", True))
     assert error(got, product(rounded, qtensor)) < EPS[torch.bfloat16]
-    assert torch.equal(
-        cuda_calls.expand(fragments.prepack(qtensor), torch.bfloat16, range(2), fp8=True), qtensor.dequantize(x.dtype)
-    )
+    assert torch.equal(calls.expand(layout.prepack(qtensor), torch.bfloat16, range(2), fp8=True), qtensor.dequantize(x.dtype))
 
 
-def gated_pair(spec: QuantSpec, n: int, k: int) -> tuple[fragments.Fragments, fragments.Fragments]:
+def gated_pair(spec: QuantSpec, n: int, k: int) -> tuple[layout.Fragments, layout.Fragments]:
     """One [gate | up] of n outputs laid out side by side, and with its rows in turn."""
     if spec.dtype == "fp8_e4m3":
         weight = torch.randn(2 * n, k)
@@ -146,7 +144,7 @@ def gated_pair(spec: QuantSpec, n: int, k: int) -> tuple[fragments.Fragments, fr
         qtensor = QTensor.from_codes(grid.quantize(weight, scale, None, spec), scale, None, spec)
     else:
         qtensor = random_qtensor(spec, (2 * n, k))
-    return fragments.prepack(qtensor), fragments.prepack(qtensor, interleave=True)
+    return layout.prepack(qtensor), layout.prepack(qtensor, interleave=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -165,18 +163,18 @@ def test_a_gate_in_the_product_changes_no_bit(spec, form, n, k, tokens, activati
     apart, in_turn = gated_pair(spec, n, k)
     x, bias = (torch.randn(tokens, k) / 1000).to(dtype), torch.randn(2 * n).to(dtype)
     for b in (None, bias):
-        want = cuda_glue.activate(cuda_ops.multiply(x, *apart, b, form), activation)
-        turned = None if b is None else fragments.in_turn(b)
-        got = cuda_ops.multiply(x, *in_turn, turned, form, activation)
+        want = norms.activate(ops.multiply(x, *apart, b, form), activation)
+        turned = None if b is None else layout.in_turn(b)
+        got = ops.multiply(x, *in_turn, turned, form, activation)
         assert got.shape == (tokens, n)
         assert torch.equal(got, want)
-        assert error(got, cuda_ops._multiply_plain(x, *in_turn, turned, form, activation)) < 4 * EPS[dtype]
+        assert error(got, ops._multiply_plain(x, *in_turn, turned, form, activation)) < 4 * EPS[dtype]
     if tokens > 1:
-        assert torch.equal(cuda_ops.multiply(x[:1], *in_turn, turned, form, activation), want[:1])
+        assert torch.equal(ops.multiply(x[:1], *in_turn, turned, form, activation), want[:1])
 
 
 def test_many_tokens_pass_their_gate_after_the_product(monkeypatch):
-    monkeypatch.setattr(cuda_calls, "DENSE_TOKENS", 4)
+    monkeypatch.setattr(calls, "DENSE_TOKENS", 4)
     for spec, form in (
         (QuantSpec("int4", (1, 32)), "codes"),
         (QuantSpec("int8"), "int8"),
@@ -184,26 +182,26 @@ def test_many_tokens_pass_their_gate_after_the_product(monkeypatch):
     ):
         apart, in_turn = gated_pair(spec, 35, 96)
         x, bias = (torch.randn(5, 96) / 1000).half(), torch.randn(70).half()
-        want = cuda_glue.activate(cuda_ops.multiply(x, *apart, bias, form), "silu")
-        assert error(cuda_ops.multiply(x, *in_turn, fragments.in_turn(bias), form, "silu"), want) < EPS[x.dtype]
+        want = norms.activate(ops.multiply(x, *apart, bias, form), "silu")
+        assert error(ops.multiply(x, *in_turn, layout.in_turn(bias), form, "silu"), want) < EPS[x.dtype]
 
 
 def test_an_odd_number_of_rows_has_no_gates():
-    weight = fragments.prepack(random_qtensor(QuantSpec("int4", (1, 32)), (7, 32)))
+    weight = layout.prepack(random_qtensor(QuantSpec("int4", (1, 32)), (7, 32)))
     with pytest.raises(KernelError, match="qk_matmul_codes4"):
-        cuda_calls.matmul(torch.zeros(1, 32).half(), weight, activation="silu")
+        calls.matmul(torch.zeros(1, 32).half(), weight, activation="silu")
 
 
 def test_experts_multiply_their_own_tokens():
     qtensor = random_qtensor(QuantSpec("int4", (1, 32), False), (4, 70, 96))
     x, offsets = torch.randn(21, 96).half(), torch.tensor([0, 3, 3, 20, 21], dtype=torch.int32)
-    got = cuda_calls.matmul(x, fragments.prepack(qtensor), offsets=offsets)
+    got = calls.matmul(x, layout.prepack(qtensor), offsets=offsets)
     for expert in range(4):
         own = slice(int(offsets[expert]), int(offsets[expert + 1]))
         if own.stop > own.start:
             assert error(got[own], product(x[own], qtensor[expert])) < EPS[torch.float16]
-    gated = cuda_calls.matmul(x, fragments.prepack(qtensor, interleave=True), offsets=offsets, activation="silu")
-    assert torch.equal(gated, cuda_glue.activate(got, "silu"))
+    gated = calls.matmul(x, layout.prepack(qtensor, interleave=True), offsets=offsets, activation="silu")
+    assert torch.equal(gated, norms.activate(got, "silu"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -211,34 +209,30 @@ def test_experts_multiply_their_own_tokens():
 def test_norms(n, dtype):
     x, residual = torch.randn(3, n).to(dtype), torch.randn(3, n).to(dtype)
     gain, shift = torch.randn(n), torch.randn(n)
-    for kind in (cuda_glue.NONE, cuda_glue.RMS, cuda_glue.LAYER):
-        for rounding in cuda_glue.ROUNDINGS:
+    for kind in (norms.NONE, norms.RMS, norms.LAYER):
+        for rounding in norms.ROUNDINGS:
             wanted = {"kind": kind, "eps": 1e-5, "factor": 0.5, "rounding": rounding}
-            arguments = (x, residual, gain, shift if kind == cuda_glue.LAYER else None)
-            (total, y, scales), (total2, y2, scales2) = (
-                f(*arguments, **wanted) for f in (cuda_glue.norm, cuda_glue.norm_plain)
-            )
+            arguments = (x, residual, gain, shift if kind == norms.LAYER else None)
+            (total, y, scales), (total2, y2, scales2) = (f(*arguments, **wanted) for f in (norms.norm, norms.norm_plain))
             assert torch.equal(total, total2)
             assert error(y.float(), y2.float()) < 4e-3
             assert scales.shape == scales2.shape
             torch.testing.assert_close(scales, scales2, rtol=4e-3, atol=0)
-    assert torch.equal(
-        cuda_glue.norm(torch.zeros(2, n, dtype=dtype), None, None, None, kind=0, rounding="int8")[2], torch.ones(2)
-    )
+    assert torch.equal(norms.norm(torch.zeros(2, n, dtype=dtype), None, None, None, kind=0, rounding="int8")[2], torch.ones(2))
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu", "relu2"])
 def test_gates(activation):
     x = torch.randn(3, 300).half()
     for gated in (True, False):
-        got, want = (f(x, activation, gated) for f in (cuda_glue.activate, cuda_glue.activate_plain))
+        got, want = (f(x, activation, gated) for f in (norms.activate, norms.activate_plain))
         assert error(got, want) < EPS[x.dtype]
-    turned = fragments.in_turn(x, 1)
-    assert torch.equal(cuda_glue.activate(turned, activation, interleaved=True), cuda_glue.activate(x, activation))
-    assert torch.equal(cuda_glue.activate_plain(turned, activation, interleaved=True), cuda_glue.activate_plain(x, activation))
+    turned = layout.in_turn(x, 1)
+    assert torch.equal(norms.activate(turned, activation, interleaved=True), norms.activate(x, activation))
+    assert torch.equal(norms.activate_plain(turned, activation, interleaved=True), norms.activate_plain(x, activation))
 
 
-@pytest.mark.parametrize("kind", cuda_attention.KINDS)
+@pytest.mark.parametrize("kind", attention.KINDS)
 @pytest.mark.parametrize(
     ("head", "heads", "kv_heads", "window", "softcap", "interleaved", "dtype"),
     [(64, 4, 2, None, None, False, torch.float16), (128, 20, 1, 40, 5.0, True, torch.bfloat16)],
@@ -254,21 +248,21 @@ def test_pages(kind, head, heads, kv_heads, window, softcap, interleaved, dtype)
         torch.cat([torch.arange(n) for n in lengths]).int(), torch.tensor([0] * 5 + [1] * 130 + [2] * 49).int(), table
     )
     qkv = torch.randn(sum(lengths), (heads + 2 * kv_heads) * head).to(dtype)
-    cuda_attention.append_plain(qkv, heads, rope, where, ours)
-    cuda_attention.append_plain(qkv, heads, rope, where, twin)
+    attention.append_plain(qkv, heads, rope, where, ours)
+    attention.append_plain(qkv, heads, rope, where, twin)
     last = torch.tensor([4, 134, 183])
     where, new = Where(where.positions[last], where.slots[last], table), torch.randn(3, qkv.shape[1]).to(dtype)
-    q, q2 = cuda_attention.append(new, heads, rope, where, ours), cuda_attention.append_plain(new, heads, rope, where, twin)
+    q, q2 = attention.append(new, heads, rope, where, ours), attention.append_plain(new, heads, rope, where, twin)
     assert error(q, q2) < EPS[dtype]
     for got, want in zip(ours.read(dtype), twin.read(dtype), strict=True):
         assert error(got, want) < 5e-3  # a code may fall on the other side of a half
     options = {"scale": 0.1, "window": window, "softcap": softcap}
-    want = cuda_attention.attend_plain(q, where, ours, **options)
+    want = attention.attend_plain(q, where, ours, **options)
     for splits in (1, 3):
-        assert error(cuda_attention.attend(q, where, ours, splits=splits, **options), want) < EPS[dtype]
+        assert error(attention.attend(q, where, ours, splits=splits, **options), want) < EPS[dtype]
 
 
-@pytest.mark.parametrize("kind", cuda_attention.KINDS)
+@pytest.mark.parametrize("kind", attention.KINDS)
 @pytest.mark.parametrize(
     ("head", "heads", "kv_heads", "window", "softcap", "dtype"),
     [
@@ -280,38 +274,38 @@ def test_pages(kind, head, heads, kv_heads, window, softcap, interleaved, dtype)
 )
 def test_prompts(kind, head, heads, kv_heads, window, softcap, dtype):
     pages = Pages.empty(24, kv_heads, head, kind, dtype, "cpu")
-    table, size = torch.randperm(24).view(3, 8).int(), cuda_attention.tile_tokens(heads, kv_heads)
+    table, size = torch.randperm(24).view(3, 8).int(), attention.tile_tokens(heads, kv_heads)
     runs = [(0, 0, 11), (1, 37, 50), (2, 100, 1), (0, -1, 1)]  # slot, first position, tokens; the last one fills up
     positions = torch.cat([torch.arange(start, start + count) for _, start, count in runs]).int()
     slots = torch.cat([torch.full((count,), slot) for slot, _, count in runs]).int()
     past = Where(torch.arange(128).repeat(3).int(), torch.arange(3).repeat_interleave(128).int(), table)
     rope = Rope(None, None)
-    cuda_attention.append_plain(torch.randn(384, (heads + 2 * kv_heads) * head).to(dtype), heads, rope, past, pages)
+    attention.append_plain(torch.randn(384, (heads + 2 * kv_heads) * head).to(dtype), heads, rope, past, pages)
     where, q = Where(positions, slots, table), torch.randn(len(positions), heads, head).to(dtype)
-    tiles = [*cuda_attention.cut(0, 11, size), *cuda_attention.cut(11, 50, size), (61, 1)]
+    tiles = [*attention.cut(0, 11, size), *attention.cut(11, 50, size), (61, 1)]
     options = {"scale": 0.1, "window": window, "softcap": softcap}
-    want = cuda_attention.attend_plain(q, where, pages, **options)
+    want = attention.attend_plain(q, where, pages, **options)
     laid = torch.tensor(tiles, dtype=torch.int32)
-    got = cuda_attention.attend_prompt(q, where, pages, laid, **options)
+    got = attention.attend_prompt(q, where, pages, laid, **options)
     assert error(got, want) < EPS[dtype]
     assert not got[-1].any()
-    assert torch.equal(cuda_attention.attend_prompt_plain(q, where, pages, laid, **options), want)
+    assert torch.equal(attention.attend_prompt_plain(q, where, pages, laid, **options), want)
 
 
-@pytest.mark.parametrize("kind", cuda_attention.KINDS)
+@pytest.mark.parametrize("kind", attention.KINDS)
 def test_rows_that_fill_up_write_nothing_and_read_zeros(kind):
     pages, table = Pages.empty(4, 2, 64, kind, torch.float16, "cpu"), torch.tensor([[2, 1], [3, 0]], dtype=torch.int32)
     qkv, rope = torch.randn(3, 8 * 64).half(), Rope(torch.randn(64, 32), torch.randn(64, 32), 64)
     where = Where(torch.tensor([-1, 40, -1], dtype=torch.int32), torch.tensor([0, 1, 0], dtype=torch.int32), table)
     twin = Pages(*(None if t is None else t.clone() for t in pages[:4]), kind)
-    q = cuda_attention.append(qkv, 4, rope, where, pages)
-    cuda_attention.append_plain(qkv, 4, rope, where, twin)
+    q = attention.append(qkv, 4, rope, where, pages)
+    attention.append_plain(qkv, 4, rope, where, twin)
     for stored, want in zip(pages[:4], twin[:4], strict=True):
         if stored is not None:
             touched = stored.view(torch.uint8).flatten(2).any(-1).any(-1)
             assert touched.tolist() == want.view(torch.uint8).flatten(2).any(-1).any(-1).tolist() == [True, False, False, False]
     for splits in (1, 3):
-        got = cuda_attention.attend(q, where, pages, scale=0.1, splits=splits)
+        got = attention.attend(q, where, pages, scale=0.1, splits=splits)
         assert not got[0].any()
         assert not got[2].any()
         assert got[1].any()

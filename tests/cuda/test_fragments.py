@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from quantkit.kernels import fragments
-from quantkit.kernels.cuda import unfit
+from quantkit.kernels.cuda import layout
+from quantkit.kernels.cuda.matmul import unfit
 from quantkit.numerics import grid
 from quantkit.qtensor import QTensor
 from quantkit.spec import QuantSpec
@@ -18,20 +18,20 @@ def test_every_bit_comes_back(bits, symmetric):
         spec = QuantSpec(f"int{bits}", block, symmetric, "bfloat16" if bits == 5 else "float16")
         for shape in ((36, columns), (132, columns), (3, 68, columns)):
             qtensor = random_qtensor(spec, shape)
-            laid = fragments.prepack(qtensor)
-            assert_same(fragments.restore(laid, spec), qtensor)
-            assert torch.equal(fragments.dequantize(laid).view(shape), qtensor.dequantize())
-    assert_same(fragments.restore(laid, spec, 1), qtensor[1])
+            laid = layout.prepack(qtensor)
+            assert_same(layout.restore(laid, spec), qtensor)
+            assert torch.equal(layout.dequantize(laid).view(shape), qtensor.dequantize())
+    assert_same(layout.restore(laid, spec, 1), qtensor[1])
 
 
 def test_gate_and_up_stand_in_turn():
     for block in ((1, 32), (4, 32), (-1, -1)):
         qtensor = random_qtensor(QuantSpec("int4", block, False), (2, 72, 64))
-        turned = fragments.dequantize(fragments.prepack(qtensor, interleave=True))
+        turned = layout.dequantize(layout.prepack(qtensor, interleave=True))
         gate, up = qtensor.dequantize().chunk(2, 1)
         assert torch.equal(turned[:, 0::2], gate)
         assert torch.equal(turned[:, 1::2], up)
-    assert fragments.in_turn(torch.arange(6)).tolist() == [0, 3, 1, 4, 2, 5]
+    assert layout.in_turn(torch.arange(6)).tolist() == [0, 3, 1, 4, 2, 5]
 
 
 def test_fp8_comes_back():
@@ -39,16 +39,16 @@ def test_fp8_comes_back():
     weight = torch.randn(70, 96)
     scale, _ = grid.choose_qparams(weight, spec)
     qtensor = QTensor.from_codes(grid.quantize(weight, scale, None, spec), scale, None, spec)
-    laid = fragments.prepack(qtensor)
-    assert_same(fragments.restore(laid, spec), qtensor)
-    assert torch.equal(fragments.dequantize(laid, fp8=True)[0], qtensor.dequantize())
+    laid = layout.prepack(qtensor)
+    assert_same(layout.restore(laid, spec), qtensor)
+    assert torch.equal(layout.dequantize(laid, fp8=True)[0], qtensor.dequantize())
 
 
 def test_a_lane_finds_its_columns_where_the_drawing_says():
     """Word by word, from the picture in unpack.cuh: 4 bits, then 8."""
     codes = torch.randint(0, 16, (64, 128), dtype=torch.uint8)
     spec = QuantSpec("int4", (1, 64))
-    words = fragments.prepack(QTensor.from_codes(codes, torch.ones(64, 2).half(), None, spec)).codes.view(torch.int32)
+    words = layout.prepack(QTensor.from_codes(codes, torch.ones(64, 2).half(), None, spec)).codes.view(torch.int32)
     for step, part, lane, h, s in ((0, 0, 0, 0, 0), (1, 2, 13, 1, 0), (1, 3, 31, 0, 1)):
         word = int(words[0, ((step * 4 + part) * 32 + lane) * 4 + 2 * h + s]) & 0xFFFFFFFF
         rows = (16 * part + lane // 4, 16 * part + lane // 4 + 8)
@@ -66,7 +66,7 @@ def test_a_lane_finds_its_columns_where_the_drawing_says():
         assert [word >> (4 * i) & 15 for i in range(8)] == [int(codes[row, first + k]) for row, k in places]
     spec = QuantSpec("int8", (1, 64))
     codes = torch.randint(0, 256, (64, 128), dtype=torch.uint8)
-    held = fragments.prepack(QTensor.from_codes(codes, torch.ones(64, 2).half(), None, spec)).codes[0]
+    held = layout.prepack(QTensor.from_codes(codes, torch.ones(64, 2).half(), None, spec)).codes[0]
     for step, part, lane, h in ((0, 0, 0, 0), (1, 2, 13, 1), (1, 3, 31, 0)):
         own = held[(((step * 4 + part) * 2 + h) * 32 + lane) * 16 :][:16]
         column = 64 * step + 32 * h + 8 * (lane % 4)

@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from quantkit.cli import app
 from quantkit.errors import KernelError
-from quantkit.kernels import build, nvcc
+from quantkit.kernels import build
+from quantkit.kernels.cuda import nvcc
 
 
 @pytest.fixture
@@ -111,7 +112,7 @@ def test_without_a_device_there_is_no_library():
 def test_the_sources_lie_in_the_checkout():
     names = {path.name for path in nvcc.sources()}
     assert {"device.cuh", "unpack.cuh", "matmul.cuh", "attend.cu"} <= names
-    assert sys.modules["quantkit.kernels.nvcc"] is nvcc
+    assert sys.modules["quantkit.kernels.cuda.nvcc"] is nvcc
 
 
 def test_the_command_builds_what_is_named(nowhere, monkeypatch):

@@ -5,8 +5,8 @@ import torch
 
 from quantkit.engine.sampling import Sampling
 from quantkit.errors import KernelError
-from quantkit.kernels.cuda_sampling import sample, sample_plain
-from quantkit.kernels.draw import Draw, draw_plain
+from quantkit.kernels.cuda.sampling import sample, sample_plain
+from quantkit.kernels.functions.sampling import Draw, draw_plain
 from quantkit.numerics.filters import keep_min_p, keep_top_k, keep_top_p
 from quantkit.numerics.noise import gumbel, philox
 from tests.cuda import emulated

@@ -9,7 +9,7 @@ from quantkit.engine.drafters.model import ModelDrafter
 from quantkit.engine.drafters.ngram import NgramDrafter
 from quantkit.engine.sampling import Sampling
 from quantkit.errors import QuantkitError
-from quantkit.generation import generate
+from quantkit.generation.generate import generate
 from quantkit.hf.backend import make_backend
 from tests.tiny import build, tiny_llama
 

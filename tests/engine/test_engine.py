@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from quantkit.engine.backend import CHOSEN
 from quantkit.engine.engine import TokenEngine
 from quantkit.engine.request import Limits, QueueFull
 from quantkit.engine.sampling import Sampling, choose
-from quantkit.engine.step import CHOSEN
 from quantkit.errors import QuantkitError
 
 VOCAB, SIZE = 10, 4

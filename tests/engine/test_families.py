@@ -12,7 +12,8 @@ from quantkit.engine.native import NativeBackend
 from quantkit.engine.request import Limits
 from quantkit.engine.sampling import Sampling
 from quantkit.errors import QuantkitError
-from quantkit.generation import Engine, generate
+from quantkit.generation.engine import Engine
+from quantkit.generation.generate import generate
 from quantkit.hf import backend as backends
 from quantkit.hf.backend import SequentialBackend, make_backend
 from quantkit.hf.paged import PagedBackend

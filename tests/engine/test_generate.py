@@ -7,7 +7,8 @@ from transformers import PreTrainedTokenizerFast
 
 from quantkit.engine.sampling import Sampling
 from quantkit.errors import QuantkitError
-from quantkit.generation import Generation, TextStream, encode_prompt, end_tokens, generate
+from quantkit.generation.generate import Generation, end_tokens, generate
+from quantkit.generation.text import TextStream, encode_prompt
 from tests.tiny import FAMILIES, build, tiny_llama, tiny_tokenizer
 
 NASTY = "naïve café — “日本語” 👩‍👩‍👧‍👦 🏳️‍🌈 x\u0301 \ufffd . end"

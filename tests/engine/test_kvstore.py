@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from quantkit.engine.attention import Layout, attend, in_order
+from quantkit.engine.backend import Copy, Memory, Span
 from quantkit.engine.kvstore import FloatPool, QuantizedPool, Reading, Rows, make_pool, pool_bytes
 from quantkit.engine.request import Limits
-from quantkit.engine.step import Copy, Memory, Span
 from quantkit.errors import SpecError
 from quantkit.evaluation.through_cache import ThroughCache
-from quantkit.generation import Engine, generate
+from quantkit.generation.engine import Engine
+from quantkit.generation.generate import generate
 from quantkit.numerics.grid import choose_qparams, dequantize, quantize
 from quantkit.spec import KV_PRESETS, KVScheme, QuantSpec, kv_preset
 from tests.tiny import VOCAB, tiny_llama

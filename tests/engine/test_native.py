@@ -9,21 +9,21 @@ import torch
 from transformers import PreTrainedModel
 
 from quantkit.checkpoint import load
+from quantkit.engine.backend import Memory, OneSequence
 from quantkit.engine.native import NativeBackend
-from quantkit.engine.step import Memory, OneSequence
 from quantkit.errors import QuantkitError
 from quantkit.evaluation import compare_latency
-from quantkit.generation import generate
+from quantkit.generation.generate import generate
 from quantkit.hf import backend as chooser
 from quantkit.hf.backend import describe_engine, make_backend
-from quantkit.hf.lower import lower
+from quantkit.hf.lowering.lower import lower
 from quantkit.hf.native import native_decoder
 from quantkit.hf.paged import PagedBackend
-from quantkit.kernels.decoder import rejects
-from quantkit.kernels.layout import LinearStruct
-from quantkit.kernels.structs import LayerStruct
+from quantkit.kernels.cpu.decoder import rejects
+from quantkit.kernels.cpu.layout import LinearStruct
+from quantkit.kernels.cpu.structs import LayerStruct
 from quantkit.nn.linear import QuantLinear
-from quantkit.pipeline import quantize
+from quantkit.pipeline.quantize import quantize
 from tests.tiny import FAMILIES, VOCAB, tiny_llama
 
 CLAIMED = [name for name in FAMILIES if name not in ("gpt2", "gpt_neox", "opt", "falcon", "gpt_oss")]

@@ -10,8 +10,8 @@ from torch import nn
 from quantkit.calibrate.data import Batch
 from quantkit.errors import CalibrationError
 from quantkit.evaluation import quality
-from quantkit.evaluation.base import BaseLogits, evaluating
 from quantkit.evaluation.quality import clustered_mean, score
+from quantkit.evaluation.reference import BaseLogits, evaluating
 from quantkit.evaluation.windows import Windows, cut_windows, from_batches
 from tests.tiny import FAMILIES, tiny_llama
 

@@ -7,7 +7,7 @@ import pytest
 from quantkit.engine.request import Limits
 from quantkit.errors import QuantkitError
 from quantkit.evaluation.trace import Arrival, poisson_trace, read_lengths, serve_trace
-from quantkit.generation import Engine
+from quantkit.generation.engine import Engine
 from tests.tiny import VOCAB, tiny_llama
 
 

@@ -4,14 +4,14 @@ import pytest
 import torch
 
 import quantkit
+from quantkit.engine.backend import CHOSEN, Memory, Pick, Span
 from quantkit.engine.cuda import CudaBackend
 from quantkit.engine.engine import TokenEngine
 from quantkit.engine.request import Limits
 from quantkit.engine.sampling import Sampling
-from quantkit.engine.step import CHOSEN, Memory, Pick, Span
 from quantkit.hf.backend import make_backend
 from quantkit.hf.experts import enable_experts
-from quantkit.hf.lower import lower
+from quantkit.hf.lowering.lower import lower
 from quantkit.spec import KVScheme, QuantSpec
 from tests import tiny
 from tests.kernels.test_decoder import quantize, some_ids

@@ -5,10 +5,10 @@ import torch
 
 from quantkit.engine.sampling import Sampling
 from quantkit.hf.experts import enable_experts
-from quantkit.hf.lower import lower
-from quantkit.kernels import interpret
-from quantkit.kernels.cuda_decoder import CudaDecoder
-from quantkit.kernels.cuda_graph import GraphDecoder
+from quantkit.hf.lowering.lower import lower
+from quantkit.kernels.cuda.decoder import CudaDecoder
+from quantkit.kernels.cuda.graph import GraphDecoder
+from quantkit.kernels.program import reference
 from quantkit.spec import QuantSpec
 from tests import tiny
 from tests.kernels.test_decoder import quantize, some_ids
@@ -31,7 +31,7 @@ def test_recorded_decoding(family, kv):
     assert torch.equal(chosen[0], chosen[1])
     for slot, prompt in enumerate(prompts):
         tokens = chosen[0][:, slot].cpu()
-        logits = interpret.logits(program, torch.tensor([*prompt, *tokens.tolist()[:-1]]))[len(prompt) - 1 :]
+        logits = reference.logits(program, torch.tensor([*prompt, *tokens.tolist()[:-1]]))[len(prompt) - 1 :]
         lost = logits.max(-1).values - logits.gather(1, tokens[:, None])[:, 0]
         assert (lost < 0.03 * logits.abs().max()).all()
 

@@ -7,11 +7,13 @@ import pytest
 import torch
 
 from quantkit.engine.sampling import Sampling
-from quantkit.kernels import KERNELS, Problem, cuda_attention, cuda_calls, cuda_glue, cuda_ops, cuda_prompt, fragments, select
-from quantkit.kernels.cuda_attention import Pages, Rope, Where
-from quantkit.kernels.cuda_sampling import sample
-from quantkit.kernels.draw import Draw, draw_plain
-from quantkit.kernels.interpret import ACTIVATIONS
+from quantkit.kernels import KERNELS, Problem, select
+from quantkit.kernels.cuda import attention, calls, layout, norms, prefill
+from quantkit.kernels.cuda import ops as cuda_ops
+from quantkit.kernels.cuda.attention import Pages, Rope, Where
+from quantkit.kernels.cuda.sampling import sample
+from quantkit.kernels.functions.sampling import Draw, draw_plain
+from quantkit.kernels.program.reference import ACTIVATIONS
 from quantkit.nn.linear import QuantLinear
 from quantkit.numerics import grid
 from quantkit.numerics.fake import fake_quantize
@@ -64,37 +66,37 @@ def test_columns_that_nothing_divides():
 
 def test_the_same_bits_every_time_and_in_every_batch():
     for n, k in ((4096, 4096), (1024, 14336), (70, 1152)):
-        weight = fragments.prepack(on_gpu(QuantSpec("int4", (1, 128)), (n, k)))
+        weight = layout.prepack(on_gpu(QuantSpec("int4", (1, 128)), (n, k)))
         x = torch.randn(128, k, device="cuda").bfloat16()
-        whole = cuda_calls.matmul(x, weight)
+        whole = calls.matmul(x, weight)
         for _ in range(20):
-            assert torch.equal(cuda_calls.matmul(x, weight), whole)
+            assert torch.equal(calls.matmul(x, weight), whole)
         for tokens in (1, 2, 8, 9, 16, 31, 64):
-            assert torch.equal(cuda_calls.matmul(x[:tokens].contiguous(), weight), whole[:tokens])
+            assert torch.equal(calls.matmul(x[:tokens].contiguous(), weight), whole[:tokens])
 
 
 @pytest.mark.skipif(
-    torch.cuda.is_available() and torch.cuda.get_device_capability() != cuda_prompt.CAPABILITY, reason="needs compute 9.0"
+    torch.cuda.is_available() and torch.cuda.get_device_capability() != prefill.CAPABILITY, reason="needs compute 9.0"
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bits", [4, 8])
 def test_many_tokens_on_hopper(bits, dtype):
-    assert cuda_prompt.works(torch.device("cuda", 0), dtype, bits)
+    assert prefill.works(torch.device("cuda", 0), dtype, bits)
     for n, k, group in ((64, 64, 32), (70, 384, 64), (193, 1152, -1), (4096, 4096, 128), (1024, 14336, 128), (129, 100, -1)):
         qtensor = on_gpu(QuantSpec(f"int{bits}", (1, group), False), (n, k))
-        weight, bias = fragments.prepack(qtensor), torch.randn(n, device="cuda").to(dtype)
+        weight, bias = layout.prepack(qtensor), torch.randn(n, device="cuda").to(dtype)
         exact = qtensor.dequantize().to(dtype).double()
         for tokens in (1, 65, 127, 128, 129, 300, 1024):
             x = torch.randn(tokens, k, device="cuda").to(dtype)
-            got = cuda_prompt.matmul(x, weight, bias)
+            got = prefill.matmul(x, weight, bias)
             assert error(got, x.double() @ exact.T + bias.double()) < TOLERANCE[dtype], (n, k, tokens)
             for _ in range(20):
-                assert torch.equal(cuda_prompt.matmul(x, weight, bias), got)
+                assert torch.equal(prefill.matmul(x, weight, bias), got)
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 64, 100])
 def test_a_head_and_the_tokens_chosen_from_it(tokens):
-    weight = fragments.prepack(on_gpu(QuantSpec("int8", (1, -1)), (5003, 1024)))
+    weight = layout.prepack(on_gpu(QuantSpec("int8", (1, -1)), (5003, 1024)))
     x = torch.randn(tokens, 1024, device="cuda").bfloat16()
     logits, bests = cuda_ops.ops().head_matmul(x, *weight, None, "codes")
     assert torch.equal(logits, cuda_ops.ops().fragment_matmul(x, *weight, None, "codes"))
@@ -108,19 +110,19 @@ def test_a_head_and_the_tokens_chosen_from_it(tokens):
 
 
 def test_a_replayed_graph_says_what_eager_calls_say():
-    weight = fragments.prepack(on_gpu(QuantSpec("int4", (1, 128)), (1024, 4096)))
+    weight = layout.prepack(on_gpu(QuantSpec("int4", (1, 128)), (1024, 4096)))
     x = torch.randn(4, 4096, device="cuda").half()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        cuda_calls.matmul(x, weight)
+        calls.matmul(x, weight)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
-            y = cuda_calls.matmul(x, weight)
+            y = calls.matmul(x, weight)
     for _ in range(3):
         x.copy_(torch.randn_like(x))
         graph.replay()
         torch.cuda.synchronize()
-        assert torch.equal(y, cuda_calls.matmul(x, weight))
+        assert torch.equal(y, calls.matmul(x, weight))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -138,7 +140,7 @@ def test_activations_of_8_bits(dtype):
             x = torch.randn(tokens, 1152, device="cuda").to(dtype)
             rounded = fake_quantize(x.float(), activation).double()
             want = rounded @ qtensor.dequantize().double().T + layer.bias.double()
-            assert error(layer(x), want) < TOLERANCE[dtype] + (4e-3 if tokens >= cuda_calls.DENSE_TOKENS else 0)
+            assert error(layer(x), want) < TOLERANCE[dtype] + (4e-3 if tokens >= calls.DENSE_TOKENS else 0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -152,12 +154,12 @@ def test_a_gate_in_the_product_changes_no_bit(dtype):
     ):
         for (n, k), activation in itertools.product(((35, 384), (7168, 2048)), ACTIVATIONS):
             qtensor, bias = on_gpu(spec, (2 * n, k)), torch.randn(2 * n, device="cuda").to(dtype)
-            apart, in_turn = fragments.prepack(qtensor), fragments.prepack(qtensor, interleave=True)
+            apart, in_turn = layout.prepack(qtensor), layout.prepack(qtensor, interleave=True)
             for tokens in (1, 5, 16, 33, 200):
                 x = torch.randn(tokens, k, device="cuda").to(dtype)
-                want = cuda_glue.activate(ops.fragment_matmul(x, *apart, bias, form), activation)
-                got = ops.fragment_matmul(x, *in_turn, fragments.in_turn(bias), form, activation)
-                if tokens < cuda_calls.DENSE_TOKENS:
+                want = norms.activate(ops.fragment_matmul(x, *apart, bias, form), activation)
+                got = ops.fragment_matmul(x, *in_turn, layout.in_turn(bias), form, activation)
+                if tokens < calls.DENSE_TOKENS:
                     assert torch.equal(got, want), (spec, n, activation, tokens)
                 else:
                     assert error(got, want) < 2 * TOLERANCE[dtype]
@@ -168,11 +170,11 @@ def test_experts():
     chosen = torch.randint(0, 16, (300,), device="cuda").sort().values
     offsets = torch.searchsorted(chosen, torch.arange(17, device="cuda")).int()
     x = torch.randn(300, 384, device="cuda").half()
-    got = cuda_ops.ops().fragment_experts(x, offsets, *fragments.prepack(qtensor))
+    got = cuda_ops.ops().fragment_experts(x, offsets, *layout.prepack(qtensor))
     want = torch.einsum("tk,tnk->tn", x.double(), qtensor.dequantize().double()[chosen])
     assert error(got, want) < 1e-3
-    gated = cuda_ops.ops().fragment_experts(x, offsets, *fragments.prepack(qtensor, interleave=True), "silu")
-    assert torch.equal(gated, cuda_glue.activate(got, "silu"))
+    gated = cuda_ops.ops().fragment_experts(x, offsets, *layout.prepack(qtensor, interleave=True), "silu")
+    assert torch.equal(gated, norms.activate(got, "silu"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -180,18 +182,18 @@ def test_glue(dtype):
     for rows, n in ((1, 4096), (3, 77), (130, 576), (2, 14336)):
         x, residual = (torch.randn(rows, n, device="cuda").to(dtype) for _ in range(2))
         gain, shift = torch.randn(n, device="cuda"), torch.randn(n, device="cuda")
-        for kind, rounding in itertools.product(range(3), cuda_glue.ROUNDINGS):
+        for kind, rounding in itertools.product(range(3), norms.ROUNDINGS):
             if rounding == "fp8_e4m3" and torch.cuda.get_device_capability() < (8, 9):
                 continue
             options = {"kind": kind, "eps": 1e-5, "factor": 0.5, "rounding": rounding}
-            total, y, scales = cuda_glue.norm(x, residual, gain, shift, **options)
-            total2, y2, scales2 = cuda_glue.norm_plain(x, residual, gain, shift, **options)
+            total, y, scales = norms.norm(x, residual, gain, shift, **options)
+            total2, y2, scales2 = norms.norm_plain(x, residual, gain, shift, **options)
             assert error(total, total2) < 1e-3
             assert error(y.float(), y2.float()) < 5e-3
             torch.testing.assert_close(scales, scales2, rtol=8e-3, atol=0)
         for activation, gated in itertools.product(ACTIVATIONS, (True, False)):
             pair = torch.randn(rows, 2 * n, device="cuda").to(dtype)
-            got, want = (f(pair, activation, gated) for f in (cuda_glue.activate, cuda_glue.activate_plain))
+            got, want = (f(pair, activation, gated) for f in (norms.activate, norms.activate_plain))
             assert error(got, want) < TOLERANCE[dtype]
 
 
@@ -211,7 +213,7 @@ def test_tokens_are_chosen_as_the_twin_chooses(dtype):
         assert torch.equal(sample(logits[7:9].contiguous(), Draw(*(part[7:9] for part in draw)), positions[7:9]), got[7:9])
 
 
-@pytest.mark.parametrize("kind", cuda_attention.KINDS)
+@pytest.mark.parametrize("kind", attention.KINDS)
 @pytest.mark.parametrize(("heads", "kv_heads"), [(32, 8), (9, 3), (20, 1), (8, 8)])
 @pytest.mark.parametrize("head", [64, 128])
 def test_attention(head, heads, kv_heads, kind):
@@ -224,46 +226,46 @@ def test_attention(head, heads, kv_heads, kind):
         positions = torch.cat([torch.arange(int(n), device="cuda") for n in lengths]).int()
         where, rope = Where(positions, slots, table), Rope(torch.randn(1024, 32).cuda(), torch.randn(1024, 32).cuda(), 64)
         qkv = torch.randn(len(positions), (heads + 2 * kv_heads) * head, device="cuda").to(dtype)
-        q = cuda_attention.append(qkv, heads, rope, where, pages)
-        q2 = cuda_attention.append_plain(qkv, heads, rope, where, twin)
+        q = attention.append(qkv, heads, rope, where, pages)
+        q2 = attention.append_plain(qkv, heads, rope, where, twin)
         assert error(q, q2) < TOLERANCE[dtype]
         for got, want in zip(pages.read(dtype), twin.read(dtype), strict=True):
             assert error(got, want) < 8e-3
         last = lengths.cumsum(0) - 1
         here, options = Where(positions[last], slots[last], table), {"scale": head**-0.5, "window": window, "softcap": softcap}
-        want = cuda_attention.attend_plain(q[last], here, pages, **options)
+        want = attention.attend_plain(q[last], here, pages, **options)
         for splits in (1, 3, 16, None):
-            got = cuda_attention.attend(q[last].contiguous(), here, pages, splits=splits, **options)
+            got = attention.attend(q[last].contiguous(), here, pages, splits=splits, **options)
             assert error(got, want) < 2 * TOLERANCE[dtype], splits
             for _ in range(20):
-                assert torch.equal(cuda_attention.attend(q[last].contiguous(), here, pages, splits=splits, **options), got)
-        size, starts = cuda_attention.tile_tokens(heads, kv_heads), (last + 1 - lengths).tolist()
-        tiles = [tile for start, n in zip(starts, lengths.tolist(), strict=True) for tile in cuda_attention.cut(start, n, size)]
+                assert torch.equal(attention.attend(q[last].contiguous(), here, pages, splits=splits, **options), got)
+        size, starts = attention.tile_tokens(heads, kv_heads), (last + 1 - lengths).tolist()
+        tiles = [tile for start, n in zip(starts, lengths.tolist(), strict=True) for tile in attention.cut(start, n, size)]
         laid = torch.tensor(tiles, dtype=torch.int32, device="cuda")
-        together = cuda_attention.attend_prompt(q, where, pages, laid, **options)
-        assert error(together, cuda_attention.attend(q, where, pages, splits=1, **options)) < 2 * TOLERANCE[dtype]
+        together = attention.attend_prompt(q, where, pages, laid, **options)
+        assert error(together, attention.attend(q, where, pages, splits=1, **options)) < 2 * TOLERANCE[dtype]
         for _ in range(20):
-            assert torch.equal(cuda_attention.attend_prompt(q, where, pages, laid, **options), together)
+            assert torch.equal(attention.attend_prompt(q, where, pages, laid, **options), together)
 
 
-@pytest.mark.parametrize("kind", cuda_attention.KINDS)
+@pytest.mark.parametrize("kind", attention.KINDS)
 def test_rows_that_fill_up_write_nothing_and_read_zeros(kind):
     pages = Pages.empty(4, 2, 64, kind, torch.float16, "cuda")
     table, rope = torch.tensor([[2, 1], [3, 0]], dtype=torch.int32, device="cuda"), Rope(None, None)
     positions, slots = (torch.tensor(part, dtype=torch.int32, device="cuda") for part in ([-1, 40, -1], [0, 1, 0]))
     where = Where(positions, slots, table)
-    q = cuda_attention.append(torch.randn(3, 8 * 64, device="cuda").half(), 4, rope, where, pages)
+    q = attention.append(torch.randn(3, 8 * 64, device="cuda").half(), 4, rope, where, pages)
     for stored in (part for part in pages[:4] if part is not None):
         assert stored.view(torch.uint8).flatten(1).any(-1).tolist() == [True, False, False, False]
     for splits in (1, 3):
-        got = cuda_attention.attend(q, where, pages, scale=0.1, splits=splits)
+        got = attention.attend(q, where, pages, scale=0.1, splits=splits)
         assert got.flatten(1).any(-1).tolist() == [False, True, False]
 
 
 def test_operators_trace_and_modules_compile_to_the_same():
     layer = QuantLinear(on_gpu(QuantSpec("int4", (1, 64)), (192, 256)))
     x = torch.randn(3, 256, device="cuda").half()
-    weight = fragments.prepack(layer.qtensor)
+    weight = layout.prepack(layer.qtensor)
     for activation in (None, "silu"):
         torch.library.opcheck(cuda_ops.ops().fragment_matmul.default, (x, *weight, None, "codes", activation))
     assert torch.equal(layer(x), cuda_ops.ops().fragment_matmul(x, *weight, None, "codes"))

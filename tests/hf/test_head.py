@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from quantkit.checkpoint.open import open_model
 from quantkit.errors import SpecError
 from quantkit.evaluation import footprint
-from quantkit.generation import generate
-from quantkit.hf.head import quantize_head
-from quantkit.models import open_model
+from quantkit.generation.generate import generate
+from quantkit.nn.install import quantize_head
 from quantkit.nn.linear import QuantLinear
 from tests.tiny import FAMILIES, tiny_llama
 

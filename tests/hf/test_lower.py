@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from quantkit import Engine, load, quantize
-from quantkit.hf.lower import CannotLower, lower
+from quantkit.hf.lowering.lower import CannotLower, lower
 from quantkit.hf.native import native_decoder
 from quantkit.hf.structure import describe
-from quantkit.kernels import interpret
-from quantkit.kernels.program import Experts
+from quantkit.kernels.program import reference
+from quantkit.kernels.program.definition import Experts
 from quantkit.nn.install import install
 from quantkit.nn.sites import read_weight
 from quantkit.numerics import grid
@@ -66,7 +66,7 @@ def assert_same_logits(model: nn.Module, ids: torch.Tensor) -> None:
     with torch.inference_mode():
         want = model(ids[None], use_cache=False).logits[0]
     assert want.std() > 1e-3
-    torch.testing.assert_close(interpret.logits(lower(model), ids), want, atol=2e-5, rtol=2e-4)
+    torch.testing.assert_close(reference.logits(lower(model), ids), want, atol=2e-5, rtol=2e-4)
 
 
 @pytest.mark.parametrize("family", CLAIMED)

@@ -11,8 +11,9 @@ import torch
 from torch.nn import functional as F
 
 from quantkit.errors import KernelError
-from quantkit.kernels import KERNELS, build, layout, ops
-from quantkit.kernels.cpu import BLOCK
+from quantkit.kernels import KERNELS, build
+from quantkit.kernels.cpu import layout, ops
+from quantkit.kernels.cpu.matmul import BLOCK
 from quantkit.numerics import grid
 from quantkit.qtensor import QTensor
 from quantkit.spec import QuantSpec

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from quantkit.errors import KernelError
-from quantkit.hf.lower import lower
+from quantkit.hf.lowering.lower import lower
 from quantkit.hf.structure import describe
-from quantkit.kernels import build, interpret
-from quantkit.kernels.decoder import CHUNK_TOKENS, PAGE_TOKENS, KvPages, NativeDecoder, Rows
+from quantkit.kernels import build
+from quantkit.kernels.cpu.decoder import CHUNK_TOKENS, PAGE_TOKENS, KvPages, NativeDecoder, Rows
+from quantkit.kernels.program import reference
 from quantkit.nn.install import install
 from quantkit.nn.sites import read_weight
 from quantkit.numerics import grid
@@ -68,7 +69,7 @@ def assert_close(got: torch.Tensor, want: torch.Tensor, relative: float) -> None
 @pytest.mark.parametrize("family", CLAIMED)
 def test_logits_are_the_definitions(family):
     program, ids = program_of(family), some_ids(40)
-    assert_close(read(NativeDecoder(program), ids), interpret.logits(program, torch.tensor(ids)), 3e-6)
+    assert_close(read(NativeDecoder(program), ids), reference.logits(program, torch.tensor(ids)), 3e-6)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "olmo2", "mixtral"])
@@ -118,7 +119,7 @@ def test_contexts_longer_than_chunks_and_windows():
     for window in (None, CHUNK_TOKENS + 9):
         model = FAMILIES["mistral"](sliding_window=window, max_position_embeddings=512)
         program, ids = lower(model), some_ids(length)
-        want = interpret.logits(program, torch.tensor(ids))
+        want = reference.logits(program, torch.tensor(ids))
         for pieces in ([], [length - 3, length - 2, length - 1], [100, 200]):
             assert_close(read(NativeDecoder(program, threads=2), ids, pieces), want, 3e-6)
 
@@ -126,7 +127,7 @@ def test_contexts_longer_than_chunks_and_windows():
 @pytest.mark.parametrize(("kv", "limit"), [("float32", 3e-6), ("bfloat16", 1e-2), ("int8", 3e-2)])
 def test_keys_and_values_can_be_stored_smaller(kv, limit):
     program, ids = program_of("llama"), some_ids(60)
-    want = interpret.logits(program, torch.tensor(ids))
+    want = reference.logits(program, torch.tensor(ids))
     got = read(NativeDecoder(program), ids, kv=kv)
     assert_close(got, want, limit)
     if kv != "float32":
@@ -140,7 +141,7 @@ def test_keys_and_values_can_be_stored_smaller(kv, limit):
 def test_quantized_weights(bits, symmetric):
     model = quantize(tiny_llama(), QuantSpec(f"int{bits}", (1, 32), symmetric))
     program, ids = lower(model), some_ids(40)
-    want = interpret.logits(program, torch.tensor(ids))
+    want = reference.logits(program, torch.tensor(ids))
     assert_close(read(NativeDecoder(program), ids), want, 3e-6)
     rounded = read(NativeDecoder(program), ids, exact=False)
     assert 1e-5 * want.abs().max() < (rounded - want).abs().max() < 0.05 * want.abs().max()
@@ -153,7 +154,7 @@ def test_layers_of_mixed_grids_share_their_input():
         if spec := specs.get(site.name.rpartition(".")[2]):
             round_site(model, site, spec)
     program, ids = lower(model), some_ids(30)
-    want = interpret.logits(program, torch.tensor(ids))
+    want = reference.logits(program, torch.tensor(ids))
     assert_close(read(NativeDecoder(program), ids), want, 3e-6)
     assert_close(read(NativeDecoder(program), ids, exact=False), want, 0.02)
 
@@ -161,7 +162,7 @@ def test_layers_of_mixed_grids_share_their_input():
 def test_bfloat16_weights_meet_float_activations():
     model = tiny_llama().to(torch.bfloat16)
     program, ids = lower(model), some_ids(30)
-    want = interpret.logits(program, torch.tensor(ids))
+    want = reference.logits(program, torch.tensor(ids))
     assert_close(read(NativeDecoder(program), ids), want, 3e-6)
     assert torch.equal(read(NativeDecoder(program), ids, exact=False), read(NativeDecoder(program), ids))
 
@@ -174,9 +175,9 @@ def test_activations_are_rounded_to_bfloat16_where_that_is_faster(family, monkey
     if not build.library().qk_multiplies_bfloat16():
         assert torch.equal(rounded, exact)
         pytest.skip("this CPU multiplies bfloat16 numbers no faster than floats")
-    plain = interpret.linear
-    monkeypatch.setattr(interpret, "linear", lambda x, weight: plain(x.bfloat16().float(), weight))
-    want = interpret.logits(program, torch.tensor(ids))
+    plain = reference.linear
+    monkeypatch.setattr(reference, "linear", lambda x, weight: plain(x.bfloat16().float(), weight))
+    want = reference.logits(program, torch.tensor(ids))
     off, far = ((got - want).abs().mean(1) for got in (rounded, exact))
     assert off[0] < 1e-4 * far[0]  # later rows' sums, in another order, are now and then rounded the other way
     assert off.mean() < 0.5 * far.mean()
@@ -193,7 +194,7 @@ def test_only_bfloat16_weights_make_activations_bfloat16():
         if site.name.endswith("k_proj"):
             round_site(model, site, QuantSpec("int4", (1, 32)))
     program = lower(model)
-    want = interpret.logits(program, torch.tensor(ids))
+    want = reference.logits(program, torch.tensor(ids))
     for exact in (True, False):
         for bfloat16 in (True, False):
             assert_close(read(NativeDecoder(program), ids, exact=exact, bfloat16=bfloat16), want, 0.02)
@@ -316,7 +317,7 @@ def test_every_instruction_set_decodes(isa, monkeypatch):
     ids = some_ids(40)
     for family in ("gemma3", "qwen3"):
         program = lower(quantize(FAMILIES[family](), QuantSpec("int4", (1, 32), False)))
-        want = interpret.logits(program, torch.tensor(ids))
+        want = reference.logits(program, torch.tensor(ids))
         for kv, limit in (("float32", 1e-5), ("bfloat16", 2e-2), ("int8", 5e-2)):
             whole = read(NativeDecoder(program, threads=2), ids, kv=kv)
             assert_close(whole, want, limit)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from quantkit.kernels import build, learning
+from quantkit.kernels import build
+from quantkit.kernels.functions import learning
 from quantkit.numerics import divergence
 
 

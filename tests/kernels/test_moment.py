@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quantkit.kernels.moment import add_moment
+from quantkit.kernels.functions.moment import add_moment
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quantkit.kernels import layout, ops
+from quantkit.kernels.cpu import layout, ops
 from quantkit.qtensor import QTensor
 from tests.kernels.test_cpu import extremes, quantized
 

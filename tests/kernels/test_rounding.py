@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import KernelError, SpecError
-from quantkit.kernels import build, rounding
+from quantkit.kernels import build
+from quantkit.kernels.functions import rounding
 from quantkit.numerics import grid, search
 from quantkit.numerics import sweep as plain
 from quantkit.quantizers.gptq import inverse_factor

@@ -10,13 +10,13 @@ from quantkit import Engine, load, quantize
 from quantkit.errors import FormatError, SpecError
 from quantkit.hf.native import native_decoder
 from quantkit.hf.structure import describe
-from quantkit.kernels.decoder import NativeDecoder
+from quantkit.kernels.cpu.decoder import NativeDecoder
 from quantkit.nn.embedding import QuantEmbedding
 from quantkit.nn.linear import QuantLinear
 from quantkit.numerics import grid
-from quantkit.plan import plan_ends
+from quantkit.pipeline.plan import plan_ends
 from quantkit.quantizers.rtn import nearest
-from quantkit.recipe import Recipe
+from quantkit.recipe.schema import Recipe
 from quantkit.spec import QuantSpec, preset
 from tests import tiny
 

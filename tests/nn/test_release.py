@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from quantkit.errors import KernelError
-from quantkit.kernels import KERNELS, ops
+from quantkit.kernels import KERNELS
+from quantkit.kernels.cpu import ops
 from quantkit.nn.install import set_activations
 from quantkit.nn.linear import QuantLinear, QuantWeight
 from quantkit.numerics import grid

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quantkit.kernels import rounding
+from quantkit.kernels.functions import rounding
 from quantkit.numerics import descent, grid
 from quantkit.spec import QuantSpec
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quantkit.numerics.hadamard import paley, random_hadamard, sylvester, turn
+from quantkit.numerics.hadamard import hadamard_transform, paley, random_hadamard, sylvester
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 12, 20, 28, 36, 64, 96, 576, 768])
@@ -47,15 +47,17 @@ def test_sizes_without_a_construction() -> None:
 def test_turning_keeps_products_and_goes_back(size: int, dtype: torch.dtype) -> None:
     x, w = torch.randn(2, 3, size, generator=torch.Generator().manual_seed(size)).to(dtype)
     tolerance = 0.05 if dtype is torch.bfloat16 else 1e-4
-    assert turn(x).dtype == dtype
-    torch.testing.assert_close(turn(w) @ turn(x).T, w @ x.T, rtol=tolerance, atol=tolerance * size**0.5)
-    torch.testing.assert_close(turn(turn(x), back=True), x, rtol=tolerance, atol=tolerance)
+    assert hadamard_transform(x).dtype == dtype
+    torch.testing.assert_close(
+        hadamard_transform(w) @ hadamard_transform(x).T, w @ x.T, rtol=tolerance, atol=tolerance * size**0.5
+    )
+    torch.testing.assert_close(hadamard_transform(hadamard_transform(x), back=True), x, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize(
     ("size", "spread"), [(12, 12), (64, 64), (576, 576), (1536, 1536), (40, 40), (23 * 8, 8), (192, 192), (9, 1), (39 * 4, 4)]
 )
 def test_turning_spreads_one_number_over_so_many(size: int, spread: int) -> None:
-    turned = turn(torch.eye(size, dtype=torch.float64))
+    turned = hadamard_transform(torch.eye(size, dtype=torch.float64))
     assert {int((row.abs() > 1e-9).sum()) for row in turned} == {spread}
     torch.testing.assert_close(turned.abs().amax(), torch.tensor(spread**-0.5, dtype=torch.float64))

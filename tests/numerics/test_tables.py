@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantkit import checkpoint
+from quantkit.dtypes import DTYPES
 from quantkit.errors import SpecError
 from quantkit.numerics import grid
-from quantkit.numerics.dtypes import DTYPES
-from quantkit.pipeline import quantize
+from quantkit.pipeline.quantize import quantize
 from quantkit.qtensor import QTensor
 from quantkit.quantizers.rtn import nearest
 from quantkit.spec import NAMED, QuantSpec, preset

@@ -14,7 +14,8 @@ import torch
 
 from quantkit.engine.request import Limits
 from quantkit.errors import QuantkitError
-from quantkit.generation import Engine, generate
+from quantkit.generation.engine import Engine
+from quantkit.generation.generate import generate
 from quantkit.serve.run import open_server, run_server
 from quantkit.serve.worker import Worker
 from tests.tiny import tiny_llama, tiny_tokenizer

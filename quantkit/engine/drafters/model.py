@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from quantkit.engine.backend import Backend, Memory, Span
 from quantkit.engine.drafters.base import DRAFTERS, Ask, choose_drafts
-from quantkit.engine.step import Backend, Memory, Span
 from quantkit.errors import QuantkitError
 
 

@@ -1,6 +1,6 @@
-// A decoder program as plain structs, mirrored by ctypes in kernels/decoder.py, and the pieces that decoder.cpp and
+// A decoder program as plain structs, mirrored by ctypes in kernels/cpu/structs.py, and the pieces that decoder.cpp and
 // attention.cpp share.
-// What the fields mean is said once, in kernels/program.py.
+// What the fields mean is said once, in kernels/program/definition.py.
 #pragma once
 #include <cstdint>
 

@@ -1,0 +1,103 @@
+"""The calibration text on its way through a model's blocks, and statistics of a float model in one pass."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from quantkit.calibrate.walk import Statistics, record_inputs, walk_block
+from quantkit.errors import CalibrationError
+from quantkit.nn.block_calls import call_block, cast_call, record_block_calls
+from quantkit.nn.sites import Site, SiteStatistics, Structure
+from quantkit.system.compute import Compute, on_device
+from quantkit.system.progress import Progress, ProgressCallback
+
+Visit = Callable[[Site, Statistics], None]
+
+
+class Chain:
+    """The calibration batches on their way through the blocks.
+
+    Args:
+        model: the float model.
+        structure: its blocks.
+        batches: int64 token ids (B, T), without padding.
+        compute: where blocks run.
+        with_float: also run the float blocks over what the float blocks before them produce, for quantizers that compare.
+
+    Attributes:
+        hidden: current input of the next block, one (B, T, H) per batch.
+        float_hidden: the same in the float model; empty if not asked for.
+    """
+
+    def __init__(
+        self, model: nn.Module, structure: Structure, batches: Sequence[Tensor], compute: Compute, *, with_float: bool = False
+    ) -> None:
+        self.model, self.structure, self.compute = model, structure, compute
+        recorded = [record_block_calls(model, structure, ids) for ids in batches]
+        self.hidden: list[Tensor] = [one.hidden.to(compute.dtype) for one in recorded]
+        self.calls = [one.calls for one in recorded]
+        self.float_hidden = list(self.hidden) if with_float else []
+
+    @property
+    def state(self) -> list[Tensor]:
+        """What an interrupted run must find again: all hidden states, those of the float model last."""
+        return [*self.hidden, *self.float_hidden]
+
+    @state.setter
+    def state(self, tensors: list[Tensor]) -> None:
+        self.hidden, self.float_hidden = tensors[: len(self.calls)], tensors[len(self.calls) :]
+
+    def call(self, index: int, batch: int, hidden: Tensor) -> Tensor:
+        """Return what block ``index``, which is on the compute device, makes of ``hidden`` (B, T, H) of one batch."""
+        module = self.model.get_submodule(self.structure.blocks[index].name)
+        args, kwargs = cast_call(*self.calls[batch][index], self.compute.dtype, self.compute.device)
+        return call_block(module, hidden.to(self.compute.device), args, kwargs)
+
+    def advance(self, index: int, sites: Sequence[Site], visit: Visit) -> None:
+        """Run block ``index``, which is on the compute device, over all batches and visit ``sites``; the outputs are kept."""
+        block = self.structure.blocks[index]
+        module = self.model.get_submodule(block.name)
+
+        def forward(pending: list[Tensor], batch: int) -> Callable[[], Tensor]:
+            def run() -> Tensor:
+                # The chain gives up its reference, so that a block's input is freed as soon as the block is done with it.
+                hidden, pending[batch] = pending[batch], pending[batch].new_empty(0)
+                return self.call(index, batch, hidden).to("cpu", self.compute.dtype)
+
+            return run
+
+        def visit_exactly(site: Site, statistics: Statistics) -> None:
+            with self.compute.rounding_products(False):
+                visit(site, statistics)
+
+        float_inputs: list[dict[str, Tensor]] = []
+        with self.compute.rounding_products():
+            if self.float_hidden:
+                runs = [forward(self.float_hidden, i) for i in range(len(self.calls))]
+                self.float_hidden, float_inputs = record_inputs(module, block.name, sites, runs)
+            pending, self.hidden = self.hidden, []
+            runs = [forward(pending, i) for i in range(len(self.calls))]
+            outputs = walk_block(module, block.name, sites, runs, visit_exactly, float_inputs, products=self.compute.products)
+        if any(not bool(torch.isfinite(out.sum())) for out in outputs):
+            raise CalibrationError(f"{block.name}: its output holds NaN or infinity; check the model and its dtype")
+        self.hidden = outputs
+
+
+def collect_statistics(
+    model: nn.Module,
+    structure: Structure,
+    batches: Sequence[Tensor],
+    needs: Sequence[str],
+    *,
+    compute: Compute,
+    progress: ProgressCallback,
+) -> dict[str, SiteStatistics]:
+    """Run the float model once and return the named statistics of every site in its blocks; the model is not changed."""
+    chain = Chain(model, structure, batches, compute)
+    found: dict[str, SiteStatistics] = {}
+    for index, block in enumerate(structure.blocks):
+        with torch.no_grad(), on_device(model.get_submodule(block.name), compute):
+            chain.advance(index, block.sites, lambda site, statistics: found.__setitem__(site.name, statistics(needs)))
+        progress(Progress("calibrate", index + 1, len(structure.blocks), block.name))
+    return found

@@ -1,0 +1,55 @@
+"""Open any model that a user may name."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantkit import checkpoint
+from quantkit.errors import SpecError
+from quantkit.hf.load import load_float, load_tokenizer
+from quantkit.hf.source import locate
+from quantkit.kernels import Activations
+from quantkit.nn.install import quantize_head
+
+HEADS = ("float", "int8")
+"""What :func:`open_model` can make of an output head."""
+
+
+def open_model(
+    source: str | Path, dtype: torch.dtype | None = None, *, activations: Activations = "float", head: str = "float"
+) -> tuple[nn.Module, Any]:
+    """Open a quantized checkpoint, a float directory, a hub id, a GGUF file, or ``"demo"``, the embedded default.
+
+    Args:
+        source: what to open.
+        dtype: dtype of the unquantized weights; None keeps what the files hold.
+        activations: what quantized layers make of their inputs; see :func:`quantkit.checkpoint.load`.
+        head: ``"int8"`` rounds a float output head in memory, see :func:`quantkit.nn.install.quantize_head`.
+
+    Returns:
+        The model, ready to run, and its tokenizer (None where there is none).
+
+    Raises:
+        QuantkitError: it is not there, or cannot be read; an unknown ``head``, or one that does not fit the model.
+    """
+    if head not in HEADS:
+        raise SpecError(f"head={head!r}: want one of {', '.join(HEADS)}")
+    place = locate(source)
+    if _is_quantized(Path(place)):
+        model, tokenizer = checkpoint.load(place, dtype=dtype, activations=activations), load_tokenizer(place)
+    else:
+        model, tokenizer = load_float(place, dtype)
+    if head == "int8":
+        quantize_head(model)
+    return model, tokenizer
+
+
+def _is_quantized(path: Path) -> bool:
+    """Whether a directory is for :func:`quantkit.checkpoint.load`: also an unfinished one, so that it can say what is wrong."""
+    if (path / checkpoint.INCOMPLETE).exists():
+        return True
+    config = path / "config.json"
+    return config.is_file() and "quantization_config" in json.loads(config.read_text(encoding="utf-8"))

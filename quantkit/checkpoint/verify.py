@@ -1,0 +1,106 @@
+"""SanityCheck: the files hold the model in memory, bit for bit, and a loaded copy says the same things."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantkit.checkpoint.contents import float_tensor
+from quantkit.checkpoint.files import mark_incomplete
+from quantkit.checkpoint.loading import load
+from quantkit.checkpoint.read import open_checkpoint
+from quantkit.errors import FormatError
+from quantkit.nn.embedding import QuantEmbedding
+from quantkit.nn.linear import QuantLinear, QuantWeight
+from quantkit.qtensor import PARTS, QTensor
+from quantkit.spec import Scheme
+
+
+def installed(model: nn.Module) -> dict[str, QTensor]:
+    """Return site name to QTensor of every quantized weight in the model."""
+    return {name: module.qtensor for name, module in _owners(model)}
+
+
+def installed_plan(model: nn.Module) -> dict[str, Scheme]:
+    """Return site name to scheme of everything quantized in the model."""
+    return {name: Scheme(module.spec, module.activation) for name, module in _owners(model)}
+
+
+def _owners(model: nn.Module) -> Iterator[tuple[str, QuantEmbedding | QuantLinear | QuantWeight]]:
+    """Yield the modules whose weights a checkpoint holds under their names: all but tied heads."""
+    for name, module in model.named_modules():
+        if isinstance(module, QuantEmbedding | QuantWeight) or (isinstance(module, QuantLinear) and module.tied_to is None):
+            yield name, module
+
+
+def verify(path: str | Path, model: nn.Module) -> None:
+    """Re-read a checkpoint and compare every code, scale, zero point and float tensor with the model in memory.
+
+    Raises:
+        FormatError: anything differs. The directory is then marked incomplete, so that nothing loads it.
+    """
+    try:
+        _compare(Path(path), model)
+    except FormatError as error:
+        if Path(path).is_dir():
+            mark_incomplete(Path(path), f"verification failed: {error}")
+        raise
+
+
+def _compare(path: Path, model: nn.Module) -> None:
+    found = installed(model)
+    with open_checkpoint(path) as opened:
+        if found.keys() != opened.schemes.keys():
+            odd = sorted(found.keys() ^ opened.schemes.keys())
+            raise FormatError(f"{path}: {odd[0]} is quantized {'in memory only' if odd[0] in found else 'in the files only'}")
+        for name, memory in found.items():
+            file = opened.qtensor(opened.contents.sites[name])
+            if not _same_qtensor(file, memory):
+                raise FormatError(f"{path}: {name} differs from the model in memory; the disk or the format lost bits")
+        for entry in opened.contents.entries:
+            if entry.name in opened.stored:
+                continue
+            if not _same(opened.shards.read(entry.name), float_tensor(model, entry, opened.contents.transposed)):
+                raise FormatError(f"{path}: {entry.name} differs from the model in memory; the disk lost bits")
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    b = b.cpu()
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(_bits(a), _bits(b))
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """View as bytes: NaN equals itself, and minus zero does not equal zero."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _same_qtensor(a: QTensor, b: QTensor) -> bool:
+    return all(_same(getattr(a, name), getattr(b, name)) for name in PARTS) and a.spec == b.spec and a.shape == b.shape
+
+
+@torch.no_grad()
+def kl_to(candidate: str | Path | nn.Module, reference: nn.Module, ids: Tensor) -> dict[str, Any]:
+    """Compare the predictions of a checkpoint (or model) with a reference model's on given tokens.
+
+    Args:
+        candidate: checkpoint directory, which is loaded, or a model.
+        reference: the model to compare with.
+        ids: int64 (B, T).
+
+    Returns:
+        ``kl``: mean KL(reference || candidate) in nats per token; ``max_difference``: largest difference of two logits;
+        ``same_top1``: share of positions with the same most likely token; ``tokens``: number of positions.
+    """
+    model = candidate if isinstance(candidate, nn.Module) else load(candidate, cache=False)
+    expected, found = (m(input_ids=ids).logits.float() for m in (reference, model))
+    p, q = expected.log_softmax(-1), found.log_softmax(-1)
+    return {
+        "kl": float((p.exp() * (p - q)).sum(-1).mean()),
+        "max_difference": float((expected - found).abs().max()),
+        "same_top1": float((expected.argmax(-1) == found.argmax(-1)).float().mean()),
+        "tokens": ids.numel(),
+    }

@@ -1,0 +1,112 @@
+"""How the command shows things: tables, facts, and progress bars fed by the library's one callback."""
+
+import contextlib
+import functools
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from quantkit.errors import RecipeError
+from quantkit.system.progress import Progress, ProgressCallback
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+PIPE_COLUMNS = 140
+"""Width of tables that go to a file or a pipe."""
+
+
+@functools.cache
+def console(stderr: bool = False) -> "Console":
+    """Return the terminal (results go to stdout, progress to stderr); a file or pipe is given room for whole rows."""
+    from rich.console import Console
+
+    found = Console(stderr=stderr)
+    if not found.is_terminal and "COLUMNS" not in os.environ:
+        found.width = PIPE_COLUMNS
+    return found
+
+
+def say(text: str, stderr: bool = False) -> None:
+    """Print a line as it is."""
+    console(stderr).print(text, markup=False, highlight=False)
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table; columns of numbers are right-aligned."""
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = Table(title=title, title_justify="left", header_style="bold")
+    for index, column in enumerate(columns):
+        numeric = bool(rows) and all(row[index].replace(",", "").replace(".", "").isdigit() for row in rows)
+        shown.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        shown.add_row(*(Text(cell) for cell in row))
+    console().print(shown)
+
+
+def facts(values: Mapping[str, str]) -> None:
+    """Print names and values, one per line, aligned."""
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table.grid(padding=(0, 2))
+    for name, value in values.items():
+        grid.add_row(Text(name, style="bold"), Text(value))
+    console().print(grid)
+
+
+def size(nbytes: float) -> str:
+    """Return bytes as a person reads them: ``269.1 MB`` (powers of ten, like disks)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.2f} TB"
+
+
+def parse_settings(settings: Sequence[str] | None) -> dict[str, Any]:
+    """Turn ``["calibration.samples=8"]`` into ``{"calibration.samples": 8}``; values are YAML."""
+    import yaml
+
+    found: dict[str, Any] = {}
+    for setting in settings or ():
+        key, separator, value = setting.partition("=")
+        if not separator or not key:
+            raise RecipeError(f"--set {setting}: want KEY=VALUE, e.g. --set calibration.samples=8")
+        try:
+            found[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"--set {setting}: the value is not valid YAML: {error}") from None
+    return found
+
+
+@contextlib.contextmanager
+def progress_bars() -> Iterator[ProgressCallback]:
+    """Yield a callback that shows one bar per stage; where there is no terminal, one line per finished stage."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    terminal = console(stderr=True)
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    bars = Bars(*columns, TextColumn("{task.fields[detail]}", markup=False), console=terminal, disable=not terminal.is_terminal)
+    tasks: dict[str, Any] = {}
+    started: dict[str, float] = {}
+    last_event = [time.monotonic()]  # a stage begins where the one before it ended
+
+    def show(event: Progress) -> None:
+        if event.stage not in tasks or event.done < bars.tasks[tasks[event.stage]].completed:
+            tasks[event.stage] = bars.add_task(event.stage, total=event.total, detail="")
+            started[event.stage] = last_event[0]
+        last_event[0] = time.monotonic()
+        detail = event.detail if event.loss is None else f"{event.detail}  loss {event.loss:.2e}"
+        bars.update(tasks[event.stage], completed=event.done, total=event.total, detail=detail)
+        if event.done == event.total and not terminal.is_terminal and event.stage in started:
+            seconds = time.monotonic() - started.pop(event.stage)
+            terminal.print(f"{event.stage}: {event.total} steps in {seconds:.1f} s", markup=False, highlight=False)
+
+    with bars:
+        yield show

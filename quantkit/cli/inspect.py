@@ -1,0 +1,109 @@
+"""Commands that look and do not change anything: plan, inspect, doctor."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from quantkit.cli import app
+from quantkit.cli.console import facts, parse_settings, say, size, table
+
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe, e.g. calibration.samples=8."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+
+
+@app.command()
+def plan(recipe: Path, settings: Settings = None, as_json: AsJson = False) -> None:
+    """Predict bits, bytes, peak memory and passes of a recipe, without touching weights."""
+    import dataclasses
+
+    from quantkit.recipe.run import plan_recipe
+    from quantkit.recipe.schema import load_recipe
+
+    preview = plan_recipe(load_recipe(recipe, parse_settings(settings)))
+    found = preview.estimate
+    if as_json:
+        sites = {name: scheme.weight.describe() for name, scheme in preview.resolution.plan.items()}
+        typer.echo(json.dumps({**dataclasses.asdict(found), "plan": sites, "notes": preview.resolution.notes}, indent=2))
+        return
+    rows = [(name, "quantized", str(count), f"{weights:,}") for name, (count, weights) in found.schemes.items()]
+    rows += [(reason, "kept", str(count), f"{numel:,}") for reason, (count, numel) in found.kept.items()]
+    table(f"{preview.recipe.model} with {recipe}", ("scheme or reason", "", "tensors", "parameters"), rows)
+    facts(
+        {
+            "bits per quantized weight": f"{found.bits_per_weight:.3f}",
+            "checkpoint": f"{size(found.total_bytes)} (float: {size(found.float_bytes)}), {preview.recipe.output.format}",
+            "written to": preview.recipe.output.path,
+            "peak memory, about": size(found.peak_bytes),
+            "passes": "\n".join(found.passes),
+        }
+    )
+    for note in preview.resolution.notes:
+        say(f"note: {note}")
+
+
+@app.command()
+def inspect(path: Path, as_json: AsJson = False) -> None:
+    """Describe a quantized checkpoint without loading it."""
+    from quantkit.checkpoint import inspect as look
+
+    found = look(path)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    facts(
+        {
+            "model": f"{found['model']}, {found['dtype']}",
+            "format": found["format"],
+            "schemes": "\n".join(f"{row['describe']}: {row['sites']} sites" for row in found["schemes"]),
+            "parameters": f"{found['parameters']:,} ({found['quantized_parameters']:,} quantized)",
+            "bits per quantized weight": f"{found['quantized_bits_per_weight']:.3f}",
+            "bits per parameter": f"{found['bits_per_weight']:.3f}",
+            "size": f"{size(found['bytes'])} in {len(found['shards'])} file(s)",
+        }
+    )
+    facts(_flat(found["metadata"]))
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Say which kernels this machine can run and why not the others, and what else matters."""
+    from quantkit.cli.doctor import examine
+
+    found = examine()
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    rows = [(row["kernel"], "yes" if row["available"] else "no", _reason(row)) for row in found.pop("kernels")]
+    facts({name: json.dumps(value) if isinstance(value, dict) else str(value) for name, value in found.items()})
+    table("kernels, best first", ("kernel", "runs", "details"), rows)
+
+
+@app.command()
+def cache(
+    clear: Annotated[bool, typer.Option("--clear", help="Remove what it holds.")] = False,
+    on: Annotated[bool | None, typer.Option("--on/--off", help="Keep prepacked weights from now on, or no more.")] = None,
+) -> None:
+    """Show the weights kept in the kernels' layout, which make a second load fast; clear them, or turn this off."""
+    from quantkit.checkpoint import prepacked
+
+    if on is not None:
+        prepacked.switch(on)
+    if clear:
+        say(f"removed {size(prepacked.clear())}")
+    say(prepacked.describe())
+
+
+def _flat(value: Any, name: str = "recorded") -> dict[str, str]:
+    """Return a nested mapping as dotted names and texts."""
+    if not isinstance(value, dict):
+        return {name: str(value)}
+    return {key: text for k, v in value.items() for key, text in _flat(v, f"{name}.{k}").items()}
+
+
+def _reason(row: dict[str, Any]) -> str:
+    return row["reason"] or ", ".join(f"{key} {value}" for key, value in (row["details"] or {}).items())

@@ -1,0 +1,218 @@
+"""Commands that work: demo, run, eval, bench, generate."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from quantkit.cli import app
+from quantkit.cli.console import console, facts, parse_settings, progress_bars, say, size, table
+from quantkit.cli.inspect import Settings
+
+Model = Annotated[str, typer.Argument(help="Checkpoint directory, float model, hub id, or demo.")]
+Engine = Annotated[str, typer.Option(help="native (one call per token, CPU), modules (transformers' forward), or auto.")]
+Activations = Annotated[
+    str, typer.Option(help="float, float32 even in a bfloat16 model, or int8: faster, less exact; native engine.")
+]
+Head = Annotated[str, typer.Option(help="float, or int8: the output head rounded in memory, faster to read.")]
+
+
+@app.command()
+def demo(
+    model: Annotated[str, typer.Option(help="Hub id, directory, or demo for the embedded SmolLM2-135M-Instruct.")] = "demo",
+    data: Annotated[str | None, typer.Option(help="Calibration text: file, folder or datasets name.")] = None,
+    out: Annotated[Path, typer.Option(help="Where checkpoints and reports go; those of an earlier demo are replaced.")] = Path(
+        "quantkit-demo"
+    ),
+    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
+    length: Annotated[int, typer.Option(help="Tokens of a calibration window.")] = 512,
+    windows: Annotated[int, typer.Option(help="Evaluation windows of 512 tokens.")] = 16,
+    quick: Annotated[bool, typer.Option("--quick", help="Little data: does it work? Not enough to judge by.")] = False,
+) -> None:
+    """Quantize a model four ways, reload it, compare it with the original and time it."""
+    from quantkit.cli.demo import DemoSettings, plan_demo, run_demo
+    from quantkit.report import comparison_table, coverage_table
+
+    settings = DemoSettings(model=model, data=data, out=out, samples=samples, length=length, windows=windows)
+    settings = settings.quick() if quick else settings
+    variants = plan_demo(settings)
+    rows = [
+        (
+            v.label,
+            ", ".join(v.estimate.schemes),
+            f"{v.estimate.bits_per_weight:.3f}",
+            size(v.estimate.total_bytes),
+            size(v.estimate.peak_bytes),
+        )
+        for v in variants
+    ]
+    table(
+        f"plan for {model}: bfloat16 is {size(variants[0].estimate.float_bytes)}",
+        ("row", "grid", "bits", "file", "peak memory"),
+        rows,
+    )
+    with progress_bars() as progress:
+        result = run_demo(settings, variants, progress)
+    console().print(coverage_table(result.coverage))
+    console().print(comparison_table(result.reports))
+    best = next(reversed(result.checkpoints.values()))
+    facts(
+        {
+            "report": f"{result.html} (open it in a browser), {result.json}",
+            "look": f"quantkit inspect {best}",
+            "talk": f'quantkit generate {best} --chat "What is the capital of France?"',
+            "use": f'transformers: AutoModelForCausalLM.from_pretrained("{best}"); vLLM: vllm serve {best}',
+        }
+    )
+
+
+@app.command()
+def run(recipe: Path, settings: Settings = None) -> None:
+    """Carry out a recipe: quantize, write, prove, measure. An interrupted run continues."""
+    from quantkit.recipe.run import run_recipe
+    from quantkit.recipe.schema import load_recipe
+    from quantkit.report import comparison_table, coverage_table
+
+    loaded = load_recipe(recipe, parse_settings(settings))
+    with progress_bars() as progress:
+        outcome = run_recipe(loaded, progress)
+    for note in outcome.preview.resolution.notes:
+        say(f"note: {note}")
+    console().print(coverage_table(outcome.result.coverage))
+    if outcome.report is not None:
+        console().print(comparison_table([outcome.report]))
+    say(f"written to {outcome.result.path}")
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    base: Annotated[str | None, typer.Option(help="The model it should agree with, for KL and agreement.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Text file, folder or datasets name; default: text every Python carries.")
+    ] = None,
+    windows: int = 20,
+    length: Annotated[int, typer.Option(help="Tokens of a window.")] = 1024,
+    latency: Annotated[bool, typer.Option(help="Measure speed too.")] = True,
+    kv: Annotated[str | None, typer.Option(help="Read keys and values from a memory: float, int8 or int4.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the report here (JSON).")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page with plots here.")] = None,
+    head: Head = "float",
+) -> None:
+    """Measure a model: perplexity, distance from a base model, speed, size."""
+    from quantkit.checkpoint.open import open_model
+    from quantkit.evaluation import evaluate as measure
+    from quantkit.report import comparison_table, write_html
+
+    opened, tokenizer = open_model(model, head=head)
+    with progress_bars() as progress:
+        report = measure(
+            opened,
+            open_model(base)[0] if base else None,
+            data=data,
+            tokenizer=tokenizer,
+            windows=windows,
+            length=length,
+            latency=latency,
+            kv=kv,
+            label=Path(model).name,
+            base_label=base,
+            progress=progress,
+        )
+    console().print(comparison_table([report]))
+    if out is not None:
+        report.save(out)
+    if html is not None:
+        write_html(html, [report])
+
+
+@app.command()
+def bench(
+    models: Annotated[list[str], typer.Argument(help="Models to time; speed-ups are against the first.")],
+    context: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 256,
+    new_tokens: Annotated[int, typer.Option(help="Tokens decoded per round.")] = 32,
+    rounds: int = 5,
+    engine: Engine = "auto",
+    activations: Activations = "float",
+    head: Head = "float",
+) -> None:
+    """Time several models in turn, round by round."""
+    from quantkit.checkpoint.open import open_model
+    from quantkit.evaluation import compare_latency
+
+    opened = {name: open_model(name, head=head)[0] for name in models}
+    with progress_bars() as progress:
+        found = compare_latency(
+            opened,
+            context=context,
+            new_tokens=new_tokens,
+            rounds=rounds,
+            engine=engine,
+            activations=activations,
+            progress=progress,
+        )
+    rows = [
+        (
+            name,
+            one.engine,
+            f"{one.prefill_tokens_per_s.median:.0f}",
+            f"{one.decode_ms.median:.2f}",
+            f"{one.decode_ms.p90:.2f}",
+            f"{one.speedup.decode.median:.2f}x" if one.speedup else "1",
+        )
+        for name, one in found.items()
+    ]
+    first = next(iter(found.values()))
+    title = f"prompt {context}, {new_tokens} new tokens, {rounds} rounds in turn, {first.threads} threads, {first.device}"
+    table(title, ("model", "run by", "prefill tokens/s", "decode ms", "p90", "decode speed-up"), rows)
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: str,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    seed: int | None = None,
+    kv: Annotated[str, typer.Option(help="Keys and values: float, int8 or int4.")] = "float",
+    drafter: Annotated[
+        str | None, typer.Option(help="Guess ahead: ngram, twin (int8 weights), or a smaller model's path.")
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt through the model's chat template.")] = False,
+    engine: Engine = "auto",
+    activations: Activations = "float",
+    head: Head = "float",
+) -> None:
+    """Continue a prompt and show the text as it comes."""
+    from quantkit.checkpoint.open import open_model
+    from quantkit.generation.generate import generate as continue_text
+
+    opened, tokenizer = open_model(model, head=head)
+    draft = open_model(drafter)[0] if drafter not in (None, "ngram", "twin") else drafter  # type: ignore[arg-type]
+    done = continue_text(
+        opened,
+        [{"role": "user", "content": prompt}] if chat else prompt,
+        tokenizer,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        kv=kv,
+        drafter=draft,
+        stream=lambda piece: typer.echo(piece, nl=False),
+        engine=engine,
+        activations=activations,
+    )
+    typer.echo()
+    later = sorted(done.decode_ms)
+    speed = f", {later[len(later) // 2]:.1f} ms per token (median)" if later else ""
+    guessed = f", {done.accepted} of {done.drafted} guesses right" if drafter else ""
+    first = f"first token after {done.prefill_ms:.0f} ms"
+    say(f"[{len(done.ids)} tokens, {done.finish_reason}; {first}{speed}{guessed}]", stderr=True)

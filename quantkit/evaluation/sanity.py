@@ -1,0 +1,95 @@
+"""A short measurement that every quantized model carries: how far it is from the float model it came from.
+
+A few windows of held-out text are run through the float model before anything is changed, through the quantized model in
+memory, and through the checkpoint as read back from the disk. It proves that the files are sound and gives an honest first
+number; :func:`quantkit.evaluation.evaluate` measures properly.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantkit.calibrate.data import Batch, encoder, text_default, token_batches
+from quantkit.checkpoint.check import converted_buffers
+from quantkit.errors import CalibrationError, FormatError
+from quantkit.evaluation.quality import score
+from quantkit.evaluation.reference import evaluating, run_model
+from quantkit.evaluation.windows import Windows, from_batches
+from quantkit.nn.embedding import input_table
+
+WINDOWS, LENGTH = 2, 128
+"""Size of the proof: 2 windows of 128 tokens; their float logits are held in memory meanwhile."""
+
+MAX_RELOAD_KL = 1e-4
+"""Nats per token by which the reloaded checkpoint may differ from the model in memory: the same numbers, run anew."""
+
+
+@dataclass(frozen=True)
+class SanityCheck:
+    """Windows of text and a model's logits on each of them, (1, T, vocabulary)."""
+
+    windows: Windows
+    text: str
+    logits: Mapping[bytes, Tensor]
+
+    @classmethod
+    def start(cls, model: nn.Module, tokenizer: Any) -> "SanityCheck":
+        """Record the logits of ``model`` on held-out text; on fixed random tokens if there is no tokenizer."""
+        windows, text = _windows(model, tokenizer)
+        return cls(windows, text, _logits(model, windows))
+
+    def measure(self, model: nn.Module) -> dict[str, Any]:
+        """Compare ``model`` with the recorded one.
+
+        Returns:
+            JSON-ready numbers: KL(recorded || model) in nats per token, agreement of the most likely token, perplexities.
+        """
+        quality = score(model, self.windows, lambda ids: self.logits[_key(ids)])
+        divergence = quality.divergence
+        if divergence is None:
+            raise CalibrationError("the proof has no windows to compare")
+        return {
+            "text": self.text,
+            "tokens": divergence.tokens,
+            "kl_mean": divergence.mean,
+            "kl_p99": divergence.p99,
+            "same_top1": divergence.same_top1,
+            "perplexity": quality.perplexity,
+            "base_perplexity": divergence.base_perplexity,
+        }
+
+    def check_reloaded(self, in_memory: nn.Module, reloaded: nn.Module) -> float:
+        """Return KL(in memory || reloaded) in nats per token.
+
+        Raises:
+            FormatError: if it is more than :data:`MAX_RELOAD_KL`.
+        """
+        kl = float(SanityCheck(self.windows, self.text, _logits(in_memory, self.windows)).measure(reloaded)["kl_mean"])
+        if not kl <= MAX_RELOAD_KL:
+            why = "".join(f"; {text}" for text in converted_buffers(in_memory, reloaded)[:1])
+            raise FormatError(
+                f"the checkpoint read back differs from the model in memory: KL {kl:.3g}, want <= {MAX_RELOAD_KL:g}{why}"
+            )
+        return kl
+
+
+def _logits(model: nn.Module, windows: Windows) -> dict[bytes, Tensor]:
+    with evaluating(model):
+        return {_key(ids): run_model(model, ids) for ids in windows.ids.split(1)}
+
+
+def _key(ids: Tensor) -> bytes:
+    return bytes(ids.cpu().numpy().tobytes())
+
+
+def _windows(model: nn.Module, tokenizer: Any) -> tuple[Windows, str]:
+    config: Any = getattr(model, "config", None)
+    length = min(LENGTH, getattr(config, "max_position_embeddings", None) or LENGTH)
+    if tokenizer is not None:
+        batches = token_batches(text_default()[1], encoder(tokenizer), samples=WINDOWS, length=length, batch_size=WINDOWS)
+        return from_batches(batches), "held-out Python documentation"
+    ids = torch.randint(input_table(model)[0], (WINDOWS, length), generator=torch.Generator().manual_seed(0))
+    return from_batches([Batch(ids, None)]), "random tokens"

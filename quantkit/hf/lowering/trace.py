@@ -1,0 +1,260 @@
+"""Watch one forward pass: which module read which values, and what attention was asked to do.
+
+A model's config says what its author called things; a forward pass says what is computed. :func:`watch` runs a few random
+tokens through a model with hooks on every module and with an attention function of its own behind transformers'
+``ALL_ATTENTION_FUNCTIONS``, and keeps all values, layer by layer. ``quantkit/hf/lowering/lower.py`` then finds out how they
+follow from one another. Nothing of the model is changed (the attention implementation is put back); cost is one forward of
+:data:`TOKENS` tokens.
+"""
+
+import itertools
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from quantkit.hf.experts import uses_experts_interface
+from quantkit.nn.embedding import input_table
+
+NAME = "quantkit_watch"
+"""Name of the watching attention function in transformers' registries."""
+
+TOKENS = 13
+"""Tokens of the watched pass: few, and no size that a model's other axes have."""
+
+
+FAR = 1 << 20
+"""A position beyond every window."""
+
+
+class CannotWatch(Exception):
+    """The model does not run the way a standard decoder does; the message says where."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Call:
+    """One call of a module.
+
+    Attributes:
+        path: the module's name in the model.
+        module: the module.
+        x: its first tensor argument.
+        y: its output, or the first tensor of it.
+        outputs: every tensor of its output.
+        arguments: positional and keyword arguments as they were.
+    """
+
+    path: str
+    module: nn.Module
+    x: Tensor
+    y: Tensor
+    outputs: tuple[Tensor, ...]
+    arguments: tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AttentionCall:
+    """One call of the attention function, for one sequence.
+
+    Attributes:
+        order: how many calls of modules of the layer came before.
+        q, k, v: (T, heads, head_dim), as attention sees them: normalized and rotated.
+        y: (T, heads * head_dim).
+        scale: factor of the scores.
+        window: keys a query sees, itself included; None for all before it.
+        options: other arguments that are not None (softcap, sinks ...).
+    """
+
+    order: int
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    y: Tensor
+    scale: float
+    window: int | None
+    options: dict[str, Any]
+
+
+@dataclass(slots=True, eq=False)
+class LayerTrace:
+    """What happened in one decoder layer: residual stream in and out (T, hidden), calls of leaf and experts modules."""
+
+    x: Tensor
+    calls: list[Call] = field(default_factory=list)
+    attention: list[AttentionCall] = field(default_factory=list)
+    y: Tensor | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Trace:
+    """A watched pass over ids (T,) from position ``start``: layers in order, calls before and after them, logits (T, V)."""
+
+    ids: Tensor
+    start: int = 0
+    layers: list[LayerTrace] = field(default_factory=list)
+    before: list[Call] = field(default_factory=list)
+    after: list[Call] = field(default_factory=list)
+    logits: Tensor | None = None
+
+
+def watch(model: PreTrainedModel, stack: nn.Module, start: int = 0) -> Trace:
+    """Run :data:`TOKENS` random tokens through ``model``, whose decoder layers are the children of ``stack``.
+
+    Args:
+        start: position of the first token; what a model does differently far out shows there.
+
+    Raises:
+        CannotWatch: the model does not use transformers' attention interface, or a mask that is not a causal window.
+    """
+    generator = torch.Generator().manual_seed(0)
+    words, device = input_table(model)
+    ids = torch.randint(0, words, (1, TOKENS), generator=generator).to(device)
+    recorder = _Recorder(Trace(ids[0], start))
+    where = {"position_ids": start + torch.arange(TOKENS, device=ids.device)[None]} if start else {}
+    with ExitStack() as cleanup, torch.no_grad():
+        recorder.hook(model, stack, cleanup)
+        _interpose(model, recorder, cleanup)
+        output = model(input_ids=ids, use_cache=False, return_dict=True, **where)
+    logits = getattr(output, "logits", None)
+    if logits is None:
+        raise CannotWatch("the model returns no logits")
+    recorder.trace.logits = logits[0]
+    if not all(layer.attention for layer in recorder.trace.layers) or not recorder.trace.layers:
+        raise CannotWatch("a layer does not use transformers' attention interface")
+    return recorder.trace
+
+
+def flat(x: Tensor) -> Tensor:
+    """View a value of one sequence, (1, T, ...) or (T, ...), as (T, everything else)."""
+    x = x.detach()
+    if x.ndim > 2 and x.shape[0] == 1:
+        x = x[0]
+    return x.reshape(x.shape[0], -1)
+
+
+class _Recorder:
+    """Hooks and the attention function of one watched pass."""
+
+    def __init__(self, trace: Trace) -> None:
+        self.trace = trace
+        self.inside: LayerTrace | None = None
+        self.windows: dict[int, int | None] = {}  # id of a mask to its window
+        self.masks: list[Tensor] = []  # keeps the ids alive
+
+    def hook(self, model: nn.Module, stack: nn.Module, cleanup: ExitStack) -> None:
+        layers = {id(layer) for layer in stack.children()}
+        for path, module in model.named_modules():
+            if id(module) in layers:
+                handles = [
+                    module.register_forward_pre_hook(self._enter, with_kwargs=True),
+                    module.register_forward_hook(self._leave),
+                ]
+            elif not any(True for _ in module.children()) or uses_experts_interface(module):
+                handles = [module.register_forward_hook(self._called(path), with_kwargs=True)]
+            else:
+                continue
+            for handle in handles:
+                cleanup.callback(handle.remove)
+
+    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        x = next(value for value in (*args, kwargs.get("hidden_states")) if isinstance(value, Tensor))
+        self.inside = LayerTrace(flat(x).clone())
+        self.trace.layers.append(self.inside)
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        assert self.inside is not None
+        self.inside.y = flat(output if isinstance(output, Tensor) else output[0]).clone()
+        self.inside = None
+
+    def _called(self, path: str) -> Callable[..., None]:
+        def record(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            xs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+            ys = (output,) if isinstance(output, Tensor) else tuple(v for v in output or () if isinstance(v, Tensor))
+            if not xs or not ys:
+                return
+            call = Call(path, module, xs[0].detach().clone(), ys[0].detach().clone(), ys, (args, kwargs))
+            place = self.trace.before if not self.trace.layers else self.trace.after
+            (place if self.inside is None else self.inside.calls).append(call)
+
+        return record
+
+    def mask(self, *args: Any, **options: Any) -> Tensor:
+        """Stand in for transformers' mask functions: remember the window, return the mask as booleans."""
+        sees = options["mask_function"]
+        q, kv = torch.arange(options["q_length"]), torch.arange(options["kv_length"])
+        mask = _evaluate(sees, q[:, None], kv).to(self.trace.ids.device)
+        self.masks.append(mask)
+        self.windows[id(mask)] = _window(sees)
+        return mask
+
+    def attention(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+    ) -> tuple[Tensor, None]:
+        """Stand in for transformers' attention functions: record the call and compute it in plain torch."""
+        if attention_mask is None or id(attention_mask) not in self.windows or self.inside is None:
+            raise CannotWatch("attention is not called with the mask that transformers' mask functions made")
+        if key.shape != value.shape or query.shape[-1] != key.shape[-1] or query.shape[1] % key.shape[1]:
+            shapes = ", ".join(str(tuple(part.shape[1:])) for part in (query, key, value))
+            raise CannotWatch(f"queries, keys and values of shapes {shapes} (latent attention?)")
+        scale, softcap = options.get("scaling"), options.get("softcap")
+        scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+        repeats = query.shape[1] // key.shape[1]
+        keys, values = (part.repeat_interleave(repeats, 1).float() for part in (key, value))
+        scores = query.float() @ keys.transpose(2, 3) * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores = scores.masked_fill(~attention_mask, -torch.inf)
+        y = (F.softmax(scores, -1) @ values).to(query.dtype).transpose(1, 2).contiguous()
+        known = {"scaling", "dropout", "sliding_window", "position_ids"}  # the mask says what the window is
+        rest = {name: v for name, v in options.items() if name not in known and v is not None and not isinstance(v, bool)}
+        q, k, v = (part[0].transpose(0, 1).contiguous() for part in (query, key, value))
+        call = AttentionCall(len(self.inside.calls), q, k, v, flat(y), scale, self.windows[id(attention_mask)], rest)
+        self.inside.attention.append(call)
+        return y, None
+
+
+def _evaluate(sees: Callable[..., Any], q: Tensor, kv: Tensor) -> Tensor:
+    """Return transformers' mask function at queries and keys (broadcast), as booleans of shape (1, 1, queries, keys)."""
+    shape = torch.broadcast_shapes(q.shape, kv.shape)
+    seen = sees(torch.tensor(0), torch.tensor(0), q, kv)
+    return torch.as_tensor(seen).expand(shape)[None, None]
+
+
+def _window(sees: Callable[..., Any]) -> int | None:
+    """Return how many keys a far query sees, itself included, or None for all; checked at two queries."""
+    counts = set()
+    for far in (FAR, FAR - 5):
+        q, kv = torch.tensor(far), torch.arange(FAR + 8)
+        seen = torch.as_tensor(sees(torch.tensor(0), torch.tensor(0), q, kv)).expand(kv.shape)
+        count = int(seen.sum())
+        if not bool(seen[far + 1 - count : far + 1].all()):
+            raise CannotWatch("the attention mask is not a causal window")
+        counts.add(None if count == far + 1 else count)
+    if len(counts) > 1:
+        raise CannotWatch("the attention mask is not a window of one size (chunked attention?)")
+    return counts.pop()
+
+
+_turn = itertools.count()
+
+
+def _interpose(model: PreTrainedModel, recorder: _Recorder, cleanup: ExitStack) -> None:
+    """Point the configs of the model at the recorder's functions until ``cleanup``."""
+    name = f"{NAME}_{next(_turn)}"  # two threads may watch two models
+    ALL_ATTENTION_FUNCTIONS.register(name, recorder.attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(name, recorder.mask)
+    cleanup.callback(ALL_ATTENTION_FUNCTIONS._global_mapping.pop, name, None)
+    cleanup.callback(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping.pop, name, None)
+    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    for config in configs.values():
+        if hasattr(config, "_attn_implementation_internal"):
+            before = config._attn_implementation_internal
+            config._attn_implementation_internal = name
+            cleanup.callback(setattr, config, "_attn_implementation_internal", before)

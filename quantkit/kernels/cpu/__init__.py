@@ -1,0 +1,1 @@
+"""Kernels for CPUs: compiled by the C++ compiler on first use, called through ctypes."""

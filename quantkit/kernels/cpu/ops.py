@@ -1,0 +1,122 @@
+"""``torch.ops.quantkit.wq_matmul``: the prepacked matmul as a torch operator.
+
+Three faces, as torch wants them: a schema, a fake (shapes only, for tracing), and implementations: the compiled library on
+the CPU, plain torch anywhere else. Nothing is registered before :func:`wq_matmul` is first called, and nothing is
+compiled before the operator first runs on the CPU.
+"""
+
+import ctypes
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from quantkit.errors import KernelError
+from quantkit.kernels import build
+from quantkit.kernels.cpu import layout
+from quantkit.kernels.cpu.layout import LinearStruct, Prepacked
+
+SCHEMA = (
+    "wq_matmul(Tensor x, Tensor codes, Tensor? scale, Tensor? zero, "
+    "int rows, int group, int kind, int zero_code, int block, Tensor? bias) -> Tensor"
+)
+
+LARGEST_BLOCK = 256
+"""Columns that may share an activation scale: sums of so many int8 values fit 16 bits."""
+
+_library: list[torch.library.Library] = []  # keeps the registration alive
+
+
+@functools.cache
+def wq_matmul() -> Callable[..., Tensor]:
+    """Register the operator once and return it.
+
+    Its arguments are x (..., K), the fields of :class:`quantkit.kernels.cpu.layout.Prepacked`, the columns per int8 activation
+    scale (0: float activations), and a bias (N,) of x's dtype or None; it returns (..., N) in x's dtype. It has no
+    derivative: differentiate the reference kernel instead.
+    """
+    library = torch.library.Library("quantkit", "FRAGMENT")  # type: ignore[no-untyped-call]
+    library.define(SCHEMA)  # type: ignore[no-untyped-call]
+    library.impl("wq_matmul", _plain, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    library.impl("wq_matmul", _compiled, "CPU")  # type: ignore[no-untyped-call]
+    torch.library.register_fake("quantkit::wq_matmul", _fake, lib=library)
+    _library.append(library)
+    operator: Callable[..., Tensor] = torch.ops.quantkit.wq_matmul.default
+    return operator
+
+
+def round_activations(x: Tensor, group: int, block: int) -> Tensor:
+    r"""Return what the int8 path makes of x (..., K): float32, rounded block by block to :math:`q \cdot s`.
+
+    In every group, each block of up to ``block`` columns has :math:`s = \max|x| / 127` and :math:`q = \mathrm{round}(x / s)`;
+    a block with an infinity or a NaN becomes NaN.
+    """
+    groups = x.float().unflatten(-1, (-1, group))
+    parts = []
+    for part in groups.split(block, -1):
+        largest = part.abs().amax(-1, keepdim=True)
+        largest = torch.where(largest.isfinite(), largest, torch.nan)
+        inverse = torch.where(largest < 2.0**-100, 0.0, torch.full_like(largest, 127) / largest)  # 127 / x is not a division
+        whole = (part.double() * inverse.double()).round().float()  # the product is exact: rounded once, as a fused one is
+        parts.append(whole * (largest / 127))
+    rounded: Tensor = torch.cat(parts, -1).flatten(-2)
+    return rounded
+
+
+def _plain(x: Tensor, *arguments: Any) -> Tensor:
+    *weight, block, bias = arguments
+    wide = round_activations(x, weight[4], block) if block and weight[1] is not None else x.float()
+    y = F.linear(wide, layout.dequantize(*weight), None if bias is None else bias.float())
+    return y.to(x.dtype)
+
+
+def _fake(x: Tensor, codes: Tensor, scale: Tensor | None, zero: Tensor | None, rows: int, *rest: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], rows))
+
+
+def _compiled(x: Tensor, *arguments: Any) -> Tensor:
+    *weight, block, bias = arguments
+    prepacked = Prepacked(*weight)
+    return compute(x, prepacked, prepacked.struct(), block, bias)
+
+
+def compute(x: Tensor, weight: Prepacked, struct: LinearStruct, block: int, bias: Tensor | None) -> Tensor:
+    """Run the operator on CPU tensors without dispatch: what :func:`wq_matmul` does there, for eager callers in a hurry.
+
+    Args:
+        x: (..., K).
+        weight: the prepacked weight.
+        struct: its C view, ``weight.struct()``.
+        block: columns per int8 activation scale, up to :data:`LARGEST_BLOCK` and a multiple of 8; 0 for float activations.
+        bias: (N,) of x's dtype, or None.
+
+    Raises:
+        KernelError: if x, bias or block does not fit.
+    """
+    columns, rows = weight.columns, weight.rows
+    if x.shape[-1] != columns or x.dtype not in build.DTYPE_CODES or (bias is not None and bias.dtype != x.dtype):
+        raise KernelError(
+            f"wq_matmul: x is {x.dtype} {tuple(x.shape)}, bias {None if bias is None else bias.dtype}; want "
+            f"float32, float16 or bfloat16 (..., {columns}) and a bias of the same dtype"
+        )
+    if block % 8 or not 0 <= block <= LARGEST_BLOCK:
+        raise KernelError(f"wq_matmul: block={block}; want a multiple of 8 up to {LARGEST_BLOCK}, or 0 for float activations")
+    y = x.new_empty((*x.shape[:-1], rows))
+    x = x.contiguous()
+    bias = None if bias is None else bias.float().contiguous()
+    status = build.library().qk_linear(
+        ctypes.addressof(struct),
+        None if bias is None else bias.data_ptr(),
+        x.data_ptr(),
+        y.data_ptr(),
+        x.numel() // columns,
+        block if weight.scale is not None else 0,
+        build.DTYPE_CODES[x.dtype],
+        torch.get_num_threads(),
+    )
+    if status:
+        raise KernelError("wq_matmul: out of memory")
+    return y

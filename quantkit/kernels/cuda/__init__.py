@@ -1,0 +1,1 @@
+"""Kernels for NVIDIA GPUs: compiled by nvcc on first use, launched through ctypes."""

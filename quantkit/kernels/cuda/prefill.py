@@ -1,0 +1,113 @@
+"""Products of 4- and 8-bit weights with many tokens on Hopper: codes go to the tensor cores without passing through memory.
+
+Elsewhere, and for fewer tokens, :mod:`quantkit.kernels.cuda.calls` has other ways. The instructions (wgmma) exist on compute
+capability 9.0 alone. What a device makes of them is checked once, against an expanded weight, before anything relies on it.
+"""
+
+import logging
+from typing import Final
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from quantkit.errors import KernelError
+from quantkit.kernels.cuda import calls, layout
+from quantkit.kernels.cuda.calls import fill_matmul, pointer, steps_of, struct
+from quantkit.kernels.cuda.layout import STEP, Fragments
+from quantkit.qtensor import QTensor
+from quantkit.spec import QuantSpec
+
+logger = logging.getLogger(__name__)
+
+ArrangeStruct = struct("ArrangeStruct", "x out", "tokens k")
+
+CAPABILITY: Final = (9, 0)
+TOKENS: Final = 128
+"""Tokens of a block."""
+_LARGEST_ERROR: Final = 1e-2  # of a product's norm; what is placed wrongly is off by all of it
+
+
+def arrange(x: Tensor) -> Tensor:
+    """Return x (tokens, K), K a multiple of 16, as the kernel's blocks read it: (tiles of 128 tokens, steps of 64, 128, 64)."""
+    tokens, columns = x.shape
+    out = x.new_empty((-(-tokens // TOKENS), -(-columns // STEP), TOKENS, STEP))
+    calls.launch("qk_arrange", ArrangeStruct(pointer(x), pointer(out), tokens, columns), x.device)
+    return out
+
+
+def matmul(
+    x: Tensor, weight: Fragments, bias: Tensor | None = None, activation: str | None = None, *, bests: Tensor | None = None
+) -> Tensor:
+    """Return ``x @ w.T + bias``, or what gates make of it, as :func:`quantkit.kernels.cuda.calls.matmul` does.
+
+    Each weight is rounded to x's dtype first, as where it is expanded; sums are in float32.
+
+    Args:
+        x: (tokens, K), contiguous, float16 or bfloat16.
+        weight: one matrix of integer codes.
+        bias: (N,) of x's dtype.
+        activation: the rows (and the bias) are gate and up in turn.
+        bests: see there.
+    """
+    tokens, columns = x.shape
+    y = x.new_empty((tokens, weight.rows if activation is None else weight.rows // 2))
+    if not tokens:
+        return y
+    if columns % 16:
+        x = F.pad(x, (0, -columns % 16))
+    elif x.data_ptr() % 16:
+        x = x.clone()
+    arranged = arrange(x)
+    splits = choose_splits(len(arranged) * -(-weight.tiles // 2), steps_of(columns), calls.multiprocessors(x.device))
+    parts = {"x": arranged, "bias": bias, "y": y, "bests": bests}
+    calls.launch("qk_prompt", fill_matmul(weight, parts, TOKENS, splits, activation), x.device, weight.bits)
+    return y
+
+
+def choose_splits(blocks: int, steps: int, processors: int) -> int:
+    """Return over how many blocks K is split: as many as leave no multiprocessor without one, of 8 steps at least."""
+    return max(1, min(processors // blocks, steps // 8))
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Return the compute capability of a device."""
+    return torch.cuda.get_device_capability(device)
+
+
+def works(device: torch.device, dtype: torch.dtype, bits: int) -> bool:
+    """Say whether :func:`matmul` is right on a device; a device on which it ought to be and is not is logged, once."""
+    key = (device, dtype, bits)
+    if key not in _known:
+        fits = capability(device) == CAPABILITY
+        if fits and calls.capturing():
+            return False
+        _known[key] = fits and _agrees(*key)
+    return _known[key]
+
+
+_known: dict[tuple[torch.device, torch.dtype, int], bool] = {}
+
+
+def _agrees(device: torch.device, dtype: torch.dtype, bits: int) -> bool:
+    """Compare products that use every stage of the pipeline again and again, with K split, twice each."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(150, 1088, generator=generator).to(device, dtype)
+    for group, symmetric in ((64, False), (32, True)):
+        codes = torch.randint(2**bits, (130, 1088), generator=generator, dtype=torch.uint8)
+        scale = torch.rand(130, 1088 // group, generator=generator).half()
+        zero = None if symmetric else torch.randint(2**bits, scale.shape, generator=generator).byte()
+        qtensor = QTensor.from_codes(codes, scale, zero, QuantSpec(f"int{bits}", (1, group), symmetric))
+        weight = layout.prepack(qtensor.to(device))
+        want = calls.dense_matmul(x, weight, None).float()
+        try:
+            got, again = matmul(x, weight), matmul(x, weight)
+        except KernelError as failed:
+            logger.warning("%s: the product for many tokens is not used: %s", device, failed)
+            return False
+        error = float((got.float() - want).norm() / want.norm())
+        if not error < _LARGEST_ERROR or not torch.equal(got, again):
+            message = "%s: the product for many tokens is off by %.2g of its norm, or not twice the same, and not used"
+            logger.warning(message + "; please report this", device, error)
+            return False
+    return True

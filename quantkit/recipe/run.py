@@ -1,0 +1,142 @@
+"""What ``quantkit plan`` and ``quantkit run`` do with a recipe."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantkit import checkpoint
+from quantkit.checkpoint.contents import Contents, contents_of
+from quantkit.checkpoint.open import open_model
+from quantkit.errors import RecipeError
+from quantkit.evaluation import EvalReport, evaluate
+from quantkit.hf.source import load_config
+from quantkit.nn.sites import sharing_copy
+from quantkit.pipeline.blocks import needs_of
+from quantkit.pipeline.checks import refuse_combinations
+from quantkit.pipeline.estimate import Estimate, estimate
+from quantkit.pipeline.plan import check_plan
+from quantkit.pipeline.quantize import QuantizeResult, quantize
+from quantkit.recipe.schema import Recipe, Resolution
+from quantkit.system.progress import ProgressCallback, ignore
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """A recipe applied to a model of which only the config was read.
+
+    Attributes:
+        recipe: the recipe.
+        contents: what a checkpoint of the model holds.
+        resolution: what happens to every site.
+        estimate: predicted sizes, memory and passes.
+        dtype: dtype of the model as it will be loaded.
+    """
+
+    recipe: Recipe
+    contents: Contents
+    resolution: Resolution
+    estimate: Estimate
+    dtype: torch.dtype
+
+
+def plan_recipe(recipe: Recipe) -> Preview:
+    """Apply a recipe to its model's config: every decision and every refusal, before a weight is read.
+
+    Raises:
+        QuantkitError: the model's config cannot be read, a rule matches nothing, a grid or the format refuses a site.
+    """
+    config: Any = load_config(recipe.model)
+    dtype = getattr(torch, recipe.dtype) if recipe.dtype != "auto" else getattr(config, "dtype", None) or torch.float32
+    config.dtype = dtype
+    contents = contents_of(config)
+    resolution = recipe.resolve(contents.structure, "bfloat16" if dtype == torch.bfloat16 else "float16")
+    check_plan(resolution.plan, contents.structure, None)
+    changes, method = [one.build() for one in recipe.transforms], recipe.quantizer.build()
+    distill = recipe.distill.build() if recipe.distill else None
+    refuse_combinations(resolution.plan, contents.structure, method, changes, distill, None)
+    refused = checkpoint.rejections(contents.model, resolution.plan, recipe.output.format)
+    if refused:
+        name, reason = next(iter(refused.items()))
+        raise RecipeError(f"output.format {recipe.output.format}: {name}: {reason} ({len(refused)} sites in all)")
+    calibration = recipe.calibration
+    calibrates = bool(changes) or any(needs_of(method, scheme) for scheme in resolution.plan.values())
+    predicted = estimate(
+        contents,
+        resolution.plan,
+        format=recipe.output.format,
+        calibration_tokens=calibration.samples * calibration.length if calibrates else 0,
+        quantizer=method,
+        distill=distill,
+        length=calibration.length,
+        batch_size=calibration.batch_size,
+        reasons=resolution.skipped,
+    )
+    return Preview(recipe, contents, resolution, predicted, dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a recipe left behind: the quantized model with its coverage and losses, and its evaluation if one was asked for."""
+
+    preview: Preview
+    result: QuantizeResult
+    report: EvalReport | None
+
+
+def run_recipe(recipe: Recipe, progress: ProgressCallback = ignore) -> Outcome:
+    """Carry a recipe out; an interrupted run of the same recipe is continued.
+
+    Args:
+        recipe: the recipe.
+        progress: receives the events of every stage.
+
+    Raises:
+        QuantkitError: before long work wherever that is possible; see :func:`plan_recipe`.
+    """
+    preview = plan_recipe(recipe)
+    for note in preview.resolution.notes:
+        log.info(note)
+    model, tokenizer = open_model(recipe.model, preview.dtype)
+    calibration, output, measure = recipe.calibration, recipe.output, recipe.evaluate
+    base = sharing_copy(model) if measure and measure.against == "base" else None  # quantize changes the model itself
+    result = quantize(
+        model,
+        quantizer=recipe.quantizer.build(),
+        transforms=[one.build() for one in recipe.transforms],
+        distill=recipe.distill.build() if recipe.distill else None,
+        plan=preview.resolution.plan,
+        ignore=tuple(preview.resolution.skipped),
+        data=calibration.data,
+        tokenizer=tokenizer,
+        samples=calibration.samples,
+        length=calibration.length,
+        batch_size=calibration.batch_size,
+        mode=calibration.mode,
+        out=output.path,
+        format=output.format,
+        overwrite=output.overwrite,
+        resume=recipe.resume,
+        strict=recipe.strict,
+        progress=progress,
+    )
+    if measure is None:
+        return Outcome(preview, result, None)
+    report = evaluate(
+        result.model,
+        base,
+        data=measure.data,
+        tokenizer=tokenizer,
+        windows=measure.windows,
+        length=measure.length,
+        latency=measure.latency,
+        label=Path(output.path).name,
+        base_label=recipe.model,
+        progress=progress,
+    )
+    report.save(Path(output.path) / "evaluation.json")
+    return Outcome(preview, result, report)

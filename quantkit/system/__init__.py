@@ -1,0 +1,1 @@
+"""The machine: files, memory, compute devices and progress reports."""
