@@ -112,7 +112,7 @@ def test_plan_refuses_what_run_would(recipe):
         "plan",
         recipe,
         "--set",
-        "steps=[{name: distill, options: {steps: 2}}]",
+        "steps=[distill]",
         "--set",
         "rules=[{match: '*.down_proj', scheme: nvfp4}]",
         code=2,
