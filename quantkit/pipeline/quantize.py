@@ -111,7 +111,7 @@ def quantize(
     texts = unpadded(batches)
     structure = apply_transforms(model, structure, plan, todo.before, texts, compute=compute, progress=progress)
     chain = calibration_chain(model, structure, texts, quantizer, compute) if walk else None
-    rows = coverage_before(model, structure, plan)
+    rows = coverage_before(model, structure, plan, resolution.skipped)
     recordings = {
         step_name(step): step.record(model, structure, texts, compute=compute, progress=progress) for step in todo.after
     }
