@@ -120,7 +120,7 @@ def quantize(
             found = collect_statistics(model, structure, unpadded(batches), change.needs, compute=compute, progress=progress)
             apply_transform(model, structure, plan, change, found)
     chain = _chain(model, structure, unpadded(batches), quantizer, compute) if walk else None
-    rows = coverage_before(model, structure, plan)
+    rows = coverage_before(model, structure, plan, resolution.skipped)
     teacher = record_teacher(model, structure, unpadded(batches), distill, compute, progress) if distill else []
     own_head = model.get_submodule(structure.head) if distill and structure.head else None
     results = quantize_blocks(
