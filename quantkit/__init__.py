@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from quantkit.evaluation import BaseLogits, EvalReport, compare_latency, evaluate
     from quantkit.generation.engine import Engine
     from quantkit.generation.generate import Generation, generate
-    from quantkit.pipeline.distill import Distill
     from quantkit.pipeline.plan import Resolution
     from quantkit.pipeline.quantize import collect, plan, quantize
     from quantkit.pipeline.result import QuantizeResult
@@ -43,6 +42,7 @@ if TYPE_CHECKING:
     from quantkit.system.progress import Progress
     from quantkit.transforms.awq import AWQ
     from quantkit.transforms.bias import BiasCorrection
+    from quantkit.transforms.distill import Distill
     from quantkit.transforms.rotate import Rotate
     from quantkit.transforms.smoothquant import SmoothQuant
 
@@ -54,7 +54,7 @@ _HOME = {
     "Calibration": "calibrate.data",
     "CalibrationError": "errors",
     "Compute": "system.compute",
-    "Distill": "pipeline.distill",
+    "Distill": "transforms.distill",
     "Engine": "generation.engine",
     "EvalReport": "evaluation",
     "FormatError": "errors",

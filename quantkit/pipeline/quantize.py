@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from quantkit import checkpoint
-from quantkit.calibrate.chain import Chain, collect_statistics
+from quantkit.calibrate.chain import collect_statistics
 from quantkit.calibrate.data import Batch, Calibration, unpadded
 from quantkit.calibrate.data import fingerprint as data_fingerprint
 from quantkit.calibrate.statistics import load_statistics
@@ -24,23 +24,20 @@ from quantkit.evaluation.sanity import SanityCheck
 from quantkit.hf.load import PreTrainedModel, load_float
 from quantkit.hf.source import load_config, locate
 from quantkit.hf.structure import describe
-from quantkit.nn.sites import SiteStatistics, Structure
-from quantkit.pipeline.blocks import needs_of, quantize_blocks
-from quantkit.pipeline.checks import biases_to_correct, check_model, refuse_combinations, refuse_gaps, report_fallen
-from quantkit.pipeline.distill import Distill, learn_scales, record_teacher
+from quantkit.nn.quantized import Quantized
+from quantkit.nn.sites import SiteStatistics
+from quantkit.pipeline.blocks import BlockRun, calibration_chain, needs_of, quantize_blocks
+from quantkit.pipeline.checks import check_model, refuse_combinations, refuse_gaps, report_fallen
 from quantkit.pipeline.plan import Resolution, check_plan, make_plan, resolve
 from quantkit.pipeline.result import QuantizeResult
 from quantkit.pipeline.resume import ResumeStore, fingerprint, settings_of, versions
 from quantkit.pipeline.rules import Rule, SchemeChoice
 from quantkit.pipeline.settings import Output, Run
-from quantkit.quantizers.autoround import AutoRound
-from quantkit.quantizers.base import QUANTIZERS, Quantized, Quantizer
+from quantkit.pipeline.steps import apply_transforms, corrections_of, finish_learning, make_steps
+from quantkit.quantizers.base import QUANTIZERS, Quantizer
 from quantkit.spec import Plan, Scheme
 from quantkit.system.compute import Compute
-from quantkit.transforms.base import TRANSFORMS, Transform
-from quantkit.transforms.bias import BiasCorrection
-from quantkit.transforms.rotate import Rotate, rotate
-from quantkit.transforms.scaling_groups import apply_transform
+from quantkit.transforms.base import Step, step_name
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +50,7 @@ def quantize(
     *,
     out: str | Path | None = None,
     method: str | Quantizer = "gptq",
-    steps: Sequence[str | Transform | Distill] = (),
+    steps: Sequence[str | Step] = (),
     rules: Sequence[Rule] = (),
     calibration: Calibration = DEFAULT_CALIBRATION,
     output: Output = DEFAULT_OUTPUT,
@@ -86,7 +83,7 @@ def quantize(
         SpecError, CalibrationError, FormatError: before long work starts where that is possible.
     """
     quantizer = QUANTIZERS.get(method)() if isinstance(method, str) else method
-    changes, distill = split_steps(steps)
+    todo = make_steps(steps)
     output = output.to(out)
     model, tokenizer = _resolve_model(model, tokenizer)
     structure = describe(model)
@@ -100,49 +97,32 @@ def quantize(
     compute, progress = run.compute or Compute.default(model), run.report
     given = calibration.statistics
     known = load_statistics(given)[0] if isinstance(given, str | Path) else given
-    refuse_combinations(plan, structure, quantizer, changes, distill, known)
-    corrects = any(isinstance(change, BiasCorrection) for change in changes)
-    corrected = biases_to_correct(model, structure, plan, quantizer, distill) if corrects else []
-    walk = (bool(corrected) or any(needs_of(quantizer, one) for one in plan.values())) and known is None
-    reads = walk or distill or any(change.needs for change in changes)
+    refuse_combinations(plan, structure, quantizer, todo.all, known)
+    corrections = corrections_of(model, structure, plan, todo.during)
+    walk = (bool(corrections) or any(needs_of(quantizer, one) for one in plan.values())) and known is None
+    reads = walk or todo.after or any(step.needs for step in todo.before)
     batches = calibration.batches(tokenizer) if reads else []
     fingerprint_of_data = data_fingerprint(batches) if batches else "none"
     check_model(model, structure)
     if output.path is not None:
         checkpoint.check_output(output.path, model, plan, format=output.format, overwrite=output.overwrite)
-    store = _open_store(model, (*changes, quantizer, distill, compute), plan, batches, known, output.path, run.resume)
+    store = _open_store(model, (*todo.all, quantizer, compute), plan, batches, known, output.path, run.resume)
     sanity = SanityCheck.start(model, tokenizer)
-    for change in changes:
-        if isinstance(change, Rotate):
-            rotate(model, structure, change)
-            structure = describe(model)  # a tied head stands alone now
-        elif not isinstance(change, BiasCorrection):
-            found = collect_statistics(model, structure, unpadded(batches), change.needs, compute=compute, progress=progress)
-            apply_transform(model, structure, plan, change, found)
-    chain = _chain(model, structure, unpadded(batches), quantizer, compute) if walk else None
+    texts = unpadded(batches)
+    structure = apply_transforms(model, structure, plan, todo.before, texts, compute=compute, progress=progress)
+    chain = calibration_chain(model, structure, texts, quantizer, compute) if walk else None
     rows = coverage_before(model, structure, plan, resolution.skipped)
-    teacher = record_teacher(model, structure, unpadded(batches), distill, compute, progress) if distill else []
-    own_head = model.get_submodule(structure.head) if distill and structure.head else None
+    recordings = {
+        step_name(step): step.record(model, structure, texts, compute=compute, progress=progress) for step in todo.after
+    }
     results = quantize_blocks(
-        model,
-        structure,
-        plan,
-        quantizer,
-        chain,
-        compute=compute,
-        store=store,
-        known=known,
-        progress=progress,
-        corrected=corrected,
+        BlockRun(model, structure, plan, quantizer, compute, chain, known or {}, corrections, store, progress)
     )
-    curve: tuple[float, ...] = ()
-    if distill:
-        results, curve = learn_scales(model, structure, results, teacher, distill, compute, progress, own_head)
+    results, facts = finish_learning(model, structure, results, recordings)
     coverage = remark(coverage_after(rows, results), resolution.remarks)
     report_fallen([row.name for row in coverage if row.kind == "fell back"], run.strict)
     metadata = _metadata(quantizer, plan, fingerprint_of_data, batches, results, sanity.measure(model))
-    metadata |= {"transforms": [repr(change) for change in changes]} if changes else {}
-    metadata |= {"distill": {"settings": repr(distill), "kl": curve}} if distill else {}
+    metadata |= todo.metadata(facts)
     path = None
     if output.path is not None:
         path = checkpoint.save(
@@ -153,12 +133,6 @@ def quantize(
         if store is not None:
             store.clear()
     return QuantizeResult(model, tokenizer, plan, coverage, {k: v.loss for k, v in results.items()}, path, metadata)
-
-
-def split_steps(steps: Sequence[str | Transform | Distill]) -> tuple[list[Transform], Distill | None]:
-    """Return the transforms and the distillation among the steps."""
-    made = [Distill() if one == "distill" else TRANSFORMS.get(one)() if isinstance(one, str) else one for one in steps]
-    return [one for one in made if not isinstance(one, Distill)], next((one for one in made if isinstance(one, Distill)), None)
 
 
 def plan(
@@ -205,12 +179,6 @@ def collect(
     compute = run.compute or Compute.default(model)
     found = collect_statistics(model, structure, unpadded(batches), collectors, compute=compute, progress=run.report)
     return found, data_fingerprint(batches)
-
-
-def _chain(model: nn.Module, structure: Structure, batches: list[Tensor], method: Quantizer, compute: Compute) -> Chain:
-    if isinstance(method, AutoRound):  # what learns runs as many windows at a time as it learns from
-        batches = [part for ids in batches for part in ids.split(method.batch_size)]
-    return Chain(model, structure, batches, compute, with_float="drift" in method.needs)
 
 
 def _resolve_model(model: nn.Module | str | Path, tokenizer: Any) -> tuple[PreTrainedModel, Any]:

@@ -9,13 +9,13 @@ from quantkit.checkpoint.contents import contents_of
 from quantkit.nn.install import install
 from quantkit.nn.sites import read_weight
 from quantkit.numerics import grid
-from quantkit.pipeline.distill import Distill
 from quantkit.pipeline.estimate import estimate
 from quantkit.pipeline.plan import make_plan
 from quantkit.pipeline.rules import Rule
 from quantkit.qtensor import QTensor
 from quantkit.quantizers.rtn import nearest
 from quantkit.spec import QuantSpec, Scheme
+from quantkit.transforms.distill import Distill
 from tests import tiny
 
 
