@@ -5,7 +5,7 @@ memory without a word, and a site that fell back to rounding costs accuracy.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -117,3 +117,8 @@ def coverage_after(rows: Iterable[CoverageRow], results: Mapping[str, Quantized]
             )
         done.append(row)
     return done
+
+
+def remark(rows: Iterable[CoverageRow], remarks: Mapping[str, str]) -> list[CoverageRow]:
+    """Return the rows with what is unusual about a layer's scheme added to its reason."""
+    return [replace(row, reason="; ".join(filter(None, (row.reason, remarks.get(row.name)))) or None) for row in rows]

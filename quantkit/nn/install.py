@@ -8,7 +8,6 @@ A linear layer's whole module is replaced by a :class:`~quantkit.nn.linear.Quant
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from quantkit.errors import SpecError
 from quantkit.kernels import Activations
@@ -108,7 +107,7 @@ HEAD_SPEC = QuantSpec("int8", (1, 64))
 """The default grid: 8.25 bits a weight."""
 
 
-def quantize_head(model: PreTrainedModel, spec: QuantSpec = HEAD_SPEC) -> None:
+def quantize_head(model: Any, spec: QuantSpec = HEAD_SPEC) -> None:
     """Round the output head of ``model`` to nearest on ``spec``, in place; a head that is quantized already stays.
 
     A tied embedding is left in float, and the config says that the two are no longer tied.

@@ -24,6 +24,7 @@ from quantkit.kernels.cpu.layout import LinearStruct
 from quantkit.kernels.cpu.structs import LayerStruct
 from quantkit.nn.linear import QuantLinear
 from quantkit.pipeline.quantize import quantize
+from quantkit.pipeline.settings import Output
 from tests.tiny import FAMILIES, VOCAB, tiny_llama
 
 CLAIMED = [name for name in FAMILIES if name not in ("gpt2", "gpt_neox", "opt", "falcon", "gpt_oss")]
@@ -168,7 +169,7 @@ def test_a_model_loaded_to_round_activations_is_run_so_and_shares_its_weights(ti
 def test_what_the_kernels_do_not_compute_runs_through_modules(scheme, family, tmp_path):
     """Rounded inputs and codes that are no integers: the proof, which runs the modules, would not notice what is missing."""
     model = FAMILIES[family](intermediate_size=128)
-    quantize(model, scheme, quantizer="rtn", out=tmp_path / "x", format="native")
+    quantize(model, scheme, out=tmp_path / "x", method="rtn", output=Output(format="native"))
     reason = rejects(lower(model))
     assert reason
     assert ("rounded to int8" if scheme == "w8a8" else "multiplies with integers") in reason

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from quantkit.calibrate.data import Calibration
 from quantkit.errors import FormatError
 from quantkit.pipeline.quantize import collect, quantize
+from quantkit.pipeline.settings import Run
 from quantkit.system.compute import Compute
 from quantkit.system.progress import Progress
 from tests.tiny import tiny_llama
@@ -24,7 +26,7 @@ def run(out: Path, **arguments: object) -> None:
     torch.set_num_threads(1)
     ids = [torch.randint(3, 190, (2, 48), generator=torch.Generator().manual_seed(i)) for i in range(3)]
     model = tiny_llama(num_hidden_layers=6)
-    quantize(model, "w4a16-asym", data=ids, out=out, **arguments)  # type: ignore[arg-type]
+    quantize(model, "w4a16-asym", out=out, calibration=Calibration(data=ids), **arguments)  # type: ignore[arg-type]
 
 
 def files(path: Path) -> dict[str, bytes]:
@@ -112,7 +114,7 @@ def test_other_batches_and_other_statistics_are_another_run(tmp_path: Path) -> N
             raise KeyboardInterrupt
 
     ids = torch.randint(3, 190, (4, 32), generator=torch.Generator().manual_seed(0))
-    known, others = (collect(tiny_llama(), data=[part])[0] for part in (ids, ids + 1))
+    known, others = (collect(tiny_llama(), calibration=Calibration(data=[part]))[0] for part in (ids, ids + 1))
     runs: list[tuple[dict[str, Any], dict[str, Any]]] = [
         ({"data": [ids]}, {"data": list(ids.split(1))}),
         ({"statistics": known}, {"statistics": others}),
@@ -120,7 +122,7 @@ def test_other_batches_and_other_statistics_are_another_run(tmp_path: Path) -> N
     ]
     for number, (first, second) in enumerate(runs):
         with pytest.raises(KeyboardInterrupt):
-            quantize(tiny_llama(), "w4a16", out=tmp_path / f"{number}", progress=stop, **first)
+            quantize(tiny_llama(), "w4a16", out=tmp_path / f"{number}", run=Run(progress=stop), **first)
         with pytest.raises(FormatError, match="unfinished state of another run"):
             quantize(tiny_llama(), "w4a16", out=tmp_path / f"{number}", **second)
         quantize(tiny_llama(), "w4a16", out=tmp_path / f"{number}", **first)
