@@ -65,7 +65,7 @@ def quantize_blocks(
     if finished:
         log.info("continuing after %d finished blocks", finished)
         if chain is not None and store is not None:
-            chain.state = store.load_chain(finished - 1)
+            chain.state = store.load_chain()
     results: dict[str, Quantized] = {}
     global_scales = shared_global_scales(model, structure, plan)
     drop_pages(mapped_pages(model.parameters()))  # what was read so far to check the model and to record its predictions
@@ -81,11 +81,11 @@ def quantize_blocks(
                 quantized = _quantize_block(
                     model, index, sites, plan, quantizer, chain, known or {}, global_scales, report, corrected
                 )
-            if store is not None:
-                store.save(index, quantized, chain.state if chain else [])
         for site in sites:
             _write_bias(model, site, quantized[site.name])
             install(model, site, quantized[site.name].qtensor, plan[site.name].activation)
+        if store is not None and index >= finished:
+            store.save(index, quantized, chain.state if chain else [])
         results |= quantized
         drop_pages(mapped)
         return_freed_memory()

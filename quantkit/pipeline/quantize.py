@@ -30,7 +30,7 @@ from quantkit.pipeline.checks import biases_to_correct, check_model, refuse_comb
 from quantkit.pipeline.distill import Distill, learn_scales, record_teacher
 from quantkit.pipeline.plan import Resolution, check_plan, make_plan, resolve
 from quantkit.pipeline.result import QuantizeResult
-from quantkit.pipeline.resume import ResumeStore, fingerprint, settings_of, versions
+from quantkit.pipeline.resume import ResumeStore, run_key, versions
 from quantkit.pipeline.rules import Rule, SchemeChoice
 from quantkit.pipeline.settings import Output, Run
 from quantkit.quantizers.autoround import AutoRound
@@ -108,9 +108,11 @@ def quantize(
     batches = calibration.batches(tokenizer) if reads else []
     fingerprint_of_data = data_fingerprint(batches) if batches else "none"
     check_model(model, structure)
+    key: checkpoint.Key | None = None
     if output.path is not None:
-        checkpoint.check_output(output.path, model, plan, format=output.format, overwrite=output.overwrite)
-    store = _open_store(model, (*changes, quantizer, distill, compute), plan, batches, known, output.path, run.resume)
+        key = run_key(model, plan, (*changes, quantizer, distill, compute), batches, statistics=known, format=output.format)
+        checked = key if run.resume else None
+        checkpoint.check_output(output.path, model, plan, format=output.format, overwrite=output.overwrite, key=checked)
     sanity = SanityCheck.start(model, tokenizer)
     for change in changes:
         if isinstance(change, Rotate):
@@ -121,7 +123,10 @@ def quantize(
             apply_transform(model, structure, plan, change, found)
     chain = _chain(model, structure, unpadded(batches), quantizer, compute) if walk else None
     rows = coverage_before(model, structure, plan)
-    teacher = record_teacher(model, structure, unpadded(batches), distill, compute, progress) if distill else []
+    store = _open_store(model, plan, output, key, run.resume)
+    kl = store.changed("distill") if store else None  # of a run that was stopped after distilling
+    learns = distill is not None and kl is None
+    teacher = record_teacher(model, structure, unpadded(batches), distill, compute, progress) if distill and learns else []
     own_head = model.get_submodule(structure.head) if distill and structure.head else None
     results = quantize_blocks(
         model,
@@ -135,23 +140,24 @@ def quantize(
         progress=progress,
         corrected=corrected,
     )
-    curve: tuple[float, ...] = ()
-    if distill:
-        results, curve = learn_scales(model, structure, results, teacher, distill, compute, progress, own_head)
+    if distill and learns:
+        results, kl = learn_scales(model, structure, results, teacher, distill, compute, progress, own_head)
+        if store is not None:
+            store.change("distill", results, kl)
     coverage = remark(coverage_after(rows, results), resolution.remarks)
     report_fallen([row.name for row in coverage if row.kind == "fell back"], run.strict)
     metadata = _metadata(quantizer, plan, fingerprint_of_data, batches, results, sanity.measure(model))
     metadata |= {"transforms": [repr(change) for change in changes]} if changes else {}
-    metadata |= {"distill": {"settings": repr(distill), "kl": curve}} if distill else {}
+    metadata |= {"distill": {"settings": repr(distill), "kl": kl}} if distill else {}
     path = None
-    if output.path is not None:
-        path = checkpoint.save(
-            model, output.path, plan=plan, format=output.format, tokenizer=tokenizer, metadata=metadata,
-            overwrite=output.overwrite,
-            prove=lambda stage: {"reload_kl": sanity.check_reloaded(model, checkpoint.load(stage, cache=False))},
-        )  # fmt: skip
-        if store is not None:
-            store.clear()
+
+    def check(stage: Path) -> dict[str, Any]:
+        checkpoint.verify(stage, model)
+        return {"reload_kl": sanity.check_reloaded(model, checkpoint.load(stage, cache=False))}
+
+    if store is not None:
+        outside = {site.name: results[site.name].qtensor for site in structure.after if site.name in results}
+        path = store.writer.finish(metadata, outside=outside, tokenizer=tokenizer, check=check)
     return QuantizeResult(model, tokenizer, plan, coverage, {k: v.loss for k, v in results.items()}, path, metadata)
 
 
@@ -227,21 +233,13 @@ def _scale_dtype(model: nn.Module) -> str:
 
 
 def _open_store(
-    model: nn.Module,
-    methods: Sequence[object],
-    plan: Plan,
-    batches: Sequence[Batch],
-    known: Mapping[str, SiteStatistics] | None,
-    out: str | Path | None,
-    resume: bool,
+    model: PreTrainedModel, plan: Plan, output: Output, key: checkpoint.Key | None, resume: bool
 ) -> ResumeStore | None:
-    if out is None:
+    if output.path is None:
         return None
-    path = Path(f"{out}.resume")
-    run = fingerprint(model, settings_of(methods, plan, batches), known)
-    if not resume:
-        ResumeStore.remove(path)
-    return ResumeStore(path, run)
+    to, name = output.path, output.format
+    writer = checkpoint.CheckpointWriter(to, model, plan=plan, format=name, overwrite=output.overwrite, key=key, resume=resume)
+    return ResumeStore(writer)
 
 
 def _metadata(

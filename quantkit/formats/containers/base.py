@@ -62,13 +62,12 @@ class Writer(Protocol):
 
 
 class Reader(Protocol):
-    """The tensors of a finished checkpoint, by name; data is read when it is asked for.
+    """The tensors of a finished checkpoint, by name; data is read when it is asked for."""
 
-    Attributes:
-        headers: every tensor's file, dtype and shape.
-    """
-
-    headers: Mapping[str, Header]
+    @property
+    def headers(self) -> Mapping[str, Header]:
+        """Every tensor's file, dtype and shape, by name."""
+        ...
 
     def read(self, name: str, *, copy: bool = True) -> Tensor:
         """Return a copy of tensor ``name`` that does not depend on the file; without ``copy``, it may be a view of the file.
@@ -92,15 +91,17 @@ class Reader(Protocol):
 
 
 class Container(Protocol):
-    """A way of keeping named tensors and a config in a directory.
+    """A way of keeping named tensors and a config in a directory."""
 
-    Attributes:
-        patterns: globs of the files it consists of, for who replaces a checkpoint by another.
-        key_file: name of the one file without which no reader takes the directory for a model; it is moved into place last.
-    """
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """Globs of the files it consists of, for who replaces a checkpoint by another."""
+        ...
 
-    patterns: tuple[str, ...]
-    key_file: str
+    @property
+    def key_file(self) -> str:
+        """Name of the one file without which no reader takes the directory for a model; it is moved into place last."""
+        ...
 
     def writer(self, path: Path, parts: Sequence[Layout]) -> Writer:
         """Begin in the directory ``path``, or go on with what an earlier writer of the same ``parts`` left there.

@@ -12,14 +12,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from quantkit.errors import FormatError
-from quantkit.formats.containers.base import UNFINISHED, Header, Layout
+from quantkit.formats.containers.base import UNFINISHED, Header, Layout, Reader, Writer
 from quantkit.formats.containers.tensor_file import DTYPES, TensorFile
 from quantkit.system.files import read_json, sync_directory, write_json
 from quantkit.system.memory import drop_pages, mapped_pages
@@ -35,10 +35,10 @@ class SafetensorsDirectory:
     """The container; ``stem`` is the first part of the names of its files: ``"model"`` is what transformers looks for."""
 
     stem: str
-    patterns = (CONFIG, "*.safetensors", "*.safetensors.index.json")
-    key_file = CONFIG
+    patterns: ClassVar[tuple[str, ...]] = (CONFIG, "*.safetensors", "*.safetensors.index.json")
+    key_file: ClassVar[str] = CONFIG
 
-    def writer(self, path: Path, parts: Sequence[Layout]) -> "DirectoryWriter":
+    def writer(self, path: Path, parts: Sequence[Layout]) -> Writer:
         """See :class:`quantkit.formats.containers.base.Container`."""
         return DirectoryWriter(path, self.stem, parts)
 
@@ -46,7 +46,7 @@ class SafetensorsDirectory:
         """See :class:`quantkit.formats.containers.base.Container`."""
         return read_json(path / CONFIG) if (path / CONFIG).is_file() else None
 
-    def reader(self, path: Path) -> "DirectoryReader":
+    def reader(self, path: Path) -> Reader:
         """See :class:`quantkit.formats.containers.base.Container`."""
         return DirectoryReader(path, self.stem)
 
