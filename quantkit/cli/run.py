@@ -11,8 +11,8 @@ from quantkit.cli.inspect import Settings
 
 Model = Annotated[str, typer.Argument(help="Checkpoint directory, float model, hub id, or demo.")]
 Engine = Annotated[str, typer.Option(help="native (one call per token, CPU), modules (transformers' forward), or auto.")]
-Activations = Annotated[
-    str, typer.Option(help="float, float32 even in a bfloat16 model, or int8: faster, less exact; native engine.")
+ComputeMode = Annotated[
+    str, typer.Option(help="Inputs of products: float, float32 even in a bfloat16 model, or int8: faster, less exact.")
 ]
 Head = Annotated[str, typer.Option(help="float, or int8: the output head rounded in memory, faster to read.")]
 
@@ -133,7 +133,7 @@ def bench(
     new_tokens: Annotated[int, typer.Option(help="Tokens decoded per round.")] = 32,
     rounds: int = 5,
     engine: Engine = "auto",
-    activations: Activations = "float",
+    compute: ComputeMode = "float",
     head: Head = "float",
 ) -> None:
     """Time several models in turn, round by round."""
@@ -148,7 +148,7 @@ def bench(
             new_tokens=new_tokens,
             rounds=rounds,
             engine=engine,
-            activations=activations,
+            compute=compute,
             progress=progress,
         )
     rows = [
@@ -184,7 +184,7 @@ def generate(
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt through the model's chat template.")] = False,
     engine: Engine = "auto",
-    activations: Activations = "float",
+    compute: ComputeMode = "float",
     head: Head = "float",
 ) -> None:
     """Continue a prompt and show the text as it comes."""
@@ -208,7 +208,7 @@ def generate(
         drafter=draft,
         stream=lambda piece: typer.echo(piece, nl=False),
         engine=engine,
-        activations=activations,
+        compute=compute,
     )
     typer.echo()
     later = sorted(done.decode_ms)

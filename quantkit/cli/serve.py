@@ -7,7 +7,7 @@ import typer
 
 from quantkit.cli import app
 from quantkit.cli.console import console, facts, progress_bars, say, size, table
-from quantkit.cli.run import Activations, Engine
+from quantkit.cli.run import ComputeMode, Engine
 from quantkit.errors import QuantkitError, nearest
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -31,7 +31,7 @@ def serve(
     kv_tokens: Annotated[int | None, typer.Option(help="Tokens of key/value memory; default: what fits into 1 GiB.")] = None,
     context: Annotated[int | None, typer.Option(help="Longest prompt and answer; default: the model's limit.")] = None,
     engine: Engine = "auto",
-    activations: Activations = "float",
+    compute: ComputeMode = "float",
 ) -> None:
     """Serve a model to OpenAI clients: one process, for you and a few others. A fleet belongs on vLLM."""
     from quantkit.checkpoint.open import open_model
@@ -52,7 +52,7 @@ def serve(
         drafter=draft,
         limits=limits,
         engine=engine,
-        activations=activations,
+        compute=compute,
     )
     runner = server.engine
     facts(
@@ -85,7 +85,7 @@ def trace(
     running: Annotated[int, typer.Option(help="Requests that run at once.")] = 8,
     kv: Annotated[str, typer.Option(help="Keys and values: float, int8 or int4.")] = "float",
     engine: Engine = "auto",
-    activations: Activations = "float",
+    compute: ComputeMode = "float",
     ways: Annotated[str, typer.Option(help="What to compare: padded, static, continuous.")] = "padded,continuous",
     price: Annotated[float | None, typer.Option(help="Price of this machine per hour: adds the cost of tokens.")] = None,
     seed: int = 0,
@@ -119,7 +119,7 @@ def trace(
     for way in _ways(ways):
         batching = "continuous" if way == "continuous" else "static"
         limits = Limits(running=running, kv_tokens=running * longest, waiting=max(requests, 1), batching=batching)  # type: ignore[arg-type]
-        runner = Runner(opened, kv=kv, limits=limits, engine=engine, activations=activations)
+        runner = Runner(opened, kv=kv, limits=limits, engine=engine, compute=compute)
         with progress_bars() as progress:
             found[way] = serve_trace(runner, arrivals, padded=way == "padded", progress=progress)
     pace = f"{rate} per second" if rate else "all at once"

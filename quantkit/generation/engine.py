@@ -32,8 +32,8 @@ class Engine(TokenEngine):
             :class:`~quantkit.engine.drafters.Drafter`. Answers do not change.
         engine: ``"native"`` (one call per step), ``"modules"`` (the model's own forward), or ``"auto"``, the first that
             can run it.
-        activations: ``"int8"`` is faster and less exact; ``"float32"`` keeps those of a bfloat16 model from being rounded to
-            bfloat16 where that is faster; both native, on a CPU.
+        compute: ``"int8"`` rounds inputs, faster and less exact; ``"float32"`` keeps those of a bfloat16 model from being
+            rounded to bfloat16 where that is faster; both native, on a CPU.
         batch_invariant: an answer is the same bits whatever runs beside it, with drafts and without. The CPU's native engine is
             always so; CUDA's reads prompts several times slower for it.
 
@@ -49,10 +49,10 @@ class Engine(TokenEngine):
         limits: Limits | None = None,
         drafter: str | nn.Module | Drafter | None = None,
         engine: str = "auto",
-        activations: str = "float",
+        compute: str = "float",
         batch_invariant: bool = False,
     ) -> None:
-        options: dict[str, Any] = {"engine": engine, "activations": activations, "batch_invariant": batch_invariant}
+        options: dict[str, Any] = {"engine": engine, "compute": compute, "batch_invariant": batch_invariant}
         backend = make_backend(model.eval(), kv, **options)  # type: ignore[arg-type]
         super().__init__(backend, input_table(model)[0], limits=limits)
         self.use_drafter(make_drafter(drafter, self))

@@ -77,7 +77,7 @@ def generate(  # type: ignore[misc]  # the overloads leave the options to this s
     drafter: str | nn.Module | Drafter | None = None,
     batch_size: int = 8,
     engine: str = "auto",
-    activations: str = "float",
+    compute: str = "float",
     batch_invariant: bool = False,
 ) -> Generation | list[Generation]:
     """Continue a prompt, or each of a list of prompts.
@@ -97,7 +97,7 @@ def generate(  # type: ignore[misc]  # the overloads leave the options to this s
         logprobs: report each token's log probability, and those of so many most likely ones.
         kv: see :class:`Engine`, as is ``drafter``.
         batch_size: prompts that run at once.
-        engine: see :class:`Engine`, as are ``activations`` and ``batch_invariant``.
+        engine: see :class:`Engine`, as are ``compute`` and ``batch_invariant``.
 
     Returns:
         The answer and its timings; for a list of prompts, a list.
@@ -116,7 +116,7 @@ def generate(  # type: ignore[misc]  # the overloads leave the options to this s
     given = cast(Sequence[Prompt], prompt if several else [prompt])
     prompts = [encode_prompt(one, tokenizer).tolist() for one in given]
     with _evaluating(model):
-        options: dict[str, Any] = {"engine": engine, "activations": activations, "batch_invariant": batch_invariant}
+        options: dict[str, Any] = {"engine": engine, "compute": compute, "batch_invariant": batch_invariant}
         backend = make_backend(model, kv, **options)  # type: ignore[arg-type]
         runner = TokenEngine(backend, input_table(model)[0], limits=_limits_for(backend, prompts, max_new_tokens, batch_size))
         runner.use_drafter(make_drafter(drafter, runner))

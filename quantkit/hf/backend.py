@@ -34,7 +34,7 @@ FALLBACKS: collections.Counter[str] = collections.Counter()
 """How often a model could not run natively, or not on pages, by model class and reason."""
 
 ENGINES = ("auto", "native", "modules")
-ACTIVATIONS = ("float", "float32", "int8")
+COMPUTE_MODES = ("float", "float32", "int8")
 _NATIVE_KV = {KVScheme(): "float32", kv_preset("int8"): "int8"}
 _INT4_TOKENS = QuantSpec("int4", (1, 32), False)
 _CUDA_KV = {KVScheme(): "float", kv_preset("int8"): "int8", KVScheme(_INT4_TOKENS, _INT4_TOKENS): "int4"}
@@ -83,7 +83,7 @@ def make_backend(
     kv: str | KVScheme = "float",
     *,
     engine: str = "auto",
-    activations: str = "float",
+    compute: str = "float",
     batch_invariant: bool = False,
 ) -> Backend:
     """Return the best backend for ``model``.
@@ -92,7 +92,7 @@ def make_backend(
         model: a causal language model in eval mode.
         kv: how keys and values are stored: a scheme or its name.
         engine: ``"native"`` (one call per step), ``"modules"`` (transformers' own forward), or ``"auto"``, the first that can.
-        activations: ``"int8"`` rounds them where they meet quantized weights: faster, less exact; the CPU's native engine alone
+        compute: ``"int8"`` rounds inputs where they meet quantized weights: faster, less exact; the CPU's native engine alone
             does it. Modules round them where the model was loaded to, which that engine does too. On a CPU they are float32,
             but those of a bfloat16 model are rounded to bfloat16 where they meet bfloat16 weights and the CPU is faster for it;
             ``"float32"`` keeps them.
@@ -102,13 +102,13 @@ def make_backend(
     Raises:
         QuantkitError: an encoder-decoder model, one without logits, an unknown engine, or options that the engine lacks.
     """
-    for option, value, known in (("engine", engine, ENGINES), ("activations", activations, ACTIVATIONS)):
+    for option, value, known in (("engine", engine, ENGINES), ("compute", compute, COMPUTE_MODES)):
         if value not in known:
             raise QuantkitError(f"{option}={value!r}: want one of {', '.join(known)}")
     scheme = kv_preset(kv)
     require_decoder(model)
     if engine != "modules":
-        decoder = _native(model, scheme, activations)
+        decoder = _native(model, scheme, compute)
         if isinstance(decoder, CudaDecoder):
             longest, kind = context_tokens(model), _CUDA_KV[scheme]
             return CudaBackend(decoder, kv=kind, context_tokens=longest, batch_invariant=batch_invariant)
@@ -117,15 +117,15 @@ def make_backend(
             return NativeBackend(
                 decoder,
                 kv="bfloat16" if narrow and not scheme.quantized else _NATIVE_KV[scheme],
-                exact=activations != "int8" and not _rounds(model),
-                bfloat16=narrow and activations != "float32",
+                exact=compute != "int8" and not _rounds(model),
+                bfloat16=narrow and compute != "float32",
                 context_tokens=context_tokens(model),
             )
         if engine == "native":
             raise QuantkitError(f"{type(model).__name__} cannot run natively: {decoder}; engine='modules' can run it")
         _fall_back(f"{type(model).__name__} runs through its modules, not natively: {decoder}")
-    if activations != "float":
-        raise QuantkitError(f"activations={activations!r}: only the native engine has them, modules compute as loaded")
+    if compute != "float":
+        raise QuantkitError(f"compute={compute!r}: only the native engine chooses it, modules run as they were loaded")
     if batch_invariant:
         raise QuantkitError("batch_invariant=True: modules do not promise it, and this model runs through them")
     return _modules(model, scheme)
@@ -143,14 +143,14 @@ def describe_engine(model: PreTrainedModel) -> str:
 
 def _rounds(model: PreTrainedModel) -> bool:
     """Say whether the model was loaded to round activations."""
-    return any(m.activations == "int8" for m in model.modules() if isinstance(m, QuantLinear | QuantWeight))
+    return any(m.compute == "int8" for m in model.modules() if isinstance(m, QuantLinear | QuantWeight))
 
 
-def _native(model: PreTrainedModel, scheme: KVScheme, activations: str = "float") -> Decoder | str:
+def _native(model: PreTrainedModel, scheme: KVScheme, compute: str = "float") -> Decoder | str:
     if device_types(model) == {"cuda"}:
         if scheme not in _CUDA_KV:
             return f"on CUDA it stores keys and values in float, int8 or int4 of 32 channels, not as {scheme.describe()}"
-        if activations != "float" or _rounds(model):
+        if compute != "float" or _rounds(model):
             return "on CUDA it rounds activations where the weights' scheme says so, not on demand"
     elif scheme not in _NATIVE_KV:
         return f"it stores keys and values in float or int8, not as {scheme.describe()}"

@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from quantkit.errors import SpecError
-from quantkit.kernels import Activations
-from quantkit.kernels.select import check_activations
+from quantkit.kernels import ComputeMode
+from quantkit.kernels.select import check_compute
 from quantkit.nn.embedding import QuantEmbedding
 from quantkit.nn.linear import QuantLinear, QuantWeight
 from quantkit.nn.sites import Site
@@ -73,16 +73,16 @@ def _install_table(model: nn.Module, site: Site, weight: Tensor, qtensor: QTenso
     getattr(model, "all_tied_weights_keys", {}).clear()  # what was tied there is one QTensor now
 
 
-def set_activations(model: nn.Module, activations: Activations) -> None:
+def set_compute(model: nn.Module, compute: ComputeMode) -> None:
     """Say what the quantized layers of ``model`` make of their inputs from now on: ``"float"``, nothing, or ``"int8"``.
 
     Raises:
-        KernelError: if ``activations`` is neither.
+        KernelError: if ``compute`` is neither.
     """
-    check_activations(activations)
+    check_compute(compute)
     for module in model.modules():
         if isinstance(module, QuantLinear | QuantWeight):
-            module.activations = activations
+            module.compute = compute
 
 
 def _find(model: nn.Module, site: Site) -> tuple[nn.Module, Tensor]:

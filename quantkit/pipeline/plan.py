@@ -12,7 +12,7 @@ import difflib
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from quantkit.errors import SpecError, nearest
 from quantkit.formats.base import FORMATS
@@ -137,6 +137,8 @@ def _schemes_for(default: SchemeChoice, rule: Rule | None, sites: list[Site], la
     """Return the schemes of the layers that one rule (or none) decides, with what is to be told about their group sizes."""
     choice = choice_of(rule.scheme) if rule and rule.scheme else default
     group = rule.group_size if rule else None
+    if group is not None and choice.full is None:
+        choice = replace(choice, group_size=group)  # a rule's group size counts more than the run's
     if group is not None or not choice.chooses_group:
         scheme = choice.resolve([site.in_features for site in sites], group, scale_dtype)
         _refuse_misfits(scheme, sites, label)

@@ -122,7 +122,7 @@ def quantize(
             found = collect_statistics(model, structure, unpadded(batches), change.needs, compute=compute, progress=progress)
             apply_transform(model, structure, plan, change, found)
     chain = _chain(model, structure, unpadded(batches), quantizer, compute) if walk else None
-    rows = coverage_before(model, structure, plan)
+    rows = coverage_before(model, structure, plan, resolution.skipped)
     store = _open_store(model, plan, output, key, run.resume)
     kl = store.changed("distill") if store else None  # of a run that was stopped after distilling
     learns = distill is not None and kl is None

@@ -44,7 +44,7 @@ def open_server(
     drafter: str | nn.Module | Drafter | None = None,
     limits: Limits | None = None,
     engine: str = "auto",
-    activations: str = "float",
+    compute: str = "float",
 ) -> Server:
     """Make an engine and a server for it, and bind the port.
 
@@ -55,7 +55,7 @@ def open_server(
         host: address; the default answers this machine only.
         port: 0 takes a free one.
         token: bearer token that clients must send.
-        kv, drafter, limits, engine, activations: see :class:`quantkit.Engine`.
+        kv, drafter, limits, engine, compute: see :class:`quantkit.Engine`.
 
     Raises:
         QuantkitError: the extra ``serve`` is not installed, there is no tokenizer, or the port is taken.
@@ -68,7 +68,7 @@ def open_server(
         raise QuantkitError(f"serving needs {error.name}: pip install 'quantkit[serve]'") from error
     if tokenizer is None:
         raise QuantkitError("the model has no tokenizer, and a server needs text; put tokenizer files into its directory")
-    runner = Engine(model, kv=kv, drafter=drafter, limits=limits, engine=engine, activations=activations)
+    runner = Engine(model, kv=kv, drafter=drafter, limits=limits, engine=engine, compute=compute)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     bound = socket.socket(family, socket.SOCK_STREAM)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

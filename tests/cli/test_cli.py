@@ -35,7 +35,7 @@ def call(*arguments: object, code: int = 0) -> str:
 def recipe(tmp_path, tiny_float, tiny_text) -> Path:
     path = tmp_path / "recipe.yaml"
     path.write_text(
-        f"model: {tiny_float}\nscheme: w4a16\nquantizer: gptq\n"
+        f"model: {tiny_float}\nscheme: w4a16\nmethod: gptq\n"
         "rules:\n- {match: '*.down_proj', scheme: w8a16-channel}\n"
         f"calibration: {{data: {tiny_text}, samples: 4, length: 32}}\n"
         f"output: {{path: {tmp_path / 'out'}}}\n"
@@ -109,7 +109,13 @@ def test_a_bad_recipe_is_one_message_and_exit_code_2(recipe, setting, wanted):
 
 def test_plan_refuses_what_run_would(recipe):
     shown = call(
-        "plan", recipe, "--set", "distill={steps: 2}", "--set", "rules=[{match: '*.down_proj', scheme: nvfp4}]", code=2
+        "plan",
+        recipe,
+        "--set",
+        "steps=[distill]",
+        "--set",
+        "rules=[{match: '*.down_proj', scheme: nvfp4}]",
+        code=2,
     )
     assert "distillation learns integer grids" in shown
 

@@ -65,7 +65,7 @@ def test_the_model_computes_what_it_did(name: str, family: str) -> None:
     model = FAMILIES[family]()
     structure, batch = describe(model), ids()[0]
     before, old = model(batch).logits, {k: v.clone() for k, v in model.named_parameters()}
-    plan = make_plan(structure, "w8a8")
+    plan = make_plan(structure, "w8a8").plan
     transform = TRANSFORMS.get(name)()
     compute = Compute(torch.device("cpu"), torch.float32)
     statistics = collect_statistics(model, structure, ids(), transform.needs, compute=compute, progress=lambda _: None)

@@ -318,7 +318,7 @@ def test_what_it_cannot_run_goes_through_modules_and_is_counted(monkeypatch, cap
         assert list(chooser.FALLBACKS.values()) == [1, 1, 1]
         model = tiny.FAMILIES["llama"](head_dim=64).half()
         with pytest.raises(QuantkitError, match="modules compute as loaded"):
-            make_backend(model, activations="int8")
+            make_backend(model, compute="int8")
         assert make_backend(model, KVScheme(W4, W4)).bytes_for(Memory(3, 32, 1)) > 0
         with pytest.raises(QuantkitError, match="the CUDA engine has pages of 32"):
             make_backend(model).reserve(Memory(4, 16, 1))

@@ -68,11 +68,11 @@ def test_a_prompt_in_chunks_and_in_one_piece_to_the_last_bit():
 
 
 def test_misuse_is_named():
-    for options in ({"engine": "fast"}, {"activations": "int4"}):
+    for options in ({"engine": "fast"}, {"compute": "int4"}):
         with pytest.raises(QuantkitError, match="want one of"):
             make_backend(tiny_llama(), **options)
     with pytest.raises(QuantkitError, match="only the native engine"):
-        make_backend(tiny_llama(), engine="modules", activations="int8")
+        make_backend(tiny_llama(), engine="modules", compute="int8")
     with pytest.raises(QuantkitError, match="pages of 4 tokens: the native engine has pages of 32"):
         make_backend(tiny_llama(), engine="native").reserve(Memory(4, 4, 1))
     with pytest.raises(QuantkitError, match="it stores keys and values in float or int8"):
@@ -128,7 +128,7 @@ def test_generate_and_bench_use_it_and_say_so():
     found = compare_latency({"a": model}, context=8, new_tokens=2, rounds=1)
     assert found["a"].engine == "native"
     assert compare_latency({"a": model}, context=8, new_tokens=2, rounds=1, engine="modules")["a"].engine == "modules"
-    rounded = compare_latency({"a": model}, context=8, new_tokens=2, rounds=1, activations="int8")
+    rounded = compare_latency({"a": model}, context=8, new_tokens=2, rounds=1, compute="int8")
     assert rounded["a"].engine == "native, int8 activations"
 
 
@@ -140,9 +140,9 @@ def cut(ids: list[int], model: PreTrainedModel) -> list[int]:
 
 def test_activations_are_narrow_only_in_a_narrow_model():
     asked = {
-        (dtype, activations): make_backend(tiny_llama().to(dtype), activations=activations)
+        (dtype, compute): make_backend(tiny_llama().to(dtype), compute=compute)
         for dtype in (torch.float32, torch.bfloat16)
-        for activations in ("float", "float32", "int8")
+        for compute in ("float", "float32", "int8")
     }
     rounds = {key for key, backend in asked.items() if isinstance(backend, NativeBackend) and backend.bfloat16}
     assert rounds == {(torch.bfloat16, "float"), (torch.bfloat16, "int8")}
@@ -150,12 +150,12 @@ def test_activations_are_narrow_only_in_a_narrow_model():
 
 
 def test_a_model_loaded_to_round_activations_is_run_so_and_shares_its_weights(tiny_quantized):
-    exact, rounding = load(tiny_quantized), load(tiny_quantized, activations="int8")
+    exact, rounding = load(tiny_quantized), load(tiny_quantized, compute="int8")
     prompt = prompt_of(30)
     assert make_backend(exact).engine == "native"
     assert make_backend(rounding).engine == "native, int8 activations"
     layers = [module for module in rounding.modules() if isinstance(module, QuantLinear)]
-    assert all(layer.activations == "int8" for layer in layers)  # lowering put them back
+    assert all(layer.compute == "int8" for layer in layers)  # lowering put them back
     want, got = (logits_of(model, prompt, [30]) for model in (exact, rounding))
     assert 1e-5 * want.abs().max() < (got - want).abs().max() < 0.05 * want.abs().max()
     held = {layer.prepacked().weight.codes.data_ptr() for layer in layers}

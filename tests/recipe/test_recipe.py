@@ -241,6 +241,12 @@ def test_an_odd_layer_alone_loses_its_groups_and_it_is_said(tmp_path):
     )
 
 
+def test_a_rules_group_size_counts_more_than_the_runs():
+    found = make_plan(structure(), quantkit.SchemeChoice(name="w4a16", group_size=64), [quantkit.Rule("q_proj", group_size=32)])
+    assert found.plan["model.layers.0.self_attn.q_proj"].weight.group_size == 32
+    assert found.plan["model.layers.0.mlp.up_proj"].weight.group_size == 64
+
+
 def test_the_ends_of_the_model_have_names_of_their_own(tmp_path):
     found = recipe(tmp_path, "rules: [{match: head, scheme: w8a16-g32}]\n").resolve(replace(structure(), head="lm_head"))
     assert found.plan["lm_head"].weight.describe() == "int8 g32"
