@@ -1,0 +1,1 @@
+"""Codecs: exact mappings between a QTensor and the tensors that stand for it in a file."""
