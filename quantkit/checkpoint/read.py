@@ -15,7 +15,7 @@ from quantkit.errors import FormatError, QuantkitError
 from quantkit.formats.base import FORMATS, Format, Matcher, Stored
 from quantkit.hf.load import read_config
 from quantkit.nn.sites import Site
-from quantkit.qtensor import QTensor
+from quantkit.qtensor import GridTensor
 from quantkit.spec import Scheme
 
 MIN_BITS = 2
@@ -49,7 +49,7 @@ class Opened:
         """Site name to scheme."""
         return {e.site.name: self.stored[e.name].scheme for e in self.contents.entries if e.site and e.name in self.stored}
 
-    def qtensor(self, site: Site, *, copy: bool = True) -> QTensor:
+    def qtensor(self, site: Site, *, copy: bool = True) -> GridTensor:
         """Read and decode one quantized site; without ``copy`` it may be views of the files, good while they are open."""
         parts = []
         for entry in self.contents.entries:

@@ -15,7 +15,7 @@ from quantkit.checkpoint.verify import installed, installed_plan, verify
 from quantkit.errors import FormatError
 from quantkit.formats.base import FORMATS
 from quantkit.hf.load import PreTrainedModel
-from quantkit.qtensor import QTensor
+from quantkit.qtensor import GridTensor
 from quantkit.spec import Plan
 from quantkit.system.files import remove_temporaries, write_atomic, write_json
 from quantkit.version import __version__
@@ -69,7 +69,7 @@ class CheckpointWriter:
         self._weight_map: dict[str, str] = {}
         self._written: set[int] = set()
 
-    def write_block(self, index: int, qtensors: Mapping[str, QTensor]) -> None:
+    def write_block(self, index: int, qtensors: Mapping[str, GridTensor]) -> None:
         """Write block ``index`` (the number of blocks stands for everything outside them).
 
         Args:
@@ -93,7 +93,7 @@ class CheckpointWriter:
         self,
         metadata: Mapping[str, Any] | None = None,
         *,
-        outside: Mapping[str, QTensor] | None = None,
+        outside: Mapping[str, GridTensor] | None = None,
         tokenizer: Any = None,
         prove: Callable[[Path], Mapping[str, Any]] | None = None,
     ) -> Path:
@@ -125,7 +125,7 @@ class CheckpointWriter:
         self._publish()
         return self.path
 
-    def _encode(self, entry: Entry, qtensors: Mapping[str, QTensor]) -> dict[str, Tensor]:
+    def _encode(self, entry: Entry, qtensors: Mapping[str, GridTensor]) -> dict[str, Tensor]:
         scheme = self.plan.get(entry.site.name) if entry.site else None
         if scheme is None or entry.site is None:
             return {entry.name: float_tensor(self.model, entry, self._contents.transposed)}

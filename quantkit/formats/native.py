@@ -1,4 +1,4 @@
-"""``native``: quantkit's own format, which stores every QTensor exactly as it is.
+"""``native``: quantkit's own format, which stores every GridTensor exactly as it is.
 
 Tensors of a weight (..., out, in), where ``...`` is empty or the number of experts:
 
@@ -26,7 +26,7 @@ from quantkit.errors import FormatError, SpecError
 from quantkit.formats.base import FORMATS, Codec, Layout, Matcher, Stored, check_layout, group_by_scheme
 from quantkit.numerics import grid
 from quantkit.numerics.pack import pack, packed_words, unpack
-from quantkit.qtensor import QTensor
+from quantkit.qtensor import GridTensor
 from quantkit.spec import QuantSpec, Scheme
 
 VERSION = 1
@@ -54,7 +54,7 @@ class NativeCodec:
             layout["input_scale"] = (SCALE_DTYPES[self.input_dtype], (*lead, 1))
         return layout
 
-    def encode(self, qtensor: QTensor) -> dict[str, Tensor]:
+    def encode(self, qtensor: GridTensor) -> dict[str, Tensor]:
         """See :class:`quantkit.formats.base.Codec`."""
         tensors = {"packed": qtensor.packed.contiguous(), "scale": qtensor.scale.contiguous()}
         if qtensor.zero_point is not None:
@@ -64,7 +64,7 @@ class NativeCodec:
                 tensors[name] = value.contiguous()
         return tensors
 
-    def decode(self, tensors: Mapping[str, Tensor], spec: QuantSpec, shape: tuple[int, ...]) -> QTensor:
+    def decode(self, tensors: Mapping[str, Tensor], spec: QuantSpec, shape: tuple[int, ...]) -> GridTensor:
         """See :class:`quantkit.formats.base.Codec`."""
         check_layout(tensors, self.layout(spec, shape))
         zero = None
@@ -72,7 +72,7 @@ class NativeCodec:
             out_blocks = tensors["scale"].shape[-2]
             zero = unpack(tensors["zero_point"], spec.bits, out_blocks).transpose(-1, -2).contiguous()
         single = {name: tensors.get(name) for name in ("global_scale", "input_scale")}
-        return QTensor(tensors["packed"], tensors["scale"], zero, spec, shape, **single)
+        return GridTensor(tensors["packed"], tensors["scale"], zero, spec, shape, **single)
 
 
 class Native:

@@ -22,7 +22,7 @@ from quantkit.calibrate.data import Batch
 from quantkit.calibrate.data import fingerprint as data_fingerprint
 from quantkit.errors import FormatError
 from quantkit.nn.sites import SiteStatistics
-from quantkit.qtensor import PARTS, QTensor
+from quantkit.qtensor import PARTS, GridTensor
 from quantkit.quantizers.base import Quantized
 from quantkit.spec import QuantSpec
 from quantkit.system.files import atomic_path, write_json
@@ -105,7 +105,7 @@ class ResumeStore:
                 # Cloned, so that the values do not depend on the file's mapping or on its alignment.
                 parts: dict[str, Any] = {k: file.get_tensor(f"{name}|{k}").clone() for k in PARTS if f"{name}|{k}" in keys}
                 parts = {"zero_point": None, **parts}
-                qtensor = QTensor(spec=QuantSpec.from_dict(facts["spec"]), shape=tuple(facts["shape"]), **parts)
+                qtensor = GridTensor(spec=QuantSpec.from_dict(facts["spec"]), shape=tuple(facts["shape"]), **parts)
                 bias = file.get_tensor(f"{name}|bias").clone() if f"{name}|bias" in keys else None
                 result[name] = Quantized(qtensor, facts["loss"], tuple(facts["notes"]), facts["fell_back"], bias)
         return result
