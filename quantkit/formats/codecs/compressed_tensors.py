@@ -1,6 +1,25 @@
-"""Codecs of ``compressed-tensors``: one per way in which that format lays out a weight.
+"""Codecs of ``compressed-tensors``: one per way in which that format lays out a weight. Their names are the format's own.
 
-Their names are the format's own; :mod:`quantkit.formats.compressed_tensors` states the layouts and decides which is used when.
+Integer codes are signed there, so a stored 4-bit -8..7 is our 0..15; ``w = (q - zero_point) * scale`` in both worlds.
+
+- ``pack-quantized``, weight only, 2 to 8 bits, a scale per group or channel: ``weight_packed`` int32
+  (out, ceil(in * bits / 32)) holds ``q + 2^(bits-1)``, element i at bit ``i * bits`` of its row, low bits first;
+  ``weight_scale`` (out, in / group_size), (out, 1) per channel; ``weight_shape`` int64 [out, in]; asymmetric grids add
+  ``weight_zero_point`` int32 (ceil(out * bits / 32), in / group_size), packed like weights but down dimension 0.
+- ``int-quantized``, 8 bits: ``weight`` int8 (out, in), ``weight_scale`` (out, in / group_size), (out, 1) or (1,),
+  ``weight_zero_point`` int8 of that shape. It is chosen for schemes that also quantize activations (W8A8) and for one scale
+  per tensor, which ``pack-quantized`` readers refuse.
+- ``float-quantized``, FP8 e4m3 with one scale per channel or tensor, activations float or FP8: ``weight`` float8_e4m3fn
+  (out, in), ``weight_scale`` (out, 1) or (1,).
+- ``nvfp4-pack-quantized``, ``mxfp4-pack-quantized``, weights only: ``weight_packed`` uint8 (out, in / 2), the even column in
+  the low nibble; ``weight_scale`` FP8 e4m3 (out, in / 16) and ``weight_global_scale`` float32 (1,), which *divides*, or E8M0
+  exponents uint8 (out, in / 32).
+
+Activations are int8 or FP8 like the weights, or int8 with 2 to 7-bit weights (W4A8, ``pack-quantized``); per token, per token
+and group, or with one static ``input_scale`` (1,) per layer.
+
+Since compressed-tensors 0.18 packing is dense: elements cross word boundaries. Before, a word held floor(32 / bits)
+elements and padding, which differs for 3, 5, 6 and 7 bits; that layout is only read.
 """
 
 import dataclasses
@@ -12,11 +31,12 @@ from torch import Tensor
 
 from quantkit.dtypes import SCALE_DTYPES
 from quantkit.errors import FormatError
-from quantkit.formats.base import Codec, Layout, check_layout
+from quantkit.formats.base import Codec, check_layout
+from quantkit.formats.containers.base import Layout
 from quantkit.numerics import grid
 from quantkit.numerics.pack import pack, packed_words, unpack
 from quantkit.qtensor import GridTensor
-from quantkit.spec import QuantSpec
+from quantkit.spec import QuantSpec, Scheme
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,3 +224,35 @@ class WithInputScale:
 def _flip_sign(codes: Tensor) -> Tensor:
     """Exchange offset-binary and two's complement in uint8."""
     return codes ^ 0x80
+
+
+FP4_LAYOUTS = tuple(f"{name}-pack-quantized" for name in FP4_GRIDS.values())
+LAYOUTS = ("pack-quantized", "int-quantized", "float-quantized", *FP4_LAYOUTS)
+"""Names of all layouts."""
+
+
+def fp4_name(spec: QuantSpec) -> str | None:
+    """Return what the format calls an FP4 grid; None for one that it does not know."""
+    return FP4_GRIDS.get((spec.dtype, spec.block, spec.scale_dtype))
+
+
+def layout_name(scheme: Scheme) -> str:
+    """Return the name of the layout: float-quantized for FP8, int-quantized for W8A8 and per-tensor scales, else packed."""
+    if fp4 := fp4_name(scheme.weight):
+        return f"{fp4}-pack-quantized"
+    if not scheme.weight.is_integer:
+        return "float-quantized"
+    bytewise = scheme.activation is not None and scheme.weight.bits == 8
+    return "int-quantized" if bytewise or scheme.weight.strategy == "tensor" else "pack-quantized"
+
+
+def codec_named(name: str) -> Codec:
+    """Return the codec of a layout, without input scale."""
+    plain: dict[str, Codec] = {"float-quantized": FloatQuantized(), "int-quantized": IntQuantized()}
+    return Fp4Packed() if name in FP4_LAYOUTS else plain.get(name, PackQuantized())
+
+
+def codec_of(scheme: Scheme) -> Codec:
+    """Return the codec that a scheme is written with."""
+    codec = codec_named(layout_name(scheme))
+    return WithInputScale(codec, scheme.activation.scale_dtype) if scheme.activation and scheme.static else codec
