@@ -15,7 +15,7 @@ from quantkit.hf.load import PretrainedConfig, PreTrainedModel, empty_model
 from quantkit.hf.names import CheckpointTensor, Piece, checkpoint_names
 from quantkit.hf.structure import describe
 from quantkit.nn.sites import Site, Structure
-from quantkit.qtensor import QTensor, concatenate, stack
+from quantkit.qtensor import GridTensor, concatenate, stack
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,27 +186,27 @@ def _slice(tensor: Tensor, piece: Piece) -> Tensor:
     return tensor[..., piece.start : piece.stop, :]
 
 
-def quantized_slice(qtensor: QTensor, entry: Entry) -> QTensor:
-    """Return the part of a site's QTensor that an entry stores."""
+def quantized_slice(qtensor: GridTensor, entry: Entry) -> GridTensor:
+    """Return the part of a site's GridTensor that an entry stores."""
     parts = []
     for piece in entry.source.pieces:
         one = qtensor if piece.expert is None else qtensor[piece.expert]
-        parts.append(one if (piece.start, piece.stop) == (0, one.shape[-2]) else one.rows(piece.start, piece.stop))
+        parts.append(one if (piece.start, piece.stop) == (0, one.shape[-2]) else one.rows(slice(piece.start, piece.stop)))
     return parts[0] if len(parts) == 1 else concatenate(parts)
 
 
-def assemble(site: Site, stored: Iterable[tuple[Entry, QTensor]]) -> QTensor:
-    """Put a site's QTensor together from what its entries hold; reverses :func:`quantized_slice`.
+def assemble(site: Site, stored: Iterable[tuple[Entry, GridTensor]]) -> GridTensor:
+    """Put a site's GridTensor together from what its entries hold; reverses :func:`quantized_slice`.
 
     Raises:
         FormatError: the parts have different grids.
     """
-    parts: dict[int | None, list[tuple[int, QTensor]]] = {}
+    parts: dict[int | None, list[tuple[int, GridTensor]]] = {}
     for entry, qtensor in stored:
         offset = 0
         for piece in entry.source.pieces:
             height = piece.stop - piece.start
-            rows = qtensor if height == qtensor.shape[-2] else qtensor.rows(offset, offset + height)
+            rows = qtensor if height == qtensor.shape[-2] else qtensor.rows(slice(offset, offset + height))
             parts.setdefault(piece.expert, []).append((piece.start, rows))
             offset += height
     try:
@@ -219,7 +219,7 @@ def assemble(site: Site, stored: Iterable[tuple[Entry, QTensor]]) -> QTensor:
         raise FormatError(f"{site.name}: its parts in the checkpoint do not fit together: {error}") from error
 
 
-def read_site(site: Site, entries: Iterable[Entry], stored: Mapping[str, Stored], read: Callable[[str], Tensor]) -> QTensor:
+def read_site(site: Site, entries: Iterable[Entry], stored: Mapping[str, Stored], read: Callable[[str], Tensor]) -> GridTensor:
     """Read and decode the quantized weight of ``site``.
 
     Args:

@@ -25,7 +25,7 @@ from quantkit.nn.embedding import QuantEmbedding
 from quantkit.nn.install import install, set_compute
 from quantkit.nn.linear import QuantLinear, QuantWeight
 from quantkit.nn.sites import Site
-from quantkit.qtensor import QTensor
+from quantkit.qtensor import GridTensor
 from quantkit.system.memory import HeapWatch
 
 log = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ def load(
                 install(model, site, replace(qtensor, input_scale=None) if ignore_activations else qtensor, activation)
                 continue
             parts = found.sites[name] if found else [part.moved(arena.copy) for part in _prepack(opened, site, heap)]
-            install(model, site, QTensor.empty(scheme.weight, site.shape, "meta"), activation)
+            install(model, site, GridTensor.empty(scheme.weight, site.shape, "meta"), activation)
             module: Any = model.get_submodule(name)
             module.adopt(kernels[name], [State(part, part.struct()) for part in parts])
         _finish(model, path)

@@ -12,12 +12,12 @@ from quantkit.checkpoint.staging import mark_incomplete
 from quantkit.errors import FormatError
 from quantkit.nn.embedding import QuantEmbedding
 from quantkit.nn.linear import QuantLinear, QuantWeight
-from quantkit.qtensor import PARTS, QTensor
+from quantkit.qtensor import PARTS, GridTensor
 from quantkit.spec import Scheme
 
 
-def installed(model: nn.Module) -> dict[str, QTensor]:
-    """Return site name to QTensor of every quantized weight in the model."""
+def installed(model: nn.Module) -> dict[str, GridTensor]:
+    """Return site name to GridTensor of every quantized weight in the model."""
     return {name: module.qtensor for name, module in _owners(model)}
 
 
@@ -77,5 +77,5 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
-def _same_qtensor(a: QTensor, b: QTensor) -> bool:
+def _same_qtensor(a: GridTensor, b: GridTensor) -> bool:
     return all(same_bits(getattr(a, name), getattr(b, name)) for name in PARTS) and a.spec == b.spec and a.shape == b.shape

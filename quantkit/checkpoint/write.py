@@ -25,7 +25,7 @@ from quantkit.errors import FormatError
 from quantkit.formats.base import FORMATS, Stored
 from quantkit.hf.load import PreTrainedModel
 from quantkit.nn.sites import Structure
-from quantkit.qtensor import QTensor
+from quantkit.qtensor import GridTensor
 from quantkit.spec import Plan
 from quantkit.system.files import write_atomic
 from quantkit.version import __version__
@@ -104,7 +104,7 @@ class CheckpointWriter:
     def write_block(
         self,
         index: int,
-        qtensors: Mapping[str, QTensor],
+        qtensors: Mapping[str, GridTensor],
         *,
         facts: Mapping[str, Any] | None = None,
         chain: Sequence[Tensor] = (),
@@ -136,7 +136,7 @@ class CheckpointWriter:
             self._stage.record(index, digest.hexdigest(), facts or {}, chain)
         self._written.add(index)
 
-    def restore_block(self, index: int) -> tuple[dict[str, QTensor], dict[str, Any]]:
+    def restore_block(self, index: int) -> tuple[dict[str, GridTensor], dict[str, Any]]:
         """Return the quantized sites of finished block ``index`` by name, and its facts.
 
         Its unquantized tensors are put into the model, where they are not what they were when the block was finished.
@@ -161,7 +161,7 @@ class CheckpointWriter:
         sites = {e.site.name: e.site for e in entries if e.site and e.name in self._stored}
         return {name: read_site(site, entries, self._stored, tensors.__getitem__) for name, site in sites.items()}, facts
 
-    def change_blocks(self, step: str, qtensors: Mapping[str, QTensor], facts: Any = None) -> None:
+    def change_blocks(self, step: str, qtensors: Mapping[str, GridTensor], facts: Any = None) -> None:
         """Replace what all blocks hold by what a later step has made of it: all of it, or after a kill nothing.
 
         Args:
@@ -192,7 +192,7 @@ class CheckpointWriter:
         self,
         metadata: Mapping[str, Any] | None = None,
         *,
-        outside: Mapping[str, QTensor] | None = None,
+        outside: Mapping[str, GridTensor] | None = None,
         tokenizer: Any = None,
         check: Check | None = None,
     ) -> Path:
@@ -236,7 +236,7 @@ class CheckpointWriter:
         if missing := sorted(set(range(len(self.structure.blocks))) - self._written):
             raise FormatError(f"blocks {missing} have not been written; call write_block for each before finish")
 
-    def _encode(self, entry: Entry, qtensors: Mapping[str, QTensor]) -> dict[str, Tensor]:
+    def _encode(self, entry: Entry, qtensors: Mapping[str, GridTensor]) -> dict[str, Tensor]:
         if entry.name not in self._stored or entry.site is None:
             return {entry.name: float_tensor(self.model, entry, self._contents.transposed)}
         scheme, codec = self._stored[entry.name].scheme, self._stored[entry.name].codec

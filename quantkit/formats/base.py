@@ -17,23 +17,23 @@ from torch import Tensor
 
 from quantkit.errors import FormatError
 from quantkit.formats.containers.base import Container, Layout
-from quantkit.qtensor import QTensor
+from quantkit.qtensor import GridTensor
 from quantkit.registry import Registry
 from quantkit.spec import QuantSpec, Scheme
 
 
 class Codec(Protocol):
-    """An exact mapping between a QTensor and tensors named by suffix."""
+    """An exact mapping between a GridTensor and tensors named by suffix."""
 
     def layout(self, spec: QuantSpec, shape: tuple[int, ...]) -> Layout:
         """Return what :meth:`encode` produces for a weight of ``shape``: used to predict sizes and to check files."""
         ...
 
-    def encode(self, qtensor: QTensor) -> dict[str, Tensor]:
+    def encode(self, qtensor: GridTensor) -> dict[str, Tensor]:
         """Return the tensors of one weight by suffix, contiguous."""
         ...
 
-    def decode(self, tensors: Mapping[str, Tensor], spec: QuantSpec, shape: tuple[int, ...]) -> QTensor:
+    def decode(self, tensors: Mapping[str, Tensor], spec: QuantSpec, shape: tuple[int, ...]) -> GridTensor:
         """Reverse :meth:`encode`.
 
         Raises:

@@ -1,4 +1,4 @@
-"""``native``: quantkit's own format, which stores every QTensor exactly as it is.
+"""``native``: quantkit's own format, which stores every GridTensor exactly as it is.
 
 Only quantkit reads it; use ``compressed-tensors`` to go elsewhere. Weight files are called ``quantkit*.safetensors``, not
 ``model*``, because transformers would otherwise skip the quantization it does not know and fill the model with random weights.

@@ -35,7 +35,7 @@ from quantkit.formats.base import Codec, check_layout
 from quantkit.formats.containers.base import Layout
 from quantkit.numerics import grid
 from quantkit.numerics.pack import pack, packed_words, unpack
-from quantkit.qtensor import QTensor
+from quantkit.qtensor import GridTensor
 from quantkit.spec import QuantSpec, Scheme
 
 
@@ -62,7 +62,7 @@ class PackQuantized:
             layout["weight_zero_point"] = (torch.int32, (self._words(out, spec.bits), columns // cols))
         return layout
 
-    def encode(self, qtensor: QTensor) -> dict[str, Tensor]:
+    def encode(self, qtensor: GridTensor) -> dict[str, Tensor]:
         """See :class:`quantkit.formats.base.Codec`."""
         self.layout(qtensor.spec, qtensor.shape)
         tensors = {
@@ -74,7 +74,7 @@ class PackQuantized:
             tensors["weight_zero_point"] = pack(qtensor.zero_point.T.contiguous(), qtensor.spec.bits).T.contiguous()
         return tensors
 
-    def decode(self, tensors: Mapping[str, Tensor], spec: QuantSpec, shape: tuple[int, ...]) -> QTensor:
+    def decode(self, tensors: Mapping[str, Tensor], spec: QuantSpec, shape: tuple[int, ...]) -> GridTensor:
         """See :class:`quantkit.formats.base.Codec`."""
         check_layout(tensors, self.layout(spec, shape))
         if (stated := tuple(tensors["weight_shape"].tolist())) != shape:
@@ -85,7 +85,7 @@ class PackQuantized:
         packed = tensors["weight_packed"]
         if self.padded:
             packed = pack(self._unpack(packed, spec.bits, shape[1]), spec.bits)
-        return QTensor(packed, tensors["weight_scale"], zero, spec, shape)
+        return GridTensor(packed, tensors["weight_scale"], zero, spec, shape)
 
     def _words(self, columns: int, bits: int) -> int:
         return -(-columns // (32 // bits)) if self.padded else packed_words(columns, bits)
@@ -111,7 +111,7 @@ class IntQuantized:
             layout["weight_zero_point"] = (torch.int8, scale_shape)
         return layout
 
-    def encode(self, qtensor: QTensor) -> dict[str, Tensor]:
+    def encode(self, qtensor: GridTensor) -> dict[str, Tensor]:
         """See :class:`quantkit.formats.base.Codec`."""
         layout = self.layout(qtensor.spec, qtensor.shape)
         scale_shape = layout["weight_scale"][1]
@@ -120,14 +120,14 @@ class IntQuantized:
             tensors["weight_zero_point"] = _flip_sign(qtensor.zero_point).view(torch.int8).reshape(scale_shape)
         return {suffix: tensor.contiguous() for suffix, tensor in tensors.items()}
 
-    def decode(self, tensors: Mapping[str, Tensor], spec: QuantSpec, shape: tuple[int, ...]) -> QTensor:
+    def decode(self, tensors: Mapping[str, Tensor], spec: QuantSpec, shape: tuple[int, ...]) -> GridTensor:
         """See :class:`quantkit.formats.base.Codec`."""
         check_layout(tensors, self.layout(spec, shape))
         scale = tensors["weight_scale"]
         scale = scale.reshape(-1, scale.shape[-1])
         zero = None if spec.symmetric else _flip_sign(tensors["weight_zero_point"].view(torch.uint8)).reshape(scale.shape)
         codes = _flip_sign(tensors["weight"].contiguous().view(torch.uint8))
-        return QTensor.from_codes(codes, scale, zero, spec)
+        return GridTensor.from_codes(codes, scale, zero, spec)
 
 
 class FloatQuantized:
@@ -142,17 +142,17 @@ class FloatQuantized:
         scale_shape = (1,) if spec.strategy == "tensor" else (shape[0], 1)
         return {"weight": (torch.float8_e4m3fn, shape), "weight_scale": (SCALE_DTYPES[spec.scale_dtype], scale_shape)}
 
-    def encode(self, qtensor: QTensor) -> dict[str, Tensor]:
+    def encode(self, qtensor: GridTensor) -> dict[str, Tensor]:
         """See :class:`quantkit.formats.base.Codec`."""
         layout = self.layout(qtensor.spec, qtensor.shape)
         scale = qtensor.scale.reshape(layout["weight_scale"][1]).contiguous()
         return {"weight": qtensor.codes().view(torch.float8_e4m3fn), "weight_scale": scale}
 
-    def decode(self, tensors: Mapping[str, Tensor], spec: QuantSpec, shape: tuple[int, ...]) -> QTensor:
+    def decode(self, tensors: Mapping[str, Tensor], spec: QuantSpec, shape: tuple[int, ...]) -> GridTensor:
         """See :class:`quantkit.formats.base.Codec`."""
         check_layout(tensors, self.layout(spec, shape))
         codes = tensors["weight"].contiguous().view(torch.uint8)
-        return QTensor.from_codes(codes, tensors["weight_scale"].reshape(-1, 1), None, spec)
+        return GridTensor.from_codes(codes, tensors["weight_scale"].reshape(-1, 1), None, spec)
 
 
 class Fp4Packed:
@@ -174,7 +174,7 @@ class Fp4Packed:
             layout["weight_global_scale"] = (torch.float32, (1,))
         return layout
 
-    def encode(self, qtensor: QTensor) -> dict[str, Tensor]:
+    def encode(self, qtensor: GridTensor) -> dict[str, Tensor]:
         """See :class:`quantkit.formats.base.Codec`."""
         stored = self.layout(qtensor.spec, qtensor.shape)["weight_scale"][0]
         tensors = {
@@ -185,12 +185,12 @@ class Fp4Packed:
             tensors["weight_global_scale"] = qtensor.global_scale.contiguous()
         return tensors
 
-    def decode(self, tensors: Mapping[str, Tensor], spec: QuantSpec, shape: tuple[int, ...]) -> QTensor:
+    def decode(self, tensors: Mapping[str, Tensor], spec: QuantSpec, shape: tuple[int, ...]) -> GridTensor:
         """See :class:`quantkit.formats.base.Codec`."""
         check_layout(tensors, self.layout(spec, shape))
         packed = tensors["weight_packed"].contiguous().view(torch.int32)
         scale = tensors["weight_scale"].contiguous().view(SCALE_DTYPES[spec.scale_dtype])
-        return QTensor(packed, scale, None, spec, shape, tensors.get("weight_global_scale"))
+        return GridTensor(packed, scale, None, spec, shape, tensors.get("weight_global_scale"))
 
 
 FP4_GRIDS = {("fp4_e2m1", (1, 16), "float8_e4m3fn"): "nvfp4", ("fp4_e2m1", (1, 32), "float8_e8m0fnu"): "mxfp4"}
@@ -208,13 +208,13 @@ class WithInputScale:
         """See :class:`quantkit.formats.base.Codec`."""
         return {**self.codec.layout(spec, shape), "input_scale": (SCALE_DTYPES[self.dtype], (1,))}
 
-    def encode(self, qtensor: QTensor) -> dict[str, Tensor]:
+    def encode(self, qtensor: GridTensor) -> dict[str, Tensor]:
         """See :class:`quantkit.formats.base.Codec`."""
         if qtensor.input_scale is None:
             raise FormatError("the grid of the inputs is static, but their scale is missing")
         return {**self.codec.encode(qtensor), "input_scale": qtensor.input_scale.contiguous()}
 
-    def decode(self, tensors: Mapping[str, Tensor], spec: QuantSpec, shape: tuple[int, ...]) -> QTensor:
+    def decode(self, tensors: Mapping[str, Tensor], spec: QuantSpec, shape: tuple[int, ...]) -> GridTensor:
         """See :class:`quantkit.formats.base.Codec`."""
         check_layout(tensors, self.layout(spec, shape))
         rest = {suffix: tensor for suffix, tensor in tensors.items() if suffix != "input_scale"}

@@ -1,4 +1,4 @@
-"""The codec of format ``native``: the parts of a QTensor under their own names.
+"""The codec of format ``native``: the parts of a GridTensor under their own names.
 
 Tensors of a weight (..., out, in), where ``...`` is empty or the number of experts:
 
@@ -23,7 +23,7 @@ from quantkit.formats.base import Codec, check_layout
 from quantkit.formats.containers.base import Layout
 from quantkit.numerics import grid
 from quantkit.numerics.pack import pack, packed_words, unpack
-from quantkit.qtensor import QTensor
+from quantkit.qtensor import GridTensor
 from quantkit.spec import QuantSpec, Scheme
 
 
@@ -49,7 +49,7 @@ class NativeCodec:
             layout["input_scale"] = (SCALE_DTYPES[self.input_dtype], (*lead, 1))
         return layout
 
-    def encode(self, qtensor: QTensor) -> dict[str, Tensor]:
+    def encode(self, qtensor: GridTensor) -> dict[str, Tensor]:
         """See :class:`quantkit.formats.base.Codec`."""
         tensors = {"packed": qtensor.packed.contiguous(), "scale": qtensor.scale.contiguous()}
         if qtensor.zero_point is not None:
@@ -59,7 +59,7 @@ class NativeCodec:
                 tensors[name] = value.contiguous()
         return tensors
 
-    def decode(self, tensors: Mapping[str, Tensor], spec: QuantSpec, shape: tuple[int, ...]) -> QTensor:
+    def decode(self, tensors: Mapping[str, Tensor], spec: QuantSpec, shape: tuple[int, ...]) -> GridTensor:
         """See :class:`quantkit.formats.base.Codec`."""
         check_layout(tensors, self.layout(spec, shape))
         zero = None
@@ -67,7 +67,7 @@ class NativeCodec:
             out_blocks = tensors["scale"].shape[-2]
             zero = unpack(tensors["zero_point"], spec.bits, out_blocks).transpose(-1, -2).contiguous()
         single = {name: tensors.get(name) for name in ("global_scale", "input_scale")}
-        return QTensor(tensors["packed"], tensors["scale"], zero, spec, shape, **single)
+        return GridTensor(tensors["packed"], tensors["scale"], zero, spec, shape, **single)
 
 
 def codec_of(scheme: Scheme) -> Codec:
