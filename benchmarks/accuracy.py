@@ -171,9 +171,9 @@ def run_quantkit(job: dict) -> dict:
 
     import quantkit
     from quantkit.hf.load import load_float
-    from quantkit.pipeline.distill import Distill
     from quantkit.quantizers.base import QUANTIZERS
     from quantkit.system.compute import Compute
+    from quantkit.transforms.distill import Distill
 
     recipe = RECIPES[job["recipe"]]
     ids = calibration_ids(job, job["samples"])

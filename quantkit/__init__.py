@@ -23,13 +23,12 @@ if TYPE_CHECKING:
     from quantkit.evaluation import BaseLogits, EvalReport, compare_latency, evaluate
     from quantkit.generation.engine import Engine
     from quantkit.generation.generate import Generation, generate
-    from quantkit.pipeline.distill import Distill
     from quantkit.pipeline.plan import Resolution
     from quantkit.pipeline.quantize import collect, plan, quantize
     from quantkit.pipeline.result import QuantizeResult
     from quantkit.pipeline.rules import Rule, SchemeChoice
     from quantkit.pipeline.settings import Output, Run
-    from quantkit.qtensor import QTensor
+    from quantkit.qtensor import GridTensor, QTensor
     from quantkit.quantizers.autoround import AutoRound
     from quantkit.quantizers.gptaq import GPTAQ
     from quantkit.quantizers.gptq import GPTQ
@@ -43,6 +42,7 @@ if TYPE_CHECKING:
     from quantkit.system.progress import Progress
     from quantkit.transforms.awq import AWQ
     from quantkit.transforms.bias import BiasCorrection
+    from quantkit.transforms.distill import Distill
     from quantkit.transforms.rotate import Rotate
     from quantkit.transforms.smoothquant import SmoothQuant
 
@@ -54,13 +54,14 @@ _HOME = {
     "Calibration": "calibrate.data",
     "CalibrationError": "errors",
     "Compute": "system.compute",
-    "Distill": "pipeline.distill",
+    "Distill": "transforms.distill",
     "Engine": "generation.engine",
     "EvalReport": "evaluation",
     "FormatError": "errors",
     "GPTAQ": "quantizers.gptaq",
     "GPTQ": "quantizers.gptq",
     "Generation": "generation.generate",
+    "GridTensor": "qtensor",
     "HQQ": "quantizers.hqq",
     "ImportanceRTN": "quantizers.rtn",
     "KVScheme": "spec",
@@ -122,6 +123,7 @@ __all__ = [
     "EvalReport",
     "FormatError",
     "Generation",
+    "GridTensor",
     "ImportanceRTN",
     "KVScheme",
     "KernelError",

@@ -5,14 +5,15 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from quantkit.calibrate.walk import Statistics, record_inputs, walk_block
+from quantkit.calibrate.collectors import COLLECTORS
+from quantkit.calibrate.walk import Gather, record_inputs, walk_block
 from quantkit.errors import CalibrationError
 from quantkit.nn.block_calls import call_block, cast_call, record_block_calls
 from quantkit.nn.sites import Site, SiteStatistics, Structure
 from quantkit.system.compute import Compute, on_device
 from quantkit.system.progress import Progress, ProgressCallback
 
-Visit = Callable[[Site, Statistics], None]
+Visit = Callable[[Site, Gather], None]
 
 
 class Chain:
@@ -67,9 +68,9 @@ class Chain:
 
             return run
 
-        def visit_exactly(site: Site, statistics: Statistics) -> None:
+        def visit_exactly(site: Site, gather: Gather) -> None:
             with self.compute.rounding_products(False):
-                visit(site, statistics)
+                visit(site, gather)
 
         float_inputs: list[dict[str, Tensor]] = []
         with self.compute.rounding_products():
@@ -84,6 +85,55 @@ class Chain:
         self.hidden = outputs
 
 
+def relative_distance(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> float:
+    """Return the mean over tokens of ||output - target||^2 / ||target||^2; a (B, T, H) per batch each."""
+    total, tokens = 0.0, 0
+    for output, target in zip(outputs, targets, strict=True):
+        size = target.float().square().sum(-1).clamp(min=1e-30)
+        total += float(((output.float() - target.float()).square().sum(-1) / size).sum(dtype=torch.float64))
+        tokens += size.numel()
+    return total / tokens
+
+
+def visit_statistics(
+    model: nn.Module,
+    structure: Structure,
+    batches: Sequence[Tensor],
+    needs: Sequence[str],
+    visit: Callable[[Site, SiteStatistics], None],
+    *,
+    compute: Compute,
+    progress: ProgressCallback,
+) -> None:
+    """Run the float model once and show ``visit`` the statistics of every layer in its blocks, one layer after the other.
+
+    Nothing is kept here: what ``visit`` does not keep is freed before the next tensor's statistics are computed. The model is
+    not changed.
+
+    Args:
+        model: the float model.
+        structure: its blocks and layers.
+        batches: int64 token ids (B, T), without padding.
+        needs: names of collectors.
+        visit: called once per layer; layers that read the same tensor get the same object.
+        compute: where blocks run.
+        progress: gets one event per block.
+
+    Raises:
+        CalibrationError: for a collector that compares a quantized model with the float one.
+    """
+    if paired := [name for name in needs if COLLECTORS.get(name).paired]:
+        raise CalibrationError(
+            f"{paired[0]} compares inputs behind quantized layers with the float model's, and can only be collected while "
+            "quantizing; leave it out"
+        )
+    chain = Chain(model, structure, batches, compute)
+    for index, block in enumerate(structure.blocks):
+        with torch.no_grad(), on_device(model.get_submodule(block.name), compute):
+            chain.advance(index, block.sites, lambda site, gather: visit(site, gather(needs)))
+        progress(Progress("calibrate", index + 1, len(structure.blocks), block.name))
+
+
 def collect_statistics(
     model: nn.Module,
     structure: Structure,
@@ -93,11 +143,11 @@ def collect_statistics(
     compute: Compute,
     progress: ProgressCallback,
 ) -> dict[str, SiteStatistics]:
-    """Run the float model once and return the named statistics of every site in its blocks; the model is not changed."""
-    chain = Chain(model, structure, batches, compute)
+    """Return layer name to statistics, all of them in memory; arguments as for :func:`visit_statistics`."""
     found: dict[str, SiteStatistics] = {}
-    for index, block in enumerate(structure.blocks):
-        with torch.no_grad(), on_device(model.get_submodule(block.name), compute):
-            chain.advance(index, block.sites, lambda site, statistics: found.__setitem__(site.name, statistics(needs)))
-        progress(Progress("calibrate", index + 1, len(structure.blocks), block.name))
+
+    def keep(site: Site, statistics: SiteStatistics) -> None:
+        found[site.name] = statistics
+
+    visit_statistics(model, structure, batches, needs, keep, compute=compute, progress=progress)
     return found

@@ -1,4 +1,4 @@
-r"""What calibration remembers about the inputs of a site.
+r"""What calibration remembers about the inputs of a layer.
 
 Every collector sees rows ``x`` of shape (tokens, in) and has three promises: the result does not depend on how the rows
 were split into updates, ``merge`` of two collectors equals one that saw both inputs (up to floating-point summation order),
@@ -8,7 +8,7 @@ collector: sequences are run without it.
 A member of the family registers itself with ``@COLLECTORS.register(name)``; quantizers and transforms name what they need.
 """
 
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -19,8 +19,15 @@ from quantkit.registry import Registry
 
 
 class Collector(Protocol):
-    """Accumulates a statistic over rows of activations; ``state`` holds everything, as tensors."""
+    """Accumulates a statistic over rows of activations; ``state`` holds everything, as tensors.
 
+    A member derives from this class or declares :attr:`paired` itself.
+
+    Attributes:
+        paired: rows are twice as wide: each as a layer sees it behind quantized ones and, beside it, as the float model has it.
+    """
+
+    paired: ClassVar[bool] = False
     state: dict[str, Tensor]
 
     def __init__(self, features: int) -> None: ...
@@ -38,10 +45,8 @@ class Collector(Protocol):
 COLLECTORS: Registry[type[Collector]] = Registry("collector", package="quantkit.calibrate", error=CalibrationError)
 
 
-class _Sum:
+class _Sum(Collector, Protocol):
     """Base of collectors whose state is a sum over rows and the number of rows."""
-
-    state: dict[str, Tensor]
 
     def merge(self, other: Collector) -> None:
         """Add the other sums and counts."""
@@ -51,7 +56,7 @@ class _Sum:
     def _mean(self, name: str) -> Tensor:
         count = self.state["count"]
         if int(count) == 0:
-            raise CalibrationError("no activations were collected: the site was never called during calibration")
+            raise CalibrationError("no activations were collected: the layer was never called during calibration")
         return self.state[name] / count.to(self.state[name])
 
 
@@ -110,21 +115,16 @@ class Hessian(_Sum):
         upper = self._mean("sum").triu_()
         return upper + upper.triu(1).T
 
-    @staticmethod
-    def diagonal(hessian: Tensor) -> Tensor:
-        """Return E[x^2] (features,) of a result."""
-        return hessian.diagonal(dim1=-2, dim2=-1)
-
 
 @COLLECTORS.register("drift")
 class Drift(_Sum):
-    """How the inputs of a site have moved away from the float model's: E[(x' - x) x^T], float32 (features, features).
+    """How the inputs of a layer have moved away from the float model's: E[(x' - x) x^T], float32 (features, features).
 
-    x is a row as the site sees it behind quantized layers, x' the same row in the float model. Rows come as pairs, [x, x']
+    x is a row as the layer sees it behind quantized layers, x' the same row in the float model. Rows come as pairs, [x, x']
     side by side: (tokens, 2 features).
     """
 
-    PAIRED = True
+    paired: ClassVar[bool] = True
 
     def __init__(self, features: int) -> None:
         self.state = {"sum": torch.zeros(features, features), "count": torch.zeros((), dtype=torch.int64)}
@@ -142,7 +142,7 @@ class Drift(_Sum):
 
 
 @COLLECTORS.register("abs_max")
-class AbsMax:
+class AbsMax(Collector):
     """Largest magnitude of every input channel: float32 (features,)."""
 
     def __init__(self, features: int) -> None:
@@ -159,77 +159,11 @@ class AbsMax:
 
     def merge(self, other: Collector) -> None:
         """Take the larger of both maxima."""
-        self.state["max"] = torch.maximum(self.state["max"], other.state["max"])
-
-
-@COLLECTORS.register("min_max")
-class MinMax:
-    """Smallest and largest value of every input channel: float32 (2, features)."""
-
-    def __init__(self, features: int) -> None:
-        self.state = {"range": torch.stack([torch.full((features,), torch.inf), torch.full((features,), -torch.inf)])}
-
-    def update(self, x: Tensor) -> None:
-        """Take ``x`` (tokens, features) into account."""
-        if x.shape[0]:
-            self._widen(torch.stack([x.amin(0), x.amax(0)]).float())
-
-    def result(self) -> Tensor:
-        """Return [min, max]."""
-        return self.state["range"]
-
-    def merge(self, other: Collector) -> None:
-        """Take the union of both ranges."""
-        self._widen(other.state["range"])
-
-    def _widen(self, seen: Tensor) -> None:
-        own = self.state["range"].to(seen.device)
-        self.state["range"] = torch.stack([torch.minimum(own[0], seen[0]), torch.maximum(own[1], seen[1])])
-
-
-@COLLECTORS.register("histogram")
-class Histogram:
-    """Histogram of |x| over all channels: int64 counts of log-spaced bins, exact under any split.
-
-    A bin is the top 14 bits of a float32 without its sign (8 exponent and 6 mantissa bits), so a bin is at most 1/64 of
-    its value wide and no range has to be guessed beforehand. :meth:`percentile` reads it.
-    """
-
-    SHIFT = 17
-    BINS = 1 << 14
-
-    def __init__(self, features: int) -> None:
-        self.state = {"counts": torch.zeros(self.BINS, dtype=torch.int64)}
-
-    def update(self, x: Tensor) -> None:
-        """Count the magnitudes of ``x`` (tokens, features)."""
-        bins = x.float().abs().contiguous().view(torch.int32) >> self.SHIFT
-        self.state["counts"] = self.state["counts"].to(x.device) + torch.bincount(bins.flatten(), minlength=self.BINS)
-
-    def result(self) -> Tensor:
-        """Return the counts, int64 (BINS,)."""
-        return self.state["counts"]
-
-    def merge(self, other: Collector) -> None:
-        """Add the other counts."""
-        self.state["counts"] = self.state["counts"] + other.state["counts"]
-
-    @classmethod
-    def percentile(cls, counts: Tensor, percent: float) -> float:
-        """Return the magnitude that ``percent`` of the values do not exceed (upper edge of its bin)."""
-        if not 0 < percent <= 100 or int(counts.sum()) == 0:
-            raise CalibrationError(
-                f"percentile {percent} of {int(counts.sum())} values: want 0 < percent <= 100 and some values"
-            )
-        cumulative = counts.cumsum(0)
-        target = torch.ceil(cumulative[-1].double() * (percent / 100)).long()
-        bin_index = int(torch.searchsorted(cumulative, target))
-        edge = torch.tensor([(bin_index + 1) << cls.SHIFT], dtype=torch.int32).view(torch.float32)
-        return float(edge)
+        self.state["max"] = torch.maximum(self.state["max"].to(other.state["max"].device), other.state["max"])
 
 
 @COLLECTORS.register("samples")
-class Samples:
+class Samples(Collector):
     """A random sample of at most :attr:`ROWS` input rows, kept as they are: (rows, features).
 
     The rows with the smallest hash of their own content are kept (bottom-k sampling), which makes the sample independent

@@ -26,6 +26,7 @@ from pydantic import AfterValidator
 from torch import Tensor
 
 from quantkit.errors import CalibrationError
+from quantkit.nn.block_calls import stack_by_length
 from quantkit.system.settings import AtLeastTwo, Positive, settings
 
 logger = logging.getLogger(__name__)
@@ -387,10 +388,4 @@ def unpadded(batches: Sequence[Batch]) -> list[Tensor]:
 
     Running sequences without padding keeps it out of every statistic, wherever in a block it is taken.
     """
-    result: list[Tensor] = []
-    for batch in batches:
-        by_length: dict[int, list[Tensor]] = {}
-        for row in batch.rows():
-            by_length.setdefault(len(row), []).append(row)
-        result += [torch.stack(rows) for rows in by_length.values()]
-    return result
+    return [ids for batch in batches for ids in stack_by_length(batch.rows())]

@@ -68,7 +68,7 @@ def collect(
     """
     experts = site.shape[0] if len(site.shape) == 3 else 1
     float_inputs = all(one.float_x is not None for one in inputs)
-    needs = [name for name in needs if float_inputs or not _paired(name)]
+    needs = [name for name in needs if float_inputs or not COLLECTORS.get(name).paired]
     collectors = [{name: COLLECTORS.get(name)(site.in_features) for name in needs} for _ in range(experts)]
     tokens = [0] * experts
     for one in inputs:
@@ -78,19 +78,14 @@ def collect(
             if not torch.isfinite(rows.sum()):  # NaN and infinity survive a sum
                 raise CalibrationError(f"{site.name}: calibration inputs hold NaN or infinity; check the model and its dtype")
             tokens[expert] += rows.shape[0]
-            for name, collector in collectors[expert].items():
-                if _paired(name):
+            for collector in collectors[expert].values():
+                if collector.paired:
                     assert one.float_x is not None
                     float_x = one.float_x.detach().reshape(rows.shape)
                     collector.update(torch.cat([rows, (hadamard_transform(float_x) if rotated else float_x).to(rows)], 1))
                 else:
                     collector.update(rows)
     return SiteStatistics({name: _stack(site, [c[name] for c in collectors], tokens) for name in needs}, tuple(tokens))
-
-
-def _paired(name: str) -> bool:
-    """Say whether a collector wants every row twice: as it is, and as the float model has it."""
-    return bool(getattr(COLLECTORS.get(name), "PAIRED", False))
 
 
 def _rows_by_expert(inputs: Inputs, experts: int) -> list[tuple[int, Tensor]]:
@@ -110,11 +105,11 @@ def _stack(site: Site, collectors: list[Collector], tokens: list[int]) -> Tensor
     return torch.stack([torch.zeros_like(like) if r is None else r for r in seen])
 
 
-class Statistics(Protocol):
-    """Runs collectors over what waits at a site."""
+class Gather(Protocol):
+    """Runs collectors over what waits at a layer."""
 
     def __call__(self, needs: Sequence[str], rotated: bool = False) -> SiteStatistics:
-        """Return the statistics called ``needs`` of the inputs, or of the turned inputs."""
+        """Return the statistics called ``needs`` of the inputs, or of the inputs after a Hadamard transform."""
 
 
 class _Batch(greenlet.greenlet):
@@ -166,7 +161,7 @@ def walk_block(
     block_name: str,
     sites: Sequence[Site],
     forwards: Sequence[Callable[[], Tensor]],
-    visit: Callable[[Site, Statistics], None],
+    visit: Callable[[Site, Gather], None],
     float_inputs: Sequence[dict[str, Tensor]] = (),
     products: torch.dtype | None = None,
 ) -> list[Tensor]:
@@ -177,9 +172,9 @@ def walk_block(
         block_name: its path in the model, a prefix of the names of ``sites``.
         sites: the sites to visit, in registration order.
         forwards: one zero-argument function per batch that runs the block and returns its output (B, T, H).
-        visit: called once per site that is reached, as ``visit(site, statistics)``; ``statistics(needs, rotated=False)``
-            runs collectors over the site's inputs, as they are or turned. It may overwrite the site's float weight in place:
-            the suspended batches then use it.
+        visit: called once per site that is reached, as ``visit(site, gather)``; ``gather(needs, rotated=False)`` runs
+            collectors over the site's inputs, as they are or after a Hadamard transform. It may overwrite the site's float
+            weight in place: the suspended batches then use it.
         float_inputs: for every batch the inputs that the float model has at the sites (:func:`record_inputs`), if anybody wants
             them; emptied on the way.
         products: what the products of ``forwards`` round their inputs to, if they do; see :func:`collect`.
@@ -240,14 +235,14 @@ def walk_block(
     return [batch.output for batch in batches if batch.output is not None]
 
 
-def _memoised(site: Site, inputs: list[Inputs], known: dict[str, SiteStatistics], products: torch.dtype | None) -> Statistics:
-    def statistics(needs: Sequence[str], rotated: bool = False) -> SiteStatistics:
+def _memoised(site: Site, inputs: list[Inputs], known: dict[str, SiteStatistics], products: torch.dtype | None) -> Gather:
+    def gather(needs: Sequence[str], rotated: bool = False) -> SiteStatistics:
         key = ",".join([*sorted(needs), *(["rotated"] if rotated else [])])
         if key not in known:
             known[key] = collect(site, needs, inputs, products, rotated=rotated)
         return known[key]
 
-    return statistics
+    return gather
 
 
 def _attach(

@@ -96,15 +96,12 @@ def plan_demo(settings: DemoSettings) -> list[Variant]:
     variants = []
     for bits, preset, quantizer in ((8, "w8a16", "rtn"), (4, "w4a16-asym", "rtn"), (4, "w4a16-asym", "gptq")):
         plan = make_plan(contents.structure, preset, scale_dtype="bfloat16").plan
-        tokens = settings.samples * settings.length if QUANTIZERS.get(quantizer).needs else 0
         spec = next(iter(plan.values())).weight
         group = f"g{spec.group_size}" if spec.group_size > 0 else "channel"
         label = "W8" if bits == 8 else f"W4 {quantizer.upper()} {group}"
-        variants.append(
-            Variant(
-                label, label.lower().replace(" ", "-"), quantizer, plan, estimate(contents, plan, calibration_tokens=tokens)
-            )
-        )
+        calibration = Calibration(samples=settings.samples, length=settings.length)
+        predicted = estimate(contents, plan, QUANTIZERS.get(quantizer)(), calibration=calibration)
+        variants.append(Variant(label, label.lower().replace(" ", "-"), quantizer, plan, predicted))
     return variants
 
 

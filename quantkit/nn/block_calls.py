@@ -12,7 +12,7 @@ This is exact only if blocks pass nothing but the hidden state, unchanged, to ea
 an error at once; :func:`check_chain` compares the chain with the real forward and catches the rest.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -94,6 +94,14 @@ def call_block(block: nn.Module, hidden: Tensor, args: tuple[Any, ...], kwargs: 
     return result
 
 
+def stack_by_length(rows: Iterable[Tensor]) -> list[Tensor]:
+    """Return rows (T,) as batches (B, T) without padding: those of equal length together, in order of first appearance."""
+    by_length: dict[int, list[Tensor]] = {}
+    for row in rows:
+        by_length.setdefault(len(row), []).append(row)
+    return [torch.stack(same) for same in by_length.values()]
+
+
 def cast_call(
     args: tuple[Any, ...], kwargs: dict[str, Any], dtype: torch.dtype, device: torch.device | str
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -136,7 +144,7 @@ def finish(model: nn.Module, structure: Structure, hidden: Tensor) -> Tensor:
 
 
 def check_chain(model: nn.Module, structure: Structure, ids: Tensor | None = None, mask: Tensor | None = None) -> None:
-    """Prove on a few tokens that record + call_block + finish is this model's forward; do it before hours are spent.
+    """Verify on a few tokens that record + call_block + finish is this model's forward; do it before hours are spent.
 
     The tokens and their reverse go through the blocks as calibration does: both through one block before the next, so that
     something left behind by one batch and picked up by the other shows.

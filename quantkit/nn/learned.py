@@ -30,7 +30,7 @@ from quantkit.kernels.functions.learning import drift_levels, expand_groups, red
 from quantkit.nn.sites import Site
 from quantkit.numerics import grid
 from quantkit.numerics.fake import fake_quantize
-from quantkit.qtensor import QTensor
+from quantkit.qtensor import GridTensor
 from quantkit.spec import QuantSpec
 
 _SHARE, _LARGEST_DRIFT = 0.5, 0.49
@@ -43,22 +43,21 @@ class TunedWeight(nn.Module):
     Args:
         qtensor: where learning starts, (out, in) or (experts, out, in).
         dtype: dtype that products run in.
-        codes: learn codes as well as scales.
+        code_rate: how far one backward pass may move the drift of a code, in steps of the grid; 0 leaves the codes alone.
         activation: dynamic grid that inputs are rounded to; None leaves them alone.
         origin: the float weight, to begin the codes' drift with; None begins with none.
 
     Attributes:
-        code_rate: how far one backward pass moves the drift of a code; used if codes are learned.
         change: theta, float32 of the scale's shape; the only parameter.
         weight: the weight for the present ``change``; :meth:`refresh` computes it anew.
     """
 
     def __init__(
         self,
-        qtensor: QTensor,
+        qtensor: GridTensor,
         dtype: torch.dtype,
         *,
-        codes: bool = False,
+        code_rate: float = 0.0,
         activation: QuantSpec | None = None,
         origin: Tensor | None = None,
     ) -> None:
@@ -75,11 +74,11 @@ class TunedWeight(nn.Module):
         levels += self.low[..., :, None, :, None].to(integer)
         self.low = self.low.to(integer)
         self.levels = levels
-        self.drift = torch.zeros_like(levels, dtype=torch.float16) if codes else None
+        self.drift = torch.zeros_like(levels, dtype=torch.float16) if code_rate > 0 else None
         if self.drift is not None and origin is not None:
             exact = origin.float().view(self.split) / self.start[..., :, None, :, None]
             self.drift.copy_(((exact - levels) * _SHARE).clamp_(-_LARGEST_DRIFT, _LARGEST_DRIFT))
-        self.code_rate = 0.0
+        self.code_rate = self.highest_code_rate = code_rate
         self.change = nn.Parameter(torch.zeros_like(self.start))
         self.weight = torch.empty(qtensor.shape, dtype=dtype, device=levels.device)
         self.refresh()
@@ -88,10 +87,14 @@ class TunedWeight(nn.Module):
         """Return the present scales in the dtype they are stored in."""
         return grid.round_scale(self.start * (1 + self.change.detach()), self.spec.scale_dtype)
 
-    def result(self) -> QTensor:
+    def result(self) -> GridTensor:
         """Return what has been learned."""
         codes = (self.levels - self.low[..., :, None, :, None]).to(torch.uint8).view(self.shape)
-        return QTensor.from_codes(codes, self.scale(), self.zero_point, self.spec)
+        return GridTensor.from_codes(codes, self.scale(), self.zero_point, self.spec)
+
+    def begin(self, factor: float) -> None:
+        """Let the backward passes to come move drifts by ``factor`` times the highest ``code_rate``."""
+        self.code_rate = self.highest_code_rate * factor
 
     def refresh(self) -> None:
         """Let codes follow their drift and compute :attr:`weight` anew; call it after every step."""
@@ -184,11 +187,3 @@ class _Product(torch.autograd.Function):
         by_scale = reduce_groups(levels, by_weight.view(levels.shape))
         by_input = (slope @ weight).to(ctx.dtype) if ctx.needs_input_grad[0] else None
         return by_input, by_scale * start, None, None
-
-
-_WARM_STEPS = 3
-
-
-def rise_and_fall(step: int, steps: int) -> float:
-    """Return the factor of the learning rate at ``step`` of ``steps``: a short rise, then a straight line to almost zero."""
-    return min(1.0, (step + 1) / _WARM_STEPS) * (1 - step / steps)

@@ -6,6 +6,7 @@ calibrated, quantized and written at a time.
 """
 
 import copy
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
+DerivedT = TypeVar("DerivedT")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +81,11 @@ class Structure:
         return tuple(site for block in self.blocks for site in block.sites)
 
     @property
+    def ends(self) -> frozenset[str]:
+        """Names of the input embedding and the output head, as far as the model has them."""
+        return frozenset(name for name in (self.embedding.name if self.embedding else None, self.head) if name is not None)
+
+    @property
     def after(self) -> tuple[Site, ...]:
         """The embedding, if it can be quantized, and the sites outside the blocks: what is quantized after them."""
         return (*((self.embedding,) if self.embedding else ()), *self.outside)
@@ -111,17 +118,30 @@ def sharing_copy(model: ModelT) -> ModelT:
 
 @dataclass
 class SiteStatistics:
-    """Results of the collectors of one site; for a 3-D site every result has a leading expert axis.
+    """Results of the collectors of one layer; for a 3-D site every result has a leading expert axis.
+
+    Layers that read the same tensor share one of these.
 
     Attributes:
         results: collector name to result.
         tokens: number of rows seen, per expert for a 3-D site.
-        cache: what a quantizer derived from the results (a factorisation), shared by the sites that share the statistics.
     """
 
     results: dict[str, Tensor]
     tokens: tuple[int, ...]
-    cache: dict[str, Tensor] = field(default_factory=dict)
+    _derived: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def derived(self, how: Callable[["SiteStatistics"], DerivedT]) -> DerivedT:
+        """Return ``how(self)``, computed once for all layers that share these statistics.
+
+        Args:
+            how: a frozen dataclass with a ``__call__``: its fields are everything the result depends on beside the statistics,
+                and equal values share one result.
+        """
+        if how not in self._derived:
+            self._derived[how] = how(self)
+        found: DerivedT = self._derived[how]
+        return found
 
     def expert(self, index: int) -> "SiteStatistics":
         """Return the statistics of one expert."""

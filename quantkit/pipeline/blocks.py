@@ -5,67 +5,82 @@ activations between blocks (tokens x hidden) are kept in the compute dtype.
 """
 
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
-from quantkit.calibrate.chain import Chain
-from quantkit.calibrate.walk import Statistics, block_sites
+from quantkit.calibrate.chain import Chain, relative_distance
+from quantkit.calibrate.collectors import COLLECTORS
+from quantkit.calibrate.walk import Gather, block_sites
 from quantkit.errors import CalibrationError
 from quantkit.nn.install import install
+from quantkit.nn.quantized import Quantized
 from quantkit.nn.sites import Block, Site, SiteStatistics, Structure, read_weight, write_weight
 from quantkit.numerics import grid
 from quantkit.numerics.hadamard import hadamard_transform
 from quantkit.pipeline.resume import ResumeStore
-from quantkit.quantizers.autoround import AutoRound, learn_block, relative_distance
-from quantkit.quantizers.base import Quantized, Quantizer, quantize_site
+from quantkit.quantizers.base import QuantizedBlock, Quantizer, quantize_site
 from quantkit.quantizers.rtn import RTN
 from quantkit.spec import Plan, QuantSpec, Scheme
 from quantkit.system.compute import Compute, on_device
 from quantkit.system.memory import drop_pages, mapped_pages, return_freed_memory
-from quantkit.system.progress import Progress, ProgressCallback
+from quantkit.system.progress import Progress, ProgressCallback, ignore
+from quantkit.transforms.base import Correction
 from quantkit.transforms.scaling_groups import shared_global_scales
 
 log = logging.getLogger(__name__)
 
 
-def quantize_blocks(
-    model: nn.Module,
-    structure: Structure,
-    plan: Plan,
-    quantizer: Quantizer,
-    chain: Chain | None,
-    *,
-    compute: Compute,
-    store: ResumeStore | None,
-    known: Mapping[str, SiteStatistics] | None,
-    progress: ProgressCallback,
-    corrected: Collection[str] = (),
-) -> dict[str, Quantized]:
-    """Quantize every planned site, block by block, and install the results in ``model``.
+@dataclass(frozen=True)
+class BlockRun:
+    """What is the same for all blocks of a model while they are quantized.
 
-    Args:
+    Attributes:
         model: changed in place.
-        structure: its blocks and sites.
-        plan: site name to scheme.
-        quantizer: how codes are chosen.
-        chain: calibration batches, or None if the quantizer needs none or ``known`` statistics are given.
+        structure: its blocks and layers.
+        plan: layer name to scheme.
+        method: how codes are chosen.
         compute: where blocks run.
+        chain: calibration batches, or None if nothing needs them or ``known`` statistics are given.
+        known: statistics from an earlier pass, by layer name, used instead of a walk.
+        corrections: layer name to what changes its result once it is quantized.
         store: where finished blocks are kept, or None.
-        known: statistics from an earlier pass, by site name, used instead of a walk.
-        progress: gets one event per site.
-        corrected: names of sites whose bias is corrected; see :mod:`quantkit.transforms.bias`.
+        progress: gets one event per layer.
+        strict: a layer that falls back to plain rounding ends the run.
+    """
+
+    model: nn.Module
+    structure: Structure
+    plan: Plan
+    method: Quantizer
+    compute: Compute
+    chain: Chain | None = None
+    known: Mapping[str, SiteStatistics] = field(default_factory=dict)
+    corrections: Mapping[str, Sequence[Correction]] = field(default_factory=dict)
+    store: ResumeStore | None = None
+    progress: ProgressCallback = ignore
+    strict: bool = False
+
+    def needs(self, name: str) -> tuple[str, ...]:
+        """Return the statistics wanted of a layer's inputs."""
+        corrections = self.corrections.get(name, ())
+        return (*needs_of(self.method, self.plan[name]), *(need for one in corrections for need in one.needs))
+
+
+def quantize_blocks(run: BlockRun) -> dict[str, Quantized]:
+    """Quantize every planned layer, block by block, and install the results in the model.
 
     Returns:
-        The quantized sites by name, in model order.
+        The quantized layers by name, in model order.
     """
+    model, structure, plan, store = run.model, run.structure, run.plan, run.store
     finished = store.finished() if store else 0
     if finished:
         log.info("continuing after %d finished blocks", finished)
-        if chain is not None and store is not None:
-            chain.state = store.load_chain(finished - 1)
+        if run.chain is not None and store is not None:
+            run.chain.state = store.load_chain()
     results: dict[str, Quantized] = {}
     global_scales = shared_global_scales(model, structure, plan)
     drop_pages(mapped_pages(model.parameters()))  # what was read so far to check the model and to record its predictions
@@ -76,26 +91,34 @@ def quantize_blocks(
             loaded = store.load(index)
             quantized = {site.name: loaded[site.name] for site in sites}
         else:
-            report = _reporter(progress, len(plan), len(results))
-            with torch.no_grad(), on_device(model.get_submodule(block.name), compute):
-                quantized = _quantize_block(
-                    model, index, sites, plan, quantizer, chain, known or {}, global_scales, report, corrected
-                )
-            if store is not None:
-                store.save(index, quantized, chain.state if chain else [])
+            report = _reporter(run, len(results))
+            with torch.no_grad(), on_device(model.get_submodule(block.name), run.compute):
+                quantized = _quantize_block(run, index, sites, global_scales, report)
         for site in sites:
             _write_bias(model, site, quantized[site.name])
             install(model, site, quantized[site.name].qtensor, plan[site.name].activation)
+        if store is not None and index >= finished:
+            store.save(index, quantized, run.chain.state if run.chain else [])
         results |= quantized
         drop_pages(mapped)
         return_freed_memory()
-        progress(Progress("quantize", len(results), len(plan), block.name))
-    return _quantize_outside(model, structure, plan, quantizer, compute, results, progress)
+        run.progress(Progress("quantize", len(results), len(plan), block.name))
+    return _quantize_outside(run, results)
 
 
-def needs_of(quantizer: Quantizer, scheme: Scheme) -> tuple[str, ...]:
-    """Return the statistics that one site wants: the quantizer's, and the range of its inputs for a static grid."""
-    return (*quantizer.needs, *(("abs_max",) if scheme.static else ()))
+def calibration_chain(
+    model: nn.Module, structure: Structure, batches: Sequence[Tensor], method: Quantizer, compute: Compute
+) -> Chain:
+    """Return the calibration batches (int64 (B, T), without padding) before the first block, as a quantizer wants them."""
+    if method.batch_size is not None:
+        batches = [part for ids in batches for part in ids.split(method.batch_size)]
+    compares = method.refines_blocks or any(COLLECTORS.get(name).paired for name in method.needs)
+    return Chain(model, structure, batches, compute, with_float=compares)
+
+
+def needs_of(method: Quantizer, scheme: Scheme) -> tuple[str, ...]:
+    """Return the statistics that one layer wants: the quantizer's, and the range of its inputs for a static grid."""
+    return (*method.needs, *(("abs_max",) if scheme.static else ()))
 
 
 def static_scale(site: Site, activation: QuantSpec, statistics: SiteStatistics | None) -> Tensor:
@@ -113,26 +136,14 @@ def static_scale(site: Site, activation: QuantSpec, statistics: SiteStatistics |
 
 
 def _weight_to_store(model: nn.Module, site: Site, scheme: Scheme) -> Tensor:
-    """Return a site's float weight as it will be stored: turned, where its inputs will be."""
+    """Return a layer's float weight as it will be stored: after a Hadamard transform, where its inputs go through one."""
     weight = read_weight(model, site)
     return hadamard_transform(weight.float()) if scheme.rotated else weight
 
 
 def _write_stored(model: nn.Module, site: Site, scheme: Scheme, weight: Tensor) -> None:
-    """Write a stored weight into the float model, whose inputs are not turned."""
+    """Write a stored weight into the float model, whose inputs go through no Hadamard transform."""
     write_weight(model, site, hadamard_transform(weight, back=True) if scheme.rotated else weight)
-
-
-def corrected_bias(
-    model: nn.Module, site: Site, weight: Tensor, one: Quantized, statistics: SiteStatistics | None
-) -> Quantized:
-    """Return ``one`` with the bias that keeps the average output: b + (W - Q) E[x]; a note says where E[x] is unknown."""
-    if statistics is None or "mean" not in statistics.results:
-        return replace(one, notes=(*one.notes, "no calibration input: the bias is not corrected"))
-    mean = statistics.results["mean"].to(weight.device)
-    lost = (weight.double() - one.qtensor.dequantize().to(weight.device).double()) @ mean
-    bias = model.get_submodule(site.module).get_parameter("bias")
-    return replace(one, bias=(bias.detach().double() + lost.to(bias.device)).to(bias.dtype).cpu())
 
 
 def _write_bias(model: nn.Module, site: Site, one: Quantized) -> None:
@@ -141,121 +152,117 @@ def _write_bias(model: nn.Module, site: Site, one: Quantized) -> None:
         bias.data = one.bias.to(bias.device)
 
 
-def _reporter(progress: ProgressCallback, total: int, before: int) -> Callable[[str, Quantized, int], None]:
+def _reporter(run: BlockRun, before: int) -> Callable[[str, Quantized, int], None]:
     def report(name: str, one: Quantized, done: int) -> None:
         for note in one.notes:
             log.warning("%s: %s", name, note)
-        progress(Progress("quantize", before + done, total, name, one.loss))
+        if one.fell_back and run.strict:
+            raise CalibrationError(
+                f"{name}: {'; '.join(one.notes) or 'fell back to plain rounding'}; strict=True forbids that, use more text"
+            )
+        run.progress(Progress("quantize", before + done, len(run.plan), name, one.loss))
 
     return report
 
 
 def _quantize_block(
-    model: nn.Module,
+    run: BlockRun,
     index: int,
-    sites: list[Site],
-    plan: Plan,
-    quantizer: Quantizer,
-    chain: Chain | None,
-    known: Mapping[str, SiteStatistics],
+    sites: Sequence[Site],
     global_scales: Mapping[str, Tensor],
     report: Callable[[str, Quantized, int], None],
-    corrected: Collection[str],
 ) -> dict[str, Quantized]:
+    chain = run.chain
+    refined = chain if run.method.refines_blocks and sites else None
+    inputs = list(refined.hidden) if refined is not None else []
+    origin = {site.name: _weight_to_store(run.model, site, run.plan[site.name]) for site in sites} if refined else {}
     quantized: dict[str, Quantized] = {}
 
-    learns = isinstance(quantizer, AutoRound) and chain is not None and bool(sites)
-    inputs = list(chain.hidden) if learns and chain is not None else []
-    origin = {site.name: _weight_to_store(model, site, plan[site.name]) for site in sites} if learns else {}
-
     def choose(site: Site, statistics: SiteStatistics | None) -> None:
-        scheme = plan[site.name]
-        weight = _weight_to_store(model, site, scheme)
-        one = quantize_site(quantizer, site.name, weight, scheme.weight, statistics, global_scales.get(site.name))
-        _write_stored(model, site, scheme, one.qtensor.dequantize())  # later sites and blocks see the quantized weight
-        qtensor = one.qtensor.to("cpu")
-        if scheme.activation is not None and scheme.static:
-            qtensor = replace(qtensor, input_scale=static_scale(site, scheme.activation, statistics))
-        quantized[site.name] = replace(one, qtensor=qtensor)
-        if site.name in corrected:
-            quantized[site.name] = corrected_bias(model, site, weight, quantized[site.name], statistics)
-            _write_bias(model, site, quantized[site.name])
-        report(site.name, one, len(quantized))
+        quantized[site.name] = _quantize_layer(run, site, statistics, global_scales.get(site.name))
+        report(site.name, quantized[site.name], len(quantized))
+
+    def visit(site: Site, gather: Gather) -> None:
+        choose(site, gather(run.needs(site.name), run.plan[site.name].rotated))
 
     if chain is not None:
-
-        def visit(site: Site, statistics: Statistics) -> None:
-            needs = (*needs_of(quantizer, plan[site.name]), *(("mean",) if site.name in corrected else ()))
-            choose(site, statistics(needs, plan[site.name].rotated))
-
         chain.advance(index, sites, visit)
     for site in sites:
         if site.name not in quantized:
-            choose(site, known.get(site.name))
-    if learns and chain is not None and isinstance(quantizer, AutoRound):
-        quantized = _learn(model, index, sites, plan, quantizer, chain, quantized, origin, inputs)
+            choose(site, run.known.get(site.name))
+    if refined is not None:
+        quantized = _refine(run, refined, index, sites, quantized, origin, inputs)
     return {site.name: quantized[site.name] for site in sites}
 
 
-def _learn(
-    model: nn.Module,
-    index: int,
-    sites: list[Site],
-    plan: Plan,
-    settings: AutoRound,
+def _quantize_layer(run: BlockRun, site: Site, statistics: SiteStatistics | None, global_scale: Tensor | None) -> Quantized:
+    """Quantize one layer, and write the quantized weight into the model, for later layers and blocks to see."""
+    scheme = run.plan[site.name]
+    weight = _weight_to_store(run.model, site, scheme)
+    one = quantize_site(run.method, site.name, weight, scheme.weight, statistics, global_scale)
+    _write_stored(run.model, site, scheme, one.qtensor.dequantize())
+    qtensor = one.qtensor.to("cpu")
+    if scheme.activation is not None and scheme.static:
+        qtensor = replace(qtensor, input_scale=static_scale(site, scheme.activation, statistics))
+    one = replace(one, qtensor=qtensor)
+    for correction in run.corrections.get(site.name, ()):
+        one = correction.correct(run.model.get_submodule(site.module), weight, one, statistics)
+        _write_bias(run.model, site, one)
+    return one
+
+
+def _refine(
+    run: BlockRun,
     chain: Chain,
+    index: int,
+    sites: Sequence[Site],
     start: dict[str, Quantized],
     origin: Mapping[str, Tensor],
     inputs: Sequence[Tensor],
 ) -> dict[str, Quantized]:
-    """Learn the codes and scales of a block; keep what it started with if that is better. The chain goes on with the result.
+    """Let the quantizer refine a block as a whole, and keep what it started with if that is better.
+
+    The chain goes on with the result.
 
     Args:
-        model, index, sites, plan, settings, chain: as for :func:`quantize_blocks`; the chain has passed the block.
-        start: the quantized sites, which are in the model already.
-        origin: site name to float weight.
+        run: the chain has passed the block.
+        chain: its chain.
+        index: number of the block.
+        sites: its planned layers.
+        start: the quantized layers, which are in the model already.
+        origin: layer name to float weight.
         inputs: what the chain held before the block.
     """
     before = relative_distance(chain.hidden, chain.float_hidden)
-    learned = learn_block(
-        model,
-        {site: (start[site.name].qtensor, origin[site.name], plan[site.name].activation) for site in sites},
-        lambda batch: chain.call(index, batch, inputs[batch]),
-        chain.float_hidden,
-        settings,
-        chain.compute,
+    layers = {site: (start[site.name].qtensor, origin[site.name], run.plan[site.name].activation) for site in sites}
+    block = QuantizedBlock(
+        run.model, layers, lambda batch: chain.call(index, batch, inputs[batch]), chain.float_hidden, chain.compute
     )
-    for site, qtensor in learned.items():
-        _write_stored(model, site, plan[site.name], qtensor.dequantize())
+    refined = run.method.refine_block(block)
+    for site, qtensor in refined.items():
+        _write_stored(run.model, site, run.plan[site.name], qtensor.dequantize())
     with chain.compute.rounding_products():
         outputs = [chain.call(index, batch, x).to("cpu", chain.compute.dtype) for batch, x in enumerate(inputs)]
     after = relative_distance(outputs, chain.float_hidden)
-    log.info("%s: output error %.3e before learning, %.3e after", chain.structure.blocks[index].name, before, after)
+    log.info("%s: output error %.3e before learning, %.3e after", run.structure.blocks[index].name, before, after)
     if not after < before:
         return start
     chain.hidden = outputs
-    return {site.name: replace(start[site.name], qtensor=q.to("cpu"), loss=after) for site, q in learned.items()}
+    return start | {site.name: replace(start[site.name], qtensor=q.to("cpu"), loss=after) for site, q in refined.items()}
 
 
-def _quantize_outside(
-    model: nn.Module,
-    structure: Structure,
-    plan: Plan,
-    quantizer: Quantizer,
-    compute: Compute,
-    results: dict[str, Quantized],
-    progress: ProgressCallback,
-) -> dict[str, Quantized]:
-    """Quantize planned sites outside the blocks (embedding, output head), which are not part of the walk.
+def _quantize_outside(run: BlockRun, results: dict[str, Quantized]) -> dict[str, Quantized]:
+    """Quantize planned layers outside the blocks (embedding, output head), which are not part of the walk.
 
     The two ends of the model are rounded to nearest, whatever the quantizer: no statistics say which of their rows matter.
     """
-    ends = {structure.head, structure.embedding.name if structure.embedding else None}
-    for site in block_sites(Block("", structure.after), plan):
-        weight = _weight_to_store(model, site, plan[site.name]).to(compute.device)
-        method = RTN("mse" if plan[site.name].weight.bits < 8 else "absmax") if site.name in ends else quantizer
-        one = quantize_site(method, site.name, weight, plan[site.name].weight, None)
-        results[site.name] = Quantized(one.qtensor.to("cpu"), one.loss, one.notes, one.fell_back)
-        install(model, site, results[site.name].qtensor, plan[site.name].activation)
-        progress(Progress("quantize", len(results), len(plan), site.name, one.loss))
+    for site in block_sites(Block("", run.structure.after), run.plan):
+        scheme = run.plan[site.name]
+        weight = _weight_to_store(run.model, site, scheme).to(run.compute.device)
+        ends = site.name in run.structure.ends
+        method = RTN("mse" if scheme.weight.bits < 8 else "absmax") if ends else run.method
+        one = quantize_site(method, site.name, weight, scheme.weight, None)
+        results[site.name] = replace(one, qtensor=one.qtensor.to("cpu"))
+        install(run.model, site, results[site.name].qtensor, scheme.activation)
+        run.progress(Progress("quantize", len(results), len(run.plan), site.name, one.loss))
     return results

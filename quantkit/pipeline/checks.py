@@ -1,55 +1,101 @@
 """What does not go together, said before any long work."""
 
 import logging
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 
+from quantkit.calibrate.collectors import COLLECTORS
 from quantkit.errors import CalibrationError, SpecError
 from quantkit.hf.experts import enable_experts
 from quantkit.nn.block_calls import check_chain
-from quantkit.nn.sites import Structure
-from quantkit.pipeline.distill import Distill
-from quantkit.pipeline.plan import Resolution, check_together
-from quantkit.quantizers.autoround import AutoRound
-from quantkit.quantizers.base import Quantizer
+from quantkit.nn.sites import Site, SiteStatistics, Structure
+from quantkit.pipeline.blocks import needs_of
+from quantkit.pipeline.plan import Resolution
+from quantkit.quantizers.base import Quantizer, quantizer_name
 from quantkit.spec import Plan
-from quantkit.transforms.base import Transform
-from quantkit.transforms.rotate import Rotate
+from quantkit.transforms.base import Setup, Step
 
 log = logging.getLogger(__name__)
 
 
 def refuse_combinations(
-    plan: Plan, structure: Structure, method: Quantizer, changes: Sequence[Transform], distill: Distill | None, known: Any
+    plan: Plan,
+    structure: Structure,
+    method: Quantizer,
+    steps: Sequence[Step],
+    statistics: Mapping[str, SiteStatistics] | None,
 ) -> None:
-    """Raise SpecError or CalibrationError where things do not go together; arguments as in :func:`quantize`, resolved."""
-    learner = "distillation" if distill else "autoround" if isinstance(method, AutoRound) else None
-    check_together(plan, structure, learner=learner, rotated=any(isinstance(change, Rotate) for change in changes))
-    if changes and known is not None:
+    """Ask the quantizer and every step what they do not go together with.
+
+    Args:
+        plan: layer name to scheme.
+        structure: the model's blocks and layers.
+        method: the quantizer.
+        steps: in order.
+        statistics: what was given to quantize without text, or None.
+
+    Raises:
+        SpecError: a scheme that the quantizer or a step cannot work with.
+        CalibrationError: steps and quantizer that undo each other; statistics that do not fit the run.
+    """
+    blocks = {site.name: site for site in structure.sites if site.name in plan}
+    for name, scheme in plan.items():
+        reasons = [step.rejects(scheme) for step in steps if name in blocks]
+        reasons += [method.rejects(scheme)] if name not in structure.ends else []
+        if reason := next(filter(None, reasons), None):
+            raise SpecError(f"{name}: {reason}")
+    setup = Setup(plan, structure, tuple(steps), method.refines_blocks, statistics is not None)
+    for step in steps:
+        step.check(setup)
+    if statistics is not None:
+        _check_statistics(plan, blocks, method, statistics)
+
+
+def _check_statistics(
+    plan: Plan, sites: Mapping[str, Site], method: Quantizer, statistics: Mapping[str, SiteStatistics]
+) -> None:
+    """Make sure that given statistics are what the quantizer needs, of the very layers that are planned."""
+    name = quantizer_name(method)
+    if method.refines_blocks:
+        raise CalibrationError(f"{name} learns from activations, which statistics= do not hold; pass data= instead")
+    if paired := [need for need in method.needs if COLLECTORS.get(need).paired]:
         raise CalibrationError(
-            f"statistics= are of inputs before {type(changes[0]).__name__}, which changes them; pass data= instead"
+            f"{name} needs {paired[0]}, which compares quantized layers with the float model while quantizing and which "
+            "statistics= cannot hold; pass data= instead"
         )
-    if isinstance(method, AutoRound) and known is not None:
-        raise CalibrationError("autoround learns from activations, which statistics= do not hold; pass data= instead")
-    turned = next((name for name, scheme in plan.items() if scheme.rotated), None)
-    if turned is not None and known is not None and method.needs:
-        raise CalibrationError(f"{turned}: statistics= are of inputs that are not rotated; pass data= instead")
+    for site in sites.values():
+        scheme = plan[site.name]
+        needs = needs_of(method, scheme)
+        if scheme.rotated and needs:
+            raise CalibrationError(f"{site.name}: statistics= are of inputs that are not rotated; pass data= instead")
+        if reason := _misfit(site, method, needs, statistics):
+            raise CalibrationError(f"{site.name}: {reason}; collect them from this model, or pass data= instead")
 
 
-def biases_to_correct(
-    model: nn.Module, structure: Structure, plan: Plan, method: Quantizer, distill: Distill | None
-) -> list[str]:
-    """Return the planned linear layers of the blocks that have a bias; refuse what would undo a correction."""
-    if distill or isinstance(method, AutoRound):
-        raise CalibrationError("bias-correction: codes or scales are learned after it, which would undo it; leave one out")
-    sites = [site for site in structure.sites if site.name in plan and len(site.shape) == 2]
-    biased = [site.name for site in sites if getattr(model.get_submodule(site.module), "bias", None) is not None]
-    if not biased:
-        raise CalibrationError("bias-correction: none of the planned layers has a bias; leave it out")
-    return biased
+def _misfit(site: Site, method: Quantizer, needs: Sequence[str], statistics: Mapping[str, SiteStatistics]) -> str | None:
+    """Say what is wrong with the statistics of one layer; None if they hold what is needed."""
+    if not needs:
+        return None
+    if site.name not in statistics:
+        few = ", ".join(list(statistics)[:2]) or "none"
+        return f"statistics= say nothing about this layer; they are of {len(statistics)} layers ({few} ...)"
+    found = statistics[site.name]
+    experts = site.shape[0] if len(site.shape) == 3 else 1
+    if len(found.tokens) != experts:
+        return f"statistics= are of {len(found.tokens)} experts, the layer has {experts}"
+    for need in needs:
+        if need not in found.results:
+            held = ", ".join(found.results) or "nothing"
+            who = quantizer_name(method) if need in method.needs else "its static input scale"
+            return f"statistics= hold {held}, not {need}, which {who} needs"
+        shape = tuple(found.results[need].shape)
+        lead = (experts,) if len(site.shape) == 3 else ()
+        if shape[: len(lead)] != lead or shape[-1] != site.in_features:
+            want = ", ".join(map(str, (*lead, "...", site.in_features)))
+            return f"statistics= hold {need} of shape {shape}, want ({want})"
+    return None
 
 
 def check_model(model: nn.Module, structure: Structure) -> None:
@@ -71,9 +117,7 @@ def refuse_gaps(structure: Structure, resolution: Resolution) -> None:
         raise SpecError(f"{gaps[0]}{more} would stay in float; strict=True wants a rule with skip for it")
 
 
-def report_fallen(names: list[str], strict: bool) -> None:
-    """Warn of layers that were rounded to nearest for want of inputs; with ``strict`` that is a CalibrationError."""
+def report_fallen(names: list[str]) -> None:
+    """Warn of layers that were rounded to nearest for want of inputs."""
     if names:
-        log.warning("%d sites fell back to rounding: %s ...", len(names), names[0])
-        if strict:
-            raise CalibrationError(f"{names[0]} (and {len(names) - 1} more) fell back to rounding; strict=True forbids that")
+        log.warning("%d layers fell back to plain rounding: %s ...", len(names), names[0])

@@ -1,4 +1,4 @@
-"""What a recipe will do, predicted from the model's config alone: no weight is read, nothing is written.
+"""What a run will do, estimated from the model's config alone: no weight is read, nothing is written.
 
 Bytes are exact: they come from the same layouts that the format writes. They count tensors, not the few kilobytes of
 headers, config and tokenizer. Peak memory is an estimate: the sum of what is alive at the widest moment of the walk,
@@ -7,29 +7,29 @@ headers, config and tokenizer. Peak memory is an estimate: the sum of what is al
 - one block in float32;
 - with calibration: tokens x (2 hidden + 3 widest input) x 4 bytes, the suspended batches of one block (a gated MLP's);
 - with calibration: 5 x widest input^2 x 4 bytes, a Hessian, its damped copy, factor and inverse;
-- the logits of one window in float32, three times over, while the result is proven;
-- with distillation: codes as bytes and weights as bfloat16, the activations of one step's windows through all blocks;
+- the logits of one window in float32, three times over, while the result is measured;
+- what the quantizer and the steps say they take beside that;
 - what Python and torch need to exist.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
+from quantkit.calibrate.data import Calibration
 from quantkit.checkpoint.check import layout_bytes, layout_of
 from quantkit.checkpoint.contents import Contents, Entry
 from quantkit.nn.sites import Site, Structure
-from quantkit.pipeline.distill import Distill
-from quantkit.qtensor import QTensor
-from quantkit.quantizers.autoround import AutoRound
+from quantkit.nn.sizes import WINDOW, RunSize
+from quantkit.pipeline.blocks import needs_of
+from quantkit.qtensor import GridTensor
 from quantkit.quantizers.base import Quantizer
 from quantkit.spec import Plan
+from quantkit.transforms.base import Step
 
 RUNTIME_BYTES = 450 << 20
 """Resident size of a process that has imported torch and transformers."""
-WINDOW = 512
-"""Tokens of one window while measuring, for the memory of its logits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,54 +67,50 @@ class Estimate:
 def estimate(
     contents: Contents,
     plan: Plan,
+    method: Quantizer,
+    steps: Sequence[Step] = (),
     *,
+    calibration: Calibration,
     format: str = "compressed-tensors",
-    calibration_tokens: int = 0,
-    batch_size: int = 8,
-    quantizer: Quantizer | None = None,
-    distill: Distill | None = None,
-    length: int = WINDOW,
     reasons: Mapping[str, str] | None = None,
 ) -> Estimate:
-    """Predict size, memory and passes of a run.
+    """Estimate size, memory and passes of a run.
 
     Args:
         contents: what a checkpoint of the model holds; its empty model has the dtype that will be loaded and written.
-        plan: site name to scheme.
+        plan: layer name to scheme.
+        method: the quantizer.
+        steps: what else is done.
+        calibration: how much text there will be, if any is needed.
         format: checkpoint format.
-        calibration_tokens: tokens run through every block; 0 if the quantizer needs none.
-        batch_size: calibration windows per forward.
-        quantizer: decides what else a block goes through; None is one that runs it once.
-        distill: settings of the distillation, if there will be one.
-        length: tokens per calibration window.
-        reasons: site name to why it stays in float.
+        reasons: layer name to why it stays in float.
     """
     model, structure = contents.model, contents.structure
     sites = [site for site in contents.sites.values() if site.name in plan]
     weights = sum(site.numel for site in sites)
-    codes = sum(QTensor.empty(plan[site.name].weight, site.shape).nbytes for site in sites)
+    codes = sum(GridTensor.empty(plan[site.name].weight, site.shape).nbytes for site in sites)
     chosen = [entry for entry in contents.entries if entry.site and entry.site.name in plan]
     kept = [entry for entry in contents.entries if not (entry.site and entry.site.name in plan)]
 
-    def size(entries: Iterable[Entry], plan: Plan) -> int:
+    def nbytes(entries: Iterable[Entry], plan: Plan) -> int:
         return sum(layout_bytes(layout_of(contents, model, plan, format, entry)) for entry in entries)
 
-    float_bytes, tokens = size(contents.entries, {}), calibration_tokens
-    passes = ["the written files once, to compare them with the model in memory"]
-    if tokens:
-        text = f"one forward of {tokens:,} tokens, {batch_size} windows at a time"
-        passes.insert(0, f"each of {len(structure.blocks)} blocks in turn: {text}{_more_passes(quantizer)}")
-    working = _working_bytes(model, structure, sites, tokens, quantizer)
-    if distill is not None:
-        learned = distill.steps * distill.windows * length
-        passes.insert(0, f"the float model: one forward of up to {learned:,} tokens")
-        passes.insert(-1, f"the quantized model: {distill.steps} forwards and backwards of {distill.windows} windows")
-        working = max(working, _learning_bytes(model, structure, sites, distill, length))
+    float_bytes = nbytes(contents.entries, {})
+    calibrates = any(needs_of(method, scheme) for scheme in plan.values()) or any(step.needs for step in steps)
+    size = _size(model, structure, sites, calibration, calibrates)
+    costs = [step.cost(size) for step in steps]
+    passes = [text for cost in costs for text in cost.first]
+    if size.tokens:
+        forward = f"one forward of {size.tokens:,} tokens, {calibration.batch_size} windows at a time"
+        passes.append(f"each of {size.blocks} blocks in turn: {', '.join((forward, *method.cost(size).passes))}")
+    passes += [text for cost in costs for text in cost.last]
+    passes.append("the written files once, to compare them with the model in memory")
+    working = max(_working_bytes(size, method), *(cost.nbytes for cost in costs), 0)
     return Estimate(
         schemes=_tally((plan[site.name].weight.describe(), site.numel) for site in sites),
         weights=weights,
-        quantized_bytes=size(chosen, plan),
-        kept_bytes=size(kept, plan),
+        quantized_bytes=nbytes(chosen, plan),
+        kept_bytes=nbytes(kept, plan),
         float_bytes=float_bytes,
         bits_per_weight=codes * 8 / weights,
         peak_bytes=float_bytes + codes + working + RUNTIME_BYTES,
@@ -140,32 +136,25 @@ def _tally(rows: Iterable[tuple[str, int]]) -> dict[str, tuple[int, int]]:
     return found
 
 
-def _more_passes(quantizer: Quantizer | None) -> str:
-    text = ", and one of the float block" if quantizer is not None and "drift" in quantizer.needs else ""
-    if isinstance(quantizer, AutoRound):
-        text += f", then {quantizer.iters} forwards and backwards of {quantizer.batch_size} windows and a last forward"
-    return text
+def _size(model: nn.Module, structure: Structure, sites: list[Site], calibration: Calibration, calibrates: bool) -> RunSize:
+    """Return the sizes that costs are estimated from."""
+    vocabulary, hidden = model.get_input_embeddings().weight.shape  # type: ignore[operator]
+    blocks = [model.get_submodule(block.name) for block in structure.blocks]
+    return RunSize(
+        tokens=calibration.samples * calibration.length if calibrates else 0,
+        length=calibration.length,
+        blocks=len(blocks),
+        block=max((sum(p.numel() for p in block.parameters()) for block in blocks), default=0),
+        hidden=hidden,
+        vocabulary=vocabulary,
+        widest=max(site.in_features for site in sites),
+        weights=sum(site.numel for site in sites),
+    )
 
 
-def _working_bytes(model: nn.Module, structure: Structure, sites: list[Site], tokens: int, quantizer: Quantizer | None) -> int:
+def _working_bytes(size: RunSize, method: Quantizer) -> int:
     """Return the estimated bytes of everything that lives only while a block is at work or a window is measured."""
-    block = max((sum(p.numel() for p in model.get_submodule(b.name).parameters()) for b in structure.blocks), default=0)
-    vocabulary, hidden = model.get_input_embeddings().weight.shape  # type: ignore[operator]
-    widest = max(site.in_features for site in sites)
-    calibrating = tokens * (2 * hidden + 3 * widest) + 5 * widest**2 if tokens else 0
-    if quantizer is not None and "drift" in quantizer.needs:  # the float model's activations and inputs of sites, its moments
-        calibrating += tokens * (2 * hidden + 2 * widest) + 2 * widest**2
-    if isinstance(quantizer, AutoRound):  # the block's input and the float weights are kept, codes and drifts added
-        calibrating += tokens * hidden + 3 * block
-    return int(4 * (block + max(calibrating, 3 * WINDOW * vocabulary)))
-
-
-def _learning_bytes(model: nn.Module, structure: Structure, sites: list[Site], distill: Distill, length: int) -> int:
-    """Return the estimated bytes that live only while scales are learned, products running in two bytes per number."""
-    vocabulary, hidden = model.get_input_embeddings().weight.shape  # type: ignore[operator]
-    widest = max(site.in_features for site in sites)
-    weights = sum(site.numel for site in sites)
-    kept = distill.windows * length * len(structure.blocks) * (12 * hidden + 6 * widest)
-    taught = distill.steps * distill.windows * length * hidden
-    per_weight = 3 if distill.code_rate == 0 else 5  # codes as bytes, bfloat16 weights, float16 drifts
-    return int(per_weight * weights + 2 * (kept + taught + 4 * length * vocabulary + vocabulary * hidden))
+    calibrating = 0
+    if size.tokens:
+        calibrating = 4 * (size.tokens * (2 * size.hidden + 3 * size.widest) + 5 * size.widest**2) + method.cost(size).nbytes
+    return 4 * size.block + max(calibrating, 4 * 3 * WINDOW * size.vocabulary)

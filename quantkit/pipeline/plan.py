@@ -170,7 +170,8 @@ def _explain_groups(groups: Mapping[int, int], sites: list[Site], label: str) ->
     if len(counts) == 1:
         fits = f"group size {usual}: the largest of 128, 64, 32 that divides"
         chosen = fits if usual > 0 else "one scale per channel: none of 128, 64, 32 divides"
-        return (f"{label}: {chosen} every input size of its {len(sites)} layers ({sizes})",), {}
+        every = f"every input size of its {len(sites)} layers ({sizes})" if len(sites) > 1 else f"its input size {sizes}"
+        return (f"{label}: {chosen} {every}",), {}
     remarks = {}
     for site in sites:
         own = groups[site.in_features]
@@ -224,25 +225,3 @@ def check_plan(plan: Plan, structure: Structure, format_name: str | None) -> Non
     if refused:
         more = f" (and {len(refused) - 1} more layers)" if len(refused) > 1 else ""
         raise SpecError(f"{refused[0]}{more}")
-
-
-def check_together(plan: Plan, structure: Structure, *, learner: str | None, rotated: bool) -> None:
-    """Refuse what does not go together with the schemes of a plan.
-
-    Args:
-        plan: the sites and their schemes.
-        structure: the model's.
-        learner: what learns codes or scales from activations (``"distillation"``), or None.
-        rotated: whether the residual stream is rotated.
-
-    Raises:
-        SpecError: learning of grids that are no integers or of static input scales; rotation, which parts a tied head from
-            the embedding, where the two are to be quantized as one.
-    """
-    for name, scheme in plan.items():
-        if learner and not scheme.weight.is_integer:
-            raise SpecError(f"{name}: {learner} learns integer grids, not {scheme.weight.dtype}; leave it out")
-        if learner and scheme.static:
-            raise SpecError(f"{name}: {learner} does not keep static input scales; leave it out, or use a dynamic scheme")
-        if rotated and structure.tied and structure.embedding is not None and name == structure.embedding.name:
-            raise SpecError(f"rotate parts the tied head from {name}, which was to be quantized as one; leave either out")

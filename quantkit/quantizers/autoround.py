@@ -15,20 +15,21 @@ Cost over GPTAQ: forward and backward of every block for ``iters * batch_size`` 
 floating point, its codes with two bytes each, and the float model's activations.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
 
-from quantkit.errors import CalibrationError, SpecError
-from quantkit.nn.learned import TunedWeight, rise_and_fall, substituted
+from quantkit.errors import SpecError
+from quantkit.nn.learned import TunedWeight, substituted
 from quantkit.nn.sites import Site
-from quantkit.qtensor import QTensor
-from quantkit.quantizers.base import QUANTIZERS
+from quantkit.nn.sizes import RunSize
+from quantkit.nn.training import Schedule, train
+from quantkit.qtensor import GridTensor
+from quantkit.quantizers.base import QUANTIZERS, BlockCost, QuantizedBlock
 from quantkit.quantizers.gptaq import GPTAQ
-from quantkit.spec import QuantSpec
-from quantkit.system.compute import Compute
+from quantkit.spec import Scheme
 
 
 @QUANTIZERS.register("autoround")
@@ -53,6 +54,7 @@ class AutoRound(GPTAQ):
     lr: float | None = None
     scale_lr: float = 0.002
     seed: int = 0
+    refines_blocks: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.iters < 1 or self.batch_size < 1 or not 0 <= self.code_rate < 1 or not 0 <= self.scale_lr < 1:
@@ -66,71 +68,47 @@ class AutoRound(GPTAQ):
         """The highest ``lr``, given or not."""
         return 1 / (2 * self.iters) if self.lr is None and self.iters else self.lr or 0.0
 
+    def rejects(self, scheme: Scheme) -> str | None:
+        """Say why layers of a scheme cannot be learned: only integer grids, and no static scales of inputs."""
+        if not scheme.weight.is_integer:
+            return f"autoround learns integer grids, not {scheme.weight.dtype}; leave it out"
+        if scheme.static:
+            return "autoround does not keep static input scales; leave it out, or use a dynamic scheme"
+        return None
 
-def learn_block(
-    model: nn.Module,
-    sites: Mapping[Site, tuple[QTensor, Tensor | None, QuantSpec | None]],
-    forward: Callable[[int], Tensor],
-    targets: Sequence[Tensor],
-    settings: AutoRound,
-    compute: Compute,
-) -> dict[Site, QTensor]:
-    """Return learned codes and scales of the sites of a block; the model is as before when it is done.
+    def refine_block(self, block: QuantizedBlock) -> dict[Site, GridTensor]:
+        """Learn codes and scales of all layers of a block together.
 
-    Args:
-        model: holds the block, resident on the compute device.
-        sites: every site of the block: where learning starts, the float weight, and the grid of its inputs or None.
-        forward: batch number to the block's output (B, T, H), through whatever weights the model holds.
-        targets: the float model's output of the block, one (B, T, H) per batch.
-        settings: updates and rates.
-        compute: device and dtypes.
+        Raises:
+            CalibrationError: if the block's output is not finite.
+        """
+        compute = block.compute
+        dtype = compute.products or compute.dtype
+        tuned = {
+            site: TunedWeight(start.to(compute.device), dtype, code_rate=self.code_rate, activation=activation, origin=weight)
+            for site, (start, weight, activation) in block.layers.items()
+        }
+        order = _batch_numbers(len(block.targets), self.seed)
 
-    Raises:
-        CalibrationError: if the output is not finite.
-    """
-    dtype = compute.products or compute.dtype
-    tuned = {
-        site: TunedWeight(start.to(compute.device), dtype, codes=settings.code_rate > 0, activation=activation, origin=weight)
-        for site, (start, weight, activation) in sites.items()
-    }
-    changes = [weight.change for weight in tuned.values()]
-    optimizer = torch.optim.Adam(changes, betas=(0.9, 0.95), eps=1e-12)
-    order = _batch_numbers(len(targets), settings.seed)
-    frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in frozen:
-        parameter.requires_grad_(False)
-    try:
-        with substituted(model, tuned), compute.rounding_products(), torch.enable_grad():
-            for step in range(settings.iters):
-                factor = rise_and_fall(step, settings.iters)
-                for weight in tuned.values():
-                    weight.code_rate = settings.code_rate * factor
-                batch = next(order)
-                output = forward(batch)
-                target = targets[batch].to(output.device, torch.float32)
-                error = (output.detach().float() - target) / target.square().sum(-1, keepdim=True).clamp(min=1e-30)
-                if not bool(torch.isfinite(error.sum())):
-                    raise CalibrationError("autoround: a block's output is not finite; use lower rates")
-                output.backward(error.to(output.dtype))
-                optimizer.param_groups[0]["lr"] = settings.scale_lr * factor
-                optimizer.step()
-                optimizer.zero_grad()
-                for weight in tuned.values():
-                    weight.refresh()
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
-    return {site: weight.result() for site, weight in tuned.items()}
+        def loss(step: int) -> float:
+            batch = next(order)
+            output = block.forward(batch)
+            target = block.targets[batch].to(output.device, torch.float32)
+            difference = output.detach().float() - target
+            slope = difference / target.square().sum(-1, keepdim=True).clamp(min=1e-30)
+            output.backward(slope.to(output.dtype))
+            return float((slope * difference).sum(-1).mean())
 
+        schedule = Schedule(self.iters, self.scale_lr, "autoround: a block's output is not finite; use lower rates")
+        with substituted(block.model, tuned), compute.rounding_products():
+            train(block.model, tuned.values(), loss, schedule)
+        return {site: weight.result() for site, weight in tuned.items()}
 
-def relative_distance(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> float:
-    """Return the mean over tokens of ||output - target||^2 / ||target||^2."""
-    total, tokens = 0.0, 0
-    for output, target in zip(outputs, targets, strict=True):
-        size = target.float().square().sum(-1).clamp(min=1e-30)
-        total += float(((output.float() - target.float()).square().sum(-1) / size).sum(dtype=torch.float64))
-        tokens += size.numel()
-    return total / tokens
+    def cost(self, size: RunSize) -> BlockCost:
+        """Return GPTAQ's cost and that of learning: the block's input and float weights are kept, codes and drifts added."""
+        start = super().cost(size)
+        learning = f"then {self.iters} forwards and backwards of {self.batch_size} windows and a last forward"
+        return BlockCost((*start.passes, learning), start.nbytes + 4 * (size.tokens * size.hidden + 3 * size.block))
 
 
 def _batch_numbers(count: int, seed: int) -> Iterator[int]:

@@ -1,73 +1,116 @@
-"""What a quantizer is, and the one place that runs it on a site."""
+"""What a quantizer is, and the one place that runs it on a layer."""
 
 import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from quantkit.errors import CalibrationError, SpecError
+from quantkit.nn.quantized import Quantized
+from quantkit.nn.sites import Site, SiteStatistics
+from quantkit.nn.sizes import RunSize
 from quantkit.numerics import grid
-from quantkit.qtensor import QTensor, stack
+from quantkit.qtensor import GridTensor, stack
 from quantkit.registry import Registry
-from quantkit.spec import QuantSpec
+from quantkit.spec import QuantSpec, Scheme
+from quantkit.system.compute import Compute
 
 
-class Statistics(Protocol):
-    """What calibration knows about the input of one site."""
+@dataclass(frozen=True, slots=True)
+class QuantizedBlock:
+    """A block whose layers are quantized, for a quantizer that goes on with all of them together.
 
-    results: dict[str, Tensor]
-    tokens: tuple[int, ...]
-    cache: dict[str, Tensor]
+    Attributes:
+        model: holds the block, which is on the compute device and has the quantized weights.
+        layers: every quantized layer of the block: its codes, its float weight, and the grid of its inputs or None.
+        forward: batch number to the block's output (B, T, H), through whatever weights the model holds.
+        targets: the float model's output of the block, one (B, T, H) per batch.
+        compute: device and dtypes.
+    """
 
-    def expert(self, index: int) -> "Statistics":
-        """Return the statistics of one expert of a 3-D site."""
+    model: nn.Module
+    layers: Mapping[Site, tuple[GridTensor, Tensor, QuantSpec | None]]
+    forward: Callable[[int], Tensor]
+    targets: Sequence[Tensor]
+    compute: Compute
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCost:
+    """What a quantizer does to a block beside running it once over the calibration text.
+
+    Attributes:
+        passes: further passes through the block, in words.
+        nbytes: memory beside the block, its activations and one layer's second moment.
+    """
+
+    passes: tuple[str, ...] = ()
+    nbytes: int = 0
 
 
 class Quantizer(Protocol):
     """Turns one float weight into codes on a given grid.
 
-    A member is a frozen dataclass whose fields are its options. ``needs`` names the collectors it wants; empty means that
-    it works without calibration.
+    A member is a frozen dataclass whose fields are its options. It derives from this class, whose defaults are a quantizer
+    that works without calibration, on integer grids, one layer at a time.
+
+    Attributes:
+        needs: names of the collectors it wants; empty means that it works without calibration.
+        any_grid: it also takes grids that are no integers.
+        refines_blocks: it goes on with all layers of a block together: :meth:`refine_block`.
     """
 
-    needs: ClassVar[tuple[str, ...]]
+    needs: ClassVar[tuple[str, ...]] = ()
+    any_grid: ClassVar[bool] = False
+    refines_blocks: ClassVar[bool] = False
 
-    def quantize(self, weight: Tensor, spec: QuantSpec, statistics: Statistics | None) -> tuple[QTensor, tuple[str, ...]]:
+    @property
+    def batch_size(self) -> int | None:
+        """Most calibration windows that may run together; None leaves the batches as they are."""
+        return None
+
+    def quantize(
+        self, weight: Tensor, spec: QuantSpec, statistics: SiteStatistics | None
+    ) -> tuple[GridTensor, tuple[str, ...]]:
         """Quantize a finite float32 ``weight`` (out, in).
 
         Args:
             weight: not modified.
             spec: the grid; divides the weight.
-            statistics: results of :attr:`needs`, or None if the site was never reached in calibration.
+            statistics: results of :attr:`needs`, or None if the layer was never reached in calibration.
 
         Returns:
             The quantized weight and notes on anything unusual (extra damping, a fallback), empty when all went well.
         """
 
+    def refine_block(self, block: QuantizedBlock) -> dict[Site, GridTensor]:
+        """Return better codes and scales for the layers of a block whose layers are quantized, if :attr:`refines_blocks`.
+
+        The model is as before when it is done; the caller keeps the result only if the block's output comes closer to the
+        float model's.
+        """
+        return {}
+
+    def rejects(self, scheme: Scheme) -> str | None:
+        """Say why layers of a scheme cannot be quantized by this; None if they can."""
+        if not scheme.weight.is_integer and not self.any_grid:
+            return f"{type(self).__name__} chooses integers, not {scheme.weight.dtype}; use quantizer rtn"
+        return None
+
+    def cost(self, size: RunSize) -> BlockCost:
+        """Return an estimate of what it costs beside the calibration itself."""
+        return BlockCost()
+
 
 QUANTIZERS: Registry[type[Quantizer]] = Registry("quantizer", package="quantkit.quantizers", error=SpecError)
 
 
-@dataclass(frozen=True, slots=True)
-class Quantized:
-    """A quantized site.
-
-    Attributes:
-        qtensor: the codes.
-        loss: relative squared error of the site's output over the calibration inputs, ||(W - Q) x||^2 / ||W x||^2, or of the
-            weight itself where no statistics exist; of its block's output where the block was learned as a whole.
-        notes: what was unusual.
-        fell_back: the quantizer wanted statistics and there were none.
-        bias: (out,), the site's bias corrected for the rounding of the weight; None leaves it alone.
-    """
-
-    qtensor: QTensor
-    loss: float
-    notes: tuple[str, ...] = ()
-    fell_back: bool = False
-    bias: Tensor | None = None
+def quantizer_name(quantizer: Quantizer) -> str:
+    """Return the name that a quantizer is registered under, or its class's if it is not."""
+    return next((name for name, kind in QUANTIZERS if kind is type(quantizer)), type(quantizer).__name__)
 
 
 def quantize_site(
@@ -75,10 +118,10 @@ def quantize_site(
     name: str,
     weight: Tensor,
     spec: QuantSpec,
-    statistics: Statistics | None,
+    statistics: SiteStatistics | None,
     global_scale: Tensor | None = None,
 ) -> Quantized:
-    """Quantize the weight (out, in) or (experts, out, in) of the site called ``name``.
+    """Quantize the weight (out, in) or (experts, out, in) of the layer called ``name``.
 
     Experts are quantized one by one, each with its own statistics; one that saw no token in calibration falls back.
 
@@ -88,7 +131,7 @@ def quantize_site(
         weight: floating, not modified.
         spec: the grid.
         statistics: what the quantizer needs, or None.
-        global_scale: (1,) that a grid with one shall have, because other sites have it too; None takes the weight's own.
+        global_scale: (1,) that a grid with one shall have, because other layers have it too; None takes the weight's own.
 
     Raises:
         SpecError: if the grid does not divide the weight.
@@ -96,8 +139,8 @@ def quantize_site(
     """
     if reason := spec.rejects(tuple(weight.shape)):
         raise SpecError(f"{name}: {reason}")
-    if not spec.is_integer and not getattr(quantizer, "any_grid", False):
-        raise SpecError(f"{name}: {type(quantizer).__name__} chooses integers, not {spec.dtype}; use quantizer rtn")
+    if reason := quantizer.rejects(Scheme(spec)):
+        raise SpecError(f"{name}: {reason}")
     if not bool(torch.isfinite(weight).all()):
         raise CalibrationError(f"{name}: the weight holds NaN or infinity; repair or reload the model")
     if weight.dim() == 2:
@@ -112,7 +155,7 @@ def quantize_site(
 
 
 def _quantize_matrix(
-    quantizer: Quantizer, weight: Tensor, spec: QuantSpec, statistics: Statistics | None, global_scale: Tensor | None = None
+    quantizer: Quantizer, weight: Tensor, spec: QuantSpec, statistics: SiteStatistics | None, global_scale: Tensor | None = None
 ) -> Quantized:
     weight = weight.float()
     if spec.has_global_scale:
@@ -125,7 +168,7 @@ def _quantize_matrix(
     return Quantized(qtensor, relative_error(weight, qtensor.dequantize(), statistics), notes, fell_back)
 
 
-def relative_error(weight: Tensor, approximation: Tensor, statistics: Statistics | None) -> float:
+def relative_error(weight: Tensor, approximation: Tensor, statistics: SiteStatistics | None) -> float:
     """Return ||(W - Q) x||^2 / ||W x||^2 in expectation over the calibration inputs (plain weights without statistics)."""
     error = weight - approximation
     if statistics is not None and "hessian" in statistics.results:

@@ -20,7 +20,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from quantkit.quantizers.base import QUANTIZERS, Statistics
+from quantkit.nn.sites import SiteStatistics
+from quantkit.nn.sizes import RunSize
+from quantkit.quantizers.base import QUANTIZERS, BlockCost
 from quantkit.quantizers.gptq import GPTQ, damp
 
 
@@ -36,12 +38,27 @@ class GPTAQ(GPTQ):
     correction: float = 0.5
     needs: ClassVar[tuple[str, ...]] = ("hessian", "drift")
 
-    def _target(self, weight: Tensor, hessian: Tensor, statistics: Statistics) -> Tensor:
-        drift = statistics.results.get("drift")
-        if drift is None:
+    def _target(self, weight: Tensor, statistics: SiteStatistics) -> Tensor:
+        if "drift" not in statistics.results:
             return weight
-        key = f"gptaq {self.damping} shift"
-        if key not in statistics.cache:
-            damped = damp(hessian, self.damping)
-            statistics.cache[key] = torch.linalg.solve(damped, drift.to(damped).T).T
-        return weight + self.correction * (weight @ statistics.cache[key])
+        return weight + self.correction * (weight @ statistics.derived(_Shift(self.damping, weight.device)))
+
+    def cost(self, size: RunSize) -> BlockCost:
+        """Return the float block's pass, and the float model's activations, inputs of layers and their moments."""
+        return BlockCost(
+            ("and one of the float block",),
+            4 * (size.tokens * (2 * size.hidden + 2 * size.widest) + 2 * size.widest**2),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Shift:
+    """Computes what layers with the same inputs share: E[(x' - x) x^T] H^-1."""
+
+    damping: float
+    device: torch.device
+
+    def __call__(self, statistics: SiteStatistics) -> Tensor:
+        damped = damp(statistics.results["hessian"].to(self.device), self.damping)
+        shift: Tensor = torch.linalg.solve(damped, statistics.results["drift"].to(damped).T)
+        return shift.T

@@ -5,14 +5,19 @@ With :math:`H = E[x x^T]` and :math:`U` the upper Cholesky factor of :math:`(H +
 
 .. math:: w_j \leftarrow w_j - \frac{w_k - q_k}{U_{kk}} U_{kj}
 
-(Frantar, Ashkboos, Hoefler, Alistarh 2022, arXiv 2210.17323, algorithm 1). Here:
+(Frantar, Ashkboos, Hoefler, Alistarh 2022, arXiv 2210.17323, algorithm 1). :meth:`GPTQ.quantize` is the whole method, line
+by line:
 
-- columns are visited in order of falling :math:`H_{kk}` (activation order), but groups stay contiguous columns of the
-  original order and their grids are fixed beforehand ("static groups"), so files need no index;
-- grids minimise the error weighted by :math:`H_{kk}` (:mod:`quantkit.numerics.search`);
-- inputs that never were active ("dead" columns, :math:`H_{kk} = 0`) are rounded to nearest and take no part;
-- afterwards, scales are fitted to the codes and codes chosen again, in turn (:mod:`quantkit.numerics.descent`);
-- if the Cholesky factorisation fails, damping is multiplied by ten and that is noted.
+1. every block of the weight gets a grid that minimises the error weighted by :math:`H_{kk}`, fixed from then on
+   ("static groups"): groups stay contiguous columns, so files need no index (:mod:`quantkit.numerics.search`);
+2. the damped Hessian is inverted and factorised, columns in order of falling :math:`H_{kk}` (activation order), once for all
+   layers that read the same inputs (:func:`inverse_factor`). If the factorisation fails, damping is multiplied by ten and
+   that is noted; inputs that never were active ("dead" columns, :math:`H_{kk} = 0`) couple to no other column and so are
+   rounded to nearest;
+3. the columns are rounded one after the other and each error is spread over the later ones by the formula above: the loop is
+   :func:`quantkit.numerics.sweep.sweep`, twenty lines; :func:`quantkit.kernels.functions.rounding.sweep` is the same,
+   compiled;
+4. scales are fitted to the codes and codes chosen again, each with all others fixed (:mod:`quantkit.numerics.descent`).
 
 Cost: out x in^2 / 2 multiply-adds, one factorisation and one triangular inverse of an in x in matrix, all in float32.
 """
@@ -25,9 +30,10 @@ from torch import Tensor
 
 from quantkit.errors import CalibrationError
 from quantkit.kernels.functions import rounding
+from quantkit.nn.sites import SiteStatistics
 from quantkit.numerics import descent, grid
-from quantkit.qtensor import QTensor
-from quantkit.quantizers.base import QUANTIZERS, Statistics
+from quantkit.qtensor import GridTensor
+from quantkit.quantizers.base import QUANTIZERS, Quantizer
 from quantkit.quantizers.rtn import nearest
 from quantkit.spec import QuantSpec
 
@@ -36,7 +42,7 @@ _MAX_DAMPING = 1.0
 
 @QUANTIZERS.register("gptq")
 @dataclass(frozen=True)
-class GPTQ:
+class GPTQ(Quantizer):
     """GPTQ with activation order over static groups.
 
     Args:
@@ -52,7 +58,9 @@ class GPTQ:
     rounds: int = 1
     needs: ClassVar[tuple[str, ...]] = ("hessian",)
 
-    def quantize(self, weight: Tensor, spec: QuantSpec, statistics: Statistics | None) -> tuple[QTensor, tuple[str, ...]]:
+    def quantize(
+        self, weight: Tensor, spec: QuantSpec, statistics: SiteStatistics | None
+    ) -> tuple[GridTensor, tuple[str, ...]]:
         """Quantize ``weight`` (out, in) against ``statistics.results["hessian"]`` (in, in).
 
         Without statistics the weight is rounded to nearest, and the note says so.
@@ -60,26 +68,23 @@ class GPTQ:
         if statistics is None:
             return nearest(weight, grid.choose_qparams(weight, spec), spec), ("no calibration input: rounded to nearest",)
         hessian = statistics.results["hessian"].to(weight.device)
-        weight = self._target(weight, hessian, statistics)
+        weight = self._target(weight, statistics)
         qparams = self._grid(weight, spec, hessian.diagonal())
-        order, factor, notes = self._factorise(hessian, statistics)
-        codes = rounding.sweep(weight, qparams, spec, order, factor)
-        if self.rounds:
-            damped = damp(hessian, float(statistics.cache[f"{self._key} damping"]))
-            for _ in range(self.rounds):
-                if spec.block[0] == 1:
-                    scale, residual = descent.fit_scales(weight, codes, qparams, spec, damped)
-                    qparams = scale, qparams[1]
-                else:
-                    residual = (weight - grid.dequantize(codes, *qparams, spec)) @ damped
-                codes = rounding.descend(residual, codes, qparams, spec, order, damped)
-        return QTensor.from_codes(codes, *qparams, spec), notes
+        inverse = statistics.derived(_Factorise(self.damping, self.act_order, weight.device))
+        codes = rounding.sweep(weight, qparams, spec, inverse.order, inverse.factor)
+        damped = damp(hessian, inverse.damping) if self.rounds else hessian
+        for _ in range(self.rounds):
+            if spec.block[0] == 1:
+                scale, residual = descent.fit_scales(weight, codes, qparams, spec, damped)
+                qparams = scale, qparams[1]
+            else:
+                residual = (weight - grid.dequantize(codes, *qparams, spec)) @ damped
+            codes = rounding.descend(residual, codes, qparams, spec, inverse.order, damped)
+        raised = inverse.damping > self.damping * 1.5
+        note = f"Cholesky factorisation needed damping {inverse.damping:g} instead of {self.damping:g}"
+        return GridTensor.from_codes(codes, *qparams, spec), (note,) if raised else ()
 
-    @property
-    def _key(self) -> str:
-        return f"gptq {self.damping} {self.act_order}"
-
-    def _target(self, weight: Tensor, hessian: Tensor, statistics: Statistics) -> Tensor:
+    def _target(self, weight: Tensor, statistics: SiteStatistics) -> Tensor:
         """Return the weight that the quantized one should come close to."""
         return weight
 
@@ -88,20 +93,37 @@ class GPTQ:
             return grid.choose_qparams(weight, spec)
         return rounding.search_qparams(weight, spec, importance if self.clip == "importance" else None)
 
-    def _factorise(self, hessian: Tensor, statistics: Statistics) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-        """Return the column order, U in that order, and notes; computed once for sites that share their statistics."""
-        key = self._key
-        if f"{key} factor" not in statistics.cache:
-            importance = hessian.diagonal()
-            order = torch.arange(len(importance), device=hessian.device)
-            if self.act_order:
-                order = importance.argsort(descending=True, stable=True)
-            factor, damping = inverse_factor(hessian[order][:, order], self.damping)
-            statistics.cache |= {f"{key} order": order, f"{key} factor": factor, f"{key} damping": torch.tensor(damping)}
-        damping = float(statistics.cache[f"{key} damping"])
-        raised = damping > self.damping * 1.5
-        notes = (f"Cholesky factorisation needed damping {damping:g} instead of {self.damping:g}",) if raised else ()
-        return statistics.cache[f"{key} order"], statistics.cache[f"{key} factor"], notes
+
+@dataclass(frozen=True, slots=True)
+class InverseHessian:
+    """The factorised inverse of a damped Hessian.
+
+    Attributes:
+        order: int64 (in,), the order in which columns are rounded.
+        factor: float32 (in, in), U with rows and columns in that order.
+        damping: what was needed, as a fraction of the mean of the diagonal.
+    """
+
+    order: Tensor
+    factor: Tensor
+    damping: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Factorise:
+    """Computes what layers with the same inputs share: column order and U."""
+
+    damping: float
+    act_order: bool
+    device: torch.device
+
+    def __call__(self, statistics: SiteStatistics) -> InverseHessian:
+        hessian = statistics.results["hessian"].to(self.device)
+        importance = hessian.diagonal()
+        order = torch.arange(len(importance), device=hessian.device)
+        if self.act_order:
+            order = importance.argsort(descending=True, stable=True)
+        return InverseHessian(order, *inverse_factor(hessian[order][:, order], self.damping))
 
 
 def damp(hessian: Tensor, damping: float) -> Tensor:

@@ -17,15 +17,15 @@ Cost: about fifteen passes over the weight per round.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from quantkit.errors import SpecError
+from quantkit.nn.sites import SiteStatistics
 from quantkit.numerics import grid
-from quantkit.qtensor import QTensor
-from quantkit.quantizers.base import QUANTIZERS, Statistics
+from quantkit.qtensor import GridTensor
+from quantkit.quantizers.base import QUANTIZERS, Quantizer
 from quantkit.quantizers.rtn import nearest
 from quantkit.spec import QuantSpec
 
@@ -34,7 +34,7 @@ _GROWTH = 1.01
 
 @QUANTIZERS.register("hqq")
 @dataclass(frozen=True)
-class HQQ:
+class HQQ(Quantizer):
     """Half-quadratic quantization; needs no calibration.
 
     Args:
@@ -49,17 +49,14 @@ class HQQ:
     p: float = 0.7
     beta: float = 10.0
     rounds: int = 20
-    needs: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         if not 0 < self.p <= 1 or self.beta <= 0 or self.rounds < 0:
             raise SpecError(f"hqq: p={self.p}, beta={self.beta}, rounds={self.rounds}; want 0 < p <= 1, beta > 0, rounds >= 0")
 
-    def objective(self, weight: Tensor, qtensor: QTensor) -> float:
-        """Return what is minimised: the sum of |error|^p over a quantized ``weight``."""
-        return float((weight - qtensor.dequantize()).abs().pow(self.p).sum(dtype=torch.float64))
-
-    def quantize(self, weight: Tensor, spec: QuantSpec, statistics: Statistics | None) -> tuple[QTensor, tuple[str, ...]]:
+    def quantize(
+        self, weight: Tensor, spec: QuantSpec, statistics: SiteStatistics | None
+    ) -> tuple[GridTensor, tuple[str, ...]]:
         """Quantize ``weight`` (out, in); ``statistics`` are not used."""
         blocks = grid.to_blocks(weight, spec)  # (out_blocks, in_blocks, n)
         stored, zero_point = grid.choose_qparams(weight, spec)

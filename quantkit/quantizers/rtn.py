@@ -10,15 +10,16 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from quantkit.kernels.functions import rounding
+from quantkit.nn.sites import SiteStatistics
 from quantkit.numerics import grid
-from quantkit.qtensor import QTensor
-from quantkit.quantizers.base import QUANTIZERS, Statistics
+from quantkit.qtensor import GridTensor
+from quantkit.quantizers.base import QUANTIZERS, Quantizer
 from quantkit.spec import QuantSpec
 
 
 @QUANTIZERS.register("rtn")
 @dataclass(frozen=True)
-class RTN:
+class RTN(Quantizer):
     """Round to nearest; needs no calibration.
 
     Args:
@@ -27,10 +28,11 @@ class RTN:
     """
 
     clip: Literal["absmax", "mse"] = "absmax"
-    needs: ClassVar[tuple[str, ...]] = ()
     any_grid: ClassVar[bool] = True
 
-    def quantize(self, weight: Tensor, spec: QuantSpec, statistics: Statistics | None) -> tuple[QTensor, tuple[str, ...]]:
+    def quantize(
+        self, weight: Tensor, spec: QuantSpec, statistics: SiteStatistics | None
+    ) -> tuple[GridTensor, tuple[str, ...]]:
         """Quantize ``weight`` (out, in); ``statistics`` are not used."""
         absmax = self.clip == "absmax" or not spec.is_integer
         qparams = grid.choose_qparams(weight, spec) if absmax else rounding.search_qparams(weight, spec)
@@ -39,17 +41,19 @@ class RTN:
 
 @QUANTIZERS.register("rtn-importance")
 @dataclass(frozen=True)
-class ImportanceRTN:
+class ImportanceRTN(Quantizer):
     """Round to nearest on the grid that loses least when inputs are weighted by their second moment E[x^2]."""
 
     needs: ClassVar[tuple[str, ...]] = ("mean_square",)
 
-    def quantize(self, weight: Tensor, spec: QuantSpec, statistics: Statistics | None) -> tuple[QTensor, tuple[str, ...]]:
+    def quantize(
+        self, weight: Tensor, spec: QuantSpec, statistics: SiteStatistics | None
+    ) -> tuple[GridTensor, tuple[str, ...]]:
         """Quantize ``weight`` (out, in) with importances ``statistics.results["mean_square"]`` (in,)."""
         importance = statistics.results["mean_square"] if statistics else None
         return nearest(weight, rounding.search_qparams(weight, spec, importance), spec), ()
 
 
-def nearest(weight: Tensor, qparams: tuple[Tensor, Tensor | None], spec: QuantSpec) -> QTensor:
+def nearest(weight: Tensor, qparams: tuple[Tensor, Tensor | None], spec: QuantSpec) -> GridTensor:
     """Round ``weight`` to the given grid."""
-    return QTensor.from_codes(grid.quantize(weight, *qparams, spec), *qparams, spec)
+    return GridTensor.from_codes(grid.quantize(weight, *qparams, spec), *qparams, spec)

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, model_
 from quantkit.errors import SpecError, nearest
 from quantkit.quantizers.base import QUANTIZERS, Quantizer
 from quantkit.registry import Registry
-from quantkit.transforms.base import TRANSFORMS, Transform
+from quantkit.transforms.base import STEPS, Step
 
 
 class Section(BaseModel):
@@ -62,9 +62,9 @@ class MethodChoice(Choice):
 class StepChoice(Choice):
     """A step by ``name``, with ``options``."""
 
-    def build(self) -> Transform:
+    def build(self) -> Step:
         """Return the step."""
-        return cast(Transform, self._build(TRANSFORMS))
+        return cast(Step, self._build(STEPS))
 
 
 def by_name(value: object) -> object:

@@ -14,12 +14,12 @@ from quantkit.errors import RecipeError
 from quantkit.evaluation import EvalReport, evaluate
 from quantkit.hf.source import load_config
 from quantkit.nn.sites import sharing_copy
-from quantkit.pipeline.blocks import needs_of
 from quantkit.pipeline.checks import refuse_combinations
 from quantkit.pipeline.estimate import Estimate, estimate
 from quantkit.pipeline.plan import Resolution, check_plan
-from quantkit.pipeline.quantize import quantize, split_steps
+from quantkit.pipeline.quantize import quantize
 from quantkit.pipeline.result import QuantizeResult
+from quantkit.pipeline.steps import make_steps
 from quantkit.recipe.schema import Recipe
 from quantkit.system.progress import ProgressCallback, ignore
 
@@ -57,24 +57,19 @@ def plan_recipe(recipe: Recipe) -> Preview:
     contents = contents_of(config)
     resolution = recipe.resolve(contents.structure, "bfloat16" if dtype == torch.bfloat16 else "float16")
     check_plan(resolution.plan, contents.structure, None)
-    steps, method = [one.build() for one in recipe.steps], recipe.method.build()
-    changes, distill = split_steps(steps)
-    refuse_combinations(resolution.plan, contents.structure, method, changes, distill, None)
+    steps, method = make_steps([one.build() for one in recipe.steps]).all, recipe.method.build()
+    refuse_combinations(resolution.plan, contents.structure, method, steps, None)
     refused = checkpoint.rejections(contents.model, resolution.plan, recipe.output.format)
     if refused:
         name, reason = next(iter(refused.items()))
         raise RecipeError(f"output.format {recipe.output.format}: {name}: {reason} ({len(refused)} sites in all)")
-    calibration = recipe.calibration
-    calibrates = bool(changes) or any(needs_of(method, scheme) for scheme in resolution.plan.values())
     predicted = estimate(
         contents,
         resolution.plan,
+        method,
+        steps,
+        calibration=recipe.calibration,
         format=recipe.output.format,
-        calibration_tokens=calibration.samples * calibration.length if calibrates else 0,
-        quantizer=method,
-        distill=distill,
-        length=calibration.length,
-        batch_size=calibration.batch_size,
         reasons=resolution.skipped,
     )
     return Preview(recipe, contents, resolution, predicted, dtype)

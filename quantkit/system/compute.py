@@ -39,18 +39,25 @@ class Compute:
 
 
 @contextlib.contextmanager
-def on_device(block: nn.Module, compute: Compute) -> Iterator[None]:
-    """Move ``block`` to the compute device and dtype; afterwards every tensor is back where and what it was.
+def on_device(module: nn.Module, compute: Compute) -> Iterator[None]:
+    """Give ``module`` its parameters in the compute dtype, and everything on the compute device; undo it afterwards.
 
-    A tensor that was not written to meanwhile gets its own memory back, so that a narrower dtype leaves no trace in it.
+    A parameter that got a new value meanwhile keeps it, in its own dtype and on its own device. Every other gets its own
+    memory back, so that a narrower dtype leaves no trace in it. Buffers move but keep their dtype: positions and frequencies
+    do not survive a cast.
     """
-    tensors = [*block.parameters(), *block.buffers()]
-    home = [tensor.data for tensor in tensors]
-    block.to(compute.device, compute.dtype)
-    tensors = [*block.parameters(), *block.buffers()]  # buffers are new objects now
-    moved = [tensor.data_ptr() for tensor in tensors]
+    home = [(parameter, parameter.data) for parameter in module.parameters()]
+    buffers = [(owner, name, b) for owner in module.modules() for name, b in owner._buffers.items() if b is not None]
+    for parameter, own in home:
+        parameter.data = own.to(compute.device, compute.dtype)
+    for owner, name, buffer in buffers:
+        owner._buffers[name] = buffer.to(compute.device)
+    moved = [parameter.data_ptr() for parameter, _ in home]
     try:
         yield
     finally:
-        for tensor, own, address in zip(tensors, home, moved, strict=True):
-            tensor.data = own if tensor.data_ptr() == address else tensor.data.to(own.device, own.dtype)
+        for (parameter, own), address in zip(home, moved, strict=True):
+            written = parameter.data_ptr() != address
+            parameter.data = parameter.data.to(own.device, own.dtype) if written else own
+        for owner, name, buffer in buffers:
+            owner._buffers[name] = buffer

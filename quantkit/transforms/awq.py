@@ -17,15 +17,17 @@ import torch
 from torch import Tensor
 
 from quantkit.kernels.functions import rounding
+from quantkit.nn.sites import SiteStatistics
 from quantkit.numerics import grid
 from quantkit.numerics.grid import powers_of_two
 from quantkit.spec import Scheme
-from quantkit.transforms.base import TRANSFORMS, Statistics
+from quantkit.transforms.base import STEPS
+from quantkit.transforms.scaling_groups import ChannelScaling
 
 
-@TRANSFORMS.register("awq")
+@STEPS.register("awq")
 @dataclass(frozen=True)
-class AWQ:
+class AWQ(ChannelScaling):
     """Search the exponent of the inputs' sizes.
 
     Args:
@@ -35,8 +37,8 @@ class AWQ:
     candidates: int = 10
     needs: ClassVar[tuple[str, ...]] = ("hessian",)
 
-    def factors(self, weights: Sequence[Tensor], schemes: Sequence[Scheme], statistics: Statistics) -> Tensor:
-        """See :class:`quantkit.transforms.base.Transform`."""
+    def factors(self, weights: Sequence[Tensor], schemes: Sequence[Scheme], statistics: SiteStatistics) -> Tensor:
+        """See :class:`quantkit.transforms.scaling_groups.ChannelScaling`."""
         hessian = statistics.results["hessian"]
         size = hessian.diagonal().clamp(min=0).sqrt()
         size = torch.where(size > 0, size, torch.ones_like(size))

@@ -1,6 +1,6 @@
 r"""Rotation: replace channels by mixtures of all of them, in which no single one is an outlier.
 
-For an orthogonal Q, :math:`W x = (W Q)(Q^T x)`. If everything that writes a tensor and everything that reads it turns with it,
+For an orthogonal Q, :math:`W x = (W Q)(Q^T x)`. If everything that writes a tensor and everything that reads it is rotated,
 the model computes what it did, but a value that stood in one channel is spread over all (Ashkboos et al. 2024, QuaRot, arXiv
 2404.00456, section 4; Liu et al. 2024, SpinQuant, arXiv 2405.16406, whose R1 and R2 these are):
 
@@ -21,26 +21,26 @@ changed, every weight is put back and the model is refused (norms with a mean or
 added).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from quantkit.errors import CalibrationError
+from quantkit.errors import CalibrationError, SpecError
 from quantkit.nn.block_calls import call_block, record_block_calls
-from quantkit.nn.sites import Block, Site, Structure, read_weight, write_weight
+from quantkit.nn.sites import Block, Site, SiteStatistics, Structure, read_weight, write_weight
 from quantkit.numerics.hadamard import random_hadamard
-from quantkit.spec import Scheme
-from quantkit.transforms.base import TRANSFORMS, Statistics
+from quantkit.spec import Plan
+from quantkit.transforms.base import STEPS, Setup, Transform
 from quantkit.transforms.scaling_groups import TOLERANCE, ScalingGroup, find_groups, probe_ids, rescale
 
 
-@TRANSFORMS.register("rotate")
+@STEPS.register("rotate")
 @dataclass(frozen=True)
-class Rotate:
+class Rotate(Transform):
     """Rotate the residual stream and the values of the heads.
 
     Args:
@@ -50,11 +50,17 @@ class Rotate:
 
     values: bool = True
     seed: int = 0
-    needs: ClassVar[tuple[str, ...]] = ()
 
-    def factors(self, weights: Sequence[Tensor], schemes: Sequence[Scheme], statistics: Statistics) -> Tensor:
-        """Return ones: a rotation scales nothing."""
-        return torch.ones(weights[0].shape[1])
+    def check(self, setup: Setup) -> None:
+        """Refuse given statistics, and to part a tied head from an embedding where the two are to be quantized as one."""
+        super().check(setup)
+        table = setup.structure.embedding
+        if setup.structure.tied and table is not None and table.name in setup.plan:
+            raise SpecError(f"rotate parts the tied head from {table.name}, which was to be quantized as one; leave either out")
+
+    def apply(self, model: nn.Module, structure: Structure, plan: Plan, statistics: Mapping[str, SiteStatistics]) -> None:
+        """Rotate ``model`` in place; see :func:`rotate`."""
+        rotate(model, structure, self)
 
     def rotation(self, size: int) -> Tensor:
         """Return the orthogonal matrix of ``size`` channels, float64."""

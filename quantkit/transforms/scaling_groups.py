@@ -1,4 +1,9 @@
-"""Find where a model's channels may be rescaled without changing what it computes, and do it.
+r"""Transforms that move size between a layer's input channels and its weights: where that is possible, and how it is done.
+
+For any positive s, :math:`W x = (W \operatorname{diag}(s)) (\operatorname{diag}(s)^{-1} x)`. If whatever produces x can take
+up :math:`1/s`, the model computes what it computed before, but weights and activations have other sizes, and so other rounding
+errors. A :class:`ChannelScaling` only says which s it wants, from the weights that read x and from statistics. Factors are
+rounded to powers of two, so that nothing is rounded when they are multiplied in, whatever the model's dtype.
 
 Which tensor is read by which sites, and who made it, is seen by watching one forward of each block; no architecture is known
 by name. A tensor that sites read can be rescaled by s if one of these takes up 1/s:
@@ -13,8 +18,9 @@ itself out. Experts, and values shared by several query heads, are not rescaled.
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +29,7 @@ from quantkit.errors import CalibrationError
 from quantkit.nn.block_calls import call_block, record_block_calls
 from quantkit.nn.sites import Block, Site, SiteStatistics, Structure, read_weight, write_weight
 from quantkit.numerics.grid import choose_global_scale, powers_of_two
-from quantkit.spec import Plan
+from quantkit.spec import Plan, Scheme
 from quantkit.transforms.base import Transform
 
 TOLERANCE = 1e-3
@@ -131,40 +137,41 @@ def rescale(model: nn.Module, group: ScalingGroup, factors: Tensor) -> None:
         module.bias.data = module.bias.data / factors.to(module.bias.data)  # type: ignore[union-attr, operator, arg-type]
 
 
-def apply_transform(
-    model: nn.Module, structure: Structure, plan: Plan, transform: Transform, statistics: Mapping[str, SiteStatistics]
-) -> int:
-    """Rescale every group as a transform wants it; the model computes what it computed before.
+class ChannelScaling(Transform, Protocol):
+    """A transform that chooses a factor for every input channel of the layers that read one tensor."""
 
-    Args:
-        model: the float model, changed in place.
-        structure: its blocks and sites.
-        plan: site name to scheme; a group with a reader that is not in it stays as it is.
-        transform: chooses the factors.
-        statistics: what it needs, of the sites of this very model.
+    def factors(self, weights: Sequence[Tensor], schemes: Sequence[Scheme], statistics: SiteStatistics) -> Tensor:
+        """Return s, positive float32 (in,); 1 leaves a channel as it is.
 
-    Returns:
-        The number of groups.
+        Args:
+            weights: float32 (out_i, in) of every layer that reads the tensor.
+            schemes: how each of them will be quantized.
+            statistics: results of :attr:`needs` for the tensor.
+        """
 
-    Raises:
-        CalibrationError: if no group was found, or the model's output changed after all.
-    """
-    groups = find_groups(model, structure, plan)
-    if not groups:
-        raise CalibrationError("transform: nothing in this model can be rescaled; leave transforms out")
-    ids = probe_ids(model)
-    with torch.no_grad():
-        before = model(ids, use_cache=False).logits
-        for group in groups:
-            weights = [read_weight(model, site).float() for site in group.readers]
-            found = statistics[group.readers[0].name]
-            factors = transform.factors(weights, [plan[site.name] for site in group.readers], found)
-            rescale(model, group, powers_of_two(factors))
-        changed = float((model(ids, use_cache=False).logits - before).abs().max())
-    limit = 10 * TOLERANCE * float(before.abs().max())
-    if not changed <= limit:
-        raise CalibrationError(f"the transform changed the logits by {changed:.3g} (limit {limit:.3g}); leave transforms out")
-    return len(groups)
+    def apply(self, model: nn.Module, structure: Structure, plan: Plan, statistics: Mapping[str, SiteStatistics]) -> None:
+        """Rescale every group of layers whose input something can take up; a group with a layer outside ``plan`` stays.
+
+        Raises:
+            CalibrationError: if no group was found, or the model's output changed after all.
+        """
+        groups = find_groups(model, structure, plan)
+        if not groups:
+            raise CalibrationError("transform: nothing in this model can be rescaled; leave transforms out")
+        ids = probe_ids(model)
+        with torch.no_grad():
+            before = model(ids, use_cache=False).logits
+            for group in groups:
+                weights = [read_weight(model, site).float() for site in group.readers]
+                found = statistics[group.readers[0].name]
+                factors = self.factors(weights, [plan[site.name] for site in group.readers], found)
+                rescale(model, group, powers_of_two(factors))
+            changed = float((model(ids, use_cache=False).logits - before).abs().max())
+        limit = 10 * TOLERANCE * float(before.abs().max())
+        if not changed <= limit:
+            raise CalibrationError(
+                f"the transform changed the logits by {changed:.3g} (limit {limit:.3g}); leave transforms out"
+            )
 
 
 def _candidates(model: nn.Module, block: Block, sites: tuple[Site, ...], maker: str | None) -> Iterator[ScalingGroup]:

@@ -19,19 +19,21 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import SpecError
+from quantkit.nn.sites import SiteStatistics
 from quantkit.numerics import grid
 from quantkit.numerics.fake import fake_quantize
 from quantkit.numerics.grid import powers_of_two
 from quantkit.numerics.hadamard import hadamard_transform
 from quantkit.spec import Scheme
-from quantkit.transforms.base import TRANSFORMS, Statistics
+from quantkit.transforms.base import STEPS
+from quantkit.transforms.scaling_groups import ChannelScaling
 
 CANDIDATES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
-@TRANSFORMS.register("smoothquant")
+@STEPS.register("smoothquant")
 @dataclass(frozen=True)
-class SmoothQuant:
+class SmoothQuant(ChannelScaling):
     """Even out activations and weights.
 
     Args:
@@ -49,8 +51,8 @@ class SmoothQuant:
         """Names of the collectors it wants: samples only to find alpha."""
         return ("abs_max",) if self.alpha is not None else ("abs_max", "samples")
 
-    def factors(self, weights: Sequence[Tensor], schemes: Sequence[Scheme], statistics: Statistics) -> Tensor:
-        """See :class:`quantkit.transforms.base.Transform`."""
+    def factors(self, weights: Sequence[Tensor], schemes: Sequence[Scheme], statistics: SiteStatistics) -> Tensor:
+        """See :class:`quantkit.transforms.scaling_groups.ChannelScaling`."""
         largest_x = statistics.results["abs_max"].float()
         if all(scheme.activation is None for scheme in schemes):
             return torch.ones_like(largest_x)

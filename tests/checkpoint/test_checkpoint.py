@@ -21,7 +21,7 @@ from quantkit.nn.sites import read_weight
 from quantkit.numerics import grid
 from quantkit.pipeline.quantize import quantize
 from quantkit.pipeline.settings import Output
-from quantkit.qtensor import QTensor
+from quantkit.qtensor import GridTensor
 from quantkit.spec import TOKEN_INT8, QuantSpec, Scheme
 from tests.tiny import FAMILIES, MOE_FAMILIES, tiny_llama, tiny_tokenizer
 
@@ -30,7 +30,7 @@ W4 = QuantSpec("int4", (1, 32), scale_dtype="float32")
 W4_ASYM = QuantSpec("int4", (1, 32), symmetric=False, scale_dtype="float32")
 
 
-def round_to_nearest(model: PreTrainedModel, spec: QuantSpec = W4, *, outside: bool = False) -> dict[str, QTensor]:
+def round_to_nearest(model: PreTrainedModel, spec: QuantSpec = W4, *, outside: bool = False) -> dict[str, GridTensor]:
     """Quantize every site of ``model`` in place."""
     structure = describe(model)
     enable_experts(model)
@@ -38,7 +38,7 @@ def round_to_nearest(model: PreTrainedModel, spec: QuantSpec = W4, *, outside: b
     for site in (*structure.sites, *(structure.outside if outside else ())):
         weight = read_weight(model, site)
         scale, zero = grid.choose_qparams(weight, spec)
-        done[site.name] = QTensor.from_codes(grid.quantize(weight, scale, zero, spec), scale, zero, spec)
+        done[site.name] = GridTensor.from_codes(grid.quantize(weight, scale, zero, spec), scale, zero, spec)
         install(model, site, done[site.name])
     return done
 
@@ -251,7 +251,7 @@ def test_mixed_schemes_and_untouched_sites(tmp_path) -> None:
         spec = QuantSpec("int8", (1, -1), scale_dtype="float32") if "down" in site.name else W4
         weight = read_weight(model, site)
         scale, zero = grid.choose_qparams(weight, spec)
-        install(model, site, QTensor.from_codes(grid.quantize(weight, scale, zero, spec), scale, zero, spec))
+        install(model, site, GridTensor.from_codes(grid.quantize(weight, scale, zero, spec), scale, zero, spec))
     path = checkpoint.save(model, tmp_path)
     config = read_json(path / "config.json")["quantization_config"]
     assert len(config["config_groups"]) == 2

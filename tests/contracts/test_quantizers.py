@@ -6,6 +6,7 @@ import torch
 from quantkit.calibrate.collectors import COLLECTORS, Hessian
 from quantkit.errors import CalibrationError, SpecError
 from quantkit.nn.sites import SiteStatistics
+from quantkit.qtensor import GridTensor
 from quantkit.quantizers.base import QUANTIZERS, quantize_site, relative_error
 from quantkit.quantizers.gptaq import GPTAQ
 from quantkit.quantizers.gptq import GPTQ, inverse_factor
@@ -40,6 +41,15 @@ def statistics_of(x: torch.Tensor) -> SiteStatistics:
     return SiteStatistics({"hessian": hessian, "mean_square": hessian.diagonal().double()}, (x.shape[0],))
 
 
+def forgiving_error(weight: torch.Tensor, qtensor: GridTensor) -> float:
+    """Return what HQQ minimises: the sum of |error|^p over a quantized ``weight``."""
+    return float((weight - qtensor.dequantize()).abs().pow(HQQ.p).sum(dtype=torch.float64))
+
+
+OBJECTIVES = {"hqq": forgiving_error}
+"""Quantizers that minimise something else than the error of the layer's output."""
+
+
 @pytest.mark.parametrize("spec", SPECS, ids=QuantSpec.describe)
 @pytest.mark.parametrize("name", NAMES)
 def test_not_worse_than_rounding_in_what_it_optimises(name: str, spec: QuantSpec) -> None:
@@ -47,7 +57,7 @@ def test_not_worse_than_rounding_in_what_it_optimises(name: str, spec: QuantSpec
     quantizer = QUANTIZERS.get(name)()
     known = {"hessian", "mean_square"} & set(quantizer.needs)
     seen = SiteStatistics({key: statistics.results[key] for key in known}, statistics.tokens) if known else None
-    own = getattr(quantizer, "objective", lambda w, q: relative_error(w, q.dequantize(), seen))
+    own = OBJECTIVES.get(name, lambda w, q: relative_error(w, q.dequantize(), seen))
     ours = own(weight, quantize_site(quantizer, "s", weight, spec, seen).qtensor)
     rounded = own(weight, quantize_site(RTN(), "s", weight, spec, None).qtensor)
     assert ours <= rounded * 1.0001
@@ -120,7 +130,7 @@ def test_hqq_gives_most_weights_a_better_grid_where_a_few_are_outliers() -> None
         }
         assert errors["hqq"] < 0.9 * errors["rtn"]
         objectives = [
-            HQQ().objective(weight, quantize_site(HQQ(rounds=n), "s", weight, spec, None).qtensor) for n in (0, 5, 20)
+            forgiving_error(weight, quantize_site(HQQ(rounds=n), "s", weight, spec, None).qtensor) for n in (0, 5, 20)
         ]
         assert objectives[2] <= objectives[1] < objectives[0]
     with pytest.raises(SpecError, match="p=2"):
@@ -139,7 +149,6 @@ def test_gptq_compensates_and_activation_order_helps() -> None:
         losses[label] = relative_error(
             weight, quantize_site(quantizer, "s", weight, spec, statistics).qtensor.dequantize(), statistics
         )
-        statistics.cache.clear()
     assert losses["plain"] < 0.8 * losses["rtn"]
     assert losses["ordered"] < 0.8 * losses["rtn"]
 

@@ -1,30 +1,32 @@
-"""What every transform promises: positive factors, a model that computes what it did, on every architecture."""
+"""What every step promises, and every transform: a model that computes what it did, on every architecture, or a refusal."""
 
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
 
 from quantkit.calibrate.chain import collect_statistics
+from quantkit.calibrate.collectors import COLLECTORS
 from quantkit.calibrate.data import Calibration
 from quantkit.errors import CalibrationError, SpecError
 from quantkit.hf.structure import describe
+from quantkit.nn.quantized import Quantized
 from quantkit.nn.sites import SiteStatistics, read_weight, write_weight
 from quantkit.numerics.grid import powers_of_two
 from quantkit.pipeline.plan import make_plan
 from quantkit.pipeline.quantize import collect, quantize
 from quantkit.pipeline.resume import ResumeStore
-from quantkit.quantizers.base import Quantized
 from quantkit.spec import QuantSpec, preset
 from quantkit.system.compute import Compute
 from quantkit.transforms.awq import AWQ
-from quantkit.transforms.base import TRANSFORMS
-from quantkit.transforms.scaling_groups import apply_transform, find_groups
+from quantkit.transforms.base import STAGES, STEPS, Transform, step_name
+from quantkit.transforms.scaling_groups import find_groups
 from quantkit.transforms.smoothquant import SmoothQuant
 from tests.qtensors import random_qtensor
 from tests.tiny import FAMILIES, tiny_llama
 
-NAMES = TRANSFORMS.names()
+NAMES = [name for name, kind in STEPS if kind.stage == "before"]
 
 
 def ids(count: int = 4) -> list[torch.Tensor]:
@@ -66,13 +68,27 @@ def test_the_model_computes_what_it_did(name: str, family: str) -> None:
     structure, batch = describe(model), ids()[0]
     before, old = model(batch).logits, {k: v.clone() for k, v in model.named_parameters()}
     plan = make_plan(structure, "w8a8").plan
-    transform = TRANSFORMS.get(name)()
+    transform = cast(Transform, STEPS.get(name)())
     compute = Compute(torch.device("cpu"), torch.float32)
     statistics = collect_statistics(model, structure, ids(), transform.needs, compute=compute, progress=lambda _: None)
-    assert apply_transform(model, structure, plan, transform, statistics) > 0
+    if name == "rotate" and family != "llama_tied":
+        with pytest.raises(CalibrationError, match="leave rotate out"):
+            transform.apply(model, structure, plan, statistics)
+        assert all(torch.equal(value, old[key]) for key, value in model.named_parameters())
+        return
+    transform.apply(model, structure, plan, statistics)
     torch.testing.assert_close(model(batch).logits, before, rtol=1e-3, atol=1e-4)
     if name == "smoothquant":
         assert any(not torch.equal(v, old[k]) for k, v in model.named_parameters())
+
+
+def test_every_step_says_when_it_is_done_and_what_it_needs() -> None:
+    for name, kind in STEPS:
+        step = kind()
+        assert step.stage in STAGES
+        assert set(step.needs) <= set(COLLECTORS.names())
+        assert step.rejects(preset("w4a16", (64,))) is None
+        assert step_name(step) == name
 
 
 def planted(factor: float) -> torch.nn.Module:
@@ -129,13 +145,13 @@ def test_factors_are_powers_of_two() -> None:
 
 def test_bad_names_and_hopeless_models_are_refused() -> None:
     with pytest.raises(SpecError, match="did you mean 'smoothquant'"):
-        TRANSFORMS.get("smothquant")
+        STEPS.get("smothquant")
     with pytest.raises(SpecError, match="alpha=2"):
         SmoothQuant(alpha=2)
     model = tiny_llama()
     structure = describe(model)
     with pytest.raises(CalibrationError, match="nothing in this model can be rescaled"):
-        apply_transform(model, structure, {}, AWQ(), {})
+        AWQ().apply(model, structure, {}, {})
 
 
 def test_smoothquant_finds_its_exponent_per_tensor() -> None:

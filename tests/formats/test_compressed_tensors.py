@@ -7,7 +7,7 @@ from quantkit.errors import FormatError
 from quantkit.formats.base import FORMATS
 from quantkit.formats.compressed_tensors import IntQuantized, PackQuantized
 from quantkit.numerics import grid
-from quantkit.qtensor import QTensor
+from quantkit.qtensor import GridTensor
 from quantkit.spec import QuantSpec, Scheme
 
 RULE = FORMATS.get("compressed-tensors")
@@ -21,7 +21,7 @@ def test_golden_int4() -> None:
     codes = torch.arange(16, dtype=torch.uint8).repeat(2, 1)
     zero = torch.tensor([[1, 2], [10, 15]], dtype=torch.uint8)
     spec = QuantSpec("int4", (1, 8), symmetric=False)
-    tensors = PackQuantized().encode(QTensor.from_codes(codes, torch.ones(2, 2).half(), zero, spec))
+    tensors = PackQuantized().encode(GridTensor.from_codes(codes, torch.ones(2, 2).half(), zero, spec))
     assert tensors["weight_packed"].tolist() == [as_signed(0x76543210, 0xFEDCBA98)] * 2
     assert tensors["weight_zero_point"].tolist() == [[0xA1, 0xF2]]  # row 0 in the low nibble: packed down dimension 0
     assert tensors["weight_shape"].tolist() == [2, 16]
@@ -31,7 +31,7 @@ def test_golden_int4() -> None:
 def test_golden_int3_is_dense() -> None:
     codes = torch.tensor([[7, 0, 1, 2, 3, 4, 5, 6] * 2], dtype=torch.uint8)
     spec = QuantSpec("int3", (1, -1))
-    tensors = PackQuantized().encode(QTensor.from_codes(codes, torch.ones(1, 1).half(), None, spec))
+    tensors = PackQuantized().encode(GridTensor.from_codes(codes, torch.ones(1, 1).half(), None, spec))
     stream = sum(int(code) << (3 * i) for i, code in enumerate(codes[0].tolist()))
     assert tensors["weight_packed"].tolist() == [as_signed(stream & 0xFFFFFFFF, stream >> 32)]
     assert tensors["weight_packed"].tolist() == [as_signed(0x47D63447, 0xD634)]
@@ -39,7 +39,7 @@ def test_golden_int3_is_dense() -> None:
 
 def test_golden_int8() -> None:
     codes = torch.tensor([[0, 1, 128, 255]], dtype=torch.uint8)
-    packed = QTensor.from_codes(codes, torch.full((1, 1), 0.5), None, QuantSpec("int8", (1, -1), scale_dtype="float32"))
+    packed = GridTensor.from_codes(codes, torch.full((1, 1), 0.5), None, QuantSpec("int8", (1, -1), scale_dtype="float32"))
     assert PackQuantized().encode(packed)["weight_packed"].tolist() == [as_signed(0xFF800100)]
     plain = IntQuantized().encode(packed)
     assert plain["weight"].tolist() == [[-128, -127, 0, 127]]
@@ -62,7 +62,7 @@ def test_the_package_dequantizes_to_the_same_values(bits: int, symmetric: bool, 
         return
     weight = torch.randn(24, 96, generator=torch.Generator().manual_seed(bits))
     scale, zero = grid.choose_qparams(weight, spec)
-    qtensor = QTensor.from_codes(grid.quantize(weight, scale, zero, spec), scale, zero, spec)
+    qtensor = GridTensor.from_codes(grid.quantize(weight, scale, zero, spec), scale, zero, spec)
     config = QuantizationConfig.model_validate(RULE.dump_config({"m": scheme}, [], dtype))
     group = config.config_groups["group_0"]
     package = BaseCompressor.get_value_from_registry(group.format or config.format)
@@ -190,7 +190,7 @@ def test_targets_ignore_and_order() -> None:
 def test_permuted_shape_tensor_is_refused() -> None:
     spec = QuantSpec("int4", (1, 8))
     codec = PackQuantized()
-    tensors = codec.encode(QTensor.from_codes(torch.zeros(8, 16, dtype=torch.uint8), torch.ones(8, 2).half(), None, spec))
+    tensors = codec.encode(GridTensor.from_codes(torch.zeros(8, 16, dtype=torch.uint8), torch.ones(8, 2).half(), None, spec))
     tensors["weight_shape"] = torch.tensor([16, 8])
     with pytest.raises(FormatError, match="weight_shape"):
         codec.decode(tensors, spec, (8, 16))

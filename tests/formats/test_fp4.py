@@ -6,7 +6,7 @@ import torch
 from quantkit.errors import FormatError
 from quantkit.formats.base import FORMATS
 from quantkit.numerics import grid
-from quantkit.qtensor import QTensor
+from quantkit.qtensor import GridTensor
 from quantkit.quantizers.base import quantize_site
 from quantkit.quantizers.rtn import RTN
 from quantkit.spec import QuantSpec, Scheme, preset
@@ -107,8 +107,8 @@ def test_global_scales_join_only_if_they_are_the_same() -> None:
 
     one, other = (quantize_site(RTN(), "s", weight(seed), NVFP4, None).qtensor for seed in (0, 1))
     assert torch.equal(stack([one, other])[1].dequantize(), other.dequantize())
-    assert torch.equal(concatenate([one.rows(0, 8), one.rows(8, 24)]).dequantize(), one.dequantize())
+    assert torch.equal(concatenate([one.rows(slice(0, 8)), one.rows(slice(8, 24))]).dequantize(), one.dequantize())
     with pytest.raises(SpecError, match="global_scale"):
         concatenate([one, other])
     with pytest.raises(SpecError, match="global_scale"):
-        QTensor(one.packed, one.scale, None, NVFP4, one.shape)
+        GridTensor(one.packed, one.scale, None, NVFP4, one.shape)

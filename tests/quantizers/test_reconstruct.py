@@ -83,7 +83,7 @@ def test_an_interrupted_run_gives_the_same_files(tmp_path: Path) -> None:
     whole = run(tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "q", stop="model.layers.0")
-    assert (tmp_path / "q.resume" / "block-00000.safetensors").exists()
+    assert (tmp_path / "q" / "incomplete" / "run" / "state.json").exists()
     assert run(tmp_path / "q") == whole
 
 
@@ -99,7 +99,7 @@ def test_drift_begins_at_half_of_what_rounding_took() -> None:
     spec = QuantSpec("int3", (1, 16), symmetric=False)
     weight = torch.randn(8, 32, generator=torch.Generator().manual_seed(0))
     start = nearest(weight, grid.choose_qparams(weight, spec), spec)
-    tuned = TunedWeight(start, torch.float32, codes=True, origin=weight)
+    tuned = TunedWeight(start, torch.float32, code_rate=0.1, origin=weight)
     assert torch.equal(tuned.result().codes(), start.codes())
     back = (tuned.levels + 2 * tuned.drift.float()) * start.scale.float()[:, None, :, None]  # type: ignore[union-attr]
     torch.testing.assert_close(back.view(8, 32), weight, atol=0.02, rtol=0)

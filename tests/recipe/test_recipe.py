@@ -8,12 +8,12 @@ import pytest
 import quantkit
 from quantkit.errors import QuantkitError, RecipeError, SpecError
 from quantkit.nn.sites import Block, Site, Structure
-from quantkit.pipeline.distill import Distill
 from quantkit.pipeline.plan import make_plan
 from quantkit.quantizers.gptq import GPTQ
 from quantkit.recipe.schema import Recipe, load_recipe
 from quantkit.spec import QuantSpec, Scheme
 from quantkit.transforms.awq import AWQ
+from quantkit.transforms.distill import Distill
 from quantkit.transforms.smoothquant import SmoothQuant
 
 MINIMAL = "model: some/model\noutput: {path: out}\n"

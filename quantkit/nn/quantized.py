@@ -1,0 +1,27 @@
+"""What becomes of a layer that is quantized."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from quantkit.qtensor import GridTensor
+
+
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """A quantized layer.
+
+    Attributes:
+        qtensor: the codes.
+        loss: relative squared error of the layer's output over the calibration inputs, ||(W - Q) x||^2 / ||W x||^2, or of the
+            weight itself where no statistics exist; of its block's output where the block was learned as a whole.
+        notes: what was unusual.
+        fell_back: the quantizer wanted statistics and there were none.
+        bias: (out,), the layer's bias corrected for the rounding of the weight; None leaves it alone.
+    """
+
+    qtensor: GridTensor
+    loss: float
+    notes: tuple[str, ...] = ()
+    fell_back: bool = False
+    bias: Tensor | None = None
