@@ -111,7 +111,6 @@ def quantizers() -> str:
 
 def steps() -> str:
     """Return the table of steps."""
-    import quantkit.pipeline.quantize
     from quantkit.transforms.base import TRANSFORMS
 
     rows = [[f"`{name}`", summary(one), options(one)] for name, one in TRANSFORMS]
@@ -175,7 +174,9 @@ def recipe() -> str:
     for key, section in sections.items():
         said = arguments(section)
         parts.append(f"### `{key}`\n\n{summary(section)}\n")
-        parts.append(table(["Key", "Default", "Meaning"], [[f"`{n}`", default(v), said.get(n, "")] for n, v in fields(section)]))
+        parts.append(
+            table(["Key", "Default", "Meaning"], [[f"`{n}`", default(v), said.get(n, "")] for n, v in fields(section)])
+        )
     parts.append(f"### `evaluate`\n\n{summary(schema.Evaluation)}\n")
     rows = [[f"`{name}`", default(field.default)] for name, field in schema.Evaluation.model_fields.items()]
     parts.append(table(["Key", "Default"], rows))
@@ -214,7 +215,7 @@ def file_map() -> str:
         files = [path for path in sorted(place.rglob("*.py")) if path.name != "__init__.py"]
         rows = [[f"`{path.relative_to(place)}`", docstring(path)] for path in files]
         inside = "\n".join(f"    {line}" for line in table(["File", ""], rows).splitlines())
-        parts.append(f"??? note \"{name}/\"\n\n    {docstring(place / '__init__.py')}\n\n{inside}")
+        parts.append(f'??? note "{name}/"\n\n    {docstring(place / "__init__.py")}\n\n{inside}')
     return "\n\n".join(parts)
 
 
