@@ -200,6 +200,12 @@ def test_bias_correction_keeps_average_outputs(quantizer: str, tmp_path: Path) -
     torch.testing.assert_close(theirs(batches[0]).logits, model(batches[0]).logits, rtol=1e-3, atol=1e-3)
 
 
+def test_a_corrected_bias_keeps_the_checkpoints_dtype(tmp_path: Path) -> None:
+    model = FAMILIES["starcoder2"]().to(torch.bfloat16)
+    quantize(model, "w4a16-g32", out=tmp_path / "x", steps=["bias-correction"], calibration=Calibration(data=ids()))
+    assert model.get_parameter("model.layers.0.self_attn.q_proj.bias").dtype == torch.bfloat16
+
+
 def means_of_outputs(model: torch.nn.Module, sites: list[str], batches: list[torch.Tensor]) -> torch.Tensor:
     seen: dict[str, list[torch.Tensor]] = {site: [] for site in sites}
     hooks = [
