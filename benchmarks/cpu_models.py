@@ -125,7 +125,7 @@ def quantized_directory(name: str, bits: str, work: Path) -> Path:
     from quantkit.nn.install import install
     from quantkit.nn.sites import read_weight
     from quantkit.numerics import grid
-    from quantkit.qtensor import QTensor
+    from quantkit.qtensor import GridTensor
     from quantkit.spec import preset
 
     path = work / f"{name}-{bits}"
@@ -135,7 +135,7 @@ def quantized_directory(name: str, bits: str, work: Path) -> Path:
             weight = read_weight(model, site).float()
             spec = preset(SCHEMES[bits], [site.in_features]).weight
             scale, zero = grid.choose_qparams(weight, spec)
-            install(model, site, QTensor.from_codes(grid.quantize(weight, scale, zero, spec), scale, zero, spec))
+            install(model, site, GridTensor.from_codes(grid.quantize(weight, scale, zero, spec), scale, zero, spec))
         checkpoint.save(model, path, format="native")
         for file in float_directory(name, work).glob("*token*") if name == "smollm2" else ():
             shutil.copy(file, path)

@@ -40,7 +40,7 @@ from quantkit.kernels.cuda.graph import GraphDecoder
 from quantkit.kernels.functions.sampling import Draw
 from quantkit.kernels.program.definition import Attention, Layer, Linear, Mlp, Norm, Program, Rotary
 from quantkit.nn.linear import QuantLinear
-from quantkit.qtensor import QTensor
+from quantkit.qtensor import GridTensor
 from quantkit.spec import QuantSpec
 from quantkit.system.files import write_json
 
@@ -108,13 +108,13 @@ class Bench:
         return {**{name: statistics.median(times) for name, times in seen.items()}, "again": last / seen[first][0]}
 
 
-def random_weight(n: int, k: int, dtype: str, group: int, device: str, symmetric: bool = True) -> QTensor:
+def random_weight(n: int, k: int, dtype: str, group: int, device: str, symmetric: bool = True) -> GridTensor:
     """Return a weight of random codes whose products stay near one."""
     spec = QuantSpec(dtype, (1, group), symmetric)
     codes = torch.randint(0, 2**spec.bits, (n, k), dtype=torch.uint8, device=device)
     groups = k // group if group > 0 else 1
     scale = (torch.rand(n, groups, device=device) + 0.5) / (2**spec.bits * k**0.5)
-    return QTensor.from_codes(codes, scale.half(), None, spec)
+    return GridTensor.from_codes(codes, scale.half(), None, spec)
 
 
 def machine(bench: Bench) -> None:

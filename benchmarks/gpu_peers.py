@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from quantkit.qtensor import QTensor
+from quantkit.qtensor import GridTensor
 
 Call = Callable[[Tensor], Tensor]
 
@@ -24,12 +24,12 @@ class Peer(NamedTuple):
         error: largest relative error against the weight that it was given.
     """
 
-    make: Callable[[QTensor], Call]
+    make: Callable[[GridTensor], Call]
     tokens: int
     error: float
 
 
-def tinygemm(weight: QTensor) -> Call:
+def tinygemm(weight: GridTensor) -> Call:
     """Return torch's own int4 product; its scales are bfloat16."""
     codes = weight.codes().view(weight.shape[0], -1, 2)
     packed = torch._convert_weight_to_int4pack((codes[..., 0] << 4 | codes[..., 1]).contiguous(), 8)
@@ -38,14 +38,14 @@ def tinygemm(weight: QTensor) -> Call:
     return lambda x: torch._weight_int4pack_mm(x, packed, weight.spec.group_size, both)
 
 
-def plain_triton(weight: QTensor) -> Call:
+def plain_triton(weight: GridTensor) -> Call:
     """Return the plain Triton product."""
     import gpu_triton
 
     return gpu_triton.product(weight)
 
 
-def humming(weight: QTensor) -> Call:
+def humming(weight: GridTensor) -> Call:
     """Return the product of humming-kernels (github.com/inclusionAI/humming), as its README calls it (0.1.19).
 
     It rounds a float weight to its own 4-bit grid with the same groups, so it is checked less closely.
@@ -68,7 +68,7 @@ def relative_error(got: Tensor, want: Tensor) -> float:
     return float((got.double() - want.double()).norm() / want.double().norm())
 
 
-def prepare(weights: list[QTensor], missing: dict[str, str]) -> dict[str, list[Call]]:
+def prepare(weights: list[GridTensor], missing: dict[str, str]) -> dict[str, list[Call]]:
     """Return a call per weight of every peer that can be made; ``missing`` takes the others' reasons."""
     made: dict[str, list[Call]] = {}
     for name, peer in PEERS.items():

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quantkit.errors import KernelError
-from quantkit.qtensor import QTensor
+from quantkit.qtensor import GridTensor
 
 _CONFIGS = [
     triton.Config({"BLOCK_N": block_n, "BLOCK_K": block_k}, num_warps=warps, num_stages=stages)
@@ -40,7 +40,7 @@ def _product(
     tl.store(y + rows[:, None] * n + columns[None, :], total.to(y.dtype.element_ty), mask=there)
 
 
-def product(weight: QTensor) -> Callable[[Tensor], Tensor]:
+def product(weight: GridTensor) -> Callable[[Tensor], Tensor]:
     """Lay a symmetric 4-bit weight (N, K) out and return ``x @ w.T`` for x bfloat16 (tokens, K).
 
     Raises:

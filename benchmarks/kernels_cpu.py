@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from quantkit.kernels import report
 from quantkit.nn.linear import QuantLinear
 from quantkit.numerics import grid
-from quantkit.qtensor import QTensor
+from quantkit.qtensor import GridTensor
 from quantkit.spec import QuantSpec, preset
 
 SHAPES = {"q, o": (576, 576), "k, v": (192, 576), "gate, up": (1536, 576), "down": (576, 1536)}
@@ -27,7 +27,7 @@ LAYERS = 30
 
 def quantize(weight: Tensor, spec: QuantSpec) -> QuantLinear:
     scale, zero = grid.choose_qparams(weight, spec)
-    return QuantLinear(QTensor.from_codes(grid.quantize(weight, scale, zero, spec), scale, zero, spec))
+    return QuantLinear(GridTensor.from_codes(grid.quantize(weight, scale, zero, spec), scale, zero, spec))
 
 
 def layers(scheme: str) -> dict[str, dict[str, list[Callable[[Tensor], Tensor]]]]:

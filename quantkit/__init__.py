@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from quantkit.pipeline.result import QuantizeResult
     from quantkit.pipeline.rules import Rule, SchemeChoice
     from quantkit.pipeline.settings import Output, Run
-    from quantkit.qtensor import QTensor
+    from quantkit.qtensor import GridTensor, QTensor
     from quantkit.quantizers.autoround import AutoRound
     from quantkit.quantizers.gptaq import GPTAQ
     from quantkit.quantizers.gptq import GPTQ
@@ -61,6 +61,7 @@ _HOME = {
     "GPTAQ": "quantizers.gptaq",
     "GPTQ": "quantizers.gptq",
     "Generation": "generation.generate",
+    "GridTensor": "qtensor",
     "HQQ": "quantizers.hqq",
     "ImportanceRTN": "quantizers.rtn",
     "KVScheme": "spec",
@@ -122,6 +123,7 @@ __all__ = [
     "EvalReport",
     "FormatError",
     "Generation",
+    "GridTensor",
     "ImportanceRTN",
     "KVScheme",
     "KernelError",

@@ -1,9 +1,13 @@
-"""The hub value: a quantized tensor. Quantizers make it, formats store it, kernels repack it."""
+"""The hub value: a quantized tensor. Quantizers make it, formats store it, kernels repack it.
+
+:class:`QTensor` is what every kind has. Code that stores, moves, counts or dequantizes a weight asks for no more and loops over
+:meth:`QTensor.parts`; code that reads codes and scales asks for a :class:`GridTensor`, the only kind so far.
+"""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -12,11 +16,69 @@ from quantkit.dtypes import SCALE_DTYPES
 from quantkit.errors import SpecError
 from quantkit.numerics import grid
 from quantkit.numerics.pack import pack, packed_words, unpack
-from quantkit.spec import QuantSpec
+from quantkit.spec import QuantSpec, WeightSpec
+
+
+class QTensor(Protocol):
+    """A quantized weight of any kind: a frozen value that holds a few named tensors."""
+
+    @property
+    def spec(self) -> WeightSpec:
+        """Which numbers the weight can have."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(out, in), or (experts, out, in)."""
+        ...
+
+    @property
+    def input_scale(self) -> Tensor | None:
+        """The stored scale (..., 1) of the layer's inputs, where their grid is static."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        ...
+
+    @property
+    def numel(self) -> int:
+        """Number of weights."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a file needs for it."""
+        ...
+
+    def parts(self) -> dict[str, Tensor]:
+        """Return the tensors by name: those of a ``state_dict``, in a fixed order."""
+        ...
+
+    def with_parts(self, parts: Mapping[str, Tensor | None]) -> Self:
+        """Return the same value with other tensors in place of the named ones; None takes an optional one away."""
+        ...
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the weight this stands for, computed in float32 and rounded once to ``dtype``."""
+        ...
+
+    def rows(self, index: slice | Tensor) -> Self:
+        """Return output rows: a slice of them (a view where torch allows), or those of an int64 (n,) index (a copy)."""
+        ...
+
+    def to(self, device: torch.device | str) -> Self:
+        """Return the same value with its tensors on ``device``; no dtype changes."""
+        ...
+
+    def __getitem__(self, expert: int) -> Self:
+        """Return one expert of a 3-D tensor (a view)."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
-class QTensor:
+class GridTensor:
     """A weight on a grid: ``w ~ (code - zero_point) * scale [/ global_scale]``, codes unsigned.
 
     Attributes:
@@ -63,7 +125,7 @@ class QTensor:
                 raise SpecError(f"{name}: shape {tuple(value.shape)}, want {(*lead, 1)}")
 
     @classmethod
-    def empty(cls, spec: QuantSpec, shape: tuple[int, ...], device: torch.device | str = "meta") -> "QTensor":
+    def empty(cls, spec: QuantSpec, shape: tuple[int, ...], device: torch.device | str = "meta") -> "GridTensor":
         """Return a quantized tensor whose parts wait to be filled, or to be asked for their size; it has no input scale."""
         rows, columns = grid.block_size(spec, shape)
         blocks = (*shape[:-2], shape[-2] // rows, shape[-1] // columns)
@@ -79,7 +141,7 @@ class QTensor:
     @classmethod
     def from_codes(
         cls, codes: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec, global_scale: Tensor | None = None
-    ) -> "QTensor":
+    ) -> "GridTensor":
         """Pack uint8 ``codes`` (..., out, in) with their grid parameters; a global scale that is needed and not given is 1."""
         if global_scale is None and spec.has_global_scale:
             global_scale = torch.ones((*codes.shape[:-2], 1), device=codes.device)
@@ -113,28 +175,53 @@ class QTensor:
         """Stored bits per weight, scales, zero points and padding included."""
         return self.nbytes * 8 / self.numel
 
-    def to(self, device: torch.device | str) -> "QTensor":
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.packed.device
+
+    def parts(self) -> dict[str, Tensor]:
+        """Return the tensors by name."""
+        return {name: part for name in PARTS if (part := getattr(self, name)) is not None}
+
+    def with_parts(self, parts: Mapping[str, Tensor | None]) -> "GridTensor":
+        """Return the same value with other tensors in place of the named ones."""
+        named: dict[str, Any] = dict(parts)
+        return dataclasses.replace(self, **named)
+
+    def to(self, device: torch.device | str) -> "GridTensor":
         """Return the same value with its tensors on ``device``."""
         return self._map(lambda tensor: tensor.to(device))
 
-    def rows(self, start: int, stop: int) -> "QTensor":
-        """Return output rows ``start:stop`` (a view where torch allows); both must fall on block boundaries."""
+    def rows(self, index: slice | Tensor) -> "GridTensor":
+        """Return output rows, see :meth:`QTensor.rows`.
+
+        Raises:
+            SpecError: the rows do not fall on block boundaries, or single ones are wanted where several share a scale.
+        """
         block_rows, _ = grid.block_size(self.spec, self.shape)
-        if start % block_rows or stop % block_rows:
-            raise SpecError(f"rows {start}:{stop} do not fall on blocks of {block_rows} rows")
-        blocks = slice(start // block_rows, stop // block_rows)
+        blocks: slice | Tensor = index
+        if isinstance(index, slice):
+            start, stop, _ = index.indices(self.shape[-2])
+            if start % block_rows or stop % block_rows or index.step not in (None, 1):
+                raise SpecError(f"rows {start}:{stop} do not fall on blocks of {block_rows} rows")
+            blocks, count = slice(start // block_rows, stop // block_rows), stop - start
+        else:
+            if block_rows != 1:
+                raise SpecError(f"single rows of a weight {self.spec.describe()}: {block_rows} rows share a scale")
+            count = len(index)
         zero = None if self.zero_point is None else self.zero_point[..., blocks, :]
-        shape = (*self.shape[:-2], stop - start, self.shape[-1])
-        packed, scale = self.packed[..., start:stop, :], self.scale[..., blocks, :]
+        packed, scale = self.packed[..., index, :], self.scale[..., blocks, :]
+        shape = (*self.shape[:-2], count, self.shape[-1])
         return dataclasses.replace(self, packed=packed, scale=scale, zero_point=zero, shape=shape)
 
-    def __getitem__(self, expert: int) -> "QTensor":
+    def __getitem__(self, expert: int) -> "GridTensor":
         """Return one expert of a 3-D tensor (a view)."""
         if len(self.shape) != 3:
             raise SpecError(f"only a 3-D quantized tensor can be indexed; shape is {self.shape}")
         return self._map(lambda tensor: tensor[expert], self.shape[1:])
 
-    def _map(self, change: Callable[[Tensor], Tensor], shape: tuple[int, ...] | None = None) -> "QTensor":
+    def _map(self, change: Callable[[Tensor], Tensor], shape: tuple[int, ...] | None = None) -> "GridTensor":
         """Return this with every tensor changed."""
         parts: dict[str, Any] = {name: None if (part := getattr(self, name)) is None else change(part) for name in PARTS}
         return dataclasses.replace(self, **parts, shape=self.shape if shape is None else shape)
@@ -144,7 +231,7 @@ PARTS = ("packed", "scale", "zero_point", "global_scale", "input_scale")
 """The tensors of a :class:`QTensor`; all but the first two may be None."""
 
 
-def concatenate(parts: Sequence[QTensor]) -> QTensor:
+def concatenate(parts: Sequence[GridTensor]) -> GridTensor:
     """Join quantized tensors of one spec, with the same global and input scales, along their output rows."""
     shape = (*parts[0].shape[:-2], sum(p.shape[-2] for p in parts), parts[0].shape[-1])
     joined = _combine(parts, lambda tensors: torch.cat(tensors, -2), shape, PARTS[:3])
@@ -155,14 +242,14 @@ def concatenate(parts: Sequence[QTensor]) -> QTensor:
     return joined
 
 
-def stack(parts: Sequence[QTensor]) -> QTensor:
+def stack(parts: Sequence[GridTensor]) -> GridTensor:
     """Join quantized (out, in) tensors of one spec and shape into one of shape (experts, out, in)."""
     return _combine(parts, torch.stack, (len(parts), *parts[0].shape), PARTS)
 
 
 def _combine(
-    parts: Sequence[QTensor], join: Callable[[list[Tensor]], Tensor], shape: tuple[int, ...], names: Sequence[str]
-) -> QTensor:
+    parts: Sequence[GridTensor], join: Callable[[list[Tensor]], Tensor], shape: tuple[int, ...], names: Sequence[str]
+) -> GridTensor:
     spec = parts[0].spec
     if any(part.spec != spec for part in parts):
         raise SpecError(f"cannot join quantized tensors of different specs: {sorted({p.spec.describe() for p in parts})}")

@@ -16,7 +16,7 @@ import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from quantkit.dtypes import DTYPES, SCALE_DTYPES
 from quantkit.errors import SpecError, nearest
@@ -49,6 +49,18 @@ TOKEN_INT8 = ("int8", (1, -1), True, "float32", True)
 _PRESET = re.compile(
     r"w(?P<bits>[2-8])a(?P<activation>16|8(?P<how>-static|-rotated)?)(?P<asym>-asym)?(?:-g(?P<group>\d+)|(?P<channel>-channel))?"
 )
+
+
+class WeightSpec(Protocol):
+    """Which numbers a weight can have: a grid, :class:`QuantSpec`, is the only kind so far. Equal specs are equal values."""
+
+    def describe(self) -> str:
+        """Return a short human name."""
+        ...
+
+    def rejects(self, shape: tuple[int, ...]) -> str | None:
+        """Say why a weight of ``shape`` (..., out, in) cannot have them; None if it can."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

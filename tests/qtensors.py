@@ -3,11 +3,11 @@
 import torch
 
 from quantkit.numerics import grid
-from quantkit.qtensor import QTensor
+from quantkit.qtensor import GridTensor
 from quantkit.spec import QuantSpec
 
 
-def random_qtensor(spec: QuantSpec, shape: tuple[int, ...], seed: int = 0) -> QTensor:
+def random_qtensor(spec: QuantSpec, shape: tuple[int, ...], seed: int = 0) -> GridTensor:
     """Every code and zero point possible: more than a quantizer would produce."""
     generator = torch.Generator().manual_seed(seed)
     rows, cols = grid.block_size(spec, shape)
@@ -15,10 +15,10 @@ def random_qtensor(spec: QuantSpec, shape: tuple[int, ...], seed: int = 0) -> QT
     codes = torch.randint(0, 2**spec.bits, shape, generator=generator, dtype=torch.uint8)
     scale = grid.round_scale(torch.rand(blocks, generator=generator) + 0.01, spec.scale_dtype)
     zero = None if spec.symmetric else torch.randint(0, 2**spec.bits, blocks, generator=generator, dtype=torch.uint8)
-    return QTensor.from_codes(codes, scale, zero, spec)
+    return GridTensor.from_codes(codes, scale, zero, spec)
 
 
-def assert_same(got: QTensor, want: QTensor) -> None:
+def assert_same(got: GridTensor, want: GridTensor) -> None:
     """The same grid, shape and bits, padding of the packed rows included."""
     assert (got.spec, got.shape) == (want.spec, want.shape)
     for a, b in ((got.packed, want.packed), (got.scale, want.scale), (got.zero_point, want.zero_point)):

@@ -33,9 +33,16 @@ def test_the_promised_names_are_public():
 
 
 def test_the_version_is_the_changelogs_newest_and_the_packages():
-    newest = re.search(r"^## (\d\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
-    assert newest is not None
-    assert newest[1] == quantkit.__version__ == importlib.metadata.version("quantkit")
+    unreleased, newest, *_ = re.findall(r"^## \[([^]]+)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert unreleased == "Unreleased"
+    assert newest == quantkit.__version__ == importlib.metadata.version("quantkit")
+
+
+def test_the_changelog_has_the_usual_sections_and_a_link_for_every_version():
+    text = (ROOT / "CHANGELOG.md").read_text()
+    sections = re.findall(r"^### (.+)$", text, re.MULTILINE)
+    assert set(sections) <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+    assert re.findall(r"^## \[([^]]+)\]", text, re.MULTILINE) == re.findall(r"^\[([^]]+)\]: https://", text, re.MULTILINE)
 
 
 def test_python_m_quantkit_and_the_script_are_the_same_program():

@@ -5,16 +5,16 @@ import torch
 
 from quantkit.errors import SpecError
 from quantkit.numerics import grid
-from quantkit.qtensor import QTensor, concatenate, stack
+from quantkit.qtensor import GridTensor, concatenate, stack
 from quantkit.spec import QuantSpec
 
 ASYM = QuantSpec("int3", (1, 16), symmetric=False)
 
 
-def make(shape: tuple[int, ...] = (6, 48), spec: QuantSpec = ASYM, seed: int = 0) -> QTensor:
+def make(shape: tuple[int, ...] = (6, 48), spec: QuantSpec = ASYM, seed: int = 0) -> GridTensor:
     w = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     qparams = grid.choose_qparams(w, spec)
-    return QTensor.from_codes(grid.quantize(w, *qparams, spec), *qparams, spec)
+    return GridTensor.from_codes(grid.quantize(w, *qparams, spec), *qparams, spec)
 
 
 def test_bytes_are_what_a_disk_shows() -> None:
@@ -32,15 +32,27 @@ def test_dequantize_is_the_grid() -> None:
     assert torch.equal(q.to("cpu").dequantize(), q.dequantize())
 
 
+def test_parts_are_its_tensors_by_name() -> None:
+    a, b = make(), make(spec=QuantSpec("int4", (1, 16)))
+    assert list(a.parts()) == ["packed", "scale", "zero_point"]
+    assert list(b.parts()) == ["packed", "scale"]
+    assert a.with_parts(make(seed=3).parts()).dequantize().equal(make(seed=3).dequantize())
+    assert b.with_parts({"input_scale": torch.ones(1)}).with_parts({"input_scale": None}).input_scale is None
+    assert a.device == torch.device("cpu")
+
+
 def test_rows_experts_join_and_stack() -> None:
     a, b = make(seed=1), make(seed=2)
     joined = concatenate([a, b])
     assert torch.equal(joined.dequantize(), torch.cat([a.dequantize(), b.dequantize()]))
-    assert torch.equal(joined.rows(6, 12).dequantize(), b.dequantize())
+    assert torch.equal(joined.rows(slice(6, 12)).dequantize(), b.dequantize())
     stacked = stack([a, b])
     assert stacked.shape == (2, 6, 48)
     assert torch.equal(stacked[1].dequantize(), b.dequantize())
-    assert torch.equal(stacked.rows(2, 4)[0].dequantize(), a.dequantize()[2:4])
+    index = torch.tensor([5, 0, 5])
+    assert torch.equal(a.rows(index).dequantize(), a.dequantize()[index])
+    assert a.rows(slice(None)).shape == a.shape
+    assert torch.equal(stacked.rows(slice(2, 4))[0].dequantize(), a.dequantize()[2:4])
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -50,14 +62,16 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(SpecError, match="only a 3-D"):
         a[0]
     with pytest.raises(SpecError, match="rows 1:3 do not fall on blocks of 2 rows"):
-        make(spec=QuantSpec("int4", (2, 16))).rows(1, 3)
+        make(spec=QuantSpec("int4", (2, 16))).rows(slice(1, 3))
+    with pytest.raises(SpecError, match="2 rows share a scale"):
+        make(spec=QuantSpec("int4", (2, 16))).rows(torch.tensor([1]))
     with pytest.raises(SpecError, match="packed codes"):
-        QTensor(a.packed[:, :2], a.scale, a.zero_point, a.spec, a.shape)
+        GridTensor(a.packed[:, :2], a.scale, a.zero_point, a.spec, a.shape)
     with pytest.raises(SpecError, match="scale: shape"):
-        QTensor(a.packed, a.scale[:, :2], a.zero_point, a.spec, a.shape)
+        GridTensor(a.packed, a.scale[:, :2], a.zero_point, a.spec, a.shape)
     with pytest.raises(SpecError, match="zero_point must be given"):
-        QTensor(a.packed, a.scale, None, a.spec, a.shape)
+        GridTensor(a.packed, a.scale, None, a.spec, a.shape)
     with pytest.raises(SpecError, match="zero_point: shape"):
-        QTensor(a.packed, a.scale, a.zero_point[:2], a.spec, a.shape)  # type: ignore[index]
+        GridTensor(a.packed, a.scale, a.zero_point[:2], a.spec, a.shape)  # type: ignore[index]
     with pytest.raises(SpecError, match="is not a multiple"):
-        QTensor(a.packed, a.scale, a.zero_point, QuantSpec("int3", (1, 10), symmetric=False), a.shape)
+        GridTensor(a.packed, a.scale, a.zero_point, QuantSpec("int3", (1, 10), symmetric=False), a.shape)

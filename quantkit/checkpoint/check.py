@@ -11,17 +11,24 @@ import torch
 from torch import nn
 
 from quantkit.checkpoint.contents import Contents, Entry, contents_of, lookup, rejections_of
-from quantkit.checkpoint.files import INCOMPLETE
+from quantkit.checkpoint.staging import INCOMPLETE, Key, find_state, stage_bytes
 from quantkit.errors import FormatError, SpecError, nearest
-from quantkit.formats.base import FORMATS, Layout
+from quantkit.formats.base import FORMATS
+from quantkit.formats.containers.base import Layout
 from quantkit.hf.load import PreTrainedModel
 from quantkit.spec import Plan
 from quantkit.system.files import write_atomic
 
 log = logging.getLogger(__name__)
 
-MODEL_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
-"""Files that make a directory a model."""
+FOREIGN_FILES = ("pytorch_model*.bin",)
+"""Model files that no format here writes."""
+
+
+def model_files() -> list[str]:
+    """Return globs of the files that make a directory a model, whatever its format."""
+    patterns = [pattern for _, rule in FORMATS for pattern in rule.container.patterns]
+    return list(dict.fromkeys((*patterns, *FOREIGN_FILES)))
 
 
 def rejections(model: PreTrainedModel, plan: Plan, format: str = "compressed-tensors") -> dict[str, str]:
@@ -43,9 +50,9 @@ def _rejections(contents: Contents, plan: Plan, format: str, dtype: str) -> dict
     def ask(name: str, shape: tuple[int, ...]) -> str | None:
         scheme = plan[name]
         site = contents.sites[name]
-        if not rule.conv1d and site.transposed and len(site.shape) == 2:
+        if not rule.dialect.conv1d and site.transposed and len(site.shape) == 2:
             return "it is a Conv1D, which other readers of this format leave uninitialised without an error; use native"
-        if site == contents.structure.embedding and not rule.embeddings:
+        if site == contents.structure.embedding and not rule.dialect.embeddings:
             return "it is an embedding table, which readers of this format expect in float; use native"
         if reason := rule.rejects(scheme, shape, dtype):
             return reason
@@ -73,15 +80,23 @@ def check_output(
     *,
     format: str = "compressed-tensors",
     overwrite: bool = False,
+    key: Key | None = None,
 ) -> int:
     """Make sure that a checkpoint of ``plan`` can be written to ``path``; return its predicted size in bytes.
 
+    Args:
+        path, model, plan, format, overwrite: as for :class:`CheckpointWriter`.
+        key: of the run that is going to write; None for one that will not continue another.
+
     Raises:
         SpecError: the plan names a site that the model does not have.
-        FormatError: the format cannot store a site, the directory holds another model (and ``overwrite`` is False), cannot
-            be written to, or the disk is too small.
+        FormatError: the format cannot store a site, the directory holds another model (and ``overwrite`` is False) or the
+            unfinished state of a run with another ``key``, cannot be written to, or the disk is too small.
     """
-    return check(contents_of(config_of(model)), Path(path), model, plan, format, overwrite)
+    size = check(contents_of(config_of(model)), Path(path), model, plan, format, overwrite)
+    if key is not None:
+        find_state(Path(path), key)
+    return size
 
 
 def check(contents: Contents, path: Path, model: PreTrainedModel, plan: Plan, format: str, overwrite: bool) -> int:
@@ -118,14 +133,14 @@ def _refuse(refused: Mapping[str, str], format: str) -> None:
 def _check_directory(path: Path, total: int, overwrite: bool) -> None:
     if path.exists() and not path.is_dir():
         raise FormatError(f"{path} is a file; want a directory to write the checkpoint to")
-    found = [file for pattern in MODEL_FILES for file in path.glob(pattern)]
+    found = [file for pattern in model_files() for file in path.glob(pattern)]
     if found and not (path / INCOMPLETE).exists() and not overwrite:
         raise FormatError(f"{path} already holds a model ({found[0].name}); choose another directory or pass overwrite=True")
     try:
         path.mkdir(parents=True, exist_ok=True)
         write_atomic(path / ".probe", "")
         (path / ".probe").unlink()
-        free = shutil.disk_usage(path).free
+        free = shutil.disk_usage(path).free + stage_bytes(path)
     except OSError as error:
         raise FormatError(f"cannot write to {path}: {error}; choose a directory you may write to") from error
     if total > free:

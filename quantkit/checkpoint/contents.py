@@ -3,18 +3,19 @@
 Derived from the model's config alone (through an empty model), so writer and reader cannot disagree.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from quantkit.errors import FormatError, SpecError
+from quantkit.errors import FormatError, QuantkitError, SpecError
+from quantkit.formats.base import Stored
 from quantkit.hf.load import PretrainedConfig, PreTrainedModel, empty_model
 from quantkit.hf.names import CheckpointTensor, Piece, checkpoint_names
 from quantkit.hf.structure import describe
 from quantkit.nn.sites import Site, Structure
-from quantkit.qtensor import QTensor, concatenate, stack
+from quantkit.qtensor import GridTensor, concatenate, stack
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,27 +186,27 @@ def _slice(tensor: Tensor, piece: Piece) -> Tensor:
     return tensor[..., piece.start : piece.stop, :]
 
 
-def quantized_slice(qtensor: QTensor, entry: Entry) -> QTensor:
-    """Return the part of a site's QTensor that an entry stores."""
+def quantized_slice(qtensor: GridTensor, entry: Entry) -> GridTensor:
+    """Return the part of a site's GridTensor that an entry stores."""
     parts = []
     for piece in entry.source.pieces:
         one = qtensor if piece.expert is None else qtensor[piece.expert]
-        parts.append(one if (piece.start, piece.stop) == (0, one.shape[-2]) else one.rows(piece.start, piece.stop))
+        parts.append(one if (piece.start, piece.stop) == (0, one.shape[-2]) else one.rows(slice(piece.start, piece.stop)))
     return parts[0] if len(parts) == 1 else concatenate(parts)
 
 
-def assemble(site: Site, stored: Iterable[tuple[Entry, QTensor]]) -> QTensor:
-    """Put a site's QTensor together from what its entries hold; reverses :func:`quantized_slice`.
+def assemble(site: Site, stored: Iterable[tuple[Entry, GridTensor]]) -> GridTensor:
+    """Put a site's GridTensor together from what its entries hold; reverses :func:`quantized_slice`.
 
     Raises:
         FormatError: the parts have different grids.
     """
-    parts: dict[int | None, list[tuple[int, QTensor]]] = {}
+    parts: dict[int | None, list[tuple[int, GridTensor]]] = {}
     for entry, qtensor in stored:
         offset = 0
         for piece in entry.source.pieces:
             height = piece.stop - piece.start
-            rows = qtensor if height == qtensor.shape[-2] else qtensor.rows(offset, offset + height)
+            rows = qtensor if height == qtensor.shape[-2] else qtensor.rows(slice(offset, offset + height))
             parts.setdefault(piece.expert, []).append((piece.start, rows))
             offset += height
     try:
@@ -216,6 +217,42 @@ def assemble(site: Site, stored: Iterable[tuple[Entry, QTensor]]) -> QTensor:
         return joined[0] if None in parts else stack(joined)
     except SpecError as error:
         raise FormatError(f"{site.name}: its parts in the checkpoint do not fit together: {error}") from error
+
+
+def read_site(site: Site, entries: Iterable[Entry], stored: Mapping[str, Stored], read: Callable[[str], Tensor]) -> GridTensor:
+    """Read and decode the quantized weight of ``site``.
+
+    Args:
+        site: a quantized site.
+        entries: all entries of the checkpoint.
+        stored: entry name to how it is stored.
+        read: returns a tensor of the checkpoint by its full name.
+
+    Raises:
+        FormatError: tensors contradict the scheme, or each other.
+    """
+    parts = []
+    for entry in entries:
+        if entry.site != site:
+            continue
+        scheme, codec = stored[entry.name].scheme, stored[entry.name].codec
+        tensors = {suffix: read(f"{entry.module}.{suffix}") for suffix in codec.layout(scheme.weight, entry.weight_shape)}
+        try:
+            parts.append((entry, codec.decode(tensors, scheme.weight, entry.weight_shape)))
+        except QuantkitError as error:
+            raise FormatError(f"{entry.module}: {error}") from error
+    return assemble(site, parts)
+
+
+def read_floats(contents: Contents, entries: Iterable[Entry], read: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield every parameter and buffer that ``entries`` hold unquantized, by its name in the model; each is a copy."""
+    sources: dict[str, list[Entry]] = {}
+    for entry in entries:
+        for parameter in dict.fromkeys(piece.parameter for piece in entry.source.pieces):
+            sources.setdefault(parameter, []).append(entry)
+    for name, holders in sources.items():
+        shape = tuple(lookup(contents.model, name).shape)
+        yield name, restore(name, shape, ((entry, read(entry.name)) for entry in holders), name in contents.transposed)
 
 
 def restore(name: str, shape: tuple[int, ...], stored: Iterable[tuple[Entry, Tensor]], transposed: bool) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.checkpoint import prepacked
-from quantkit.checkpoint.contents import Entry, parameter_of, restore
+from quantkit.checkpoint.contents import read_floats
 from quantkit.checkpoint.read import Opened, open_checkpoint
 from quantkit.errors import FormatError
 from quantkit.hf.experts import enable_experts
@@ -25,7 +25,7 @@ from quantkit.nn.embedding import QuantEmbedding
 from quantkit.nn.install import install, set_compute
 from quantkit.nn.linear import QuantLinear, QuantWeight
 from quantkit.nn.sites import Site
-from quantkit.qtensor import QTensor
+from quantkit.qtensor import GridTensor
 from quantkit.system.memory import HeapWatch
 
 log = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ def load(
                 install(model, site, replace(qtensor, input_scale=None) if ignore_activations else qtensor, activation)
                 continue
             parts = found.sites[name] if found else [part.moved(arena.copy) for part in _prepack(opened, site, heap)]
-            install(model, site, QTensor.empty(scheme.weight, site.shape, "meta"), activation)
+            install(model, site, GridTensor.empty(scheme.weight, site.shape, "meta"), activation)
             module: Any = model.get_submodule(name)
             module.adopt(kernels[name], [State(part, part.struct()) for part in parts])
         _finish(model, path)
@@ -132,7 +132,7 @@ def _kernels(opened: Opened, sites: dict[str, Site]) -> dict[str, CpuKernel]:
 
 def _from_cache(opened: Opened, kernels: dict[str, CpuKernel], dtype: torch.dtype | None) -> prepacked.Weights | None:
     """Return what the cache holds for this checkpoint, made if need be; None where it cannot be, or is not worth a file."""
-    files = [opened.path / name for name in sorted({header.file for header in opened.shards.headers.values()})]
+    files = [opened.path / name for name in sorted({header.file for header in opened.reader.headers.values()})]
     specs = [(opened.schemes[name].weight, opened.contents.sites[name].numel) for name in kernels]
     wider = sum((layout.stored_bits(spec) - spec.bits) * numel // 8 for spec, numel in specs)
     size = sum(file.stat().st_size for file in files)
@@ -157,24 +157,15 @@ def _prepack(opened: Opened, site: Site, heap: HeapWatch) -> Iterator[Prepacked]
     for part in [qtensor] if len(site.shape) == 2 else (qtensor[expert] for expert in range(site.shape[0])):
         yield layout.prepack(part)
         heap.check()
-    opened.shards.let_go()
+    opened.reader.release()
 
 
 def _floats(opened: Opened, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
     """Yield every unquantized parameter and buffer, by its name in the model."""
-    contents = opened.contents
-    quantized = {parameter_of(contents.sites[name]) for name in opened.schemes}
-    sources: dict[str, list[Entry]] = {}
-    for entry in contents.entries:
-        for piece in {p.parameter: p for p in entry.source.pieces}.values():
-            sources.setdefault(piece.parameter, []).append(entry)
-    for name, entries in sources.items():
-        if name not in quantized:
-            shape = tuple(_own(contents.model, name)[1].shape)
-            parts = ((entry, opened.shards.read(entry.name, copy=False)) for entry in entries)
-            value = restore(name, shape, parts, name in contents.transposed)  # a copy
-            opened.shards.let_go()
-            yield name, value.to(dtype) if dtype is not None and value.is_floating_point() else value
+    entries = [entry for entry in opened.contents.entries if entry.name not in opened.stored]
+    for name, value in read_floats(opened.contents, entries, lambda name: opened.reader.read(name, copy=False)):
+        opened.reader.release()
+        yield name, value.to(dtype) if dtype is not None and value.is_floating_point() else value
 
 
 def _own(model: nn.Module, name: str) -> tuple[nn.Module, Tensor]:

@@ -9,14 +9,16 @@ from typing import Any
 
 import torch
 
-from quantkit.checkpoint.contents import Contents, assemble, contents_of
-from quantkit.checkpoint.files import INCOMPLETE, Shards, read_json
+from quantkit.checkpoint.contents import Contents, contents_of, read_site
+from quantkit.checkpoint.staging import INCOMPLETE
 from quantkit.errors import FormatError, QuantkitError
 from quantkit.formats.base import FORMATS, Format, Matcher, Stored
+from quantkit.formats.containers.base import Reader
 from quantkit.hf.load import read_config
 from quantkit.nn.sites import Site
-from quantkit.qtensor import QTensor
+from quantkit.qtensor import GridTensor
 from quantkit.spec import Scheme
+from quantkit.system.files import read_json
 
 MIN_BITS = 2
 """Bits of the narrowest weight that any format stores."""
@@ -30,11 +32,11 @@ class Opened:
 
     Attributes:
         path: the directory.
-        config: content of config.json.
+        config: the model's config with ``quantization_config``.
         format_name: name in the registry.
         contents: what the model's config says a checkpoint holds.
         stored: entry name to how it is stored, for every quantized tensor.
-        shards: the tensors.
+        reader: the tensors.
     """
 
     path: Path
@@ -42,27 +44,19 @@ class Opened:
     format_name: str
     contents: Contents
     stored: dict[str, Stored]
-    shards: Shards
+    reader: Reader
 
     @property
     def schemes(self) -> dict[str, Scheme]:
         """Site name to scheme."""
         return {e.site.name: self.stored[e.name].scheme for e in self.contents.entries if e.site and e.name in self.stored}
 
-    def qtensor(self, site: Site, *, copy: bool = True) -> QTensor:
+    def qtensor(self, site: Site, *, copy: bool = True) -> GridTensor:
         """Read and decode one quantized site; without ``copy`` it may be views of the files, good while they are open."""
-        parts = []
-        for entry in self.contents.entries:
-            if entry.site != site:
-                continue
-            stored = self.stored[entry.name]
-            layout = stored.codec.layout(stored.scheme.weight, entry.weight_shape)
-            tensors = {suffix: self.shards.read(f"{entry.module}.{suffix}", copy=copy) for suffix in layout}
-            try:
-                parts.append((entry, stored.codec.decode(tensors, stored.scheme.weight, entry.weight_shape)))
-            except QuantkitError as error:
-                raise FormatError(f"{self.path}: {entry.module}: {error}") from error
-        return assemble(site, parts)
+        try:
+            return read_site(site, self.contents.entries, self.stored, lambda name: self.reader.read(name, copy=copy))
+        except QuantkitError as error:
+            raise FormatError(f"{self.path}: {error}") from error
 
 
 @contextmanager
@@ -73,63 +67,64 @@ def open_checkpoint(path: str | Path) -> Iterator[Opened]:
         FormatError: it is unfinished, damaged, not quantized, or its config contradicts its tensors.
     """
     path = Path(path)
-    if not path.is_dir():
-        raise FormatError(f"{path} is not a directory; want a quantized checkpoint")
     if (path / INCOMPLETE).exists():
         reason = read_json(path / INCOMPLETE).get("incomplete", "unknown reason")
         raise FormatError(f"{path} is marked incomplete: {reason}")
-    config = read_json(path / "config.json")
-    quantization = config.get("quantization_config")
-    if not isinstance(quantization, dict):
-        raise FormatError(
-            f"{path}/config.json has no quantization_config: a float model; load it with transformers, or quantize it"
-        )
-    name, rule = _find_format(path, quantization)
-    with Shards(path, rule.stem) as shards:
-        contents = _contents(path, shards)
-        matcher = _matcher(path, rule, quantization, shards, config)
-        stored = _match_entries(path, contents, matcher, rule.embeddings)
-        _check_tensors(path, contents, stored, shards)
-        yield Opened(path, config, name, contents, stored, shards)
+    name, rule, config = _find_format(path)
+    with rule.container.reader(path) as reader:
+        where = path / rule.container.key_file
+        contents = _contents(path, where, config, reader)
+        matcher = _matcher(where, rule, config, reader)
+        stored = _match_entries(where, contents, matcher, rule.dialect.embeddings)
+        _check_tensors(path, contents, stored, reader)
+        yield Opened(path, config, name, contents, stored, reader)
 
 
-def _find_format(path: Path, quantization: Mapping[str, Any]) -> tuple[str, Format]:
-    method = quantization.get("quant_method")
+def _find_format(path: Path) -> tuple[str, Format, dict[str, Any]]:
+    """Return name and value of the format of a checkpoint, and its config."""
+    odd: str | None = None
     for name, rule in FORMATS:
-        if rule.quant_method == method:
-            return name, rule
-    known = ", ".join(rule.quant_method for _, rule in FORMATS)
-    raise FormatError(f"{path}/config.json: quant_method is {method!r}; quantkit reads {known}")
+        config = rule.container.config(path)
+        if config is None:
+            continue
+        where, quantization = path / rule.container.key_file, config.get("quantization_config")
+        if not isinstance(quantization, dict):
+            odd = f"{where} has no quantization_config: a float model; load it with transformers, or quantize it"
+        elif quantization.get("quant_method") == rule.dialect.quant_method:
+            return name, rule, config
+        else:
+            known = ", ".join(other.dialect.quant_method for _, other in FORMATS)
+            odd = f"{where}: quant_method is {quantization.get('quant_method')!r}; quantkit reads {known}"
+    files = ", ".join(dict.fromkeys(rule.container.key_file for _, rule in FORMATS))
+    what = "it has no file" if path.is_dir() else "it is not a directory; want one with"
+    raise FormatError(odd or f"{path} is not a quantized checkpoint: {what} {files}")
 
 
-def _contents(path: Path, shards: Shards) -> Contents:
+def _contents(path: Path, where: Path, values: Mapping[str, Any], reader: Reader) -> Contents:
     try:
-        config = read_config(path)
+        config = read_config(values, path)
         layers = getattr(config.get_text_config(), "num_hidden_layers", None) or 0
     except Exception as error:  # transformers validates with exceptions of many libraries; none of them may pass for ours
-        raise FormatError(f"{path}/config.json: transformers cannot read it: {error}") from error
-    if layers > len(shards.headers):
-        raise FormatError(f"{path}/config.json: {layers} layers, but the files hold only {len(shards.headers)} tensors")
-    most = 8 * sum(header.nbytes for header in shards.headers.values()) // MIN_BITS
+        raise FormatError(f"{where}: transformers cannot read it: {error}") from error
+    if layers > len(reader.headers):
+        raise FormatError(f"{where}: {layers} layers, but the files hold only {len(reader.headers)} tensors")
+    most = 8 * sum(header.nbytes for header in reader.headers.values()) // MIN_BITS
     try:
         return contents_of(config, most_weights=most)
     except QuantkitError as error:
-        raise FormatError(f"{path}/config.json: {error}") from error
+        raise FormatError(f"{where}: {error}") from error
 
 
-def _matcher(path: Path, rule: Format, quantization: Mapping[str, Any], shards: Shards, config: Mapping[str, Any]) -> Matcher:
-    scales = {h.dtype for n, h in shards.headers.items() if n.endswith(".weight_scale")} & set(_FLOATS)
-    found = {str(dtype).removeprefix("torch.") for dtype in scales}  # FP4's scales have dtypes of their own
-    if len(found) > 1:
-        raise FormatError(f"{path}: scales of several dtypes ({', '.join(sorted(found))}) cannot be told apart")
-    dtype = found.pop() if found else str(config.get("dtype") or config.get("torch_dtype") or "float32")
+def _matcher(where: Path, rule: Format, config: Mapping[str, Any], reader: Reader) -> Matcher:
+    dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    tensors = {name: header.dtype for name, header in reader.headers.items()}
     try:
-        return rule.load_config(quantization, dtype)
+        return rule.dialect.load_config(config["quantization_config"], dtype, tensors)
     except QuantkitError as error:
-        raise FormatError(f"{path}/config.json: {error}") from error
+        raise FormatError(f"{where}: {error}") from error
 
 
-def _match_entries(path: Path, contents: Contents, matcher: Matcher, embeddings: bool) -> dict[str, Stored]:
+def _match_entries(where: Path, contents: Contents, matcher: Matcher, embeddings: bool) -> dict[str, Stored]:
     """Find which entries are quantized, and check that every site is so as a whole and fits its grid."""
     stored: dict[str, Stored] = {}
     seen: dict[str, Scheme | None] = {}
@@ -139,21 +134,19 @@ def _match_entries(path: Path, contents: Contents, matcher: Matcher, embeddings:
         found = matcher(entry.module)
         scheme = found.scheme if found else None
         if seen.setdefault(entry.site.name, scheme) != scheme:
-            raise FormatError(
-                f"{path}/config.json: the parts of {entry.site.name} have different schemes; {entry.module} differs"
-            )
+            raise FormatError(f"{where}: the parts of {entry.site.name} have different schemes; {entry.module} differs")
         if found is None:
             continue
         if reason := found.scheme.weight.rejects(entry.weight_shape):
-            raise FormatError(f"{path}/config.json: {entry.module}: {reason}")
+            raise FormatError(f"{where}: {entry.module}: {reason}")
         stored[entry.name] = found
     if not stored:
-        raise FormatError(f"{path}/config.json: quantization_config names no weight of this model")
+        raise FormatError(f"{where}: quantization_config names no weight of this model")
     return stored
 
 
-def _check_tensors(path: Path, contents: Contents, stored: Mapping[str, Stored], shards: Shards) -> None:
-    """Compare the names, dtypes and shapes in the files with what config.json promises."""
+def _check_tensors(path: Path, contents: Contents, stored: Mapping[str, Stored], reader: Reader) -> None:
+    """Compare the names, dtypes and shapes in the files with what the config promises."""
     expected: set[str] = set()
     dtypes = {name: tensor.dtype for name, tensor in contents.model.state_dict().items()}
     for entry in contents.entries:
@@ -165,31 +158,31 @@ def _check_tensors(path: Path, contents: Contents, stored: Mapping[str, Stored],
                 raise FormatError(f"{path}: {entry.module}: {error}") from error
             for suffix, (dtype, shape) in layout.items():
                 expected.add(f"{entry.module}.{suffix}")
-                _check_tensor(path, shards, f"{entry.module}.{suffix}", shape, (dtype,))
+                _check_tensor(path, reader, f"{entry.module}.{suffix}", shape, (dtype,))
         else:
             expected.add(entry.name)
             own = dtypes[entry.source.pieces[0].parameter]
-            _check_tensor(path, shards, entry.name, entry.shape, _FLOATS if own.is_floating_point else (own,))
+            _check_tensor(path, reader, entry.name, entry.shape, _FLOATS if own.is_floating_point else (own,))
     ignorable = getattr(contents.model, "_keys_to_ignore_on_load_unexpected", None) or []
     extra = [
         name
-        for name in shards.headers
+        for name in reader.headers
         if name not in expected
         and name not in contents.model.all_tied_weights_keys
         and not any(re.search(pattern, name) for pattern in ignorable)
     ]
     if extra:
         hint = "; permuted groups (weight_g_idx) are not supported" if any(n.endswith("weight_g_idx") for n in extra) else ""
-        raise FormatError(f"{path}: {len(extra)} tensors that config.json does not account for: {', '.join(extra[:3])}{hint}")
+        raise FormatError(f"{path}: {len(extra)} tensors that the config does not account for: {', '.join(extra[:3])}{hint}")
 
 
-def _check_tensor(path: Path, shards: Shards, name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
-    header = shards.headers.get(name)
+def _check_tensor(path: Path, reader: Reader, name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
+    header = reader.headers.get(name)
     if header is None:
-        raise FormatError(f"{path}: tensor {name} is missing, though config.json promises it; copy the whole checkpoint again")
+        raise FormatError(f"{path}: tensor {name} is missing, though the config promises it; copy the whole checkpoint again")
     if header.dtype not in dtypes or header.shape != shape:
         want = f"{' or '.join(str(dtype) for dtype in dtypes)} {shape}"
-        raise FormatError(f"{path}/{header.file}: {name} is {header.dtype} {header.shape}, config.json promises {want}")
+        raise FormatError(f"{path}/{header.file}: {name} is {header.dtype} {header.shape}, the config promises {want}")
 
 
 def inspect(path: str | Path) -> dict[str, Any]:
@@ -202,10 +195,10 @@ def inspect(path: str | Path) -> dict[str, Any]:
         weights = {e.name: torch.Size(e.shape).numel() for e in opened.contents.entries if e.name in opened.stored}
         prefixes = {e.module: e.name for e in opened.contents.entries if e.name in opened.stored}
         quantized_bytes = sum(
-            h.nbytes for n, h in opened.shards.headers.items() if n.rpartition(".")[0] in prefixes and n not in _bias(prefixes)
+            h.nbytes for n, h in opened.reader.headers.items() if n.rpartition(".")[0] in prefixes and n not in _bias(prefixes)
         )
         every = sum(torch.Size(e.shape).numel() for e in opened.contents.entries)
-        files = {f: (opened.path / f).stat().st_size for f in sorted({h.file for h in opened.shards.headers.values()})}
+        files = {f: (opened.path / f).stat().st_size for f in sorted({h.file for h in opened.reader.headers.values()})}
         return {
             "path": str(path),
             "format": opened.format_name,

@@ -1,25 +1,23 @@
-"""SanityCheck: the files hold the model in memory, bit for bit, and a loaded copy says the same things."""
+"""Verification: the files hold the model in memory, bit for bit."""
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from quantkit.checkpoint.contents import float_tensor
-from quantkit.checkpoint.files import mark_incomplete
-from quantkit.checkpoint.loading import load
 from quantkit.checkpoint.read import open_checkpoint
+from quantkit.checkpoint.staging import mark_incomplete
 from quantkit.errors import FormatError
 from quantkit.nn.embedding import QuantEmbedding
 from quantkit.nn.linear import QuantLinear, QuantWeight
-from quantkit.qtensor import PARTS, QTensor
+from quantkit.qtensor import PARTS, GridTensor
 from quantkit.spec import Scheme
 
 
-def installed(model: nn.Module) -> dict[str, QTensor]:
-    """Return site name to QTensor of every quantized weight in the model."""
+def installed(model: nn.Module) -> dict[str, GridTensor]:
+    """Return site name to GridTensor of every quantized weight in the model."""
     return {name: module.qtensor for name, module in _owners(model)}
 
 
@@ -62,11 +60,12 @@ def _compare(path: Path, model: nn.Module) -> None:
         for entry in opened.contents.entries:
             if entry.name in opened.stored:
                 continue
-            if not _same(opened.shards.read(entry.name), float_tensor(model, entry, opened.contents.transposed)):
+            if not same_bits(opened.reader.read(entry.name), float_tensor(model, entry, opened.contents.transposed)):
                 raise FormatError(f"{path}: {entry.name} differs from the model in memory; the disk lost bits")
 
 
-def _same(a: Tensor | None, b: Tensor | None) -> bool:
+def same_bits(a: Tensor | None, b: Tensor | None) -> bool:
+    """Say whether two tensors have the same dtype, shape and bytes; None is only the same as None."""
     if a is None or b is None:
         return a is b
     b = b.cpu()
@@ -78,29 +77,5 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
-def _same_qtensor(a: QTensor, b: QTensor) -> bool:
-    return all(_same(getattr(a, name), getattr(b, name)) for name in PARTS) and a.spec == b.spec and a.shape == b.shape
-
-
-@torch.no_grad()
-def kl_to(candidate: str | Path | nn.Module, reference: nn.Module, ids: Tensor) -> dict[str, Any]:
-    """Compare the predictions of a checkpoint (or model) with a reference model's on given tokens.
-
-    Args:
-        candidate: checkpoint directory, which is loaded, or a model.
-        reference: the model to compare with.
-        ids: int64 (B, T).
-
-    Returns:
-        ``kl``: mean KL(reference || candidate) in nats per token; ``max_difference``: largest difference of two logits;
-        ``same_top1``: share of positions with the same most likely token; ``tokens``: number of positions.
-    """
-    model = candidate if isinstance(candidate, nn.Module) else load(candidate, cache=False)
-    expected, found = (m(input_ids=ids).logits.float() for m in (reference, model))
-    p, q = expected.log_softmax(-1), found.log_softmax(-1)
-    return {
-        "kl": float((p.exp() * (p - q)).sum(-1).mean()),
-        "max_difference": float((expected - found).abs().max()),
-        "same_top1": float((expected.argmax(-1) == found.argmax(-1)).float().mean()),
-        "tokens": ids.numel(),
-    }
+def _same_qtensor(a: GridTensor, b: GridTensor) -> bool:
+    return all(same_bits(getattr(a, name), getattr(b, name)) for name in PARTS) and a.spec == b.spec and a.shape == b.shape

@@ -1,37 +1,44 @@
-"""Writing: from a model and its quantized sites to a directory that other programs can load."""
+"""Writing: from a model and its quantized sites to a directory that other programs can load, block by block."""
 
 import json
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from quantkit.checkpoint.check import MODEL_FILES, check, config_of, dtype_name, layout_bytes, layout_of
-from quantkit.checkpoint.contents import Entry, aliases, contents_of, float_tensor, linear_modules, quantized_slice
-from quantkit.checkpoint.files import INCOMPLETE, index_name, mark_incomplete, single_name, write_shard
-from quantkit.checkpoint.verify import installed, installed_plan, verify
+from quantkit.checkpoint.check import check, config_of, dtype_name, layout_of, model_files
+from quantkit.checkpoint.contents import (
+    Entry,
+    aliases,
+    contents_of,
+    float_tensor,
+    linear_modules,
+    lookup,
+    quantized_slice,
+    read_floats,
+    read_site,
+)
+from quantkit.checkpoint.staging import INCOMPLETE, Digest, Key, Stage, mark_incomplete
+from quantkit.checkpoint.verify import installed, installed_plan, same_bits, verify
 from quantkit.errors import FormatError
-from quantkit.formats.base import FORMATS
+from quantkit.formats.base import FORMATS, Stored
 from quantkit.hf.load import PreTrainedModel
-from quantkit.qtensor import QTensor
+from quantkit.nn.sites import Structure
+from quantkit.qtensor import GridTensor
 from quantkit.spec import Plan
-from quantkit.system.files import remove_temporaries, write_atomic, write_json
+from quantkit.system.files import write_atomic
 from quantkit.version import __version__
 
-MAX_SHARD_BYTES = 5_000_000_000
-"""Largest shard, unless one weight alone is larger."""
-
-_STAGE = "incomplete"
+Check = Callable[[Path], Mapping[str, Any]]
+"""Looks at a complete but not yet published directory; an exception stops it from being published."""
 
 
 class CheckpointWriter:
-    """Write a checkpoint block by block.
+    """Write a checkpoint block by block, and go on with one that was not finished.
 
-    Shards are planned from predicted sizes, so their final names and contents are known from the start; one is written as soon
-    as its last tensor arrives. At most one shard is held in memory. Everything goes to ``<path>/incomplete`` until
-    :meth:`finish`.
+    Names, sizes and places of all tensors follow from the plan, so each block goes once to its final place in
+    ``<path>/incomplete`` (:mod:`quantkit.checkpoint.staging`) and nothing is kept in memory. :meth:`finish` publishes.
 
     Args:
         path: directory, created if need be.
@@ -39,6 +46,8 @@ class CheckpointWriter:
         plan: site name to scheme.
         format: name in :data:`quantkit.formats.base.FORMATS`.
         overwrite: replace a model that is already there, at the very end.
+        key: what decides the codes and floats that will be written; with it, a killed run can be continued.
+        resume: continue an unfinished run of the same key; otherwise what is left of any run goes.
 
     Raises:
         FormatError: see :func:`check_output`.
@@ -52,151 +61,212 @@ class CheckpointWriter:
         plan: Plan,
         format: str = "compressed-tensors",
         overwrite: bool = False,
+        key: Key | None = None,
+        resume: bool = True,
     ) -> None:
         self.path, self.model, self.plan, self.format = Path(path), model, dict(plan), format
+        self._rule = FORMATS.get(format)
         self._contents = contents_of(config_of(model))
         check(self._contents, self.path, model, plan, format, overwrite)
-        self._stage = self.path / _STAGE
-        if self._stage.exists():
-            shutil.rmtree(self._stage)
-        self._stage.mkdir()
-        if not any(self.path.glob("config.json")):
+        if not (self.path / self._rule.container.key_file).exists():
             mark_incomplete(self.path, "a quantkit run has not finished writing this checkpoint; run it again")
-        mark_incomplete(self._stage, "a quantkit run has not finished writing this checkpoint; run it again")
-        self._shard_of, self._sizes = self._plan_shards()
-        self._waiting = [sum(1 for shard in self._shard_of.values() if shard == i) for i in range(len(self._sizes))]
-        self._tensors: list[dict[str, Tensor]] = [{} for _ in self._sizes]
-        self._weight_map: dict[str, str] = {}
-        self._written: set[int] = set()
+        self._stored = {
+            entry.name: Stored(self.plan[entry.site.name], self._rule.codec(self.plan[entry.site.name]))
+            for entry in self._contents.entries
+            if entry.site and entry.site.name in self.plan
+        }
+        self._layouts = {e.name: layout_of(self._contents, model, plan, format, e) for e in self._contents.entries}
+        self._stage = Stage(self.path, key, resume=resume)
+        self._files = self._rule.container.writer(self._stage.path, list(self._layouts.values()))
+        self._stage.begin()
+        self._written = set(range(self._stage.finished))
+        self._carry_out_changes()
 
-    def write_block(self, index: int, qtensors: Mapping[str, QTensor]) -> None:
+    @property
+    def structure(self) -> Structure:
+        """Blocks and sites of the model, as the checkpoint orders them."""
+        return self._contents.structure
+
+    @property
+    def finished(self) -> int:
+        """Number of leading blocks that a run of the same key has finished; the rest is to be written."""
+        return self._stage.finished
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """Steps that have changed the finished blocks since, by name, and what :meth:`change_blocks` was told of them."""
+        return self._stage.changes
+
+    def chain(self) -> list[Tensor]:
+        """Return what the last of the finished blocks handed on; see :meth:`write_block`."""
+        return self._stage.chain()
+
+    def write_block(
+        self,
+        index: int,
+        qtensors: Mapping[str, GridTensor],
+        *,
+        facts: Mapping[str, Any] | None = None,
+        chain: Sequence[Tensor] = (),
+    ) -> None:
         """Write block ``index`` (the number of blocks stands for everything outside them).
 
         Args:
             index: position in ``describe(model).blocks``.
             qtensors: site name to quantized weight, exactly the block's sites in the plan.
+            facts: JSON-able, kept until :meth:`finish` and returned by :meth:`restore_block`.
+            chain: tensors that a continued run wants to go on with after this block: its outputs. Only the newest are kept.
 
         Raises:
             FormatError: a site is missing, or its grid or shape is not the plan's, or the disk is full.
         """
-        entries = [entry for entry in self._contents.entries if entry.block == index]
-        wanted = {entry.site.name for entry in entries if entry.site and entry.site.name in self.plan}
+        wanted = {entry.site.name for entry in self._entries(index) if entry.site and entry.name in self._stored}
         if wanted != set(qtensors):
             raise FormatError(f"block {index}: got {sorted(qtensors)}, the plan wants {sorted(wanted)}")
         if index in self._written:
             raise FormatError(f"block {index} is written twice")
-        for entry in entries:
-            self._add(entry, self._encode(entry, qtensors))
+        recorded, digest = self._stage.key is not None and index < len(self.structure.blocks), Digest()
+        for entry in self._entries(index):
+            tensors = self._encode(entry, qtensors)
+            self._files.write(tensors)
+            if recorded:
+                digest.add(tensors)
+        if recorded:
+            self._files.flush()
+            self._stage.record(index, digest.hexdigest(), facts or {}, chain)
         self._written.add(index)
+
+    def restore_block(self, index: int) -> tuple[dict[str, GridTensor], dict[str, Any]]:
+        """Return the quantized sites of finished block ``index`` by name, and its facts.
+
+        Its unquantized tensors are put into the model, where they are not what they were when the block was finished.
+
+        Raises:
+            FormatError: what is on the disk is not what was written.
+        """
+        tensors = {name: self._files.read(name) for entry in self._entries(index) for name in self._layouts[entry.name]}
+        recorded, facts = self._stage.block(index)
+        found = Digest()
+        found.add(tensors)
+        if found.hexdigest() != recorded:
+            raise FormatError(
+                f"{self._stage.path}: block {index} is not what was written; "
+                "the disk lost bits, or another run writes there; pass resume=False to start over"
+            )
+        entries = self._entries(index)
+        for name, value in read_floats(self._contents, (e for e in entries if e.name not in self._stored), tensors.__getitem__):
+            own = lookup(self.model, name)
+            if not same_bits(value, own):
+                owner, _, attribute = name.rpartition(".")
+                getattr(self.model.get_submodule(owner), attribute).data = value.to(own.device)  # the old may be shared
+        sites = {e.site.name: e.site for e in entries if e.site and e.name in self._stored}
+        return {name: read_site(site, entries, self._stored, tensors.__getitem__) for name, site in sites.items()}, facts
+
+    def change_blocks(self, step: str, qtensors: Mapping[str, GridTensor], facts: Any = None) -> None:
+        """Replace what all blocks hold by what a later step has made of it: all of it, or after a kill nothing.
+
+        Args:
+            step: name of the step, for :attr:`changes`.
+            qtensors: site name to quantized weight of every planned site in the blocks.
+            facts: JSON-able, about the step.
+
+        Raises:
+            FormatError: as :meth:`write_block`, or not all blocks are written.
+        """
+        self._refuse_gaps()
+        changed: dict[str, Tensor] = {}
+        digests: dict[int, str] = {}
+        for index in range(len(self.structure.blocks)):
+            digest = Digest()
+            for entry in self._entries(index):
+                tensors = self._encode(entry, qtensors)
+                digest.add(tensors)
+                changed |= {name: tensor for name, tensor in tensors.items() if not same_bits(self._files.read(name), tensor)}
+            digests[index] = digest.hexdigest()
+        if self._stage.key is None:
+            self._files.write(changed)
+            return
+        self._stage.plan_changes(step, facts, changed, digests)
+        self._carry_out_changes()
 
     def finish(
         self,
         metadata: Mapping[str, Any] | None = None,
         *,
-        outside: Mapping[str, QTensor] | None = None,
+        outside: Mapping[str, GridTensor] | None = None,
         tokenizer: Any = None,
-        prove: Callable[[Path], Mapping[str, Any]] | None = None,
+        check: Check | None = None,
     ) -> Path:
         """Write what is left and move the checkpoint into place.
 
         Args:
-            metadata: JSON-able facts for the ``quantkit`` section of config.json.
+            metadata: JSON-able facts for the ``quantkit`` section of the config.
             outside: quantized sites outside every block.
             tokenizer: saved along.
-            prove: called with the complete but not yet published directory; what it returns is recorded as
+            check: called with the complete but not yet published directory; what it returns is recorded as
                 ``quality``, and an exception leaves the previous state intact.
 
         Raises:
             FormatError: a block was not written, or the disk is full.
         """
-        last = len(self._contents.structure.blocks)
-        if missing := sorted(set(range(last)) - self._written):
-            raise FormatError(f"blocks {missing} have not been written; call write_block for each before finish")
+        self._refuse_gaps()
+        last = len(self.structure.blocks)
         if last not in self._written:
             self.write_block(last, outside or {})
-        self._write_index()
-        _write_extras(self._stage, self.model, tokenizer)
+        _write_extras(self._stage.path, self.model, tokenizer)
         facts = dict(metadata or {})
-        self._write_config(facts)
-        (self._stage / INCOMPLETE).unlink()
-        if prove is not None and (found := prove(self._stage)):
-            facts["quality"] = {**facts.get("quality", {}), **found}
-            self._write_config(facts)
-        self._publish()
+        self._files.finish(self._config(facts))
+        (self._stage.path / INCOMPLETE).unlink()
+        if check is not None:
+            try:
+                found = check(self._stage.path)
+            except BaseException:
+                if not (self._stage.path / INCOMPLETE).exists():
+                    mark_incomplete(self._stage.path, "a check of the files failed")
+                raise
+            if found:
+                facts["quality"] = {**facts.get("quality", {}), **found}
+                self._files.finish(self._config(facts))
+        self._stage.publish((*model_files(), "generation_config.json"), self._rule.container.key_file)
         return self.path
 
-    def _encode(self, entry: Entry, qtensors: Mapping[str, QTensor]) -> dict[str, Tensor]:
-        scheme = self.plan.get(entry.site.name) if entry.site else None
-        if scheme is None or entry.site is None:
+    def _entries(self, index: int) -> list[Entry]:
+        return [entry for entry in self._contents.entries if entry.block == index]
+
+    def _refuse_gaps(self) -> None:
+        if missing := sorted(set(range(len(self.structure.blocks))) - self._written):
+            raise FormatError(f"blocks {missing} have not been written; call write_block for each before finish")
+
+    def _encode(self, entry: Entry, qtensors: Mapping[str, GridTensor]) -> dict[str, Tensor]:
+        if entry.name not in self._stored or entry.site is None:
             return {entry.name: float_tensor(self.model, entry, self._contents.transposed)}
+        scheme, codec = self._stored[entry.name].scheme, self._stored[entry.name].codec
         qtensor = qtensors[entry.site.name]
         if qtensor.spec != scheme.weight or qtensor.shape != entry.site.shape:
             raise FormatError(
                 f"{entry.site.name}: got {qtensor.spec.describe()} {qtensor.shape}, "
                 f"the plan says {scheme.weight.describe()} {entry.site.shape}"
             )
-        part = quantized_slice(qtensor, entry).to("cpu")
-        tensors = FORMATS.get(self.format).codec(scheme).encode(part)
-        return {f"{entry.module}.{suffix}": _own(tensor) for suffix, tensor in tensors.items()}
+        tensors = codec.encode(quantized_slice(qtensor, entry).to("cpu"))
+        return {f"{entry.module}.{suffix}": tensor for suffix, tensor in tensors.items()}
 
-    def _add(self, entry: Entry, tensors: dict[str, Tensor]) -> None:
-        shard = self._shard_of[entry.name]
-        self._tensors[shard].update(tensors)
-        self._waiting[shard] -= 1
-        if self._waiting[shard] == 0:
-            name = _shard_name(FORMATS.get(self.format).stem, shard, len(self._sizes))
-            write_shard(self._stage / name, self._tensors[shard])
-            self._weight_map.update(dict.fromkeys(self._tensors[shard], name))
-            self._tensors[shard] = {}
+    def _carry_out_changes(self) -> None:
+        changes = self._stage.planned_changes()
+        if changes is not None:
+            self._files.write(changes)
+            self._files.flush()
+            self._stage.record_changes()
 
-    def _plan_shards(self) -> tuple[dict[str, int], list[int]]:
-        """Fill shards in order; return entry name to shard, and the bytes of each."""
-        shard_of, sizes = {}, [0]
-        for entry in self._contents.entries:
-            size = layout_bytes(layout_of(self._contents, self.model, self.plan, self.format, entry))
-            if sizes[-1] and sizes[-1] + size > MAX_SHARD_BYTES:
-                sizes.append(0)
-            shard_of[entry.name] = len(sizes) - 1
-            sizes[-1] += size
-        return shard_of, sizes
-
-    def _write_index(self) -> None:
-        if len(self._sizes) > 1:
-            index = {"metadata": {"total_size": sum(self._sizes)}, "weight_map": dict(sorted(self._weight_map.items()))}
-            write_json(self._stage / index_name(FORMATS.get(self.format).stem), index)
-
-    def _write_config(self, metadata: Mapping[str, Any]) -> None:
-        config = json.loads(self.model.config.to_json_string(use_diff=True))
-        quantized = {e.name: e for e in self._contents.entries if e.site and e.site.name in self.plan}
-        plan = {name: self.plan[e.site.name] for e in quantized.values() if e.site for name in aliases(e)}
-        ignore = linear_modules(self._contents, quantized)
+    def _config(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
+        config: dict[str, Any] = json.loads(self.model.config.to_json_string(use_diff=True))
+        quantized = {e.name: e for e in self._contents.entries if e.name in self._stored}
+        plan = {name: self._stored[e.name].scheme for e in quantized.values() for name in aliases(e)}
         dtype = dtype_name(self.model)
         config["architectures"] = [type(self.model).__name__]
         config["dtype"] = dtype
-        config["quantization_config"] = FORMATS.get(self.format).dump_config(plan, ignore, dtype)
+        config["quantization_config"] = self._rule.dialect.dump_config(plan, linear_modules(self._contents, quantized), dtype)
         config["quantkit"] = {"version": __version__, "format": self.format, **metadata}
-        write_json(self._stage / "config.json", config)
-
-    def _publish(self) -> None:
-        """Move the staged files into place: old model files out, new ones in, config.json last."""
-        mark_incomplete(self.path, "a quantkit run was stopped while it moved this checkpoint into place; run it again")
-        for old in [file for pattern in (*MODEL_FILES, "generation_config.json") for file in self.path.glob(pattern)]:
-            old.unlink()
-        names = sorted(file.name for file in self._stage.iterdir())
-        for name in [n for n in names if n != "config.json"] + ["config.json"]:
-            (self._stage / name).replace(self.path / name)
-        self._stage.rmdir()
-        remove_temporaries(self.path)
-        (self.path / INCOMPLETE).unlink()
-
-
-def _shard_name(stem: str, index: int, count: int) -> str:
-    return single_name(stem) if count == 1 else f"{stem}-{index + 1:05d}-of-{count:05d}.safetensors"
-
-
-def _own(tensor: Tensor) -> Tensor:
-    """Return ``tensor`` in storage of its own: safetensors refuses views of shared memory."""
-    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+        return config
 
 
 def _write_extras(path: Path, model: PreTrainedModel, tokenizer: Any) -> None:
@@ -216,7 +286,7 @@ def save(
     tokenizer: Any = None,
     metadata: Mapping[str, Any] | None = None,
     overwrite: bool = False,
-    prove: Callable[[Path], Mapping[str, Any]] | None = None,
+    check: Check | None = None,
 ) -> Path:
     """Write a model whose sites are already quantized, and compare the files bit for bit before they are published.
 
@@ -226,9 +296,9 @@ def save(
         plan: site name to scheme; None takes what is installed as it is.
         format: name in :data:`quantkit.formats.base.FORMATS`.
         tokenizer: saved along.
-        metadata: JSON-able facts for the ``quantkit`` section of config.json.
+        metadata: JSON-able facts for the ``quantkit`` section of the config.
         overwrite: replace a model that is already there.
-        prove: an additional proof, see :meth:`CheckpointWriter.finish`.
+        check: something else to look at before publishing, see :meth:`CheckpointWriter.finish`.
 
     Raises:
         FormatError: see :func:`check_output` and :func:`verify`.
@@ -239,13 +309,12 @@ def save(
         odd = sorted(found.keys() ^ plan.keys())
         raise FormatError(f"{odd[0]} is {'quantized' if odd[0] in found else 'not quantized'} in the model, unlike in the plan")
     writer = CheckpointWriter(path, model, plan=plan, format=format, overwrite=overwrite)
-    structure = writer._contents.structure
-    for i, block in enumerate(structure.blocks):
+    for i, block in enumerate(writer.structure.blocks):
         writer.write_block(i, {site.name: found[site.name] for site in block.sites if site.name in found})
-    outside = {site.name: found[site.name] for site in structure.after if site.name in found}
+    outside = {site.name: found[site.name] for site in writer.structure.after if site.name in found}
 
-    def prove_all(stage: Path) -> Mapping[str, Any]:
+    def check_all(stage: Path) -> Mapping[str, Any]:
         verify(stage, model)
-        return prove(stage) if prove is not None else {}
+        return check(stage) if check is not None else {}
 
-    return writer.finish(metadata, outside=outside, tokenizer=tokenizer, prove=prove_all)
+    return writer.finish(metadata, outside=outside, tokenizer=tokenizer, check=check_all)

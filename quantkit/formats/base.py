@@ -1,9 +1,11 @@
-"""What a checkpoint format is.
+"""What a checkpoint format is: which codecs, which container, which dialect.
 
-A *format* is two things: a dialect of config.json (``quantization_config``) and one or more *codecs*, each of which
-turns a :class:`~quantkit.qtensor.QTensor` into a few plain tensors and back without losing a bit. A tensor is stored as
-``<module name in the checkpoint>.<suffix>``, e.g. ``model.layers.0.mlp.up_proj.weight_packed``. Formats see names and
-shapes, never a model.
+A tensor is stored as ``<module name in the checkpoint>.<suffix>``, e.g. ``model.layers.0.mlp.up_proj.weight_packed``. Formats
+see names and shapes, never a model.
+
+A format is added by one file that registers it::
+
+    FORMATS.register("mine")(Format(codec_of, SafetensorsDirectory("mine"), MyDialect()))
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,26 +16,24 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import FormatError
-from quantkit.qtensor import QTensor
+from quantkit.formats.containers.base import Container, Layout
+from quantkit.qtensor import GridTensor
 from quantkit.registry import Registry
 from quantkit.spec import QuantSpec, Scheme
 
-Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
-"""Suffix to (dtype, shape) of every tensor that stands for one quantized weight."""
-
 
 class Codec(Protocol):
-    """An exact mapping between a QTensor and tensors named by suffix."""
+    """An exact mapping between a GridTensor and tensors named by suffix."""
 
     def layout(self, spec: QuantSpec, shape: tuple[int, ...]) -> Layout:
         """Return what :meth:`encode` produces for a weight of ``shape``: used to predict sizes and to check files."""
         ...
 
-    def encode(self, qtensor: QTensor) -> dict[str, Tensor]:
+    def encode(self, qtensor: GridTensor) -> dict[str, Tensor]:
         """Return the tensors of one weight by suffix, contiguous."""
         ...
 
-    def decode(self, tensors: Mapping[str, Tensor], spec: QuantSpec, shape: tuple[int, ...]) -> QTensor:
+    def decode(self, tensors: Mapping[str, Tensor], spec: QuantSpec, shape: tuple[int, ...]) -> GridTensor:
         """Reverse :meth:`encode`.
 
         Raises:
@@ -54,18 +54,16 @@ Matcher = Callable[[str], Stored | None]
 """Checkpoint module name to how it is stored; None for a module that is not quantized."""
 
 
-class Format(Protocol):
-    """One dialect of checkpoint.
+class Dialect(Protocol):
+    """What ``quantization_config`` says, and what cannot be said in it.
 
     Attributes:
-        quant_method: value of ``quantization_config.quant_method`` that announces this format.
-        stem: first part of the names of weight files; ``"model"`` is what transformers looks for.
-        conv1d: readers of the format know transformers' Conv1D layers (GPT-2), not only Linear ones.
-        embeddings: readers of the format know quantized embedding tables.
+        quant_method: value of ``quantization_config.quant_method`` that announces this dialect.
+        conv1d: its readers know transformers' Conv1D layers (GPT-2), not only Linear ones.
+        embeddings: its readers know quantized embedding tables.
     """
 
     quant_method: str
-    stem: str
     conv1d: bool
     embeddings: bool
 
@@ -75,12 +73,8 @@ class Format(Protocol):
         Args:
             scheme: the numbers.
             shape: shape of the weight; a stack of experts is judged by one expert.
-            dtype: dtype of the checkpoint's unquantized weights (``"bfloat16"``), which some formats impose on scales.
+            dtype: dtype of the checkpoint's unquantized weights (``"bfloat16"``), which some dialects impose on scales.
         """
-        ...
-
-    def codec(self, scheme: Scheme) -> Codec:
-        """Return the codec for a scheme that :meth:`rejects` accepts."""
         ...
 
     def dump_config(self, plan: Mapping[str, Scheme], ignore: Sequence[str], dtype: str) -> dict[str, Any]:
@@ -93,17 +87,37 @@ class Format(Protocol):
         """
         ...
 
-    def load_config(self, config: Mapping[str, Any], scale_dtype: str) -> Matcher:
+    def load_config(self, config: Mapping[str, Any], dtype: str, tensors: Mapping[str, torch.dtype]) -> Matcher:
         """Read ``quantization_config``.
 
         Args:
-            config: the dictionary from config.json.
-            scale_dtype: dtype of stored scales, for a config that does not name it.
+            config: the dictionary that :meth:`dump_config` or another writer made.
+            dtype: dtype of the checkpoint's unquantized weights.
+            tensors: dtype of every tensor in the checkpoint, for a config that does not name the dtype of scales.
 
         Raises:
             FormatError: it describes something that cannot be represented exactly.
         """
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """One kind of checkpoint.
+
+    Attributes:
+        codec: the codec of a scheme that :meth:`rejects` accepts.
+        container: the files.
+        dialect: the config.
+    """
+
+    codec: Callable[[Scheme], Codec]
+    container: Container
+    dialect: Dialect
+
+    def rejects(self, scheme: Scheme, shape: tuple[int, ...], dtype: str | None = None) -> str | None:
+        """Say why a weight of ``shape`` (..., out, in) cannot be stored; see :meth:`Dialect.rejects`."""
+        return self.dialect.rejects(scheme, shape, dtype)
 
 
 FORMATS: Registry[Format] = Registry("format", package="quantkit.formats", error=FormatError)

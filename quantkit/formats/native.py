@@ -1,116 +1,12 @@
-"""``native``: quantkit's own format, which stores every QTensor exactly as it is.
+"""``native``: quantkit's own format, which stores every GridTensor exactly as it is.
 
-Tensors of a weight (..., out, in), where ``...`` is empty or the number of experts:
-
-- ``packed`` int32 (..., out, ceil(in * bits / 32)), the layout of :mod:`quantkit.numerics.pack`;
-- ``scale`` (..., out_blocks, in_blocks) in the spec's scale dtype;
-- ``zero_point`` int32 (..., in_blocks, ceil(out_blocks * bits / 32)), the codes of the zero points of one column of
-  blocks packed like weights; absent for symmetric grids;
-- ``global_scale`` float32 (..., 1), where scales are FP8;
-- ``input_scale`` (..., 1), where the grid of the inputs is static, in its scale dtype.
-
-It has no limits: any block, any scale dtype, 3-D stacks. Only quantkit reads it; use ``compressed-tensors`` to go
-elsewhere. Weight files are called ``quantkit*.safetensors``, not ``model*``, because transformers would otherwise skip the
-quantization it does not know and fill the model with random weights.
+Only quantkit reads it; use ``compressed-tensors`` to go elsewhere. Weight files are called ``quantkit*.safetensors``, not
+``model*``, because transformers would otherwise skip the quantization it does not know and fill the model with random weights.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from quantkit.formats.base import FORMATS, Format
+from quantkit.formats.codecs.native import codec_of
+from quantkit.formats.containers.directory import SafetensorsDirectory
+from quantkit.formats.dialects.native import Native
 
-import torch
-from torch import Tensor
-
-from quantkit.dtypes import SCALE_DTYPES
-from quantkit.errors import FormatError, SpecError
-from quantkit.formats.base import FORMATS, Codec, Layout, Matcher, Stored, check_layout, group_by_scheme
-from quantkit.numerics import grid
-from quantkit.numerics.pack import pack, packed_words, unpack
-from quantkit.qtensor import QTensor
-from quantkit.spec import QuantSpec, Scheme
-
-VERSION = 1
-
-
-@dataclass(frozen=True, slots=True)
-class NativeCodec:
-    """Codes, scales and zero points under their own names; ``input_dtype`` is that of a static input scale, if there is one."""
-
-    input_dtype: str | None = None
-
-    def layout(self, spec: QuantSpec, shape: tuple[int, ...]) -> Layout:
-        """See :class:`quantkit.formats.base.Codec`."""
-        rows, cols = grid.block_size(spec, shape)
-        lead, out_blocks, in_blocks = shape[:-2], shape[-2] // rows, shape[-1] // cols
-        layout: Layout = {
-            "packed": (torch.int32, (*shape[:-1], packed_words(shape[-1], spec.bits))),
-            "scale": (SCALE_DTYPES[spec.scale_dtype], (*lead, out_blocks, in_blocks)),
-        }
-        if not spec.symmetric:
-            layout["zero_point"] = (torch.int32, (*lead, in_blocks, packed_words(out_blocks, spec.bits)))
-        if spec.has_global_scale:
-            layout["global_scale"] = (torch.float32, (*lead, 1))
-        if self.input_dtype is not None:
-            layout["input_scale"] = (SCALE_DTYPES[self.input_dtype], (*lead, 1))
-        return layout
-
-    def encode(self, qtensor: QTensor) -> dict[str, Tensor]:
-        """See :class:`quantkit.formats.base.Codec`."""
-        tensors = {"packed": qtensor.packed.contiguous(), "scale": qtensor.scale.contiguous()}
-        if qtensor.zero_point is not None:
-            tensors["zero_point"] = pack(qtensor.zero_point.transpose(-1, -2).contiguous(), qtensor.spec.bits)
-        for name in ("global_scale", "input_scale"):
-            if (value := getattr(qtensor, name)) is not None:
-                tensors[name] = value.contiguous()
-        return tensors
-
-    def decode(self, tensors: Mapping[str, Tensor], spec: QuantSpec, shape: tuple[int, ...]) -> QTensor:
-        """See :class:`quantkit.formats.base.Codec`."""
-        check_layout(tensors, self.layout(spec, shape))
-        zero = None
-        if not spec.symmetric:
-            out_blocks = tensors["scale"].shape[-2]
-            zero = unpack(tensors["zero_point"], spec.bits, out_blocks).transpose(-1, -2).contiguous()
-        single = {name: tensors.get(name) for name in ("global_scale", "input_scale")}
-        return QTensor(tensors["packed"], tensors["scale"], zero, spec, shape, **single)
-
-
-class Native:
-    """The format ``native``."""
-
-    quant_method = "quantkit"
-    stem = "quantkit"
-    conv1d = True
-    embeddings = True
-
-    def rejects(self, scheme: Scheme, shape: tuple[int, ...], dtype: str | None = None) -> str | None:
-        """Reject only a block that does not divide the shape."""
-        return scheme.weight.rejects(shape)
-
-    def codec(self, scheme: Scheme) -> Codec:
-        """Return the one codec, told whether there is an input scale."""
-        return NativeCodec(scheme.activation.scale_dtype if scheme.static and scheme.activation else None)
-
-    def dump_config(self, plan: Mapping[str, Scheme], ignore: Sequence[str], dtype: str) -> dict[str, Any]:
-        """List the modules of every scheme."""
-        groups = [{"scheme": scheme.to_dict(), "modules": names} for scheme, names in group_by_scheme(plan).items()]
-        return {"quant_method": self.quant_method, "version": VERSION, "groups": groups, "ignore": list(ignore)}
-
-    def load_config(self, config: Mapping[str, Any], scale_dtype: str) -> Matcher:
-        """Reverse :meth:`dump_config`."""
-        if config.get("version") != VERSION:
-            raise FormatError(
-                f"quantization_config.version is {config.get('version')!r}, this quantkit reads {VERSION}; update it"
-            )
-        stored: dict[str, Stored] = {}
-        try:
-            for group in config["groups"]:
-                scheme = Scheme.from_dict(group["scheme"])
-                entry = Stored(scheme, self.codec(scheme))
-                stored.update(dict.fromkeys(group["modules"], entry))
-        except (KeyError, TypeError, AttributeError, SpecError) as error:
-            raise FormatError(f"quantization_config.groups is malformed: {error!r}") from error
-        return stored.get
-
-
-FORMATS.register("native")(Native())
+FORMATS.register("native")(Format(codec_of, SafetensorsDirectory("quantkit"), Native()))

@@ -1,7 +1,10 @@
 """Models from the outside: a hub id, a directory, a GGUF file or a model object in; a plain float model out."""
 
 import copy
+import json
 import logging
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +92,17 @@ def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> Pr
     return tokenizer
 
 
-def read_config(path: str | Path) -> PretrainedConfig:
-    """Return the config of a directory, whatever it says; transformers' own errors pass through."""
-    config: PretrainedConfig = AutoConfig.from_pretrained(path)
+def read_config(values: Mapping[str, Any], source: str | Path) -> PretrainedConfig:
+    """Return the config that a mapping describes, whatever it says; transformers' own errors pass through.
+
+    Args:
+        values: what config.json would hold.
+        source: where they come from; recorded in the config.
+    """
+    with tempfile.TemporaryDirectory() as directory:  # transformers corrects configs only as it reads them from a file
+        Path(directory, "config.json").write_text(json.dumps(values), encoding="utf-8")
+        config: PretrainedConfig = AutoConfig.from_pretrained(directory)
+    config.name_or_path = str(source)
     return config
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import KernelError
-from quantkit.qtensor import QTensor
+from quantkit.qtensor import GridTensor
 from quantkit.registry import Registry
 from quantkit.spec import QuantSpec
 
@@ -64,7 +64,7 @@ class Kernel(Protocol):
         """Say why ``problem`` cannot run here, or None if it can. May build the kernel's library (once)."""
         ...
 
-    def prepack(self, qtensor: QTensor) -> Any:
+    def prepack(self, qtensor: GridTensor) -> Any:
         """Lay a 2-D weight out for :meth:`matmul`. The state may share memory with ``qtensor`` and is never written to."""
         ...
 
@@ -72,7 +72,7 @@ class Kernel(Protocol):
         """Return ``x @ w.T + bias``: x (..., K) to (..., N), in x's dtype and on its device; ``bias`` (N,) in x's dtype."""
         ...
 
-    def unpack(self, state: Any, spec: QuantSpec) -> QTensor:
+    def unpack(self, state: Any, spec: QuantSpec) -> GridTensor:
         """Reverse :meth:`prepack`: return the weight that ``state`` was made from, bit for bit; ``spec`` is its grid."""
         ...
 

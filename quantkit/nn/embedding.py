@@ -11,7 +11,7 @@ from torch import Tensor
 
 from quantkit.errors import SpecError
 from quantkit.nn.linear import _Quantized
-from quantkit.qtensor import QTensor
+from quantkit.qtensor import GridTensor
 
 
 class QuantEmbedding(_Quantized):
@@ -28,7 +28,7 @@ class QuantEmbedding(_Quantized):
         SpecError: a table that is not 2-D, or with scales shared by several rows.
     """
 
-    def __init__(self, qtensor: QTensor, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, qtensor: GridTensor, dtype: torch.dtype = torch.float32) -> None:
         if len(qtensor.shape) != 2 or qtensor.spec.block[0] != 1:
             got = f"{qtensor.spec.describe()} {qtensor.shape}"
             raise SpecError(f"QuantEmbedding: {got}; want (vocabulary, hidden) with a scale per group or row")
@@ -43,10 +43,7 @@ class QuantEmbedding(_Quantized):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return the rows of int64 ``ids`` (...), (..., hidden)."""
-        flat = ids.reshape(-1)
-        zero = None if self.zero_point is None else self.zero_point[flat]
-        shape = (len(flat), self.embedding_dim)
-        rows = QTensor(self.packed[flat], self.scale[flat], zero, self.spec, shape, self.global_scale)
+        rows = self.qtensor.rows(ids.reshape(-1))
         return rows.dequantize(self.like.dtype).view(*ids.shape, self.embedding_dim)  # type: ignore[arg-type]
 
 

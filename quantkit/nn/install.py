@@ -16,11 +16,11 @@ from quantkit.nn.embedding import QuantEmbedding
 from quantkit.nn.linear import QuantLinear, QuantWeight
 from quantkit.nn.sites import Site
 from quantkit.numerics import grid
-from quantkit.qtensor import QTensor
+from quantkit.qtensor import GridTensor
 from quantkit.spec import QuantSpec
 
 
-def install(model: nn.Module, site: Site, qtensor: QTensor, activation: QuantSpec | None = None) -> None:
+def install(model: nn.Module, site: Site, qtensor: GridTensor, activation: QuantSpec | None = None) -> None:
     """Replace the weight of ``site`` in ``model``, in place.
 
     The new module takes the old one's training flag and name; forward hooks of a replaced linear layer are lost.
@@ -57,7 +57,7 @@ def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), name, module.train(model.get_submodule(path).training))
 
 
-def _install_table(model: nn.Module, site: Site, weight: Tensor, qtensor: QTensor, activation: QuantSpec | None) -> None:
+def _install_table(model: nn.Module, site: Site, weight: Tensor, qtensor: GridTensor, activation: QuantSpec | None) -> None:
     """Replace an embedding, and with it the linear layers that share its table: they get the same codes."""
     if activation is not None:
         raise SpecError(f"{site.name}: a table has no inputs to round; use a scheme with float activations")
@@ -70,7 +70,7 @@ def _install_table(model: nn.Module, site: Site, weight: Tensor, qtensor: QTenso
         head = QuantLinear(qtensor, getattr(model.get_submodule(path), "bias", None))
         head.tied_to = site.name
         _replace(model, path, head)
-    getattr(model, "all_tied_weights_keys", {}).clear()  # what was tied there is one QTensor now
+    getattr(model, "all_tied_weights_keys", {}).clear()  # what was tied there is one GridTensor now
 
 
 def set_compute(model: nn.Module, compute: ComputeMode) -> None:
@@ -123,7 +123,7 @@ def quantize_head(model: Any, spec: QuantSpec = HEAD_SPEC) -> None:
         raise SpecError(f"{type(model).__name__}: the output head is {kind}, want nn.Linear; leave it as it is")
     weight: Tensor = head.weight.detach().float()
     scale, zero = grid.choose_qparams(weight, spec)
-    qtensor = QTensor.from_codes(grid.quantize(weight, scale, zero, spec), scale, zero, spec)
+    qtensor = GridTensor.from_codes(grid.quantize(weight, scale, zero, spec), scale, zero, spec)
     name = next(name for name, module in model.named_modules() if module is head)
     parent, _, own = name.rpartition(".")
     rounded = QuantLinear(qtensor, head.bias).train(head.training)

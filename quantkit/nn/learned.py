@@ -30,7 +30,7 @@ from quantkit.kernels.functions.learning import drift_levels, expand_groups, red
 from quantkit.nn.sites import Site
 from quantkit.numerics import grid
 from quantkit.numerics.fake import fake_quantize
-from quantkit.qtensor import QTensor
+from quantkit.qtensor import GridTensor
 from quantkit.spec import QuantSpec
 
 _SHARE, _LARGEST_DRIFT = 0.5, 0.49
@@ -54,7 +54,7 @@ class TunedWeight(nn.Module):
 
     def __init__(
         self,
-        qtensor: QTensor,
+        qtensor: GridTensor,
         dtype: torch.dtype,
         *,
         code_rate: float = 0.0,
@@ -87,10 +87,10 @@ class TunedWeight(nn.Module):
         """Return the present scales in the dtype they are stored in."""
         return grid.round_scale(self.start * (1 + self.change.detach()), self.spec.scale_dtype)
 
-    def result(self) -> QTensor:
+    def result(self) -> GridTensor:
         """Return what has been learned."""
         codes = (self.levels - self.low[..., :, None, :, None]).to(torch.uint8).view(self.shape)
-        return QTensor.from_codes(codes, self.scale(), self.zero_point, self.spec)
+        return GridTensor.from_codes(codes, self.scale(), self.zero_point, self.spec)
 
     def begin(self, factor: float) -> None:
         """Let the backward passes to come move drifts by ``factor`` times the highest ``code_rate``."""

@@ -25,7 +25,7 @@ from quantkit.kernels.cpu.matmul import State
 from quantkit.kernels.select import ComputeMode, Kernel, Problem, RoundingKernel, select
 from quantkit.numerics.fake import fake_quantize
 from quantkit.numerics.hadamard import hadamard_transform
-from quantkit.qtensor import QTensor, stack
+from quantkit.qtensor import GridTensor, stack
 from quantkit.spec import QuantSpec
 
 _BUFFERS = ("packed", "scale", "zero_point")
@@ -55,7 +55,7 @@ class _Quantized(nn.Module):
     global_scale: Tensor | None
     input_scale: Tensor | None
 
-    def __init__(self, qtensor: QTensor, activation: QuantSpec | None = None) -> None:
+    def __init__(self, qtensor: GridTensor, activation: QuantSpec | None = None) -> None:
         super().__init__()
         if (activation is not None and not activation.dynamic) != (qtensor.input_scale is not None):
             got = "no activations" if activation is None else f"activations {activation.describe()}"
@@ -72,14 +72,14 @@ class _Quantized(nn.Module):
         self._device = "cpu"  # where the parts of a released module are
 
     @property
-    def qtensor(self) -> QTensor:
+    def qtensor(self) -> GridTensor:
         """The quantized weight: the buffers themselves, or what they held, restored, where they have been let go."""
         if self._released:
             return self._restored()
         packed, scale, zero = (self._buffers[name] for name in _BUFFERS)
         assert packed is not None
         assert scale is not None
-        return QTensor(packed, scale, zero, self.spec, self.shape, self.global_scale, self.input_scale)
+        return GridTensor(packed, scale, zero, self.spec, self.shape, self.global_scale, self.input_scale)
 
     @property
     def compute(self) -> ComputeMode:
@@ -168,7 +168,7 @@ class _Quantized(nn.Module):
             and ready.zero_point is buffers["zero_point"]
         )
 
-    def _part(self, expert: int) -> QTensor:
+    def _part(self, expert: int) -> GridTensor:
         if self._released:
             ready = self._ready[expert]
             return ready.kernel.unpack(ready.state, self.spec)
@@ -208,7 +208,7 @@ class _Quantized(nn.Module):
         self._buffers.update(empty)
         self._ready = {expert: ready._replace(**empty) for expert, ready in self._ready.items()}
 
-    def _restored(self) -> QTensor:
+    def _restored(self) -> GridTensor:
         parts = [ready.kernel.unpack(ready.state, self.spec) for _, ready in sorted(self._ready.items())]
         whole = parts[0] if len(self.shape) == 2 else stack(parts)
         return dataclasses.replace(whole, input_scale=self.input_scale)  # which kernels know nothing of
@@ -290,7 +290,7 @@ class QuantLinear(_Quantized):
     bias: nn.Parameter | None
     tied_to: str | None = None
 
-    def __init__(self, qtensor: QTensor, bias: Tensor | None = None, *, activation: QuantSpec | None = None) -> None:
+    def __init__(self, qtensor: GridTensor, bias: Tensor | None = None, *, activation: QuantSpec | None = None) -> None:
         if len(qtensor.shape) != 2 or (bias is not None and tuple(bias.shape) != qtensor.shape[:1]):
             got = f"weight {qtensor.shape}, bias {None if bias is None else tuple(bias.shape)}"
             raise SpecError(f"QuantLinear: {got}; want (out, in) and (out,), and QuantWeight for a stack of experts")
@@ -314,7 +314,7 @@ class QuantLinear(_Quantized):
             SpecError: if ``spec`` does not fit ``shape`` = (out, in).
         """
         values = torch.empty(shape[0], dtype=dtype, device=device) if bias else None
-        return cls(QTensor.empty(spec, shape, device), values)
+        return cls(GridTensor.empty(spec, shape, device), values)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x @ w.T + bias`` for x (..., in) of float32, float16 or bfloat16; (..., out) in x's dtype.
@@ -342,7 +342,7 @@ class QuantWeight(_Quantized):
         SpecError: if the weight is not 3-D.
     """
 
-    def __init__(self, qtensor: QTensor, *, activation: QuantSpec | None = None) -> None:
+    def __init__(self, qtensor: GridTensor, *, activation: QuantSpec | None = None) -> None:
         if len(qtensor.shape) != 3:
             raise SpecError(f"QuantWeight: weight {qtensor.shape}; want (experts, out, in), and QuantLinear for one matrix")
         super().__init__(qtensor, activation)
@@ -354,7 +354,7 @@ class QuantWeight(_Quantized):
         Raises:
             SpecError: if ``spec`` does not fit ``shape`` = (experts, out, in).
         """
-        return cls(QTensor.empty(spec, shape, device))
+        return cls(GridTensor.empty(spec, shape, device))
 
     def matmul(self, x: Tensor, expert: int) -> Tensor:
         """Return ``x @ w[expert].T`` for x (..., in); (..., out) in x's dtype. Raises as :meth:`QuantLinear.forward`."""

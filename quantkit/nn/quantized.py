@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from quantkit.qtensor import QTensor
+from quantkit.qtensor import GridTensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,7 @@ class Quantized:
         bias: (out,), the layer's bias corrected for the rounding of the weight; None leaves it alone.
     """
 
-    qtensor: QTensor
+    qtensor: GridTensor
     loss: float
     notes: tuple[str, ...] = ()
     fell_back: bool = False

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from quantkit.errors import CalibrationError
-from quantkit.qtensor import QTensor
+from quantkit.qtensor import GridTensor
 
 _WARM_STEPS = 3
 _BETAS, _EPS = (0.9, 0.95), 1e-12
@@ -31,7 +31,7 @@ class Learnable(Protocol):
     def refresh(self) -> None:
         """Compute the weight anew after a step has changed the parameters."""
 
-    def result(self) -> QTensor:
+    def result(self) -> GridTensor:
         """Return what has been learned."""
 
 

@@ -48,6 +48,7 @@ class BlockRun:
         corrections: layer name to what changes its result once it is quantized.
         store: where finished blocks are kept, or None.
         progress: gets one event per layer.
+        strict: a layer that falls back to plain rounding ends the run.
     """
 
     model: nn.Module
@@ -60,6 +61,7 @@ class BlockRun:
     corrections: Mapping[str, Sequence[Correction]] = field(default_factory=dict)
     store: ResumeStore | None = None
     progress: ProgressCallback = ignore
+    strict: bool = False
 
     def needs(self, name: str) -> tuple[str, ...]:
         """Return the statistics wanted of a layer's inputs."""
@@ -78,7 +80,7 @@ def quantize_blocks(run: BlockRun) -> dict[str, Quantized]:
     if finished:
         log.info("continuing after %d finished blocks", finished)
         if run.chain is not None and store is not None:
-            run.chain.state = store.load_chain(finished - 1)
+            run.chain.state = store.load_chain()
     results: dict[str, Quantized] = {}
     global_scales = shared_global_scales(model, structure, plan)
     drop_pages(mapped_pages(model.parameters()))  # what was read so far to check the model and to record its predictions
@@ -89,14 +91,14 @@ def quantize_blocks(run: BlockRun) -> dict[str, Quantized]:
             loaded = store.load(index)
             quantized = {site.name: loaded[site.name] for site in sites}
         else:
-            report = _reporter(run.progress, len(plan), len(results))
+            report = _reporter(run, len(results))
             with torch.no_grad(), on_device(model.get_submodule(block.name), run.compute):
                 quantized = _quantize_block(run, index, sites, global_scales, report)
-            if store is not None:
-                store.save(index, quantized, run.chain.state if run.chain else [])
         for site in sites:
             _write_bias(model, site, quantized[site.name])
             install(model, site, quantized[site.name].qtensor, plan[site.name].activation)
+        if store is not None and index >= finished:
+            store.save(index, quantized, run.chain.state if run.chain else [])
         results |= quantized
         drop_pages(mapped)
         return_freed_memory()
@@ -147,14 +149,18 @@ def _write_stored(model: nn.Module, site: Site, scheme: Scheme, weight: Tensor) 
 def _write_bias(model: nn.Module, site: Site, one: Quantized) -> None:
     if one.bias is not None:
         bias = model.get_submodule(site.module).get_parameter("bias")
-        bias.data = one.bias.to(bias.device)
+        bias.data = one.bias.to(bias.device, bias.dtype)  # the checkpoint's dtype, outside of the walk
 
 
-def _reporter(progress: ProgressCallback, total: int, before: int) -> Callable[[str, Quantized, int], None]:
+def _reporter(run: BlockRun, before: int) -> Callable[[str, Quantized, int], None]:
     def report(name: str, one: Quantized, done: int) -> None:
         for note in one.notes:
             log.warning("%s: %s", name, note)
-        progress(Progress("quantize", before + done, total, name, one.loss))
+        if one.fell_back and run.strict:
+            raise CalibrationError(
+                f"{name}: {'; '.join(one.notes) or 'fell back to plain rounding'}; strict=True forbids that, use more text"
+            )
+        run.progress(Progress("quantize", before + done, len(run.plan), name, one.loss))
 
     return report
 

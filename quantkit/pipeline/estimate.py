@@ -23,7 +23,7 @@ from quantkit.checkpoint.contents import Contents, Entry
 from quantkit.nn.sites import Site, Structure
 from quantkit.nn.sizes import WINDOW, RunSize
 from quantkit.pipeline.blocks import needs_of
-from quantkit.qtensor import QTensor
+from quantkit.qtensor import GridTensor
 from quantkit.quantizers.base import Quantizer
 from quantkit.spec import Plan
 from quantkit.transforms.base import Step
@@ -89,7 +89,7 @@ def estimate(
     model, structure = contents.model, contents.structure
     sites = [site for site in contents.sites.values() if site.name in plan]
     weights = sum(site.numel for site in sites)
-    codes = sum(QTensor.empty(plan[site.name].weight, site.shape).nbytes for site in sites)
+    codes = sum(GridTensor.empty(plan[site.name].weight, site.shape).nbytes for site in sites)
     chosen = [entry for entry in contents.entries if entry.site and entry.site.name in plan]
     kept = [entry for entry in contents.entries if not (entry.site and entry.site.name in plan)]
 

@@ -170,7 +170,8 @@ def _explain_groups(groups: Mapping[int, int], sites: list[Site], label: str) ->
     if len(counts) == 1:
         fits = f"group size {usual}: the largest of 128, 64, 32 that divides"
         chosen = fits if usual > 0 else "one scale per channel: none of 128, 64, 32 divides"
-        return (f"{label}: {chosen} every input size of its {len(sites)} layers ({sizes})",), {}
+        every = f"every input size of its {len(sites)} layers ({sizes})" if len(sites) > 1 else f"its input size {sizes}"
+        return (f"{label}: {chosen} {every}",), {}
     remarks = {}
     for site in sites:
         own = groups[site.in_features]

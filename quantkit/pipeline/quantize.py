@@ -6,7 +6,10 @@ block is on the disk, so a killed run continues where it stopped.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,19 +28,19 @@ from quantkit.hf.load import PreTrainedModel, load_float
 from quantkit.hf.source import load_config, locate
 from quantkit.hf.structure import describe
 from quantkit.nn.quantized import Quantized
-from quantkit.nn.sites import SiteStatistics
+from quantkit.nn.sites import SiteStatistics, Structure
 from quantkit.pipeline.blocks import BlockRun, calibration_chain, needs_of, quantize_blocks
 from quantkit.pipeline.checks import check_model, refuse_combinations, refuse_gaps, report_fallen
 from quantkit.pipeline.plan import Resolution, check_plan, make_plan, resolve
 from quantkit.pipeline.result import QuantizeResult
-from quantkit.pipeline.resume import ResumeStore, fingerprint, settings_of, versions
+from quantkit.pipeline.resume import ResumeStore, run_key, versions
 from quantkit.pipeline.rules import Rule, SchemeChoice
 from quantkit.pipeline.settings import Output, Run
-from quantkit.pipeline.steps import apply_transforms, corrections_of, finish_learning, make_steps
+from quantkit.pipeline.steps import Learning, Steps, apply_transforms, corrections_of, make_steps
 from quantkit.quantizers.base import QUANTIZERS, Quantizer
 from quantkit.spec import Plan, Scheme
 from quantkit.system.compute import Compute
-from quantkit.transforms.base import Step, step_name
+from quantkit.transforms.base import Correction, Step
 
 log = logging.getLogger(__name__)
 
@@ -83,56 +86,146 @@ def quantize(
         SpecError, CalibrationError, FormatError: before long work starts where that is possible.
     """
     quantizer = QUANTIZERS.get(method)() if isinstance(method, str) else method
-    todo = make_steps(steps)
-    output = output.to(out)
+    todo, target = make_steps(steps), output.to(out)  # mistakes in names come before a model is loaded
     model, tokenizer = _resolve_model(model, tokenizer)
     structure = describe(model)
-    resolution = resolve(structure, scheme, rules, _scale_dtype(model))
-    plan = resolution.plan
-    for note in resolution.notes:
-        log.info(note)
-    check_plan(plan, structure, output.format if output.path is not None else None)
-    if run.strict:
-        refuse_gaps(structure, resolution)
-    compute, progress = run.compute or Compute.default(model), run.report
-    given = calibration.statistics
-    known = load_statistics(given)[0] if isinstance(given, str | Path) else given
-    refuse_combinations(plan, structure, quantizer, todo.all, known)
-    corrections = corrections_of(model, structure, plan, todo.during)
-    walk = (bool(corrections) or any(needs_of(quantizer, one) for one in plan.values())) and known is None
-    reads = walk or todo.after or any(step.needs for step in todo.before)
-    batches = calibration.batches(tokenizer) if reads else []
-    fingerprint_of_data = data_fingerprint(batches) if batches else "none"
-    check_model(model, structure)
-    if output.path is not None:
-        checkpoint.check_output(output.path, model, plan, format=output.format, overwrite=output.overwrite)
-    store = _open_store(model, (*todo.all, quantizer, compute), plan, batches, known, output.path, run.resume)
-    sanity = SanityCheck.start(model, tokenizer)
-    texts = unpadded(batches)
-    structure = apply_transforms(model, structure, plan, todo.before, texts, compute=compute, progress=progress)
-    chain = calibration_chain(model, structure, texts, quantizer, compute) if walk else None
-    rows = coverage_before(model, structure, plan, resolution.skipped)
-    recordings = {
-        step_name(step): step.record(model, structure, texts, compute=compute, progress=progress) for step in todo.after
-    }
-    results = quantize_blocks(
-        BlockRun(model, structure, plan, quantizer, compute, chain, known or {}, corrections, store, progress)
+    job = _Job(
+        model=model,
+        tokenizer=tokenizer,
+        structure=structure,
+        resolution=resolve(structure, scheme, rules, _scale_dtype(model)),
+        method=quantizer,
+        steps=todo,
+        calibration=calibration,
+        output=target,
+        run=run,
     )
-    results, facts = finish_learning(model, structure, results, recordings)
-    coverage = remark(coverage_after(rows, results), resolution.remarks)
-    report_fallen([row.name for row in coverage if row.kind == "fell back"], run.strict)
-    metadata = _metadata(quantizer, plan, fingerprint_of_data, batches, results, sanity.measure(model))
-    metadata |= todo.metadata(facts)
-    path = None
-    if output.path is not None:
-        path = checkpoint.save(
-            model, output.path, plan=plan, format=output.format, tokenizer=tokenizer, metadata=metadata,
+    job.refuse()
+    batches = calibration.batches(tokenizer) if job.reads_text else []
+    check_model(model, structure)
+    return _carry_out(job, batches)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One run with its plan made and nothing done yet."""
+
+    model: PreTrainedModel
+    tokenizer: Any
+    structure: Structure
+    resolution: Resolution
+    method: Quantizer
+    steps: Steps
+    calibration: Calibration
+    output: Output
+    run: Run
+
+    @property
+    def plan(self) -> dict[str, Scheme]:
+        return self.resolution.plan
+
+    @cached_property
+    def compute(self) -> Compute:
+        return self.run.compute or Compute.default(self.model)
+
+    @cached_property
+    def statistics(self) -> Mapping[str, SiteStatistics] | None:
+        given = self.calibration.statistics
+        return load_statistics(given)[0] if isinstance(given, str | Path) else given
+
+    @cached_property
+    def corrections(self) -> dict[str, tuple[Correction, ...]]:
+        return corrections_of(self.model, self.structure, self.plan, self.steps.during)
+
+    @property
+    def walks(self) -> bool:
+        """Whether calibration text runs through the blocks while they are quantized."""
+        needed = bool(self.corrections) or any(needs_of(self.method, scheme) for scheme in self.plan.values())
+        return needed and self.statistics is None
+
+    @property
+    def reads_text(self) -> bool:
+        return self.walks or bool(self.steps.after) or any(step.needs for step in self.steps.before)
+
+    def refuse(self) -> None:
+        """Raise what is wrong with the run as far as can be seen without working."""
+        for note in self.resolution.notes:
+            log.info(note)
+        check_plan(self.plan, self.structure, self.output.format if self.output.path is not None else None)
+        if self.run.strict:
+            refuse_gaps(self.structure, self.resolution)
+        refuse_combinations(self.plan, self.structure, self.method, self.steps.all, self.statistics)
+
+    def writer_key(self, batches: Sequence[Batch]) -> checkpoint.Key | None:
+        """Return what decides the files, having checked that they may be written; None if nothing is to be written."""
+        output = self.output
+        if output.path is None:
+            return None
+        methods = (*self.steps.all, self.method, self.compute)
+        key = run_key(self.model, self.plan, methods, batches, statistics=self.statistics, format=output.format)
+        resumed = key if self.run.resume else None
+        checkpoint.check_output(
+            output.path, self.model, self.plan, format=output.format, overwrite=output.overwrite, key=resumed
+        )
+        return key
+
+    def open_store(self, key: checkpoint.Key | None) -> ResumeStore | None:
+        """Open the checkpoint that finished blocks go to."""
+        output = self.output
+        if output.path is None:
+            return None
+        writer = checkpoint.CheckpointWriter(
+            output.path,
+            self.model,
+            plan=self.plan,
+            format=output.format,
             overwrite=output.overwrite,
-            prove=lambda stage: {"reload_kl": sanity.check_reloaded(model, checkpoint.load(stage, cache=False))},
-        )  # fmt: skip
-        if store is not None:
-            store.clear()
-    return QuantizeResult(model, tokenizer, plan, coverage, {k: v.loss for k, v in results.items()}, path, metadata)
+            key=key,
+            resume=self.run.resume,
+        )
+        return ResumeStore(writer)
+
+
+def _carry_out(job: _Job, batches: Sequence[Batch]) -> QuantizeResult:
+    """Transform, quantize, learn, measure and write."""
+    model, compute, progress = job.model, job.compute, job.run.report
+    key, texts = job.writer_key(batches), unpadded(batches)
+    sanity = SanityCheck.start(model, job.tokenizer)
+    structure = apply_transforms(model, job.structure, job.plan, job.steps.before, texts, compute=compute, progress=progress)
+    chain = calibration_chain(model, structure, texts, job.method, compute) if job.walks else None
+    rows = coverage_before(model, structure, job.plan, job.resolution.skipped)
+    store = job.open_store(key)
+    learning = Learning.record(job.steps.after, store, model, structure, texts, compute=compute, progress=progress)
+    results = quantize_blocks(
+        BlockRun(
+            model,
+            structure,
+            job.plan,
+            job.method,
+            compute,
+            chain,
+            job.statistics or {},
+            job.corrections,
+            store,
+            progress,
+            job.run.strict,
+        )
+    )
+    results, facts = learning.finish(model, structure, results)
+    coverage = remark(coverage_after(rows, results), job.resolution.remarks)
+    report_fallen([row.name for row in coverage if row.kind == "fell back"])
+    metadata = _metadata(job, batches, results, sanity.measure(model)) | job.steps.metadata(facts)
+
+    def check(stage: Path) -> dict[str, Any]:
+        checkpoint.verify(stage, model)
+        return {"reload_kl": sanity.check_reloaded(model, checkpoint.load(stage, cache=False))}
+
+    path = None
+    if store is not None:
+        outside = {site.name: results[site.name].qtensor for site in structure.after if site.name in results}
+        path = store.writer.finish(metadata, outside=outside, tokenizer=job.tokenizer, check=check)
+    losses = {name: one.loss for name, one in results.items()}
+    return QuantizeResult(model, job.tokenizer, job.plan, coverage, losses, path, metadata)
 
 
 def plan(
@@ -194,40 +287,15 @@ def _scale_dtype(model: nn.Module) -> str:
     return "bfloat16" if dtype == torch.bfloat16 else "float16"
 
 
-def _open_store(
-    model: nn.Module,
-    methods: Sequence[object],
-    plan: Plan,
-    batches: Sequence[Batch],
-    known: Mapping[str, SiteStatistics] | None,
-    out: str | Path | None,
-    resume: bool,
-) -> ResumeStore | None:
-    if out is None:
-        return None
-    path = Path(f"{out}.resume")
-    run = fingerprint(model, settings_of(methods, plan, batches), known)
-    if not resume:
-        ResumeStore.remove(path)
-    return ResumeStore(path, run)
-
-
-def _metadata(
-    method: Quantizer,
-    plan: Plan,
-    calibration: str,
-    batches: Sequence[Batch],
-    results: Mapping[str, Quantized],
-    quality: dict[str, Any],
-) -> dict[str, Any]:
-    schemes: dict[str, int] = {}
-    for scheme in plan.values():
-        schemes[scheme.weight.describe()] = schemes.get(scheme.weight.describe(), 0) + 1
+def _metadata(job: _Job, batches: Sequence[Batch], results: Mapping[str, Quantized], quality: dict[str, Any]) -> dict[str, Any]:
     losses = [one.loss for one in results.values()]
     return {
-        "schemes": schemes,
-        "quantizer": repr(method),
-        "calibration": {"fingerprint": calibration, "tokens": sum(batch.tokens for batch in batches)},
+        "schemes": dict(Counter(scheme.weight.describe() for scheme in job.plan.values())),
+        "quantizer": repr(job.method),
+        "calibration": {
+            "fingerprint": data_fingerprint(batches) if batches else "none",
+            "tokens": sum(batch.tokens for batch in batches),
+        },
         "bits_per_weight": bits_per_weight(results),
         "output_error": {"mean": sum(losses) / len(losses), "max": max(losses)},
         "fell_back": [name for name, one in results.items() if one.fell_back],

@@ -1,39 +1,104 @@
-"""What a run leaves on the disk so that it can be killed at any instant and continued to byte-identical files.
+"""What decides the result of a run, and finished blocks between the walk and the checkpoint that is being written.
 
-The directory holds ``run.json`` (a fingerprint of everything that decides the result) and, for every finished block,
-``block-<i>.safetensors`` (its quantized sites, their losses and notes). ``chain-<i>.safetensors`` is what block i handed to
-the next one; only the newest is kept. Each file appears atomically, the chain before its block, so a block that is there can
-be continued from.
+The state of an unfinished run lives in the checkpoint's own directory (:mod:`quantkit.checkpoint.staging`). It is continued
+only by a run whose :func:`run_key` is the same: same model, plan, methods, calibration, format, versions and source code, since
+blocks that were made differently must not end up in one checkpoint.
 """
 
+import functools
 import hashlib
 import importlib.metadata
 import json
-import shutil
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from quantkit.calibrate.data import Batch
 from quantkit.calibrate.data import fingerprint as data_fingerprint
-from quantkit.errors import FormatError
+from quantkit.checkpoint import CheckpointWriter, Key
+from quantkit.formats.base import FORMATS
+from quantkit.nn.quantized import Quantized
 from quantkit.nn.sites import SiteStatistics
-from quantkit.qtensor import PARTS, QTensor
-from quantkit.quantizers.base import Quantized
-from quantkit.spec import QuantSpec
-from quantkit.system.files import atomic_path, write_json
+from quantkit.spec import Plan
 from quantkit.version import __version__
 
+PACKAGE = Path(__file__).parents[1]
+SOURCES = ("*.py", "*.cpp", "*.h")
+FACES = ("cli", "engine", "generation", "recipe", "report", "serve")
+"""Folders of the package that decide no byte of a checkpoint, beyond what a run's settings say."""
 
-def fingerprint(model: nn.Module, settings: Mapping[str, Any], statistics: Mapping[str, SiteStatistics] | None = None) -> str:
-    """Return a SHA-256 over settings, model and statistics: names, shapes, dtypes and a spread of each tensor's bytes."""
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    known = [(f"{site}|{name}", value) for site, one in (statistics or {}).items() for name, value in one.results.items()]
-    for name, tensor in (*model.named_parameters(), *known):
+
+def run_key(
+    model: nn.Module,
+    plan: Plan,
+    methods: Sequence[object],
+    batches: Sequence[Batch],
+    *,
+    statistics: Mapping[str, SiteStatistics] | None = None,
+    format: str = "compressed-tensors",
+) -> Key:
+    """Return what decides the result of a run, by topic.
+
+    Args:
+        model: the float model, before anything is done to it.
+        plan: site name to scheme.
+        methods: quantizer, transforms and other settings; their ``repr`` says what they do.
+        batches: calibration text; batches count by size too, since what blocks hand on keeps them.
+        statistics: used instead of calibration text.
+        format: name of the checkpoint's format.
+    """
+    known = {f"{site}|{name}": value for site, one in (statistics or {}).items() for name, value in one.results.items()}
+    rule = FORMATS.get(format)
+    return {
+        "model": _tensors_digest(model.named_parameters()),
+        "plan": _text_digest({name: scheme.to_dict() for name, scheme in plan.items()}),
+        "settings": _text_digest([repr(method) for method in methods]),
+        "calibration": _text_digest([data_fingerprint(batches), *(tuple(batch.ids.shape) for batch in batches)]),
+        "statistics": _tensors_digest(known.items()),
+        "format": format,
+        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
+        "code": code_digest([*methods, rule.codec, rule.container, rule.dialect]),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that decide a run's result."""
+    return {"quantkit": __version__, **{name: importlib.metadata.version(name) for name in ("torch", "transformers")}}
+
+
+def code_digest(plugins: Iterable[object] = (), package: Path = PACKAGE) -> str:
+    """Return a SHA-256 over the source code that decides a run's result.
+
+    Args:
+        plugins: what takes part in the run; the files of those that are not quantkit's own count, too.
+        package: quantkit's directory.
+    """
+    found = {getattr(one, "__module__", type(one).__module__) for one in plugins}
+    foreign = {name: getattr(sys.modules.get(name), "__file__", None) for name in found if name.split(".")[0] != "quantkit"}
+    files = {name: hashlib.sha256(Path(file).read_bytes()).hexdigest() for name, file in foreign.items() if file}
+    return _text_digest([_package_digest(package), files])
+
+
+@functools.cache
+def _package_digest(package: Path) -> str:
+    files = {path.relative_to(package): path for pattern in SOURCES for path in package.rglob(pattern)}
+    digest = hashlib.sha256()
+    for name in sorted(name for name in files if name.parts[0] not in FACES):
+        digest.update(f"{name.as_posix()} {hashlib.sha256(files[name].read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def _text_digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _tensors_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Return a SHA-256 over names, shapes, dtypes and a spread of each tensor's numbers."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         flat = tensor.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // 4096)].float().cpu().contiguous()
@@ -42,106 +107,41 @@ def fingerprint(model: nn.Module, settings: Mapping[str, Any], statistics: Mappi
 
 
 class ResumeStore:
-    """The resume directory of one run.
+    """Finished blocks of one run, kept in its checkpoint as it is written.
 
     Args:
-        path: directory; created when the first block is written.
-        run: fingerprint of the run.
-
-    Raises:
-        FormatError: if the directory holds another run.
+        writer: of the checkpoint; opened with the run's :func:`run_key`.
     """
 
-    def __init__(self, path: Path, run: str) -> None:
-        self.path, self.run = path, run
-        state = path / "run.json"
-        if state.exists():
-            found = json.loads(state.read_text()).get("run")
-            if found != run:
-                raise FormatError(
-                    f"{path} holds the unfinished state of another run (other model, scheme, calibration or version); "
-                    "delete it, or pass resume=False to start over"
-                )
+    def __init__(self, writer: CheckpointWriter) -> None:
+        self.writer = writer
 
     def finished(self) -> int:
         """Return how many leading blocks are finished."""
-        count = 0
-        while self._block(count).exists():
-            count += 1
-        return count
+        return self.writer.finished
 
     def save(self, index: int, quantized: Mapping[str, Quantized], chain: Sequence[Tensor]) -> None:
-        """Record block ``index`` as finished, together with its outputs (one (B, T, H) per batch)."""
-        if not (self.path / "run.json").exists():
-            write_json(self.path / "run.json", {"run": self.run})
-        if chain:
-            with atomic_path(self._chain(index)) as temporary:
-                save_file({f"{i:05d}": hidden.contiguous() for i, hidden in enumerate(chain)}, temporary)
-        tensors: dict[str, Tensor] = {}
-        notes: dict[str, str] = {}
-        for name, one in quantized.items():
-            q = one.qtensor
-            tensors |= {f"{name}|{part}": value for part in PARTS if (value := getattr(q, part)) is not None}
-            tensors |= {} if one.bias is None else {f"{name}|bias": one.bias}
-            facts = {
-                "spec": q.spec.to_dict(),
-                "shape": q.shape,
-                "loss": one.loss,
-                "notes": one.notes,
-                "fell_back": one.fell_back,
-            }
-            notes[name] = json.dumps(facts)
-        with atomic_path(self._block(index)) as temporary:
-            save_file({key: value.contiguous() for key, value in tensors.items()}, temporary, metadata=notes)
-        self._chain(index - 1).unlink(missing_ok=True)
+        """Write block ``index``, which is as it shall be in the model, with its outputs (one (B, T, H) per batch)."""
+        facts = {name: {"loss": one.loss, "notes": one.notes, "fell_back": one.fell_back} for name, one in quantized.items()}
+        qtensors = {name: one.qtensor for name, one in quantized.items()}
+        self.writer.write_block(index, qtensors, facts=facts, chain=chain)
 
     def load(self, index: int) -> dict[str, Quantized]:
-        """Return the quantized sites of finished block ``index``."""
-        result: dict[str, Quantized] = {}
-        with safe_open(self._block(index), "pt") as file:
-            keys = set(file.keys())
-            for name, text in (file.metadata() or {}).items():
-                facts = json.loads(text)
-                # Cloned, so that the values do not depend on the file's mapping or on its alignment.
-                parts: dict[str, Any] = {k: file.get_tensor(f"{name}|{k}").clone() for k in PARTS if f"{name}|{k}" in keys}
-                parts = {"zero_point": None, **parts}
-                qtensor = QTensor(spec=QuantSpec.from_dict(facts["spec"]), shape=tuple(facts["shape"]), **parts)
-                bias = file.get_tensor(f"{name}|bias").clone() if f"{name}|bias" in keys else None
-                result[name] = Quantized(qtensor, facts["loss"], tuple(facts["notes"]), facts["fell_back"], bias)
-        return result
+        """Return the quantized sites of finished block ``index``; its other tensors, such as biases, go into the model."""
+        qtensors, facts = self.writer.restore_block(index)
+        return {
+            name: Quantized(qtensor, facts[name]["loss"], tuple(facts[name]["notes"]), facts[name]["fell_back"])
+            for name, qtensor in qtensors.items()
+        }
 
-    def load_chain(self, index: int) -> list[Tensor]:
-        """Return the outputs of finished block ``index``."""
-        with safe_open(self._chain(index), "pt") as file:
-            return [file.get_tensor(key).clone() for key in sorted(file.keys())]
+    def load_chain(self) -> list[Tensor]:
+        """Return the outputs of the last of the finished blocks."""
+        return self.writer.chain()
 
-    def clear(self) -> None:
-        """Remove everything: the run is finished."""
-        self.remove(self.path)
+    def changed(self, step: str) -> Any:
+        """Return what was recorded of a step that changes finished blocks; None if it has not been carried out."""
+        return self.writer.changes.get(step)
 
-    @staticmethod
-    def remove(path: Path) -> None:
-        """Delete a resume directory, of whatever run, if it exists."""
-        if path.exists():
-            shutil.rmtree(path)
-
-    def _block(self, index: int) -> Path:
-        return self.path / f"block-{index:05d}.safetensors"
-
-    def _chain(self, index: int) -> Path:
-        return self.path / f"chain-{index:05d}.safetensors"
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that decide a run's result."""
-    return {"quantkit": __version__, **{name: importlib.metadata.version(name) for name in ("torch", "transformers")}}
-
-
-def settings_of(methods: Sequence[object], plan: Mapping[str, Any], batches: Sequence[Batch]) -> dict[str, Any]:
-    """Collect what decides a run's result, for :func:`fingerprint`; batches count by size too, since the chain keeps them."""
-    return {
-        "methods": [repr(method) for method in methods],
-        "plan": {name: scheme.to_dict() for name, scheme in plan.items()},
-        "calibration": [data_fingerprint(batches), *(tuple(batch.ids.shape) for batch in batches)],
-        "versions": versions(),
-    }
+    def change(self, step: str, quantized: Mapping[str, Quantized], facts: Any) -> None:
+        """Write what ``step`` has made of the finished blocks, and what to record of it (JSON-able, not None)."""
+        self.writer.change_blocks(step, {name: one.qtensor for name, one in quantized.items()}, facts)

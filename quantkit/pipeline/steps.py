@@ -12,6 +12,7 @@ from quantkit.errors import SpecError
 from quantkit.hf.structure import describe
 from quantkit.nn.quantized import Quantized
 from quantkit.nn.sites import Structure
+from quantkit.pipeline.resume import ResumeStore
 from quantkit.spec import Plan
 from quantkit.system.compute import Compute
 from quantkit.system.progress import ProgressCallback
@@ -32,7 +33,7 @@ class Steps:
         return (*self.before, *self.during, *self.after)
 
     def metadata(self, facts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-        """Return what a checkpoint records of the steps; ``facts`` are those of :func:`finish_learning`."""
+        """Return what a checkpoint records of the steps; ``facts`` are those of :meth:`Learning.finish`."""
         transforms = [repr(step) for step in (*self.before, *self.during)]
         learned = {step_name(step): {"settings": repr(step), **facts[step_name(step)]} for step in self.after}
         return ({"transforms": transforms} if transforms else {}) | learned
@@ -101,14 +102,49 @@ def corrections_of(
     return found
 
 
-def finish_learning(
-    model: nn.Module,
-    structure: Structure,
-    results: dict[str, Quantized],
-    recordings: Mapping[str, Recording],
-) -> tuple[dict[str, Quantized], dict[str, dict[str, Any]]]:
-    """Let every learner go on with the quantized model; return the new results, and step name to its facts."""
-    facts: dict[str, dict[str, Any]] = {}
-    for name, recording in recordings.items():
-        results, facts[name] = recording.finish(model, structure, results)
-    return results, facts
+@dataclass(frozen=True, slots=True)
+class Learning:
+    """The learners of a run, with what each remembers of the float model.
+
+    Attributes:
+        recordings: step name to what it recorded; a step that an interrupted run had finished is not among them.
+        facts: step name to what such a step left behind.
+        store: where finished blocks are kept, and what learners make of them; None keeps nothing.
+    """
+
+    recordings: Mapping[str, Recording]
+    facts: Mapping[str, dict[str, Any]]
+    store: ResumeStore | None
+
+    @classmethod
+    def record(
+        cls,
+        learners: Sequence[Learner],
+        store: ResumeStore | None,
+        model: nn.Module,
+        structure: Structure,
+        batches: Sequence[Tensor],
+        *,
+        compute: Compute,
+        progress: ProgressCallback,
+    ) -> "Learning":
+        """Let every learner run the float model, unless an interrupted run had learned already."""
+        known = {step_name(one): store.changed(step_name(one)) for one in learners} if store else {}
+        done = {name: facts for name, facts in known.items() if facts is not None}
+        recordings = {
+            step_name(one): one.record(model, structure, batches, compute=compute, progress=progress)
+            for one in learners
+            if step_name(one) not in done
+        }
+        return cls(recordings, done, store)
+
+    def finish(
+        self, model: nn.Module, structure: Structure, results: dict[str, Quantized]
+    ) -> tuple[dict[str, Quantized], dict[str, dict[str, Any]]]:
+        """Let every learner go on with the quantized model; return the new results, and step name to its facts."""
+        facts = dict(self.facts)
+        for name, recording in self.recordings.items():
+            results, facts[name] = recording.finish(model, structure, results)
+            if self.store is not None:
+                self.store.change(name, results, facts[name])
+        return results, facts

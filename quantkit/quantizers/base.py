@@ -13,7 +13,7 @@ from quantkit.nn.quantized import Quantized
 from quantkit.nn.sites import Site, SiteStatistics
 from quantkit.nn.sizes import RunSize
 from quantkit.numerics import grid
-from quantkit.qtensor import QTensor, stack
+from quantkit.qtensor import GridTensor, stack
 from quantkit.registry import Registry
 from quantkit.spec import QuantSpec, Scheme
 from quantkit.system.compute import Compute
@@ -32,7 +32,7 @@ class QuantizedBlock:
     """
 
     model: nn.Module
-    layers: Mapping[Site, tuple[QTensor, Tensor, QuantSpec | None]]
+    layers: Mapping[Site, tuple[GridTensor, Tensor, QuantSpec | None]]
     forward: Callable[[int], Tensor]
     targets: Sequence[Tensor]
     compute: Compute
@@ -72,7 +72,9 @@ class Quantizer(Protocol):
         """Most calibration windows that may run together; None leaves the batches as they are."""
         return None
 
-    def quantize(self, weight: Tensor, spec: QuantSpec, statistics: SiteStatistics | None) -> tuple[QTensor, tuple[str, ...]]:
+    def quantize(
+        self, weight: Tensor, spec: QuantSpec, statistics: SiteStatistics | None
+    ) -> tuple[GridTensor, tuple[str, ...]]:
         """Quantize a finite float32 ``weight`` (out, in).
 
         Args:
@@ -84,7 +86,7 @@ class Quantizer(Protocol):
             The quantized weight and notes on anything unusual (extra damping, a fallback), empty when all went well.
         """
 
-    def refine_block(self, block: QuantizedBlock) -> dict[Site, QTensor]:
+    def refine_block(self, block: QuantizedBlock) -> dict[Site, GridTensor]:
         """Return better codes and scales for the layers of a block whose layers are quantized, if :attr:`refines_blocks`.
 
         The model is as before when it is done; the caller keeps the result only if the block's output comes closer to the

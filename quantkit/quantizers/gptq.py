@@ -32,7 +32,7 @@ from quantkit.errors import CalibrationError
 from quantkit.kernels.functions import rounding
 from quantkit.nn.sites import SiteStatistics
 from quantkit.numerics import descent, grid
-from quantkit.qtensor import QTensor
+from quantkit.qtensor import GridTensor
 from quantkit.quantizers.base import QUANTIZERS, Quantizer
 from quantkit.quantizers.rtn import nearest
 from quantkit.spec import QuantSpec
@@ -58,7 +58,9 @@ class GPTQ(Quantizer):
     rounds: int = 1
     needs: ClassVar[tuple[str, ...]] = ("hessian",)
 
-    def quantize(self, weight: Tensor, spec: QuantSpec, statistics: SiteStatistics | None) -> tuple[QTensor, tuple[str, ...]]:
+    def quantize(
+        self, weight: Tensor, spec: QuantSpec, statistics: SiteStatistics | None
+    ) -> tuple[GridTensor, tuple[str, ...]]:
         """Quantize ``weight`` (out, in) against ``statistics.results["hessian"]`` (in, in).
 
         Without statistics the weight is rounded to nearest, and the note says so.
@@ -80,7 +82,7 @@ class GPTQ(Quantizer):
             codes = rounding.descend(residual, codes, qparams, spec, inverse.order, damped)
         raised = inverse.damping > self.damping * 1.5
         note = f"Cholesky factorisation needed damping {inverse.damping:g} instead of {self.damping:g}"
-        return QTensor.from_codes(codes, *qparams, spec), (note,) if raised else ()
+        return GridTensor.from_codes(codes, *qparams, spec), (note,) if raised else ()
 
     def _target(self, weight: Tensor, statistics: SiteStatistics) -> Tensor:
         """Return the weight that the quantized one should come close to."""

@@ -24,7 +24,7 @@ from torch import Tensor
 from quantkit.errors import SpecError
 from quantkit.nn.sites import SiteStatistics
 from quantkit.numerics import grid
-from quantkit.qtensor import QTensor
+from quantkit.qtensor import GridTensor
 from quantkit.quantizers.base import QUANTIZERS, Quantizer
 from quantkit.quantizers.rtn import nearest
 from quantkit.spec import QuantSpec
@@ -54,7 +54,9 @@ class HQQ(Quantizer):
         if not 0 < self.p <= 1 or self.beta <= 0 or self.rounds < 0:
             raise SpecError(f"hqq: p={self.p}, beta={self.beta}, rounds={self.rounds}; want 0 < p <= 1, beta > 0, rounds >= 0")
 
-    def quantize(self, weight: Tensor, spec: QuantSpec, statistics: SiteStatistics | None) -> tuple[QTensor, tuple[str, ...]]:
+    def quantize(
+        self, weight: Tensor, spec: QuantSpec, statistics: SiteStatistics | None
+    ) -> tuple[GridTensor, tuple[str, ...]]:
         """Quantize ``weight`` (out, in); ``statistics`` are not used."""
         blocks = grid.to_blocks(weight, spec)  # (out_blocks, in_blocks, n)
         stored, zero_point = grid.choose_qparams(weight, spec)

@@ -12,7 +12,7 @@ from torch import Tensor
 from quantkit.kernels.functions import rounding
 from quantkit.nn.sites import SiteStatistics
 from quantkit.numerics import grid
-from quantkit.qtensor import QTensor
+from quantkit.qtensor import GridTensor
 from quantkit.quantizers.base import QUANTIZERS, Quantizer
 from quantkit.spec import QuantSpec
 
@@ -30,7 +30,9 @@ class RTN(Quantizer):
     clip: Literal["absmax", "mse"] = "absmax"
     any_grid: ClassVar[bool] = True
 
-    def quantize(self, weight: Tensor, spec: QuantSpec, statistics: SiteStatistics | None) -> tuple[QTensor, tuple[str, ...]]:
+    def quantize(
+        self, weight: Tensor, spec: QuantSpec, statistics: SiteStatistics | None
+    ) -> tuple[GridTensor, tuple[str, ...]]:
         """Quantize ``weight`` (out, in); ``statistics`` are not used."""
         absmax = self.clip == "absmax" or not spec.is_integer
         qparams = grid.choose_qparams(weight, spec) if absmax else rounding.search_qparams(weight, spec)
@@ -44,12 +46,14 @@ class ImportanceRTN(Quantizer):
 
     needs: ClassVar[tuple[str, ...]] = ("mean_square",)
 
-    def quantize(self, weight: Tensor, spec: QuantSpec, statistics: SiteStatistics | None) -> tuple[QTensor, tuple[str, ...]]:
+    def quantize(
+        self, weight: Tensor, spec: QuantSpec, statistics: SiteStatistics | None
+    ) -> tuple[GridTensor, tuple[str, ...]]:
         """Quantize ``weight`` (out, in) with importances ``statistics.results["mean_square"]`` (in,)."""
         importance = statistics.results["mean_square"] if statistics else None
         return nearest(weight, rounding.search_qparams(weight, spec, importance), spec), ()
 
 
-def nearest(weight: Tensor, qparams: tuple[Tensor, Tensor | None], spec: QuantSpec) -> QTensor:
+def nearest(weight: Tensor, qparams: tuple[Tensor, Tensor | None], spec: QuantSpec) -> GridTensor:
     """Round ``weight`` to the given grid."""
-    return QTensor.from_codes(grid.quantize(weight, *qparams, spec), *qparams, spec)
+    return GridTensor.from_codes(grid.quantize(weight, *qparams, spec), *qparams, spec)

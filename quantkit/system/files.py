@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from quantkit.errors import FormatError
+
 _SETTLED_NS = 2_000_000_000
 """A file that changed less than this before it was read may have changed since without its times showing it."""
 
@@ -75,6 +77,21 @@ def write_atomic(path: str | Path, data: bytes | str) -> None:
 def write_json(path: str | Path, value: Any) -> None:
     """Write ``value`` to ``path`` atomically as indented JSON; NaN and infinity are refused, since JSON has neither."""
     write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Return the object in a JSON file.
+
+    Raises:
+        FormatError: the file is missing or holds something else.
+    """
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise FormatError(f"{path}: holds a JSON {type(value).__name__}, want an object")
+    return value
 
 
 def sha256_file(path: str | Path) -> str:

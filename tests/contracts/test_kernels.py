@@ -14,7 +14,7 @@ from quantkit.kernels import KERNELS, Kernel, Problem, report, select
 from quantkit.kernels.cpu import ops
 from quantkit.kernels.cpu.matmul import BLOCK
 from quantkit.numerics import grid
-from quantkit.qtensor import QTensor
+from quantkit.qtensor import GridTensor
 from quantkit.spec import QuantSpec
 from tests.qtensors import assert_same, random_qtensor
 
@@ -30,14 +30,14 @@ BLOCKS = {  # block -> K it is tried with
 }
 
 
-def kernel_for(name: str, qtensor: QTensor, dtype: torch.dtype) -> Kernel:
+def kernel_for(name: str, qtensor: GridTensor, dtype: torch.dtype) -> Kernel:
     kernel = KERNELS.get(name)
     reason = kernel.rejects(Problem(qtensor.spec, (qtensor.shape[0], qtensor.shape[1]), "cpu", dtype))
     assert reason is None
     return kernel
 
 
-def assert_product(name: str, y: torch.Tensor, x: torch.Tensor, qtensor: QTensor, bias: torch.Tensor | None) -> None:
+def assert_product(name: str, y: torch.Tensor, x: torch.Tensor, qtensor: GridTensor, bias: torch.Tensor | None) -> None:
     weight = qtensor.dequantize().double()
     dtype = x.dtype
     if KERNELS.get(name).compute == "int8":

@@ -6,7 +6,7 @@ import torch
 from quantkit.calibrate.collectors import COLLECTORS, Hessian
 from quantkit.errors import CalibrationError, SpecError
 from quantkit.nn.sites import SiteStatistics
-from quantkit.qtensor import QTensor
+from quantkit.qtensor import GridTensor
 from quantkit.quantizers.base import QUANTIZERS, quantize_site, relative_error
 from quantkit.quantizers.gptaq import GPTAQ
 from quantkit.quantizers.gptq import GPTQ, inverse_factor
@@ -41,7 +41,7 @@ def statistics_of(x: torch.Tensor) -> SiteStatistics:
     return SiteStatistics({"hessian": hessian, "mean_square": hessian.diagonal().double()}, (x.shape[0],))
 
 
-def forgiving_error(weight: torch.Tensor, qtensor: QTensor) -> float:
+def forgiving_error(weight: torch.Tensor, qtensor: GridTensor) -> float:
     """Return what HQQ minimises: the sum of |error|^p over a quantized ``weight``."""
     return float((weight - qtensor.dequantize()).abs().pow(HQQ.p).sum(dtype=torch.float64))
 

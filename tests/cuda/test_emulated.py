@@ -14,7 +14,7 @@ from quantkit.kernels.cuda import attention, calls, layout, norms, ops
 from quantkit.kernels.cuda.attention import Pages, Rope, Where
 from quantkit.numerics import grid
 from quantkit.numerics.fake import fake_quantize
-from quantkit.qtensor import QTensor
+from quantkit.qtensor import GridTensor
 from quantkit.spec import TOKEN_INT8, QuantSpec
 from tests.cuda import emulated
 from tests.qtensors import random_qtensor
@@ -34,7 +34,7 @@ def error(got: torch.Tensor, want: torch.Tensor) -> float:
     return float((got.double() - want.double()).norm() / want.double().norm().clamp(min=1e-9))
 
 
-def product(x: torch.Tensor, qtensor: QTensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def product(x: torch.Tensor, qtensor: GridTensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     return x.double() @ qtensor.dequantize().double().T + (0 if bias is None else bias.double())
 
 
@@ -128,7 +128,7 @@ def test_fp8_by_fp8():
     spec = QuantSpec("fp8_e4m3")
     weight = torch.randn(70, 160)
     scale, _ = grid.choose_qparams(weight, spec)
-    qtensor = QTensor.from_codes(grid.quantize(weight, scale, None, spec), scale, None, spec)
+    qtensor = GridTensor.from_codes(grid.quantize(weight, scale, None, spec), scale, None, spec)
     x = torch.randn(3, 160).bfloat16()
     got = ops.multiply(x, *layout.prepack(qtensor), None, "fp8")
     rounded = fake_quantize(x.float(), QuantSpec("fp8_e4m3", (1, -1), True, "float32", True))
@@ -141,7 +141,7 @@ def gated_pair(spec: QuantSpec, n: int, k: int) -> tuple[layout.Fragments, layou
     if spec.dtype == "fp8_e4m3":
         weight = torch.randn(2 * n, k)
         scale, _ = grid.choose_qparams(weight, spec)
-        qtensor = QTensor.from_codes(grid.quantize(weight, scale, None, spec), scale, None, spec)
+        qtensor = GridTensor.from_codes(grid.quantize(weight, scale, None, spec), scale, None, spec)
     else:
         qtensor = random_qtensor(spec, (2 * n, k))
     return layout.prepack(qtensor), layout.prepack(qtensor, interleave=True)

@@ -6,7 +6,7 @@ import torch
 from quantkit.kernels.cuda import layout
 from quantkit.kernels.cuda.matmul import unfit
 from quantkit.numerics import grid
-from quantkit.qtensor import QTensor
+from quantkit.qtensor import GridTensor
 from quantkit.spec import QuantSpec
 from tests.qtensors import assert_same, random_qtensor
 
@@ -38,7 +38,7 @@ def test_fp8_comes_back():
     spec = QuantSpec("fp8_e4m3", (1, -1))
     weight = torch.randn(70, 96)
     scale, _ = grid.choose_qparams(weight, spec)
-    qtensor = QTensor.from_codes(grid.quantize(weight, scale, None, spec), scale, None, spec)
+    qtensor = GridTensor.from_codes(grid.quantize(weight, scale, None, spec), scale, None, spec)
     laid = layout.prepack(qtensor)
     assert_same(layout.restore(laid, spec), qtensor)
     assert torch.equal(layout.dequantize(laid, fp8=True)[0], qtensor.dequantize())
@@ -48,7 +48,7 @@ def test_a_lane_finds_its_columns_where_the_drawing_says():
     """Word by word, from the picture in unpack.cuh: 4 bits, then 8."""
     codes = torch.randint(0, 16, (64, 128), dtype=torch.uint8)
     spec = QuantSpec("int4", (1, 64))
-    words = layout.prepack(QTensor.from_codes(codes, torch.ones(64, 2).half(), None, spec)).codes.view(torch.int32)
+    words = layout.prepack(GridTensor.from_codes(codes, torch.ones(64, 2).half(), None, spec)).codes.view(torch.int32)
     for step, part, lane, h, s in ((0, 0, 0, 0, 0), (1, 2, 13, 1, 0), (1, 3, 31, 0, 1)):
         word = int(words[0, ((step * 4 + part) * 32 + lane) * 4 + 2 * h + s]) & 0xFFFFFFFF
         rows = (16 * part + lane // 4, 16 * part + lane // 4 + 8)
@@ -66,7 +66,7 @@ def test_a_lane_finds_its_columns_where_the_drawing_says():
         assert [word >> (4 * i) & 15 for i in range(8)] == [int(codes[row, first + k]) for row, k in places]
     spec = QuantSpec("int8", (1, 64))
     codes = torch.randint(0, 256, (64, 128), dtype=torch.uint8)
-    held = layout.prepack(QTensor.from_codes(codes, torch.ones(64, 2).half(), None, spec)).codes[0]
+    held = layout.prepack(GridTensor.from_codes(codes, torch.ones(64, 2).half(), None, spec)).codes[0]
     for step, part, lane, h in ((0, 0, 0, 0), (1, 2, 13, 1), (1, 3, 31, 0)):
         own = held[(((step * 4 + part) * 2 + h) * 32 + lane) * 16 :][:16]
         column = 64 * step + 32 * h + 8 * (lane % 4)

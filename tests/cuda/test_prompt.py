@@ -6,15 +6,15 @@ from torch.nn import functional as F
 
 from quantkit.kernels.cuda import calls, layout, norms, ops, prefill
 from quantkit.numerics import grid
-from quantkit.qtensor import QTensor
+from quantkit.qtensor import GridTensor
 from quantkit.spec import QuantSpec
 from tests.cuda import emulated
 
 
-def quantized(spec: QuantSpec, n: int, k: int) -> QTensor:
+def quantized(spec: QuantSpec, n: int, k: int) -> GridTensor:
     weight = torch.randn(n, k, generator=torch.Generator().manual_seed(n + k))
     scale, zero = grid.choose_qparams(weight, spec)
-    return QTensor.from_codes(grid.quantize(weight, scale, zero, spec), scale, zero, spec)
+    return GridTensor.from_codes(grid.quantize(weight, scale, zero, spec), scale, zero, spec)
 
 
 def error(got: torch.Tensor, want: torch.Tensor) -> float:

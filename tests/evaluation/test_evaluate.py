@@ -25,7 +25,7 @@ from quantkit.evaluation.coverage import CoverageRow, summarise
 from quantkit.evaluation.latency import Spread, max_positions
 from quantkit.nn.linear import QuantLinear
 from quantkit.numerics import grid
-from quantkit.qtensor import QTensor
+from quantkit.qtensor import GridTensor
 from quantkit.spec import QuantSpec, Scheme
 from tests.tiny import FAMILIES, TEXT, tiny_llama, tiny_tokenizer
 
@@ -39,7 +39,7 @@ def quantized(model, spec: QuantSpec):
                     weight = child.weight.detach()
                     scale, zero = grid.choose_qparams(weight, spec)
                     codes = grid.quantize(weight, scale, zero, spec)
-                    setattr(parent, name, QuantLinear(QTensor.from_codes(codes, scale, zero, spec)))
+                    setattr(parent, name, QuantLinear(GridTensor.from_codes(codes, scale, zero, spec)))
     return model
 
 

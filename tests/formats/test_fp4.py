@@ -6,7 +6,7 @@ import torch
 from quantkit.errors import FormatError
 from quantkit.formats.base import FORMATS
 from quantkit.numerics import grid
-from quantkit.qtensor import QTensor
+from quantkit.qtensor import GridTensor
 from quantkit.quantizers.base import quantize_site
 from quantkit.quantizers.rtn import RTN
 from quantkit.spec import QuantSpec, Scheme, preset
@@ -20,7 +20,7 @@ def package_of(spec: QuantSpec, dtype: str = "float32"):
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationConfig
 
-    config = QuantizationConfig.model_validate(RULE.dump_config({"m": Scheme(spec)}, [], dtype))
+    config = QuantizationConfig.model_validate(RULE.dialect.dump_config({"m": Scheme(spec)}, [], dtype))
     group = config.config_groups["group_0"]
     return BaseCompressor.get_value_from_registry(group.format or config.format), group
 
@@ -75,15 +75,15 @@ def test_reads_what_the_package_writes(spec: QuantSpec) -> None:
 
 @BOTH
 def test_config_comes_back_and_mismatches_are_refused(spec: QuantSpec) -> None:
-    config = RULE.dump_config({"m": Scheme(spec)}, [], "bfloat16")
-    found = RULE.load_config(config, "bfloat16")("m")
+    config = RULE.dialect.dump_config({"m": Scheme(spec)}, [], "bfloat16")
+    found = RULE.dialect.load_config(config, "bfloat16", {})("m")
     assert found is not None
     assert found.scheme == Scheme(spec)
     assert RULE.rejects(Scheme(spec), (24, 96), "bfloat16") is None
     other = "mxfp4" if spec == NVFP4 else "nvfp4"
     config["config_groups"]["group_0"]["format"] = f"{other}-pack-quantized"
     with pytest.raises(FormatError, match="config_groups"):
-        RULE.load_config(config, "bfloat16")
+        RULE.dialect.load_config(config, "bfloat16", {})
     with pytest.raises(FormatError, match="nvfp4 or mxfp4"):
         RULE.codec(Scheme(spec)).layout(QuantSpec("int4"), (8, 32))
 
@@ -107,8 +107,8 @@ def test_global_scales_join_only_if_they_are_the_same() -> None:
 
     one, other = (quantize_site(RTN(), "s", weight(seed), NVFP4, None).qtensor for seed in (0, 1))
     assert torch.equal(stack([one, other])[1].dequantize(), other.dequantize())
-    assert torch.equal(concatenate([one.rows(0, 8), one.rows(8, 24)]).dequantize(), one.dequantize())
+    assert torch.equal(concatenate([one.rows(slice(0, 8)), one.rows(slice(8, 24))]).dequantize(), one.dequantize())
     with pytest.raises(SpecError, match="global_scale"):
         concatenate([one, other])
     with pytest.raises(SpecError, match="global_scale"):
-        QTensor(one.packed, one.scale, None, NVFP4, one.shape)
+        GridTensor(one.packed, one.scale, None, NVFP4, one.shape)

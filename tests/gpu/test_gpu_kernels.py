@@ -17,7 +17,7 @@ from quantkit.kernels.program.reference import ACTIVATIONS
 from quantkit.nn.linear import QuantLinear
 from quantkit.numerics import grid
 from quantkit.numerics.fake import fake_quantize
-from quantkit.qtensor import QTensor
+from quantkit.qtensor import GridTensor
 from quantkit.spec import TOKEN_INT8, QuantSpec
 from tests.qtensors import assert_same, random_qtensor
 
@@ -32,7 +32,7 @@ def error(got: torch.Tensor, want: torch.Tensor) -> float:
     return float((got.double() - want.double()).norm() / want.double().norm().clamp(min=1e-9))
 
 
-def on_gpu(spec: QuantSpec, shape: tuple[int, ...]) -> QTensor:
+def on_gpu(spec: QuantSpec, shape: tuple[int, ...]) -> GridTensor:
     return random_qtensor(spec, shape).to("cuda")
 
 
@@ -131,7 +131,7 @@ def test_activations_of_8_bits(dtype):
     spec = QuantSpec("fp8_e4m3")
     weight = torch.randn(193, 1152, device="cuda")
     scale, _ = grid.choose_qparams(weight, spec)
-    fp8 = QTensor.from_codes(grid.quantize(weight, scale, None, spec), scale, None, spec)
+    fp8 = GridTensor.from_codes(grid.quantize(weight, scale, None, spec), scale, None, spec)
     for qtensor, activation in ((int8, QuantSpec(*TOKEN_INT8)), (fp8, QuantSpec("fp8_e4m3", (1, -1), True, "float32", True))):
         if qtensor is fp8 and torch.cuda.get_device_capability() < (8, 9):
             continue

@@ -14,7 +14,7 @@ from quantkit.nn.install import install
 from quantkit.nn.linear import QuantWeight
 from quantkit.nn.sites import read_weight
 from quantkit.numerics import grid
-from quantkit.qtensor import QTensor
+from quantkit.qtensor import GridTensor
 from quantkit.spec import QuantSpec
 from tests.tiny import FAMILIES, MOE_FAMILIES, VOCAB, tiny_llama
 
@@ -22,9 +22,9 @@ IDS = torch.randint(3, VOCAB, (2, 17), generator=torch.Generator().manual_seed(0
 SPEC = QuantSpec("int4", (1, 32))
 
 
-def round_to_nearest(weight: Tensor, spec: QuantSpec = SPEC) -> QTensor:
+def round_to_nearest(weight: Tensor, spec: QuantSpec = SPEC) -> GridTensor:
     scale, zero_point = grid.choose_qparams(weight, spec)
-    return QTensor.from_codes(grid.quantize(weight, scale, zero_point, spec), scale, zero_point, spec)
+    return GridTensor.from_codes(grid.quantize(weight, scale, zero_point, spec), scale, zero_point, spec)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

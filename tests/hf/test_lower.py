@@ -16,7 +16,7 @@ from quantkit.kernels.program.definition import Experts
 from quantkit.nn.install import install
 from quantkit.nn.sites import read_weight
 from quantkit.numerics import grid
-from quantkit.qtensor import QTensor
+from quantkit.qtensor import GridTensor
 from quantkit.spec import QuantSpec
 from tests.tiny import FAMILIES, VOCAB, build, tiny_llama
 
@@ -235,7 +235,7 @@ def test_quantized_models_are_lowered_with_their_modules(family):
     for site in describe(model).sites:
         weight = read_weight(model, site).float()
         scale, zero = grid.choose_qparams(weight, spec)
-        install(model, site, QTensor.from_codes(grid.quantize(weight, scale, zero, spec), scale, zero, spec))
+        install(model, site, GridTensor.from_codes(grid.quantize(weight, scale, zero, spec), scale, zero, spec))
     if family == "mixtral":
         from quantkit.hf.experts import enable_experts
 

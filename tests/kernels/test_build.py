@@ -14,7 +14,7 @@ from quantkit.errors import KernelError
 from quantkit.kernels import KERNELS, Problem, build, report, select
 from quantkit.nn.linear import QuantLinear
 from quantkit.numerics import grid
-from quantkit.qtensor import QTensor
+from quantkit.qtensor import GridTensor
 from quantkit.spec import QuantSpec
 
 SPEC = QuantSpec("int4", (1, 32), False)
@@ -52,7 +52,7 @@ def quick(monkeypatch):
 def linear() -> tuple[QuantLinear, torch.Tensor]:
     weight = torch.randn(17, 64)
     scale, zero = grid.choose_qparams(weight, SPEC)
-    return QuantLinear(QTensor.from_codes(grid.quantize(weight, scale, zero, SPEC), scale, zero, SPEC)), torch.randn(2, 64)
+    return QuantLinear(GridTensor.from_codes(grid.quantize(weight, scale, zero, SPEC), scale, zero, SPEC)), torch.randn(2, 64)
 
 
 def test_without_a_compiler_the_reference_runs_and_says_so_once(fresh, monkeypatch, caplog):

@@ -15,7 +15,7 @@ from quantkit.kernels import KERNELS, build
 from quantkit.kernels.cpu import layout, ops
 from quantkit.kernels.cpu.matmul import BLOCK
 from quantkit.numerics import grid
-from quantkit.qtensor import QTensor
+from quantkit.qtensor import GridTensor
 from quantkit.spec import QuantSpec
 
 CPU, INT8 = KERNELS.get("cpu"), KERNELS.get("cpu-int8")
@@ -31,22 +31,22 @@ SAYS = {
 SANITIZE = ("-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
 
-def quantized(bits: int = 4, shape: tuple[int, int] = (200, 128), symmetric: bool = False, group: int = 32) -> QTensor:
+def quantized(bits: int = 4, shape: tuple[int, int] = (200, 128), symmetric: bool = False, group: int = 32) -> GridTensor:
     generator = torch.Generator().manual_seed(bits)
     spec = QuantSpec(f"int{bits}", (1, group), symmetric)
     weight = torch.randn(shape, generator=generator)
     scale, zero = grid.choose_qparams(weight, spec)
-    return QTensor.from_codes(grid.quantize(weight, scale, zero, spec), scale, zero, spec)
+    return GridTensor.from_codes(grid.quantize(weight, scale, zero, spec), scale, zero, spec)
 
 
-def extremes(bits: int, shape: tuple[int, int], group: int) -> QTensor:
+def extremes(bits: int, shape: tuple[int, int], group: int) -> GridTensor:
     """Largest and smallest codes and zero points: what saturates where sums are too narrow."""
     generator = torch.Generator().manual_seed(bits)
     top, blocks = 2**bits - 1, (shape[0], shape[1] // group)
     codes = torch.randint(0, 2, shape, generator=generator, dtype=torch.uint8) * top
     codes[0], codes[1] = top, 0
     zero = torch.randint(0, 2, blocks, generator=generator, dtype=torch.uint8) * top
-    return QTensor.from_codes(codes, torch.ones(blocks).half(), zero, QuantSpec(f"int{bits}", (1, group), False))
+    return GridTensor.from_codes(codes, torch.ones(blocks).half(), zero, QuantSpec(f"int{bits}", (1, group), False))
 
 
 @pytest.mark.usefixtures("isa")
@@ -194,8 +194,8 @@ def test_a_forked_child_computes_after_its_parent_has(threads):
 def test_the_process_ends_cleanly_after_threads_have_run():
     code = (
         "import torch; torch.set_num_threads(2); from quantkit.kernels import KERNELS, build; "
-        "from quantkit.qtensor import QTensor; from quantkit.spec import QuantSpec; "
-        "q = QTensor.from_codes(torch.ones(512, 64, dtype=torch.uint8), torch.ones(512, 1), None, QuantSpec('int4')); "
+        "from quantkit.qtensor import GridTensor; from quantkit.spec import QuantSpec; "
+        "q = GridTensor.from_codes(torch.ones(512, 64, dtype=torch.uint8), torch.ones(512, 1), None, QuantSpec('int4')); "
         "k = KERNELS.get('cpu'); print(k.matmul(torch.ones(1, 64), k.prepack(q), None).sum().item())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)

@@ -17,7 +17,7 @@ from quantkit.kernels.program import reference
 from quantkit.nn.install import install
 from quantkit.nn.sites import read_weight
 from quantkit.numerics import grid
-from quantkit.qtensor import QTensor
+from quantkit.qtensor import GridTensor
 from quantkit.spec import QuantSpec
 from tests.tiny import FAMILIES, VOCAB, tiny_llama
 
@@ -34,7 +34,7 @@ def quantize(model, spec: QuantSpec):
 def round_site(model, site, spec: QuantSpec) -> None:
     weight = read_weight(model, site).float()
     scale, zero = grid.choose_qparams(weight, spec)
-    install(model, site, QTensor.from_codes(grid.quantize(weight, scale, zero, spec), scale, zero, spec))
+    install(model, site, GridTensor.from_codes(grid.quantize(weight, scale, zero, spec), scale, zero, spec))
 
 
 @functools.cache

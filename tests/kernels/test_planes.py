@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from quantkit.kernels.cpu import layout, ops
-from quantkit.qtensor import QTensor
+from quantkit.qtensor import GridTensor
 from tests.kernels.test_cpu import extremes, quantized
 
 SHAPES = ((2, 8, 8), (7, 74, 37), (77, 96, 32), (50, 576, 576), (33, 640, 64), (200, 24, 12))  # rows, columns, group
 
 
-def weights(symmetric: bool) -> list[tuple[QTensor, layout.Prepacked]]:
+def weights(symmetric: bool) -> list[tuple[GridTensor, layout.Prepacked]]:
     found = [quantized(8, (n, k), symmetric, g) for n, k, g in SHAPES]
     found += [] if symmetric else [extremes(8, (n, k), g) for n, k, g in SHAPES]
     return [(qtensor, layout.prepack(qtensor)) for qtensor in found]

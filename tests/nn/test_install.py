@@ -14,16 +14,16 @@ from quantkit.nn.install import install
 from quantkit.nn.linear import QuantLinear, QuantWeight
 from quantkit.nn.sites import Site, read_weight
 from quantkit.numerics import grid
-from quantkit.qtensor import QTensor
+from quantkit.qtensor import GridTensor
 from quantkit.spec import QuantSpec
 from tests.tiny import FAMILIES, VOCAB, tiny_llama
 
 SPEC = QuantSpec("int4", (1, 32), symmetric=False)
 
 
-def round_to_nearest(weight: Tensor) -> QTensor:
+def round_to_nearest(weight: Tensor) -> GridTensor:
     scale, zero_point = grid.choose_qparams(weight, SPEC)
-    return QTensor.from_codes(grid.quantize(weight, scale, zero_point, SPEC), scale, zero_point, SPEC)
+    return GridTensor.from_codes(grid.quantize(weight, scale, zero_point, SPEC), scale, zero_point, SPEC)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -11,16 +11,16 @@ from quantkit.errors import KernelError, SpecError
 from quantkit.kernels import KERNELS
 from quantkit.nn.linear import QuantLinear, QuantWeight
 from quantkit.numerics import grid
-from quantkit.qtensor import QTensor
+from quantkit.qtensor import GridTensor
 from quantkit.spec import QuantSpec
 
 SPECS = [QuantSpec("int4", (1, 32)), QuantSpec("int3", (1, 32), False), QuantSpec("int8", scale_dtype="float32")]
 
 
-def quantized(spec: QuantSpec = SPECS[0], shape: tuple[int, ...] = (48, 64), seed: int = 0) -> QTensor:
+def quantized(spec: QuantSpec = SPECS[0], shape: tuple[int, ...] = (48, 64), seed: int = 0) -> GridTensor:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     scale, zero = grid.choose_qparams(weight, spec)
-    return QTensor.from_codes(grid.quantize(weight, scale, zero, spec), scale, zero, spec)
+    return GridTensor.from_codes(grid.quantize(weight, scale, zero, spec), scale, zero, spec)
 
 
 def linear(spec: QuantSpec = SPECS[0], seed: int = 0) -> QuantLinear:

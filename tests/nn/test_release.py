@@ -13,7 +13,7 @@ from quantkit.kernels.cpu import ops
 from quantkit.nn.install import set_compute
 from quantkit.nn.linear import QuantLinear, QuantWeight
 from quantkit.numerics import grid
-from quantkit.qtensor import QTensor
+from quantkit.qtensor import GridTensor
 from quantkit.spec import QuantSpec
 
 SPECS = [QuantSpec("int4", (1, 32)), QuantSpec("int3", (1, 16), False), QuantSpec("int8", scale_dtype="bfloat16")]
@@ -21,10 +21,10 @@ BUFFERS = ("packed", "scale", "zero_point")
 each_spec = pytest.mark.parametrize("spec", SPECS, ids=QuantSpec.describe)
 
 
-def quantized(spec: QuantSpec = SPECS[0], shape: tuple[int, ...] = (40, 64)) -> QTensor:
+def quantized(spec: QuantSpec = SPECS[0], shape: tuple[int, ...] = (40, 64)) -> GridTensor:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     scale, zero = grid.choose_qparams(weight, spec)
-    return QTensor.from_codes(grid.quantize(weight, scale, zero, spec), scale, zero, spec)
+    return GridTensor.from_codes(grid.quantize(weight, scale, zero, spec), scale, zero, spec)
 
 
 def released(spec: QuantSpec = SPECS[0], x: torch.Tensor | None = None) -> QuantLinear:
@@ -34,7 +34,7 @@ def released(spec: QuantSpec = SPECS[0], x: torch.Tensor | None = None) -> Quant
     return module
 
 
-def assert_bits(got: dict[str, torch.Tensor], want: QTensor) -> None:
+def assert_bits(got: dict[str, torch.Tensor], want: GridTensor) -> None:
     for name in BUFFERS:
         value = getattr(want, name)
         assert got.get(name) is None if value is None else torch.equal(got[name], value), name
@@ -78,7 +78,7 @@ def test_copies_saves_and_moves_have_the_codes(spec):
 
 
 def test_a_released_module_can_be_loaded_into_and_assigned_to():
-    x, other = torch.randn(2, 64), QuantLinear(quantized(SPECS[0]).rows(0, 40), torch.randn(40))
+    x, other = torch.randn(2, 64), QuantLinear(quantized(SPECS[0]).rows(slice(0, 40)), torch.randn(40))
     other.scale = other.scale * 2
     module = released()
     module.load_state_dict(other.state_dict())

@@ -14,7 +14,7 @@ from quantkit.errors import SpecError
 from quantkit.numerics import grid
 from quantkit.pipeline.quantize import quantize
 from quantkit.pipeline.settings import Output
-from quantkit.qtensor import QTensor
+from quantkit.qtensor import GridTensor
 from quantkit.quantizers.rtn import nearest
 from quantkit.spec import NAMED, QuantSpec, preset
 from tests.tiny import tiny_llama
@@ -58,7 +58,7 @@ def test_every_weight_goes_to_a_nearest_value(spec: QuantSpec, seed: int, size: 
     best = (values * step.unsqueeze(-1) - weight.unsqueeze(-1)).abs().amin(-1)
     torch.testing.assert_close((back - weight).abs(), best, rtol=1e-5, atol=1e-6 * size)
     assert (back[:, :2] == 0).all()
-    again = QTensor.from_codes(codes, scale, None, spec)
+    again = GridTensor.from_codes(codes, scale, None, spec)
     assert torch.equal(again.dequantize(), back)
     assert torch.equal(again.codes(), codes)
 

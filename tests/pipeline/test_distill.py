@@ -15,7 +15,7 @@ from quantkit.numerics.divergence import divergence_gradient
 from quantkit.pipeline.quantize import quantize
 from quantkit.pipeline.rules import Rule
 from quantkit.pipeline.settings import Run
-from quantkit.qtensor import QTensor
+from quantkit.qtensor import GridTensor
 from quantkit.quantizers.rtn import nearest
 from quantkit.spec import QuantSpec
 from quantkit.system.progress import Progress
@@ -29,7 +29,7 @@ def ids() -> list[torch.Tensor]:
     return [torch.randint(3, 190, (2, 48), generator=torch.Generator().manual_seed(i)) for i in range(4)]
 
 
-def rounded(shape: tuple[int, ...], spec: QuantSpec) -> QTensor:
+def rounded(shape: tuple[int, ...], spec: QuantSpec) -> GridTensor:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(5))
     return nearest(weight, grid.choose_qparams(weight, spec), spec)
 

@@ -13,7 +13,7 @@ from quantkit.numerics import grid
 from quantkit.pipeline.estimate import estimate
 from quantkit.pipeline.plan import make_plan
 from quantkit.pipeline.rules import Rule
-from quantkit.qtensor import QTensor
+from quantkit.qtensor import GridTensor
 from quantkit.quantizers.autoround import AutoRound
 from quantkit.quantizers.gptaq import GPTAQ
 from quantkit.quantizers.gptq import GPTQ
@@ -33,8 +33,8 @@ from tests import tiny
 def test_an_empty_qtensor_has_the_size_of_a_full_one(spec, shape):
     weight = torch.randn(shape)
     qparams = grid.choose_qparams(weight, spec)
-    full = QTensor.from_codes(grid.quantize(weight, *qparams, spec), *qparams, spec)
-    assert (QTensor.empty(spec, shape).nbytes, QTensor.empty(spec, shape).shape) == (full.nbytes, full.shape)
+    full = GridTensor.from_codes(grid.quantize(weight, *qparams, spec), *qparams, spec)
+    assert (GridTensor.empty(spec, shape).nbytes, GridTensor.empty(spec, shape).shape) == (full.nbytes, full.shape)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_predicted_bytes_are_the_written_bytes(family, format, tmp_path):
             parts = [nearest(w, grid.choose_qparams(w, spec), spec) for w in (weight if weight.dim() == 3 else [weight])]
             numel, nbytes = numel + weight.numel(), nbytes + sum(part.nbytes for part in parts)
             whole = grid.choose_qparams(weight, spec)
-            install(model, site, QTensor.from_codes(grid.quantize(weight, *whole, spec), *whole, spec))
+            install(model, site, GridTensor.from_codes(grid.quantize(weight, *whole, spec), *whole, spec))
     checkpoint.save(model, tmp_path / "out", plan=plan, format=format)
     written = 0
     for file in (tmp_path / "out").glob("*.safetensors"):

@@ -22,7 +22,7 @@ from quantkit.errors import KernelError
 from quantkit.kernels.build import DTYPE_CODES
 from quantkit.numerics import grid
 from quantkit.numerics.pack import pack, packed_words, unpack
-from quantkit.qtensor import QTensor
+from quantkit.qtensor import GridTensor
 from quantkit.spec import QuantSpec
 
 LANES: Final = 16
@@ -105,7 +105,7 @@ def stored_bits(spec: QuantSpec) -> int:
     return 4 if spec.bits <= 4 else 8
 
 
-def prepack(qtensor: QTensor) -> Prepacked:
+def prepack(qtensor: GridTensor) -> Prepacked:
     """Lay a quantized weight (N, K) out in blocks of 16 rows. The result shares no memory with it."""
     spec, (rows, columns) = qtensor.spec, qtensor.shape
     block_rows, group = grid.block_size(spec, qtensor.shape)
@@ -162,7 +162,7 @@ def join(state: Prepacked) -> Prepacked:
     return state._replace(codes=torch.stack(words, 3).flatten(2, 3), kind=U8)
 
 
-def restore(state: Prepacked, spec: QuantSpec) -> QTensor:
+def restore(state: Prepacked, spec: QuantSpec) -> GridTensor:
     """Return the quantized weight that :func:`prepack` was given, bit for bit; ``spec`` is the one it had."""
     state = join(state)
     rows, columns, group = state.rows, state.columns, state.group
@@ -179,7 +179,7 @@ def restore(state: Prepacked, spec: QuantSpec) -> QTensor:
     assert scale is not None
     assert scale.dtype == SCALE_DTYPES[spec.scale_dtype]
     scale = scale[::block_rows].contiguous()
-    return QTensor(packed, scale, None if zero is None else zero[::block_rows].contiguous(), spec, (rows, columns))
+    return GridTensor(packed, scale, None if zero is None else zero[::block_rows].contiguous(), spec, (rows, columns))
 
 
 def dequantize(

@@ -20,7 +20,7 @@ from quantkit.kernels.cpu import layout, ops
 from quantkit.kernels.cpu.huge_pages import in_huge_pages
 from quantkit.kernels.cpu.layout import LinearStruct, Prepacked
 from quantkit.kernels.select import KERNELS, ComputeMode, Problem
-from quantkit.qtensor import QTensor
+from quantkit.qtensor import GridTensor
 from quantkit.spec import QuantSpec
 
 BLOCK = 32
@@ -73,7 +73,7 @@ class CpuKernel:
             return str(error)
         return None
 
-    def prepack(self, qtensor: QTensor) -> State:
+    def prepack(self, qtensor: GridTensor) -> State:
         """Copy a 2-D weight into blocks of 16 rows."""
         weight = layout.prepack(qtensor).moved(in_huge_pages)
         return State(weight, weight.struct())
@@ -84,7 +84,7 @@ class CpuKernel:
             return ops.compute(x, *state, self._block, bias)  # the same function, without 3 us of dispatch
         return ops.wq_matmul()(x, *state.weight, self._block, bias)
 
-    def unpack(self, state: State, spec: QuantSpec) -> QTensor:
+    def unpack(self, state: State, spec: QuantSpec) -> GridTensor:
         """Return the weight that was prepacked."""
         return layout.restore(state.weight, spec)
 

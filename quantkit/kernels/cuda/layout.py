@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from quantkit.dtypes import DTYPES, SCALE_DTYPES, table
 from quantkit.numerics import grid
-from quantkit.qtensor import QTensor
+from quantkit.qtensor import GridTensor
 from quantkit.spec import QuantSpec
 
 TILE_ROWS: Final = 64
@@ -65,7 +65,7 @@ class Fragments(NamedTuple):
         return sum(tensor.nbytes for tensor in (self.codes, self.scale, self.zero) if tensor is not None)
 
 
-def prepack(qtensor: QTensor, interleave: bool = False) -> Fragments:
+def prepack(qtensor: GridTensor, interleave: bool = False) -> Fragments:
     """Lay a quantized weight (N, K) or (experts, N, K) out, on its own device. The result shares no memory with it.
 
     With ``interleave`` the weight is [gate | up] (N even) and :func:`in_turn` orders its rows, so that the block of threads
@@ -93,7 +93,7 @@ def in_turn(values: Tensor, axis: int = 0) -> Tensor:
     return pairs.transpose(axis, axis + 1).flatten(axis, axis + 1)
 
 
-def restore(weight: Fragments, spec: QuantSpec, expert: int | None = None) -> QTensor:
+def restore(weight: Fragments, spec: QuantSpec, expert: int | None = None) -> GridTensor:
     """Return the quantized weight that :func:`prepack` was given, bit for bit; ``spec`` is the one it had.
 
     A stack comes back whole, or as one ``expert`` of it.
@@ -110,7 +110,7 @@ def restore(weight: Fragments, spec: QuantSpec, expert: int | None = None) -> QT
     assert codes is not None
     assert scale is not None
     assert scale.dtype == SCALE_DTYPES[spec.scale_dtype]
-    return QTensor.from_codes(codes, scale, zero, spec)
+    return GridTensor.from_codes(codes, scale, zero, spec)
 
 
 def dequantize(weight: Fragments, fp8: bool = False) -> Tensor:

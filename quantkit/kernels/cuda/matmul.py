@@ -17,7 +17,7 @@ from quantkit.kernels.cuda import layout, nvcc, ops
 from quantkit.kernels.cuda.layout import Fragments
 from quantkit.kernels.select import KERNELS, ComputeMode, Problem
 from quantkit.numerics import grid
-from quantkit.qtensor import QTensor
+from quantkit.qtensor import GridTensor
 from quantkit.spec import QuantSpec
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -56,7 +56,7 @@ class CudaKernel:
             return "fp8 products want compute capability 8.9 or later"
         return None
 
-    def prepack(self, qtensor: QTensor) -> State:
+    def prepack(self, qtensor: GridTensor) -> State:
         """Copy a 2-D weight into the order of the tensor cores, on its device."""
         return State(layout.prepack(qtensor), qtensor.spec)
 
@@ -74,7 +74,7 @@ class CudaKernel:
         """Round x per token to ``activation`` and multiply the codes; same arguments and result as :meth:`matmul`."""
         return self._run(x, state, bias, "int8" if activation.is_integer else "fp8")
 
-    def unpack(self, state: State, spec: QuantSpec) -> QTensor:
+    def unpack(self, state: State, spec: QuantSpec) -> GridTensor:
         """Return the weight that was prepacked."""
         return layout.restore(state.weight, spec)
 

@@ -15,7 +15,7 @@ from quantkit.errors import KernelError
 from quantkit.kernels.cuda import calls, layout
 from quantkit.kernels.cuda.calls import fill_matmul, pointer, steps_of, struct
 from quantkit.kernels.cuda.layout import STEP, Fragments
-from quantkit.qtensor import QTensor
+from quantkit.qtensor import GridTensor
 from quantkit.spec import QuantSpec
 
 logger = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ def _agrees(device: torch.device, dtype: torch.dtype, bits: int) -> bool:
         codes = torch.randint(2**bits, (130, 1088), generator=generator, dtype=torch.uint8)
         scale = torch.rand(130, 1088 // group, generator=generator).half()
         zero = None if symmetric else torch.randint(2**bits, scale.shape, generator=generator).byte()
-        qtensor = QTensor.from_codes(codes, scale, zero, QuantSpec(f"int{bits}", (1, group), symmetric))
+        qtensor = GridTensor.from_codes(codes, scale, zero, QuantSpec(f"int{bits}", (1, group), symmetric))
         weight = layout.prepack(qtensor.to(device))
         want = calls.dense_matmul(x, weight, None).float()
         try:

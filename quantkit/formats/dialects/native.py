@@ -1,0 +1,46 @@
+"""``native``: the dialect of quantkit's own format, which lists the modules of every scheme and can say them all."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from quantkit.errors import FormatError, SpecError
+from quantkit.formats.base import Matcher, Stored, group_by_scheme
+from quantkit.formats.codecs.native import codec_of
+from quantkit.spec import Scheme
+
+VERSION = 1
+
+
+class Native:
+    """The dialect; its ``quant_method`` is ``quantkit``."""
+
+    quant_method = "quantkit"
+    conv1d = True
+    embeddings = True
+
+    def rejects(self, scheme: Scheme, shape: tuple[int, ...], dtype: str | None = None) -> str | None:
+        """Reject only a block that does not divide the shape."""
+        return scheme.weight.rejects(shape)
+
+    def dump_config(self, plan: Mapping[str, Scheme], ignore: Sequence[str], dtype: str) -> dict[str, Any]:
+        """List the modules of every scheme."""
+        groups = [{"scheme": scheme.to_dict(), "modules": names} for scheme, names in group_by_scheme(plan).items()]
+        return {"quant_method": self.quant_method, "version": VERSION, "groups": groups, "ignore": list(ignore)}
+
+    def load_config(self, config: Mapping[str, Any], dtype: str, tensors: Mapping[str, torch.dtype]) -> Matcher:
+        """Reverse :meth:`dump_config`; every scheme names the dtype of its scales."""
+        if config.get("version") != VERSION:
+            raise FormatError(
+                f"quantization_config.version is {config.get('version')!r}, this quantkit reads {VERSION}; update it"
+            )
+        stored: dict[str, Stored] = {}
+        try:
+            for group in config["groups"]:
+                scheme = Scheme.from_dict(group["scheme"])
+                entry = Stored(scheme, codec_of(scheme))
+                stored.update(dict.fromkeys(group["modules"], entry))
+        except (KeyError, TypeError, AttributeError, SpecError) as error:
+            raise FormatError(f"quantization_config.groups is malformed: {error!r}") from error
+        return stored.get
