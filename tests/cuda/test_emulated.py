@@ -11,7 +11,7 @@ import torch
 
 from quantkit.errors import KernelError
 from quantkit.kernels.cuda import attention, calls, layout, norms, ops
-from quantkit.kernels.cuda.attention import Pages, Rope, Where
+from quantkit.kernels.cuda.attention import LayerPages, Rope, Where
 from quantkit.numerics import grid
 from quantkit.numerics.fake import fake_quantize
 from quantkit.qtensor import QTensor
@@ -238,8 +238,8 @@ def test_gates(activation):
     [(64, 4, 2, None, None, False, torch.float16), (128, 20, 1, 40, 5.0, True, torch.bfloat16)],
 )
 def test_pages(kind, head, heads, kv_heads, window, softcap, interleaved, dtype):
-    ours = Pages.empty(24, kv_heads, head, kind, dtype, "cpu")
-    twin = Pages(*(None if t is None else t.clone() for t in ours[:4]), kind)
+    ours = LayerPages.empty(24, kv_heads, head, kind, dtype, "cpu")
+    other = LayerPages(*(None if t is None else t.clone() for t in ours[:4]), kind)
     table = torch.randperm(24).view(3, 8).int()
     gains = (torch.rand(head) + 0.5, torch.rand(head) + 0.5) if interleaved else (None, None)
     rope = Rope(torch.randn(256, 16), torch.randn(256, 16), 32, interleaved, *gains)
@@ -249,12 +249,12 @@ def test_pages(kind, head, heads, kv_heads, window, softcap, interleaved, dtype)
     )
     qkv = torch.randn(sum(lengths), (heads + 2 * kv_heads) * head).to(dtype)
     attention.append_plain(qkv, heads, rope, where, ours)
-    attention.append_plain(qkv, heads, rope, where, twin)
+    attention.append_plain(qkv, heads, rope, where, other)
     last = torch.tensor([4, 134, 183])
     where, new = Where(where.positions[last], where.slots[last], table), torch.randn(3, qkv.shape[1]).to(dtype)
-    q, q2 = attention.append(new, heads, rope, where, ours), attention.append_plain(new, heads, rope, where, twin)
+    q, q2 = attention.append(new, heads, rope, where, ours), attention.append_plain(new, heads, rope, where, other)
     assert error(q, q2) < EPS[dtype]
-    for got, want in zip(ours.read(dtype), twin.read(dtype), strict=True):
+    for got, want in zip(ours.read(dtype), other.read(dtype), strict=True):
         assert error(got, want) < 5e-3  # a code may fall on the other side of a half
     options = {"scale": 0.1, "window": window, "softcap": softcap}
     want = attention.attend_plain(q, where, ours, **options)
@@ -273,7 +273,7 @@ def test_pages(kind, head, heads, kv_heads, window, softcap, interleaved, dtype)
     ],
 )
 def test_prompts(kind, head, heads, kv_heads, window, softcap, dtype):
-    pages = Pages.empty(24, kv_heads, head, kind, dtype, "cpu")
+    pages = LayerPages.empty(24, kv_heads, head, kind, dtype, "cpu")
     table, size = torch.randperm(24).view(3, 8).int(), attention.tile_tokens(heads, kv_heads)
     runs = [(0, 0, 11), (1, 37, 50), (2, 100, 1), (0, -1, 1)]  # slot, first position, tokens; the last one fills up
     positions = torch.cat([torch.arange(start, start + count) for _, start, count in runs]).int()
@@ -294,13 +294,13 @@ def test_prompts(kind, head, heads, kv_heads, window, softcap, dtype):
 
 @pytest.mark.parametrize("kind", attention.KINDS)
 def test_rows_that_fill_up_write_nothing_and_read_zeros(kind):
-    pages, table = Pages.empty(4, 2, 64, kind, torch.float16, "cpu"), torch.tensor([[2, 1], [3, 0]], dtype=torch.int32)
+    pages, table = LayerPages.empty(4, 2, 64, kind, torch.float16, "cpu"), torch.tensor([[2, 1], [3, 0]], dtype=torch.int32)
     qkv, rope = torch.randn(3, 8 * 64).half(), Rope(torch.randn(64, 32), torch.randn(64, 32), 64)
     where = Where(torch.tensor([-1, 40, -1], dtype=torch.int32), torch.tensor([0, 1, 0], dtype=torch.int32), table)
-    twin = Pages(*(None if t is None else t.clone() for t in pages[:4]), kind)
+    other = LayerPages(*(None if t is None else t.clone() for t in pages[:4]), kind)
     q = attention.append(qkv, 4, rope, where, pages)
-    attention.append_plain(qkv, 4, rope, where, twin)
-    for stored, want in zip(pages[:4], twin[:4], strict=True):
+    attention.append_plain(qkv, 4, rope, where, other)
+    for stored, want in zip(pages[:4], other[:4], strict=True):
         if stored is not None:
             touched = stored.view(torch.uint8).flatten(2).any(-1).any(-1)
             assert touched.tolist() == want.view(torch.uint8).flatten(2).any(-1).any(-1).tolist() == [True, False, False, False]

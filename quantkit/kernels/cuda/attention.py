@@ -38,7 +38,7 @@ AttendStruct = struct(
 )
 
 
-class Pages(NamedTuple):
+class LayerPages(NamedTuple):
     """Pages of one layer.
 
     Attributes:
@@ -54,7 +54,9 @@ class Pages(NamedTuple):
     kind: str
 
     @classmethod
-    def empty(cls, pages: int, kv_heads: int, head: int, kind: str, dtype: torch.dtype, device: torch.device | str) -> "Pages":
+    def empty(
+        cls, pages: int, kv_heads: int, head: int, kind: str, dtype: torch.dtype, device: torch.device | str
+    ) -> "LayerPages":
         """Allocate pages, zeroed.
 
         Raises:
@@ -130,7 +132,7 @@ class Where(NamedTuple):
     table: Tensor
 
 
-def append(qkv: Tensor, heads: int, rope: Rope, where: Where, pages: Pages) -> Tensor:
+def append(qkv: Tensor, heads: int, rope: Rope, where: Where, pages: LayerPages) -> Tensor:
     """Turn queries and keys, write keys and values into ``pages``, and return the queries (rows, heads, head).
 
     Args:
@@ -151,7 +153,7 @@ def append(qkv: Tensor, heads: int, rope: Rope, where: Where, pages: Pages) -> T
     return q
 
 
-def append_plain(qkv: Tensor, heads: int, rope: Rope, where: Where, pages: Pages) -> Tensor:
+def append_plain(qkv: Tensor, heads: int, rope: Rope, where: Where, pages: LayerPages) -> Tensor:
     """Define :func:`append` in plain torch."""
     kv_heads = pages.keys.shape[1]
     split = qkv.view(len(qkv), heads + 2 * kv_heads, -1)
@@ -183,7 +185,7 @@ def places(where: Where) -> tuple[Tensor, Tensor]:
 
 
 def quantize_heads(x: Tensor, kind: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return stored codes and scales of float32 heads (rows, kv_heads, head), as :class:`Pages` keeps them."""
+    """Return stored codes and scales of float32 heads (rows, kv_heads, head), as :class:`LayerPages` keeps them."""
     if kind == "int8":
         largest = x.abs().amax(-1)
         scale = torch.where(largest == 0, 1.0, largest / 127.5)
@@ -206,7 +208,7 @@ def choose_splits(rows: int, kv_heads: int, tokens: int, processors: int) -> int
 def attend(
     q: Tensor,
     where: Where,
-    pages: Pages,
+    pages: LayerPages,
     *,
     scale: float,
     window: int | None = None,
@@ -245,7 +247,7 @@ def attend(
     return out
 
 
-def _check_heads(q: Tensor, pages: Pages) -> int:
+def _check_heads(q: Tensor, pages: LayerPages) -> int:
     """Return how many key heads there are."""
     (_, heads, head), kv_heads = q.shape, pages.keys.shape[1]
     if head not in HEAD_SIZES or heads % kv_heads:
@@ -266,7 +268,7 @@ def cut(first: int, count: int, size: int) -> list[tuple[int, int]]:
 def attend_prompt(
     q: Tensor,
     where: Where,
-    pages: Pages,
+    pages: LayerPages,
     tiles: Tensor,
     *,
     scale: float,
@@ -291,7 +293,7 @@ def attend_prompt(
     return out
 
 
-def attend_prompt_plain(q: Tensor, where: Where, pages: Pages, tiles: Tensor, **options: Any) -> Tensor:
+def attend_prompt_plain(q: Tensor, where: Where, pages: LayerPages, tiles: Tensor, **options: Any) -> Tensor:
     """Define :func:`attend_prompt` in plain torch."""
     covered = torch.zeros(len(q), dtype=torch.bool, device=q.device)
     for first, count in tiles.tolist():
@@ -302,7 +304,7 @@ def attend_prompt_plain(q: Tensor, where: Where, pages: Pages, tiles: Tensor, **
 def attend_plain(
     q: Tensor,
     where: Where,
-    pages: Pages,
+    pages: LayerPages,
     *,
     scale: float,
     window: int | None = None,

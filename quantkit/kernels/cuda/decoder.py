@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from quantkit.errors import KernelError
 from quantkit.kernels.cuda import layout, norms
 from quantkit.kernels.cuda import ops as cuda_ops
-from quantkit.kernels.cuda.attention import HEAD_SIZES, Pages, Rope, Where, tile_tokens
+from quantkit.kernels.cuda.attention import HEAD_SIZES, LayerPages, Rope, Where, tile_tokens
 from quantkit.kernels.cuda.linear import Product, Rounded, common_rounding
 from quantkit.kernels.cuda.matmul import FP8_CAPABILITY, CudaKernel, State, unfit
 from quantkit.kernels.program.definition import Attention, Experts, Layer, Linear, Mlp, Norm, Program
@@ -149,17 +149,17 @@ class CudaDecoder:
         self._kept.append(self._tables)  # steps that have been recorded read the tables they were recorded with
         self.context_tokens = tokens
 
-    def pages(self, pages: int, kind: str = "float", device: torch.device | str | None = None) -> list[Pages]:
+    def pages(self, pages: int, kind: str = "float", device: torch.device | str | None = None) -> list[LayerPages]:
         """Allocate pages for every layer; ``kind`` as in :mod:`quantkit.kernels.cuda.attention`."""
         sizes = [(layer.attention.kv_heads, layer.attention.head_dim) for layer in self.program.layers]
-        return [Pages.empty(pages, heads, size, kind, self.dtype, device or self.device) for heads, size in sizes]
+        return [LayerPages.empty(pages, heads, size, kind, self.dtype, device or self.device) for heads, size in sizes]
 
     def step(
         self,
         tokens: Tensor,
         where: Where,
-        pages: Sequence[Pages],
-        wanted: Tensor | None = None,
+        pages: Sequence[LayerPages],
+        logit_rows: Tensor | None = None,
         prompts: Prompts | None = None,
         *,
         batch_invariant: bool = False,
@@ -170,7 +170,7 @@ class CudaDecoder:
             tokens: int64 or int32 (rows,).
             where: where they stand; a slot's earlier positions have been read before, or are rows of this step.
             pages: of every layer.
-            wanted: int64, rows whose logits are wanted; None for all.
+            logit_rows: int64, rows whose logits are logit_rows; None for all.
             prompts: rows that are runs of neighbours; None reads all one by one.
             batch_invariant: a row's logits are the same bits whatever rows are beside it, unless ``prompts`` are given, at the
                 price of speed.
@@ -191,8 +191,8 @@ class CudaDecoder:
             h, inner = self._add(a, x, None if layer.parallel else layer.mlp_in, layer.attention_scale, laid.mlp_rounding)
             m = self._mix(layer.mlp, laid, inner if read is None else read, alike)
             x, inner = self._add(self._normalize(m, layer.mlp_out), h, norm, layer.mlp_scale, next_rounding)
-        if wanted is not None:
-            inner = inner.part(wanted) if isinstance(inner, Rounded) else inner[wanted]
+        if logit_rows is not None:
+            inner = inner.part(logit_rows) if isinstance(inner, Rounded) else inner[logit_rows]
         return self._read_out(inner, alike)
 
     def _read_out(self, x: Tensor | Rounded, alike: bool) -> tuple[Tensor, Tensor | None]:
@@ -206,7 +206,7 @@ class CudaDecoder:
             logits = logits * scale
         return logits if cap is None else (cap * torch.tanh(logits.float() / cap)).to(logits.dtype), None
 
-    def _append(self, attention: Attention, qkv: Tensor, rope: Rope, where: Where, pages: Pages) -> Tensor:
+    def _append(self, attention: Attention, qkv: Tensor, rope: Rope, where: Where, pages: LayerPages) -> Tensor:
         """Append keys and values; return the queries."""
         queries: Tensor = cuda_ops.ops().append_pages(qkv, attention.heads, *rope, *where, *pages)
         return queries
@@ -318,7 +318,9 @@ class CudaDecoder:
         return torch.cat([part.to(self.device, self.dtype) for part in parts])
 
 
-def _read(attention: Attention, q: Tensor, where: Where, pages: Pages, splits: int | None, prompts: Prompts | None) -> Tensor:
+def _read(
+    attention: Attention, q: Tensor, where: Where, pages: LayerPages, splits: int | None, prompts: Prompts | None
+) -> Tensor:
     """Return what queries (rows, heads, head) read."""
     ops, options = cuda_ops.ops(), (attention.scale, attention.window, attention.softcap)
     if prompts is None:

@@ -10,7 +10,7 @@ from quantkit.errors import KernelError
 from quantkit.kernels.cuda import ops
 from quantkit.kernels.cuda.attention import PAGE_TOKENS, Where, cut
 from quantkit.kernels.cuda.decoder import CudaDecoder, Prompts
-from quantkit.kernels.functions.sampling import Draw, Wish
+from quantkit.kernels.functions.sampling import Draw, SamplingParameters
 
 _Results = TypeVar("_Results")
 
@@ -49,8 +49,8 @@ class GraphDecoder:
     """Continue up to ``batch`` sequences of one program, each in pages of its own.
 
     A step reads every sequence's newest token, chooses the next one and writes both to device memory; the host looks once, at
-    the end. The most likely tokens are chosen until :meth:`choose_by` says otherwise. On a device other than CUDA the step runs
-    without being recorded: slow, and the same tokens.
+    the end. The most likely tokens are chosen until :meth:`set_sampling` says otherwise. On a device other than CUDA the step
+    runs without being recorded: slow, and the same tokens.
 
     Args:
         decoder: the program.
@@ -87,7 +87,7 @@ class GraphDecoder:
         self._newest = torch.zeros(batch, dtype=torch.int32, device=device)
         self._history = torch.zeros((tokens, batch), dtype=torch.int32, device=device)
         self._at = torch.zeros(1, dtype=torch.int64, device=device)
-        self._alike = batch_invariant
+        self._batch_invariant = batch_invariant
         self._draw = Draw.greedy(batch, device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._lengths: list[int] = []
@@ -97,7 +97,7 @@ class GraphDecoder:
         """Bytes of keys and values."""
         return sum(pages.nbytes for pages in self._pages)
 
-    def choose_by(self, wishes: Sequence[Wish]) -> None:
+    def set_sampling(self, samplings: Sequence[SamplingParameters]) -> None:
         """Choose tokens from now on as one :class:`~quantkit.engine.sampling.Sampling` per sequence says.
 
         Nothing is recorded anew. A drawn token depends on seed, position and logits, not on the other sequences.
@@ -105,7 +105,7 @@ class GraphDecoder:
         Raises:
             KernelError: not one per sequence, or a repetition penalty.
         """
-        self._draw.set(wishes)
+        self._draw.set(samplings)
 
     @torch.no_grad()
     def read(self, prompts: Sequence[Sequence[int]]) -> Tensor:
@@ -157,7 +157,7 @@ class GraphDecoder:
         return _finite(self._history[:count].long())
 
     def _step(self) -> Tensor:
-        logits, bests = self._decoder.step(self._newest, self._where, self._pages, batch_invariant=self._alike)
+        logits, bests = self._decoder.step(self._newest, self._where, self._pages, batch_invariant=self._batch_invariant)
         row = self._where.positions, self._where.slots, self._newest
         chosen = ops.ops().next_tokens(logits.contiguous(), *self._draw, *row, bests)
         self._history.index_copy_(0, self._at, chosen[None])  # -1 where there is none to choose: what follows is thrown away

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from quantkit.kernels.cuda import attention, calls, layout, norms, prefill, sampling
-from quantkit.kernels.cuda.attention import Pages, Rope, Where
+from quantkit.kernels.cuda.attention import LayerPages, Rope, Where
 from quantkit.kernels.cuda.layout import Fragments
 from quantkit.kernels.functions.sampling import Draw
 
@@ -208,7 +208,7 @@ def _norm_fake(x: Tensor, residual: Any, gain: Any, shift: Any, kind: int, eps: 
 
 def _append(function: Callable[..., Any]) -> Callable[..., Any]:
     def run(qkv: Tensor, heads: int, *rest: Any) -> Any:
-        return function(qkv, heads, Rope(*rest[:7]), Where(*rest[7:10]), Pages(*rest[10:]))
+        return function(qkv, heads, Rope(*rest[:7]), Where(*rest[7:10]), LayerPages(*rest[10:]))
 
     return run
 
@@ -221,7 +221,7 @@ def _append_fake(qkv: Tensor, heads: int, *rest: Any) -> Tensor:
 def _attend(function: Callable[..., Any]) -> Callable[..., Any]:
     def run(q: Tensor, *rest: Any) -> Any:
         scale, window, softcap, splits = rest[8:]
-        where, pages = Where(*rest[:3]), Pages(*rest[3:8])
+        where, pages = Where(*rest[:3]), LayerPages(*rest[3:8])
         return function(q, where, pages, scale=scale, window=window, softcap=softcap, splits=splits)
 
     return run
@@ -230,7 +230,7 @@ def _attend(function: Callable[..., Any]) -> Callable[..., Any]:
 def _attend_prompt(function: Callable[..., Any]) -> Callable[..., Any]:
     def run(q: Tensor, *rest: Any) -> Any:
         tiles, scale, window, softcap = rest[8:]
-        return function(q, Where(*rest[:3]), Pages(*rest[3:8]), tiles, scale=scale, window=window, softcap=softcap)
+        return function(q, Where(*rest[:3]), LayerPages(*rest[3:8]), tiles, scale=scale, window=window, softcap=softcap)
 
     return run
 
