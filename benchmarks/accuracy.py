@@ -188,8 +188,9 @@ def run_quantkit(job: dict) -> dict:
 
     transforms = recipe.get("transforms", ())
     result = quantkit.quantize(
-        model, job["scheme"], quantizer=quantizer, transforms=transforms, distill=distill, data=list(ids.split(8)),
-        tokenizer=tokenizer, compute=compute, progress=progress,
+        model, job["scheme"], method=quantizer, steps=[*transforms, *([distill] if distill else [])],
+        calibration=quantkit.Calibration(list(ids.split(8))), run=quantkit.Run(compute=compute, progress=progress),
+        tokenizer=tokenizer,
     )  # fmt: skip
     cost = clock.cost() | {"marks": marks}
     cost |= {"distill_kl": result.metadata["distill"]["kl"]} if distill else {}

@@ -41,7 +41,7 @@ def load(path: str, cache: bool) -> dict[str, Any]:
     before, start = status("VmRSS"), time.perf_counter()
     model: Any = checkpoint.load(path, cache=cache)
     loaded, after_load = time.perf_counter() - start, status("VmHWM") - before
-    backend: Any = make_backend(model, engine="native", activations="int8")
+    backend: Any = make_backend(model, engine="native", compute="int8")
     step = OneSequence(backend, CONTEXT)
     int(step([7], 0).argmax())
     first = time.perf_counter() - start

@@ -35,8 +35,8 @@ class Quantkit:
         model, tokenizer = open_model(path, head="int8" if quantized else "float")
         self.model: Any = model.eval()
         self.load_s = time.perf_counter() - start
-        activations = "int8" if kind.endswith("int8") else "float"
-        backend: Any = make_backend(self.model, engine="native", activations=activations)
+        compute = "int8" if kind.endswith("int8") else "float"
+        backend: Any = make_backend(self.model, engine="native", compute=compute)
         self.step = OneSequence(backend, 2048 + 256)
         self.vocabulary = self.model.config.vocab_size
         program = backend.decoder.program
@@ -48,7 +48,7 @@ class Quantkit:
             "bits_per_read_weight": read * 8 / weights,
             "kv_bytes_per_token": backend.nbytes / backend._kv.pages / OneSequence.PAGE_TOKENS,
             "load_s": self.load_s,
-            "kl_of_int8_activations": divergence(backend, tokenizer) if tokenizer and activations == "int8" else None,
+            "kl_of_int8_activations": divergence(backend, tokenizer) if tokenizer and compute == "int8" else None,
             "engine": backend.engine,
         }
         self.filled = 0

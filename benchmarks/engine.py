@@ -159,7 +159,7 @@ def race(
 
 def speculate(model: Any, tokenizer: Any, arguments: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    limits, options = Limits(running=1, kv_tokens=2048), {"engine": arguments.engine, "activations": arguments.activations}
+    limits, options = Limits(running=1, kv_tokens=2048), {"engine": arguments.engine, "compute": arguments.compute}
     drafters = [None, "ngram", *(["self"] if quantized_to_8(model) else [])]
     engines = {drafter or "plain": Engine(model, limits=limits, drafter=drafter, **options) for drafter in drafters}
     for name, (text, sampling) in TEXTS.items():
@@ -192,7 +192,7 @@ def main() -> None:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--head", default="float", help="int8 rounds the output head")
-    parser.add_argument("--activations", default="float", help="speculate: int8 rounds them")
+    parser.add_argument("--compute", default="float", help="speculate: int8 rounds them")
     parser.add_argument("--engine", default="auto")
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=3)

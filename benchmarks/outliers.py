@@ -13,7 +13,7 @@ import copy
 
 import torch
 
-from quantkit import quantize
+from quantkit import Calibration, quantize
 from quantkit.calibrate.data import encoder, load_texts, text_default
 from quantkit.checkpoint.open import open_model
 from quantkit.evaluation import BaseLogits, score
@@ -46,8 +46,8 @@ def main() -> None:
             for transform in arguments.transform:
                 model = planted(base, factor, arguments.channels)
                 quantize(
-                    model, scheme, quantizer="rtn", transforms=() if transform == "none" else (transform,),
-                    data=arguments.data, tokenizer=tokenizer, samples=arguments.samples, length=arguments.length,
+                    model, scheme, method="rtn", steps=() if transform == "none" else (transform,), tokenizer=tokenizer,
+                    calibration=Calibration(arguments.data, arguments.samples, arguments.length),
                 )  # fmt: skip
                 found = score(model, windows, compared).divergence
                 assert found is not None

@@ -115,7 +115,12 @@ def run_quantkit(arguments: argparse.Namespace) -> dict:
     start = time.perf_counter()
     compute = Compute(torch.device("cpu"), getattr(torch, arguments.compute))
     result = quantkit.quantize(
-        model, arguments.scheme, quantizer="gptq", data=list(ids.split(8)), tokenizer=tokenizer, compute=compute
+        model,
+        arguments.scheme,
+        method="gptq",
+        calibration=quantkit.Calibration(data=list(ids.split(8))),
+        run=quantkit.Run(compute=compute),
+        tokenizer=tokenizer,
     )
     seconds, peak = time.perf_counter() - start, peak_mib()
     start = time.perf_counter()

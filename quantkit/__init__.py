@@ -13,92 +13,153 @@ from typing import TYPE_CHECKING, Any
 from quantkit.version import __version__
 
 if TYPE_CHECKING:
+    from quantkit.calibrate.data import Calibration
     from quantkit.calibrate.statistics import load_statistics, save_statistics
     from quantkit.checkpoint import inspect, load, save
+    from quantkit.checkpoint.open import open_model
     from quantkit.engine.request import Limits
     from quantkit.engine.sampling import Sampling
-    from quantkit.errors import (
-        CalibrationError,
-        FormatError,
-        KernelError,
-        QuantkitError,
-        RecipeError,
-        SpecError,
-    )
-    from quantkit.evaluation import EvalReport, evaluate
+    from quantkit.errors import CalibrationError, FormatError, KernelError, QuantkitError, RecipeError, SpecError
+    from quantkit.evaluation import BaseLogits, EvalReport, compare_latency, evaluate
     from quantkit.generation.engine import Engine
     from quantkit.generation.generate import Generation, generate
     from quantkit.pipeline.distill import Distill
-    from quantkit.pipeline.quantize import QuantizeResult, collect, quantize
+    from quantkit.pipeline.plan import Resolution
+    from quantkit.pipeline.quantize import collect, plan, quantize
+    from quantkit.pipeline.result import QuantizeResult
+    from quantkit.pipeline.rules import Rule, SchemeChoice
+    from quantkit.pipeline.settings import Output, Run
     from quantkit.qtensor import QTensor
+    from quantkit.quantizers.autoround import AutoRound
+    from quantkit.quantizers.gptaq import GPTAQ
+    from quantkit.quantizers.gptq import GPTQ
+    from quantkit.quantizers.hqq import HQQ
+    from quantkit.quantizers.rtn import RTN, ImportanceRTN
+    from quantkit.recipe.run import plan_recipe, run_recipe
+    from quantkit.recipe.schema import Recipe, load_recipe
     from quantkit.report import comparison_table, write_html
     from quantkit.spec import KVScheme, Plan, QuantSpec, Scheme, preset
+    from quantkit.system.compute import Compute
     from quantkit.system.progress import Progress
+    from quantkit.transforms.awq import AWQ
+    from quantkit.transforms.bias import BiasCorrection
+    from quantkit.transforms.rotate import Rotate
+    from quantkit.transforms.smoothquant import SmoothQuant
 
 _HOME = {
+    "AWQ": "transforms.awq",
+    "AutoRound": "quantizers.autoround",
+    "BaseLogits": "evaluation",
+    "BiasCorrection": "transforms.bias",
+    "Calibration": "calibrate.data",
     "CalibrationError": "errors",
+    "Compute": "system.compute",
     "Distill": "pipeline.distill",
     "Engine": "generation.engine",
     "EvalReport": "evaluation",
     "FormatError": "errors",
+    "GPTAQ": "quantizers.gptaq",
+    "GPTQ": "quantizers.gptq",
     "Generation": "generation.generate",
+    "HQQ": "quantizers.hqq",
+    "ImportanceRTN": "quantizers.rtn",
     "KVScheme": "spec",
     "KernelError": "errors",
     "Limits": "engine.request",
+    "Output": "pipeline.settings",
     "Plan": "spec",
     "Progress": "system.progress",
     "QTensor": "qtensor",
     "QuantSpec": "spec",
-    "QuantizeResult": "pipeline.quantize",
+    "QuantizeResult": "pipeline.result",
     "QuantkitError": "errors",
+    "RTN": "quantizers.rtn",
+    "Recipe": "recipe.schema",
     "RecipeError": "errors",
+    "Resolution": "pipeline.plan",
+    "Rotate": "transforms.rotate",
+    "Rule": "pipeline.rules",
+    "Run": "pipeline.settings",
     "Sampling": "engine.sampling",
     "Scheme": "spec",
+    "SchemeChoice": "pipeline.rules",
+    "SmoothQuant": "transforms.smoothquant",
     "SpecError": "errors",
     "collect": "pipeline.quantize",
+    "compare_latency": "evaluation",
     "comparison_table": "report",
     "evaluate": "evaluation",
     "generate": "generation.generate",
     "inspect": "checkpoint",
     "load": "checkpoint",
+    "load_recipe": "recipe.schema",
     "load_statistics": "calibrate.statistics",
+    "open_model": "checkpoint.open",
+    "plan": "pipeline.quantize",
+    "plan_recipe": "recipe.run",
     "preset": "spec",
     "quantize": "pipeline.quantize",
+    "run_recipe": "recipe.run",
     "save": "checkpoint",
     "save_statistics": "calibrate.statistics",
     "write_html": "report",
 }
 
 __all__ = [
+    "AWQ",
+    "GPTAQ",
+    "GPTQ",
+    "HQQ",
+    "RTN",
+    "AutoRound",
+    "BaseLogits",
+    "BiasCorrection",
+    "Calibration",
     "CalibrationError",
+    "Compute",
     "Distill",
     "Engine",
     "EvalReport",
     "FormatError",
     "Generation",
+    "ImportanceRTN",
     "KVScheme",
     "KernelError",
     "Limits",
+    "Output",
     "Plan",
     "Progress",
     "QTensor",
     "QuantSpec",
     "QuantizeResult",
     "QuantkitError",
+    "Recipe",
     "RecipeError",
+    "Resolution",
+    "Rotate",
+    "Rule",
+    "Run",
     "Sampling",
     "Scheme",
+    "SchemeChoice",
+    "SmoothQuant",
     "SpecError",
     "__version__",
     "collect",
+    "compare_latency",
     "comparison_table",
     "evaluate",
     "generate",
     "inspect",
     "load",
+    "load_recipe",
     "load_statistics",
+    "open_model",
+    "plan",
+    "plan_recipe",
     "preset",
     "quantize",
+    "run_recipe",
     "save",
     "save_statistics",
     "write_html",

@@ -30,5 +30,5 @@ def tiny_quantized(tiny_float, tmp_path_factory) -> Path:
     from quantkit.pipeline.quantize import quantize
 
     path = tmp_path_factory.mktemp("quantized") / "w4"
-    quantize(tiny_float, "w4a16", quantizer="rtn", out=path)
+    quantize(tiny_float, "w4a16", out=path, method="rtn")
     return path

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from quantkit import load, quantize
+from quantkit.calibrate.data import Calibration
 from quantkit.errors import CalibrationError, QuantkitError, SpecError
 from quantkit.hf.backend import make_backend
 from quantkit.hf.native import native_decoder
@@ -15,6 +16,7 @@ from quantkit.numerics.fake import fake_quantize
 from quantkit.numerics.grid import choose_qparams
 from quantkit.numerics.hadamard import hadamard_transform
 from quantkit.pipeline.quantize import collect
+from quantkit.pipeline.settings import Output
 from quantkit.quantizers.autoround import AutoRound
 from quantkit.quantizers.rtn import nearest
 from quantkit.spec import QuantSpec, Scheme, preset
@@ -46,9 +48,11 @@ def test_every_scheme_survives_its_checkpoint(scheme: str, format: str, tmp_path
     wanted = model(batch).logits
     if scheme.endswith("rotated") and format == "compressed-tensors":
         with pytest.raises(SpecError, match="its readers would not rotate them"):
-            quantize(model, scheme, quantizer="rtn", out=tmp_path / "x", format=format)
+            quantize(model, scheme, out=tmp_path / "x", method="rtn", output=Output(format=format))
         return
-    result = quantize(model, scheme, quantizer="rtn", data=ids(), out=tmp_path / "x", format=format)
+    result = quantize(
+        model, scheme, out=tmp_path / "x", method="rtn", calibration=Calibration(data=ids()), output=Output(format=format)
+    )
     loaded = load(tmp_path / "x")
     grids = {name: (m.spec, m.activation) for name, m in model.named_modules() if isinstance(m, QuantLinear)}
     assert grids == {name: (m.spec, m.activation) for name, m in loaded.named_modules() if isinstance(m, QuantLinear)}
@@ -64,7 +68,7 @@ def test_transformers_reads_the_checkpoint(scheme: str, tmp_path: Path) -> None:
 
     dtype = torch.bfloat16 if scheme.endswith("fp4") else torch.float32  # they make bfloat16 of FP4, whatever the model is
     model = tiny.FAMILIES["llama"]().to(dtype)
-    quantize(model, scheme, quantizer="rtn", data=ids(), out=tmp_path / "x")
+    quantize(model, scheme, out=tmp_path / "x", method="rtn", calibration=Calibration(data=ids()))
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "x", dtype=dtype)
     batch = ids()[1]
     ours, found = model(batch).logits, theirs(batch).logits
@@ -73,8 +77,8 @@ def test_transformers_reads_the_checkpoint(scheme: str, tmp_path: Path) -> None:
 
 def test_a_static_scale_is_the_largest_input_over_the_grid() -> None:
     model = tiny.FAMILIES["llama"]()
-    known, _ = collect(tiny.FAMILIES["llama"](), ["abs_max"], data=ids())
-    result = quantize(model, "w8a8-static", quantizer="rtn", statistics=known)
+    known, _ = collect(tiny.FAMILIES["llama"](), ["abs_max"], calibration=Calibration(data=ids()))
+    result = quantize(model, "w8a8-static", method="rtn", calibration=Calibration(statistics=known))
     for name, statistics in known.items():
         layer = model.get_submodule(name)
         assert isinstance(layer, QuantLinear)
@@ -92,7 +96,7 @@ def test_a_static_scale_is_the_largest_input_over_the_grid() -> None:
 
 def test_query_key_value_and_gate_up_share_their_scales() -> None:
     model = tiny.FAMILIES["llama"]()
-    quantize(model, "nvfp4", quantizer="rtn")
+    quantize(model, "nvfp4", method="rtn")
     layer = model.model.layers[0]
     attention, mlp = layer.self_attn, layer.mlp
     assert attention.q_proj.global_scale == attention.k_proj.global_scale == attention.v_proj.global_scale
@@ -101,9 +105,9 @@ def test_query_key_value_and_gate_up_share_their_scales() -> None:
 
 
 def test_static_scales_need_calibration() -> None:
-    known, _ = collect(tiny.FAMILIES["llama"](), ["mean_square"], data=ids())
+    known, _ = collect(tiny.FAMILIES["llama"](), ["mean_square"], calibration=Calibration(data=ids()))
     with pytest.raises(CalibrationError, match="static input scale"):
-        quantize(tiny.FAMILIES["llama"](), "w8a8-static", quantizer="rtn-importance", statistics=known)
+        quantize(tiny.FAMILIES["llama"](), "w8a8-static", method="rtn-importance", calibration=Calibration(statistics=known))
     weight, spec = torch.randn(4, 8), QuantSpec("int8")
     qtensor = nearest(weight, choose_qparams(weight, spec), spec)
     with pytest.raises(SpecError, match="wants a stored input scale"):
@@ -131,7 +135,7 @@ def test_rotated_activations_do_not_mind_outliers(quantizer: str | AutoRound) ->
         for layer in model.model.layers:  # the same function, with one hidden unit 64 times larger than the others
             layer.mlp.up_proj.weight.data[3] *= 64
             layer.mlp.down_proj.weight.data[:, 3] /= 64
-        result = quantize(model, scheme, quantizer=quantizer, data=ids())
+        result = quantize(model, scheme, method=quantizer, calibration=Calibration(data=ids()))
         errors[scheme] = ((model(ids()[0]).logits - wanted).norm() / wanted.norm()).item()
         assert not any(row.kind == "fell back" for row in result.coverage)
     assert errors["w8a8-rotated"] < errors["w8a8"] / 2
@@ -155,16 +159,16 @@ def test_a_rotated_layer_is_the_layer_on_turned_inputs() -> None:
 
 def test_no_native_engine_runs_rotated_inputs_unrotated() -> None:
     model = tiny.FAMILIES["llama"]()
-    quantize(model, "w8a8-rotated", quantizer="rtn")
+    quantize(model, "w8a8-rotated", method="rtn")
     assert "inputs of layers are rounded to int8 channel rotated, which modules do" in str(native_decoder(model))
     with pytest.raises(QuantkitError, match="which modules do"):
         make_backend(model, engine="native")
 
 
 def test_rotated_grids_that_make_no_sense_are_refused() -> None:
-    known, _ = collect(tiny.FAMILIES["llama"](), ["hessian"], data=ids())
+    known, _ = collect(tiny.FAMILIES["llama"](), ["hessian"], calibration=Calibration(data=ids()))
     with pytest.raises(CalibrationError, match="inputs that are not rotated"):
-        quantize(tiny.FAMILIES["llama"](), "w8a8-rotated", quantizer="gptq", statistics=known)
+        quantize(tiny.FAMILIES["llama"](), "w8a8-rotated", method="gptq", calibration=Calibration(statistics=known))
     rotated = dataclasses.replace(QuantSpec("int8", dynamic=True), rotated=True)
     with pytest.raises(SpecError, match="only activations can be rotated"):
         Scheme(rotated)

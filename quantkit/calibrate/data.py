@@ -16,15 +16,17 @@ import importlib
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import AfterValidator
 from torch import Tensor
 
 from quantkit.errors import CalibrationError
+from quantkit.system.settings import AtLeastTwo, Positive, settings
 
 logger = logging.getLogger(__name__)
 
@@ -324,7 +326,13 @@ def _check_cut(
             raise CalibrationError(f"{name}={value!r}: want {want}")
 
 
-@dataclass(frozen=True)
+def _check_data(data: Any) -> Any:
+    if isinstance(data, bool | int | float | Mapping):
+        raise ValueError("want a file, folder, dataset name, list of texts, or batches of token ids")
+    return data
+
+
+@settings(CalibrationError)
 class Calibration:
     """Which text calibrates: ``samples`` windows of ``length`` tokens of ``data``, run ``batch_size`` at a time.
 
@@ -336,13 +344,19 @@ class Calibration:
         batch_size: windows per forward.
         mode: ``"packed"`` (one stream cut in windows) or ``"ragged"`` (one text per row; rows of equal length run together,
             so there is never any padding).
+        statistics: from :func:`quantkit.collect` or a file of :func:`quantkit.save_statistics`, used instead of text; layers
+            then do not see the rounding of those before them.
+
+    Raises:
+        CalibrationError: a value of the wrong type or out of range.
     """
 
-    data: Any = None
-    samples: int = 128
-    length: int = 512
-    batch_size: int = 8
+    data: Annotated[Any, AfterValidator(_check_data)] = None
+    samples: Positive = 128
+    length: AtLeastTwo = 512
+    batch_size: Positive = 8
     mode: Literal["packed", "ragged"] = "packed"
+    statistics: Any = None
 
     def batches(self, tokenizer: Any) -> list[Batch]:
         """Tokenize and cut the text.

@@ -15,14 +15,14 @@ from quantkit.checkpoint.read import Opened, open_checkpoint
 from quantkit.errors import FormatError
 from quantkit.hf.experts import enable_experts
 from quantkit.hf.load import PreTrainedModel, read_generation_config
-from quantkit.kernels import Activations
+from quantkit.kernels import ComputeMode
 from quantkit.kernels.cpu import layout
 from quantkit.kernels.cpu.huge_pages import Arena
 from quantkit.kernels.cpu.layout import Prepacked
 from quantkit.kernels.cpu.matmul import CpuKernel, State
-from quantkit.kernels.select import Problem, check_activations, select
+from quantkit.kernels.select import Problem, check_compute, select
 from quantkit.nn.embedding import QuantEmbedding
-from quantkit.nn.install import install, set_activations
+from quantkit.nn.install import install, set_compute
 from quantkit.nn.linear import QuantLinear, QuantWeight
 from quantkit.nn.sites import Site
 from quantkit.qtensor import QTensor
@@ -40,7 +40,7 @@ def load(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     ignore_activations: bool = False,
-    activations: Activations = "float",
+    compute: ComputeMode = "float",
     cache: bool = True,
 ) -> PreTrainedModel:
     """Load a quantized checkpoint, ready to run, in evaluation mode.
@@ -54,15 +54,15 @@ def load(
         dtype: dtype of the unquantized tensors; None keeps what the files hold.
         device: where the model goes.
         ignore_activations: run a checkpoint that asks for quantized activations (W8A8) with float ones.
-        activations: what quantized layers make of their inputs on a CPU: ``"float"``, nothing, or ``"int8"``, rounded block by
+        compute: what quantized layers make of their inputs on a CPU: ``"float"``, nothing, or ``"int8"``, rounded block by
             block, which is faster and has an error of its own (:mod:`quantkit.kernels.cpu.matmul`).
         cache: keep the kernels' layout of this checkpoint on the disk, and use what is kept; False does neither.
 
     Raises:
-        KernelError: ``activations`` is neither.
+        KernelError: ``compute`` is neither.
         FormatError: the checkpoint is unfinished, damaged, contradicts itself, or cannot be represented exactly.
     """
-    check_activations(activations)
+    check_compute(compute)
     on_cpu = torch.device(device).type == "cpu"
     with open_checkpoint(path) as opened:
         contents = opened.contents
@@ -93,7 +93,7 @@ def load(
             part.keeps_codes = False
         elif isinstance(part, QuantEmbedding) and dtype is not None:
             part.to(dtype)  # of what a look-up returns
-    set_activations(loaded, activations)
+    set_compute(loaded, compute)
     return loaded
 
 

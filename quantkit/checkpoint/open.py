@@ -11,7 +11,7 @@ from quantkit import checkpoint
 from quantkit.errors import SpecError
 from quantkit.hf.load import load_float, load_tokenizer
 from quantkit.hf.source import locate
-from quantkit.kernels import Activations
+from quantkit.kernels import ComputeMode
 from quantkit.nn.install import quantize_head
 
 HEADS = ("float", "int8")
@@ -19,14 +19,14 @@ HEADS = ("float", "int8")
 
 
 def open_model(
-    source: str | Path, dtype: torch.dtype | None = None, *, activations: Activations = "float", head: str = "float"
+    source: str | Path, dtype: torch.dtype | None = None, *, compute: ComputeMode = "float", head: str = "float"
 ) -> tuple[nn.Module, Any]:
     """Open a quantized checkpoint, a float directory, a hub id, a GGUF file, or ``"demo"``, the embedded default.
 
     Args:
         source: what to open.
         dtype: dtype of the unquantized weights; None keeps what the files hold.
-        activations: what quantized layers make of their inputs; see :func:`quantkit.checkpoint.load`.
+        compute: what quantized layers make of their inputs; see :func:`quantkit.checkpoint.load`.
         head: ``"int8"`` rounds a float output head in memory, see :func:`quantkit.nn.install.quantize_head`.
 
     Returns:
@@ -39,7 +39,7 @@ def open_model(
         raise SpecError(f"head={head!r}: want one of {', '.join(HEADS)}")
     place = locate(source)
     if _is_quantized(Path(place)):
-        model, tokenizer = checkpoint.load(place, dtype=dtype, activations=activations), load_tokenizer(place)
+        model, tokenizer = checkpoint.load(place, dtype=dtype, compute=compute), load_tokenizer(place)
     else:
         model, tokenizer = load_float(place, dtype)
     if head == "int8":

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from quantkit import checkpoint
+from quantkit.calibrate.data import Calibration
 from quantkit.checkpoint.contents import contents_of
 from quantkit.checkpoint.open import open_model
 from quantkit.evaluation import BaseLogits, EvalReport, compare_latency, evaluate
@@ -26,6 +27,7 @@ from quantkit.nn.sites import sharing_copy
 from quantkit.pipeline.estimate import Estimate, estimate
 from quantkit.pipeline.plan import make_plan
 from quantkit.pipeline.quantize import quantize
+from quantkit.pipeline.settings import Output, Run
 from quantkit.quantizers.base import QUANTIZERS
 from quantkit.spec import Scheme
 from quantkit.system.files import write_json
@@ -93,7 +95,7 @@ def plan_demo(settings: DemoSettings) -> list[Variant]:
     contents = contents_of(config)
     variants = []
     for bits, preset, quantizer in ((8, "w8a16", "rtn"), (4, "w4a16-asym", "rtn"), (4, "w4a16-asym", "gptq")):
-        plan = make_plan(contents.structure, preset, scale_dtype="bfloat16")
+        plan = make_plan(contents.structure, preset, scale_dtype="bfloat16").plan
         tokens = settings.samples * settings.length if QUANTIZERS.get(quantizer).needs else 0
         spec = next(iter(plan.values())).weight
         group = f"g{spec.group_size}" if spec.group_size > 0 else "channel"
@@ -126,15 +128,12 @@ def run_demo(settings: DemoSettings, variants: list[Variant] | None = None, prog
     for variant in variants:
         done = quantize(
             sharing_copy(plain),
-            quantizer=variant.quantizer,
-            plan=variant.plan,
-            data=settings.data,
+            variant.plan,
+            method=variant.quantizer,
+            calibration=Calibration(settings.data, settings.samples, settings.length),
+            output=Output(out / variant.folder, overwrite=True),
+            run=Run(progress=_labelled(progress, variant.label)),
             tokenizer=tokenizer,
-            samples=settings.samples,
-            length=settings.length,
-            out=out / variant.folder,
-            overwrite=True,
-            progress=_labelled(progress, variant.label),
         )
         coverage, losses = done.coverage, done.losses
         del done

@@ -37,7 +37,7 @@ def plan(recipe: Path, settings: Settings = None, as_json: AsJson = False) -> No
         {
             "bits per quantized weight": f"{found.bits_per_weight:.3f}",
             "checkpoint": f"{size(found.total_bytes)} (float: {size(found.float_bytes)}), {preview.recipe.output.format}",
-            "written to": preview.recipe.output.path,
+            "written to": str(preview.recipe.output.path),
             "peak memory, about": size(found.peak_bytes),
             "passes": "\n".join(found.passes),
         }

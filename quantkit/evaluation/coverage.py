@@ -5,7 +5,7 @@ memory without a word, and a site that fell back to rounding costs accuracy.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -80,14 +80,20 @@ def summarise(rows: Iterable[CoverageRow]) -> list[CoverageSummary]:
     return sorted(summary, key=lambda s: (KINDS.index(s.kind), -s.parameters))
 
 
-def coverage_before(model: nn.Module, structure: Structure, plan: Plan) -> list[CoverageRow]:
-    """Return a row for every weight of the float model, as if all were skipped; what ``plan`` leaves alone says why."""
+def coverage_before(model: nn.Module, structure: Structure, plan: Plan, reasons: Mapping[str, str]) -> list[CoverageRow]:
+    """Return a row for every weight of the float model, as if all were skipped.
+
+    Args:
+        model, structure: the model and its layers.
+        plan: layer name to scheme.
+        reasons: layer name to why the plan leaves it alone, where that is known.
+    """
     rows = []
     ends = [site for site in structure.after if site in structure.outside or site.name in plan]
     for site in (*structure.sites, *ends):
         weight = read_weight(model, site)
         kind = type(model.get_submodule(site.module)).__name__
-        where = "outside the blocks" if site in structure.outside else "left out of the plan"
+        where = reasons.get(site.name, "outside the blocks" if site in structure.outside else "left out of the plan")
         rows.append(
             CoverageRow(
                 "skipped", site.name, kind, site.numel, weight.nbytes, weight.nbytes, None, None if site.name in plan else where
@@ -117,3 +123,8 @@ def coverage_after(rows: Iterable[CoverageRow], results: Mapping[str, Quantized]
             )
         done.append(row)
     return done
+
+
+def remark(rows: Iterable[CoverageRow], remarks: Mapping[str, str]) -> list[CoverageRow]:
+    """Return the rows with what is unusual about a layer's scheme added to its reason."""
+    return [replace(row, reason="; ".join(filter(None, (row.reason, remarks.get(row.name)))) or None) for row in rows]

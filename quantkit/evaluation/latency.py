@@ -87,7 +87,7 @@ def measure_latency(
     new_tokens: int = 32,
     rounds: int = 3,
     engine: str = "auto",
-    activations: str = "float",
+    compute: str = "float",
     progress: ProgressCallback = ignore,
 ) -> Latency:
     """Time one model; arguments as in :func:`compare_latency`."""
@@ -98,7 +98,7 @@ def measure_latency(
         new_tokens=new_tokens,
         rounds=rounds,
         engine=engine,
-        activations=activations,
+        compute=compute,
         progress=progress,
     )["model"]
 
@@ -111,7 +111,7 @@ def compare_latency(
     new_tokens: int = 32,
     rounds: int = 3,
     engine: str = "auto",
-    activations: str = "float",
+    compute: str = "float",
     progress: ProgressCallback = ignore,
 ) -> dict[str, Latency]:
     """Time several models in turn, in one run.
@@ -123,7 +123,7 @@ def compare_latency(
         new_tokens: tokens decoded after it. The next token is the most likely one, so models may read different text;
             the work is the same.
         rounds: timed rounds after one warm-up; percentiles are over ``rounds`` prefills and ``rounds * new_tokens`` steps.
-        engine, activations: what runs the steps, see :func:`quantkit.hf.backend.make_backend`; "auto" may run models
+        engine, compute: what runs the steps, see :func:`quantkit.hf.backend.make_backend`; "auto" may run models
             differently, and the result names what ran each.
         progress: receives stage ``"latency"`` after every model and round.
 
@@ -146,7 +146,7 @@ def compare_latency(
     peaks = dict.fromkeys(models, 0)
     with evaluation_mode(*models.values()):
         backends = {
-            name: make_backend(model, engine=engine, activations=activations)  # type: ignore[arg-type]
+            name: make_backend(model, engine=engine, compute=compute)  # type: ignore[arg-type]
             for name, model in models.items()
         }
         steps = {name: OneSequence(backend, context + new_tokens) for name, backend in backends.items()}

@@ -33,7 +33,7 @@ class Engine(TokenEngine):
             or any :class:`~quantkit.engine.drafters.Drafter`.
         engine: ``"native"`` (one native call per step), ``"modules"`` (the model's own forward), or ``"auto"``: native if
             possible, else modules.
-        activations: ``"float"``; ``"int8"``, which is faster and less exact; or ``"float32"``, which keeps a bfloat16 model
+        compute: ``"float"``; ``"int8"``, which is faster and less exact; or ``"float32"``, which keeps a bfloat16 model
             from rounding activations to bfloat16 where that is faster. The last two need the native CPU engine.
         batch_invariant: answers are bitwise independent of the other requests and of drafts. The native CPU engine guarantees
             this always; on CUDA, prompts are read several times slower.
@@ -51,10 +51,10 @@ class Engine(TokenEngine):
         limits: Limits | None = None,
         drafter: DrafterChoice = None,
         engine: str = "auto",
-        activations: str = "float",
+        compute: str = "float",
         batch_invariant: bool = False,
     ) -> None:
-        options: dict[str, Any] = {"engine": engine, "activations": activations, "batch_invariant": batch_invariant}
+        options: dict[str, Any] = {"engine": engine, "compute": compute, "batch_invariant": batch_invariant}
         backend = make_backend(model.eval(), kv, **options)  # type: ignore[arg-type]
         super().__init__(backend, input_table(model)[0], limits=limits)
         self.use_drafter(make_drafter(drafter, self))

@@ -92,7 +92,7 @@ def generate(  # type: ignore[misc]  # callers see the overloads, whose options 
             prompt of a list gets the answer that it would get alone with the same seed.
             ``min_new_tokens``: end-of-sequence and stop tokens are not chosen before the answer has this many tokens.
             ``logprobs``: report the log probability of each token, and of this many most likely tokens.
-            ``kv``, ``engine``, ``activations``, ``batch_invariant``: see :class:`quantkit.Engine`.
+            ``kv``, ``engine``, ``compute``, ``batch_invariant``: see :class:`quantkit.Engine`.
 
     Returns:
         The answer with its timings; a list of them for a list of prompts.

@@ -22,7 +22,7 @@ class EngineOptions(TypedDict, total=False):
 
     kv: str | KVScheme
     engine: str
-    activations: str
+    compute: str
     batch_invariant: bool
 
 

@@ -34,7 +34,7 @@ FALLBACKS: collections.Counter[str] = collections.Counter()
 """Number of fallbacks by message, which names the model class and the reason."""
 
 ENGINES = ("auto", "native", "modules")
-ACTIVATIONS = ("float", "float32", "int8")
+COMPUTE_MODES = ("float", "float32", "int8")
 _NATIVE_KV = {KVScheme(): "float32", kv_preset("int8"): "int8"}
 _INT4_TOKENS = QuantSpec("int4", (1, 32), False)
 _CUDA_KV = {KVScheme(): "float", kv_preset("int8"): "int8", KVScheme(_INT4_TOKENS, _INT4_TOKENS): "int4"}
@@ -87,7 +87,7 @@ def make_backend(
     kv: str | KVScheme = "float",
     *,
     engine: str = "auto",
-    activations: str = "float",
+    compute: str = "float",
     batch_invariant: bool = False,
 ) -> Backend:
     """Return the fastest backend that can run ``model`` with these options.
@@ -97,7 +97,7 @@ def make_backend(
         kv: how keys and values are stored: a scheme or its name.
         engine: ``"native"`` (one native call per step), ``"modules"`` (the model's own forward), or ``"auto"``: native if
             possible, else modules.
-        activations: ``"float"`` keeps activations in float, except that a bfloat16 model on a CPU rounds them to bfloat16 in
+        compute: ``"float"`` keeps activations in float, except that a bfloat16 model on a CPU rounds them to bfloat16 in
             products with bfloat16 weights if this CPU is faster with it; ``"float32"`` never does that. ``"int8"`` rounds them
             in products with quantized weights, which is faster and less exact, and needs the native CPU engine. A model that
             was loaded with int8 activations always rounds them.
@@ -107,13 +107,13 @@ def make_backend(
     Raises:
         QuantkitError: an encoder-decoder model, one without logits, an unknown option, or an option that the engine lacks.
     """
-    for option, value, known in (("engine", engine, ENGINES), ("activations", activations, ACTIVATIONS)):
+    for option, value, known in (("engine", engine, ENGINES), ("compute", compute, COMPUTE_MODES)):
         if value not in known:
             raise QuantkitError(f"{option}={value!r}: want one of {', '.join(known)}")
     scheme = kv_preset(kv)
     require_decoder(model)
     if engine != "modules":
-        decoder = _native(model, scheme, activations)
+        decoder = _native(model, scheme, compute)
         if isinstance(decoder, CudaDecoder):
             longest, kind = context_tokens(model), _CUDA_KV[scheme]
             return CudaBackend(decoder, kv=kind, context_tokens=longest, batch_invariant=batch_invariant)
@@ -122,16 +122,16 @@ def make_backend(
             return NativeBackend(
                 decoder,
                 kv="bfloat16" if narrow and not scheme.quantized else _NATIVE_KV[scheme],
-                exact=activations != "int8" and not _rounds(model),
-                bfloat16=narrow and activations != "float32",
+                exact=compute != "int8" and not _rounds(model),
+                bfloat16=narrow and compute != "float32",
                 context_tokens=context_tokens(model),
             )
         if engine == "native":
             raise QuantkitError(f"{type(model).__name__} cannot run natively: {decoder}; use engine='modules'")
         _fall_back(f"{type(model).__name__} runs through its modules, not natively: {decoder}")
-    if activations != "float":
+    if compute != "float":
         raise QuantkitError(
-            f"activations={activations!r} needs the native CPU engine, and this model runs through its modules; leave it out"
+            f"compute={compute!r} needs the native CPU engine, and this model runs through its modules; leave it out"
         )
     if batch_invariant:
         raise QuantkitError("batch_invariant=True needs a native engine, and this model runs through its modules; leave it out")
@@ -149,16 +149,16 @@ def describe_engine(model: PreTrainedModel) -> str:
 
 
 def _rounds(model: PreTrainedModel) -> bool:
-    """Return whether the model was loaded with int8 activations."""
-    return any(m.activations == "int8" for m in model.modules() if isinstance(m, QuantLinear | QuantWeight))
+    """Return whether the model was loaded with compute="int8"."""
+    return any(m.compute == "int8" for m in model.modules() if isinstance(m, QuantLinear | QuantWeight))
 
 
-def _native(model: PreTrainedModel, scheme: KVScheme, activations: str = "float") -> Decoder | str:
+def _native(model: PreTrainedModel, scheme: KVScheme, compute: str = "float") -> Decoder | str:
     """Return the model's native decoder, or the reason why it cannot run natively with these options."""
     if device_types(model) == {"cuda"}:
         if scheme not in _CUDA_KV:
             return f"on CUDA keys and values can be float, int8 or int4 in groups of 32, not {scheme.describe()}"
-        if activations != "float" or _rounds(model):
+        if compute != "float" or _rounds(model):
             return "on CUDA activations are rounded only where the model's scheme says so"
     elif scheme not in _NATIVE_KV:
         return f"natively keys and values can be float or int8, not {scheme.describe()}"

@@ -4,6 +4,6 @@
 that registers a kernel is found by itself.
 """
 
-from quantkit.kernels.select import KERNELS, Activations, Kernel, Problem, report, select
+from quantkit.kernels.select import KERNELS, ComputeMode, Kernel, Problem, report, select
 
-__all__ = ["KERNELS", "Activations", "Kernel", "Problem", "report", "select"]
+__all__ = ["KERNELS", "ComputeMode", "Kernel", "Problem", "report", "select"]

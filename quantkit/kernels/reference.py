@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from quantkit.kernels.select import KERNELS, Activations, Problem
+from quantkit.kernels.select import KERNELS, ComputeMode, Problem
 from quantkit.qtensor import QTensor
 from quantkit.spec import QuantSpec
 
@@ -18,7 +18,7 @@ class ReferenceKernel:
     """Dequantize and multiply; the state is the quantized tensor itself."""
 
     priority = 0
-    activations: Activations = "float"
+    compute: ComputeMode = "float"
 
     def rejects(self, problem: Problem) -> str | None:
         """Reject only activations that are not floating point."""

@@ -20,7 +20,7 @@ from quantkit.qtensor import QTensor
 from quantkit.registry import Registry
 from quantkit.spec import QuantSpec
 
-Activations = Literal["float", "int8"]
+ComputeMode = Literal["float", "int8"]
 """What a kernel multiplies weights with: activations as they are, or rounded to int8 block by block."""
 
 FORCE_VARIABLE = "QUANTKIT_KERNEL"
@@ -54,11 +54,11 @@ class Kernel(Protocol):
 
     Attributes:
         priority: among kernels that accept a problem the highest wins.
-        activations: what it makes of activations.
+        compute: what it makes of activations.
     """
 
     priority: int
-    activations: Activations
+    compute: ComputeMode
 
     def rejects(self, problem: Problem) -> str | None:
         """Say why ``problem`` cannot run here, or None if it can. May build the kernel's library (once)."""
@@ -98,24 +98,24 @@ KERNELS: Registry[Kernel] = Registry("kernel", package="quantkit.kernels", error
 """Every kernel by name."""
 
 
-def check_activations(activations: str) -> None:
-    """Raise a :class:`KernelError` unless ``activations`` is one of :data:`Activations`."""
-    if activations not in get_args(Activations):
-        raise KernelError(f"activations={activations!r}; want one of {', '.join(get_args(Activations))}")
+def check_compute(compute: str) -> None:
+    """Raise a :class:`KernelError` unless ``compute`` is one of :data:`ComputeMode`."""
+    if compute not in get_args(ComputeMode):
+        raise KernelError(f"compute={compute!r}; want one of {', '.join(get_args(ComputeMode))}")
 
 
-def select(problem: Problem, activations: Activations = "float") -> Kernel:
+def select(problem: Problem, compute: ComputeMode = "float") -> Kernel:
     """Return the kernel to use for ``problem``.
 
     Args:
         problem: what to run.
-        activations: ``"float"``, or ``"int8"`` for a kernel that rounds them.
+        compute: ``"float"``, or ``"int8"`` for a kernel that rounds them.
 
     Raises:
-        KernelError: if ``activations`` is neither, if ``QUANTKIT_KERNEL`` names an unknown kernel or one that rejects, or if
+        KernelError: if ``compute`` is neither, if ``QUANTKIT_KERNEL`` names an unknown kernel or one that rejects, or if
             every kernel rejects; the message has every kernel's reason.
     """
-    check_activations(activations)
+    check_compute(compute)
     forced = os.environ.get(FORCE_VARIABLE)
     if forced:
         kernel = KERNELS.get(forced)
@@ -125,15 +125,15 @@ def select(problem: Problem, activations: Activations = "float") -> Kernel:
             f"{FORCE_VARIABLE}={forced} cannot run {problem.describe()}; unset it or choose another:\n{_reasons(problem)}"
         )
     for _, kernel in sorted(KERNELS, key=lambda member: -member[1].priority):
-        if kernel.activations == activations and kernel.rejects(problem) is None:
+        if kernel.compute == compute and kernel.rejects(problem) is None:
             return kernel
-    raise KernelError(f"no kernel can run {problem.describe()} with {activations} activations:\n{_reasons(problem)}")
+    raise KernelError(f"no kernel can run {problem.describe()} with {compute} activations:\n{_reasons(problem)}")
 
 
 def report() -> list[dict[str, Any]]:
     """Return one row per kernel, best first.
 
-    Its keys: ``kernel``, ``available``, ``reason`` (or None), ``priority``, ``activations``, ``details``.
+    Its keys: ``kernel``, ``available``, ``reason`` (or None), ``priority``, ``compute``, ``details``.
 
     Availability is asked with a common problem (int4 g64, float32 on the CPU), so this may compile a library.
     """
@@ -147,7 +147,7 @@ def report() -> list[dict[str, Any]]:
                 "available": reason is None,
                 "reason": reason,
                 "priority": kernel.priority,
-                "activations": kernel.activations,
+                "compute": kernel.compute,
                 "details": kernel.details(),
             }
         )
@@ -156,5 +156,5 @@ def report() -> list[dict[str, Any]]:
 
 def _reasons(problem: Problem) -> str:
     return "\n".join(
-        f"  {name} ({kernel.activations} activations): {kernel.rejects(problem) or 'can run it'}" for name, kernel in KERNELS
+        f"  {name} ({kernel.compute} activations): {kernel.rejects(problem) or 'can run it'}" for name, kernel in KERNELS
     )

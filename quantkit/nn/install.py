@@ -8,11 +8,10 @@ A linear layer's whole module is replaced by a :class:`~quantkit.nn.linear.Quant
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from quantkit.errors import SpecError
-from quantkit.kernels import Activations
-from quantkit.kernels.select import check_activations
+from quantkit.kernels import ComputeMode
+from quantkit.kernels.select import check_compute
 from quantkit.nn.embedding import QuantEmbedding
 from quantkit.nn.linear import QuantLinear, QuantWeight
 from quantkit.nn.sites import Site
@@ -74,16 +73,16 @@ def _install_table(model: nn.Module, site: Site, weight: Tensor, qtensor: QTenso
     getattr(model, "all_tied_weights_keys", {}).clear()  # what was tied there is one QTensor now
 
 
-def set_activations(model: nn.Module, activations: Activations) -> None:
+def set_compute(model: nn.Module, compute: ComputeMode) -> None:
     """Say what the quantized layers of ``model`` make of their inputs from now on: ``"float"``, nothing, or ``"int8"``.
 
     Raises:
-        KernelError: if ``activations`` is neither.
+        KernelError: if ``compute`` is neither.
     """
-    check_activations(activations)
+    check_compute(compute)
     for module in model.modules():
         if isinstance(module, QuantLinear | QuantWeight):
-            module.activations = activations
+            module.compute = compute
 
 
 def _find(model: nn.Module, site: Site) -> tuple[nn.Module, Tensor]:
@@ -108,7 +107,7 @@ HEAD_SPEC = QuantSpec("int8", (1, 64))
 """The default grid: 8.25 bits a weight."""
 
 
-def quantize_head(model: PreTrainedModel, spec: QuantSpec = HEAD_SPEC) -> None:
+def quantize_head(model: Any, spec: QuantSpec = HEAD_SPEC) -> None:
     """Round the output head of ``model`` to nearest on ``spec``, in place; a head that is quantized already stays.
 
     A tied embedding is left in float, and the config says that the two are no longer tied.

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from quantkit.errors import SpecError
 from quantkit.kernels.cpu.matmul import State
-from quantkit.kernels.select import Activations, Kernel, Problem, RoundingKernel, select
+from quantkit.kernels.select import ComputeMode, Kernel, Problem, RoundingKernel, select
 from quantkit.numerics.fake import fake_quantize
 from quantkit.numerics.hadamard import hadamard_transform
 from quantkit.qtensor import QTensor, stack
@@ -66,7 +66,7 @@ class _Quantized(nn.Module):
         for name in (*_BUFFERS, *_SINGLE):
             self.register_buffer(name, getattr(qtensor, name))
         self.keeps_codes = True
-        self._activations: Activations = "float"
+        self._compute: ComputeMode = "float"
         self._ready: dict[int, _Ready] = {}  # by expert; 0 for a plain weight
         self._released = False  # the buffers are placeholders; every part is in `_ready`
         self._device = "cpu"  # where the parts of a released module are
@@ -82,17 +82,17 @@ class _Quantized(nn.Module):
         return QTensor(packed, scale, zero, self.spec, self.shape, self.global_scale, self.input_scale)
 
     @property
-    def activations(self) -> Activations:
+    def compute(self) -> ComputeMode:
         """What kernels make of x: ``"float"``, nothing (the default), or ``"int8"``, rounded block by block.
 
         :mod:`quantkit.kernels.cpu.matmul` states the error of the second. Where a gradient is wanted, x is always left as it
         is.
         """
-        return self._activations
+        return self._compute
 
-    @activations.setter
-    def activations(self, value: Activations) -> None:
-        self._activations = value
+    @compute.setter
+    def compute(self, value: ComputeMode) -> None:
+        self._compute = value
         self._ready = {expert: ready._replace(dtype=None) for expert, ready in self._ready.items()}
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -135,7 +135,7 @@ class _Quantized(nn.Module):
     def extra_repr(self) -> str:
         """Return shape and grids for ``print(model)``."""
         inputs = f", inputs {self.activation.describe()}" if self.activation else ""
-        rounded = "" if self._activations == "float" else f", {self._activations} activations"
+        rounded = "" if self._compute == "float" else f", {self._compute} activations"
         return f"{'x'.join(map(str, self.shape))}, {self.spec.describe()}{inputs}{rounded}"
 
     def _multiply(self, x: Tensor, bias: Tensor | None, expert: int = 0) -> Tensor:
@@ -178,7 +178,7 @@ class _Quantized(nn.Module):
         with _PREPARING:
             device = self._device if self._released else self.qtensor.packed.device.type
             problem = Problem(self.spec, (self.shape[-2], self.shape[-1]), device, dtype)
-            kernel = select(problem, self._activations)
+            kernel = select(problem, self._compute)
             ready = self._choose(kernel, dtype, expert)
             if not self.keeps_codes and not self._released:
                 for other in range(1 if len(self.shape) == 2 else self.shape[0]):

@@ -12,7 +12,7 @@ from quantkit.hf.experts import enable_experts
 from quantkit.nn.block_calls import check_chain
 from quantkit.nn.sites import Structure
 from quantkit.pipeline.distill import Distill
-from quantkit.pipeline.plan import check_together
+from quantkit.pipeline.plan import Resolution, check_together
 from quantkit.quantizers.autoround import AutoRound
 from quantkit.quantizers.base import Quantizer
 from quantkit.spec import Plan
@@ -61,13 +61,14 @@ def check_model(model: nn.Module, structure: Structure) -> None:
     check_chain(model, structure)
 
 
-def refuse_gaps(structure: Structure, plan: Plan, ignore: Sequence[str]) -> None:
-    """With strict=True, every linear layer must be in the plan or named in ``ignore``."""
+def refuse_gaps(structure: Structure, resolution: Resolution) -> None:
+    """With strict=True, every linear layer and expert of the blocks must be in the plan or skipped by a rule."""
     gaps = [name for name, reason in structure.skipped.items() if reason.startswith("experts module")]
-    if not ignore:
-        gaps += [site.name for site in structure.sites if site.name not in plan]
+    decided = resolution.plan.keys() | resolution.skipped.keys()
+    gaps += [site.name for site in structure.sites if site.name not in decided]
     if gaps:
-        raise SpecError(f"{gaps[0]} (and {len(gaps) - 1} more) would stay in float; strict=True wants them in `ignore`")
+        more = f" (and {len(gaps) - 1} more)" if len(gaps) > 1 else ""
+        raise SpecError(f"{gaps[0]}{more} would stay in float; strict=True wants a rule with skip for it")
 
 
 def report_fallen(names: list[str], strict: bool) -> None:

@@ -36,10 +36,12 @@ from quantkit.nn.sites import Site, Structure
 from quantkit.quantizers.base import Quantized
 from quantkit.system.compute import Compute
 from quantkit.system.progress import Progress, ProgressCallback
+from quantkit.transforms.base import TRANSFORMS
 
 log = logging.getLogger(__name__)
 
 
+@TRANSFORMS.register("distill")  # type: ignore[arg-type]
 @dataclass(frozen=True)
 class Distill:
     """How scales are learned.

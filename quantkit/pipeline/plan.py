@@ -1,105 +1,209 @@
-"""From a scheme to a plan: which site gets which grid, decided and checked before any long work."""
+"""From a scheme and rules to a plan: which layer gets which grid, decided and checked before any long work.
 
-import fnmatch
-from collections.abc import Iterable, Sequence
+A plan is made from the model's structure alone, so it exists before a weight is read and apart from the quantizing; whoever
+makes plans in another way (a search under a budget) gives :func:`quantkit.quantize` a mapping of layer names to schemes.
+
+**The group size of a preset that names none** is the largest of 128, 64 and 32 that divides the input size of every layer the
+scheme applies to. Where none does, the largest that divides the most layers is kept for those, and each of the others gets
+the largest that divides it, or one scale per channel; the notes and the coverage table say which.
+"""
+
+import difflib
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from quantkit.errors import SpecError, nearest
 from quantkit.formats.base import FORMATS
 from quantkit.nn.sites import Site, Structure
-from quantkit.spec import Plan, Scheme, preset
+from quantkit.pipeline.rules import EMBEDDING, HEAD, Rule, SchemeChoice, choice_of
+from quantkit.spec import AUTO_GROUP_SIZES, Plan, Scheme
+
+OUTSIDE = "outside the decoder layers, not named by a rule"
 
 
-def select_sites(sites: Iterable[Site], ignore: Sequence[str]) -> list[Site]:
-    """Return the sites whose names match none of the ``ignore`` patterns (shell globs, or the last parts of a name).
+@dataclass(frozen=True, slots=True)
+class Resolution:
+    """A scheme and rules applied to a model.
 
-    Raises:
-        SpecError: for a pattern that matches no site, naming the closest one.
+    Attributes:
+        plan: layer name to scheme, in model order.
+        skipped: names of layers that stay as they are, with the reason.
+        notes: choices made for the user, to be told to the user.
+        remarks: layer name to what is unusual about its scheme, for the coverage table.
     """
-    chosen = list(sites)
-    for pattern in ignore:
-        hit = {s.name for s in chosen if fnmatch.fnmatch(s.name, pattern) or s.name.endswith(f".{pattern}")}
-        if not hit:
-            raise SpecError(
-                f"ignore: {pattern!r} matches no site; {nearest(pattern, {s.name.rsplit('.', 1)[-1] for s in chosen})}"
-            )
-        chosen = [site for site in chosen if site.name not in hit]
-    return chosen
+
+    plan: dict[str, Scheme]
+    skipped: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    remarks: dict[str, str] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        schemes = Counter(scheme.describe() for scheme in self.plan.values())
+        parts = [*(f"{count} layers {name}" for name, count in schemes.items()), f"{len(self.skipped)} left in float"]
+        return f"Resolution({'; '.join(parts)})"
 
 
 def make_plan(
-    structure: Structure,
-    scheme: str | Scheme,
-    *,
-    group_size: int | None = None,
-    symmetric: bool | None = None,
-    ignore: Sequence[str] = (),
-    scale_dtype: str = "float16",
-) -> dict[str, Scheme]:
-    """Give every site in the model's blocks the same scheme.
+    structure: Structure, scheme: str | Scheme | SchemeChoice, rules: Sequence[Rule] = (), *, scale_dtype: str = "float16"
+) -> Resolution:
+    """Decide for every layer of a model what happens to it.
 
     Args:
         structure: what :func:`quantkit.hf.structure.describe` found.
-        scheme: a preset name, or a full scheme.
-        group_size: fixed group size for a preset; None takes the largest of 128, 64, 32 that divides every site.
-        symmetric: overrides the preset's name.
-        ignore: globs or trailing names of sites to leave alone.
-        scale_dtype: dtype of stored scales, for a preset.
+        scheme: of every layer in the decoder blocks that no rule decides.
+        rules: read from top to bottom; the last that matches a layer decides. See :mod:`quantkit.pipeline.rules`.
+        scale_dtype: dtype of stored scales, for schemes that do not say their own.
 
     Raises:
-        SpecError: for an unknown scheme, an ignore pattern that matches nothing, or nothing left to quantize.
+        SpecError: a rule matches no layer, every layer is skipped, a group size does not divide a layer's input, or a tied
+            embedding and head are given two schemes.
     """
-    sites = select_sites(structure.sites, ignore)
-    if not sites:
-        raise SpecError("nothing to quantize: every site of the model is ignored")
-    if isinstance(scheme, str):
-        sizes = [site.in_features for site in sites]
-        scheme = preset(scheme, sizes, group_size=group_size, symmetric=symmetric, scale_dtype=scale_dtype)
-    elif group_size is not None or symmetric is not None:
-        raise SpecError("group_size and symmetric go with a preset name; a full Scheme already says both")
-    return {site.name: scheme for site in sites}
+    owner = _owners(structure, rules)
+    sites = [*structure.sites, *structure.after]
+    found = Resolution({})
+    schemes: dict[str, Scheme] = {}
+    notes: list[str] = []
+    for index, rule in ((-1, None), *enumerate(rules)):
+        mine = [site for site in sites if owner[site.name] == index and (rule or site in structure.sites)]
+        label = f"rule {index + 1} ({rule.match!r})" if rule else "scheme"
+        if rule and rule.skip:
+            found.skipped.update({site.name: f"skipped by {label}" for site in mine})
+        elif mine:
+            assigned = _schemes_for(choice_of(scheme), rule, mine, label, scale_dtype)
+            schemes |= assigned.plan
+            found.remarks.update(assigned.remarks)
+            notes += assigned.notes
+        elif rule:
+            notes.append(f"{label} has no effect: later rules decide every layer it matches")
+    found.skipped.update({site.name: OUTSIDE for site in structure.outside if owner[site.name] < 0})
+    found.plan.update({site.name: schemes[site.name] for site in sites if site.name in schemes})
+    if not found.plan:
+        raise SpecError(f"nothing to quantize: the model has {len(sites)} layers and rules skip them all; remove a skip rule")
+    return Resolution(found.plan, found.skipped, tuple(notes), found.remarks)
 
 
-def plan_ends(
+def resolve(
     structure: Structure,
-    embedding: str | Scheme | None,
-    head: str | Scheme | None,
-    scale_dtype: str = "float16",
-) -> dict[str, Scheme]:
-    """Return the schemes of the input embedding and the output head, where they are to be quantized.
-
-    A head that is tied to the embedding is the same table: either argument speaks for both, and they must not disagree.
-
-    Args:
-        structure: what :func:`quantkit.hf.structure.describe` found.
-        embedding: preset name or scheme of the embedding; None leaves it in float.
-        head: the same for the head.
-        scale_dtype: dtype of stored scales, for presets.
+    scheme: str | Scheme | SchemeChoice | Plan | Resolution,
+    rules: Sequence[Rule],
+    scale_dtype: str,
+) -> Resolution:
+    """Return the plan that a user's scheme means: made from it and the rules, or the very plan that was given.
 
     Raises:
-        SpecError: the model has no such part that can be quantized, or a tied table is given two schemes.
+        SpecError: rules beside a plan, which says everything already; see also :func:`make_plan`.
     """
-    if structure.tied and embedding is not None and head is not None and embedding != head:
-        raise SpecError(f"embedding {embedding!r} and head {head!r} are one tied table; give one of them, or the same twice")
-    sites = {site.name: site for site in structure.after}
-    wanted = {"embedding": embedding, "head": head}
-    found: dict[str, Scheme] = {}
-    for what, scheme in wanted.items():
-        if scheme is None:
-            continue
-        table = what == "embedding" or structure.tied
-        site = structure.embedding if table else sites.get(structure.head or "")
-        if site is None:
-            part = "input embedding that is a plain table" if table else "output head that is a plain linear layer"
-            raise SpecError(f"{what}: the model has no {part}; leave it in float")
-        found[site.name] = preset(scheme, [site.in_features], scale_dtype=scale_dtype) if isinstance(scheme, str) else scheme
-    return found
+    if isinstance(scheme, str | Scheme | SchemeChoice):
+        return make_plan(structure, scheme, rules, scale_dtype=scale_dtype)
+    if rules:
+        raise SpecError("rules beside a plan: the plan says what each layer gets; give the rules to quantkit.plan")
+    return scheme if isinstance(scheme, Resolution) else Resolution(dict(scheme))
+
+
+def _owners(structure: Structure, rules: Sequence[Rule]) -> dict[str, int]:
+    """Return layer name to the index of the rule that decides it, -1 for the scheme of the run."""
+    inside, after = [s.name for s in structure.sites], [s.name for s in structure.after]
+    owner = dict.fromkeys([*inside, *after], -1)
+    ends: dict[str, Rule] = {}
+    for index, rule in enumerate(rules):
+        if rule.match in (EMBEDDING, HEAD):
+            hits = [_end(structure, rule.match)]
+            ends[rule.match] = rule
+        else:
+            hits = [name for name in inside if rule.fits(name)] + [name for name in after if name == rule.match]
+        if not hits:
+            raise SpecError(
+                f"rules[{index}]: match {rule.match!r} matches no layer; closest: {_closest(rule.match, list(owner))}"
+            )
+        owner.update(dict.fromkeys(hits, index))
+    if structure.tied and len(ends) == 2 and len({(rule.scheme, rule.group_size, rule.skip) for rule in ends.values()}) > 1:
+        raise SpecError("rules embedding and head: the two are one tied table; give one of them, or the same twice")
+    return owner
+
+
+def _end(structure: Structure, what: str) -> str:
+    """Return the name of the layer that ``embedding`` or ``head`` stands for in this model."""
+    table = what == EMBEDDING or structure.tied
+    sites = [structure.embedding] if table else [site for site in structure.outside if site.name == structure.head]
+    if not sites or sites[0] is None:
+        part = "input embedding that is a plain table" if table else "output head that is a plain linear layer"
+        raise SpecError(f"rule {what!r}: the model has no {part}; leave it in float")
+    return sites[0].name
+
+
+def _schemes_for(default: SchemeChoice, rule: Rule | None, sites: list[Site], label: str, scale_dtype: str) -> Resolution:
+    """Return the schemes of the layers that one rule (or none) decides, with what is to be told about their group sizes."""
+    choice = choice_of(rule.scheme) if rule and rule.scheme else default
+    group = rule.group_size if rule else None
+    if group is not None and choice.full is None:
+        choice = replace(choice, group_size=group)  # a rule's group size counts more than the run's
+    if group is not None or not choice.chooses_group:
+        scheme = choice.resolve([site.in_features for site in sites], group, scale_dtype)
+        _refuse_misfits(scheme, sites, label)
+        return Resolution({site.name: scheme for site in sites})
+    groups = automatic_groups(site.in_features for site in sites)
+    plan = {site.name: choice.resolve([site.in_features], groups[site.in_features], scale_dtype) for site in sites}
+    for site in sites:
+        _refuse_misfits(plan[site.name], [site], label)
+    return Resolution(plan, {}, *_explain_groups(groups, sites, label))
+
+
+def automatic_groups(in_features: Iterable[int]) -> dict[int, int]:
+    """Return input size to group size (-1: one scale per channel), for layers with these input sizes; see the module."""
+    layers = Counter(in_features)
+    fitting = {group: [size for size in layers if size % group == 0] for group in AUTO_GROUP_SIZES}
+    common = max(AUTO_GROUP_SIZES, key=lambda group: (sum(layers[size] for size in fitting[group]), group))
+    whole = next((group for group in AUTO_GROUP_SIZES if len(fitting[group]) == len(layers)), None)
+    kept = whole or common
+    return {
+        size: kept if size in fitting[kept] else next((g for g in AUTO_GROUP_SIZES if size % g == 0), -1) for size in layers
+    }
+
+
+def _explain_groups(groups: Mapping[int, int], sites: list[Site], label: str) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Return the note about automatic group sizes, and a remark for every layer that differs from the most."""
+    counts = Counter(groups[site.in_features] for site in sites)
+    usual = counts.most_common(1)[0][0]
+    sizes = ", ".join(map(str, sorted(groups)[:6]))
+    if len(counts) == 1:
+        fits = f"group size {usual}: the largest of 128, 64, 32 that divides"
+        chosen = fits if usual > 0 else "one scale per channel: none of 128, 64, 32 divides"
+        return (f"{label}: {chosen} every input size of its {len(sites)} layers ({sizes})",), {}
+    remarks = {}
+    for site in sites:
+        own = groups[site.in_features]
+        if own != usual:
+            got = f"group size {own}" if own > 0 else "one scale per channel"
+            remarks[site.name] = f"{got}, because {usual} does not divide its input size {site.in_features}"
+    first = next(iter(remarks))
+    most = f"{label}: group size {usual} for {counts[usual]} of its {len(sites)} layers"
+    return (f"{most}; {len(remarks)} others differ: {first} has {remarks[first]}",), remarks
+
+
+def _refuse_misfits(scheme: Scheme, sites: Sequence[Site], label: str) -> None:
+    bad = [(site, reason) for site in sites if (reason := scheme.weight.rejects(site.shape))]
+    if bad:
+        more = f" (and {len(bad) - 1} more layers)" if len(bad) > 1 else ""
+        raise SpecError(f"{bad[0][0].name}: {bad[0][1]}{more}; set by {label}; or leave group_size out to have one chosen")
+
+
+def _closest(pattern: str, names: list[str]) -> str:
+    """Return the three layer names most like a pattern, layer numbers aside."""
+    literal = re.sub(r"^re:|[\\*?\[\]^$()+|]", "", pattern)
+    ranked = sorted(names, key=lambda name: -difflib.SequenceMatcher(None, literal, name).ratio())
+    kinds: dict[str, str] = {}
+    for name in ranked:
+        kinds.setdefault(re.sub(r"\d+", "N", name), name)
+    return ", ".join(list(kinds.values())[:3]) or "none (the model has no layers)"
 
 
 def check_plan(plan: Plan, structure: Structure, format_name: str | None) -> None:
-    """Ask every grid and the format about every site, and report all refusals at once.
+    """Ask every grid and the format about every layer, and report all refusals at once.
 
     Raises:
-        SpecError: naming the first site refused, why, how many more there are, and what to do.
+        SpecError: naming the first layer refused, why, how many more there are, and what to do.
     """
     if not plan:
         raise SpecError("nothing to quantize: the plan is empty")
@@ -107,7 +211,7 @@ def check_plan(plan: Plan, structure: Structure, format_name: str | None) -> Non
     refused: list[str] = []
     for name, scheme in plan.items():
         if name not in known:
-            raise SpecError(f"plan names {name!r}, which is no site of the model; {nearest(name, known)}")
+            raise SpecError(f"the plan names {name!r}, which is no layer of the model; {nearest(name, known)}")
         reason = scheme.weight.rejects(known[name].shape)
         if known[name] == structure.embedding and (scheme.activation is not None or scheme.weight.block[0] != 1):
             reason = f"an embedding table wants float activations and a scale per row or group, not {scheme.describe()}"
@@ -118,7 +222,7 @@ def check_plan(plan: Plan, structure: Structure, format_name: str | None) -> Non
         if reason is not None:
             refused.append(f"{name}: {reason}")
     if refused:
-        more = f" (and {len(refused) - 1} more sites)" if len(refused) > 1 else ""
+        more = f" (and {len(refused) - 1} more layers)" if len(refused) > 1 else ""
         raise SpecError(f"{refused[0]}{more}")
 
 

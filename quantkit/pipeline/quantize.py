@@ -7,9 +7,8 @@ block is on the disk, so a killed run continues where it stopped.
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,23 +18,25 @@ from quantkit.calibrate.chain import Chain, collect_statistics
 from quantkit.calibrate.data import Batch, Calibration, unpadded
 from quantkit.calibrate.data import fingerprint as data_fingerprint
 from quantkit.calibrate.statistics import load_statistics
-from quantkit.evaluation.coverage import CoverageRow, coverage_after, coverage_before
+from quantkit.checkpoint.contents import contents_of
+from quantkit.evaluation.coverage import coverage_after, coverage_before, remark
 from quantkit.evaluation.sanity import SanityCheck
 from quantkit.hf.load import PreTrainedModel, load_float
-from quantkit.hf.source import locate
+from quantkit.hf.source import load_config, locate
 from quantkit.hf.structure import describe
 from quantkit.nn.sites import SiteStatistics, Structure
 from quantkit.pipeline.blocks import needs_of, quantize_blocks
 from quantkit.pipeline.checks import biases_to_correct, check_model, refuse_combinations, refuse_gaps, report_fallen
 from quantkit.pipeline.distill import Distill, learn_scales, record_teacher
-from quantkit.pipeline.plan import check_plan, make_plan, plan_ends
+from quantkit.pipeline.plan import Resolution, check_plan, make_plan, resolve
+from quantkit.pipeline.result import QuantizeResult
 from quantkit.pipeline.resume import ResumeStore, fingerprint, settings_of, versions
+from quantkit.pipeline.rules import Rule, SchemeChoice
+from quantkit.pipeline.settings import Output, Run
 from quantkit.quantizers.autoround import AutoRound
 from quantkit.quantizers.base import QUANTIZERS, Quantized, Quantizer
 from quantkit.spec import Plan, Scheme
 from quantkit.system.compute import Compute
-from quantkit.system.progress import ProgressCallback
-from quantkit.system.progress import ignore as ignore_progress
 from quantkit.transforms.base import TRANSFORMS, Transform
 from quantkit.transforms.bias import BiasCorrection
 from quantkit.transforms.rotate import Rotate, rotate
@@ -43,84 +44,40 @@ from quantkit.transforms.scaling_groups import apply_transform
 
 log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class QuantizeResult:
-    """What :func:`quantize` returns.
-
-    Attributes:
-        model: the quantized model, ready to run.
-        tokenizer: its tokenizer, if one is known.
-        plan: site name to scheme, as carried out.
-        coverage: one row per weight of the model: quantized, skipped or fell back, and why.
-        losses: site name to relative squared output error over the calibration inputs.
-        path: the checkpoint directory, or None if none was asked for.
-        metadata: what was recorded in the checkpoint: scheme, quantizer, calibration, versions, measured quality.
-    """
-
-    model: nn.Module
-    tokenizer: Any
-    plan: dict[str, Scheme]
-    coverage: list[CoverageRow]
-    losses: dict[str, float]
-    path: Path | None = None
-    metadata: dict[str, Any] = field(default_factory=dict)
+DEFAULT_CALIBRATION, DEFAULT_OUTPUT, DEFAULT_RUN = Calibration(), Output(), Run()
 
 
 def quantize(
     model: nn.Module | str | Path,
-    scheme: str | Scheme = "w4a16",
+    scheme: str | Scheme | SchemeChoice | Plan | Resolution = "w4a16",
     *,
-    quantizer: str | Quantizer = "gptq",
-    transforms: Sequence[str | Transform] = (),
-    distill: Distill | None = None,
-    plan: Plan | None = None,
-    group_size: int | None = None,
-    symmetric: bool | None = None,
-    ignore: Sequence[str] = (),
-    embedding: str | Scheme | None = None,
-    head: str | Scheme | None = None,
-    data: Any = None,
-    tokenizer: Any = None,
-    samples: int = 128,
-    length: int = 512,
-    batch_size: int = 8,
-    mode: Literal["packed", "ragged"] = "packed",
-    statistics: str | Path | Mapping[str, SiteStatistics] | None = None,
     out: str | Path | None = None,
-    format: str = "compressed-tensors",
-    overwrite: bool = False,
-    resume: bool = True,
-    strict: bool = False,
-    compute: Compute | None = None,
-    progress: ProgressCallback = ignore_progress,
+    method: str | Quantizer = "gptq",
+    steps: Sequence[str | Transform | Distill] = (),
+    rules: Sequence[Rule] = (),
+    calibration: Calibration = DEFAULT_CALIBRATION,
+    output: Output = DEFAULT_OUTPUT,
+    run: Run = DEFAULT_RUN,
+    tokenizer: Any = None,
 ) -> QuantizeResult:
     """Quantize a causal language model and, if ``out`` is given, write a checkpoint that has been read back and compared.
 
     Args:
         model: a transformers model (changed in place), or a hub id, directory or GGUF file to load
             (``"demo"`` is the embedded default).
-        scheme: preset name such as ``"w4a16"`` or ``"w4a16-asym-g64"``, or a full :class:`Scheme`.
-        quantizer: name from the registry (``"gptq"``, ``"rtn"``, ...) or an instance with options.
-        transforms: names or instances (``"rotate"``, ``"smoothquant"``, ``"awq"``) that rewrite the float model first, in
-            order; the last two cost a pass over the calibration text each. ``"bias-correction"`` is done after rounding.
-        distill: learn the scales end to end after quantizing; see :mod:`quantkit.pipeline.distill`.
-        plan: site name to scheme; replaces ``scheme``, ``group_size``, ``symmetric`` and ``ignore``.
-        group_size: input channels per scale; None takes the largest of 128, 64, 32 that divides every site.
-        symmetric: overrides the preset.
-        ignore: names or globs of sites to leave in float; one that matches nothing is an error.
-        embedding, head: schemes of the input embedding and the output head, which otherwise stay in float. They are rounded to
-            nearest; where the two are tied, one speaks for both.
-        data, samples, length, batch_size, mode: see :class:`Calibration`.
+        scheme: preset name such as ``"w4a16"`` or ``"w4a16-asym-g64"``, a :class:`Scheme`, or a plan: what
+            :func:`quantkit.plan` returned, or any mapping of layer names to schemes.
+        out: directory of the checkpoint; the same as ``output.path``.
+        method: quantizer, by name (``"gptq"``, ``"rtn"``, ...) or as an instance with options.
+        steps: what else is done, in order, by name or as instances: ``"rotate"``, ``"smoothquant"``, ``"awq"`` rewrite the
+            float model first; ``"bias-correction"`` corrects biases while layers are rounded; ``"distill"`` learns the
+            scales end to end afterwards.
+        rules: layers that get another scheme or stay in float; the last rule that matches decides. See
+            :class:`quantkit.Rule`.
+        calibration: the text, or statistics collected earlier.
+        output: format of the checkpoint, and whether it may replace another.
+        run: strictness, resuming, device, progress.
         tokenizer: needed for text; found by itself when ``model`` is a path.
-        statistics: from :func:`collect` or its file, used instead of a sequential calibration.
-        out: directory of the checkpoint.
-        format: checkpoint format, ``"compressed-tensors"`` or ``"native"``.
-        overwrite: replace an existing checkpoint at ``out``.
-        resume: continue an interrupted run of the same settings (state lives in ``<out>.resume`` until the run is done).
-        strict: fail if any linear layer would be left in float without being named in ``ignore``, or falls back.
-        compute: device and dtype of the block at work; default GPU, else CPU in float32.
-        progress: receives :class:`quantkit.system.progress.Progress` events.
 
     Returns:
         A :class:`QuantizeResult`.
@@ -128,30 +85,32 @@ def quantize(
     Raises:
         SpecError, CalibrationError, FormatError: before long work starts where that is possible.
     """
-    method = QUANTIZERS.get(quantizer)() if isinstance(quantizer, str) else quantizer
-    changes = [TRANSFORMS.get(one)() if isinstance(one, str) else one for one in transforms]
+    quantizer = QUANTIZERS.get(method)() if isinstance(method, str) else method
+    changes, distill = split_steps(steps)
+    output = output.to(out)
     model, tokenizer = _resolve_model(model, tokenizer)
     structure = describe(model)
-    if plan is None:
-        dtype = _scale_dtype(model)
-        plan = make_plan(structure, scheme, group_size=group_size, symmetric=symmetric, ignore=ignore, scale_dtype=dtype)
-    plan = {**plan, **plan_ends(structure, embedding, head, _scale_dtype(model))}
-    check_plan(plan, structure, format if out is not None else None)
-    if strict:
-        refuse_gaps(structure, plan, ignore)
-    compute = compute or Compute.default(model)
-    known = load_statistics(statistics)[0] if isinstance(statistics, str | Path) else statistics
-    refuse_combinations(plan, structure, method, changes, distill, known)
+    resolution = resolve(structure, scheme, rules, _scale_dtype(model))
+    plan = resolution.plan
+    for note in resolution.notes:
+        log.info(note)
+    check_plan(plan, structure, output.format if output.path is not None else None)
+    if run.strict:
+        refuse_gaps(structure, resolution)
+    compute, progress = run.compute or Compute.default(model), run.report
+    given = calibration.statistics
+    known = load_statistics(given)[0] if isinstance(given, str | Path) else given
+    refuse_combinations(plan, structure, quantizer, changes, distill, known)
     corrects = any(isinstance(change, BiasCorrection) for change in changes)
-    corrected = biases_to_correct(model, structure, plan, method, distill) if corrects else []
-    walk = (bool(corrected) or any(needs_of(method, one) for one in plan.values())) and known is None
+    corrected = biases_to_correct(model, structure, plan, quantizer, distill) if corrects else []
+    walk = (bool(corrected) or any(needs_of(quantizer, one) for one in plan.values())) and known is None
     reads = walk or distill or any(change.needs for change in changes)
-    batches = Calibration(data, samples, length, batch_size, mode).batches(tokenizer) if reads else []
-    calibration = data_fingerprint(batches) if batches else "none"
+    batches = calibration.batches(tokenizer) if reads else []
+    fingerprint_of_data = data_fingerprint(batches) if batches else "none"
     check_model(model, structure)
-    if out is not None:
-        checkpoint.check_output(out, model, plan, format=format, overwrite=overwrite)
-    store = _open_store(model, (*changes, method, distill, compute), plan, batches, known, out, resume)
+    if output.path is not None:
+        checkpoint.check_output(output.path, model, plan, format=output.format, overwrite=output.overwrite)
+    store = _open_store(model, (*changes, quantizer, distill, compute), plan, batches, known, output.path, run.resume)
     sanity = SanityCheck.start(model, tokenizer)
     for change in changes:
         if isinstance(change, Rotate):
@@ -160,25 +119,35 @@ def quantize(
         elif not isinstance(change, BiasCorrection):
             found = collect_statistics(model, structure, unpadded(batches), change.needs, compute=compute, progress=progress)
             apply_transform(model, structure, plan, change, found)
-    chain = _chain(model, structure, unpadded(batches), method, compute) if walk else None
-    rows = coverage_before(model, structure, plan)
-    teacher_outputs = record_teacher(model, structure, unpadded(batches), distill, compute, progress) if distill else []
+    chain = _chain(model, structure, unpadded(batches), quantizer, compute) if walk else None
+    rows = coverage_before(model, structure, plan, resolution.skipped)
+    teacher = record_teacher(model, structure, unpadded(batches), distill, compute, progress) if distill else []
     own_head = model.get_submodule(structure.head) if distill and structure.head else None
     results = quantize_blocks(
-        model, structure, plan, method, chain, compute=compute, store=store, known=known, progress=progress, corrected=corrected
+        model,
+        structure,
+        plan,
+        quantizer,
+        chain,
+        compute=compute,
+        store=store,
+        known=known,
+        progress=progress,
+        corrected=corrected,
     )
     curve: tuple[float, ...] = ()
     if distill:
-        results, curve = learn_scales(model, structure, results, teacher_outputs, distill, compute, progress, own_head)
-    coverage = coverage_after(rows, results)
-    report_fallen([row.name for row in coverage if row.kind == "fell back"], strict)
-    metadata = _metadata(method, plan, calibration, batches, results, sanity.measure(model))
+        results, curve = learn_scales(model, structure, results, teacher, distill, compute, progress, own_head)
+    coverage = remark(coverage_after(rows, results), resolution.remarks)
+    report_fallen([row.name for row in coverage if row.kind == "fell back"], run.strict)
+    metadata = _metadata(quantizer, plan, fingerprint_of_data, batches, results, sanity.measure(model))
     metadata |= {"transforms": [repr(change) for change in changes]} if changes else {}
     metadata |= {"distill": {"settings": repr(distill), "kl": curve}} if distill else {}
     path = None
-    if out is not None:
+    if output.path is not None:
         path = checkpoint.save(
-            model, out, plan=plan, format=format, tokenizer=tokenizer, metadata=metadata, overwrite=overwrite,
+            model, output.path, plan=plan, format=output.format, tokenizer=tokenizer, metadata=metadata,
+            overwrite=output.overwrite,
             prove=lambda stage: {"reload_kl": sanity.check_reloaded(model, checkpoint.load(stage, cache=False))},
         )  # fmt: skip
         if store is not None:
@@ -186,33 +155,55 @@ def quantize(
     return QuantizeResult(model, tokenizer, plan, coverage, {k: v.loss for k, v in results.items()}, path, metadata)
 
 
+def split_steps(steps: Sequence[str | Transform | Distill]) -> tuple[list[Transform], Distill | None]:
+    """Return the transforms and the distillation among the steps."""
+    made = [Distill() if one == "distill" else TRANSFORMS.get(one)() if isinstance(one, str) else one for one in steps]
+    return [one for one in made if not isinstance(one, Distill)], next((one for one in made if isinstance(one, Distill)), None)
+
+
+def plan(
+    model: nn.Module | str | Path, scheme: str | Scheme | SchemeChoice = "w4a16", *, rules: Sequence[Rule] = ()
+) -> Resolution:
+    """Decide for every layer what :func:`quantize` would do with it, without reading a weight.
+
+    Args:
+        model: a transformers model, or a hub id, directory or ``"demo"``, of which only the config is read.
+        scheme: preset name or scheme of the layers that no rule decides.
+        rules: see :class:`quantkit.Rule`.
+
+    Returns:
+        The plan, the layers left in float and why, and what was chosen for you. :func:`quantize` takes it as its scheme.
+
+    Raises:
+        SpecError: a rule matches nothing, or a group size does not divide a layer.
+    """
+    if not isinstance(model, nn.Module):
+        model = contents_of(load_config(model)).model
+    return make_plan(describe(model), scheme, rules, scale_dtype=_scale_dtype(model))
+
+
 def collect(
     model: nn.Module | str | Path,
     collectors: Sequence[str] = ("hessian",),
     *,
-    data: Any = None,
+    calibration: Calibration = DEFAULT_CALIBRATION,
+    run: Run = DEFAULT_RUN,
     tokenizer: Any = None,
-    samples: int = 128,
-    length: int = 512,
-    batch_size: int = 8,
-    mode: Literal["packed", "ragged"] = "packed",
-    compute: Compute | None = None,
-    progress: ProgressCallback = ignore_progress,
 ) -> tuple[dict[str, SiteStatistics], str]:
-    """Run the float model over calibration text once and collect statistics of every site's input.
+    """Run the float model over calibration text once and collect statistics of every layer's input.
 
-    The statistics serve any number of :func:`quantize` calls (``statistics=``) and can be kept with
-    :func:`quantkit.calibrate.statistics.save_statistics`. The model is not changed. Arguments as in :func:`quantize`.
+    The statistics serve any number of :func:`quantize` calls (``calibration=Calibration(statistics=...)``) and can be kept
+    with :func:`quantkit.save_statistics`. The model is not changed. Arguments as in :func:`quantize`.
 
     Returns:
-        Site name to statistics, and the fingerprint of the calibration tokens.
+        Layer name to statistics, and the fingerprint of the calibration tokens.
     """
     model, tokenizer = _resolve_model(model, tokenizer)
     structure = describe(model)
-    batches = Calibration(data, samples, length, batch_size, mode).batches(tokenizer)
+    batches = calibration.batches(tokenizer)
     check_model(model, structure)
-    compute = compute or Compute.default(model)
-    found = collect_statistics(model, structure, unpadded(batches), collectors, compute=compute, progress=progress)
+    compute = run.compute or Compute.default(model)
+    found = collect_statistics(model, structure, unpadded(batches), collectors, compute=compute, progress=run.report)
     return found, data_fingerprint(batches)
 
 

@@ -1,7 +1,7 @@
 """What ``quantkit plan`` and ``quantkit run`` do with a recipe."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,10 @@ from quantkit.nn.sites import sharing_copy
 from quantkit.pipeline.blocks import needs_of
 from quantkit.pipeline.checks import refuse_combinations
 from quantkit.pipeline.estimate import Estimate, estimate
-from quantkit.pipeline.plan import check_plan
-from quantkit.pipeline.quantize import QuantizeResult, quantize
-from quantkit.recipe.schema import Recipe, Resolution
+from quantkit.pipeline.plan import Resolution, check_plan
+from quantkit.pipeline.quantize import quantize, split_steps
+from quantkit.pipeline.result import QuantizeResult
+from quantkit.recipe.schema import Recipe
 from quantkit.system.progress import ProgressCallback, ignore
 
 log = logging.getLogger(__name__)
@@ -56,8 +57,8 @@ def plan_recipe(recipe: Recipe) -> Preview:
     contents = contents_of(config)
     resolution = recipe.resolve(contents.structure, "bfloat16" if dtype == torch.bfloat16 else "float16")
     check_plan(resolution.plan, contents.structure, None)
-    changes, method = [one.build() for one in recipe.transforms], recipe.quantizer.build()
-    distill = recipe.distill.build() if recipe.distill else None
+    steps, method = [one.build() for one in recipe.steps], recipe.method.build()
+    changes, distill = split_steps(steps)
     refuse_combinations(resolution.plan, contents.structure, method, changes, distill, None)
     refused = checkpoint.rejections(contents.model, resolution.plan, recipe.output.format)
     if refused:
@@ -102,27 +103,17 @@ def run_recipe(recipe: Recipe, progress: ProgressCallback = ignore) -> Outcome:
     for note in preview.resolution.notes:
         log.info(note)
     model, tokenizer = open_model(recipe.model, preview.dtype)
-    calibration, output, measure = recipe.calibration, recipe.output, recipe.evaluate
+    output, measure = recipe.output, recipe.evaluate
     base = sharing_copy(model) if measure and measure.against == "base" else None  # quantize changes the model itself
     result = quantize(
         model,
-        quantizer=recipe.quantizer.build(),
-        transforms=[one.build() for one in recipe.transforms],
-        distill=recipe.distill.build() if recipe.distill else None,
-        plan=preview.resolution.plan,
-        ignore=tuple(preview.resolution.skipped),
-        data=calibration.data,
+        preview.resolution,
+        method=recipe.method.build(),
+        steps=[one.build() for one in recipe.steps],
+        calibration=recipe.calibration,
+        output=output,
+        run=replace(recipe.run, progress=progress),
         tokenizer=tokenizer,
-        samples=calibration.samples,
-        length=calibration.length,
-        batch_size=calibration.batch_size,
-        mode=calibration.mode,
-        out=output.path,
-        format=output.format,
-        overwrite=output.overwrite,
-        resume=recipe.resume,
-        strict=recipe.strict,
-        progress=progress,
     )
     if measure is None:
         return Outcome(preview, result, None)
@@ -134,9 +125,9 @@ def run_recipe(recipe: Recipe, progress: ProgressCallback = ignore) -> Outcome:
         windows=measure.windows,
         length=measure.length,
         latency=measure.latency,
-        label=Path(output.path).name,
+        label=Path(str(output.path)).name,
         base_label=recipe.model,
         progress=progress,
     )
-    report.save(Path(output.path) / "evaluation.json")
+    report.save(Path(str(output.path)) / "evaluation.json")
     return Outcome(preview, result, report)

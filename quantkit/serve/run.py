@@ -53,7 +53,7 @@ def open_server(
         port: port to listen on; 0 chooses a free one.
         token: bearer token that clients must send; None for none.
         limits, drafter: see :class:`quantkit.Engine`.
-        **options: ``kv``, ``engine``, ``activations``, ``batch_invariant``, see :class:`quantkit.Engine`.
+        **options: ``kv``, ``engine``, ``compute``, ``batch_invariant``, see :class:`quantkit.Engine`.
 
     Raises:
         QuantkitError: the extra ``serve`` is not installed, there is no tokenizer, the port is in use, or an option is refused

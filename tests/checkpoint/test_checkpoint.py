@@ -20,6 +20,7 @@ from quantkit.nn.linear import QuantLinear, QuantWeight
 from quantkit.nn.sites import read_weight
 from quantkit.numerics import grid
 from quantkit.pipeline.quantize import quantize
+from quantkit.pipeline.settings import Output
 from quantkit.qtensor import QTensor
 from quantkit.spec import TOKEN_INT8, QuantSpec, Scheme
 from tests.tiny import FAMILIES, MOE_FAMILIES, tiny_llama, tiny_tokenizer
@@ -204,8 +205,8 @@ def test_reads_what_compressed_tensors_itself_compressed(tmp_path) -> None:
 def test_w8a8_rounds_activations_as_other_readers_do(tmp_path) -> None:
     model, plain = tiny_llama(), tiny_llama()
     path = tmp_path / "w8a8"
-    quantize(model, "w8a8", quantizer="rtn", out=path)
-    quantize(plain, "w8a16-channel", quantizer="rtn")
+    quantize(model, "w8a8", out=path, method="rtn")
+    quantize(plain, "w8a16-channel", method="rtn")
     assert load_file(path / "model.safetensors")["model.layers.0.mlp.up_proj.weight"].dtype == torch.int8
     assert read_json(path / "config.json")["quantization_config"]["format"] == "int-quantized"
     assert "inputs int8 channel" in repr(model)
@@ -224,7 +225,7 @@ def test_w8a8_rounds_activations_as_other_readers_do(tmp_path) -> None:
 def test_fp8_reads_the_same_elsewhere(tmp_path, scheme: str) -> None:
     model = tiny_llama()
     path = tmp_path / "q"
-    quantize(model, scheme, quantizer="rtn", out=path)
+    quantize(model, scheme, out=path, method="rtn")
     assert load_file(path / "model.safetensors")["model.layers.0.mlp.up_proj.weight"].dtype == torch.float8_e4m3fn
     assert read_json(path / "config.json")["quantization_config"]["format"] == "float-quantized"
     assert torch.equal(logits(checkpoint.load(path)), logits(model))
@@ -235,7 +236,7 @@ def test_fp8_reads_the_same_elsewhere(tmp_path, scheme: str) -> None:
 @pytest.mark.parametrize("format", ["native", "compressed-tensors"])
 def test_8_bit_activations_survive_both_formats(tmp_path, format: str) -> None:
     model = FAMILIES["qwen3_moe"]()
-    quantize(model, "w8a8", quantizer="rtn", out=tmp_path / "q", format=format)
+    quantize(model, "w8a8", out=tmp_path / "q", method="rtn", output=Output(format=format))
     loaded = checkpoint.load(tmp_path / "q")
     assert {m.activation for m in loaded.modules() if isinstance(m, QuantLinear | QuantWeight)} == {QuantSpec(*TOKEN_INT8)}
     assert torch.equal(logits(loaded), logits(model))

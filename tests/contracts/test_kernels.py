@@ -40,7 +40,7 @@ def kernel_for(name: str, qtensor: QTensor, dtype: torch.dtype) -> Kernel:
 def assert_product(name: str, y: torch.Tensor, x: torch.Tensor, qtensor: QTensor, bias: torch.Tensor | None) -> None:
     weight = qtensor.dequantize().double()
     dtype = x.dtype
-    if KERNELS.get(name).activations == "int8":
+    if KERNELS.get(name).compute == "int8":
         x = ops.round_activations(x, grid.block_size(qtensor.spec, qtensor.shape)[1], BLOCK)
     exact = x.double() @ weight.T + (0 if bias is None else bias.double())
     size = x.double().abs() @ weight.abs().T
@@ -176,7 +176,7 @@ def test_activations_are_rounded_only_where_that_was_asked_for(monkeypatch):
     with pytest.raises(KernelError, match="with int8 activations") as caught:
         select(problem(device="meta"), "int8")
     assert "reference (float activations): can run it" in str(caught.value)
-    with pytest.raises(KernelError, match="activations='int4'; want one of float, int8"):
+    with pytest.raises(KernelError, match="compute='int4'; want one of float, int8"):
         select(problem(), "int4")
     monkeypatch.setenv("QUANTKIT_KERNEL", "cpu-int8")
     assert select(problem()) is KERNELS.get("cpu-int8")

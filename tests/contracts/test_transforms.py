@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from quantkit.calibrate.chain import collect_statistics
+from quantkit.calibrate.data import Calibration
 from quantkit.errors import CalibrationError, SpecError
 from quantkit.hf.structure import describe
 from quantkit.nn.sites import SiteStatistics, read_weight, write_weight
@@ -64,7 +65,7 @@ def test_the_model_computes_what_it_did(name: str, family: str) -> None:
     model = FAMILIES[family]()
     structure, batch = describe(model), ids()[0]
     before, old = model(batch).logits, {k: v.clone() for k, v in model.named_parameters()}
-    plan = make_plan(structure, "w8a8")
+    plan = make_plan(structure, "w8a8").plan
     transform = TRANSFORMS.get(name)()
     compute = Compute(torch.device("cpu"), torch.float32)
     statistics = collect_statistics(model, structure, ids(), transform.needs, compute=compute, progress=lambda _: None)
@@ -96,7 +97,7 @@ def test_smoothquant_saves_8_bit_activations_from_planted_outliers() -> None:
     torch.testing.assert_close(planted(256.0)(ids()[0]).logits, wanted, rtol=1e-3, atol=1e-4)
     for label, factor, transforms in (("none", 1.0, ()), ("planted", 256.0, ()), ("smoothed", 256.0, ("smoothquant",))):
         model = planted(factor)
-        quantize(model, "w8a8", quantizer="rtn", transforms=transforms, data=ids())
+        quantize(model, "w8a8", method="rtn", steps=transforms, calibration=Calibration(data=ids()))
         errors[label] = (model(ids()[0]).logits - wanted).square().mean().sqrt().item()
     assert errors["planted"] > 10 * errors["none"]
     assert errors["smoothed"] < 2 * errors["none"]
@@ -105,7 +106,7 @@ def test_smoothquant_saves_8_bit_activations_from_planted_outliers() -> None:
 def test_smoothquant_leaves_sites_with_float_activations_alone() -> None:
     model = tiny_llama()
     before = {name: p.clone() for name, p in model.named_parameters() if "norm" in name}
-    result = quantize(model, "w4a16", quantizer="rtn", transforms=[SmoothQuant()], data=ids())
+    result = quantize(model, "w4a16", method="rtn", steps=[SmoothQuant()], calibration=Calibration(data=ids()))
     assert result.metadata["transforms"] == ["SmoothQuant(alpha=0.5)"]
     for name, value in before.items():
         assert torch.equal(model.get_parameter(name), value)
@@ -113,7 +114,7 @@ def test_smoothquant_leaves_sites_with_float_activations_alone() -> None:
 
 def test_awq_lowers_the_output_error_of_rounding() -> None:
     plain, scaled = (
-        quantize(planted(0.05), "w3a16-asym", quantizer="rtn-importance", transforms=transforms, data=ids())
+        quantize(planted(0.05), "w3a16-asym", method="rtn-importance", steps=transforms, calibration=Calibration(data=ids()))
         for transforms in ((), [AWQ()])
     )
     wanted = tiny_llama()(ids()[0]).logits
@@ -142,7 +143,7 @@ def test_smoothquant_finds_its_exponent_per_tensor() -> None:
     errors = {}
     for label, transforms in (("none", []), ("half", [SmoothQuant(0.5)]), ("found", [SmoothQuant(None)])):
         model = planted(256.0)
-        quantize(model, "w8a8", quantizer="rtn", transforms=transforms, data=ids())
+        quantize(model, "w8a8", method="rtn", steps=transforms, calibration=Calibration(data=ids()))
         errors[label] = (model(ids()[0]).logits - wanted).square().mean().sqrt().item()
     assert errors["found"] < errors["none"] / 4
     assert errors["found"] < 1.05 * errors["half"]
@@ -163,7 +164,12 @@ def test_bias_correction_keeps_average_outputs(quantizer: str, tmp_path: Path) -
         model = FAMILIES["starcoder2"]()
         wanted = means_of_outputs(model, sites, batches)
         quantize(
-            model, "w3a16-g32", quantizer=quantizer, transforms=transforms, data=batches, out=tmp_path / str(len(transforms))
+            model,
+            "w3a16-g32",
+            out=tmp_path / str(len(transforms)),
+            method=quantizer,
+            steps=transforms,
+            calibration=Calibration(data=batches),
         )
         shifts[transforms] = (means_of_outputs(model, sites, batches) - wanted).norm().item()
     assert shifts[("bias-correction",)] < shifts[()] / 20
@@ -187,12 +193,12 @@ def means_of_outputs(model: torch.nn.Module, sites: list[str], batches: list[tor
 
 def test_bias_correction_continues_and_refuses(tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match="none of the planned layers has a bias"):
-        quantize(tiny_llama(), "w4a16", transforms=["bias-correction"], data=ids())
+        quantize(tiny_llama(), "w4a16", steps=["bias-correction"], calibration=Calibration(data=ids()))
     with pytest.raises(CalibrationError, match="leave one out"):
-        quantize(FAMILIES["opt"](), "w4a16", quantizer="autoround", transforms=["bias-correction"], data=ids())
-    known = collect(FAMILIES["opt"](), ["hessian"], data=ids())[0]
+        quantize(FAMILIES["opt"](), "w4a16", method="autoround", steps=["bias-correction"], calibration=Calibration(data=ids()))
+    known = collect(FAMILIES["opt"](), ["hessian"], calibration=Calibration(data=ids()))[0]
     with pytest.raises(CalibrationError, match="pass data= instead"):
-        quantize(FAMILIES["opt"](), "w4a16", transforms=["bias-correction"], statistics=known)
+        quantize(FAMILIES["opt"](), "w4a16", steps=["bias-correction"], calibration=Calibration(statistics=known))
     one = Quantized(random_qtensor(QuantSpec("int4", (1, 32)), (4, 64)), 0.5, bias=torch.randn(3))
     store = ResumeStore(tmp_path / "x.resume", "run")
     store.save(0, {"a": one}, [])

@@ -247,7 +247,7 @@ def test_logits_that_are_not_finite_end_their_request(monkeypatch):
     request = engine.submit(PROMPTS[0], max_new_tokens=14)
     list(engine.run())
     assert len(request.ids) == 3
-    assert "not numbers one can choose from" in str(request.error)
+    assert "largest logit is NaN or infinite" in str(request.error)
 
 
 @pytest.fixture(params=["plain", "emulated"])
@@ -311,7 +311,7 @@ def test_what_it_cannot_run_goes_through_modules_and_is_counted(monkeypatch, cap
     monkeypatch.setattr(chooser, "device_types", lambda model: {"cuda"})
     with emulated.machine(monkeypatch), caplog.at_level(logging.WARNING, logger="quantkit"):
         for model, kv, reason in (
-            (tiny.FAMILIES["llama"](head_dim=64), "float", "activations are torch.float32"),
+            (tiny.FAMILIES["llama"](head_dim=64), "float", "its dtype is torch.float32"),
             (tiny.FAMILIES["llama"]().half(), "float", "heads of 16 channels"),
             (tiny.FAMILIES["llama"](head_dim=64).half(), "int4", "int4 of 32 channels, not as keys int4"),
         ):
@@ -320,7 +320,7 @@ def test_what_it_cannot_run_goes_through_modules_and_is_counted(monkeypatch, cap
         assert list(chooser.FALLBACKS.values()) == [1, 1, 1]
         model = tiny.FAMILIES["llama"](head_dim=64).half()
         with pytest.raises(QuantkitError, match="modules compute as loaded"):
-            make_backend(model, activations="int8")
+            make_backend(model, compute="int8")
         assert make_backend(model, KVScheme(W4, W4)).bytes_for(Memory(3, 32, 1)) > 0
         with pytest.raises(QuantkitError, match="the CUDA engine has pages of 32"):
             make_backend(model).reserve(Memory(4, 16, 1))
@@ -334,7 +334,7 @@ def test_rows_out_of_range_are_refused():
         (Span(0, 0, [-2], [0], 1), "tokens from -2"),
         (Span(0, 126, [5, 5, 5], [0, 1, 2, 3, 0], 1), "positions from 126 to 128"),
         (Span(2, 0, [5], [0], 1), "slots from 2"),
-        (Span(0, 0, [5], [4], 1), "pages beyond the 4"),
+        (Span(0, 0, [5], [4], 1), "pages from 4 to 4; want 0 to 3"),
     ):
         with pytest.raises(KernelError, match=message):
             backend.step([span])

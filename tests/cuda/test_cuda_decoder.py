@@ -114,7 +114,7 @@ def test_a_layer_is_eight_kernels(family, monkeypatch):
 def test_norms_round_for_the_products_that_read_them(family, way, monkeypatch):
     model = tiny.FAMILIES[family](head_dim=64)
     enable_experts(model)
-    model = quantkit.quantize(model, "w8a8", quantizer="rtn").model.half()
+    model = quantkit.quantize(model, "w8a8", method="rtn").model.half()
     decoder, ids, heard = decoder_of(model), some_ids(9), list[str]()
     with torch.no_grad():
         want = model.float()(torch.tensor([ids])).logits[0]

@@ -160,17 +160,17 @@ def gated_pair(spec: QuantSpec, n: int, k: int) -> tuple[layout.Fragments, layou
     ],
 )
 def test_a_gate_in_the_product_changes_no_bit(spec, form, n, k, tokens, activation, dtype):
-    apart, in_turn = gated_pair(spec, n, k)
+    apart, interleaved = gated_pair(spec, n, k)
     x, bias = (torch.randn(tokens, k) / 1000).to(dtype), torch.randn(2 * n).to(dtype)
     for b in (None, bias):
         want = norms.activate(ops.multiply(x, *apart, b, form), activation)
-        turned = None if b is None else layout.in_turn(b)
-        got = ops.multiply(x, *in_turn, turned, form, activation)
+        swapped = None if b is None else layout.interleave_halves(b)
+        got = ops.multiply(x, *interleaved, swapped, form, activation)
         assert got.shape == (tokens, n)
         assert torch.equal(got, want)
-        assert error(got, ops._multiply_plain(x, *in_turn, turned, form, activation)) < 4 * EPS[dtype]
+        assert error(got, ops._multiply_plain(x, *interleaved, swapped, form, activation)) < 4 * EPS[dtype]
     if tokens > 1:
-        assert torch.equal(ops.multiply(x[:1], *in_turn, turned, form, activation), want[:1])
+        assert torch.equal(ops.multiply(x[:1], *interleaved, swapped, form, activation), want[:1])
 
 
 def test_many_tokens_pass_their_gate_after_the_product(monkeypatch):
@@ -180,10 +180,10 @@ def test_many_tokens_pass_their_gate_after_the_product(monkeypatch):
         (QuantSpec("int8"), "int8"),
         (QuantSpec("fp8_e4m3"), "fp8 codes"),
     ):
-        apart, in_turn = gated_pair(spec, 35, 96)
+        apart, interleaved = gated_pair(spec, 35, 96)
         x, bias = (torch.randn(5, 96) / 1000).half(), torch.randn(70).half()
         want = norms.activate(ops.multiply(x, *apart, bias, form), "silu")
-        assert error(ops.multiply(x, *in_turn, layout.in_turn(bias), form, "silu"), want) < EPS[x.dtype]
+        assert error(ops.multiply(x, *interleaved, layout.interleave_halves(bias), form, "silu"), want) < EPS[x.dtype]
 
 
 def test_an_odd_number_of_rows_has_no_gates():
@@ -227,9 +227,9 @@ def test_gates(activation):
     for gated in (True, False):
         got, want = (f(x, activation, gated) for f in (norms.activate, norms.activate_plain))
         assert error(got, want) < EPS[x.dtype]
-    turned = layout.in_turn(x, 1)
-    assert torch.equal(norms.activate(turned, activation, interleaved=True), norms.activate(x, activation))
-    assert torch.equal(norms.activate_plain(turned, activation, interleaved=True), norms.activate_plain(x, activation))
+    swapped = layout.interleave_halves(x, 1)
+    assert torch.equal(norms.activate(swapped, activation, interleaved=True), norms.activate(x, activation))
+    assert torch.equal(norms.activate_plain(swapped, activation, interleaved=True), norms.activate_plain(x, activation))
 
 
 @pytest.mark.parametrize("kind", attention.KINDS)

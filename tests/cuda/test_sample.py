@@ -199,7 +199,7 @@ def test_draws_follow_the_distribution(choose):
 
 def test_samplings_are_checked():
     draw = Draw.greedy(2, "cpu")
-    with pytest.raises(KernelError, match="1 ways to choose a token for 2 rows"):
+    with pytest.raises(KernelError, match="1 samplings for 2 rows"):
         draw.set([Sampling()])
     with pytest.raises(KernelError, match="repetition penalty"):
         draw.set([Sampling(), Sampling(repetition_penalty=1.1)])

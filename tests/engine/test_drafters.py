@@ -1,15 +1,17 @@
 """What drafters guess, and how many guesses they are asked for."""
 
 import random
+from collections.abc import Sequence
 
 import pytest
 
-from quantkit.engine.drafters import DRAFTERS, DraftRequest
+from quantkit.engine.drafters import DRAFTERS, DrafterContext, DraftRequest
 from quantkit.engine.drafters.length import DraftCosts, DraftLength
 from quantkit.engine.drafters.model import ModelDrafter
 from quantkit.engine.drafters.ngram import NgramDrafter
 from quantkit.engine.sampling import Sampling
 from quantkit.errors import QuantkitError
+from quantkit.generation.engine import Engine, make_drafter
 from quantkit.generation.generate import generate
 from quantkit.hf.backend import make_backend
 from tests.tiny import build, tiny_llama
@@ -146,4 +148,56 @@ def test_a_model_that_cannot_go_back_cannot_draft():
         ModelDrafter(make_backend(mamba), 1, 64)
     with pytest.raises(QuantkitError, match=r"none was given; give drafter=\('model', model\)"):
         generate(tiny_llama(), [1, 2], drafter="model")
-    assert DRAFTERS.names() == ["model", "ngram", "self"]
+    with pytest.raises(QuantkitError, match="'ngram' does not use a second model; give the name alone"):
+        generate(tiny_llama(), [1, 2], drafter=("ngram", tiny_llama()))
+    with pytest.raises(QuantkitError, match="unknown drafter 'ngrm'; did you mean 'ngram'"):
+        generate(tiny_llama(), [1, 2], drafter="ngrm")
+    assert {"model", "ngram", "self"} <= set(DRAFTERS.names())
+
+
+@DRAFTERS.register("constant")
+class ConstantDrafter:
+    """A drafter as another package would add it: one class that registers itself."""
+
+    needs_model = False
+    shares_memory = False
+
+    def __init__(self, token: int) -> None:
+        self.token = token
+
+    @classmethod
+    def make(cls, context: DrafterContext) -> "ConstantDrafter":
+        return cls(context.vocabulary - 1)
+
+    def propose(self, requests: Sequence[DraftRequest]) -> list[list[int]]:
+        return [[self.token] * request.count for request in requests]
+
+    def forget(self, number: int) -> None:
+        pass
+
+
+@DRAFTERS.register("constant-model")
+class ConstantModelDrafter(ConstantDrafter):
+    needs_model = True
+
+    @classmethod
+    def make(cls, context: DrafterContext) -> "ConstantModelDrafter":
+        assert context.draft_model is not None
+        return cls(context.draft_model.vocabulary // 2)
+
+
+def test_a_drafter_from_outside_is_found_by_name_and_changes_no_answer():
+    model, prompt = tiny_llama(), [5, 6, 7]
+    want = generate(model, prompt, max_new_tokens=12).ids
+    for drafter in (
+        "constant",
+        ("constant-model", tiny_llama()),
+        ConstantDrafter(want[1]),
+        ("model", tiny_llama()),
+        tiny_llama(),
+    ):
+        assert generate(model, prompt, max_new_tokens=12, drafter=drafter).ids == want
+    engine = Engine(model, drafter="constant")
+    assert make_drafter("constant", engine).token == engine.vocabulary - 1
+    assert make_drafter(("constant-model", tiny_llama()), engine).token == engine.vocabulary // 2
+    assert make_drafter(None, engine) is None

@@ -24,6 +24,7 @@ from quantkit.kernels.cpu.layout import LinearStruct
 from quantkit.kernels.cpu.structs import LayerStruct
 from quantkit.nn.linear import QuantLinear
 from quantkit.pipeline.quantize import quantize
+from quantkit.pipeline.settings import Output
 from tests.tiny import FAMILIES, VOCAB, tiny_llama
 
 CLAIMED = [name for name in FAMILIES if name not in ("gpt2", "gpt_neox", "opt", "falcon", "gpt_oss")]
@@ -67,14 +68,14 @@ def test_a_prompt_in_chunks_and_in_one_piece_to_the_last_bit():
 
 
 def test_misuse_is_named():
-    for options in ({"engine": "fast"}, {"activations": "int4"}):
+    for options in ({"engine": "fast"}, {"compute": "int4"}):
         with pytest.raises(QuantkitError, match="want one of"):
             make_backend(tiny_llama(), **options)
     with pytest.raises(QuantkitError, match="needs the native CPU engine"):
-        make_backend(tiny_llama(), engine="modules", activations="int8")
+        make_backend(tiny_llama(), engine="modules", compute="int8")
     with pytest.raises(QuantkitError, match="page_tokens=4: the native engine supports 32 only"):
         make_backend(tiny_llama(), engine="native").reserve(Memory(4, 4, 1))
-    with pytest.raises(QuantkitError, match="it stores keys and values in float or int8"):
+    with pytest.raises(QuantkitError, match="keys and values can be float or int8"):
         make_backend(tiny_llama(), "int4", engine="native")
 
 
@@ -127,7 +128,7 @@ def test_generate_and_bench_use_it_and_say_so():
     found = compare_latency({"a": model}, context=8, new_tokens=2, rounds=1)
     assert found["a"].engine == "native"
     assert compare_latency({"a": model}, context=8, new_tokens=2, rounds=1, engine="modules")["a"].engine == "modules"
-    rounded = compare_latency({"a": model}, context=8, new_tokens=2, rounds=1, activations="int8")
+    rounded = compare_latency({"a": model}, context=8, new_tokens=2, rounds=1, compute="int8")
     assert rounded["a"].engine == "native, int8 activations"
 
 
@@ -139,9 +140,9 @@ def cut(ids: list[int], model: PreTrainedModel) -> list[int]:
 
 def test_activations_are_narrow_only_in_a_narrow_model():
     asked = {
-        (dtype, activations): make_backend(tiny_llama().to(dtype), activations=activations)
+        (dtype, compute): make_backend(tiny_llama().to(dtype), compute=compute)
         for dtype in (torch.float32, torch.bfloat16)
-        for activations in ("float", "float32", "int8")
+        for compute in ("float", "float32", "int8")
     }
     rounds = {key for key, backend in asked.items() if isinstance(backend, NativeBackend) and backend.bfloat16}
     assert rounds == {(torch.bfloat16, "float"), (torch.bfloat16, "int8")}
@@ -149,12 +150,12 @@ def test_activations_are_narrow_only_in_a_narrow_model():
 
 
 def test_a_model_loaded_to_round_activations_is_run_so_and_shares_its_weights(tiny_quantized):
-    exact, rounding = load(tiny_quantized), load(tiny_quantized, activations="int8")
+    exact, rounding = load(tiny_quantized), load(tiny_quantized, compute="int8")
     prompt = prompt_of(30)
     assert make_backend(exact).engine == "native"
     assert make_backend(rounding).engine == "native, int8 activations"
     layers = [module for module in rounding.modules() if isinstance(module, QuantLinear)]
-    assert all(layer.activations == "int8" for layer in layers)  # lowering put them back
+    assert all(layer.compute == "int8" for layer in layers)  # lowering put them back
     want, got = (logits_of(model, prompt, [30]) for model in (exact, rounding))
     assert 1e-5 * want.abs().max() < (got - want).abs().max() < 0.05 * want.abs().max()
     held = {layer.prepacked().weight.codes.data_ptr() for layer in layers}
@@ -168,7 +169,7 @@ def test_a_model_loaded_to_round_activations_is_run_so_and_shares_its_weights(ti
 def test_what_the_kernels_do_not_compute_runs_through_modules(scheme, family, tmp_path):
     """Rounded inputs and codes that are no integers: the proof, which runs the modules, would not notice what is missing."""
     model = FAMILIES[family](intermediate_size=128)
-    quantize(model, scheme, quantizer="rtn", out=tmp_path / "x", format="native")
+    quantize(model, scheme, out=tmp_path / "x", method="rtn", output=Output(format="native"))
     reason = rejects(lower(model))
     assert reason
     assert ("rounded to int8" if scheme == "w8a8" else "want integer weights") in reason

@@ -44,8 +44,8 @@ def int8(family: str = "llama", **options):
     return model
 
 
-@pytest.mark.parametrize(("family", "activations"), [("llama", "float"), ("gemma3", "int8"), ("mixtral", "float")])
-def test_answers_stay_the_same_alone_in_a_batch_and_under_pressure(family, activations):
+@pytest.mark.parametrize(("family", "compute"), [("llama", "float"), ("gemma3", "int8"), ("mixtral", "float")])
+def test_answers_stay_the_same_alone_in_a_batch_and_under_pressure(family, compute):
     model, prompts = int8(family), [prompt_of(n) for n in LENGTHS]
     samplings = [
         Sampling(),
@@ -58,7 +58,7 @@ def test_answers_stay_the_same_alone_in_a_batch_and_under_pressure(family, activ
 
     def answers(drafter, kv="float", **limits):
         limits = Limits(**{"kv_tokens": 1024, "step_tokens": 24, **limits})
-        engine = Engine(model, limits=limits, drafter=drafter, activations=activations, kv=kv)
+        engine = Engine(model, limits=limits, drafter=drafter, compute=compute, kv=kv)
         found = [engine.submit(p, sampling=s, **told) for p, s in zip(prompts, samplings, strict=True)]
         list(engine.run())
         assert engine.scheduler.pages.used == 0

@@ -154,11 +154,11 @@ def test_a_gate_in_the_product_changes_no_bit(dtype):
     ):
         for (n, k), activation in itertools.product(((35, 384), (7168, 2048)), ACTIVATIONS):
             qtensor, bias = on_gpu(spec, (2 * n, k)), torch.randn(2 * n, device="cuda").to(dtype)
-            apart, in_turn = layout.prepack(qtensor), layout.prepack(qtensor, interleave=True)
+            apart, interleaved = layout.prepack(qtensor), layout.prepack(qtensor, interleave=True)
             for tokens in (1, 5, 16, 33, 200):
                 x = torch.randn(tokens, k, device="cuda").to(dtype)
                 want = norms.activate(ops.fragment_matmul(x, *apart, bias, form), activation)
-                got = ops.fragment_matmul(x, *in_turn, layout.in_turn(bias), form, activation)
+                got = ops.fragment_matmul(x, *interleaved, layout.interleave_halves(bias), form, activation)
                 if tokens < calls.DENSE_TOKENS:
                     assert torch.equal(got, want), (spec, n, activation, tokens)
                 else:

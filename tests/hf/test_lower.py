@@ -249,7 +249,7 @@ def test_quantized_models_are_lowered_with_their_modules(family):
 def test_layers_that_round_their_inputs_are_left_to_modules(family, tmp_path):
     """The native products would not round, and the proof, which runs the modules, would not notice."""
     model = FAMILIES[family]()
-    quantize(model, "w8a8", quantizer="rtn", out=tmp_path / "x")
+    quantize(model, "w8a8", out=tmp_path / "x", method="rtn")
     assert re.fullmatch(r"the inputs of layers are rounded to int8 .*ignore_activations.*", str(native_decoder(model)))
     plain = load(tmp_path / "x", ignore_activations=True)
     assert_same_logits(plain, some_ids(20))

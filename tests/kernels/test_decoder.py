@@ -239,9 +239,9 @@ def test_pages_keep_their_contents_when_they_grow():
         ({"positions": [2048]}, "positions from 2048"),
         ({"slots": [1]}, "slots from 1"),
         ({"logit_rows": [1]}, "logit rows from 1"),
-        ({"tokens": []}, "at least one row"),
-        ({"block_table": np.full((1, 64), 64)}, "beyond the 64 there are"),
-        ({"block_table": np.full((1, 64), -1)}, "beyond the 64 there are"),
+        ({"tokens": []}, "at least one token"),
+        ({"block_table": np.full((1, 64), 64)}, "has pages outside 0 to 63"),
+        ({"block_table": np.full((1, 64), -1)}, "has pages outside 0 to 63"),
         ({"block_table": np.zeros(4)}, "table of two axes"),
     ],
 )
@@ -254,7 +254,7 @@ def test_misuse_is_named(change, message):
 
 def test_pages_of_another_program_and_unknown_storage_are_refused():
     program = program_of("llama")
-    with pytest.raises(KernelError, match="pages are of 3 layers"):
+    with pytest.raises(KernelError, match="pages have 3 layers"):
         NativeDecoder(program).run(rows_of([5]), KvPages(program_of("gemma2"), 64))
     with pytest.raises(KernelError, match="float32, bfloat16, int8"):
         KvPages(program, 1, dtype="int4")

@@ -14,7 +14,9 @@ from quantkit.kernels.cpu.decoder import NativeDecoder
 from quantkit.nn.embedding import QuantEmbedding
 from quantkit.nn.linear import QuantLinear
 from quantkit.numerics import grid
-from quantkit.pipeline.plan import plan_ends
+from quantkit.pipeline.plan import make_plan
+from quantkit.pipeline.rules import Rule
+from quantkit.pipeline.settings import Output
 from quantkit.quantizers.rtn import nearest
 from quantkit.recipe.schema import Recipe
 from quantkit.spec import QuantSpec, preset
@@ -54,7 +56,8 @@ ENDS = [
 def test_ends_survive_their_checkpoint_and_run_natively(family: str, wanted: dict[str, str], tmp_path: Path) -> None:
     model = tiny.FAMILIES[family]()
     structure, float_logits = describe(model), model(IDS).logits
-    result = quantize(model, "w8a16-g32", quantizer="rtn", out=tmp_path / "x", format="native", **wanted)
+    rules = [Rule(*one) for one in wanted.items()]
+    result = quantize(model, "w8a16-g32", out=tmp_path / "x", method="rtn", output=Output(format="native"), rules=rules)
     embedding = model.get_input_embeddings()
     assert isinstance(embedding, QuantEmbedding)
     assert isinstance(model.get_output_embeddings(), QuantLinear)
@@ -78,41 +81,45 @@ def test_ends_survive_their_checkpoint_and_run_natively(family: str, wanted: dic
 
 def test_what_cannot_be_is_refused_with_a_reason(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match=r"embedding table.*use native"):
-        quantize(tiny.FAMILIES["llama"](), "w8a16", quantizer="rtn", embedding="w8a16", out=tmp_path / "x")
+        quantize(tiny.FAMILIES["llama"](), "w8a16", out=tmp_path / "x", method="rtn", rules=[Rule("embedding", "w8a16")])
     with pytest.raises(SpecError, match="one tied table"):
-        quantize(tiny.FAMILIES["llama_tied"](), "w8a16", quantizer="rtn", embedding="w8a16", head="w4a16")
+        quantize(
+            tiny.FAMILIES["llama_tied"](), "w8a16", method="rtn", rules=[Rule("embedding", "w8a16"), Rule("head", "w4a16")]
+        )
     with pytest.raises(SpecError, match="embedding table wants float activations"):
-        quantize(tiny.FAMILIES["llama"](), "w8a16", quantizer="rtn", embedding="w8a8")
+        quantize(tiny.FAMILIES["llama"](), "w8a16", method="rtn", rules=[Rule("embedding", "w8a8")])
     with pytest.raises(SpecError, match="lm_head: it stands outside the blocks, where no inputs are calibrated"):
-        quantize(tiny.FAMILIES["llama"](), "w8a16", quantizer="rtn", head="w8a8-static")
-    with pytest.raises(SpecError, match="embedding: the model has no input embedding that is a plain table"):
-        quantize(tiny.FAMILIES["gemma3"](), "w8a16", quantizer="rtn", embedding="w8a16")  # its rows are scaled
+        quantize(tiny.FAMILIES["llama"](), "w8a16", method="rtn", rules=[Rule("head", "w8a8-static")])
+    with pytest.raises(SpecError, match="rule 'embedding': the model has no input embedding that is a plain table"):
+        quantize(tiny.FAMILIES["gemma3"](), "w8a16", method="rtn", rules=[Rule("embedding", "w8a16")])  # its rows are scaled
 
 
 def test_an_untied_head_goes_to_compressed_tensors(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     model = tiny.FAMILIES["llama"]()
-    quantize(model, "w8a16-g32", quantizer="rtn", head="w8a16-g32", out=tmp_path / "x")
+    quantize(model, "w8a16-g32", out=tmp_path / "x", method="rtn", rules=[Rule("head", "w8a16-g32")])
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "x", dtype=torch.float32)
     torch.testing.assert_close(theirs(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_recipes_and_plans_name_the_ends() -> None:
-    text = {"model": "demo", "scheme": "w4a16", "embedding": "w8a16-g32", "output": {"path": "x", "format": "native"}}
+    table, head = {"match": "embedding", "scheme": "w8a16-g32"}, {"match": "head", "scheme": {"bits": 6, "group_size": 32}}
+    text = {"model": "demo", "scheme": "w4a16", "output": {"path": "x", "format": "native"}}
     structure = describe(tiny.FAMILIES["llama"]())
-    resolution = Recipe.model_validate({**text, "head": {"bits": 6, "group_size": 32}}).resolve(structure)
+    resolution = Recipe.model_validate({**text, "rules": [table, head]}).resolve(structure)
     assert resolution.plan["model.embed_tokens"] == preset("w8a16-g32", ())
     assert resolution.plan["lm_head"].weight.describe() == "int6 g32"
     assert "lm_head" not in resolution.skipped
-    alone = Recipe.model_validate(text).resolve(structure)
+    alone = Recipe.model_validate({**text, "rules": [table]}).resolve(structure)
     assert "lm_head" in alone.skipped
-    assert set(plan_ends(describe(tiny.FAMILIES["llama_tied"]()), None, "w8a16")) == {"model.embed_tokens"}
+    tied = make_plan(describe(tiny.FAMILIES["llama_tied"]()), "w4a16", [Rule("head", "w8a16")])
+    assert tied.plan["model.embed_tokens"] == preset("w8a16", [64])
 
 
 def test_a_quantized_table_is_not_made_whole_to_learn_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.FAMILIES["llama"]()
-    quantize(model, "w8a16-g32", quantizer="rtn", embedding="w8a16-g32")
+    quantize(model, "w8a16-g32", method="rtn", rules=[Rule("embedding", "w8a16-g32")])
     monkeypatch.setattr(QuantEmbedding, "dequantize", None)
     for engine in ("native", "modules"):
         request = Engine(model, engine=engine).submit(IDS[0].tolist(), max_new_tokens=1)
@@ -120,7 +127,14 @@ def test_a_quantized_table_is_not_made_whole_to_learn_its_size(monkeypatch: pyte
 
 
 def test_a_table_looks_up_in_the_dtype_that_was_asked_for(tmp_path: Path) -> None:
-    quantize(tiny.FAMILIES["gpt2"](), "w8a16-g32", quantizer="rtn", embedding="w8a16-g32", out=tmp_path / "x", format="native")
+    quantize(
+        tiny.FAMILIES["gpt2"](),
+        "w8a16-g32",
+        out=tmp_path / "x",
+        method="rtn",
+        rules=[Rule("embedding", "w8a16-g32")],
+        output=Output(format="native"),
+    )
     loaded = load(tmp_path / "x", dtype=torch.bfloat16)
     assert loaded.get_input_embeddings()(IDS).dtype == loaded.transformer.h[0].ln_1.weight.dtype == torch.bfloat16
     assert loaded(IDS).logits.dtype == torch.bfloat16

@@ -10,7 +10,7 @@ from torch import nn
 from quantkit.errors import KernelError
 from quantkit.kernels import KERNELS
 from quantkit.kernels.cpu import ops
-from quantkit.nn.install import set_activations
+from quantkit.nn.install import set_compute
 from quantkit.nn.linear import QuantLinear, QuantWeight
 from quantkit.numerics import grid
 from quantkit.qtensor import QTensor
@@ -96,12 +96,12 @@ def test_every_dtype_runs_from_the_one_layout(monkeypatch):
     monkeypatch.setattr(type(kernel), "prepack", lambda self, q: prepacked.append(q) or original(self, q))
     module = released()
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for activations in ("float", "int8"):
-            module.activations = activations
+        for compute in ("float", "int8"):
+            module.compute = compute
             module(torch.randn(2, 64).to(dtype))
     assert len(prepacked) == 1
     x = torch.randn(2, 64, dtype=torch.float64)  # the reference alone takes it, from the codes restored
-    module.activations = "float"
+    module.compute = "float"
     torch.testing.assert_close(module(x), nn.functional.linear(x, quantized().dequantize().double(), module.bias.double()))
 
 
@@ -128,16 +128,16 @@ def test_prepacked_is_what_a_forward_uses():
 def test_activations_are_rounded_only_when_asked_and_never_under_a_gradient():
     model, x = nn.Sequential(QuantLinear(quantized())), torch.randn(2, 64)
     exact = model(x)
-    set_activations(model, "int8")
+    set_compute(model, "int8")
     assert "int8 activations" in repr(model)
     rounded = ops.round_activations(x, 32, 64) @ model[0].dequantize().T
     torch.testing.assert_close(model(x), rounded, rtol=1e-5, atol=1e-5)
     assert not torch.equal(model(x), exact)
     torch.testing.assert_close(model(x.clone().requires_grad_(True)), exact, rtol=1e-5, atol=1e-5)
-    set_activations(model, "float")
+    set_compute(model, "float")
     assert torch.equal(model(x), exact)
-    with pytest.raises(KernelError, match="activations='int4'"):
-        set_activations(model, "int4")
+    with pytest.raises(KernelError, match="compute='int4'"):
+        set_compute(model, "int4")
 
 
 def test_no_moment_shows_a_placeholder():

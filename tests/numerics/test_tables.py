@@ -8,10 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantkit import checkpoint
+from quantkit.calibrate.data import Calibration
 from quantkit.dtypes import DTYPES
 from quantkit.errors import SpecError
 from quantkit.numerics import grid
 from quantkit.pipeline.quantize import quantize
+from quantkit.pipeline.settings import Output
 from quantkit.qtensor import QTensor
 from quantkit.quantizers.rtn import nearest
 from quantkit.spec import NAMED, QuantSpec, preset
@@ -81,7 +83,7 @@ def test_microscaling_scales_are_the_powers_of_two_of_the_standard() -> None:
 def test_a_model_in_each_format_comes_back_from_the_disk(tmp_path: Path, name: str) -> None:
     model, ids = tiny_llama(intermediate_size=128), torch.arange(3, 40)[None]
     before = model(ids).logits
-    quantize(model, name, quantizer="rtn", data=[ids], out=tmp_path / "q", format="native")
+    quantize(model, name, out=tmp_path / "q", method="rtn", calibration=Calibration(data=[ids]), output=Output(format="native"))
     after = model(ids).logits
     assert torch.equal(checkpoint.load(tmp_path / "q")(ids).logits, after)
     error = ((after - before).square().mean() / before.square().mean()).sqrt().item()
@@ -90,9 +92,9 @@ def test_a_model_in_each_format_comes_back_from_the_disk(tmp_path: Path, name: s
 
 def test_what_does_not_fit_is_refused_before_any_work() -> None:
     with pytest.raises(SpecError, match="GPTQ chooses integers, not nf4; use quantizer rtn"):
-        quantize(tiny_llama(intermediate_size=128), "nf4", data=[torch.ones(1, 16, dtype=torch.int64)])
+        quantize(tiny_llama(intermediate_size=128), "nf4", calibration=Calibration(data=[torch.ones(1, 16, dtype=torch.int64)]))
     with pytest.raises(SpecError, match="compressed-tensors nf4 g64 is not written"):
-        quantize(tiny_llama(intermediate_size=128), "nf4", quantizer="rtn", out="nowhere")
+        quantize(tiny_llama(intermediate_size=128), "nf4", out="nowhere", method="rtn")
     with pytest.raises(SpecError, match="no zero point"):
         QuantSpec("nf4", (1, 64), symmetric=False)
     with pytest.raises(SpecError, match="float8_e8m0fnu goes with"):

@@ -6,12 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from quantkit.calibrate.data import Calibration
 from quantkit.errors import CalibrationError
 from quantkit.nn.learned import TunedLinear, TunedWeight
 from quantkit.numerics import grid
 from quantkit.numerics.divergence import divergence_gradient
 from quantkit.pipeline.distill import Distill, borrowed
 from quantkit.pipeline.quantize import quantize
+from quantkit.pipeline.rules import Rule
+from quantkit.pipeline.settings import Run
 from quantkit.qtensor import QTensor
 from quantkit.quantizers.rtn import nearest
 from quantkit.spec import QuantSpec
@@ -76,7 +79,11 @@ def test_the_teacher_keeps_its_head_where_the_students_is_quantized(family: str)
     settings, curves = Distill(steps=1, windows=8, dtype="float32"), []
     for head in (None, "w2a16-asym-g32"):
         model = FAMILIES[family]()
-        curves.append(quantize(model, "w8a16", data=ids(), distill=settings, head=head).metadata["distill"]["kl"][0])
+        curves.append(
+            quantize(
+                model, "w8a16", steps=[settings], rules=[Rule("head", head)], calibration=Calibration(data=ids())
+            ).metadata["distill"]["kl"][0]
+        )
         assert head is None or not isinstance(model.lm_head, torch.nn.Linear)
     assert curves[1] > 100 * curves[0]  # what a head of 2 bits loses is seen
 
@@ -85,7 +92,7 @@ def test_the_teacher_keeps_its_head_where_the_students_is_quantized(family: str)
 def test_the_kl_falls_and_only_scales_change(family: str) -> None:
     plain, tuned = (FAMILIES[family]() for _ in range(2))
     before = {name: p.clone() for name, p in plain.named_parameters()}
-    first = quantize(plain, "w2a16-asym-g32", data=ids())
+    first = quantize(plain, "w2a16-asym-g32", calibration=Calibration(data=ids()))
     curve: list[float] = []
 
     def watch(event: Progress) -> None:
@@ -93,7 +100,7 @@ def test_the_kl_falls_and_only_scales_change(family: str) -> None:
             assert event.loss is not None
             curve.append(event.loss)
 
-    second = quantize(tuned, "w2a16-asym-g32", data=ids(), distill=SETTINGS, progress=watch)
+    second = quantize(tuned, "w2a16-asym-g32", steps=[SETTINGS], calibration=Calibration(data=ids()), run=Run(progress=watch))
     assert len(curve) == 12
     assert sum(curve[-4:]) < 0.95 * sum(curve[:4])  # the same four windows, two rounds later
     assert second.metadata["distill"]["kl"] == tuple(curve)
@@ -114,7 +121,9 @@ def test_learned_codes_lower_the_kl_further_and_stay_on_the_grid() -> None:
     last = []
     for code_rate in (0.0, 0.05):
         model = tiny_llama()
-        result = quantize(model, "w2a16-asym", data=ids(), distill=replace(settings, code_rate=code_rate))
+        result = quantize(
+            model, "w2a16-asym", steps=[replace(settings, code_rate=code_rate)], calibration=Calibration(data=ids())
+        )
         last.append(sum(result.metadata["distill"]["kl"][-2:]))
     assert last[1] < 0.9 * last[0]
     site = model.get_submodule("model.layers.1.mlp.down_proj").qtensor
@@ -127,7 +136,14 @@ def test_an_interrupted_distillation_gives_the_same_files(tmp_path: Path) -> Non
             if event.stage == "distill" and event.done == stop:
                 raise KeyboardInterrupt
 
-        quantize(tiny_llama(), "w3a16-asym", data=ids(), out=out, distill=SETTINGS, progress=progress)
+        quantize(
+            tiny_llama(),
+            "w3a16-asym",
+            out=out,
+            steps=[SETTINGS],
+            calibration=Calibration(data=ids()),
+            run=Run(progress=progress),
+        )
         return {p.name: p.read_bytes() for p in sorted(out.iterdir())}
 
     whole = run(tmp_path / "whole")
@@ -137,7 +153,9 @@ def test_an_interrupted_distillation_gives_the_same_files(tmp_path: Path) -> Non
 
 
 def test_it_works_after_a_quantizer_without_calibration() -> None:
-    curve = quantize(tiny_llama(), "w2a16-asym", quantizer="rtn", data=ids(), distill=SETTINGS).metadata["distill"]["kl"]
+    curve = quantize(tiny_llama(), "w2a16-asym", method="rtn", steps=[SETTINGS], calibration=Calibration(data=ids())).metadata[
+        "distill"
+    ]["kl"]
     assert sum(curve[-4:]) < 0.95 * sum(curve[:4])
 
 

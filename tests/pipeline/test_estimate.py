@@ -12,6 +12,7 @@ from quantkit.numerics import grid
 from quantkit.pipeline.distill import Distill
 from quantkit.pipeline.estimate import estimate
 from quantkit.pipeline.plan import make_plan
+from quantkit.pipeline.rules import Rule
 from quantkit.qtensor import QTensor
 from quantkit.quantizers.rtn import nearest
 from quantkit.spec import QuantSpec, Scheme
@@ -43,7 +44,7 @@ def test_an_empty_qtensor_has_the_size_of_a_full_one(spec, shape):
 def test_predicted_bytes_are_the_written_bytes(family, format, tmp_path):
     model = tiny.FAMILIES[family]()
     contents = contents_of(model.config)
-    plan = make_plan(contents.structure, Scheme(QuantSpec("int4", (1, 32), False)))
+    plan = make_plan(contents.structure, Scheme(QuantSpec("int4", (1, 32), False))).plan
     predicted = estimate(contents, plan, format=format)
     numel = nbytes = 0
     for site in contents.sites.values():
@@ -67,7 +68,7 @@ def test_predicted_bytes_are_the_written_bytes(family, format, tmp_path):
 def test_what_stays_in_float_is_counted_once_with_its_reason():
     model = tiny.FAMILIES["llama_tied"]()
     contents = contents_of(model.config)
-    plan = make_plan(contents.structure, "w4a16", ignore=["q_proj"])
+    plan = make_plan(contents.structure, "w4a16", [Rule("q_proj", skip=True)]).plan
     found = estimate(contents, plan, reasons={name: "my reason" for name in contents.sites})
     assert found.kept["my reason"] == (2, 2 * 64 * 64)
     assert found.kept["tied to model.embed_tokens.weight"] == (1, 0)
@@ -77,7 +78,7 @@ def test_what_stays_in_float_is_counted_once_with_its_reason():
 
 def test_calibration_costs_memory_and_a_pass():
     contents = contents_of(tiny.FAMILIES["llama"]().config)
-    plan = make_plan(contents.structure, "w4a16")
+    plan = make_plan(contents.structure, "w4a16").plan
     without, small, large = (estimate(contents, plan, calibration_tokens=n) for n in (0, 10**6, 2 * 10**6))
     assert without.peak_bytes < small.peak_bytes < large.peak_bytes
     assert (len(without.passes), len(small.passes)) == (1, 2)
@@ -86,7 +87,7 @@ def test_calibration_costs_memory_and_a_pass():
 
 def test_distillation_costs_memory_and_two_passes():
     contents = contents_of(tiny.FAMILIES["llama"]().config)
-    plan = make_plan(contents.structure, "w4a16")
+    plan = make_plan(contents.structure, "w4a16").plan
     without, small, large = (
         estimate(contents, plan, distill=settings)
         for settings in (None, Distill(steps=3, windows=64), Distill(steps=3, windows=640))
@@ -100,7 +101,7 @@ def test_a_quantized_embedding_is_not_counted_among_what_is_kept():
     model = tiny.FAMILIES["llama"]()
     contents = contents_of(model.config)
     table = {"model.embed_tokens": Scheme(QuantSpec("int8"))}
-    plan = {**make_plan(contents.structure, "w8a16-channel"), **table}
+    plan = {**make_plan(contents.structure, "w8a16-channel").plan, **table}
     found = estimate(contents, plan, format="native")
     assert "embedding" not in found.kept
     assert found.weights + sum(size for _, size in found.kept.values()) == model.num_parameters()

@@ -7,13 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from quantkit import checkpoint
-from quantkit.calibrate.data import from_ids, unpadded
+from quantkit.calibrate.data import Calibration, from_ids, unpadded
 from quantkit.calibrate.statistics import load_statistics, save_statistics
 from quantkit.errors import CalibrationError, FormatError, SpecError
 from quantkit.hf.structure import describe
 from quantkit.nn.linear import QuantLinear
 from quantkit.pipeline.plan import make_plan
 from quantkit.pipeline.quantize import collect, quantize
+from quantkit.pipeline.rules import Rule
+from quantkit.pipeline.settings import Output, Run
 from quantkit.quantizers.base import QUANTIZERS
 from quantkit.system.compute import Compute
 from quantkit.system.progress import Progress
@@ -35,7 +37,14 @@ def test_quantize_save_load_gives_the_same_logits(family: str, tmp_path: Path) -
     before = logits(model)
     # Neither the expert stacks of gpt_oss, which transformers does not take apart, nor Conv1D fit compressed-tensors' readers.
     format = "native" if family in ("gpt_oss", "gpt2") else "compressed-tensors"
-    result = quantize(model, "w4a16-asym", quantizer="gptq", data=token_ids(), out=tmp_path / "q", format=format)
+    result = quantize(
+        model,
+        "w4a16-asym",
+        out=tmp_path / "q",
+        method="gptq",
+        calibration=Calibration(data=token_ids()),
+        output=Output(format=format),
+    )
     assert result.path is not None
     after = logits(result.model)
     assert torch.equal(logits(checkpoint.load(result.path)), after)
@@ -48,7 +57,7 @@ def test_quantize_save_load_gives_the_same_logits(family: str, tmp_path: Path) -
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS.names())
 def test_every_quantizer_runs_on_a_mixture_of_experts(quantizer: str) -> None:
-    result = quantize(FAMILIES["qwen3_moe"](), "w8a16", quantizer=quantizer, data=token_ids())
+    result = quantize(FAMILIES["qwen3_moe"](), "w8a16", method=quantizer, calibration=Calibration(data=token_ids()))
     assert {row.module_type for row in result.coverage if row.kind != "skipped"} >= {"Qwen3MoeExperts", "Linear"}
     assert result.metadata["quality"]["kl_mean"] < 1e-2
     assert result.metadata["bits_per_weight"] == pytest.approx(8.5, abs=0.6)
@@ -56,10 +65,10 @@ def test_every_quantizer_runs_on_a_mixture_of_experts(quantizer: str) -> None:
 
 def test_gptq_uses_quantized_inputs_of_earlier_sites() -> None:
     """The walk differs from statistics of the float model, and both differ from plain rounding."""
-    walked = quantize(FAMILIES["llama"](), "w3a16", data=token_ids())
-    statistics, _ = collect(FAMILIES["llama"](), data=token_ids())
-    reused = quantize(FAMILIES["llama"](), "w3a16", statistics=statistics)
-    rounded = quantize(FAMILIES["llama"](), "w3a16", quantizer="rtn")
+    walked = quantize(FAMILIES["llama"](), "w3a16", calibration=Calibration(data=token_ids()))
+    statistics, _ = collect(FAMILIES["llama"](), calibration=Calibration(data=token_ids()))
+    reused = quantize(FAMILIES["llama"](), "w3a16", calibration=Calibration(statistics=statistics))
+    rounded = quantize(FAMILIES["llama"](), "w3a16", method="rtn")
     first = next(iter(walked.plan))
     last = list(walked.plan)[-1]
 
@@ -72,7 +81,9 @@ def test_gptq_uses_quantized_inputs_of_earlier_sites() -> None:
 
 
 def test_statistics_survive_the_disk(tmp_path: Path) -> None:
-    statistics, fingerprint = collect(FAMILIES["mixtral"](), ("hessian", "mean_square"), data=token_ids())
+    statistics, fingerprint = collect(
+        FAMILIES["mixtral"](), ("hessian", "mean_square"), calibration=Calibration(data=token_ids())
+    )
     save_statistics(tmp_path / "s.safetensors", statistics, fingerprint)
     loaded, same = load_statistics(tmp_path / "s.safetensors")
     assert same == fingerprint
@@ -81,23 +92,25 @@ def test_statistics_survive_the_disk(tmp_path: Path) -> None:
         assert loaded[name].tokens == one.tokens
         for key, value in one.results.items():
             assert torch.equal(loaded[name].results[key], value)
-    direct = quantize(FAMILIES["mixtral"](), "w4a16", statistics=statistics)
-    again = quantize(FAMILIES["mixtral"](), "w4a16", statistics=tmp_path / "s.safetensors")
+    direct = quantize(FAMILIES["mixtral"](), "w4a16", calibration=Calibration(statistics=statistics))
+    again = quantize(FAMILIES["mixtral"](), "w4a16", calibration=Calibration(statistics=tmp_path / "s.safetensors"))
     assert torch.equal(logits(direct.model), logits(again.model))
 
 
 def test_statistics_of_another_model_than_is_quantized_are_refused() -> None:
-    statistics, _ = collect(FAMILIES["llama"](), data=token_ids())
+    statistics, _ = collect(FAMILIES["llama"](), calibration=Calibration(data=token_ids()))
     for change in ("smoothquant", "rotate"):
         with pytest.raises(CalibrationError, match="which changes them; pass data= instead"):
-            quantize(FAMILIES["llama"](), "w4a16", transforms=[change], statistics=statistics, data=token_ids())
+            quantize(
+                FAMILIES["llama"](), "w4a16", steps=[change], calibration=Calibration(data=token_ids(), statistics=statistics)
+            )
 
 
 def test_buffers_that_a_conversion_rounded_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A loaded model has its rotary frequencies in float32, whatever it is loaded in; rounding inputs shows the difference."""
     model = FAMILIES["llama_tied"]().to(torch.bfloat16)
     with pytest.raises(FormatError, match=r"KL .*inv_freq is torch.bfloat16 in memory .*load the model with dtype="):
-        quantize(model, "w8a8-static", quantizer="rtn", data=token_ids(), out=tmp_path / "x")
+        quantize(model, "w8a8-static", out=tmp_path / "x", method="rtn", calibration=Calibration(data=token_ids()))
     assert "inv_freq is torch.bfloat16" in caplog.text  # before any work
 
 
@@ -112,8 +125,8 @@ def test_padding_never_enters_a_statistic() -> None:
     """Padded rows give the statistics of the same rows run alone; what hides under the mask does not matter."""
     rows = [torch.randint(3, 190, (n,), generator=torch.Generator().manual_seed(n)) for n in (20, 31, 20, 9)]
     for family in ("llama", "mixtral", "gemma3"):
-        alone, _ = collect(FAMILIES[family](), data=[row[None] for row in rows])
-        padded, _ = collect(FAMILIES[family](), data=from_ids(rows, batch_size=4, pad_id=7))
+        alone, _ = collect(FAMILIES[family](), calibration=Calibration(data=[row[None] for row in rows]))
+        padded, _ = collect(FAMILIES[family](), calibration=Calibration(data=from_ids(rows, batch_size=4, pad_id=7)))
         for name, one in alone.items():
             assert one.tokens == padded[name].tokens
             torch.testing.assert_close(one.results["hessian"], padded[name].results["hessian"], rtol=1e-4, atol=1e-6)
@@ -122,7 +135,7 @@ def test_padding_never_enters_a_statistic() -> None:
 
 def test_progress_counts_every_site_once() -> None:
     events: list[Progress] = []
-    result = quantize(FAMILIES["llama"](), data=token_ids(), progress=events.append)
+    result = quantize(FAMILIES["llama"](), calibration=Calibration(data=token_ids()), run=Run(progress=events.append))
     losses = [e for e in events if e.loss is not None]
     assert [e.detail for e in losses] == list(result.plan)
     assert [e.done for e in losses] == list(range(1, len(result.plan) + 1))
@@ -130,8 +143,10 @@ def test_progress_counts_every_site_once() -> None:
 
 
 def test_ignored_sites_stay_float_and_are_counted() -> None:
-    result = quantize(FAMILIES["llama"](), quantizer="rtn", ignore=["down_proj", "model.layers.0.self_attn.*"])
-    left = [row.name for row in result.coverage if row.reason == "left out of the plan"]
+    result = quantize(
+        FAMILIES["llama"](), method="rtn", rules=[Rule("down_proj", skip=True), Rule("model.layers.0.self_attn.*", skip=True)]
+    )
+    left = [row.name for row in result.coverage if (row.reason or "").startswith("skipped by rule")]
     assert len(left) == 2 + 4
     assert not any(isinstance(result.model.get_submodule(name), QuantLinear) for name in left)
 
@@ -140,22 +155,21 @@ def test_ignored_sites_stay_float_and_are_counted() -> None:
     ("arguments", "error", "message"),
     [
         ({"scheme": "w4a61"}, SpecError, "unknown scheme 'w4a61'; did you mean 'w4a16'"),
-        ({"quantizer": "gtpq"}, SpecError, "did you mean 'gptq'"),
-        ({"format": "compressed_tensors"}, FormatError, "did you mean 'compressed-tensors'"),
-        ({"group_size": 48}, SpecError, r"in=64 is not a multiple of group_size 48; use 32 or channel \(and \d+ more sites\)"),
-        ({"scheme": "w4a16-g32", "group_size": 64}, SpecError, "disagree"),
-        ({"ignore": ["dwon_proj"]}, SpecError, "'dwon_proj' matches no site; did you mean 'down_proj'"),
-        ({"ignore": ["*"]}, SpecError, "nothing to quantize"),
-        ({"data": "some text"}, CalibrationError, "needs a tokenizer"),
-        ({"strict": True, "quantizer": "rtn", "plan": {}}, SpecError, "nothing to quantize"),
-        ({"plan": {"model.layer.0": None}}, SpecError, "which is no site of the model"),
+        ({"method": "gtpq"}, SpecError, "did you mean 'gptq'"),
+        ({"scheme": "w4a16-g48"}, SpecError, r"in=64 is not a multiple of group_size 48; use 32 or channel \(and \d+ more"),
+        ({"scheme": "w4a16-g32", "rules": [Rule("down_proj", group_size=64)]}, SpecError, "disagree"),
+        ({"rules": [Rule("dwon_proj", skip=True)]}, SpecError, r"'dwon_proj' matches no layer; closest: .*down_proj"),
+        ({"rules": [Rule("*", skip=True)]}, SpecError, "nothing to quantize"),
+        ({"calibration": Calibration("some text")}, CalibrationError, "needs a tokenizer"),
+        ({"run": Run(strict=True), "method": "rtn", "scheme": {}}, SpecError, "nothing to quantize"),
+        ({"scheme": {"model.layer.0": None}}, SpecError, "which is no layer of the model"),
     ],
 )
 def test_bad_arguments_fail_before_any_work(arguments: dict[str, object], error: type, message: str, tmp_path: Path) -> None:
     model = FAMILIES["llama"]()
     before = logits(model)
     with pytest.raises(error, match=message):
-        quantize(model, **{"data": token_ids(), "out": tmp_path / "q", **arguments})  # type: ignore[arg-type]
+        quantize(model, **{"calibration": Calibration(token_ids()), "out": tmp_path / "q", **arguments})  # type: ignore[arg-type]
     assert torch.equal(logits(model), before)
     assert not list(tmp_path.iterdir())
 
@@ -164,27 +178,27 @@ def test_bad_weights_and_activations_are_named() -> None:
     broken = FAMILIES["llama"]()
     broken.model.layers[1].mlp.up_proj.weight.data[3, 3] = torch.inf
     with pytest.raises(CalibrationError, match=r"model\.layers\.1\.mlp\.up_proj\.weight: the weight holds NaN or infinity"):
-        quantize(broken, quantizer="rtn")
+        quantize(broken, method="rtn")
     overflowing = FAMILIES["llama"]()
     overflowing.model.embed_tokens.weight.data[:] = torch.nan
     with pytest.raises(CalibrationError, match=r"embed_tokens\.weight: the weight holds NaN"):
-        quantize(overflowing, data=token_ids())
+        quantize(overflowing, calibration=Calibration(data=token_ids()))
 
 
 def test_an_output_that_holds_another_model_is_left_alone(tmp_path: Path) -> None:
-    first = quantize(FAMILIES["llama"](), quantizer="rtn", out=tmp_path / "q")
+    first = quantize(FAMILIES["llama"](), out=tmp_path / "q", method="rtn")
     before = {p.name: p.read_bytes() for p in (tmp_path / "q").iterdir()}
     with pytest.raises(FormatError, match="overwrite"):
-        quantize(FAMILIES["qwen3"](), quantizer="rtn", out=tmp_path / "q")
+        quantize(FAMILIES["qwen3"](), out=tmp_path / "q", method="rtn")
     assert {p.name: p.read_bytes() for p in (tmp_path / "q").iterdir()} == before
-    quantize(FAMILIES["qwen3"](), quantizer="rtn", out=tmp_path / "q", overwrite=True)
+    quantize(FAMILIES["qwen3"](), out=tmp_path / "q", method="rtn", output=Output(overwrite=True))
     assert checkpoint.load(tmp_path / "q").config.model_type == "qwen3"
     assert first.model.config.model_type == "llama"
 
 
 def test_layers_that_other_readers_would_load_as_garbage_are_refused() -> None:
     model = FAMILIES["gpt2"]()
-    plan = make_plan(describe(model), "w4a16")
+    plan = make_plan(describe(model), "w4a16").plan
     reasons = checkpoint.rejections(model, plan, "compressed-tensors")
     assert reasons.keys() == plan.keys()
     assert all("Conv1D" in reason and "use native" in reason for reason in reasons.values())
@@ -195,8 +209,8 @@ def test_strict_refuses_a_fallback() -> None:
     model = FAMILIES["qwen3_moe"]()
     one = [torch.full((1, 2), 5)]  # two equal tokens reach at most two of four experts
     with pytest.raises(CalibrationError, match="fell back to rounding; strict=True forbids that"):
-        quantize(model, data=one, strict=True)
-    relaxed = quantize(FAMILIES["qwen3_moe"](), data=one)
+        quantize(model, calibration=Calibration(data=one), run=Run(strict=True))
+    relaxed = quantize(FAMILIES["qwen3_moe"](), calibration=Calibration(data=one))
     fallen = [row for row in relaxed.coverage if row.kind == "fell back"]
     assert fallen
     assert all("no calibration input" in (row.reason or "") for row in fallen)
@@ -205,7 +219,7 @@ def test_strict_refuses_a_fallback() -> None:
 def test_a_narrower_compute_dtype_leaves_no_trace_in_what_stays_float() -> None:
     model, ids = FAMILIES["llama"](), [torch.randint(3, 190, (2, 32), generator=torch.Generator().manual_seed(0))]
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    quantize(model, "w4a16", data=ids, compute=Compute(torch.device("cpu"), torch.bfloat16))
+    quantize(model, "w4a16", calibration=Calibration(data=ids), run=Run(compute=Compute(torch.device("cpu"), torch.bfloat16)))
     kept = {name: parameter for name, parameter in model.named_parameters() if "layers" in name}
     assert len(kept) == 4
     for name, parameter in kept.items():

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from quantkit.calibrate.data import Calibration
 from quantkit.errors import FormatError
 from quantkit.pipeline.quantize import collect, quantize
+from quantkit.pipeline.settings import Run
 from quantkit.system.compute import Compute
 from quantkit.system.progress import Progress
 from tests.tiny import tiny_llama
@@ -19,12 +21,12 @@ from tests.tiny import tiny_llama
 KILLS = 20
 
 
-def run(out: Path, **arguments: object) -> None:
+def run(out: Path, scheme: str = "w4a16-asym", method: str = "gptq", **settings: Any) -> None:
     """Quantize a six-layer model; the same call always means the same files."""
     torch.set_num_threads(1)
     ids = [torch.randint(3, 190, (2, 48), generator=torch.Generator().manual_seed(i)) for i in range(3)]
     model = tiny_llama(num_hidden_layers=6)
-    quantize(model, "w4a16-asym", data=ids, out=out, **arguments)  # type: ignore[arg-type]
+    quantize(model, scheme, out=out, method=method, calibration=Calibration(ids), run=Run(**settings))
 
 
 def files(path: Path) -> dict[str, bytes]:
@@ -82,12 +84,12 @@ def test_an_interrupted_run_continues_where_it_stopped(tmp_path: Path, quantizer
         if event.detail.startswith("model.layers.3") and event.loss is not None:
             raise KeyboardInterrupt
 
-    run(tmp_path / "whole", quantizer=quantizer)
+    run(tmp_path / "whole", method=quantizer)
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "q", quantizer=quantizer, progress=stop_in_block_three)
+        run(tmp_path / "q", method=quantizer, progress=stop_in_block_three)
     assert not (tmp_path / "q" / "config.json").exists()
     seen: list[Progress] = []
-    run(tmp_path / "q", quantizer=quantizer, progress=seen.append)
+    run(tmp_path / "q", method=quantizer, progress=seen.append)
     assert {e.detail.split(".")[2] for e in seen if e.loss is not None} == {"3", "4", "5"}
     assert files(tmp_path / "q") == files(tmp_path / "whole")
 
@@ -100,8 +102,8 @@ def test_state_of_another_run_is_not_continued(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "q", progress=stop)
     with pytest.raises(FormatError, match=r"unfinished state of another run .* resume=False"):
-        run(tmp_path / "q", group_size=32, quantizer="rtn-importance")
-    run(tmp_path / "q", group_size=32, quantizer="rtn-importance", resume=False)
+        run(tmp_path / "q", "w4a16-asym-g32", "rtn-importance")
+    run(tmp_path / "q", "w4a16-asym-g32", "rtn-importance", resume=False)
 
 
 def test_other_batches_and_other_statistics_are_another_run(tmp_path: Path) -> None:
@@ -112,15 +114,16 @@ def test_other_batches_and_other_statistics_are_another_run(tmp_path: Path) -> N
             raise KeyboardInterrupt
 
     ids = torch.randint(3, 190, (4, 32), generator=torch.Generator().manual_seed(0))
-    known, others = (collect(tiny_llama(), data=[part])[0] for part in (ids, ids + 1))
-    runs: list[tuple[dict[str, Any], dict[str, Any]]] = [
-        ({"data": [ids]}, {"data": list(ids.split(1))}),
-        ({"statistics": known}, {"statistics": others}),
-        ({"data": [ids]}, {"data": [ids], "compute": Compute(torch.device("cpu"), torch.bfloat16)}),
+    known, others = (collect(tiny_llama(), calibration=Calibration(data=[part]))[0] for part in (ids, ids + 1))
+    text, narrow = Calibration([ids]), Compute(torch.device("cpu"), torch.bfloat16)
+    runs = [
+        (text, Calibration(list(ids.split(1))), None),
+        (Calibration(statistics=known), Calibration(statistics=others), None),
+        (text, text, narrow),
     ]
-    for number, (first, second) in enumerate(runs):
+    for number, (first, second, compute) in enumerate(runs):
         with pytest.raises(KeyboardInterrupt):
-            quantize(tiny_llama(), "w4a16", out=tmp_path / f"{number}", progress=stop, **first)
+            quantize(tiny_llama(), "w4a16", out=tmp_path / f"{number}", calibration=first, run=Run(progress=stop))
         with pytest.raises(FormatError, match="unfinished state of another run"):
-            quantize(tiny_llama(), "w4a16", out=tmp_path / f"{number}", **second)
-        quantize(tiny_llama(), "w4a16", out=tmp_path / f"{number}", **first)
+            quantize(tiny_llama(), "w4a16", out=tmp_path / f"{number}", calibration=second, run=Run(compute=compute))
+        quantize(tiny_llama(), "w4a16", out=tmp_path / f"{number}", calibration=first)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.calibrate.chain import collect_statistics
+from quantkit.calibrate.data import Calibration
 from quantkit.errors import CalibrationError, SpecError
 from quantkit.hf.structure import describe
 from quantkit.nn.learned import TunedWeight, substituted
@@ -16,6 +17,7 @@ from quantkit.nn.linear import QuantLinear, QuantWeight
 from quantkit.nn.sites import Site
 from quantkit.numerics import grid
 from quantkit.pipeline.quantize import collect, quantize
+from quantkit.pipeline.settings import Run
 from quantkit.quantizers.autoround import AutoRound
 from quantkit.quantizers.gptaq import GPTAQ
 from quantkit.quantizers.rtn import nearest
@@ -41,8 +43,8 @@ def errors(caplog: pytest.LogCaptureFixture) -> list[tuple[float, float]]:
 def test_the_error_of_a_blocks_output_falls(family: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "quantkit.pipeline.blocks")
     model, plain = FAMILIES[family](), FAMILIES[family]()
-    quantize(plain, "w2a16-asym-g32", quantizer=GPTAQ(), data=ids(), compute=EXACT)
-    result = quantize(model, "w2a16-asym-g32", quantizer=SETTINGS, data=ids(), compute=EXACT)
+    quantize(plain, "w2a16-asym-g32", method=GPTAQ(), calibration=Calibration(data=ids()), run=Run(compute=EXACT))
+    result = quantize(model, "w2a16-asym-g32", method=SETTINGS, calibration=Calibration(data=ids()), run=Run(compute=EXACT))
     assert all(after < 0.97 * start for start, after in errors(caplog))
     assert len(errors(caplog)) == len(describe(FAMILIES[family]()).blocks)
     assert result.metadata["output_error"]["max"] == pytest.approx(max(after for _, after in errors(caplog)), rel=1e-2)
@@ -55,8 +57,8 @@ def test_a_block_that_would_get_worse_keeps_what_it_started_with(caplog: pytest.
     caplog.set_level(logging.INFO, "quantkit.pipeline.blocks")
     wild = AutoRound(iters=2, lr=0.99, scale_lr=0.9, batch_size=4)
     learned, start = tiny_llama(), tiny_llama()
-    quantize(learned, "w3a16-asym-g32", quantizer=wild, data=ids(), compute=EXACT)
-    quantize(start, "w3a16-asym-g32", quantizer=GPTAQ(), data=ids(), compute=EXACT)
+    quantize(learned, "w3a16-asym-g32", method=wild, calibration=Calibration(data=ids()), run=Run(compute=EXACT))
+    quantize(start, "w3a16-asym-g32", method=GPTAQ(), calibration=Calibration(data=ids()), run=Run(compute=EXACT))
     assert all(after > before for before, after in errors(caplog))
     for name, value in start.state_dict().items():
         assert torch.equal(learned.state_dict()[name], value)
@@ -68,7 +70,14 @@ def test_an_interrupted_run_gives_the_same_files(tmp_path: Path) -> None:
             if event.detail == stop:
                 raise KeyboardInterrupt
 
-        quantize(tiny_llama(), "w3a16-asym", quantizer=AutoRound(iters=6), data=ids(), out=out, progress=progress)
+        quantize(
+            tiny_llama(),
+            "w3a16-asym",
+            out=out,
+            method=AutoRound(iters=6),
+            calibration=Calibration(data=ids()),
+            run=Run(progress=progress),
+        )
         return {p.name: p.read_bytes() for p in sorted(out.iterdir())}
 
     whole = run(tmp_path / "whole")
@@ -81,9 +90,9 @@ def test_an_interrupted_run_gives_the_same_files(tmp_path: Path) -> None:
 def test_what_cannot_work_is_refused_before_long_work() -> None:
     with pytest.raises(SpecError, match="autoround: iters=0"):
         AutoRound(iters=0)
-    statistics, _ = collect(tiny_llama(), data=ids())
+    statistics, _ = collect(tiny_llama(), calibration=Calibration(data=ids()))
     with pytest.raises(CalibrationError, match="autoround learns from activations, which statistics= do not hold"):
-        quantize(tiny_llama(), "w4a16", quantizer="autoround", statistics=statistics)
+        quantize(tiny_llama(), "w4a16", method="autoround", calibration=Calibration(statistics=statistics))
 
 
 def test_drift_begins_at_half_of_what_rounding_took() -> None:
@@ -133,7 +142,7 @@ def test_products_of_bfloat16_numbers_change_little_and_leave_the_quantizer_exac
 
     models = [tiny_llama(), tiny_llama()]
     for model, compute in zip(models, (EXACT, rounding), strict=True):
-        quantize(model, "w8a16", quantizer=Watching(), data=ids(), compute=compute)
+        quantize(model, "w8a16", method=Watching(), calibration=Calibration(data=ids()), run=Run(compute=compute))
     assert not any(seen)
     outputs = [model(ids()[0]).logits for model in models]
     assert (outputs[0] - outputs[1]).norm() < 0.02 * outputs[0].norm()

@@ -130,9 +130,9 @@ def test_seeds_choices_stops_and_logprobs(running):
     ("change", "status", "message"),
     [
         ({"prompt": "the cat " * 400}, 400, "prompt tokens and max_new_tokens=4 make"),
-        ({"prompt": [500]}, 400, "reach from 500 to 500"),
+        ({"prompt": [500]}, 400, "token ids from 500 to 500"),
         ({"prompt": []}, 400, "prompt is empty"),
-        ({"max_tokens": 1000}, 400, "the model reads at most 128 here"),
+        ({"max_tokens": 1000}, 400, "more than the limit of 128"),
         ({"max_tokens": 0}, 400, "max_tokens: .*greater than or equal to 1; got 0"),
         ({"temperature": "hot"}, 400, "temperature"),
         ({"tools": []}, 400, "tools: quantkit does not know this field"),
@@ -276,7 +276,7 @@ def test_what_cannot_be_served_is_named():
         taken.listen()
         with pytest.raises(QuantkitError, match="cannot listen on 127"):
             open_server(tiny_llama(), tiny_tokenizer(), port=taken.getsockname()[1])
-    with pytest.raises(QuantkitError, match="no tokenizer"):
+    with pytest.raises(QuantkitError, match="needs a tokenizer"):
         open_server(tiny_llama(), None)
 
 

@@ -11,6 +11,7 @@ from quantkit.errors import CalibrationError, SpecError
 from quantkit.hf.native import native_decoder
 from quantkit.hf.structure import describe
 from quantkit.kernels.cpu.decoder import NativeDecoder
+from quantkit.pipeline.rules import Rule
 from quantkit.transforms.rotate import Rotate, rotate
 from tests import tiny
 from tests.contracts.test_transforms import ids, planted
@@ -52,7 +53,7 @@ def test_outliers_are_spread_and_8_bit_activations_saved() -> None:
     errors, wanted = {}, tiny.FAMILIES["llama"]()(ids()[0]).logits
     for label, factor, transforms in (("none", 1.0, ()), ("planted", 256.0, ()), ("rotated", 256.0, ("rotate",))):
         model = planted(factor)
-        quantize(model, "w8a8", quantizer="rtn", transforms=transforms)
+        quantize(model, "w8a8", method="rtn", steps=transforms)
         errors[label] = (model(ids()[0]).logits - wanted).square().mean().sqrt().item()
     assert errors["planted"] > 10 * errors["none"]
     assert errors["rotated"] < 2 * errors["none"]
@@ -71,7 +72,7 @@ def test_the_checkpoint_needs_nothing_else(family: str, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     model = tiny.FAMILIES[family]()
-    result = quantize(model, "w4a16-g32", quantizer="rtn", transforms=["rotate"], out=tmp_path / "x")
+    result = quantize(model, "w4a16-g32", out=tmp_path / "x", method="rtn", steps=["rotate"])
     assert result.metadata["transforms"] == ["Rotate(values=True, seed=0)"]
     assert any(row.name == "lm_head" and row.kind == "skipped" for row in result.coverage)
     with safe_open(tmp_path / "x" / "model.safetensors", "pt") as file:
@@ -84,4 +85,4 @@ def test_the_checkpoint_needs_nothing_else(family: str, tmp_path: Path) -> None:
 
 def test_a_tied_table_cannot_be_rotated_and_quantized_as_one() -> None:
     with pytest.raises(SpecError, match="rotate parts the tied head"):
-        quantize(tiny.FAMILIES["llama_tied"](), "w8a16", quantizer="rtn", head="w8a16", transforms=["rotate"])
+        quantize(tiny.FAMILIES["llama_tied"](), "w8a16", method="rtn", steps=["rotate"], rules=[Rule("head", "w8a16")])

@@ -89,19 +89,19 @@ def _float_activations(model: PreTrainedModel) -> Iterator[None]:
     Activations that are rounded in a rotated basis stay as they are, because the rotation is part of the rounding.
     """
     layers = [m for m in model.modules() if isinstance(m, QuantLinear | QuantWeight)]
-    before = [(module, module.activations, module.activation) for module in layers]
+    before = [(module, module.compute, module.activation) for module in layers]
     try:
         for module in layers:
-            if module.activations != "float":
-                module.activations = "float"
+            if module.compute != "float":
+                module.compute = "float"
             if module.activation is not None and not module.activation.rotated:
                 module.activation = None
         yield
     finally:
-        for module, activations, activation in before:
+        for module, compute, activation in before:
             module.activation = activation
-            if module.activations != activations:
-                module.activations = activations
+            if module.compute != compute:
+                module.compute = compute
 
 
 def _write(model: PreTrainedModel, trace: Trace) -> Program:

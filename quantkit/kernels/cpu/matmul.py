@@ -6,7 +6,7 @@ Both read the one layout of :mod:`~quantkit.kernels.cpu.layout`. ``cpu`` never r
 ``cpu-int8`` rounds each block of :data:`BLOCK` activations (of a group, where that is smaller) to :math:`q \cdot \max|x| / 127`
 and sums int8 products exactly in int32, so the error of a product is that of the rounding: each activation moves by at
 most 1/254 of the largest of its block. It is several times faster at many rows, where the float path is bound by
-arithmetic, and is never chosen by itself: ask for it with ``activations="int8"``.
+arithmetic, and is never chosen by itself: ask for it with ``compute="int8"``.
 """
 
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from quantkit.kernels import build
 from quantkit.kernels.cpu import layout, ops
 from quantkit.kernels.cpu.huge_pages import in_huge_pages
 from quantkit.kernels.cpu.layout import LinearStruct, Prepacked
-from quantkit.kernels.select import KERNELS, Activations, Problem
+from quantkit.kernels.select import KERNELS, ComputeMode, Problem
 from quantkit.qtensor import QTensor
 from quantkit.spec import QuantSpec
 
@@ -51,9 +51,9 @@ class CpuKernel:
 
     priority = 10
 
-    def __init__(self, activations: Activations) -> None:
-        self.activations = activations
-        self._block = BLOCK if activations == "int8" else 0
+    def __init__(self, compute: ComputeMode) -> None:
+        self.compute = compute
+        self._block = BLOCK if compute == "int8" else 0
 
     def rejects(self, problem: Problem) -> str | None:
         """Reject other devices and activation dtypes, empty weights, and machines where the library cannot be built."""
@@ -68,7 +68,7 @@ class CpuKernel:
         try:
             build.library()
         except KernelError as error:
-            if self.activations == "float":
+            if self.compute == "float":
                 build.warn_once(f"quantized layers run on the slow reference kernel: {error}")
             return str(error)
         return None

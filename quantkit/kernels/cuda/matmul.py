@@ -15,7 +15,7 @@ from quantkit.errors import KernelError
 from quantkit.kernels import build
 from quantkit.kernels.cuda import layout, nvcc, ops
 from quantkit.kernels.cuda.layout import Fragments
-from quantkit.kernels.select import KERNELS, Activations, Problem
+from quantkit.kernels.select import KERNELS, ComputeMode, Problem
 from quantkit.numerics import grid
 from quantkit.qtensor import QTensor
 from quantkit.spec import QuantSpec
@@ -37,7 +37,7 @@ class CudaKernel:
     """``torch.ops.quantkit.fragment_matmul`` on a library that nvcc compiles on first use."""
 
     priority = 10
-    activations: Activations = "float"
+    compute: ComputeMode = "float"
 
     def rejects(self, problem: Problem) -> str | None:
         """Reject other devices and dtypes, groups the layout does not cut, and machines where the library cannot be built."""

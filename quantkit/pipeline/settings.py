@@ -1,0 +1,75 @@
+"""What a run of :func:`quantkit.quantize` is told beside model and scheme: where the checkpoint goes, and how to behave."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Strict
+
+from quantkit.errors import FormatError, QuantkitError
+from quantkit.formats.base import FORMATS
+from quantkit.system.compute import Compute
+from quantkit.system.progress import ProgressCallback, ignore
+from quantkit.system.settings import Flag, settings
+
+
+def _known_format(name: str) -> str:
+    try:
+        FORMATS.get(name)
+    except FormatError as error:
+        raise ValueError(str(error)) from None
+    return name
+
+
+@settings(FormatError)
+class Output:
+    """Where a checkpoint goes, and in which format.
+
+    Args:
+        path: directory; None writes nothing.
+        format: name in the registry of formats, ``"compressed-tensors"`` or ``"native"``.
+        overwrite: replace a checkpoint that is already there, at the very end.
+
+    Raises:
+        FormatError: an unknown format, naming the nearest.
+    """
+
+    path: Annotated[str, Strict()] | Path | None = None
+    format: Annotated[str, Strict(), AfterValidator(_known_format)] = "compressed-tensors"
+    overwrite: Flag = False
+
+    def to(self, out: str | Path | None) -> "Output":
+        """Return these settings with the path that ``out=`` gives, if it gives one.
+
+        Raises:
+            FormatError: both name a path, and not the same.
+        """
+        if out is None:
+            return self
+        if self.path is not None and Path(self.path) != Path(out):
+            raise FormatError(f"out={str(out)!r} and output.path={str(self.path)!r} disagree; give one of them")
+        return replace(self, path=out)
+
+
+@settings(QuantkitError)
+class Run:
+    """How a run behaves.
+
+    Args:
+        strict: fail if a linear layer or expert would be left in float without a rule that says so, or falls back to plain
+            rounding; the first is found before any work, the second when it happens.
+        resume: continue an interrupted run of the same settings; its state lies beside the checkpoint until it is done.
+        compute: device and dtype of the block at work; None is the GPU if there is one, else the CPU in float32.
+        progress: receives :class:`quantkit.Progress` events.
+    """
+
+    strict: Flag = False
+    resume: Flag = True
+    compute: Compute | None = None
+    progress: Any = ignore
+
+    @property
+    def report(self) -> ProgressCallback:
+        """The progress callback, typed."""
+        callback: ProgressCallback = self.progress
+        return callback
