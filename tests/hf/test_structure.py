@@ -178,8 +178,8 @@ def test_a_linear_subclass_is_a_site_only_if_it_computes_what_a_linear_layer_doe
     for layer in model.model.layers:
         layer.mlp.up_proj, layer.mlp.down_proj, layer.mlp.gate_proj = Doubled(64, 96), Renamed(96, 64), Raising(64, 96)
     structure = describe(model)
-    assert structure.skipped["model.layers.0.mlp.gate_proj.weight"] == "Raising is no plain linear layer"
-    assert structure.skipped["model.layers.1.mlp.up_proj.weight"] == "Doubled is no plain linear layer"
+    assert structure.skipped["model.layers.0.mlp.gate_proj.weight"] == "Raising is not a plain linear layer"
+    assert structure.skipped["model.layers.1.mlp.up_proj.weight"] == "Doubled is not a plain linear layer"
     assert "model.layers.1.mlp.down_proj" in {site.name for site in structure.sites}
 
 
