@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from quantkit.recipe.run import plan_recipe, run_recipe
     from quantkit.recipe.schema import Recipe, load_recipe
     from quantkit.report import comparison_table, write_html
-    from quantkit.spec import KVScheme, Plan, QuantSpec, Scheme, preset
+    from quantkit.spec import ActivationSpec, KVScheme, Plan, QuantSpec, Scheme, preset
     from quantkit.system.compute import Compute
     from quantkit.system.progress import Progress
     from quantkit.transforms.awq import AWQ
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "AWQ": "transforms.awq",
+    "ActivationSpec": "spec",
     "AutoRound": "quantizers.autoround",
     "BaseLogits": "evaluation",
     "BiasCorrection": "transforms.bias",
@@ -112,6 +113,7 @@ __all__ = [
     "GPTQ",
     "HQQ",
     "RTN",
+    "ActivationSpec",
     "AutoRound",
     "BaseLogits",
     "BiasCorrection",

@@ -43,9 +43,6 @@ NAMED: dict[str, tuple[str, tuple[int, int], str | None, Literal["dynamic", "sta
 """Presets of formats that are not integers: dtype, block, the scale dtype if the format fixes it, and whether activations are
 rounded to the same dtype: per token, at run time, or with one static scale per site."""
 
-TOKEN_INT8 = ("int8", (1, -1), True, "float32", True)
-"""Arguments of the :class:`QuantSpec` of activations in ``a8`` presets: symmetric int8, dynamic, one scale per token."""
-
 _PRESET = re.compile(
     r"w(?P<bits>[2-8])a(?P<activation>16|8(?P<how>-static|-rotated)?)(?P<asym>-asym)?(?:-g(?P<group>\d+)|(?P<channel>-channel))?"
 )
@@ -70,21 +67,15 @@ class QuantSpec:
     Attributes:
         dtype: a row of :data:`quantkit.dtypes.DTYPES`, e.g. ``"int4"``.
         block: rows x columns of a weight (out, in) that share one scale; -1 means all. ``(1, 128)`` is a group of 128
-            input channels, ``(1, -1)`` per output channel (per token for activations), ``(-1, -1)`` per tensor.
+            input channels, ``(1, -1)`` per output channel, ``(-1, -1)`` per tensor.
         symmetric: the zero point is the middle code and is not stored.
         scale_dtype: dtype of stored scales; scales are rounded to it before codes are chosen.
-        dynamic: (activations) the scale is found at run time and never stored. Activations that are not dynamic have one
-            stored scale per site.
-        rotated: (activations) inputs are multiplied by a Hadamard matrix before they are rounded, at run time, and the weight
-            is stored multiplied by it: :func:`quantkit.numerics.hadamard.hadamard_transform`.
     """
 
     dtype: str
     block: tuple[int, int] = (1, -1)
     symmetric: bool = True
     scale_dtype: str = "float16"
-    dynamic: bool = False
-    rotated: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -131,7 +122,7 @@ class QuantSpec:
     def describe(self) -> str:
         """Return a short human name such as ``"int4 g64 asym"``."""
         shape = f"g{self.group_size}" if self.strategy == "group" else self.strategy
-        return f"{self.dtype} {shape}{'' if self.symmetric else ' asym'}{' rotated' if self.rotated else ''}"
+        return f"{self.dtype} {shape}{'' if self.symmetric else ' asym'}"
 
     def rejects(self, shape: tuple[int, ...]) -> str | None:
         """Say why a weight of ``shape`` (..., out, in) cannot be blocked this way; None if it can."""
@@ -159,31 +150,83 @@ class QuantSpec:
         return cls(**{**data, "block": tuple(data.get("block", (1, -1)))})
 
 
+_ACTIVATION_KEYS = ("dynamic", "rotated")
+
+
 @dataclass(frozen=True, slots=True)
-class Scheme:
-    """How one site is quantized: its weight grid and, optionally, its input activations' grid.
+class ActivationSpec:
+    """How the inputs of a layer are rounded before they meet its weight.
+
+    Attributes:
+        grid: the numbers that inputs are rounded to; a row is a token, so block ``(1, -1)`` has a scale per token, ``(1, n)``
+            per token and n channels, ``(-1, -1)`` one for everything.
+        dynamic: the scale is found at run time and never stored; otherwise the layer has one stored scale, found in
+            calibration.
+        rotated: inputs are multiplied by a Hadamard matrix before they are rounded, and the weight is stored multiplied by it:
+            :func:`quantkit.numerics.hadamard.hadamard_transform`.
 
     Raises:
-        SpecError: static activations other than symmetric with one scale per tensor, blocks of several tokens, or a grid that
-            is rotated where that is not known: weights, and inputs of weights with a scale for the whole tensor.
+        SpecError: a static grid other than symmetric with one scale per tensor, or blocks of several tokens.
+    """
+
+    grid: QuantSpec
+    dynamic: bool = True
+    rotated: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.dynamic and (self.grid.block != (-1, -1) or not self.grid.symmetric):
+            raise SpecError(f"static activations {self.grid.describe()}: want a symmetric grid with one scale per tensor")
+        if self.grid.strategy == "block":
+            raise SpecError(f"activations {self.grid.describe()}: want one scale per tensor, per token, or per token and group")
+
+    @property
+    def static(self) -> bool:
+        """Whether the scale is found in calibration and stored."""
+        return not self.dynamic
+
+    def describe(self) -> str:
+        """Return a short human name such as ``"int8 channel rotated"``."""
+        return f"{self.grid.describe()}{' rotated' if self.rotated else ''}{' static' if self.static else ''}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-ready mapping, the grid's keys and two more; :meth:`from_dict` reverses it."""
+        return {**self.grid.to_dict(), "dynamic": self.dynamic, "rotated": self.rotated}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "ActivationSpec":
+        """Build a spec from :meth:`to_dict` output; an unknown key is a :class:`SpecError`."""
+        grid = {key: value for key, value in data.items() if key not in _ACTIVATION_KEYS}
+        return cls(QuantSpec.from_dict(grid), bool(data.get("dynamic", False)), bool(data.get("rotated", False)))
+
+
+def token_activations(dtype: str, group: int = -1) -> ActivationSpec:
+    """Return activations rounded at run time to a symmetric grid with a float32 scale per token (and group of channels)."""
+    return ActivationSpec(QuantSpec(dtype, (1, group), True, "float32"))
+
+
+TOKEN_INT8 = token_activations("int8")
+"""Activations of ``a8`` presets: symmetric int8, dynamic, one scale per token."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """How one layer is quantized: the grid of its weight and, optionally, what its inputs are rounded to.
+
+    Raises:
+        SpecError: rotated inputs of weights with a scale for the whole tensor (NVFP4).
     """
 
     weight: QuantSpec
-    activation: QuantSpec | None = None
+    activation: ActivationSpec | None = None
 
     def __post_init__(self) -> None:
-        a = self.activation
-        if a is not None and not a.dynamic and (a.block != (-1, -1) or not a.symmetric):
-            raise SpecError(f"static activations {a.describe()}: want a symmetric grid with one scale per tensor")
-        if a is not None and a.strategy == "block":
-            raise SpecError(f"activations {a.describe()}: want one scale per tensor, per token, or per token and group")
-        if self.weight.rotated or (self.rotated and self.weight.has_global_scale):
-            raise SpecError(f"{self.describe()}: only activations can be rotated, and not those of NVFP4 weights")
+        if self.rotated and self.weight.has_global_scale:
+            raise SpecError(f"{self.describe()}: inputs of NVFP4 weights cannot be rotated; use another scheme")
 
     @property
     def static(self) -> bool:
         """Whether the scale of activations is found in calibration and stored."""
-        return self.activation is not None and not self.activation.dynamic
+        return self.activation is not None and self.activation.static
 
     @property
     def rotated(self) -> bool:
@@ -194,17 +237,23 @@ class Scheme:
         """Return a short human name such as ``"int8 channel, inputs int8 channel"``."""
         if self.activation is None:
             return self.weight.describe()
-        return f"{self.weight.describe()}, inputs {self.activation.describe()}{' static' if self.static else ''}"
+        return f"{self.weight.describe()}, inputs {self.activation.describe()}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-ready mapping; :meth:`from_dict` reverses it."""
-        return {"weight": self.weight.to_dict(), "activation": self.activation and self.activation.to_dict()}
+        """Return a JSON-ready mapping; :meth:`from_dict` reverses it.
+
+        Weight and activation have the same keys in files, so the weight's say that it is neither dynamic nor rotated.
+        """
+        weight = {**self.weight.to_dict(), **dict.fromkeys(_ACTIVATION_KEYS, False)}
+        return {"weight": weight, "activation": self.activation and self.activation.to_dict()}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Scheme":
         """Build a scheme from :meth:`to_dict` output."""
-        activation = data.get("activation")
-        return cls(QuantSpec.from_dict(data["weight"]), QuantSpec.from_dict(activation) if activation else None)
+        weight, activation = dict(data["weight"]), data.get("activation")
+        if odd := [key for key in _ACTIVATION_KEYS if weight.pop(key, False)]:
+            raise SpecError(f"a weight cannot be {' and '.join(odd)}, only activations can")
+        return cls(QuantSpec.from_dict(weight), ActivationSpec.from_dict(activation) if activation else None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,7 +361,7 @@ def preset(
         dtype, block, fixed, rounded = NAMED[name]
         if group_size is not None or symmetric is False:
             raise SpecError(f"scheme {name!r} fixes its block and is symmetric; leave group_size and symmetric out")
-        activation = _activation(dtype, -1, rounded == "static", scale_dtype) if rounded else None
+        activation = _activation(dtype, -1, rounded, scale_dtype) if rounded else None
         return Scheme(QuantSpec(dtype, block, True, fixed or scale_dtype), activation)
     match = _PRESET.fullmatch(name)
     if match is None:
@@ -331,11 +380,12 @@ def preset(
     symmetric = symmetric if symmetric is not None else match["asym"] is None
     activation = None
     if eight:
-        activation = _activation("int8", group if bits == 8 else -1, match["how"] == "-static", scale_dtype)
-        activation = dataclasses.replace(activation, rotated=match["how"] == "-rotated")
+        activation = _activation("int8", group if bits == 8 else -1, (match["how"] or "").removeprefix("-"), scale_dtype)
     return Scheme(QuantSpec(f"int{bits}", (1, group), symmetric, scale_dtype), activation)
 
 
-def _activation(dtype: str, group: int, static: bool, scale_dtype: str) -> QuantSpec:
-    """Return a symmetric grid of activations; a static scale is stored, so it has the dtype of the other stored scales."""
-    return QuantSpec(dtype, (-1, -1), True, scale_dtype) if static else QuantSpec(dtype, (1, group), *TOKEN_INT8[2:])
+def _activation(dtype: str, group: int, how: str, scale_dtype: str) -> ActivationSpec:
+    """Return symmetric activations; a static scale is stored, so it has the dtype of the other stored scales."""
+    if how == "static":
+        return ActivationSpec(QuantSpec(dtype, (-1, -1), True, scale_dtype), dynamic=False)
+    return dataclasses.replace(token_activations(dtype, group), rotated=how == "rotated")

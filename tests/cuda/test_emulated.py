@@ -120,7 +120,7 @@ def test_int8_by_int8(dtype):
     qtensor = random_qtensor(QuantSpec("int8"), (70, 208))
     x, bias = torch.randn(11, 208).to(dtype), torch.randn(70).to(dtype)
     got = ops.multiply(x, *layout.prepack(qtensor), bias, "int8")
-    rounded = fake_quantize(x.float(), QuantSpec(*TOKEN_INT8))
+    rounded = fake_quantize(x.float(), TOKEN_INT8.grid)
     assert error(got, product(rounded, qtensor, bias)) < EPS[dtype]
 
 
@@ -131,7 +131,7 @@ def test_fp8_by_fp8():
     qtensor = GridTensor.from_codes(grid.quantize(weight, scale, None, spec), scale, None, spec)
     x = torch.randn(3, 160).bfloat16()
     got = ops.multiply(x, *layout.prepack(qtensor), None, "fp8")
-    rounded = fake_quantize(x.float(), QuantSpec("fp8_e4m3", (1, -1), True, "float32", True))
+    rounded = fake_quantize(x.float(), QuantSpec("fp8_e4m3", (1, -1), True, "float32"))
     assert error(got, product(rounded, qtensor)) < EPS[torch.bfloat16]
     assert torch.equal(calls.expand(layout.prepack(qtensor), torch.bfloat16, range(2), fp8=True), qtensor.dequantize(x.dtype))
 

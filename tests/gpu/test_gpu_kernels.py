@@ -18,7 +18,7 @@ from quantkit.nn.linear import QuantLinear
 from quantkit.numerics import grid
 from quantkit.numerics.fake import fake_quantize
 from quantkit.qtensor import GridTensor
-from quantkit.spec import TOKEN_INT8, QuantSpec
+from quantkit.spec import TOKEN_INT8, QuantSpec, token_activations
 from tests.qtensors import assert_same, random_qtensor
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -132,13 +132,13 @@ def test_activations_of_8_bits(dtype):
     weight = torch.randn(193, 1152, device="cuda")
     scale, _ = grid.choose_qparams(weight, spec)
     fp8 = GridTensor.from_codes(grid.quantize(weight, scale, None, spec), scale, None, spec)
-    for qtensor, activation in ((int8, QuantSpec(*TOKEN_INT8)), (fp8, QuantSpec("fp8_e4m3", (1, -1), True, "float32", True))):
+    for qtensor, activation in ((int8, TOKEN_INT8), (fp8, token_activations("fp8_e4m3"))):
         if qtensor is fp8 and torch.cuda.get_device_capability() < (8, 9):
             continue
         layer = QuantLinear(qtensor, torch.randn(193, device="cuda").to(dtype), activation=activation)
         for tokens in TOKENS:
             x = torch.randn(tokens, 1152, device="cuda").to(dtype)
-            rounded = fake_quantize(x.float(), activation).double()
+            rounded = fake_quantize(x.float(), activation.grid).double()
             want = rounded @ qtensor.dequantize().double().T + layer.bias.double()
             assert error(layer(x), want) < TOLERANCE[dtype] + (4e-3 if tokens >= calls.DENSE_TOKENS else 0)
 

@@ -311,7 +311,7 @@ class CudaDecoder:
         first: Any = modules[0]
         form = "codes" if first.spec.is_integer else "fp8 codes"
         if first.activation is not None:
-            form = "int8" if first.activation.is_integer else "fp8"
+            form = "int8" if first.activation.grid.is_integer else "fp8"
         gated = activation is not None
         own = len(modules) == 1 and not gated and self.device.type == "cuda"
         if own and isinstance(state := first.prepacked(self.dtype), State):
