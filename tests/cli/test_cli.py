@@ -277,7 +277,7 @@ def test_ctrl_c_exits_with_130_and_says_how_to_go_on(recipe, tmp_path):
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     started = time.monotonic()
-    while not list(tmp_path.glob("out.resume/block-*")) and process.poll() is None and time.monotonic() - started < 300:
+    while not list(tmp_path.glob("out/incomplete/run/chain-*")) and process.poll() is None and time.monotonic() - started < 300:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)

@@ -78,15 +78,9 @@ def test_the_teacher_keeps_its_head_where_the_students_is_quantized(family: str)
     settings, curves = Distill(steps=1, windows=8, dtype="float32"), []
     for head in (None, "w2a16-asym-g32"):
         model = FAMILIES[family]()
-        curves.append(
-            quantize(
-                model,
-                "w8a16",
-                steps=[settings],
-                rules=[Rule("head", head)] if head else [],
-                calibration=Calibration(data=ids()),
-            ).metadata["distill"]["kl"][0]
-        )
+        rules = [] if head is None else [Rule("head", head)]
+        result = quantize(model, "w8a16", steps=[settings], rules=rules, calibration=Calibration(data=ids()))
+        curves.append(result.metadata["distill"]["kl"][0])
         assert head is None or not isinstance(model.lm_head, torch.nn.Linear)
     assert curves[1] > 100 * curves[0]  # what a head of 2 bits loses is seen
 

@@ -52,7 +52,7 @@ def test_quantize_save_load_gives_the_same_logits(family: str, tmp_path: Path) -
     assert {row.kind for row in result.coverage} <= {"quantized", "fell back", "skipped"}
     assert sum(row.parameters for row in result.coverage) == sum(p.numel() for p in FAMILIES[family]().parameters())
     assert all(row.reason for row in result.coverage if row.kind == "skipped")
-    assert not (tmp_path / "q.resume").exists()
+    assert not (tmp_path / "q" / "incomplete").exists()
 
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS.names())
