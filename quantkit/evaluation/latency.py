@@ -123,8 +123,9 @@ def compare_latency(
         new_tokens: tokens decoded after it. The next token is the most likely one, so models may read different text;
             the work is the same.
         rounds: timed rounds after one warm-up; percentiles are over ``rounds`` prefills and ``rounds * new_tokens`` steps.
-        engine, compute: what runs the steps, see :func:`quantkit.hf.backend.make_backend`; "auto" may run models
-            differently, and the result names what ran each.
+        engine: what runs the steps, see :func:`quantkit.hf.backend.make_backend`; "auto" may run models differently, and the
+            result names what ran each.
+        compute: see there, too.
         progress: receives stage ``"latency"`` after every model and round.
 
     Raises:
