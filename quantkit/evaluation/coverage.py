@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from quantkit.errors import SpecError
+from quantkit.nn.quantized import Quantized
 from quantkit.nn.sites import Structure, read_weight
-from quantkit.quantizers.base import Quantized
 from quantkit.spec import Plan
 
 KINDS = ("quantized", "fell back", "skipped")

@@ -103,7 +103,8 @@ class SchemeChoice:
     def _as_it_is(self, group_size: int | None) -> Scheme:
         if not isinstance(self.full, Scheme):
             raise SpecError(f"scheme is a {type(self.full).__name__}; want a preset name or a quantkit.Scheme")
-        if group_size not in (None, self.full.weight.group_size) or self.symmetric is not None:
+        given = {self.group_size, group_size} - {None, self.full.weight.group_size}
+        if given or self.symmetric is not None:
             raise SpecError("group_size and symmetric go with a preset name; a full Scheme already says both")
         return self.full
 

@@ -19,8 +19,8 @@ from quantkit.engine.request import QueueFull
 from quantkit.errors import QuantkitError
 from quantkit.generation.text import encode_prompt
 from quantkit.serve.metrics import counter, gauge
-from quantkit.serve.wire import Chat, Completion, Generating, Piece, Reply, explain, usage
-from quantkit.serve.worker import Answer, Worker
+from quantkit.serve.wire import Chat, Completion, Generating, Reply, explain, usage
+from quantkit.serve.worker import Answer, Piece, Worker
 
 Kind = Literal["chat", "text"]
 
@@ -200,7 +200,7 @@ class _Server:
             while (await request.receive())["type"] != "http.disconnect":
                 continue
 
-        done: asyncio.Future[Any] = asyncio.ensure_future(asyncio.gather(*(one(answer) for answer in answers)))
+        done = asyncio.ensure_future(asyncio.gather(*(one(answer) for answer in answers)))
         gone: asyncio.Future[Any] = asyncio.ensure_future(left())
         try:
             await asyncio.wait([done, gone], return_when=asyncio.FIRST_COMPLETED)

@@ -21,7 +21,7 @@ from quantkit.system.compute import Compute
 from quantkit.system.progress import Progress
 from quantkit.transforms.awq import AWQ
 from quantkit.transforms.base import STAGES, STEPS, Transform, step_name
-from quantkit.transforms.scaling_groups import find_groups
+from quantkit.transforms.scaling_groups import find_groups, layers_that_share_inputs
 from quantkit.transforms.smoothquant import SmoothQuant
 from tests.tiny import FAMILIES, tiny_llama
 
@@ -79,6 +79,14 @@ def test_the_model_computes_what_it_did(name: str, family: str) -> None:
     torch.testing.assert_close(model(batch).logits, before, rtol=1e-3, atol=1e-4)
     if name == "smoothquant":
         assert any(not torch.equal(v, old[k]) for k, v in model.named_parameters())
+
+
+def test_layers_that_read_one_tensor_are_found_together() -> None:
+    model = FAMILIES["mixtral"]()
+    groups = layers_that_share_inputs(model, describe(model))
+    names = [tuple(site.name.rsplit(".", 1)[-1] for site in group) for group in groups]
+    assert names[: len(names) // 2] == [("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_up_proj",), ("down_proj",)]
+    assert names[: len(names) // 2] == names[len(names) // 2 :]
 
 
 def test_every_step_says_when_it_is_done_and_what_it_needs() -> None:
@@ -190,6 +198,12 @@ def test_bias_correction_keeps_average_outputs(quantizer: str, tmp_path: Path) -
     assert shifts[("bias-correction",)] < shifts[()] / 20
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "1", dtype=torch.float32)
     torch.testing.assert_close(theirs(batches[0]).logits, model(batches[0]).logits, rtol=1e-3, atol=1e-3)
+
+
+def test_a_corrected_bias_keeps_the_checkpoints_dtype(tmp_path: Path) -> None:
+    model = FAMILIES["starcoder2"]().to(torch.bfloat16)
+    quantize(model, "w4a16-g32", out=tmp_path / "x", steps=["bias-correction"], calibration=Calibration(data=ids()))
+    assert model.get_parameter("model.layers.0.self_attn.q_proj.bias").dtype == torch.bfloat16
 
 
 def means_of_outputs(model: torch.nn.Module, sites: list[str], batches: list[torch.Tensor]) -> torch.Tensor:

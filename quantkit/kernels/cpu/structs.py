@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantkit.kernels.build import DTYPE_CODES
 from quantkit.kernels.cpu import layout
 from quantkit.kernels.cpu.huge_pages import Arena
 from quantkit.kernels.cpu.matmul import State
@@ -102,7 +103,7 @@ class LaidOut:
             program.embedding_scale,
             program.logit_scale,
             program.logit_softcap or 0.0,
-            layout.DTYPE_CODES[embedding.dtype],
+            DTYPE_CODES[embedding.dtype],
         )
 
     def _layer(self, layer: Layer) -> Any:
