@@ -10,16 +10,22 @@ sticks out). A preset without a group takes the largest of 128, 64 and 32 that d
 channel, which is what integer products can use. With ``-g<size>`` the
 activations of ``w8a8`` have a scale per token and group, too. ``fp8``, ``nf4``, ``mxfp4``, ``nvfp4`` are formats of their own
 (:data:`NAMED`).
+
+:data:`SCHEMES` holds all of them by name. Another package adds its own there, in one file or by an entry point in the group
+``quantkit.schemes``::
+
+    SCHEMES.register("w4a16-g16-f32")(Scheme(QuantSpec("int4", (1, 16), scale_dtype="float32")))
 """
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from quantkit.dtypes import DTYPES, SCALE_DTYPES
 from quantkit.errors import SpecError, nearest
+from quantkit.registry import Registry
 
 AUTO_GROUP_SIZES = (128, 64, 32)
 """Group sizes a preset tries, largest first."""
@@ -365,9 +371,10 @@ def preset(
         return Scheme(QuantSpec(dtype, block, True, fixed or scale_dtype), activation)
     match = _PRESET.fullmatch(name)
     if match is None:
-        raise SpecError(
-            f"unknown scheme {name!r}; {nearest(name, (*PRESETS, *NAMED))}; append -g<size> or -channel to fix the group"
-        )
+        made = SCHEMES.get(name)
+        if group_size is not None or symmetric is not None:
+            raise SpecError(f"scheme {name!r} says itself what its group size and zero points are; leave the two out")
+        return made if isinstance(made, Scheme) else made(list(in_features), scale_dtype)
     named = -1 if match["channel"] else int(match["group"]) if match["group"] else None
     if named is not None and group_size is not None and named != group_size:
         raise SpecError(f"scheme {name!r} and group_size={group_size} disagree; give one of them")
@@ -389,3 +396,21 @@ def _activation(dtype: str, group: int, how: str, scale_dtype: str) -> Activatio
     if how == "static":
         return ActivationSpec(QuantSpec(dtype, (-1, -1), True, scale_dtype), dynamic=False)
     return dataclasses.replace(token_activations(dtype, group), rotated=how == "rotated")
+
+
+SchemeMaker = Callable[[Sequence[int], str], Scheme]
+"""Makes a scheme from the input sizes of the layers that it will apply to (none while only a name is checked) and the dtype of
+stored scales that suits the checkpoint."""
+
+SCHEMES: Registry[Scheme | SchemeMaker] = Registry(
+    "scheme", error=SpecError, hint="; append -g<size> or -channel to fix the group of an integer scheme"
+)
+"""Every scheme with a name of its own: the presets, and what other packages add."""
+
+
+def _maker(name: str) -> SchemeMaker:
+    return lambda in_features, scale_dtype: preset(name, in_features, scale_dtype=scale_dtype)
+
+
+for _name in (*PRESETS, *NAMED):
+    SCHEMES.register(_name)(_maker(_name))

@@ -22,7 +22,9 @@ from quantkit.cli.console import parse_settings, progress_bars, size
 from quantkit.errors import RecipeError
 from quantkit.system.progress import Progress
 
-COMMANDS = ("bench", "build-kernels", "cache", "demo", "doctor", "eval", "generate", "inspect", "plan", "run", "serve", "trace")
+COMMANDS = (
+    "bench", "build-kernels", "cache", "demo", "doctor", "eval", "generate", "inspect", "list", "plan", "run", "serve", "trace",
+)  # fmt: skip
 
 
 def call(*arguments: object, code: int = 0) -> str:
