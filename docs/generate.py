@@ -85,7 +85,7 @@ def options(member: type) -> str:
 def schemes() -> str:
     """Return the table of presets."""
     from quantkit.formats.base import FORMATS
-    from quantkit.spec import NAMED, PRESETS, preset
+    from quantkit.presets import NAMED, PRESETS, preset
 
     rows = []
     for name in (*PRESETS, *NAMED):

@@ -20,6 +20,7 @@ import copy
 import logging
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -56,11 +57,12 @@ def describe(model: nn.Module) -> Structure:
             f"{type(model).__name__} is an encoder-decoder model, want a decoder-only model; quantize its decoder alone"
         )
     stack = find_stack(model)
-    found, skipped = _sort_parameters(model, stack)
+    sorted_out = _sort_parameters(model, stack)
+    skipped = sorted_out.skipped
     names = [f"{stack}.{name}" for name, _ in model.get_submodule(stack).named_children()]
     inside: dict[str, list[Site]] = {name: [] for name in names}
     outside: list[Site] = []
-    for site in found:
+    for site in sorted_out.sites:
         block = next((name for name in names if f"{site.module}.".startswith(f"{name}.")), None)
         (outside if block is None else inside[block]).append(site)
     if not any(inside.values()):
@@ -69,7 +71,17 @@ def describe(model: nn.Module) -> Structure:
             f"stack with floating-point weights; reasons: {', '.join(sorted(set(skipped.values()))) or 'no parameters'}"
         )
     blocks = tuple(Block(name, tuple(sites)) for name, sites in inside.items())
-    return Structure(blocks, tuple(outside), skipped, *_ends(model))
+    embedding, head, tied = _ends(model)
+    return Structure(
+        blocks,
+        tuple(outside),
+        skipped,
+        embedding,
+        head,
+        tied,
+        shared=frozenset(sorted_out.shared),
+        unreachable=frozenset(sorted_out.unreachable),
+    )
 
 
 def _ends(model: nn.Module) -> tuple[Site | None, str | None, bool]:
@@ -114,31 +126,44 @@ def find_stack(model: nn.Module) -> str:
     return max(text or sizes, key=lambda name: sizes[name])
 
 
-def _sort_parameters(model: nn.Module, stack: str) -> tuple[list[Site], dict[str, str]]:
-    """Split all parameter names into sites (in order of registration) and skipped parameters with their reasons."""
+@dataclass(frozen=True, slots=True)
+class _Sorted:
+    """Every parameter of a model: sites in order of registration, and the others by name with a reason."""
+
+    sites: list[Site] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    shared: list[str] = field(default_factory=list)
+    unreachable: list[str] = field(default_factory=list)
+
+
+def _sort_parameters(model: nn.Module, stack: str) -> _Sorted:
+    """Decide for every parameter name whether it is a site, or why not."""
     names_of: dict[int, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names_of[id(parameter)].append(name)
     routers = set(_routers(model, stack))
     odd: _Odd = {}
-    sites: list[Site] = []
-    skipped: dict[str, str] = {}
+    found = _Sorted()
     for name, parameter in model.named_parameters(remove_duplicate=False):
         path, _, attribute = name.rpartition(".")
         module = model.get_submodule(path)
         others = [other for other in names_of[id(parameter)] if other != name]
         if name in routers:
-            skipped[name] = "router"
+            found.skipped[name] = "router"
         elif others and not isinstance(module, nn.Embedding):
             embeddings = (o for o in others if isinstance(model.get_submodule(o.rpartition(".")[0]), nn.Embedding))
-            skipped[name] = f"tied to {next(embeddings, others[0])}"
+            found.skipped[name] = f"tied to {next(embeddings, others[0])}"
+            found.shared.append(name)
         else:
-            verdict = _as_site(path, module, attribute, parameter, odd) or _reason(module, attribute, parameter)
+            verdict = _as_site(path, module, attribute, parameter, odd)
+            reason = _reason(module, attribute, parameter)
             if isinstance(verdict, Site):
-                sites.append(verdict)
-            else:
-                skipped[name] = verdict
-    return sites, skipped
+                found.sites.append(verdict)
+                continue
+            found.skipped[name] = verdict or reason
+            if verdict or reason == NO_INTERFACE:
+                found.unreachable.append(name)
+    return found
 
 
 def _as_site(path: str, module: nn.Module, attribute: str, parameter: Tensor, seen: _Odd) -> Site | str | None:
