@@ -9,7 +9,7 @@ entry points, which are found without importing anything of it::
     [project.entry-points."quantkit.quantizers"]
     my-quantizer = "my_package.my_module:MyQuantizer"
 
-The groups are ``quantkit.quantizers``, ``.transforms``, ``.formats``, ``.kernels``, ``.drafters``, ``.collectors`` and
+The groups are ``quantkit.quantizers``, ``.steps``, ``.formats``, ``.kernels``, ``.drafters``, ``.collectors`` and
 ``.schemes``. An entry point that cannot be loaded is a warning, and an error only for who asks for it by name.
 """
 
