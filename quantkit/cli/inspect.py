@@ -72,7 +72,7 @@ def inspect(path: Path, as_json: AsJson = False) -> None:
 
 @app.command("list")
 def list_names(as_json: AsJson = False) -> None:
-    """List what recipes and commands can name: schemes, quantizers, steps, formats and more, those of other packages included."""
+    """List the schemes, quantizers, steps, formats and more that can be named, those of other packages included."""
     from quantkit.calibrate.collectors import COLLECTORS
     from quantkit.engine.drafters.base import DRAFTERS
     from quantkit.formats.base import FORMATS
