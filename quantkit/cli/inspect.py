@@ -72,13 +72,13 @@ def inspect(path: Path, as_json: AsJson = False) -> None:
 
 @app.command("list")
 def list_names(as_json: AsJson = False) -> None:
-    """List the schemes, quantizers, steps, formats and more that can be named, those of other packages included."""
+    """List what recipes and commands can name: schemes, quantizers, steps, formats and more, also from other packages."""
     from quantkit.calibrate.collectors import COLLECTORS
     from quantkit.engine.drafters.base import DRAFTERS
     from quantkit.formats.base import FORMATS
     from quantkit.kernels.select import KERNELS
+    from quantkit.presets import SCHEMES
     from quantkit.quantizers.base import QUANTIZERS
-    from quantkit.spec import SCHEMES
     from quantkit.transforms.base import STEPS
 
     families: tuple[Registry[Any], ...] = (SCHEMES, QUANTIZERS, STEPS, FORMATS, KERNELS, DRAFTERS, COLLECTORS)
