@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from quantkit.calibrate.collectors import COLLECTORS, Collector
 from quantkit.errors import CalibrationError
+from quantkit.nn.probes import add_probe
 from quantkit.nn.sites import Block, Site, SiteStatistics
 from quantkit.numerics.hadamard import hadamard_transform
 from quantkit.system.memory import HeapWatch
@@ -175,8 +176,8 @@ def walk_block(
         visit: called once per site that is reached, as ``visit(site, gather)``; ``gather(needs, rotated=False)`` runs
             collectors over the site's inputs, as they are or after a Hadamard transform. It may overwrite the site's float
             weight in place: the suspended batches then use it.
-        float_inputs: for every batch the inputs that the float model has at the sites (:func:`record_inputs`), if anybody wants
-            them; emptied on the way.
+        float_inputs: for every batch the inputs that the float model has at the sites (:func:`record_inputs`), if they are
+            needed; emptied on the way.
         products: what the products of ``forwards`` round their inputs to, if they do; see :func:`collect`.
 
     Returns:
@@ -274,8 +275,7 @@ def _probe(module: nn.Module, by_parameter: Mapping[str, Site], suspend: Callabl
         if parameter in by_parameter:
             suspend(by_parameter[parameter], Inputs(x, expert_ids))
 
-    module._quantkit_probe = before  # type: ignore[assignment]
-    return lambda: delattr(module, "_quantkit_probe")
+    return add_probe(module, before)
 
 
 def _relative(path: str, block_name: str) -> str:

@@ -13,12 +13,10 @@ The flags that transformers sets on such a module are honoured: ``has_gate`` (``
 ``has_bias``, ``is_transposed`` (float parameters only: a :class:`~quantkit.nn.linear.QuantWeight` is always
 (experts, out, in)) and ``has_post_expert_norm`` (newer releases). Extra memory: tokens x top_k rows of each activation.
 
-**Probe.** Calibration sees the inputs of each expert through the attribute ``module._quantkit_probe`` (a :data:`Probe`, or
-None): it is called with the parameter's name, the rows about to be multiplied and the expert of each row, just before each
-of the two matmuls.
+**Probe.** Calibration sees the inputs of each expert through :mod:`quantkit.nn.probes`: a probe is called with the
+parameter's name, the rows about to be multiplied and the expert of each row, just before each of the two matmuls.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,8 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-Probe = Callable[[str, Tensor, Tensor], None]
-"""``probe(parameter, x, expert_ids)``: x (rows, in) sorted by expert, expert_ids int64 (rows,). Must not change them."""
+from quantkit.nn.probes import probe_of
 
 NAME = "quantkit"
 """Name of our experts function in transformers' registry."""
@@ -95,7 +92,7 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
 
 def _multiply(module: Any, name: str, x: Tensor, ids: Tensor, counts: list[int]) -> Tensor:
     """Multiply rows ``x`` (rows, in), sorted by expert, by their expert's matrix and add its bias: (rows, out)."""
-    probe: Probe | None = getattr(module, "_quantkit_probe", None)
+    probe = probe_of(module)
     if probe is not None:
         probe(name, x, ids)
     weight = getattr(module, name)
