@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(folder) for folder in (ROOT, ROOT / "docs") if str(folder) not in sys.path]
+
+from docstrings import plain  # noqa: E402
 
 MARK = re.compile(r"<!-- generated: ([a-z-]+) -->")
-ROLE = re.compile(r":(?:class|func|meth|attr|data|mod|exc):`~?([^`]+)`")
 CHECKED_SHAPE = (256, 256)  # a weight that every scheme's blocks divide
 
 API = {
@@ -33,7 +33,7 @@ API = {
     "Measure": ["evaluate", "EvalReport", "BaseLogits", "compare_latency", "comparison_table", "write_html"],
     "Recipes": ["load_recipe", "plan_recipe", "run_recipe", "Recipe"],
     "Statistics": ["save_statistics", "load_statistics"],
-    "Numbers": ["preset", "QuantSpec", "Scheme", "KVScheme", "Plan", "QTensor"],
+    "Numbers": ["preset", "QuantSpec", "Scheme", "KVScheme", "Plan", "QTensor", "GridTensor"],
     "Errors": ["QuantkitError", "SpecError", "CalibrationError", "FormatError", "KernelError", "RecipeError"],
 }
 """Public names in the order of the reference; tests see to it that each stands here once."""
@@ -49,11 +49,6 @@ def summary(thing: object) -> str:
 def of_file(member: object) -> str:
     """Return the first sentence of the file that a member stands in."""
     return summary(inspect.getmodule(member if inspect.isclass(member) else type(member)))
-
-
-def plain(text: str) -> str:
-    """Return a docstring's text as Markdown: roles and double backticks become code."""
-    return ROLE.sub(lambda found: f"`{found[1].rpartition('.')[2]}`", text).replace("``", "`")
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
@@ -90,7 +85,7 @@ def options(member: type) -> str:
 def schemes() -> str:
     """Return the table of presets."""
     from quantkit.formats.base import FORMATS
-    from quantkit.spec import NAMED, PRESETS, preset
+    from quantkit.presets import NAMED, PRESETS, preset
 
     rows = []
     for name in (*PRESETS, *NAMED):
@@ -111,9 +106,9 @@ def quantizers() -> str:
 
 def steps() -> str:
     """Return the table of steps."""
-    from quantkit.transforms.base import TRANSFORMS
+    from quantkit.transforms.base import STEPS
 
-    rows = [[f"`{name}`", summary(one), options(one)] for name, one in TRANSFORMS]
+    rows = [[f"`{name}`", summary(one), options(one)] for name, one in STEPS]
     return table(["Name", "What it does", "Options"], rows)
 
 
@@ -257,8 +252,10 @@ def on_files(files: Any, config: Any) -> Any:
     """Add the pages that stand at the root of the repository."""
     from mkdocs.structure.files import File
 
-    for source, page in (("CONTRIBUTING.md", "contributing.md"), ("CHANGELOG.md", "changelog.md")):
-        files.append(File.generated(config, page, content=(ROOT / source).read_text(encoding="utf-8")))
+    for source in ("CONTRIBUTING.md", "CHANGELOG.md"):
+        text = (ROOT / source).read_text(encoding="utf-8")
+        text = text.replace("](docs/", "](").replace("](README.md#file-map)", "](architecture.md#file-map)")
+        files.append(File.generated(config, source.lower(), content=text))
     return files
 
 

@@ -1,6 +1,6 @@
-"""Look at the rows that experts multiply: they pass through no module of their own, so that no hook of torch sees them.
+"""Observe the inputs of expert weights: the counterpart of a forward pre-hook for 3-D stacks, which are not modules.
 
-Whoever runs a module's experts asks :func:`probe_of` before each product; calibration registers with :func:`add_probe`.
+The function that runs experts (``quantkit/hf/experts.py``) calls the probe of a module just before each of its two products.
 """
 
 import weakref
@@ -9,21 +9,29 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 Probe = Callable[[str, Tensor, Tensor], None]
-"""``probe(parameter, x, expert_ids)``: x (rows, in) sorted by expert, expert_ids int64 (rows,). Must not change them."""
+"""A function ``probe(parameter, x, expert_ids)``, which must not change the tensors.
+
+Its arguments are the name of the weight that is about to be used, the input x (rows, in) sorted by expert, and the expert of
+each row, int64 (rows,).
+"""
 
 _probes: weakref.WeakKeyDictionary[nn.Module, Probe] = weakref.WeakKeyDictionary()
 
 
-def add_probe(module: nn.Module, probe: Probe) -> Callable[[], None]:
-    """Let ``probe`` see the rows of an experts module just before each product; return what takes it away again."""
+def attach_probe(module: nn.Module, probe: Probe) -> Callable[[], None]:
+    """Let ``probe`` observe the inputs of an experts module; a module has one probe at a time.
+
+    Returns:
+        A function that detaches the probe.
+    """
     _probes[module] = probe
 
-    def remove() -> None:
+    def detach() -> None:
         _probes.pop(module, None)
 
-    return remove
+    return detach
 
 
 def probe_of(module: nn.Module) -> Probe | None:
-    """Return what looks at the rows of an experts module, if anything does."""
+    """Return the probe of an experts module, or None."""
     return _probes.get(module)

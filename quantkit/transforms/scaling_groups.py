@@ -163,7 +163,7 @@ class ChannelScaling(Transform, Protocol):
             before = model(ids, use_cache=False).logits
             for group in groups:
                 weights = [read_weight(model, site).float() for site in group.readers]
-                found = statistics[group.readers[0].name]
+                found = statistics.get(group.readers[0].name) or SiteStatistics({}, ())  # none, where nothing is needed
                 factors = self.factors(weights, [plan[site.name] for site in group.readers], found)
                 rescale(model, group, powers_of_two(factors))
             changed = float((model(ids, use_cache=False).logits - before).abs().max())

@@ -16,7 +16,7 @@ from quantkit.numerics.grid import powers_of_two
 from quantkit.pipeline.plan import make_plan
 from quantkit.pipeline.quantize import collect, quantize
 from quantkit.pipeline.settings import Run
-from quantkit.spec import preset
+from quantkit.presets import preset
 from quantkit.system.compute import Compute
 from quantkit.system.progress import Progress
 from quantkit.transforms.awq import AWQ
