@@ -1,10 +1,12 @@
 """The native decoder of a model, on the CPU or on CUDA: made once, kept as long as the model lives, made again when its weights
 have changed.
 
-A parameter or buffer that has been replaced or written to since is noticed by its identity, address and version.
+A parameter or buffer that has been replaced or written to since is noticed by its identity, address and version, a quantized
+weight that has been replaced by its module's revision.
 """
 
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ from quantkit.kernels.cuda import decoder, nvcc
 from quantkit.kernels.cuda.decoder import CudaDecoder
 from quantkit.kernels.cuda.matmul import DTYPES
 from quantkit.kernels.program.definition import Program
+from quantkit.nn.linear import QuantModule
 from quantkit.system.memory import available_bytes, drop_pages, mapped_pages, return_freed_memory
 
 _Mark = tuple[tuple[int, int, int], ...]
@@ -32,7 +35,7 @@ def native_decoder(model: PreTrainedModel) -> Decoder | str:
     if known is None or known[0] != mark:
         _decoders.pop(model, None)  # frees its copies of the weights before new ones are made
         made = _make(model)
-        known = _decoders[model] = (_mark(model), made)  # making it may have let quantized layers release their codes
+        known = _decoders[model] = (mark, made)
     return known[1]
 
 
@@ -84,10 +87,8 @@ def _too_large_for_cuda(program: Program, device: torch.device) -> str | None:
     """Weights are laid out a second time: say so where that would take nearly all of the free memory."""
     if not torch.cuda.is_available():
         return None
-    parts = [linear.weight for linear in program.linears()]
-    sizes = [
-        part.nbytes if isinstance(part, Tensor) else sum(b.nbytes for b in part.buffers()) for part in dict.fromkeys(parts)
-    ]
+    parts: list[Any] = [linear.weight for linear in program.linears()]
+    sizes = [part.nbytes for part in dict.fromkeys(parts)]
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     free = torch.cuda.mem_get_info(device)[0] + unused
     if sum(sizes) < 0.9 * free:
@@ -111,9 +112,13 @@ def _too_large(program: Program) -> str | None:
 
 
 def _mark(model: PreTrainedModel) -> _Mark:
-    """Return what changes when a parameter or buffer of the model is replaced or written to."""
+    """Return what changes when a parameter or buffer of the model is replaced or written to, or a quantized weight replaced."""
     tensors = [*model.parameters(), *model.buffers()]
-    return tuple((id(tensor), tensor.data_ptr(), _version(tensor)) for tensor in tensors)
+    quantized = [part for part in model.modules() if isinstance(part, QuantModule)]
+    return (
+        *((id(tensor), tensor.data_ptr(), _version(tensor)) for tensor in tensors),
+        *((id(part), 0, part.revision) for part in quantized),
+    )
 
 
 def _version(tensor: Tensor) -> int:

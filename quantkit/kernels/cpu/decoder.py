@@ -53,9 +53,8 @@ def rejects(program: Program) -> str | None:
             return f"layer {index}: heads are {layer.attention.head_dim} wide, at most {MAX_HEAD_DIM} are supported"
     for linear in program.linears():
         weight: Any = linear.weight
-        device = weight.device if isinstance(weight, Tensor) else next(weight.buffers()).device
-        if device.type not in ("cpu", "meta"):  # what stands on meta has been let go for the kernels' layout
-            return f"weights are on {device}, not on the CPU"
+        if weight.device.type != "cpu":
+            return f"weights are on {weight.device}, not on the CPU"
         if isinstance(weight, Tensor):
             continue
         if not weight.spec.is_integer:
