@@ -16,9 +16,10 @@ from quantkit.numerics.grid import choose_qparams
 from quantkit.numerics.hadamard import hadamard_transform
 from quantkit.pipeline.quantize import collect
 from quantkit.pipeline.settings import Output
+from quantkit.presets import preset
 from quantkit.quantizers.autoround import AutoRound
 from quantkit.quantizers.rtn import nearest
-from quantkit.spec import TOKEN_INT8, ActivationSpec, QuantSpec, Scheme, preset
+from quantkit.spec import TOKEN_INT8, ActivationSpec, QuantSpec, Scheme
 from tests import tiny
 
 SCHEMES = [

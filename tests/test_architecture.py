@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "quantkit"
 FILES = sorted(PACKAGE.rglob("*.py"))
 MAX_RECIPE_LINES = 30
-LOOSE = {"__main__", "dtypes", "errors", "qtensor", "registry", "spec", "version"}
+LOOSE = {"__main__", "dtypes", "errors", "presets", "qtensor", "registry", "spec", "version"}
 """The only modules directly in quantkit/; everything else lives in a room."""
 FORBIDDEN = {"pickle", "cloudpickle", "dill", "torch.utils.cpp_extension"}
 
@@ -38,8 +38,21 @@ def test_the_house_has_the_rooms_it_says():
     print("\n".join(house.lines()))  # shown by pytest -rP, and when this fails
     assert set(house.loose) == LOOSE
     assert set(house.rooms) == {name for rooms in ORDER for name in rooms}
-    assert len(house.asks) <= 12, "ask a plug-in for what it can do, not for its class"
+    assert not house.asks, "ask a plug-in for what it can do, not for its class"
     assert not house.ladders
+
+
+def test_the_readmes_file_map_is_the_tree():
+    block = (ROOT / "README.md").read_text().split("## File map")[1].split("```")[1].strip("\n")
+    inside = [line.split("  ")[1] for line in block.splitlines() if line.startswith("  ")]
+    rooms = [Path(name).stem for column in inside for name in column.split()]
+    assert sorted(rooms) == sorted(name for names in ORDER for name in names), "every folder and loose file, once"
+    assert [floor(name) for name in rooms] == sorted(floor(name) for name in rooms), "what is imported stands above"
+    outside = [line.split()[0] for line in block.splitlines() if not line.startswith("  ")]
+    assert all((ROOT / name).exists() for name in outside)
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.splitlines()
+    folders = {name.split("/")[0] + "/" for name in tracked if "/" in name and not name.startswith(".")}
+    assert folders <= set(outside), "every folder of the repository"
 
 
 @each_file

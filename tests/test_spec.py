@@ -3,7 +3,8 @@
 import pytest
 
 from quantkit.errors import SpecError
-from quantkit.spec import PRESETS, ActivationSpec, QuantSpec, Scheme, largest_group_size, preset
+from quantkit.presets import PRESETS, largest_group_size, preset
+from quantkit.spec import ActivationSpec, QuantSpec, Scheme
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -210,8 +210,6 @@ def token_batches(
     length: int = 512,
     mode: Literal["packed", "ragged"] = "packed",
     batch_size: int = 8,
-    spread: Literal["even"] | int = "even",
-    bos_id: int | None = None,
     shortfall: Literal["error", "warn"] = "error",
 ) -> list[Batch]:
     """Cut texts into ``samples`` rows of token ids.
@@ -222,36 +220,30 @@ def token_batches(
     Args:
         texts: see :func:`load_texts` and :func:`text_default`.
         encode: text to token ids, without special tokens; see :func:`encoder`.
-        samples: number of rows; None takes all there are.
-        length: tokens per row (packed), or at most so many (ragged); ``bos_id`` counts.
+        samples: number of rows, spread evenly over those there are, in their order; None takes all.
+        length: tokens per row (packed), or at most so many (ragged).
         batch_size: rows per batch; the last may be smaller.
-        spread: which rows: ``"even"``, row ``i`` of n is ``i * available // n``; a seed draws without replacement. The
-            order of the text is kept.
-        bos_id: token put at the start of every row; None puts none.
         shortfall: with fewer rows than ``samples``: an error, or a warning in the log and all there are.
 
     Raises:
         CalibrationError: no text, too little of it (says how much there is and how much would be enough), or an argument
             out of range.
     """
-    _check_cut(samples, length, mode, batch_size, spread, bos_id, shortfall)
-    head = [] if bos_id is None else [bos_id]
-    body = length - len(head)
+    _check_cut(samples, length, mode, batch_size, shortfall)
     encoded = [torch.as_tensor(encode(text), dtype=torch.int64).flatten() for text in texts]
     tokens = sum(len(ids) for ids in encoded)
     if mode == "packed":
         stream = torch.cat(encoded) if encoded else torch.empty(0, dtype=torch.int64)
-        rows = list(stream[: tokens // body * body].view(-1, body))
+        rows = list(stream[: tokens // length * length].view(-1, length))
     else:
-        rows = [ids[:body] for ids in encoded if len(ids)]
+        rows = [ids[:length] for ids in encoded if len(ids)]
     if not rows or (samples is not None and len(rows) < samples):
-        message = _too_short(len(texts), tokens, len(rows), samples or 1, body, length - body, mode)
+        message = _too_short(len(texts), tokens, len(rows), samples or 1, length, mode)
         if shortfall == "error" or not rows:
             raise CalibrationError(message)
         logger.warning("%s; going on with the %d there are", message, len(rows))
-    chosen = [rows[i] for i in _spread(len(rows), min(samples or len(rows), len(rows)), spread)]
-    prefix = torch.tensor(head, dtype=torch.int64)
-    return from_ids([torch.cat([prefix, row]) for row in chosen], batch_size=batch_size)
+    count = min(samples or len(rows), len(rows))
+    return from_ids([rows[i * len(rows) // count] for i in range(count)], batch_size=batch_size)
 
 
 def from_ids(rows: Iterable[Sequence[int] | Tensor], *, batch_size: int = 8, pad_id: int = 0) -> list[Batch]:
@@ -291,35 +283,25 @@ def fingerprint(batches: Iterable[Batch]) -> str:
     return digest.hexdigest()
 
 
-def _spread(available: int, samples: int, spread: Literal["even"] | int) -> list[int]:
-    if spread == "even":
-        return [i * available // samples for i in range(samples)]
-    generator = torch.Generator().manual_seed(spread)
-    return sorted(torch.randperm(available, generator=generator)[:samples].tolist())
-
-
-def _too_short(texts: int, tokens: int, rows: int, samples: int, body: int, head: int, mode: str) -> str:
+def _too_short(texts: int, tokens: int, rows: int, samples: int, length: int, mode: str) -> str:
     if mode == "ragged":
         return (
             f"{samples} rows need {samples} texts with tokens, there are {rows} among {texts}; use more text or fewer samples"
         )
     fewer = f"samples={rows}" if rows else "no whole window fits"
-    shorter = f"length={tokens // samples + head}" if tokens // samples > 0 else "no length is short enough"
+    shorter = f"length={tokens // samples}" if tokens // samples > 0 else "no length is short enough"
     return (
-        f"{samples} windows of {body} tokens need {samples * body} tokens, the {texts} text(s) have {tokens}; "
+        f"{samples} windows of {length} tokens need {samples * length} tokens, the {texts} text(s) have {tokens}; "
         f"use more text, fewer samples ({fewer}) or shorter windows ({shorter})"
     )
 
 
-def _check_cut(
-    samples: int | None, length: int, mode: str, batch_size: int, spread: str | int, bos_id: int | None, shortfall: str
-) -> None:
+def _check_cut(samples: int | None, length: int, mode: str, batch_size: int, shortfall: str) -> None:
     checks = [
         ("samples", samples, samples is None or samples >= 1, "at least 1, or None for all"),
-        ("length", length, length >= (1 if bos_id is None else 2), "at least 1 token besides bos_id"),
+        ("length", length, length >= 1, "at least 1 token"),
         ("mode", mode, mode in ("packed", "ragged"), "'packed' or 'ragged'"),
         ("batch_size", batch_size, batch_size >= 1, "at least 1"),
-        ("spread", spread, spread == "even" or isinstance(spread, int), "'even' or an integer seed"),
         ("shortfall", shortfall, shortfall in ("error", "warn"), "'error' or 'warn'"),
     ]
     for name, value, good, want in checks:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from quantkit.calibrate.collectors import COLLECTORS, Collector
 from quantkit.errors import CalibrationError
+from quantkit.nn.probes import attach_probe
 from quantkit.nn.sites import Block, Site, SiteStatistics
 from quantkit.numerics.inputs import UNCHANGED, InputQuantizer
 from quantkit.system.memory import HeapWatch
@@ -274,8 +275,7 @@ def _probe(module: nn.Module, by_parameter: Mapping[str, Site], suspend: Callabl
         if parameter in by_parameter:
             suspend(by_parameter[parameter], Inputs(x, expert_ids))
 
-    module._quantkit_probe = before  # type: ignore[assignment]
-    return lambda: delattr(module, "_quantkit_probe")
+    return attach_probe(module, before)
 
 
 def _relative(path: str, block_name: str) -> str:

@@ -214,8 +214,9 @@ class Stage:
             replaced: globs of the old checkpoint's files, which go.
             key_file: the file that is moved last.
         """
-        mark_incomplete(self.out, "a quantkit run was stopped while it moved this checkpoint into place; run it again")
         names = sorted(file.name for file in self.path.iterdir() if file.is_file() and file.name != key_file)
+        for place in (self.out, self.path):
+            mark_incomplete(place, "a quantkit run was stopped while it moved this checkpoint into place; run it again")
         self._state["publishing"] = [*names, key_file]
         self._save()
         for old in {file for pattern in replaced for file in self.out.glob(pattern)}:

@@ -157,7 +157,8 @@ class CheckpointWriter:
         for name, value in read_floats(self._contents, (e for e in entries if e.name not in self._stored), tensors.__getitem__):
             own = lookup(self.model, name)
             if not same_bits(value, own):
-                own.data = value.to(own.device)
+                owner, _, attribute = name.rpartition(".")
+                getattr(self.model.get_submodule(owner), attribute).data = value.to(own.device)  # the old may be shared
         sites = {e.site.name: e.site for e in entries if e.site and e.name in self._stored}
         return {name: read_site(site, entries, self._stored, tensors.__getitem__) for name, site in sites.items()}, facts
 

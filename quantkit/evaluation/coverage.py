@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from quantkit.errors import SpecError
+from quantkit.nn.quantized import Quantized
 from quantkit.nn.sites import Structure, read_weight
-from quantkit.quantizers.base import Quantized
 from quantkit.spec import Plan
 
 KINDS = ("quantized", "fell back", "skipped")
@@ -105,7 +105,7 @@ def coverage_before(model: nn.Module, structure: Structure, plan: Plan, reasons:
         parameter = model.get_parameter(name)
         kind = type(model.get_submodule(name.rpartition(".")[0])).__name__
         # A tied parameter is stored, and counted, where it is tied to.
-        count, size = (0, 0) if reason.startswith("tied to") else (parameter.numel(), parameter.nbytes)
+        count, size = (0, 0) if name in structure.shared else (parameter.numel(), parameter.nbytes)
         rows.append(CoverageRow("skipped", name, kind, count, size, size, None, reason))
     return rows
 

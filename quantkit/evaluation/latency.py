@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from quantkit.engine.backend import OneSequence
 from quantkit.errors import CalibrationError
 from quantkit.evaluation.footprint import peak_memory_bytes, reset_peak_memory
-from quantkit.evaluation.reference import evaluating
 from quantkit.nn.embedding import input_table
+from quantkit.system.compute import evaluation_mode
 from quantkit.system.progress import Progress, ProgressCallback, ignore
 
 
@@ -123,8 +123,9 @@ def compare_latency(
         new_tokens: tokens decoded after it. The next token is the most likely one, so models may read different text;
             the work is the same.
         rounds: timed rounds after one warm-up; percentiles are over ``rounds`` prefills and ``rounds * new_tokens`` steps.
-        engine, compute: what runs the steps, see :func:`quantkit.hf.backend.make_backend`; "auto" may run models
-            differently, and the result names what ran each.
+        engine: what runs the steps, see :func:`quantkit.hf.backend.make_backend`; "auto" may run models differently, and the
+            result names what ran each.
+        compute: see there, too.
         progress: receives stage ``"latency"`` after every model and round.
 
     Raises:
@@ -144,7 +145,7 @@ def compare_latency(
 
     samples: dict[str, list[_Round]] = {name: [] for name in models}
     peaks = dict.fromkeys(models, 0)
-    with evaluating(*models.values()):
+    with evaluation_mode(*models.values()):
         backends = {
             name: make_backend(model, engine=engine, compute=compute)  # type: ignore[arg-type]
             for name, model in models.items()

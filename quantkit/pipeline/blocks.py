@@ -144,7 +144,7 @@ def _write_stored(model: nn.Module, site: Site, scheme: Scheme, weight: Tensor) 
 def _write_bias(model: nn.Module, site: Site, one: Quantized) -> None:
     if one.bias is not None:
         bias = model.get_submodule(site.module).get_parameter("bias")
-        bias.data = one.bias.to(bias.device)
+        bias.data = one.bias.to(bias.device, bias.dtype)  # the checkpoint's dtype, outside of the walk
 
 
 def _reporter(run: BlockRun, before: int) -> Callable[[str, Quantized, int], None]:

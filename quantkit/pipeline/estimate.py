@@ -30,6 +30,7 @@ from quantkit.transforms.base import Step
 
 RUNTIME_BYTES = 450 << 20
 """Resident size of a process that has imported torch and transformers."""
+DEFAULT_CALIBRATION = Calibration()
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +71,7 @@ def estimate(
     method: Quantizer,
     steps: Sequence[Step] = (),
     *,
-    calibration: Calibration,
+    calibration: Calibration = DEFAULT_CALIBRATION,
     format: str = "compressed-tensors",
     reasons: Mapping[str, str] | None = None,
 ) -> Estimate:

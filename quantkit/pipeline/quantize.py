@@ -85,6 +85,8 @@ def quantize(
     Raises:
         SpecError, CalibrationError, FormatError: before long work starts where that is possible.
     """
+    quantizer = QUANTIZERS.get(method)() if isinstance(method, str) else method
+    todo, target = make_steps(steps), output.to(out)  # mistakes in names come before a model is loaded
     model, tokenizer = _resolve_model(model, tokenizer)
     structure = describe(model)
     job = _Job(
@@ -92,10 +94,10 @@ def quantize(
         tokenizer=tokenizer,
         structure=structure,
         resolution=resolve(structure, scheme, rules, _scale_dtype(model)),
-        method=QUANTIZERS.get(method)() if isinstance(method, str) else method,
-        steps=make_steps(steps),
+        method=quantizer,
+        steps=todo,
         calibration=calibration,
-        output=output.to(out),
+        output=target,
         run=run,
     )
     job.refuse()

@@ -20,8 +20,8 @@ from quantkit.calibrate.data import Batch
 from quantkit.calibrate.data import fingerprint as data_fingerprint
 from quantkit.checkpoint import CheckpointWriter, Key
 from quantkit.formats.base import FORMATS
+from quantkit.nn.quantized import Quantized
 from quantkit.nn.sites import SiteStatistics
-from quantkit.quantizers.base import Quantized
 from quantkit.spec import Plan
 from quantkit.version import __version__
 

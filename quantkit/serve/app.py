@@ -19,8 +19,8 @@ from quantkit.engine.request import QueueFull
 from quantkit.errors import QuantkitError
 from quantkit.generation.text import encode_prompt
 from quantkit.serve.metrics import counter, gauge
-from quantkit.serve.wire import Chat, Completion, Generating, Piece, Reply, explain, usage
-from quantkit.serve.worker import Answer, Worker
+from quantkit.serve.wire import Chat, Completion, Generating, Reply, explain, usage
+from quantkit.serve.worker import Answer, Piece, Worker
 
 Kind = Literal["chat", "text"]
 
@@ -200,7 +200,7 @@ class _Server:
             while (await request.receive())["type"] != "http.disconnect":
                 continue
 
-        done: asyncio.Future[Any] = asyncio.ensure_future(asyncio.gather(*(one(answer) for answer in answers)))
+        done = asyncio.ensure_future(asyncio.gather(*(one(answer) for answer in answers)))
         gone: asyncio.Future[Any] = asyncio.ensure_future(left())
         try:
             await asyncio.wait([done, gone], return_when=asyncio.FIRST_COMPLETED)
@@ -253,7 +253,7 @@ def metric_lines(worker: Worker) -> list[str]:
         counter("quantkit_requests_total", "Requests accepted.", stats["requests"]),
         counter("quantkit_finished_total", "Requests finished, by reason.", finished, "reason"),
         counter("quantkit_prompt_tokens_total", "Tokens of prompts accepted.", worker.prompt_tokens),
-        counter("quantkit_cached_tokens_total", "Prompt tokens found in shared pages.", pages.hits_tokens),
+        counter("quantkit_cached_tokens_total", "Prompt tokens found in shared pages.", pages.hit_tokens),
         counter("quantkit_tokens_total", "Tokens generated.", stats["tokens"]),
         counter("quantkit_draft_tokens_total", "Draft tokens verified.", stats["drafted"]),
         counter("quantkit_accepted_tokens_total", "Draft tokens that were right.", stats["accepted"]),

@@ -92,34 +92,34 @@ def _negligible(changed: Tensor, update: Tensor) -> bool:
     return bool((moved <= TOLERANCE * size).all())
 
 
-def shared_global_scales(model: nn.Module, structure: Structure, plan: Plan) -> dict[str, Tensor]:
-    """Return the global scale (1,) of every 2-D site in the blocks whose grid has one: one for all that read the same tensor.
+def layers_that_share_inputs(model: nn.Module, structure: Structure) -> list[tuple[Site, ...]]:
+    """Return the layers of the blocks, those that read one tensor together (query, key and value; gate and up), in model order.
 
-    Readers join such sites into one product (query, key and value; gate and up), which has room for one global scale.
+    Serving engines join such layers into one product, so that they want one scheme. A stack of experts stands alone.
     """
-    chosen = {name for name, scheme in plan.items() if scheme.weight.has_global_scale}
-    found: dict[str, Tensor] = {}
-    if not chosen:
-        return found
-    for block, (readers, _) in zip(structure.blocks, _readers_of_blocks(model, structure), strict=True):
-        together = {site.name: sites for sites in readers for site in sites}
-        for site in block.sites:
-            if site.name in chosen and len(site.shape) == 2:
-                sites = [one for one in together.get(site.name, (site,)) if one.name in chosen]
-                largest = torch.stack([read_weight(model, one).abs().amax().float() for one in sites]).amax().view(1)
-                found[site.name] = choose_global_scale(largest, plan[site.name].weight)
-    return found
-
-
-def _readers_of_blocks(model: nn.Module, structure: Structure) -> Iterator[tuple[list[tuple[Site, ...]], list[str | None]]]:
-    """Run the blocks one after the other on a few tokens, and yield what :func:`watch_readers` finds in each."""
+    groups: list[tuple[Site, ...]] = []
     recorded = record_block_calls(model, structure, probe_ids(model))
     hidden = recorded.hidden
     with torch.no_grad():
         for block, call in zip(structure.blocks, recorded.calls, strict=True):
             run = functools.partial(call_block, model.get_submodule(block.name), hidden, *call)
-            yield watch_readers(model.get_submodule(block.name), block, run)
+            readers, _ = watch_readers(model.get_submodule(block.name), block, run)
+            together = {site.name: sites for sites in readers for site in sites}
+            groups += dict.fromkeys(together.get(site.name, (site,)) for site in block.sites)
             hidden = run()
+    return groups
+
+
+def shared_global_scales(model: nn.Module, structure: Structure, plan: Plan) -> dict[str, Tensor]:
+    """Return the global scale (1,) of every 2-D site in the blocks whose grid has one; those that read one tensor share it."""
+    chosen = {name for name, scheme in plan.items() if scheme.weight.has_global_scale}
+    found: dict[str, Tensor] = {}
+    for group in layers_that_share_inputs(model, structure) if chosen else ():
+        sites = [site for site in group if site.name in chosen and len(site.shape) == 2]
+        if sites:
+            largest = torch.stack([read_weight(model, site).abs().amax().float() for site in sites]).amax().view(1)
+            found |= {site.name: choose_global_scale(largest, plan[site.name].weight) for site in sites}
+    return found
 
 
 def rescale(model: nn.Module, group: ScalingGroup, factors: Tensor) -> None:
@@ -163,7 +163,7 @@ class ChannelScaling(Transform, Protocol):
             before = model(ids, use_cache=False).logits
             for group in groups:
                 weights = [read_weight(model, site).float() for site in group.readers]
-                found = statistics[group.readers[0].name]
+                found = statistics.get(group.readers[0].name) or SiteStatistics({}, ())  # none, where nothing is needed
                 factors = self.factors(weights, [plan[site.name] for site in group.readers], found)
                 rescale(model, group, powers_of_two(factors))
             changed = float((model(ids, use_cache=False).logits - before).abs().max())

@@ -155,27 +155,16 @@ def test_packed_windows_do_not_overlap_and_spread_over_the_stream():
     assert ["".join(map(chr, row)) for row in three[0].rows()] == ["abcd", "ijkl", "qrst"]
 
 
-def test_seeded_windows_are_drawn_without_replacement_in_text_order():
-    text = "".join(chr(100 + i) for i in range(60))
-    draw = lambda seed: token_batches([text], spell, samples=8, length=3, spread=seed)[0].ids  # noqa: E731
-    assert torch.equal(draw(0), draw(0))
-    assert not torch.equal(draw(0), draw(1))
-    starts = draw(0)[:, 0].tolist()
-    assert starts == sorted(set(starts))
-
-
 @settings(max_examples=60, deadline=None)
 @given(
     available=st.integers(1, 40),
     samples=st.integers(1, 40),
     length=st.integers(2, 6),
-    bos=st.booleans(),
     batch_size=st.integers(1, 9),
 )
-def test_any_cut_keeps_its_promises(available, samples, length, bos, batch_size):
-    body = length - bos
-    text = "".join(chr(100 + i) for i in range(available * body))
-    options = {"samples": samples, "length": length, "batch_size": batch_size, "bos_id": 1 if bos else None}
+def test_any_cut_keeps_its_promises(available, samples, length, batch_size):
+    text = "".join(chr(100 + i) for i in range(available * length))
+    options = {"samples": samples, "length": length, "batch_size": batch_size}
     if samples > available:
         with pytest.raises(CalibrationError, match=f"samples={available}"):
             token_batches([text], spell, **options)
@@ -183,20 +172,19 @@ def test_any_cut_keeps_its_promises(available, samples, length, bos, batch_size)
     rows = [row.tolist() for batch in token_batches([text], spell, **options) for row in batch.rows()]
     assert len(rows) == samples
     assert all(len(row) == length for row in rows)
-    assert all(row[0] == 1 for row in rows) or not bos
-    content = [token for row in rows for token in row[bos:]]
+    content = [token for row in rows for token in row]
     assert len(set(content)) == len(content)
     assert content == sorted(content)
-    assert (content[0] - 100) % body == 0
+    assert (content[0] - 100) % length == 0
 
 
 def test_ragged_rows_are_padded_on_the_right_and_masked():
-    batches = token_batches(["abcdef", "", "xy", "pqr"], spell, samples=3, length=4, mode="ragged", batch_size=2, bos_id=7)
-    assert batches[0].ids.tolist() == [[7, 97, 98, 99], [7, 120, 121, 0]]
+    batches = token_batches(["abcdef", "", "xy", "pqr"], spell, samples=3, length=4, mode="ragged", batch_size=2)
+    assert batches[0].ids.tolist() == [[97, 98, 99, 100], [120, 121, 0, 0]]
     assert batches[0].mask is not None
-    assert batches[0].mask.tolist() == [[True] * 4, [True] * 3 + [False]]
+    assert batches[0].mask.tolist() == [[True] * 4, [True] * 2 + [False] * 2]
     assert batches[1].mask is None
-    assert [batch.tokens for batch in batches] == [7, 4]
+    assert [batch.tokens for batch in batches] == [6, 3]
 
 
 def test_too_little_text_says_how_much_and_the_way_out(caplog):
@@ -224,10 +212,8 @@ def test_too_little_text_says_how_much_and_the_way_out(caplog):
     [
         {"samples": 0},
         {"length": 0},
-        {"length": 1, "bos_id": 1},
         {"mode": "loose"},
         {"batch_size": 0},
-        {"spread": "odd"},
         {"shortfall": "no"},
     ],
 )

@@ -1,4 +1,4 @@
-"""Checkpoints: saved, proven, loaded by us and by transformers, and refused when anything is wrong with them."""
+"""Checkpoints: saved, verified, loaded by us and by transformers, and refused when anything is wrong with them."""
 
 import json
 import shutil
@@ -11,8 +11,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig, PreTrainedModel
 
 from quantkit import checkpoint
-from quantkit.checkpoint import files, write
 from quantkit.errors import FormatError, SpecError
+from quantkit.formats.containers import directory
 from quantkit.hf.experts import enable_experts
 from quantkit.hf.structure import describe
 from quantkit.nn.install import install
@@ -292,7 +292,7 @@ def directory_bytes(path: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_shards_are_deterministic_and_complete(family: str, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(write, "MAX_SHARD_BYTES", 30_000)
+    monkeypatch.setattr(directory, "MAX_FILE_BYTES", 30_000)
     model = FAMILIES[family]()
     round_to_nearest(model)
     first, second = (checkpoint.save(model, tmp_path / name) for name in ("a", "b"))
@@ -309,7 +309,7 @@ def test_shards_are_deterministic_and_complete(family: str, tmp_path, monkeypatc
 
 
 def test_writer_streams_blocks_in_any_order_to_the_same_bytes(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(write, "MAX_SHARD_BYTES", 30_000)
+    monkeypatch.setattr(directory, "MAX_FILE_BYTES", 30_000)
     model, reference = tiny_llama(), tiny_llama()
     done = round_to_nearest(reference)
     whole = checkpoint.save(reference, tmp_path / "whole")
@@ -379,34 +379,20 @@ def test_verify_finds_one_wrong_bit(what: str, tmp_path) -> None:
     assert torch.equal(logits(checkpoint.load(path)), logits(model))
 
 
-def test_kl_to(saved: tuple[PreTrainedModel, Path]) -> None:
-    model, path = saved
-    same = checkpoint.kl_to(path, model, IDS)
-    assert same["kl"] == pytest.approx(0, abs=1e-6)
-    assert same["max_difference"] == 0
-    assert same["tokens"] == IDS.numel()
-    base = tiny_llama()
-    found = checkpoint.kl_to(path, base, IDS)
-    p, q = logits(base).log_softmax(-1), logits(model).log_softmax(-1)
-    assert found["kl"] == pytest.approx(
-        nn.functional.kl_div(q, p, log_target=True, reduction="sum").item() / IDS.numel(), rel=1e-4
-    )
-
-
-def test_failed_proof_leaves_the_directory_incomplete(tmp_path) -> None:
+def test_failed_check_leaves_the_directory_incomplete(tmp_path) -> None:
     model = tiny_llama(num_hidden_layers=1)
     round_to_nearest(model)
 
-    def prove(stage: Path) -> dict:
+    def check(stage: Path) -> dict:
         assert torch.equal(logits(checkpoint.load(stage)), logits(model))
         raise FormatError("not good enough")
 
     with pytest.raises(FormatError, match="not good enough"):
-        checkpoint.save(model, tmp_path, prove=prove)
+        checkpoint.save(model, tmp_path, check=check)
     assert not (tmp_path / "config.json").exists()
     with pytest.raises(FormatError, match="incomplete"):
         checkpoint.load(tmp_path)
-    checkpoint.save(model, tmp_path, prove=lambda stage: {"kl": 0.25})
+    checkpoint.save(model, tmp_path, check=lambda stage: {"kl": 0.25})
     assert read_json(tmp_path / "config.json")["quantkit"]["quality"] == {"kl": 0.25}
     assert sorted(f.name for f in tmp_path.iterdir()) == ["config.json", "generation_config.json", "model.safetensors"]
 
@@ -428,7 +414,7 @@ def test_another_model_is_only_replaced_when_asked_and_only_by_a_whole_one(tmp_p
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(files, "save_file", full)
+        patch.setattr("quantkit.formats.containers.tensor_file.os.fsync", full)
         with pytest.raises(FormatError, match="No space left"):
             checkpoint.save(model, tmp_path, overwrite=True)
     assert {k: v for k, v in directory_bytes(tmp_path).items() if not k.startswith("incomplete/")} == before

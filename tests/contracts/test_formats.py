@@ -87,7 +87,7 @@ def test_config_round_trip(name: str) -> None:
         {"layers.0.q": W8A8[1], "layers.1.q": W8A8[1]},
     ]
     for plan in plans:
-        match = rule.load_config(rule.dump_config(plan, ["lm_head", "layers.0.gate"], "float32"), "float32")
+        match = rule.dialect.load_config(rule.dialect.dump_config(plan, ["lm_head", "layers.0.gate"], "float32"), "float32", {})
         assert match("lm_head") is None
         assert match("layers.0.gate") is None
         for module, scheme in plan.items():
@@ -101,4 +101,4 @@ def test_config_round_trip(name: str) -> None:
 @pytest.mark.parametrize("config", [{}, {"version": 1, "groups": 3, "config_groups": 3}, {"config_groups": {"g": {}}}])
 def test_malformed_config_is_one_error(name: str, config: dict) -> None:
     with pytest.raises(FormatError, match="quantization_config"):
-        FORMATS.get(name).load_config(config, "float16")
+        FORMATS.get(name).dialect.load_config(config, "float16", {})

@@ -11,19 +11,18 @@ from quantkit.calibrate.collectors import COLLECTORS
 from quantkit.calibrate.data import Calibration
 from quantkit.errors import CalibrationError, SpecError
 from quantkit.hf.structure import describe
-from quantkit.nn.quantized import Quantized
 from quantkit.nn.sites import SiteStatistics, read_weight, write_weight
 from quantkit.numerics.grid import powers_of_two
 from quantkit.pipeline.plan import make_plan
 from quantkit.pipeline.quantize import collect, quantize
-from quantkit.pipeline.resume import ResumeStore
-from quantkit.spec import QuantSpec, preset
+from quantkit.pipeline.settings import Run
+from quantkit.presets import preset
 from quantkit.system.compute import Compute
+from quantkit.system.progress import Progress
 from quantkit.transforms.awq import AWQ
 from quantkit.transforms.base import STAGES, STEPS, Transform, step_name
-from quantkit.transforms.scaling_groups import find_groups
+from quantkit.transforms.scaling_groups import find_groups, layers_that_share_inputs
 from quantkit.transforms.smoothquant import SmoothQuant
-from tests.qtensors import random_qtensor
 from tests.tiny import FAMILIES, tiny_llama
 
 NAMES = [name for name, kind in STEPS if kind.stage == "before"]
@@ -80,6 +79,14 @@ def test_the_model_computes_what_it_did(name: str, family: str) -> None:
     torch.testing.assert_close(model(batch).logits, before, rtol=1e-3, atol=1e-4)
     if name == "smoothquant":
         assert any(not torch.equal(v, old[k]) for k, v in model.named_parameters())
+
+
+def test_layers_that_read_one_tensor_are_found_together() -> None:
+    model = FAMILIES["mixtral"]()
+    groups = layers_that_share_inputs(model, describe(model))
+    names = [tuple(site.name.rsplit(".", 1)[-1] for site in group) for group in groups]
+    assert names[: len(names) // 2] == [("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_up_proj",), ("down_proj",)]
+    assert names[: len(names) // 2] == names[len(names) // 2 :]
 
 
 def test_every_step_says_when_it_is_done_and_what_it_needs() -> None:
@@ -193,6 +200,12 @@ def test_bias_correction_keeps_average_outputs(quantizer: str, tmp_path: Path) -
     torch.testing.assert_close(theirs(batches[0]).logits, model(batches[0]).logits, rtol=1e-3, atol=1e-3)
 
 
+def test_a_corrected_bias_keeps_the_checkpoints_dtype(tmp_path: Path) -> None:
+    model = FAMILIES["starcoder2"]().to(torch.bfloat16)
+    quantize(model, "w4a16-g32", out=tmp_path / "x", steps=["bias-correction"], calibration=Calibration(data=ids()))
+    assert model.get_parameter("model.layers.0.self_attn.q_proj.bias").dtype == torch.bfloat16
+
+
 def means_of_outputs(model: torch.nn.Module, sites: list[str], batches: list[torch.Tensor]) -> torch.Tensor:
     seen: dict[str, list[torch.Tensor]] = {site: [] for site in sites}
     hooks = [
@@ -215,12 +228,19 @@ def test_bias_correction_continues_and_refuses(tmp_path: Path) -> None:
     known = collect(FAMILIES["opt"](), ["hessian"], calibration=Calibration(data=ids()))[0]
     with pytest.raises(CalibrationError, match="pass data= instead"):
         quantize(FAMILIES["opt"](), "w4a16", steps=["bias-correction"], calibration=Calibration(statistics=known))
-    one = Quantized(random_qtensor(QuantSpec("int4", (1, 32)), (4, 64)), 0.5, bias=torch.randn(3))
-    store = ResumeStore(tmp_path / "x.resume", "run")
-    store.save(0, {"a": one}, [])
-    loaded = store.load(0)["a"]
-    assert loaded.bias is not None
-    assert torch.equal(loaded.bias, one.bias)  # type: ignore[arg-type]
+
+    def correct(out: Path, stop: str = "") -> dict[str, bytes]:
+        def progress(event: Progress) -> None:
+            if event.detail == stop:
+                raise KeyboardInterrupt
+
+        model, text = FAMILIES["opt"](), Calibration(data=ids())
+        quantize(model, "w4a16", out=out, steps=["bias-correction"], calibration=text, run=Run(progress=progress))
+        return {file.name: file.read_bytes() for file in sorted(out.iterdir())}
+
+    with pytest.raises(KeyboardInterrupt):
+        correct(tmp_path / "stopped", stop="model.decoder.layers.0")
+    assert correct(tmp_path / "stopped") == correct(tmp_path / "whole")
 
 
 def test_a_massive_channel_does_not_hide_a_wrong_producer() -> None:

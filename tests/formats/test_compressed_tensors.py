@@ -5,7 +5,7 @@ import torch
 
 from quantkit.errors import FormatError
 from quantkit.formats.base import FORMATS
-from quantkit.formats.compressed_tensors import IntQuantized, PackQuantized
+from quantkit.formats.codecs.compressed_tensors import IntQuantized, PackQuantized
 from quantkit.numerics import grid
 from quantkit.qtensor import GridTensor
 from quantkit.spec import QuantSpec, Scheme
@@ -63,7 +63,7 @@ def test_the_package_dequantizes_to_the_same_values(bits: int, symmetric: bool, 
     weight = torch.randn(24, 96, generator=torch.Generator().manual_seed(bits))
     scale, zero = grid.choose_qparams(weight, spec)
     qtensor = GridTensor.from_codes(grid.quantize(weight, scale, zero, spec), scale, zero, spec)
-    config = QuantizationConfig.model_validate(RULE.dump_config({"m": scheme}, [], dtype))
+    config = QuantizationConfig.model_validate(RULE.dialect.dump_config({"m": scheme}, [], dtype))
     group = config.config_groups["group_0"]
     package = BaseCompressor.get_value_from_registry(group.format or config.format)
     theirs = package.decompress(RULE.codec(scheme).encode(qtensor), group)["weight"]
@@ -81,7 +81,7 @@ def test_reads_what_the_package_writes(bits: int, symmetric: bool) -> None:
     spec = QuantSpec(f"int{bits}", (1, 16), symmetric, "float32")
     weight = torch.randn(20, 48, generator=torch.Generator().manual_seed(bits))
     scale, zero = grid.choose_qparams(weight, spec)
-    config = QuantizationConfig.model_validate(RULE.dump_config({"m": Scheme(spec)}, [], "float32"))
+    config = QuantizationConfig.model_validate(RULE.dialect.dump_config({"m": Scheme(spec)}, [], "float32"))
     signed = None if zero is None else (zero.to(torch.int16) - 2 ** (bits - 1)).to(torch.int8)
     state = {"weight": weight, "weight_scale": scale} | ({} if signed is None else {"weight_zero_point": signed})
     group = config.config_groups["group_0"]
@@ -114,18 +114,18 @@ def test_version_decides_between_padded_and_dense(bits: int) -> None:
         "weight_shape": torch.tensor([20, 48]),
         "weight_zero_point": padded(zero.T, bits).T.contiguous(),
     }
-    config = RULE.dump_config({"m": Scheme(spec)}, [], "float32")
-    found = RULE.load_config({**config, "version": "0.17.1"}, "float32")("m")
+    config = RULE.dialect.dump_config({"m": Scheme(spec)}, [], "float32")
+    found = RULE.dialect.load_config({**config, "version": "0.17.1"}, "float32", {})("m")
     assert found is not None
     qtensor = found.codec.decode(old, spec, (20, 48))
     assert torch.equal(qtensor.codes(), codes)
     assert qtensor.zero_point is not None
     assert torch.equal(qtensor.zero_point, zero)
-    dense = RULE.load_config({**config, "version": "0.18.0.a20260601"}, "float32")("m")
+    dense = RULE.dialect.load_config({**config, "version": "0.18.0.a20260601"}, "float32", {})("m")
     assert dense is not None
     assert dense.codec == PackQuantized(padded=False)
     with pytest.raises(FormatError, match=r"0\.18"):
-        RULE.load_config({**config, "version": None}, "float32")
+        RULE.dialect.load_config({**config, "version": None}, "float32", {})
 
 
 def test_scale_dtype_must_fit_the_checkpoint() -> None:
@@ -134,7 +134,8 @@ def test_scale_dtype_must_fit_the_checkpoint() -> None:
     assert RULE.rejects(scheme, (8, 64), "float32") is None
     assert "scale_dtype bfloat16" in (RULE.rejects(scheme, (8, 64), "bfloat16") or "")
     assert (
-        RULE.dump_config({"m": scheme}, [], "float32")["config_groups"]["group_0"]["weights"]["scale_dtype"] == "torch.float16"
+        RULE.dialect.dump_config({"m": scheme}, [], "float32")["config_groups"]["group_0"]["weights"]["scale_dtype"]
+        == "torch.float16"
     )
 
 
@@ -157,7 +158,7 @@ def test_scale_dtype_must_fit_the_checkpoint() -> None:
     ],
 )
 def test_foreign_configs_that_cannot_be_exact_are_refused(change: dict, message: str) -> None:
-    config = RULE.dump_config({"m": Scheme(QuantSpec("int4", (1, 32)))}, [], "float16")
+    config = RULE.dialect.dump_config({"m": Scheme(QuantSpec("int4", (1, 32)))}, [], "float16")
     group = config["config_groups"]["group_0"]
     for key, value in change.items():
         if key == "weights":
@@ -169,15 +170,15 @@ def test_foreign_configs_that_cannot_be_exact_are_refused(change: dict, message:
         else:
             config[key] = value
     with pytest.raises(FormatError, match=message):
-        RULE.load_config(config, "float16")("m")
+        RULE.dialect.load_config(config, "float16", {})("m")
 
 
 def test_targets_ignore_and_order() -> None:
-    config = RULE.dump_config({"m": Scheme(QuantSpec("int4", (1, 32)))}, ["re:.*gate$", "lm_head"], "float16")
+    config = RULE.dialect.dump_config({"m": Scheme(QuantSpec("int4", (1, 32)))}, ["re:.*gate$", "lm_head"], "float16")
     group = config["config_groups"]["group_0"]
     eight = {**group, "targets": ["re:.*down_proj$"], "weights": {**group["weights"], "num_bits": 8}}
     config["config_groups"] = {"group_0": eight, "group_1": {**group, "targets": ["Linear"]}}
-    match = RULE.load_config(config, "float16")
+    match = RULE.dialect.load_config(config, "float16", {})
     found = {name: match(name) for name in ("a.gate", "lm_head", "a.down_proj", "a.up_proj")}
     assert {name: stored and stored.scheme.weight.bits for name, stored in found.items()} == {
         "a.gate": None,

@@ -6,10 +6,11 @@ import torch
 from quantkit.errors import FormatError
 from quantkit.formats.base import FORMATS
 from quantkit.numerics import grid
+from quantkit.presets import preset
 from quantkit.qtensor import GridTensor
 from quantkit.quantizers.base import quantize_site
 from quantkit.quantizers.rtn import RTN
-from quantkit.spec import QuantSpec, Scheme, preset
+from quantkit.spec import QuantSpec, Scheme
 
 RULE = FORMATS.get("compressed-tensors")
 NVFP4, MXFP4 = (preset(name, ()).weight for name in ("nvfp4", "mxfp4"))
@@ -20,7 +21,7 @@ def package_of(spec: QuantSpec, dtype: str = "float32"):
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationConfig
 
-    config = QuantizationConfig.model_validate(RULE.dump_config({"m": Scheme(spec)}, [], dtype))
+    config = QuantizationConfig.model_validate(RULE.dialect.dump_config({"m": Scheme(spec)}, [], dtype))
     group = config.config_groups["group_0"]
     return BaseCompressor.get_value_from_registry(group.format or config.format), group
 
@@ -75,15 +76,15 @@ def test_reads_what_the_package_writes(spec: QuantSpec) -> None:
 
 @BOTH
 def test_config_comes_back_and_mismatches_are_refused(spec: QuantSpec) -> None:
-    config = RULE.dump_config({"m": Scheme(spec)}, [], "bfloat16")
-    found = RULE.load_config(config, "bfloat16")("m")
+    config = RULE.dialect.dump_config({"m": Scheme(spec)}, [], "bfloat16")
+    found = RULE.dialect.load_config(config, "bfloat16", {})("m")
     assert found is not None
     assert found.scheme == Scheme(spec)
     assert RULE.rejects(Scheme(spec), (24, 96), "bfloat16") is None
     other = "mxfp4" if spec == NVFP4 else "nvfp4"
     config["config_groups"]["group_0"]["format"] = f"{other}-pack-quantized"
     with pytest.raises(FormatError, match="config_groups"):
-        RULE.load_config(config, "bfloat16")
+        RULE.dialect.load_config(config, "bfloat16", {})
     with pytest.raises(FormatError, match="nvfp4 or mxfp4"):
         RULE.codec(Scheme(spec)).layout(QuantSpec("int4"), (8, 32))
 

@@ -6,7 +6,8 @@ import torch
 from quantkit.numerics.fake import fake_quantize
 from quantkit.numerics.hadamard import hadamard_transform
 from quantkit.numerics.inputs import UNCHANGED, InputQuantizer, static_scale
-from quantkit.spec import TOKEN_INT8, ActivationSpec, QuantSpec, preset
+from quantkit.presets import preset
+from quantkit.spec import TOKEN_INT8, ActivationSpec, QuantSpec
 
 STATIC = ActivationSpec(QuantSpec("int8", (-1, -1)), dynamic=False)
 

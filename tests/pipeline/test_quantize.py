@@ -13,7 +13,7 @@ from quantkit.errors import CalibrationError, FormatError, SpecError
 from quantkit.hf.structure import describe
 from quantkit.nn.linear import QuantLinear
 from quantkit.pipeline.plan import make_plan
-from quantkit.pipeline.quantize import collect, quantize
+from quantkit.pipeline.quantize import collect, plan, quantize
 from quantkit.pipeline.rules import Rule
 from quantkit.pipeline.settings import Output, Run
 from quantkit.quantizers.base import QUANTIZERS
@@ -52,7 +52,7 @@ def test_quantize_save_load_gives_the_same_logits(family: str, tmp_path: Path) -
     assert {row.kind for row in result.coverage} <= {"quantized", "fell back", "skipped"}
     assert sum(row.parameters for row in result.coverage) == sum(p.numel() for p in FAMILIES[family]().parameters())
     assert all(row.reason for row in result.coverage if row.kind == "skipped")
-    assert not (tmp_path / "q.resume").exists()
+    assert not (tmp_path / "q" / "incomplete").exists()
 
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS.names())
@@ -205,11 +205,59 @@ def test_layers_that_other_readers_would_load_as_garbage_are_refused() -> None:
     assert not checkpoint.rejections(model, plan, "native")
 
 
+def test_strict_looks_at_every_layer_whatever_a_rule_skips() -> None:
+    model = FAMILIES["llama"]()
+    skipped = Rule("down_proj", skip=True)
+    quantize(model, method="rtn", rules=[skipped], run=Run(strict=True))
+    partial = dict(list(plan(FAMILIES["llama"](), "w4a16", rules=[skipped]).plan.items())[:3])
+    with pytest.raises(SpecError, match=r"would stay in float; strict=True wants a rule with skip"):
+        quantize(FAMILIES["llama"](), partial, method="rtn", run=Run(strict=True))
+
+
+def test_strict_names_linear_layers_that_cannot_be_replaced() -> None:
+    class Doubled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    model = FAMILIES["llama"]()
+    model.model.layers[0].mlp.up_proj.__class__ = Doubled
+    with pytest.raises(SpecError, match=r"layers\.0\.mlp\.up_proj\.weight \(Doubled is not a plain linear layer\) would stay"):
+        quantize(model, method="rtn", run=Run(strict=True))
+    quantize(model, method="rtn", rules=[Rule("model.layers.0.mlp.up_proj", skip=True)], run=Run(strict=True))
+
+
+def test_a_plan_is_made_before_and_carried_out_as_it_is() -> None:
+    made = plan(FAMILIES["llama"](), "w4a16", rules=[Rule("v_proj", "w8a16"), Rule("head", "w8a16-g32")])
+    assert "layers int8 g64" in repr(made)
+    result = quantize(FAMILIES["llama"](), made, method="rtn")
+    assert result.plan == made.plan
+    with pytest.raises(SpecError, match="rules beside a plan"):
+        quantize(FAMILIES["llama"](), made, rules=[Rule("v_proj", skip=True)])
+
+
+def test_an_odd_layer_is_named_in_the_coverage_table() -> None:
+    odd = FAMILIES["llama"](intermediate_size=100)
+    result = quantize(odd, "w4a16", method="rtn")
+    reasons = {row.name.rsplit(".", 1)[-1]: row.reason for row in result.coverage if row.kind == "quantized"}
+    assert reasons["down_proj"] == "one scale per channel, because 64 does not divide its input size 100"
+    assert reasons["up_proj"] is None
+
+
+def test_a_result_shows_itself(tmp_path: Path) -> None:
+    result = quantize(FAMILIES["llama"](), method="rtn", out=tmp_path / "<b>")
+    for text in (repr(result), result._repr_html_()):
+        assert all(word in text for word in ("bits per weight", "KL to the float model", "int4 g32", "14 quantized"))
+    assert "<b>" not in result._repr_html_()
+    assert result._repr_html_().startswith("<table>")
+
+
 def test_strict_refuses_a_fallback() -> None:
     model = FAMILIES["qwen3_moe"]()
     one = [torch.full((1, 2), 5)]  # two equal tokens reach at most two of four experts
-    with pytest.raises(CalibrationError, match="fell back to rounding; strict=True forbids that"):
-        quantize(model, calibration=Calibration(data=one), run=Run(strict=True))
+    seen: list[Progress] = []
+    with pytest.raises(CalibrationError, match=r"layers\.0.*no calibration input.*strict=True forbids that"):
+        quantize(model, calibration=Calibration(data=one), run=Run(strict=True, progress=seen.append))
+    assert not any(event.detail.startswith("model.layers.1") for event in seen)  # it came when it happened, not at the end
     relaxed = quantize(FAMILIES["qwen3_moe"](), calibration=Calibration(data=one))
     fallen = [row for row in relaxed.coverage if row.kind == "fell back"]
     assert fallen

@@ -1,24 +1,32 @@
 """A run may be killed at any instant; running it again gives the same files, byte for byte."""
 
+import itertools
 import os
 import random
+import shutil
 import signal
+import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from quantkit.pipeline.distill import Distill
+from safetensors.torch import load_file
 
 from quantkit.calibrate.data import Calibration
 from quantkit.errors import FormatError
 from quantkit.pipeline.quantize import collect, quantize
-from quantkit.pipeline.settings import Run
+from quantkit.pipeline.settings import Output, Run
 from quantkit.system.compute import Compute
 from quantkit.system.progress import Progress
 from tests.tiny import tiny_llama
 
-KILLS = 20
+KILLS = 25
+STAGE = Path("incomplete")
+LEARN = Distill(steps=2, windows=2, code_rate=0.1, dtype="float32")
 
 
 def run(out: Path, scheme: str = "w4a16-asym", method: str = "gptq", **settings: Any) -> None:
@@ -29,53 +37,114 @@ def run(out: Path, scheme: str = "w4a16-asym", method: str = "gptq", **settings:
     quantize(model, scheme, out=out, method=method, calibration=Calibration(ids), run=Run(**settings))
 
 
+def run_everything(out: Path) -> None:
+    """Quantize a small model through every kind of write: biases change, then scales of all blocks; an old model goes."""
+    torch.set_num_threads(1)
+    text = Calibration([torch.randint(3, 190, (2, 24), generator=torch.Generator().manual_seed(0))])
+    quantize(
+        tiny_llama(num_hidden_layers=2, intermediate_size=32),
+        out=out,
+        method="rtn",
+        steps=[LEARN],
+        calibration=text,
+        output=Output(overwrite=True),
+    )
+
+
 def files(path: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in sorted(path.iterdir())}
+    """Return the files of a checkpoint; a run that is killed right after publishing may leave its empty stage."""
+    return {p.name: p.read_bytes() for p in sorted(path.iterdir()) if p.is_file()}
 
 
-def start(out: Path) -> int:
+def is_finished(out: Path) -> bool:
+    return (out / "config.json").exists() and not (out / "INCOMPLETE.json").exists()
+
+
+def start(out: Path, what: Callable[[Path], None], before: Callable[[], None] = lambda: None) -> int:
     """Run in a child process; a fork, since starting Python anew takes longer than the run."""
     child = os.fork()
     if child == 0:
         status = 1
         try:
-            run(out)
+            before()
+            what(out)
             status = 0
         finally:
             os._exit(status)
     return child
 
 
-@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
-def test_twenty_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
+@pytest.fixture
+def one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a forked child must not inherit a pool of threads that do not exist in it
-    try:
-        begin = time.monotonic()
-        run(tmp_path / "whole")
-        duration = time.monotonic() - begin
-        chance = random.Random(20)
-        kills = finished = 0
-        while kills < KILLS:
-            out = tmp_path / f"killed-{finished}"
-            child = start(out)
-            # Mostly short lives, so that one checkpoint takes several of them; some reach the writing of the files.
-            time.sleep(chance.choice([0.25, 0.5, 1.1]) * duration * chance.random())
-            os.kill(child, signal.SIGKILL)
-            _, status = os.waitpid(child, 0)
-            kills += os.WIFSIGNALED(status)
-            if (out / "config.json").exists() and not (out / "INCOMPLETE.json").exists():
-                finished += 1  # killed after the last rename: a finished checkpoint must be whole
-        want = files(tmp_path / "whole")
-        for number in range(finished + 1):
-            out = tmp_path / f"killed-{number}"
-            if not (out / "config.json").exists() or (out / "INCOMPLETE.json").exists():
-                run(out)
-            found = files(out)
-            assert found["config.json"].decode() == want["config.json"].decode()
-            assert found == want
-    finally:
-        torch.set_num_threads(threads)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_kills_at_random_moments_change_nothing(tmp_path: Path, one_thread: None) -> None:
+    begin = time.monotonic()
+    run(tmp_path / "whole")
+    duration = time.monotonic() - begin
+    want, chance = files(tmp_path / "whole"), random.Random(20)
+    kills = finished = 0
+    while kills < KILLS:
+        out = tmp_path / f"killed-{finished}"
+        child = start(out, run)
+        # Mostly short lives, so that one checkpoint takes several of them; some reach the writing of the files.
+        time.sleep(chance.choice([0.25, 0.5, 1.1]) * duration * chance.random())
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        kills += os.WIFSIGNALED(status)
+        finished += is_finished(out)  # killed after the last rename: a finished checkpoint must be whole
+    for number in range(finished + 1):
+        out = tmp_path / f"killed-{number}"
+        if not is_finished(out):
+            run(out)
+        assert files(out)["config.json"].decode() == want["config.json"].decode()
+        assert files(out) == want
+
+
+def kill_at(count: int, out: Path) -> Callable[[], None]:
+    """Return a function that lets this process be killed at the ``count``-th operation on a file below ``out``."""
+    seen = 0
+    events = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.listdir", "os.chmod")
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        nonlocal seen
+        if event in events and args and str(args[0]).startswith(str(out)):
+            seen += 1
+            if seen == count:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    return lambda: sys.addaudithook(hook)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_a_kill_between_any_two_operations_on_files_loses_nothing(tmp_path: Path, one_thread: None) -> None:
+    """Each run is killed a little later than the one before; what it left is finished by a run that lives."""
+    run_everything(tmp_path / "whole")
+    want = files(tmp_path / "whole")
+    for count in itertools.count(1, 1):
+        out = tmp_path / "out"
+        tiny_llama(seed=1).save_pretrained(out)  # the model that is to be replaced
+        before = files(out)
+        child = start(out, run_everything, kill_at(count, out))
+        _, status = os.waitpid(child, 0)
+        if is_finished(out):
+            assert {name: data for name, data in files(out).items() if not name.startswith(".")} in (before, want)
+        else:
+            assert (out / "INCOMPLETE.json").exists()
+        assert not is_finished(out / STAGE) or load_file(out / STAGE / "model.safetensors")
+        if not os.WIFSIGNALED(status):
+            assert os.WEXITSTATUS(status) == 0
+            break
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        run_everything(out)
+        assert files(out) == want
+        shutil.rmtree(out)
+    assert count > 100
 
 
 @pytest.mark.parametrize("quantizer", ["gptq", "gptaq"])

@@ -83,7 +83,7 @@ def test_an_interrupted_run_gives_the_same_files(tmp_path: Path) -> None:
     whole = run(tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "q", stop="model.layers.0")
-    assert (tmp_path / "q.resume" / "block-00000.safetensors").exists()
+    assert (tmp_path / "q" / "incomplete" / "run" / "chain-00000.safetensors").exists()
     assert run(tmp_path / "q") == whole
 
 
