@@ -10,7 +10,7 @@ entry points, which are found without importing anything of it::
     my-quantizer = "my_package.my_module:MyQuantizer"
 
 The groups are ``quantkit.schemes``, ``.quantizers``, ``.steps``, ``.formats``, ``.kernels``, ``.drafters`` and
-``.collectors``. An entry point that cannot be loaded is a warning, and an error only for who asks for it by name.
+``.collectors``. An entry point that cannot be loaded is a warning, and an error only where it is asked for by name.
 """
 
 import importlib
