@@ -244,7 +244,7 @@ def run_scores(first: dict) -> None:
 
 
 def grid_of(scheme: str) -> dict:
-    from quantkit.spec import preset
+    from quantkit.presets import preset
 
     spec = preset(scheme, (64,)).weight
     return {"bits": spec.bits, "group_size": spec.group_size, "symmetric": spec.symmetric}

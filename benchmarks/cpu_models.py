@@ -125,8 +125,8 @@ def quantized_directory(name: str, bits: str, work: Path) -> Path:
     from quantkit.nn.install import install
     from quantkit.nn.sites import read_weight
     from quantkit.numerics import grid
+    from quantkit.presets import preset
     from quantkit.qtensor import GridTensor
-    from quantkit.spec import preset
 
     path = work / f"{name}-{bits}"
     if not (path / "config.json").exists():

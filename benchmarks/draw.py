@@ -21,7 +21,7 @@ from quantkit.engine.sampling import Sampling, choose
 from quantkit.kernels.functions.sampling import Draw, draw_plain
 from quantkit.system.files import write_json
 
-WISHES = {
+SAMPLINGS = {
     "greedy": Sampling(),
     "temperature": Sampling(0.8),
     "top-k 50": Sampling(0.8, top_k=50),
@@ -31,27 +31,27 @@ WISHES = {
 }
 
 
-def theirs(wish: Sampling) -> Callable[[Tensor], Tensor]:
+def theirs(sampling: Sampling) -> Callable[[Tensor], Tensor]:
     """Return what transformers' generate does with logits."""
-    if wish.greedy:
+    if sampling.greedy:
         return lambda logits: logits.argmax(-1)
-    chain = LogitsProcessorList([TemperatureLogitsWarper(wish.temperature)])
-    chain.extend([] if wish.top_k is None else [TopKLogitsWarper(wish.top_k)])
-    chain.extend([] if wish.top_p is None else [TopPLogitsWarper(wish.top_p)])
-    chain.extend([] if wish.min_p is None else [MinPLogitsWarper(wish.min_p)])
+    chain = LogitsProcessorList([TemperatureLogitsWarper(sampling.temperature)])
+    chain.extend([] if sampling.top_k is None else [TopKLogitsWarper(sampling.top_k)])
+    chain.extend([] if sampling.top_p is None else [TopPLogitsWarper(sampling.top_p)])
+    chain.extend([] if sampling.min_p is None else [MinPLogitsWarper(sampling.min_p)])
     return lambda logits: torch.multinomial(chain(None, logits).softmax(-1), 1)
 
 
 def measure(vocabulary: int, rows: int, rounds: int) -> list[dict[str, object]]:
-    """Time every way for every wish."""
+    """Time every way for every sampling."""
     logits = 3 * torch.randn(rows, vocabulary)
     found: list[dict[str, object]] = []
-    for name, wish in WISHES.items():
+    for name, sampling in SAMPLINGS.items():
         positions, seeds = list(range(rows)), [7] * rows
-        draw, where = Draw.of([wish] * rows, seeds, "cpu"), torch.arange(rows, dtype=torch.int32)
-        transformers = theirs(wish)
+        draw, where = Draw.of([sampling] * rows, seeds, "cpu"), torch.arange(rows, dtype=torch.int32)
+        transformers = theirs(sampling)
         ways: dict[str, Callable[[], object]] = {
-            "ours": lambda wish=wish, s=seeds, p=positions: choose(logits, [wish] * rows, s, p),
+            "ours": lambda sampling=sampling, s=seeds, p=positions: choose(logits, [sampling] * rows, s, p),
             "transformers": lambda run=transformers: run(logits).tolist(),
             "plain": lambda draw=draw, where=where: draw_plain(logits, draw, where).tolist(),
         }

@@ -4,7 +4,7 @@
     python benchmarks/engine.py kv            KL and perplexity through the key/value memory, and its bytes
     python benchmarks/engine.py speculate     tokens per second with and without drafts, on texts that suit and not
 
-The twin's rows need int8 weights: ``quantkit.quantize("demo", "w8a16-g64", out=DIR)``, then ``--model DIR --head int8``.
+Self-drafting needs int8 weights: ``quantkit.quantize("demo", "w8a16-g64", out=DIR)``, then ``--model DIR --head int8``.
 ``quantkit trace demo`` is the fourth: static against continuous batching.
 """
 
@@ -78,8 +78,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "native, alone": {"running": 1},
     "native, batch of 8": {},
     "native, batch of 8, n-gram drafts": {"drafter": "ngram"},
-    "native, alone, twin drafts": {"running": 1, "drafter": "twin"},
-    "native, batch of 8, twin drafts": {"drafter": "twin"},
+    "native, alone, self-drafting": {"running": 1, "drafter": "self"},
+    "native, batch of 8, self-drafting": {"drafter": "self"},
     "modules, dense, alone": {"engine": "modules", "running": 1, "page_tokens": 512},
     "modules, dense, batch of 8": {"engine": "modules", "page_tokens": 512},
     "modules, paged, batch of 8": {"engine": "modules", "page_tokens": 16},
@@ -100,7 +100,7 @@ def identity(model: Any, tokenizer: Any, arguments: argparse.Namespace) -> dict[
     for name, way in WAYS.items():
         options = {"running": 8, "kv_tokens": 4096, **way}
         drafter, how = options.pop("drafter", None), options.pop("engine", "native")
-        if drafter == "twin" and not quantized_to_8(model):
+        if drafter == "self" and not quantized_to_8(model):
             continue
         engine = Engine(model, limits=Limits(**options), drafter=drafter, engine=how)
         same = sum(a == b for a, b in zip(answers(engine, prompts, new), theirs, strict=True))
@@ -160,7 +160,7 @@ def race(
 def speculate(model: Any, tokenizer: Any, arguments: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {}
     limits, options = Limits(running=1, kv_tokens=2048), {"engine": arguments.engine, "compute": arguments.compute}
-    drafters = [None, "ngram", *(["twin"] if quantized_to_8(model) else [])]
+    drafters = [None, "ngram", *(["self"] if quantized_to_8(model) else [])]
     engines = {drafter or "plain": Engine(model, limits=limits, drafter=drafter, **options) for drafter in drafters}
     for name, (text, sampling) in TEXTS.items():
         prompt, tokens = chat(tokenizer, text), dict[str, list[int]]()

@@ -34,7 +34,7 @@ from quantkit.engine.request import Limits
 from quantkit.engine.sampling import Sampling
 from quantkit.kernels.cuda import calls, layout, prefill
 from quantkit.kernels.cuda import ops as cuda_ops
-from quantkit.kernels.cuda.attention import PAGE_TOKENS, Pages, Where
+from quantkit.kernels.cuda.attention import PAGE_TOKENS, LayerPages, Where
 from quantkit.kernels.cuda.decoder import CudaDecoder
 from quantkit.kernels.cuda.graph import GraphDecoder
 from quantkit.kernels.functions.sampling import Draw
@@ -260,9 +260,9 @@ def attention(bench: Bench) -> None:
             q = torch.randn(batch, heads, head, device=bench.device).bfloat16()
             contenders, sizes = {}, {}
             for kind in ("float", "int8", "int4"):
-                one = Pages.empty(count, kv_heads, head, kind, torch.bfloat16, bench.device)
+                one = LayerPages.empty(count, kv_heads, head, kind, torch.bfloat16, bench.device)
                 copies = max(1, min(64, -(-4 * bench.cache_bytes // one.nbytes)))
-                pages = [Pages.empty(count, kv_heads, head, kind, torch.bfloat16, bench.device) for _ in range(copies)]
+                pages = [LayerPages.empty(count, kv_heads, head, kind, torch.bfloat16, bench.device) for _ in range(copies)]
                 for part in itertools.chain(*(p[:4] for p in pages)):
                     if part is not None and part.dtype in (torch.bfloat16, torch.float32):
                         part.normal_()
@@ -352,12 +352,12 @@ def engine(bench: Bench) -> None:
     words = decoder.program.tokens
     drawn = Sampling(0.8, top_k=50, top_p=0.95, seed=1)
     ways = {"greedy": (Sampling(), True), "greedy, waiting for every token": (Sampling(), False), "drawn": (drawn, True)}
-    for batch, (way, (wish, ahead)) in itertools.product((1, 2) if bench.smoke else (1, 8, 32), ways.items()):
+    for batch, (way, (sampling, ahead)) in itertools.product((1, 2) if bench.smoke else (1, 8, 32), ways.items()):
         limits = Limits(running=batch, kv_tokens=batch * (prompt + new + PAGE_TOKENS), step_tokens=2048)
         server = TokenEngine(CudaBackend(decoder, context_tokens=prompt + new), words, limits=limits)
         if not ahead:
-            server._run_ahead = lambda flight: None
-        options = {"max_new_tokens": new, "sampling": wish, "watch": lambda token: None}
+            server._run_ahead = lambda step: None
+        options = {"max_new_tokens": new, "sampling": sampling, "watch": lambda token: None}
         for _ in range(2):  # the first time records the steps
             requests = [server.submit(torch.randint(words, (prompt,)).tolist(), **options) for _ in range(batch)]
             for _ in server.run():
@@ -377,7 +377,7 @@ def engine(bench: Bench) -> None:
 def sample(bench: Bench) -> None:
     """Time the choice of a token by how it is drawn, beside torch's argmax and the sort that a plain top-p begins with."""
     ops, rows = cuda_ops.ops(), []
-    wishes = {
+    samplings = {
         "greedy": Sampling(),
         "temperature": Sampling(0.8),
         "top_k": Sampling(0.8, top_k=50),
@@ -388,9 +388,9 @@ def sample(bench: Bench) -> None:
         logits = (3 * torch.randn(batch, 512 if bench.smoke else 128256, device=bench.device)).bfloat16()
         positions = torch.arange(batch, dtype=torch.int32, device=bench.device)
         contenders: dict[str, list[Callable[[], Any]]] = {}
-        for name, wish in wishes.items():
+        for name, sampling in samplings.items():
             draw = Draw.greedy(batch, bench.device)
-            draw.set([wish] * batch)
+            draw.set([sampling] * batch)
             contenders[name] = [partial(ops.next_tokens, logits, *draw, positions)]
         contenders |= {"argmax": [partial(logits.argmax, -1)], "sort": [partial(logits.float().sort, -1)]}
         rows.append({"batch": batch, **bench.compare(contenders)})

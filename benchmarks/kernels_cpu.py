@@ -17,8 +17,9 @@ from torch.nn import functional as F
 from quantkit.kernels import report
 from quantkit.nn.linear import QuantLinear
 from quantkit.numerics import grid
+from quantkit.presets import preset
 from quantkit.qtensor import GridTensor
-from quantkit.spec import QuantSpec, preset
+from quantkit.spec import QuantSpec
 
 SHAPES = {"q, o": (576, 576), "k, v": (192, 576), "gate, up": (1536, 576), "down": (576, 1536)}
 PER_LAYER = {"q, o": 2, "k, v": 2, "gate, up": 2, "down": 1}

@@ -33,7 +33,7 @@ API = {
     "Measure": ["evaluate", "EvalReport", "BaseLogits", "compare_latency", "comparison_table", "write_html"],
     "Recipes": ["load_recipe", "plan_recipe", "run_recipe", "Recipe"],
     "Statistics": ["save_statistics", "load_statistics"],
-    "Numbers": ["preset", "QuantSpec", "Scheme", "KVScheme", "Plan", "QTensor", "GridTensor"],
+    "Numbers": ["preset", "QuantSpec", "ActivationSpec", "Scheme", "KVScheme", "Plan", "QTensor", "GridTensor"],
     "Errors": ["QuantkitError", "SpecError", "CalibrationError", "FormatError", "KernelError", "RecipeError"],
 }
 """Public names in the order of the reference; tests see to it that each stands here once."""
@@ -85,7 +85,7 @@ def options(member: type) -> str:
 def schemes() -> str:
     """Return the table of presets."""
     from quantkit.formats.base import FORMATS
-    from quantkit.spec import NAMED, PRESETS, preset
+    from quantkit.presets import NAMED, PRESETS, preset
 
     rows = []
     for name in (*PRESETS, *NAMED):

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from quantkit.pipeline.result import QuantizeResult
     from quantkit.pipeline.rules import Rule, SchemeChoice
     from quantkit.pipeline.settings import Output, Run
+    from quantkit.presets import preset
     from quantkit.qtensor import GridTensor, QTensor
     from quantkit.quantizers.autoround import AutoRound
     from quantkit.quantizers.gptaq import GPTAQ
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from quantkit.recipe.run import plan_recipe, run_recipe
     from quantkit.recipe.schema import Recipe, load_recipe
     from quantkit.report import comparison_table, write_html
-    from quantkit.spec import KVScheme, Plan, QuantSpec, Scheme, preset
+    from quantkit.spec import ActivationSpec, KVScheme, Plan, QuantSpec, Scheme
     from quantkit.system.compute import Compute
     from quantkit.system.progress import Progress
     from quantkit.transforms.awq import AWQ
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "AWQ": "transforms.awq",
+    "ActivationSpec": "spec",
     "AutoRound": "quantizers.autoround",
     "BaseLogits": "evaluation",
     "BiasCorrection": "transforms.bias",
@@ -98,7 +100,7 @@ _HOME = {
     "open_model": "checkpoint.open",
     "plan": "pipeline.quantize",
     "plan_recipe": "recipe.run",
-    "preset": "spec",
+    "preset": "presets",
     "quantize": "pipeline.quantize",
     "run_recipe": "recipe.run",
     "save": "checkpoint",
@@ -112,6 +114,7 @@ __all__ = [
     "GPTQ",
     "HQQ",
     "RTN",
+    "ActivationSpec",
     "AutoRound",
     "BaseLogits",
     "BiasCorrection",

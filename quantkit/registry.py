@@ -9,8 +9,8 @@ entry points, which are found without importing anything of it::
     [project.entry-points."quantkit.quantizers"]
     my-quantizer = "my_package.my_module:MyQuantizer"
 
-The groups are ``quantkit.quantizers``, ``.steps``, ``.formats``, ``.kernels``, ``.drafters``, ``.collectors`` and
-``.schemes``. An entry point that cannot be loaded is a warning, and an error only for who asks for it by name.
+The groups are ``quantkit.schemes``, ``.quantizers``, ``.steps``, ``.formats``, ``.kernels``, ``.drafters`` and
+``.collectors``. An entry point that cannot be loaded is a warning, and an error only where it is asked for by name.
 """
 
 import importlib
@@ -35,10 +35,13 @@ class Registry(Generic[T]):
         package: dotted name of the package whose modules register members; None for a family whose members are registered
             where the registry is.
         error: exception class raised for an unknown name.
+        hint: what else is said of an unknown name.
     """
 
-    def __init__(self, kind: str, *, package: str | None = None, error: type[QuantkitError] = QuantkitError) -> None:
-        self.kind, self.package, self.error = kind, package, error
+    def __init__(
+        self, kind: str, *, package: str | None = None, error: type[QuantkitError] = QuantkitError, hint: str = ""
+    ) -> None:
+        self.kind, self.package, self.error, self.hint = kind, package, error, hint
         self._members: dict[str, T] = {}
         self._broken: dict[str, str] = {}
         self._discovered = False
@@ -69,12 +72,17 @@ class Registry(Generic[T]):
         self._discover()
         if name in self._members:
             return self._members[name]
-        raise self.error(self._broken.get(name) or f"unknown {self.kind} {name!r}; {nearest(name, self._members)}")
+        raise self.error(self._broken.get(name) or f"unknown {self.kind} {name!r}; {nearest(name, self._members)}{self.hint}")
 
     def names(self) -> list[str]:
         """Return all member names, sorted."""
         self._discover()
         return sorted(self._members)
+
+    def broken(self) -> dict[str, str]:
+        """Return the entry points that cannot be used, by name, and why."""
+        self._discover()
+        return dict(self._broken)
 
     def __iter__(self) -> Iterator[tuple[str, T]]:
         self._discover()

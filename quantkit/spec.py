@@ -2,53 +2,19 @@
 
 A :class:`QuantSpec` names a grid (dtype, block that shares a scale, symmetric or not, scale dtype). It does not say how
 codes were chosen (a quantizer's business) nor where they are stored (a format's).
-
-Preset names follow the field's habit, ``w<bits>a<16|8>[-asym][-g<size>|-channel]``: ``w4a16`` is 4-bit symmetric
-weights with 16-bit activations, ``w8a8`` 8-bit weights with activations that are rounded to 8 bits at run time, a scale per
-token (``-static``: one scale per site, found in calibration; ``-rotated``: rounded in a rotated basis, in which no channel
-sticks out). A preset without a group takes the largest of 128, 64 and 32 that divides every site; ``w8a8`` has one scale per
-channel, which is what integer products can use. With ``-g<size>`` the
-activations of ``w8a8`` have a scale per token and group, too. ``fp8``, ``nf4``, ``mxfp4``, ``nvfp4`` are formats of their own
-(:data:`NAMED`).
+Presets by name are in :mod:`quantkit.presets`.
 """
 
 import dataclasses
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from quantkit.dtypes import DTYPES, SCALE_DTYPES
 from quantkit.errors import SpecError, nearest
 
 AUTO_GROUP_SIZES = (128, 64, 32)
 """Group sizes a preset tries, largest first."""
-
-PRESETS: tuple[str, ...] = (
-    "w2a16-asym", "w3a16", "w3a16-asym", "w4a16", "w4a16-asym", "w5a16", "w5a16-asym",
-    "w6a16", "w6a16-asym", "w8a16", "w8a16-asym", "w4a8", "w4a8-asym", "w8a8", "w8a8-static", "w8a8-rotated",
-)  # fmt: skip
-"""Preset names offered in help and documentation; any of them also takes ``-g<size>`` or ``-channel``."""
-
-NAMED: dict[str, tuple[str, tuple[int, int], str | None, Literal["dynamic", "static"] | None]] = {
-    "fp8": ("fp8_e4m3", (1, -1), None, None),
-    "fp8-tensor": ("fp8_e4m3", (-1, -1), None, None),
-    "fp8-block": ("fp8_e4m3", (128, 128), None, None),
-    "fp8-dynamic": ("fp8_e4m3", (1, -1), None, "dynamic"),
-    "fp8-static": ("fp8_e4m3", (1, -1), None, "static"),
-    "nf4": ("nf4", (1, 64), None, None),
-    "mxfp4": ("fp4_e2m1", (1, 32), "float8_e8m0fnu", None),
-    "nvfp4": ("fp4_e2m1", (1, 16), "float8_e4m3fn", None),
-}
-"""Presets of formats that are not integers: dtype, block, the scale dtype if the format fixes it, and whether activations are
-rounded to the same dtype: per token, at run time, or with one static scale per site."""
-
-TOKEN_INT8 = ("int8", (1, -1), True, "float32", True)
-"""Arguments of the :class:`QuantSpec` of activations in ``a8`` presets: symmetric int8, dynamic, one scale per token."""
-
-_PRESET = re.compile(
-    r"w(?P<bits>[2-8])a(?P<activation>16|8(?P<how>-static|-rotated)?)(?P<asym>-asym)?(?:-g(?P<group>\d+)|(?P<channel>-channel))?"
-)
 
 
 class WeightSpec(Protocol):
@@ -70,21 +36,15 @@ class QuantSpec:
     Attributes:
         dtype: a row of :data:`quantkit.dtypes.DTYPES`, e.g. ``"int4"``.
         block: rows x columns of a weight (out, in) that share one scale; -1 means all. ``(1, 128)`` is a group of 128
-            input channels, ``(1, -1)`` per output channel (per token for activations), ``(-1, -1)`` per tensor.
+            input channels, ``(1, -1)`` per output channel, ``(-1, -1)`` per tensor.
         symmetric: the zero point is the middle code and is not stored.
         scale_dtype: dtype of stored scales; scales are rounded to it before codes are chosen.
-        dynamic: (activations) the scale is found at run time and never stored. Activations that are not dynamic have one
-            stored scale per site.
-        rotated: (activations) inputs are multiplied by a Hadamard matrix before they are rounded, at run time, and the weight
-            is stored multiplied by it: :func:`quantkit.numerics.hadamard.hadamard_transform`.
     """
 
     dtype: str
     block: tuple[int, int] = (1, -1)
     symmetric: bool = True
     scale_dtype: str = "float16"
-    dynamic: bool = False
-    rotated: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -131,7 +91,7 @@ class QuantSpec:
     def describe(self) -> str:
         """Return a short human name such as ``"int4 g64 asym"``."""
         shape = f"g{self.group_size}" if self.strategy == "group" else self.strategy
-        return f"{self.dtype} {shape}{'' if self.symmetric else ' asym'}{' rotated' if self.rotated else ''}"
+        return f"{self.dtype} {shape}{'' if self.symmetric else ' asym'}"
 
     def rejects(self, shape: tuple[int, ...]) -> str | None:
         """Say why a weight of ``shape`` (..., out, in) cannot be blocked this way; None if it can."""
@@ -159,31 +119,83 @@ class QuantSpec:
         return cls(**{**data, "block": tuple(data.get("block", (1, -1)))})
 
 
+_ACTIVATION_KEYS = ("dynamic", "rotated")
+
+
 @dataclass(frozen=True, slots=True)
-class Scheme:
-    """How one site is quantized: its weight grid and, optionally, its input activations' grid.
+class ActivationSpec:
+    """How the inputs of a layer are rounded before they meet its weight.
+
+    Attributes:
+        grid: the numbers that inputs are rounded to; a row is a token, so block ``(1, -1)`` has a scale per token, ``(1, n)``
+            per token and n channels, ``(-1, -1)`` one for everything.
+        dynamic: the scale is found at run time and never stored; otherwise the layer has one stored scale, found in
+            calibration.
+        rotated: inputs are multiplied by a Hadamard matrix before they are rounded, and the weight is stored multiplied by it:
+            :func:`quantkit.numerics.hadamard.hadamard_transform`.
 
     Raises:
-        SpecError: static activations other than symmetric with one scale per tensor, blocks of several tokens, or a grid that
-            is rotated where that is not known: weights, and inputs of weights with a scale for the whole tensor.
+        SpecError: a static grid other than symmetric with one scale per tensor, or blocks of several tokens.
+    """
+
+    grid: QuantSpec
+    dynamic: bool = True
+    rotated: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.dynamic and (self.grid.block != (-1, -1) or not self.grid.symmetric):
+            raise SpecError(f"static activations {self.grid.describe()}: want a symmetric grid with one scale per tensor")
+        if self.grid.strategy == "block":
+            raise SpecError(f"activations {self.grid.describe()}: want one scale per tensor, per token, or per token and group")
+
+    @property
+    def static(self) -> bool:
+        """Whether the scale is found in calibration and stored."""
+        return not self.dynamic
+
+    def describe(self) -> str:
+        """Return a short human name such as ``"int8 channel rotated"``."""
+        return f"{self.grid.describe()}{' rotated' if self.rotated else ''}{' static' if self.static else ''}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-ready mapping, the grid's keys and two more; :meth:`from_dict` reverses it."""
+        return {**self.grid.to_dict(), "dynamic": self.dynamic, "rotated": self.rotated}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "ActivationSpec":
+        """Build a spec from :meth:`to_dict` output; an unknown key is a :class:`SpecError`."""
+        grid = {key: value for key, value in data.items() if key not in _ACTIVATION_KEYS}
+        return cls(QuantSpec.from_dict(grid), bool(data.get("dynamic", False)), bool(data.get("rotated", False)))
+
+
+def token_activations(dtype: str, group: int = -1) -> ActivationSpec:
+    """Return activations rounded at run time to a symmetric grid with a float32 scale per token (and group of channels)."""
+    return ActivationSpec(QuantSpec(dtype, (1, group), True, "float32"))
+
+
+TOKEN_INT8 = token_activations("int8")
+"""Activations of ``a8`` presets: symmetric int8, dynamic, one scale per token."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """How one layer is quantized: the grid of its weight and, optionally, what its inputs are rounded to.
+
+    Raises:
+        SpecError: rotated inputs of weights with a scale for the whole tensor (NVFP4).
     """
 
     weight: QuantSpec
-    activation: QuantSpec | None = None
+    activation: ActivationSpec | None = None
 
     def __post_init__(self) -> None:
-        a = self.activation
-        if a is not None and not a.dynamic and (a.block != (-1, -1) or not a.symmetric):
-            raise SpecError(f"static activations {a.describe()}: want a symmetric grid with one scale per tensor")
-        if a is not None and a.strategy == "block":
-            raise SpecError(f"activations {a.describe()}: want one scale per tensor, per token, or per token and group")
-        if self.weight.rotated or (self.rotated and self.weight.has_global_scale):
-            raise SpecError(f"{self.describe()}: only activations can be rotated, and not those of NVFP4 weights")
+        if self.rotated and self.weight.has_global_scale:
+            raise SpecError(f"{self.describe()}: inputs of NVFP4 weights cannot be rotated; use another scheme")
 
     @property
     def static(self) -> bool:
         """Whether the scale of activations is found in calibration and stored."""
-        return self.activation is not None and not self.activation.dynamic
+        return self.activation is not None and self.activation.static
 
     @property
     def rotated(self) -> bool:
@@ -194,17 +206,23 @@ class Scheme:
         """Return a short human name such as ``"int8 channel, inputs int8 channel"``."""
         if self.activation is None:
             return self.weight.describe()
-        return f"{self.weight.describe()}, inputs {self.activation.describe()}{' static' if self.static else ''}"
+        return f"{self.weight.describe()}, inputs {self.activation.describe()}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-ready mapping; :meth:`from_dict` reverses it."""
-        return {"weight": self.weight.to_dict(), "activation": self.activation and self.activation.to_dict()}
+        """Return a JSON-ready mapping; :meth:`from_dict` reverses it.
+
+        Weight and activation have the same keys in files, so the weight's say that it is neither dynamic nor rotated.
+        """
+        weight = {**self.weight.to_dict(), **dict.fromkeys(_ACTIVATION_KEYS, False)}
+        return {"weight": weight, "activation": self.activation and self.activation.to_dict()}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Scheme":
         """Build a scheme from :meth:`to_dict` output."""
-        activation = data.get("activation")
-        return cls(QuantSpec.from_dict(data["weight"]), QuantSpec.from_dict(activation) if activation else None)
+        weight, activation = dict(data["weight"]), data.get("activation")
+        if odd := [key for key in _ACTIVATION_KEYS if weight.pop(key, False)]:
+            raise SpecError(f"a weight cannot be {' and '.join(odd)}, only activations can")
+        return cls(QuantSpec.from_dict(weight), ActivationSpec.from_dict(activation) if activation else None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,63 +297,3 @@ def kv_preset(name: str | KVScheme) -> KVScheme:
 
 Plan = Mapping[str, Scheme]
 """Site name to scheme: every site that will be quantized, in model order. A site that is absent stays as it is."""
-
-
-def largest_group_size(in_features: Iterable[int]) -> int:
-    """Return the largest of 128, 64, 32 that divides every value, or -1 (one scale per channel) if none does."""
-    sizes = list(in_features)
-    return next((g for g in AUTO_GROUP_SIZES if all(size % g == 0 for size in sizes)), -1)
-
-
-def preset(
-    name: str,
-    in_features: Iterable[int],
-    *,
-    group_size: int | None = None,
-    symmetric: bool | None = None,
-    scale_dtype: str = "float16",
-) -> Scheme:
-    """Turn a preset name into a scheme for sites with these input sizes.
-
-    Args:
-        name: e.g. ``"w4a16"``, ``"w4a16-asym"``, ``"w4a16-asym-g64"``, ``"w8a16-channel"``.
-        in_features: input size of every site the scheme will apply to; decides the automatic group size.
-        group_size: overrides the automatic choice; -1 is one scale per channel. Not checked here: a size that does
-            not divide a site is reported by :meth:`QuantSpec.rejects`.
-        symmetric: overrides the name.
-        scale_dtype: dtype of the stored scales.
-
-    Raises:
-        SpecError: for a name that is no preset, naming the nearest one, or for two contradicting group sizes.
-    """
-    if name in NAMED:
-        dtype, block, fixed, rounded = NAMED[name]
-        if group_size is not None or symmetric is False:
-            raise SpecError(f"scheme {name!r} fixes its block and is symmetric; leave group_size and symmetric out")
-        activation = _activation(dtype, -1, rounded == "static", scale_dtype) if rounded else None
-        return Scheme(QuantSpec(dtype, block, True, fixed or scale_dtype), activation)
-    match = _PRESET.fullmatch(name)
-    if match is None:
-        raise SpecError(
-            f"unknown scheme {name!r}; {nearest(name, (*PRESETS, *NAMED))}; append -g<size> or -channel to fix the group"
-        )
-    named = -1 if match["channel"] else int(match["group"]) if match["group"] else None
-    if named is not None and group_size is not None and named != group_size:
-        raise SpecError(f"scheme {name!r} and group_size={group_size} disagree; give one of them")
-    group = named if named is not None else group_size
-    eight, bits = match["activation"] != "16", int(match["bits"])
-    if group is None:
-        group = -1 if eight and bits == 8 else largest_group_size(in_features)
-    if group == 0 or group < -1:
-        raise SpecError(f"group_size={group}: want a positive size, or -1 for one scale per channel")
-    symmetric = symmetric if symmetric is not None else match["asym"] is None
-    activation = None
-    if eight:
-        activation = _activation("int8", group if bits == 8 else -1, match["how"] == "-static", scale_dtype)
-        activation = dataclasses.replace(activation, rotated=match["how"] == "-rotated")
-    return Scheme(QuantSpec(f"int{bits}", (1, group), symmetric, scale_dtype), activation)
-
-
-def _activation(dtype: str, group: int, static: bool, scale_dtype: str) -> QuantSpec:
-    """Return a symmetric grid of activations; a static scale is stored, so it has the dtype of the other stored scales."""
-    return QuantSpec(dtype, (-1, -1), True, scale_dtype) if static else QuantSpec(dtype, (1, group), *TOKEN_INT8[2:])

@@ -17,6 +17,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("dtypes",),
     ("registry",),
     ("spec",),
+    ("presets",),
     ("system",),
     ("numerics",),
     ("qtensor",),

@@ -1,6 +1,5 @@
 """Schemes that round activations, end to end: dynamic and static, int8 and FP8, beside weights of 8 and 4 bits."""
 
-import dataclasses
 from pathlib import Path
 
 import pytest
@@ -17,9 +16,10 @@ from quantkit.numerics.grid import choose_qparams
 from quantkit.numerics.hadamard import hadamard_transform
 from quantkit.pipeline.quantize import collect
 from quantkit.pipeline.settings import Output
+from quantkit.presets import preset
 from quantkit.quantizers.autoround import AutoRound
 from quantkit.quantizers.rtn import nearest
-from quantkit.spec import QuantSpec, Scheme, preset
+from quantkit.spec import TOKEN_INT8, ActivationSpec, QuantSpec, Scheme
 from tests import tiny
 
 SCHEMES = [
@@ -87,7 +87,7 @@ def test_a_static_scale_is_the_largest_input_over_the_grid() -> None:
     assert all(scheme.static for scheme in result.plan.values())
     layer = model.get_submodule("model.layers.0.mlp.down_proj")
     x = torch.randn(3, 96)
-    want = fake_quantize(x, layer.activation, layer.input_scale) @ layer.dequantize().T
+    want = fake_quantize(x, layer.activation.grid, layer.input_scale) @ layer.dequantize().T
     torch.testing.assert_close(layer(x), want, rtol=1e-4, atol=1e-4)
     layer.keeps_codes = False
     layer(x)
@@ -115,14 +115,13 @@ def test_static_scales_need_calibration() -> None:
 
 
 def test_grids_of_activations_that_make_no_sense_are_refused() -> None:
-    weight = QuantSpec("int8")
     with pytest.raises(SpecError, match="one scale per tensor"):
-        Scheme(weight, QuantSpec("int8", (1, -1)))
+        ActivationSpec(QuantSpec("int8", (1, -1)), dynamic=False)
     with pytest.raises(SpecError, match="symmetric"):
-        Scheme(weight, QuantSpec("int8", (-1, -1), symmetric=False))
+        ActivationSpec(QuantSpec("int8", (-1, -1), symmetric=False), dynamic=False)
     with pytest.raises(SpecError, match="per token"):
-        Scheme(weight, QuantSpec("int8", (4, 16), dynamic=True))
-    assert preset("w8a8-g32", ()).activation == QuantSpec("int8", (1, 32), True, "float32", True)
+        ActivationSpec(QuantSpec("int8", (4, 16)))
+    assert preset("w8a8-g32", ()).activation == ActivationSpec(QuantSpec("int8", (1, 32), True, "float32"))
     assert preset("w4a8", (576, 1536)).weight.block == (1, 64)
 
 
@@ -147,7 +146,7 @@ def test_a_rotated_layer_is_the_layer_on_turned_inputs() -> None:
     scheme = preset("w8a8-rotated", (96,))
     qtensor = nearest(hadamard_transform(weight), choose_qparams(hadamard_transform(weight), scheme.weight), scheme.weight)
     layer = QuantLinear(qtensor, activation=scheme.activation)
-    want = fake_quantize(hadamard_transform(x), preset("w8a8", (96,)).activation) @ qtensor.dequantize().T  # type: ignore[arg-type]
+    want = fake_quantize(hadamard_transform(x), TOKEN_INT8.grid) @ qtensor.dequantize().T
     torch.testing.assert_close(layer(x), want, rtol=1e-4, atol=1e-4)
     assert (layer(x) - x @ weight.T).norm() < 0.02 * (x @ weight.T).norm()
     learning = x.clone().requires_grad_()
@@ -169,9 +168,7 @@ def test_rotated_grids_that_make_no_sense_are_refused() -> None:
     known, _ = collect(tiny.FAMILIES["llama"](), ["hessian"], calibration=Calibration(data=ids()))
     with pytest.raises(CalibrationError, match="inputs that are not rotated"):
         quantize(tiny.FAMILIES["llama"](), "w8a8-rotated", method="gptq", calibration=Calibration(statistics=known))
-    rotated = dataclasses.replace(QuantSpec("int8", dynamic=True), rotated=True)
-    with pytest.raises(SpecError, match="only activations can be rotated"):
-        Scheme(rotated)
-    with pytest.raises(SpecError, match="not those of NVFP4"):
+    rotated = ActivationSpec(QuantSpec("int8"), rotated=True)
+    with pytest.raises(SpecError, match="inputs of NVFP4 weights cannot be rotated"):
         Scheme(preset("nvfp4", ()).weight, rotated)
     assert Scheme.from_dict(preset("w4a8-rotated", (64,)).to_dict()) == preset("w4a8-rotated", (64,))

@@ -17,8 +17,8 @@ from quantkit.cli import app
 from quantkit.engine.drafters import DRAFTERS
 from quantkit.formats.base import FORMATS
 from quantkit.kernels import KERNELS
+from quantkit.presets import NAMED, PRESETS
 from quantkit.quantizers.base import QUANTIZERS
-from quantkit.spec import NAMED, PRESETS
 from quantkit.transforms.base import STEPS
 from tests import tiny
 

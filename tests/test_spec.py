@@ -3,7 +3,8 @@
 import pytest
 
 from quantkit.errors import SpecError
-from quantkit.spec import PRESETS, QuantSpec, Scheme, largest_group_size, preset
+from quantkit.presets import PRESETS, largest_group_size, preset
+from quantkit.spec import ActivationSpec, QuantSpec, Scheme
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -56,10 +57,28 @@ def test_a_group_that_does_not_divide_suggests_one_that_does() -> None:
 def test_json_round_trip() -> None:
     for scheme in (
         Scheme(QuantSpec("int4", (1, 64), symmetric=False)),
-        Scheme(QuantSpec("int8"), QuantSpec("int8", dynamic=True)),
+        Scheme(QuantSpec("int8"), ActivationSpec(QuantSpec("int8"))),
+        Scheme(QuantSpec("int4", (1, 64)), ActivationSpec(QuantSpec("int8", (1, 32)), rotated=True)),
+        Scheme(QuantSpec("int8"), ActivationSpec(QuantSpec("int8", (-1, -1)), dynamic=False)),
         Scheme(QuantSpec("int8", (-1, -1), scale_dtype="bfloat16")),
     ):
         assert Scheme.from_dict(scheme.to_dict()) == scheme
+
+
+def test_files_keep_their_keys_and_old_ones_are_read() -> None:
+    """What checkpoints have held from the first version on."""
+    common = {"symmetric": True, "rotated": False}
+    old = {
+        "weight": {"dtype": "int8", "block": [1, -1], "scale_dtype": "float16", "dynamic": False, **common},
+        "activation": {"dtype": "int8", "block": [1, -1], "scale_dtype": "float32", "dynamic": True, **common},
+    }
+    assert preset("w8a8", [64]).to_dict() == old
+    assert Scheme.from_dict(old) == preset("w8a8", [64])
+    assert Scheme.from_dict({"weight": old["weight"]}) == preset("w8a16-channel", [64])
+    with pytest.raises(SpecError, match="a weight cannot be rotated, only activations can"):
+        Scheme.from_dict({"weight": {**old["weight"], "rotated": True}})
+    with pytest.raises(SpecError, match="unknown QuantSpec key 'rotaded'"):
+        Scheme.from_dict({**old, "activation": {**old["activation"], "rotaded": True}})
 
 
 def test_strategies() -> None:
@@ -69,5 +88,5 @@ def test_strategies() -> None:
 
 def test_8_bit_activations_go_with_channels_unless_a_group_is_named() -> None:
     found = preset("w8a8", [576, 1536])
-    assert found == Scheme(QuantSpec("int8", (1, -1)), QuantSpec("int8", (1, -1), True, "float32", dynamic=True))
+    assert found == Scheme(QuantSpec("int8", (1, -1)), ActivationSpec(QuantSpec("int8", (1, -1), True, "float32")))
     assert preset("w4a8-g64", [576]).weight.block == (1, 64)

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 from quantkit.calibrate.collectors import COLLECTORS, Collector
 from quantkit.errors import CalibrationError
+from quantkit.nn.probes import attach_probe
 from quantkit.nn.sites import Block, Site, SiteStatistics
-from quantkit.numerics.hadamard import hadamard_transform
+from quantkit.numerics.inputs import UNCHANGED, InputQuantizer
 from quantkit.system.memory import HeapWatch
 
 
@@ -51,7 +52,7 @@ def collect(
     inputs: Sequence[Inputs],
     products: torch.dtype | None = None,
     *,
-    rotated: bool = False,
+    quantizer: InputQuantizer = UNCHANGED,
 ) -> SiteStatistics:
     """Run the named collectors over all ``inputs`` of ``site``; those that compare with the float model only where its input is
     known.
@@ -61,7 +62,7 @@ def collect(
         needs: names of collectors.
         inputs: one per batch.
         products: what the product rounds its input to, and so what the collectors see; None leaves inputs as they are.
-        rotated: look at inputs as :func:`quantkit.numerics.hadamard.hadamard_transform` makes them.
+        quantizer: look at inputs in the basis that it rounds them in.
 
     Raises:
         CalibrationError: if an input holds NaN or infinity.
@@ -73,7 +74,7 @@ def collect(
     tokens = [0] * experts
     for one in inputs:
         for expert, rows in _rows_by_expert(one, experts):
-            rows = hadamard_transform(rows) if rotated else rows
+            rows = quantizer.prepare_input(rows)
             rows = rows if products is None else rows.to(products)
             if not torch.isfinite(rows.sum()):  # NaN and infinity survive a sum
                 raise CalibrationError(f"{site.name}: calibration inputs hold NaN or infinity; check the model and its dtype")
@@ -82,7 +83,7 @@ def collect(
                 if collector.paired:
                     assert one.float_x is not None
                     float_x = one.float_x.detach().reshape(rows.shape)
-                    collector.update(torch.cat([rows, (hadamard_transform(float_x) if rotated else float_x).to(rows)], 1))
+                    collector.update(torch.cat([rows, quantizer.prepare_input(float_x).to(rows)], 1))
                 else:
                     collector.update(rows)
     return SiteStatistics({name: _stack(site, [c[name] for c in collectors], tokens) for name in needs}, tuple(tokens))
@@ -108,7 +109,7 @@ def _stack(site: Site, collectors: list[Collector], tokens: list[int]) -> Tensor
 class Gather(Protocol):
     """Runs collectors over what waits at a layer."""
 
-    def __call__(self, needs: Sequence[str], rotated: bool = False) -> SiteStatistics:
+    def __call__(self, needs: Sequence[str], quantizer: InputQuantizer = UNCHANGED) -> SiteStatistics:
         """Return the statistics called ``needs`` of the inputs, or of the inputs after a Hadamard transform."""
 
 
@@ -172,7 +173,7 @@ def walk_block(
         block_name: its path in the model, a prefix of the names of ``sites``.
         sites: the sites to visit, in registration order.
         forwards: one zero-argument function per batch that runs the block and returns its output (B, T, H).
-        visit: called once per site that is reached, as ``visit(site, gather)``; ``gather(needs, rotated=False)`` runs
+        visit: called once per site that is reached, as ``visit(site, gather)``; ``gather(needs, quantizer)`` runs
             collectors over the site's inputs, as they are or after a Hadamard transform. It may overwrite the site's float
             weight in place: the suspended batches then use it.
         float_inputs: for every batch the inputs that the float model has at the sites (:func:`record_inputs`), if anybody wants
@@ -236,10 +237,10 @@ def walk_block(
 
 
 def _memoised(site: Site, inputs: list[Inputs], known: dict[str, SiteStatistics], products: torch.dtype | None) -> Gather:
-    def gather(needs: Sequence[str], rotated: bool = False) -> SiteStatistics:
-        key = ",".join([*sorted(needs), *(["rotated"] if rotated else [])])
+    def gather(needs: Sequence[str], quantizer: InputQuantizer = UNCHANGED) -> SiteStatistics:
+        key = ",".join([*sorted(needs), *(["rotated"] if quantizer.rotated else [])])
         if key not in known:
-            known[key] = collect(site, needs, inputs, products, rotated=rotated)
+            known[key] = collect(site, needs, inputs, products, quantizer=quantizer)
         return known[key]
 
     return gather
@@ -274,8 +275,7 @@ def _probe(module: nn.Module, by_parameter: Mapping[str, Site], suspend: Callabl
         if parameter in by_parameter:
             suspend(by_parameter[parameter], Inputs(x, expert_ids))
 
-    module._quantkit_probe = before  # type: ignore[assignment]
-    return lambda: delattr(module, "_quantkit_probe")
+    return attach_probe(module, before)
 
 
 def _relative(path: str, block_name: str) -> str:

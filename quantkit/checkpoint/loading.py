@@ -122,7 +122,7 @@ def _kernels(opened: Opened, sites: dict[str, Site]) -> dict[str, CpuKernel]:
     found = {}
     for name, site in sites.items():
         activation = opened.schemes[name].activation
-        if (activation is not None and not activation.dynamic) or site == opened.contents.structure.embedding:
+        if (activation is not None and activation.static) or site == opened.contents.structure.embedding:
             continue
         kernel = select(Problem(opened.schemes[name].weight, (site.shape[-2], site.shape[-1]), "cpu", torch.float32))
         if isinstance(kernel, CpuKernel):

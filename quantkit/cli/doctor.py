@@ -9,6 +9,7 @@ import torch
 
 from quantkit import kernels
 from quantkit.checkpoint import prepacked
+from quantkit.engine.drafters import DRAFTERS
 from quantkit.errors import KernelError
 from quantkit.kernels import build
 from quantkit.kernels.cuda import nvcc
@@ -30,6 +31,7 @@ def examine() -> dict[str, Any]:
         "cache": str(cache_dir()),
         "prepacked": prepacked.describe(),
         "decoder": _decoder(),
+        "drafters": ", ".join(DRAFTERS.names()),
         "kernels": kernels.report(),
     }
 

@@ -1,4 +1,4 @@
-"""Commands that look and do not change anything: plan, inspect, doctor."""
+"""Commands that look and do not change anything: plan, inspect, list, doctor."""
 
 import json
 from pathlib import Path
@@ -8,6 +8,7 @@ import typer
 
 from quantkit.cli import app
 from quantkit.cli.console import facts, parse_settings, say, size, table
+from quantkit.registry import Registry
 
 Settings = Annotated[
     list[str] | None,
@@ -67,6 +68,27 @@ def inspect(path: Path, as_json: AsJson = False) -> None:
         }
     )
     facts(_flat(found["metadata"]))
+
+
+@app.command("list")
+def list_names(as_json: AsJson = False) -> None:
+    """List what recipes and commands can name: schemes, quantizers, steps, formats and more, also from other packages."""
+    from quantkit.calibrate.collectors import COLLECTORS
+    from quantkit.engine.drafters.base import DRAFTERS
+    from quantkit.formats.base import FORMATS
+    from quantkit.kernels.select import KERNELS
+    from quantkit.presets import SCHEMES
+    from quantkit.quantizers.base import QUANTIZERS
+    from quantkit.transforms.base import STEPS
+
+    families: tuple[Registry[Any], ...] = (SCHEMES, QUANTIZERS, STEPS, FORMATS, KERNELS, DRAFTERS, COLLECTORS)
+    if as_json:
+        typer.echo(json.dumps({f"{family.kind}s": family.names() for family in families}, indent=2))
+        return
+    facts({f"{family.kind}s": ", ".join(family.names()) for family in families})
+    for family in families:
+        for reason in family.broken().values():
+            say(f"note: {reason}")
 
 
 @app.command()

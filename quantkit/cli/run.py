@@ -8,13 +8,7 @@ import typer
 from quantkit.cli import app
 from quantkit.cli.console import console, facts, parse_settings, progress_bars, say, size, table
 from quantkit.cli.inspect import Settings
-
-Model = Annotated[str, typer.Argument(help="Checkpoint directory, float model, hub id, or demo.")]
-Engine = Annotated[str, typer.Option(help="native (one call per token, CPU), modules (transformers' forward), or auto.")]
-ComputeMode = Annotated[
-    str, typer.Option(help="Inputs of products: float, float32 even in a bfloat16 model, or int8: faster, less exact.")
-]
-Head = Annotated[str, typer.Option(help="float, or int8: the output head rounded in memory, faster to read.")]
+from quantkit.cli.options import ComputeMode, DrafterName, Engine, Head, KeysAndValues, Model, read_drafter
 
 
 @app.command()
@@ -178,10 +172,8 @@ def generate(
     min_p: float | None = None,
     repetition_penalty: float = 1.0,
     seed: int | None = None,
-    kv: Annotated[str, typer.Option(help="Keys and values: float, int8 or int4.")] = "float",
-    drafter: Annotated[
-        str | None, typer.Option(help="Guess ahead: ngram, twin (int8 weights), or a smaller model's path.")
-    ] = None,
+    kv: KeysAndValues = "float",
+    drafter: DrafterName = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt through the model's chat template.")] = False,
     engine: Engine = "auto",
     compute: ComputeMode = "float",
@@ -192,7 +184,6 @@ def generate(
     from quantkit.generation.generate import generate as continue_text
 
     opened, tokenizer = open_model(model, head=head)
-    draft = open_model(drafter)[0] if drafter not in (None, "ngram", "twin") else drafter  # type: ignore[arg-type]
     done = continue_text(
         opened,
         [{"role": "user", "content": prompt}] if chat else prompt,
@@ -205,7 +196,7 @@ def generate(
         repetition_penalty=repetition_penalty,
         seed=seed,
         kv=kv,
-        drafter=draft,
+        drafter=read_drafter(drafter),
         stream=lambda piece: typer.echo(piece, nl=False),
         engine=engine,
         compute=compute,
@@ -213,6 +204,6 @@ def generate(
     typer.echo()
     later = sorted(done.decode_ms)
     speed = f", {later[len(later) // 2]:.1f} ms per token (median)" if later else ""
-    guessed = f", {done.accepted} of {done.drafted} guesses right" if drafter else ""
+    guessed = f", {done.accepted} of {done.drafted} drafts accepted" if drafter else ""
     first = f"first token after {done.prefill_ms:.0f} ms"
     say(f"[{len(done.ids)} tokens, {done.finish_reason}; {first}{speed}{guessed}]", stderr=True)

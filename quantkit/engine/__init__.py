@@ -1,1 +1,4 @@
-"""Token ids in, token ids out: sampling and the generation loop. Knows torch, no model class and no tokenizer."""
+"""The inference engine: continuous batching, paged keys and values, sampling and drafting, on token ids.
+
+It knows torch, but no model class and no tokenizer: a model is a :class:`~quantkit.engine.backend.Backend`.
+"""

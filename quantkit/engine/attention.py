@@ -1,13 +1,14 @@
-r"""Attention of packed rows over paged memory: every sequence reads its own pages, sequences of equal length of query together.
+r"""Attention of packed rows over paged keys and values, in plain torch. Sequences with the same number of queries form a batch.
 
 For a query at position :math:`p` and keys at positions :math:`t \le p` (and :math:`t > p - w` with a sliding window w):
 
 .. math:: o = \sum_t \mathrm{softmax}_t(c \tanh(s\, q \cdot k_t / c))\, v_t
 
-with a scale s, optionally a soft cap c, and optionally *sinks*: one more logit per head in the softmax's denominator that has
-no value. Query heads that share a key/value head are stacked along the query axis, so nothing is repeated.
+with a scale s, optionally a soft cap c, and optionally *sinks*: one additional logit per head in the denominator of the
+softmax, without a value. Query heads that share a key/value head are stacked along the query axis, so keys and values are not
+repeated.
 
-The layout of a step (:class:`Layout`) is worked out once and used by all layers; layers differ only in their window.
+The layout of a step (:class:`Layout`) is computed once for all layers, which differ only in their window.
 """
 
 from collections.abc import Sequence
@@ -18,17 +19,17 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from quantkit.engine.backend import Span
-from quantkit.engine.kvstore import Pool, Reading, Rows
+from quantkit.engine.kvstore import Pool, Reading, RowPlacement
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Spans of equal length, run as one batch.
+    """Spans of equal length, which attend as one batch.
 
     Attributes:
-        first, last: their rows.
-        reading: the pages they read.
-        mask: bool (S, 1, length, keys), what each query may see.
+        first, last: range of their rows, ``last`` excluded.
+        reading: the pages that they read.
+        mask: bool (S, 1, length, keys), True where a query sees a key.
     """
 
     first: int
@@ -38,20 +39,21 @@ class Group:
 
 
 class Layout:
-    """Where the rows of one step write and what they read.
+    """Where the rows of one step are written, and what they read.
 
     Args:
-        spans: sorted by length, so that spans of one length are neighbours (:func:`in_order`).
-        page_tokens: tokens in a page.
+        spans: sorted by length, see :func:`by_length`.
+        page_tokens: tokens per page.
+        device: device of the index tensors.
     """
 
     def __init__(self, spans: Sequence[Span], page_tokens: int, device: torch.device) -> None:
-        self.rows = Rows.of(spans, page_tokens, device)
+        self.rows = RowPlacement.of(spans, page_tokens, device)
         self._spans, self._page_tokens, self._device = spans, page_tokens, device
         self._groups: dict[int | None, list[Group]] = {}
 
     def groups(self, window: int | None) -> list[Group]:
-        """Return the batches of a layer whose queries see ``window`` tokens, themselves included; None is all."""
+        """Return the batches for a layer whose queries see the last ``window`` tokens, their own included; None sees all."""
         if window not in self._groups:
             self._groups[window] = list(self._make(window))
         return self._groups[window]
@@ -88,8 +90,8 @@ class Layout:
         return Group(first, last, reading, seen[:, None])
 
 
-def in_order(spans: Sequence[Span]) -> list[int]:
-    """Return the order of ``spans`` in which those of one length are neighbours."""
+def by_length(spans: Sequence[Span]) -> list[int]:
+    """Return the indices of ``spans`` sorted by length, so that spans of equal length are neighbours."""
     return sorted(range(len(spans)), key=lambda i: len(spans[i].ids))
 
 
@@ -104,20 +106,20 @@ def attend(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Attend from packed rows to what their sequences have in memory, which already holds their own keys and values.
+    """Return the attention of packed rows over the keys and values of their sequences, which are in memory already.
 
     Args:
-        query: (M, heads, dim).
-        keys: pool of (kv_heads, dim), kv_heads dividing heads.
-        values: pool of (kv_heads, value dim).
-        layout: of this step.
-        scale: factor on the scores.
+        query: floating (M, heads, dim).
+        keys: pool of (kv_heads, dim) vectors; kv_heads divides heads.
+        values: pool of (kv_heads, value_dim) vectors.
+        layout: layout of this step.
+        scale: factor of the scores.
         window: see :meth:`Layout.groups`.
-        softcap: c above.
-        sinks: (heads,) logits without a value.
+        softcap: the c of the module's docstring; None for no cap.
+        sinks: floating (heads,), logits without a value; None for none.
 
     Returns:
-        (M, heads, value dim) in the query's dtype.
+        (M, heads, value_dim) in the query's dtype.
     """
     if keys.rotation is not None:
         query = query @ keys.rotation.to(query.dtype)
@@ -134,16 +136,16 @@ def attend(
             out = scaled_dot_product_attention(grouped, key, value, mask, scale=scale)
         else:
             extra = None if sinks is None else sinks.view(shared, stacked).repeat_interleave(length, 1)[..., None]
-            out = _by_hand(grouped, key, value, mask, scale, softcap, extra)
+            out = _attend_explicitly(grouped, key, value, mask, scale, softcap, extra)
         pieces.append(out.unflatten(2, (stacked, length)).permute(0, 3, 1, 2, 4).flatten(2, 3).flatten(0, 1))
     attended = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
     return attended if values.rotation is None else attended @ values.rotation.to(attended.dtype)
 
 
-def _by_hand(
+def _attend_explicitly(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
 ) -> Tensor:
-    """Attention with a soft cap or sinks (kv_heads, queries, 1); the softmax in float32."""
+    """Return attention with a soft cap or sinks (kv_heads, queries, 1), which torch's function lacks; softmax in float32."""
     scores = query @ key.transpose(-1, -2) * scale
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap

@@ -1,14 +1,14 @@
-"""What the engine asks of a model: run these tokens of these sequences, remember their keys and values, return logits.
+"""The interface between the engine and a model: run tokens of several sequences, store keys and values, return logits.
 
     logits = backend.step(spans, copies)
 
-A :class:`Span` is a run of tokens of one sequence with consecutive positions: a chunk of a prompt, one decoded token, or one
-decoded token and the draft tokens to verify after it. One call takes spans of several sequences, so its rows are M pairs of
-(sequence, position) whatever they are for. Keys and values are addressed through each span's block table (:mod:`.pages`);
-writing one position twice overwrites it, and positions past the end of what the engine has accepted may hold rubbish.
+A :class:`Span` is a run of tokens of one sequence at consecutive positions: a chunk of a prompt, one decoded token, or one
+decoded token followed by the draft tokens to verify. One call takes spans of several sequences, so a step is a batch of M
+rows, each a pair (sequence, position). Keys and values are addressed through each span's block table (:mod:`.pages`). Writing a
+position twice overwrites it, and positions beyond the tokens that the engine has accepted may hold arbitrary values.
 
-Two backends exist for models of transformers (``quantkit/hf/backend.py``): pages filled by a registered attention function, and
-transformers' own cache for models whose memory is not keys and values. A third one, native, needs only this file.
+Implementations: :class:`~quantkit.engine.native.NativeBackend` (CPU), :class:`~quantkit.engine.cuda.CudaBackend`, and the two
+in ``quantkit/hf`` that run a transformers model through its own modules.
 """
 
 from collections.abc import Sequence
@@ -26,35 +26,40 @@ class Span:
     """Consecutive tokens of one sequence.
 
     Attributes:
-        slot: a small number that this sequence keeps while it runs, for what a backend stores per running sequence.
-        start: position of the first token; everything before it has been stepped.
+        slot: index of the sequence among the running ones, below :attr:`Memory.slots`; it keeps the slot while it runs.
+        start: position of the first token. All earlier positions have been run before.
         ids: the tokens, at least one.
-        table: pages of the sequence, enough for ``start + len(ids)`` tokens.
-        wanted: for how many of the last tokens logits are wanted; 0 inside a prompt.
-        fresh: the first span since the sequence got its slot: what the slot held belongs to somebody else.
+        table: page numbers of the sequence, enough for ``start + len(ids)`` tokens.
+        num_logits: return logits after this many tokens at the end of the span; 0 inside a prompt.
+        fresh: whether this is the sequence's first span in its slot; what the slot held before belongs to another sequence.
     """
 
     slot: int
     start: int
     ids: Sequence[int]
     table: Sequence[int]
-    wanted: int
+    num_logits: int
     fresh: bool = False
 
 
-CHOSEN = -1
-"""A token of a span: the one that the last launch has chosen in its slot, wherever that is."""
+LAST_SAMPLED = -1
+"""Placeholder for a token id: the token that the previous launch sampled in this slot, which the host may not know yet."""
 
 
-class Pick(NamedTuple):
-    """How the token after a row is chosen: by ``sampling``, but with the noise of ``seed``; without a repetition penalty."""
+class RowSampling(NamedTuple):
+    """How a backend samples the token after one row of logits.
+
+    Attributes:
+        sampling: the parameters; repetition_penalty must be 1, and the seed in it is not used.
+        seed: seed of the noise.
+    """
 
     sampling: Sampling
     seed: int
 
 
 class Copy(NamedTuple):
-    """The first ``tokens`` tokens of page ``source`` are needed in page ``target`` too."""
+    """Copy the first ``tokens`` tokens of page ``source`` to page ``target``."""
 
     source: int
     target: int
@@ -63,12 +68,12 @@ class Copy(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """The key/value memory a backend is asked to hold.
+    """Size of the key/value memory.
 
     Attributes:
         pages: number of pages.
-        page_tokens: tokens in a page.
-        slots: sequences that run at once.
+        page_tokens: tokens per page.
+        slots: sequences that run at the same time.
     """
 
     pages: int
@@ -77,84 +82,112 @@ class Memory:
 
 
 class Backend(Protocol):
-    """A causal language model with paged memory."""
+    """A causal language model with paged keys and values."""
 
     @property
     def device(self) -> torch.device:
-        """Where logits come from."""
+        """Device of the logits."""
         ...
 
     @property
     def context_tokens(self) -> int | None:
-        """Longest sequence the model reads; None if it does not say."""
+        """Longest sequence that the model supports; None if unknown."""
         ...
 
     @property
     def shares_pages(self) -> bool:
-        """Whether equal prefixes may share pages, and pages may be copied."""
+        """Whether sequences with equal prefixes may share pages, and pages may be copied."""
         ...
 
     @property
     def rewinds(self) -> bool:
-        """Whether a position may be stepped again, as verification of drafts needs."""
+        """Whether a position may be run again, which the verification of drafts needs."""
         ...
 
     @property
     def notice(self) -> str | None:
-        """Why this is not the fast way, for people; None if it is."""
+        """Why the model does not run on a faster backend, as a sentence for users; None for the fast ones."""
         ...
 
     @property
     def engine(self) -> str:
-        """What runs a step, for reports."""
+        """Name of the implementation, for reports."""
         ...
 
     def reserve(self, memory: Memory) -> None:
-        """Allocate the memory; what was there before is gone."""
+        """Allocate the key/value memory; the content of any earlier one is lost."""
         ...
 
     def bytes_for(self, memory: Memory) -> int:
-        """Return how many bytes :meth:`reserve` allocates for ``memory``."""
+        """Return the number of bytes that :meth:`reserve` allocates for ``memory``."""
         ...
 
     def step(self, spans: Sequence[Span], copies: Sequence[Copy] = ()) -> Tensor:
-        """Carry out ``copies`` in order, then run ``spans``, each of another sequence.
+        """Carry out ``copies`` in order, then run ``spans``.
+
+        Args:
+            spans: one per sequence.
+            copies: page copies to make first.
 
         Returns:
-            Logits (R, V) in the model's dtype, where R is the sum of ``wanted``, in the order of the spans.
+            Logits (R, V) in the model's dtype, in the order of the spans; R is the sum of their ``num_logits``.
         """
         ...
 
 
-class Flight(Protocol):
-    """A step on its way."""
+class LaunchedStep(Protocol):
+    """A step that is running asynchronously on the device."""
 
     def tokens(self) -> list[int]:
-        """Wait for the tokens chosen, one per row of logits; -1 where logits are not numbers one can choose from."""
+        """Wait for the sampled tokens: one per row of logits, -1 where the largest logit is NaN or infinite."""
         ...
 
     def logits(self) -> Tensor:
-        """Return what :meth:`Backend.step` does; only until the next launch."""
+        """Return the logits as :meth:`Backend.step` does; valid until the next launch."""
         ...
 
 
 @runtime_checkable
-class Chooser(Protocol):
-    """What a backend does besides if it chooses tokens where it computes them, so that nobody waits between two steps."""
+class SamplingBackend(Protocol):
+    """A backend that also samples on its device, so that the next step can start before the host knows the tokens."""
 
-    def launch(self, spans: Sequence[Span], copies: Sequence[Copy], picks: Sequence[Pick]) -> Flight:
-        """Begin a step of ``spans`` and choose a token for every row of logits; like :meth:`Backend.step` for the rest.
+    def launch(self, spans: Sequence[Span], copies: Sequence[Copy], samplings: Sequence[RowSampling]) -> LaunchedStep:
+        """Start a step and sample a token for every row of logits, without waiting for it.
 
-        A span of the single token :data:`CHOSEN` goes on where the launch before left its slot.
+        Args:
+            spans: as in :meth:`Backend.step`. A span whose only token is :data:`LAST_SAMPLED` continues the sequence with the
+                token that the previous launch sampled in its slot.
+            copies: as in :meth:`Backend.step`.
+            samplings: one per row of logits.
+        """
+        ...
+
+
+@runtime_checkable
+class SelfDraftingBackend(Protocol):
+    """A backend that can also run a cheap approximation of its own model, on the same keys and values."""
+
+    def prepare_drafts(self) -> bool:
+        """Rearrange the weights so that :meth:`draft` reads fewer bytes. Return False if no weight allows it.
+
+        The results of :meth:`Backend.step` do not change.
+        """
+        ...
+
+    def draft(self, spans: Sequence[Span], *, argmax: bool = False) -> Tensor:
+        """Run ``spans`` approximately; keys and values are written where :meth:`Backend.step` writes the exact ones later.
+
+        Returns:
+            Logits (R, V) as :meth:`Backend.step` returns them, or int32 (R,), the most likely tokens, with ``argmax``.
         """
         ...
 
 
 class OneSequence:
-    """A backend for a single sequence, a call at a time: what timing a model needs.
+    """Run a single sequence on a backend, one call at a time; used to time a model.
 
     Args:
-        backend: the model; its memory is reserved here.
+        backend: the model; its key/value memory is allocated here.
         tokens: longest sequence.
     """
 
@@ -167,5 +200,5 @@ class OneSequence:
         backend.reserve(Memory(pages, self.PAGE_TOKENS, 1))
 
     def __call__(self, ids: Sequence[int], position: int) -> Tensor:
-        """Read ``ids``, the first of which stands at ``position``; return logits (1, V) after the last. 0 starts over."""
+        """Run ``ids`` from ``position`` on and return logits (1, V) after the last one. Position 0 starts a new sequence."""
         return self._backend.step([Span(0, position, ids, self._table, 1, fresh=position == 0)])

@@ -1,95 +1,89 @@
-"""The engine: many requests, one model, one step at a time.
+"""The engine: run many requests on one model, one step at a time.
 
     request = engine.submit(ids, max_new_tokens=100)
     while engine.busy:
         for event in engine.step(): ...
 
-A step asks the drafter for guesses, lets the scheduler choose tokens (:mod:`.scheduler`), runs them through the backend
-(:mod:`.step`), chooses what follows wherever a sequence has come to its end (:mod:`.choosing`), and reports it. Requests come
-and go between two steps. A single request is the same code with a batch of one.
+A step asks the drafter for guesses (:mod:`.drafters`), lets the scheduler choose which tokens to run (:mod:`.scheduler`), runs
+them on the backend (:mod:`.backend`), chooses the next token of every sequence that was run to its end (:mod:`.select_tokens`)
+and reports it. Requests can be submitted and cancelled between steps. A single request runs through the same code.
 
-A backend that chooses tokens itself is given the next step before the tokens of this one are known, wherever it is the same for
-all of them: one token more for every sequence. Reporting, and whatever callers do, happens while it computes.
+If the backend samples on its device, the engine launches the following step before it knows the tokens of the current one,
+provided that step is the same for all outcomes, namely one more token per sequence. The host then reports tokens while the
+device computes.
 
-An engine is used from one thread.
+An engine must be used from a single thread.
 """
 
+import collections.abc as abc
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from quantkit.engine.backend import CHOSEN, Backend, Chooser, Flight, Memory, Span
-from quantkit.engine.drafters import Ask, Costs, Drafter, DraftLength
-from quantkit.engine.pages import Pages
+from quantkit.engine.backend import LAST_SAMPLED, Backend, LaunchedStep, Memory, SamplingBackend, Span
+from quantkit.engine.drafters.base import Drafter, DraftRequest
+from quantkit.engine.drafters.length import DraftCosts, DraftLength
+from quantkit.engine.pages import PageAllocator
 from quantkit.engine.request import Event, FinishReason, Limits, Logprob, QueueFull, Request, check_tokens
 from quantkit.engine.sampling import Sampling, not_finite
-from quantkit.engine.scheduler import Running, Scheduler, Step
-from quantkit.engine.select_tokens import Owner, choose_tokens, logprobs_of, picks_of
+from quantkit.engine.scheduler import Scheduler, Sequence, Step
+from quantkit.engine.select_tokens import TokenRequest, choose_tokens, logprobs_of, row_samplings
 from quantkit.errors import QuantkitError
 
 KV_BUDGET_BYTES = 1 << 30
-"""Key/value memory when the limits do not say."""
+"""Upper bound of the key/value memory if the limits do not give one."""
 UNKNOWN_CONTEXT_TOKENS = 4096
-"""Longest sequence when neither the limits nor the model say."""
+"""Longest sequence if neither the limits nor the model give one."""
 
 
 @dataclass(slots=True)
-class _Flight:
-    """A step that is planned, then under way.
+class PendingStep:
+    """A step that is planned, and then launched.
 
     Attributes:
-        plan: what runs.
-        owners: of its rows of logits.
-        drafting_s: what its drafts took.
-        going: logits, or the backend's step on its way; None before it is launched.
-        started_s: when that was.
+        plan: the tokens that run.
+        rows: the request of every row of logits.
+        drafting_s: seconds spent on its drafts.
+        launched: its logits, or the asynchronous step of a :class:`SamplingBackend`; None before the launch.
+        started_s: time of the launch.
     """
 
     plan: Step
-    owners: list[Owner]
+    rows: list[TokenRequest]
     drafting_s: float
-    going: Tensor | Flight | None = None
+    launched: Tensor | LaunchedStep | None = None
     started_s: float = 0.0
 
     def outcome(self) -> tuple[list[int], Tensor | None]:
-        """Wait for the tokens; return logits too if somebody asked for probabilities."""
-        assert self.going is not None
-        if isinstance(self.going, Tensor):
-            return choose_tokens(self.owners, self.going), self.going
-        asked = any(owner.request.logprobs is not None for owner in self.owners)
-        return self.going.tokens(), self.going.logits() if asked else None
+        """Wait for the step; return the token of each row, and the logits if a request asked for log probabilities."""
+        assert self.launched is not None
+        if isinstance(self.launched, Tensor):
+            return choose_tokens(self.rows, self.launched), self.launched
+        asked = any(row.request.logprobs is not None for row in self.rows)
+        return self.launched.tokens(), self.launched.logits() if asked else None
 
 
 class TokenEngine:
-    """Continuous batching over a backend, token ids in and out. :class:`quantkit.Engine` is this for a model.
+    """Continuous batching on a backend, from token ids to token ids. :class:`quantkit.Engine` builds one for a model.
 
     Args:
-        backend: the model; its memory is reserved here.
-        vocabulary: token ids it knows.
-        limits: how much to take on.
+        backend: the model; its key/value memory is allocated here.
+        vocabulary: number of token ids.
+        limits: how much work to accept; None for the defaults.
 
     Attributes:
-        limits: with everything that was None filled in.
-        stats: counts of steps, rows, and what became of them, over the engine's life.
-
-    Raises:
-        QuantkitError: limits that contradict each other.
+        limits: the limits, with every None replaced by a number.
+        stats: counters since the engine was made: requests, steps, rows, tokens, drafted, accepted, busy_us (microseconds spent
+            in steps), and requests finished by reason.
     """
 
-    def __init__(
-        self,
-        backend: Backend,
-        vocabulary: int,
-        *,
-        limits: Limits | None = None,
-    ) -> None:
+    def __init__(self, backend: Backend, vocabulary: int, *, limits: Limits | None = None) -> None:
         self.limits = limits = _resolve(limits or Limits(), backend)
         assert limits.kv_tokens is not None
-        pages = Pages(limits.kv_tokens // limits.page_tokens, limits.page_tokens)
+        pages = PageAllocator(limits.kv_tokens // limits.page_tokens, limits.page_tokens)
         self.memory = Memory(pages.count, limits.page_tokens, limits.running)
         self.scheduler = Scheduler(
             pages, limits.running, step_tokens=limits.step_tokens, batching=limits.batching, share=backend.shares_pages
@@ -99,19 +93,19 @@ class TokenEngine:
         self.stats: Counter[str] = Counter()
         self._drafter: Drafter | None = None
         self._lengths: dict[Request, DraftLength] = {}
-        self._costs, self._acceptance = Costs(), DraftLength.START
-        self._requests: dict[Running, Request] = {}
-        self._pending: list[Event] = []
+        self._costs, self._acceptance = DraftCosts(), DraftLength.START
+        self._requests: dict[Sequence, Request] = {}
+        self._events: list[Event] = []
         self._next_number = 0
-        self._chooser = backend if isinstance(backend, Chooser) else None
-        self._flight: _Flight | None = None
-        self._free_s = 0.0
+        self._sampling_backend = backend if isinstance(backend, SamplingBackend) else None
+        self._pending_step: PendingStep | None = None
+        self._idle_since_s = 0.0
 
     def use_drafter(self, drafter: Drafter | None) -> None:
-        """Guess ahead with ``drafter`` from the next step on; None decodes one token per sequence and step.
+        """Use ``drafter`` from the next step on; None decodes one token per sequence and step.
 
         Raises:
-            QuantkitError: the backend cannot verify guesses.
+            QuantkitError: the backend cannot verify drafts.
         """
         if drafter is not None and not self.backend.rewinds:
             raise QuantkitError(f"drafts cannot be verified: {self.backend.notice}; leave the drafter out")
@@ -119,46 +113,49 @@ class TokenEngine:
 
     @property
     def busy(self) -> bool:
-        """Whether a request is unfinished, or an event unreported."""
-        return bool(self._requests or self._pending)
+        """Whether there are unfinished requests or unreported events."""
+        return bool(self._requests or self._events)
 
     def submit(
         self,
-        prompt: Sequence[int],
+        prompt: abc.Sequence[int],
         *,
         max_new_tokens: int,
         sampling: Sampling | None = None,
         min_new_tokens: int = 0,
-        stop_tokens: Collection[int] = (),
-        watch: Callable[[int], object] | None = None,
+        stop_tokens: abc.Collection[int] = (),
+        watch: abc.Callable[[int], object] | None = None,
         logprobs: int | None = None,
     ) -> Request:
-        """Queue a prompt; its tokens come as events of later steps.
+        """Queue a prompt. Its answer arrives as events of later steps.
 
         Args:
             prompt: token ids, at least one.
-            max_new_tokens: at most so many tokens.
-            sampling: how to choose; None is greedy.
-            min_new_tokens: before so many, stop tokens are not chosen.
-            stop_tokens: a token among these ends the answer; it is part of it.
-            watch: called with every token, once and in order, before it is reported; a true result ends the answer
-                after it. What it raises ends the request (``"error"``) and passes through :meth:`step`.
-            logprobs: report each token's log probability, and of so many most likely ones.
+            max_new_tokens: longest answer in tokens.
+            sampling: how tokens are chosen; None is greedy decoding.
+            min_new_tokens: stop tokens are not chosen before the answer has this many tokens.
+            stop_tokens: token ids that end the answer; the stop token is part of the answer.
+            watch: called once with every token, in order, before the token is reported. A true result ends the answer. An
+                exception ends the request with reason ``"error"`` and is raised again by :meth:`step`.
+            logprobs: report the log probability of each token, and of this many most likely tokens; None for none.
+
+        Returns:
+            The request, which is updated by later steps.
 
         Raises:
-            QuantkitError: a number out of range, an id outside the vocabulary, or a request that could never finish.
-            QueueFull: too many wait.
+            QuantkitError: an argument out of range, a token id outside the vocabulary, or a request longer than the limits.
+            QueueFull: too many requests are waiting.
         """
         ids = [int(token) for token in prompt]
         check_tokens(ids, max_new_tokens, min_new_tokens, stop_tokens, logprobs)
         if min(ids) < 0 or max(ids) >= self.vocabulary:
             raise QuantkitError(
-                f"prompt ids reach from {min(ids)} to {max(ids)}, the model knows 0 to {self.vocabulary - 1}; "
-                "is this its tokenizer?"
+                f"the prompt has token ids from {min(ids)} to {max(ids)}, the model knows 0 to {self.vocabulary - 1}; "
+                "use the tokenizer that belongs to the model"
             )
         self._check_fits(len(ids), max_new_tokens)
         if len(self.scheduler.waiting) >= self.limits.waiting:
-            raise QueueFull(f"{self.limits.waiting} requests wait already; try again later, or raise the limit")
+            raise QueueFull(f"{self.limits.waiting} requests are waiting already; try again later, or raise Limits.waiting")
         sampling = sampling or Sampling()
         request = Request(
             self._next_number,
@@ -170,7 +167,7 @@ class TokenEngine:
             watch,
             logprobs,
             secrets.randbits(63) if sampling.seed is None else sampling.seed,
-            Running(self._next_number, list(ids)),
+            Sequence(self._next_number, list(ids)),
         )
         self._next_number += 1
         self._requests[request.sequence] = request
@@ -179,166 +176,169 @@ class TokenEngine:
         return request
 
     def cancel(self, request: Request) -> None:
-        """Take a request back, running or waiting; its pages are free at once. A finished one is left as it is."""
+        """Cancel a running or waiting request and release its pages at once. A finished request is not changed."""
         if request.sequence in self._requests:
             self._finish(request, "cancelled")
-            self._pending.append(Event(request, None, "cancelled"))
+            self._events.append(Event(request, None, "cancelled"))
 
-    def run(self) -> Iterator[Event]:
-        """Step until nothing is left to do; requests may be submitted and cancelled meanwhile."""
+    def run(self) -> abc.Iterator[Event]:
+        """Step until no request is left, and yield all events. Requests may be submitted and cancelled meanwhile."""
         while self.busy:
             yield from self.step()
 
     def step(self) -> list[Event]:
-        """Do one step and return what happened, in order; every sequence at its end gets one token or more.
+        """Run one step and return its events in order.
 
-        What the model or a watcher raises passes through; the sequences of the step are then computed again from their
-        tokens, so the engine can go on.
+        Every sequence that was run to its end gets at least one token. Exceptions of the model or of a ``watch`` function are
+        raised to the caller. The sequences of that step are then preempted and recomputed, so the engine remains usable.
         """
-        events, self._pending = self._pending, []
-        flight, self._flight = self._flight or self._begin(), None
-        if flight is None:
+        events, self._events = self._events, []
+        step, self._pending_step = self._pending_step or self._plan_step(), None
+        if step is None:
             return events
         try:
-            if flight.going is None:
-                self._launch(flight)
-            self._flight = self._run_ahead(flight)
-            self._take(flight, events)
+            if step.launched is None:
+                self._launch(step)
+            self._pending_step = self._launch_next(step)
+            self._deliver(step, events)
         except BaseException:
-            for sequence in flight.plan.sequences:
+            for sequence in step.plan.sequences:
                 if sequence.slot is not None:
                     self.scheduler.preempt(sequence)
-            self._flight, self._pending = None, events  # what was certain is reported by the next step
+            self._pending_step, self._events = None, events  # tokens that were accepted before the error
             raise
-        if self._flight is not None and not any(owner.request.sequence in self._requests for owner in self._flight.owners):
-            self._flight = None
+        if self._pending_step is not None and not any(
+            row.request.sequence in self._requests for row in self._pending_step.rows
+        ):
+            self._pending_step = None
         now = time.perf_counter()
-        step_s, self._free_s = now - max(flight.started_s, self._free_s), now
-        spans = flight.plan.spans
+        step_s, self._idle_since_s = now - max(step.started_s, self._idle_since_s), now
+        spans = step.plan.spans
         self.stats["steps"] += 1
         self.stats["rows"] += sum(len(span.ids) for span in spans)
-        self.stats["busy_us"] += int((flight.drafting_s + step_s) * 1e6)
-        drafts = [span.wanted - 1 for span in spans if span.wanted == len(span.ids)]
+        self.stats["busy_us"] += int((step.drafting_s + step_s) * 1e6)
+        drafts = [span.num_logits - 1 for span in spans if span.num_logits == len(span.ids)]
         if self._drafter is not None and len(drafts) == len(spans):
-            self._costs.observe(len(drafts), sum(drafts), max(drafts), flight.drafting_s, step_s)
+            self._costs.observe(len(drafts), sum(drafts), max(drafts), step.drafting_s, step_s)
         return events
 
-    def _begin(self) -> "_Flight | None":
-        """Ask for drafts and decide on the next step; None if there is nothing to do."""
-        asked = time.perf_counter()
-        self._draft()
-        drafting_s = time.perf_counter() - asked
+    def _plan_step(self) -> PendingStep | None:
+        """Propose drafts and plan the next step; None if there is nothing to run."""
+        started = time.perf_counter()
+        self._propose_drafts()
+        drafting_s = time.perf_counter() - started
         plan = self.scheduler.schedule()
-        return _Flight(plan, self._owners(plan), drafting_s) if plan.spans else None
+        return PendingStep(plan, self._token_requests(plan), drafting_s) if plan.spans else None
 
-    def _owners(self, plan: Step) -> list[Owner]:
+    def _token_requests(self, plan: Step) -> list[TokenRequest]:
         pairs = zip(plan.spans, plan.sequences, strict=True)
-        return [Owner(self._requests[sequence], ahead) for span, sequence in pairs for ahead in range(span.wanted)]
+        return [TokenRequest(self._requests[sequence], offset) for span, sequence in pairs for offset in range(span.num_logits)]
 
-    def _launch(self, flight: "_Flight") -> None:
-        """Let the backend run a step, and choose the tokens if it can."""
-        flight.started_s, plan = time.perf_counter(), flight.plan
-        picks = picks_of(flight.owners)
-        if self._chooser is not None and picks:
-            flight.going = self._chooser.launch(plan.spans, plan.copies, picks)
+    def _launch(self, step: PendingStep) -> None:
+        """Start a step on the backend, with sampling on the device where that is possible."""
+        step.started_s, plan = time.perf_counter(), step.plan
+        samplings = row_samplings(step.rows)
+        if self._sampling_backend is not None and samplings:
+            step.launched = self._sampling_backend.launch(plan.spans, plan.copies, samplings)
         else:
-            flight.going = self.backend.step(plan.spans, plan.copies)
+            step.launched = self.backend.step(plan.spans, plan.copies)
 
-    def _run_ahead(self, flight: "_Flight") -> "_Flight | None":
-        """Launch the step after one whose tokens nobody knows yet, if it is the same whatever they are.
+    def _launch_next(self, step: PendingStep) -> PendingStep | None:
+        """Launch the step that follows ``step`` before the tokens of ``step`` are known, if it does not depend on them.
 
-        A sequence that ends meanwhile takes part all the same: what it writes lies in pages that nobody reads, and whoever gets
-        them next writes after it.
+        A sequence that turns out to have ended with ``step`` still runs in the launched step. This is harmless: it writes to
+        pages that no other sequence reads, and the next owner of these pages overwrites them later on the same stream.
         """
-        others = self._drafter is not None or self.scheduler.admits or len(self.scheduler.running) > len(flight.plan.sequences)
-        if isinstance(flight.going, Tensor) or others or any(owner.request.logprobs is not None for owner in flight.owners):
+        others = self._drafter is not None or self.scheduler.can_admit or len(self.scheduler.running) > len(step.plan.sequences)
+        if isinstance(step.launched, Tensor) or others or any(row.request.logprobs is not None for row in step.rows):
             return None
-        spans, sequences, owners = list[Span](), list[Running](), list[Owner]()
-        for span, sequence in zip(flight.plan.spans, flight.plan.sequences, strict=True):
+        spans, sequences, rows = list[Span](), list[Sequence](), list[TokenRequest]()
+        for span, sequence in zip(step.plan.spans, step.plan.sequences, strict=True):
             request, count = self._requests.get(sequence), len(span.ids)
-            if request is None or (span.wanted and request.remaining == 1):
+            if request is None or (span.num_logits and request.remaining == 1):
                 continue  # has ended, or ends with this token
-            after = Owner(request, 1)
-            if span.wanted != 1 or after.pick is None or self.scheduler.reserve(sequence, count + 1) <= count:
+            row = TokenRequest(request, 1)
+            if span.num_logits != 1 or row.row_sampling is None or self.scheduler.reserve(sequence, count + 1) <= count:
                 return None
-            spans.append(Span(span.slot, span.start + count, [CHOSEN], sequence.table, 1))
+            spans.append(Span(span.slot, span.start + count, [LAST_SAMPLED], sequence.table, 1))
             sequences.append(sequence)
-            owners.append(after)
+            rows.append(row)
         if not spans:
             return None
-        ahead = _Flight(Step(spans, sequences, []), owners, 0.0)
-        self._launch(ahead)
-        return ahead
+        following = PendingStep(Step(spans, sequences, []), rows, 0.0)
+        self._launch(following)
+        return following
 
     def _check_fits(self, prompt: int, new: int) -> None:
         longest = self.limits.context_tokens
         assert longest is not None
         if prompt + new > longest:
             raise QuantkitError(
-                f"{prompt} prompt tokens and max_new_tokens={new} make {prompt + new}, the model reads at most {longest} here; "
+                f"{prompt} prompt tokens and max_new_tokens={new} make {prompt + new}, more than the limit of {longest}; "
                 f"shorten the prompt, or ask for at most {max(longest - prompt, 0)} new tokens"
             )
 
-    def _draft(self) -> None:
-        """Ask the drafter for guesses for every sequence that decodes."""
+    def _propose_drafts(self) -> None:
+        """Let the drafter propose tokens for the sequences that decode."""
         if self._drafter is None:
             return
         longest = min(self.limits.draft_tokens, self.limits.page_tokens)
         costs = self._costs.curve(sum(sequence.decoding for sequence in self.scheduler.running), longest)
         if costs is None:
             return
-        asks = []
+        drafter, requests = self._drafter, list[DraftRequest]()
         for sequence in self.scheduler.running:
             request = self._requests[sequence]
             count = 0
             if sequence.decoding and request.remaining > 1:
                 length = self._lengths.setdefault(request, DraftLength(longest, self._acceptance))
-                count = min(length.ask(costs), request.remaining - 1)
-            if count and self._drafter.shares_memory:
+                count = min(length.choose(costs), request.remaining - 1)
+            if count and drafter.shares_memory:
                 count = min(count, self.scheduler.reserve(sequence, count + 1))
             if count:
                 assert sequence.slot is not None
-                told = request.number, sequence.slot, sequence.ids, count, request.sampling, request.seed
-                asks.append(Ask(*told, sequence.table if self._drafter.shares_memory else ()))
-        drafts = dict(zip((ask.number for ask in asks), self._drafter.propose(asks) if asks else [], strict=True))
+                known = request.number, sequence.slot, sequence.ids, count, request.sampling, request.seed
+                requests.append(DraftRequest(*known, sequence.table if drafter.shares_memory else ()))
+        proposed = drafter.propose(requests) if requests else []
+        drafts = dict(zip((one.number for one in requests), proposed, strict=True))
         for sequence in self.scheduler.running:
             sequence.drafts = drafts.get(sequence.number, [])
 
-    def _take(self, flight: "_Flight", events: list[Event]) -> None:
-        """Give each sequence those tokens that follow from each other."""
-        plan = flight.plan
-        chosen, logits = flight.outcome()
-        logprobs = {} if logits is None else logprobs_of(flight.owners, logits, chosen)
+    def _deliver(self, step: PendingStep, events: list[Event]) -> None:
+        """Append the tokens of a finished step to their answers, drafts as far as they are confirmed."""
+        plan = step.plan
+        chosen, logits = step.outcome()
+        logprobs = {} if logits is None else logprobs_of(step.rows, logits, chosen)
         row = 0
         for span, sequence in zip(plan.spans, plan.sequences, strict=True):
             request, known = self._requests.get(sequence), len(sequence.ids)
-            if request is None:  # has ended since this was launched
-                row += span.wanted
+            if request is None:  # has ended since the launch
+                row += span.num_logits
                 continue
-            if not span.wanted:
+            if not span.num_logits:
                 self.scheduler.advance(sequence, span.start + len(span.ids))
                 continue
-            guesses = list(span.ids)[len(span.ids) - span.wanted + 1 :]
+            drafts = list(span.ids)[len(span.ids) - span.num_logits + 1 :]
             finish: FinishReason | None = None
-            for i in range(row, row + span.wanted):
+            for i in range(row, row + span.num_logits):
                 if chosen[i] < 0:
                     finish, request.error = "error", not_finite()
                     events.append(Event(request, None, finish))
                 else:
-                    finish = self._give(request, chosen[i], logprobs.get(i), events)
-                if finish or request.finish_reason or i - row == len(guesses) or chosen[i] != guesses[i - row]:
+                    finish = self._append_token(request, chosen[i], logprobs.get(i), events)
+                if finish or request.finish_reason or i - row == len(drafts) or chosen[i] != drafts[i - row]:
                     break
-            row += span.wanted
-            if request.finish_reason:  # its own watcher has taken it back
+            row += span.num_logits
+            if request.finish_reason:  # cancelled by its own watch function
                 continue
-            right = max(len(sequence.ids) - known - 1, 0)
-            self._learn(request, len(guesses), right)
-            self.scheduler.advance(sequence, known + right)
+            accepted = max(len(sequence.ids) - known - 1, 0)
+            self._record_acceptance(request, len(drafts), accepted)
+            self.scheduler.advance(sequence, known + accepted)
             if finish:
                 self._finish(request, finish)
 
-    def _give(self, request: Request, token: int, logprob: Logprob | None, events: list[Event]) -> FinishReason | None:
-        """Add one token to an answer and to the events; return why the answer ends with it, if it does."""
+    def _append_token(self, request: Request, token: int, logprob: Logprob | None, events: list[Event]) -> FinishReason | None:
+        """Add a token to an answer and to the events; return why the answer ends with it, or None if it continues."""
         request.sequence.ids.append(token)
         request.token_s.append(time.perf_counter())
         if logprob is not None:
@@ -350,14 +350,14 @@ class TokenEngine:
                 finish = "stop"
         except BaseException as error:
             events += [Event(request, token, None, logprob), Event(request, None, "error")]
-            request.error = QuantkitError(f"its watcher raised {type(error).__name__}: {error}")
+            request.error = QuantkitError(f"its watch function raised {type(error).__name__}: {error}")
             self._finish(request, "error")
             raise
         finish = None if request.finish_reason else finish
         events.append(Event(request, token, finish, logprob))
         return finish
 
-    def _learn(self, request: Request, drafted: int, accepted: int) -> None:
+    def _record_acceptance(self, request: Request, drafted: int, accepted: int) -> None:
         if drafted:
             request.drafted += drafted
             request.accepted += accepted
@@ -378,7 +378,7 @@ class TokenEngine:
 
 
 def _resolve(limits: Limits, backend: Backend) -> Limits:
-    """Fill in what the limits leave open, from what the backend can do."""
+    """Return ``limits`` with every None replaced, according to the backend."""
     context = limits.context_tokens or backend.context_tokens or UNKNOWN_CONTEXT_TOKENS
     context = min(context, backend.context_tokens or context)
     size = limits.page_tokens

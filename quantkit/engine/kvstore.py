@@ -1,17 +1,18 @@
-r"""Where keys and values are kept: pages of floats, or pages of codes with a window of recent tokens in float.
+r"""Storage of keys and values in torch tensors: pages of floats, or pages of codes plus the most recent tokens in float.
 
-A :class:`Pool` holds the keys or the values of one layer for all sequences: ``pages`` pages of ``page_tokens`` tokens of
-``heads`` vectors of ``dim`` numbers. Rows are written one token at a time and read back a page table at a time.
+A :class:`Pool` holds the keys or the values of one layer for all sequences: ``pages`` pages of ``page_tokens`` tokens, each
+with ``heads`` vectors of ``dim`` numbers. Rows are written token by token and read by block table.
 
-The quantized pool writes codes at once and also keeps the last ``recent`` tokens of every running sequence in a ring, in
-float, which reading lays over the codes; so a page is always complete, and a page table means the same in every pool. A grid
-that shares scales between the tokens of a page (block (-1, 1): keys have outlier *channels*, KIVI, Liu et al. 2024, arXiv
-2402.02750) needs all tokens of the page to choose them, so such a page is coded when it is full; until then its tokens are
-in the ring, which therefore must hold two pages. Tokens that came with a shared page are read from its codes.
+The quantized pool writes codes immediately and also keeps the last ``recent`` tokens of every running sequence in float, in a
+ring buffer; reading replaces the decoded values of these tokens by the exact ones. A page of codes is therefore always
+complete, and a block table means the same for every pool. A grid that shares scales between the tokens of a page (block (-1,
+1), because keys have outlier *channels*: KIVI, Liu et al. 2024, arXiv 2402.02750) can only be chosen when the page is full.
+Until then its tokens exist in the ring only, which must therefore hold two pages. The tokens of a shared page are read from its
+codes.
 
-Optionally vectors are stored rotated by a Hadamard matrix ``R`` (orthogonal, symmetric; QuaRot, Ashkboos et al. 2024, arXiv
-2404.00456): :math:`(Rq) \cdot (Rk) = q \cdot k`, so whoever reads keys rotates queries, and whoever reads values rotates the
-weighted sum back. Spreading outliers over channels makes per-token grids better.
+Vectors can be stored multiplied by a Hadamard matrix ``R`` (orthogonal and symmetric; QuaRot, Ashkboos et al. 2024, arXiv
+2404.00456). Because :math:`(Rq) \cdot (Rk) = q \cdot k`, queries are multiplied by R before they meet such keys, and the
+weighted sum of such values is multiplied by R afterwards. This spreads outliers over channels, which improves per-token grids.
 """
 
 from collections.abc import Sequence
@@ -31,16 +32,16 @@ from quantkit.spec import KVScheme, QuantSpec
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
-    """Where the rows of one step go; M rows, S spans.
+class RowPlacement:
+    """Where the M rows of one step are written.
 
     Attributes:
-        pages, offsets, slots, positions: int64 (M,).
+        pages, offsets, slots, positions: int64 (M,), of each row.
         newest: int64 (M,), the last position of the row's span.
         first: int64 (M,), the first position of the row's span.
-        opened: pages whose first token is among the rows: what stood in them is to be forgotten.
-        filled: int64 (F,) rows that fill their page.
-        fresh: int64, slots that changed hands.
+        opened: int64, pages whose first token is among the rows; their earlier content is obsolete.
+        filled: int64 (F,), indices of the rows that fill their page.
+        fresh: int64, slots that have a new sequence.
     """
 
     pages: Tensor
@@ -54,8 +55,8 @@ class Rows:
     fresh: Tensor
 
     @classmethod
-    def of(cls, spans: Sequence[Span], page_tokens: int, device: torch.device) -> "Rows":
-        """Lay out the tokens of ``spans`` one after another."""
+    def of(cls, spans: Sequence[Span], page_tokens: int, device: torch.device) -> "RowPlacement":
+        """Return the placement of the tokens of ``spans``, one span after another."""
         positions = [p for span in spans for p in range(span.start, span.start + len(span.ids))]
         owner = [span for span in spans for _ in span.ids]
         pages = [span.table[p // page_tokens] for span, p in zip(owner, positions, strict=True)]
@@ -76,13 +77,13 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What to read: for each of S sequences, P pages in a row.
+    """What to read: P consecutive entries of the block table of each of S sequences.
 
     Attributes:
-        tables: int64 (S, P); rows shorter than P are filled up with a page of the same sequence.
+        tables: int64 (S, P); shorter tables are padded with a page of the same sequence.
         base: int64 (S,), position of the first token of the first page.
         slots: int64 (S,).
-        run: first page, if there is one sequence and its pages follow each other, else None: reading is then a view.
+        run: the first page, if there is a single sequence with consecutive page numbers, so that reading is a view; else None.
     """
 
     tables: Tensor
@@ -96,19 +97,19 @@ class Pool(Protocol):
 
     @property
     def rotation(self) -> Tensor | None:
-        """The (dim, dim) matrix that was applied to what is stored, or None."""
+        """The matrix (dim, dim) that stored vectors were multiplied by, or None."""
         ...
 
     def copy(self, copies: Sequence[Copy]) -> None:
-        """Copy the beginnings of pages."""
+        """Copy the first tokens of pages."""
         ...
 
-    def write(self, rows: Rows, values: Tensor) -> None:
-        """Store (M, heads, dim)."""
+    def write(self, rows: RowPlacement, values: Tensor) -> None:
+        """Store vectors (M, heads, dim)."""
         ...
 
     def read(self, reading: Reading) -> Tensor:
-        """Return (S, P * page_tokens, heads, dim) in the dtype the pool was made with."""
+        """Return vectors (S, P * page_tokens, heads, dim) in the pool's dtype."""
         ...
 
     @property
@@ -126,19 +127,19 @@ class FloatPool:
         self._data = torch.zeros(memory.pages, memory.page_tokens, heads, dim, dtype=dtype, device=device)
 
     def copy(self, copies: Sequence[Copy]) -> None:
-        """Copy the beginnings of pages; the rest of the target becomes zero."""
+        """Copy the first tokens of pages; the rest of the target is set to zero."""
         for source, target, tokens in copies:
             self._data[target, :tokens] = self._data[source, :tokens]
             self._data[target, tokens:] = 0
 
-    def write(self, rows: Rows, values: Tensor) -> None:
-        """Store (M, heads, dim); a page that is opened loses what others left there, numbers that are not finite included."""
+    def write(self, rows: RowPlacement, values: Tensor) -> None:
+        """Store vectors (M, heads, dim). Opened pages are cleared first: their old content may not be finite."""
         if len(rows.opened):
             self._data[rows.opened] = 0
         self._data[rows.pages, rows.offsets] = values
 
     def read(self, reading: Reading) -> Tensor:
-        """Return (S, P * page_tokens, heads, dim)."""
+        """Return vectors (S, P * page_tokens, heads, dim)."""
         count = reading.tables.shape[1]
         if reading.run is not None:
             return self._data[reading.run : reading.run + count].flatten(0, 1)[None]
@@ -154,13 +155,18 @@ class QuantizedPool:
     """Pages of codes (pages, page_tokens, heads, words) with scales, and a ring of recent tokens in float.
 
     Args:
-        spec: the grid; a row is a token, a column a channel.
-        recent: length of the ring.
-        rotate: store vectors times a Hadamard matrix.
+        memory: number and size of the pages, number of slots.
+        heads: key/value heads.
+        dim: channels per head.
+        dtype: dtype of the vectors that are written and read.
+        device: device of the pool.
+        spec: the grid of codes; a row is a token, a column a channel.
+        recent: tokens per slot that are also kept in float.
+        rotate: store vectors multiplied by a Hadamard matrix.
 
     Raises:
-        SpecError: ``dim`` is not a multiple of the group, or no power of two for a rotation; a ring shorter than two pages for
-            scales per channel.
+        SpecError: ``dim`` is not a multiple of the group size, or not a power of two with ``rotate``; ``recent`` is less than
+            two pages for a grid with scales per channel.
     """
 
     def __init__(
@@ -181,11 +187,11 @@ class QuantizedPool:
             raise SpecError(f"key/value heads of {dim} channels: {reason}")
         if self._per_channel and recent < 2 * memory.page_tokens:
             raise SpecError(
-                f"a grid per channel is chosen when a page of {memory.page_tokens} tokens is full; until then its tokens are "
-                f"kept in float: want recent >= {2 * memory.page_tokens}, got {recent}"
+                f"recent={recent}: scales per channel are chosen when a page of {memory.page_tokens} tokens is full, and its "
+                f"tokens are kept in float until then; want at least {2 * memory.page_tokens}"
             )
         if rotate and (dim < 1 or dim & (dim - 1)):
-            raise SpecError(f"a Hadamard rotation of {dim} channels: want a power of two; leave rotate out")
+            raise SpecError(f"rotate=True: a Hadamard matrix for {dim} channels; want a power of two, or leave rotate out")
         self.rotation = (sylvester(dim) / dim**0.5).to(device, dtype) if rotate else None
         shape = (memory.pages, memory.page_tokens, heads, packed_words(dim, spec.bits))
         scales = scale_shape(spec, memory, heads, dim)
@@ -196,14 +202,14 @@ class QuantizedPool:
         self._tags = torch.full((memory.slots, recent), -1, dtype=torch.int64, device=device)
 
     def copy(self, copies: Sequence[Copy]) -> None:
-        """Copy whole pages: codes are finite whatever they stand for."""
+        """Copy whole pages; all codes are finite, so there is no need to clear the rest."""
         for source, target, _ in copies:
             for stored in (self._words, self._scale, self._zero):
                 if stored is not None:
                     stored[target] = stored[source]
 
-    def write(self, rows: Rows, values: Tensor) -> None:
-        """Store (M, heads, dim)."""
+    def write(self, rows: RowPlacement, values: Tensor) -> None:
+        """Store vectors (M, heads, dim)."""
         values = values if self.rotation is None else values @ self.rotation
         if self._recent and len(rows.fresh):
             self._tags[rows.fresh] = -1
@@ -213,13 +219,15 @@ class QuantizedPool:
         else:
             self._store((rows.pages, rows.offsets), values)
         if self._recent:
-            kept = (rows.positions > rows.newest - self._recent).nonzero()[:, 0]  # of a longer chunk only its end
+            kept = (rows.positions > rows.newest - self._recent).nonzero()[
+                :, 0
+            ]  # the ring holds the end of a longer chunk only
             slots, positions = rows.slots[kept], rows.positions[kept]
             self._ring[slots, positions % self._recent] = values[kept]
             self._tags[slots, positions % self._recent] = positions
 
     def read(self, reading: Reading) -> Tensor:
-        """Return (S, P * page_tokens, heads, dim), decoded, the newest tokens as they were written."""
+        """Return decoded vectors (S, P * page_tokens, heads, dim), the most recent tokens exactly as they were written."""
         values = self._load(reading.tables).flatten(1, 2)
         if self._recent:
             tags = self._tags[reading.slots]  # (S, recent)
@@ -230,12 +238,12 @@ class QuantizedPool:
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated: codes, scales, zero points, the ring and its tags."""
+        """Bytes allocated: codes, scales, zero points, the ring and the positions in it."""
         tensors = (self._words, self._scale, self._zero, self._ring, self._tags)
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
-    def _write_full_pages(self, rows: Rows, values: Tensor) -> None:
-        """Code every page that this step fills: its earlier tokens are in the ring, or came with a shared page."""
+    def _write_full_pages(self, rows: RowPlacement, values: Tensor) -> None:
+        """Quantize the pages that this step fills; their earlier tokens are in the ring, or in a copied page."""
         size = self._words.shape[1]
         last = rows.filled
         positions = rows.positions[last, None] - torch.arange(size - 1, -1, -1, device=last.device)  # (F, page_tokens)
@@ -248,7 +256,7 @@ class QuantizedPool:
         self._store(rows.pages[last], torch.where(now[..., None, None], values[row.clamp(min=0)], before))
 
     def _store(self, index: Tensor | tuple[Tensor, Tensor], values: Tensor) -> None:
-        """Code ``values``: (M, heads, dim) at (pages, offsets), or (F, page_tokens, heads, dim) at pages."""
+        """Quantize and store ``values``: (M, heads, dim) at (pages, offsets), or (F, page_tokens, heads, dim) at pages."""
         matrix = values.transpose(1, 2) if self._per_channel else values  # (F, heads, page_tokens, dim) or (M, heads, dim)
         scale, zero = choose_qparams(matrix, self._spec)
         codes = quantize(matrix, scale, zero, self._spec)
@@ -258,7 +266,7 @@ class QuantizedPool:
             self._zero[index] = zero
 
     def _load(self, pages: Tensor) -> Tensor:
-        """Decode ``pages`` (...) to (..., page_tokens, heads, dim)."""
+        """Decode ``pages`` (...) to vectors (..., page_tokens, heads, dim)."""
         codes = unpack(self._words[pages], self._spec.bits, self._dim)
         zero = None if self._zero is None else self._zero[pages]
         if not self._per_channel:
@@ -274,14 +282,23 @@ def make_pool(
     spec: QuantSpec | None,
     scheme: KVScheme,
 ) -> Pool:
-    """Return a pool for heads x dim = ``shape`` on the grid ``spec``, which is the key's or the value's of ``scheme``."""
+    """Return a pool for keys or values.
+
+    Args:
+        memory: number and size of the pages, number of slots.
+        shape: heads and channels per head.
+        dtype: dtype of the vectors.
+        device: device of the pool.
+        spec: ``scheme.key`` or ``scheme.value``; None stores floats.
+        scheme: gives ``recent`` and ``rotate``.
+    """
     if spec is None:
         return FloatPool(memory, *shape, dtype, device)
     return QuantizedPool(memory, *shape, dtype, device, spec=spec, recent=scheme.recent, rotate=scheme.rotate)
 
 
 def pool_bytes(memory: Memory, shape: tuple[int, int], dtype: torch.dtype, spec: QuantSpec | None, recent: int) -> int:
-    """Predict :attr:`Pool.nbytes` without allocating."""
+    """Return :attr:`Pool.nbytes` of a pool without allocating it; arguments as in :func:`make_pool`."""
     heads, dim = shape
     tokens = memory.pages * memory.page_tokens
     if spec is None:
@@ -295,7 +312,7 @@ def pool_bytes(memory: Memory, shape: tuple[int, int], dtype: torch.dtype, spec:
 
 
 def scale_shape(spec: QuantSpec, memory: Memory, heads: int, dim: int) -> tuple[int, ...]:
-    """Return the shape of a pool's scales: per page and channel, or per token and group."""
+    """Return the shape of a pool's scales: one per page, head and channel, or one per token, head and group."""
     if spec.block[0] == -1:
         return memory.pages, heads, 1, dim
     groups = 1 if spec.block[1] == -1 else dim // spec.block[1]

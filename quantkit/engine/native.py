@@ -1,4 +1,4 @@
-"""A decoder program on the CPU as a :class:`quantkit.engine.backend.Backend`: one native call per step, whatever its rows."""
+"""The CPU backend: run a decoder program (:mod:`quantkit.kernels.program`) with one native call per step."""
 
 from collections.abc import Sequence
 
@@ -12,20 +12,20 @@ from quantkit.kernels.cpu.decoder import KV_DTYPES, PAGE_TOKENS, KvPages, Native
 
 
 class NativeBackend:
-    """Run a program for many sequences, keys and values in native pages.
+    """Run a program for many sequences, with keys and values in native pages.
 
-    A row's logits do not depend, to the last bit, on the rows beside it: answers do not change with the batch, with drafts, or
-    with preemption. Several backends may share a decoder, one at a time.
+    The logits of a row do not depend on the other rows of the step, bit for bit, so answers do not change with the batch, with
+    drafts, or after a preemption. Several backends may share a decoder, as long as they run one after another.
 
     Args:
-        decoder: the program, laid out; without LongRoPE's second set of tables, which depends on the length of a sequence.
+        decoder: the program, prepared for the CPU kernels; without LongRoPE, whose tables depend on the length of a sequence.
         kv: how keys and values are stored, a key of :data:`quantkit.kernels.cpu.decoder.KV_DTYPES`.
-        exact: float activations; False rounds them to int8 where they meet quantized weights.
-        bfloat16: round them to bfloat16 where they meet bfloat16 weights, if that is faster.
-        context_tokens: longest sequence the model reads.
+        exact: keep float activations; False rounds them to int8 in products with quantized weights.
+        bfloat16: round activations to bfloat16 in products with bfloat16 weights, where that is faster on this CPU.
+        context_tokens: longest sequence that the model supports.
 
     Attributes:
-        engine: what runs a step, for reports.
+        engine: name of the implementation, for reports.
     """
 
     shares_pages = rewinds = True
@@ -47,24 +47,28 @@ class NativeBackend:
         self._kv: KvPages | None = None
 
     def reserve(self, memory: Memory) -> None:
-        """Allocate pages; the kernels know one size of them."""
+        """Allocate the pages.
+
+        Raises:
+            QuantkitError: a page size other than the kernels'.
+        """
         if memory.page_tokens != PAGE_TOKENS:
             raise QuantkitError(
-                f"pages of {memory.page_tokens} tokens: the native engine has pages of {PAGE_TOKENS}; "
-                "leave page_tokens out, or take engine='modules'"
+                f"page_tokens={memory.page_tokens}: the native engine supports {PAGE_TOKENS} only; "
+                "leave page_tokens out, or use engine='modules'"
             )
         self._kv = KvPages(self.decoder.program, memory.pages, dtype=self._dtype)
 
     def bytes_for(self, memory: Memory) -> int:
-        """Return the bytes that :meth:`reserve` allocates for ``memory``."""
-        per_head = 4 if self._dtype == "int8" else 0  # a scale
+        """Return the number of bytes that :meth:`reserve` allocates for ``memory``."""
+        per_head = 4 if self._dtype == "int8" else 0  # a float32 scale
         heads = [(layer.attention.kv_heads, layer.attention.head_dim) for layer in self.decoder.program.layers]
         per_token = sum(2 * count * (dim * KV_DTYPES[self._dtype].itemsize + per_head) for count, dim in heads)
         return memory.pages * memory.page_tokens * per_token
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated now."""
+        """Bytes of keys and values that are allocated now."""
         return 0 if self._kv is None else self._kv.nbytes
 
     def step(self, spans: Sequence[Span], copies: Sequence[Copy] = ()) -> Tensor:
@@ -75,28 +79,31 @@ class NativeBackend:
                 stored[target] = stored[source]
         return self.decoder.run(_rows(spans), pages, exact=self.exact, bfloat16=self.bfloat16)
 
-    def draft(self, spans: Sequence[Span], *, argmax: bool = False) -> Tensor:
-        """Run ``spans`` roughly: with the high planes of weights alone, and int8 activations, whatever steps do.
+    def prepare_drafts(self) -> bool:
+        """Split 8-bit weights into planes; see :class:`~quantkit.engine.backend.SelfDraftingBackend`."""
+        return self.decoder.split_planes()
 
-        Returns:
-            Logits of each row, or the most likely tokens (int32).
+    def draft(self, spans: Sequence[Span], *, argmax: bool = False) -> Tensor:
+        """Run ``spans`` approximately: with the high planes of 8-bit weights only, and int8 activations.
+
+        See :class:`~quantkit.engine.backend.SelfDraftingBackend`.
         """
         return self.decoder.run(_rows(spans), self._pages, exact=False, bfloat16=self.bfloat16, argmax=argmax, draft=True)
 
     @property
     def _pages(self) -> KvPages:
-        assert self._kv is not None, "reserve comes first"
+        assert self._kv is not None, "call reserve first"
         return self._kv
 
 
 def _rows(spans: Sequence[Span]) -> Rows:
-    """Lay out spans for one call."""
+    """Convert spans to the rows of one native call."""
     table = np.zeros((len(spans), max(len(span.table) for span in spans)), dtype=np.int32)
-    tokens, positions, slots, wanted = list[int](), list[int](), list[int](), list[int]()
+    tokens, positions, slots, logit_rows = list[int](), list[int](), list[int](), list[int]()
     for slot, span in enumerate(spans):
         table[slot, : len(span.table)] = span.table
         tokens += span.ids
         positions += range(span.start, span.start + len(span.ids))
         slots += [slot] * len(span.ids)
-        wanted += range(len(tokens) - span.wanted, len(tokens))
-    return Rows(tokens, positions, slots, table, wanted)
+        logit_rows += range(len(tokens) - span.num_logits, len(tokens))
+    return Rows(tokens, positions, slots, table, logit_rows)

@@ -1,17 +1,17 @@
-"""Who owns which page of the key/value memory: allocation, sharing of equal prefixes, reuse of what was freed.
+"""Allocation of pages of key/value memory, shared between sequences with equal prefixes, and reused once released.
 
-A sequence's keys and values live in *pages* of ``page_tokens`` tokens; its *block table* lists them in order, so token
-``t`` stands in page ``table[t // page_tokens]`` at offset ``t % page_tokens`` (PagedAttention: Kwon et al. 2023,
-arXiv 2309.06180). This file knows page numbers and token ids; the memory behind them belongs to the backend.
+A sequence's keys and values are stored in *pages* of ``page_tokens`` tokens. Its *block table* lists them in order: token ``t``
+is in page ``table[t // page_tokens]`` at offset ``t % page_tokens`` (PagedAttention: Kwon et al. 2023, arXiv 2309.06180). This
+file knows page numbers and token ids only; the memory itself belongs to the backend.
 
-Keys and values of a token depend on every token before it. So a page that is full can serve every sequence that begins with
-the same tokens: it is *published* in a tree whose edges are the tokens of one page (RadixAttention: Zheng et al. 2023,
-arXiv 2312.07104). A node is named by a number that is never used twice, and a child is found by ``(parent, its tokens)``: the
-tokens themselves are compared, so there are no collisions. A page that agrees only in its first tokens is shared by *copy on
-write*: the new sequence gets a copy and overwrites the rest.
+The keys and values of a token depend on every token before it, so a full page can serve every sequence that begins with the
+same tokens. Full pages are therefore *published* in a tree whose edges are the tokens of one page (RadixAttention: Zheng et al.
+2023, arXiv 2312.07104). Each node has a number that is never reused, and a child is looked up by ``(parent, its tokens)``;
+the tokens themselves are compared, so hash collisions cannot share the wrong page. A page of which only the first tokens agree
+is shared by *copy on write*: the new sequence gets a copy and overwrites the rest.
 
-A page is in exactly one of three places: in use (counted references, one per table it is in), cached (published, in no
-table, kept for a later sequence, evicted in least-recently-used order), or free.
+A page is always in exactly one state: in use (with a count of the block tables it is in), cached (published, in no table, kept
+for later sequences, evicted least recently used first), or free.
 """
 
 from collections import OrderedDict
@@ -26,13 +26,13 @@ ROOT = 0
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """The longest known beginning of a sequence.
+    """The longest published prefix of a sequence.
 
     Attributes:
         pages: full pages to share, in order.
-        node: the node after them.
+        node: the tree node of these pages.
         partial: a page whose first ``partial_tokens`` tokens continue the prefix, to be copied; None if there is none.
-        partial_tokens: how many of its tokens agree.
+        partial_tokens: how many tokens of ``partial`` agree.
     """
 
     pages: list[int] = field(default_factory=list)
@@ -43,71 +43,74 @@ class Match:
 
 @dataclass(slots=True)
 class _Node:
-    """A published page: what stands in it and where it hangs."""
+    """A published page: its number in the tree, its parent's, and its tokens."""
 
     name: int
     parent: int
     tokens: tuple[int, ...]
 
 
-class Pages:
-    """The pages of one key/value memory.
+class PageAllocator:
+    """Allocate the pages of one key/value memory.
 
     Args:
-        count: how many there are.
-        page_tokens: tokens in one.
+        count: number of pages.
+        page_tokens: tokens per page.
 
     Attributes:
-        hits_tokens: tokens that did not have to be computed because a published page held them.
-        evictions: cached pages given to somebody else.
+        hit_tokens: prompt tokens that were not computed because a published page held them.
+        evictions: cached pages that were given to another sequence.
+
+    Raises:
+        QuantkitError: ``count`` or ``page_tokens`` is below 1.
     """
 
     SIBLINGS = 8
-    """Pages looked at for a partial match."""
+    """Number of pages examined for a partial match."""
 
     def __init__(self, count: int, page_tokens: int) -> None:
         if count < 1 or page_tokens < 1:
             raise QuantkitError(f"{count} pages of {page_tokens} tokens: want at least one of each")
         self.count, self.page_tokens = count, page_tokens
-        self._free = list(range(count - 1, -1, -1))  # the lowest number first: a lone sequence gets pages in a row
+        self._free = list(range(count - 1, -1, -1))  # lowest number first: a lone sequence gets consecutive pages
         self._references = [0] * count
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
         self._nodes: dict[int, _Node] = {}  # page -> its node
         self._by_edge: dict[tuple[int, tuple[int, ...]], int] = {}  # (parent, tokens) -> page
         self._children: dict[tuple[int, int], list[int]] = {}  # (parent, first token) -> pages, newest last
         self._next_name = ROOT + 1
-        self.hits_tokens = self.evictions = 0
+        self.hit_tokens = self.evictions = 0
 
     @property
     def available(self) -> int:
-        """Pages that :meth:`allocate` could return now: free ones and cached ones."""
+        """Pages that :meth:`allocate` could return now: free and cached ones."""
         return len(self._free) + len(self._cached)
 
     @property
     def used(self) -> int:
-        """Pages in at least one table."""
+        """Pages in at least one block table."""
         return self.count - self.available
 
     @property
     def cached(self) -> int:
-        """Published pages in no table."""
+        """Published pages in no block table."""
         return len(self._cached)
 
     def references(self, page: int) -> int:
-        """Return in how many tables ``page`` is."""
+        """Return the number of block tables that contain ``page``."""
         return self._references[page]
 
     def pages_for(self, tokens: int) -> int:
-        """Return how many pages hold ``tokens`` tokens."""
+        """Return the number of pages that ``tokens`` tokens need."""
         return -(-tokens // self.page_tokens)
 
     def allocate(self) -> int | None:
-        """Take a page nobody uses, with one reference; None when all are in use. A cached one is evicted last of all."""
+        """Return an unused page with one reference, or None if all are in use. Cached pages are evicted if none is free."""
         if self._free:
             page = self._free.pop()
         elif self._cached:
             page, _ = self._cached.popitem(last=False)
-            self._forget(page)
+            self._unpublish(page)
             self.evictions += 1
         else:
             return None
@@ -120,13 +123,16 @@ class Pages:
         self._references[page] += 1
 
     def release(self, table: Sequence[int]) -> None:
-        """Drop one reference to every page of a table; what nobody uses any more is cached if published, else free.
+        """Drop one reference to every page of a block table. Pages without references become cached if published, else free.
 
-        The end of the table goes first, so that it is evicted first: a page is of no use without those before it.
+        The end of the table is released first, so that it is evicted first: a page is useless without those before it.
+
+        Raises:
+            QuantkitError: a page has no reference.
         """
         for page in reversed(table):
             if self._references[page] < 1:
-                raise QuantkitError(f"page {page} is released but nobody uses it")
+                raise QuantkitError(f"page {page} is released, but it is not in use")
             self._references[page] -= 1
             if self._references[page]:
                 continue
@@ -136,7 +142,7 @@ class Pages:
                 self._free.append(page)
 
     def match(self, tokens: Sequence[int], limit: int) -> Match:
-        """Return the longest published prefix of ``tokens``, at most ``limit`` of them. Takes no reference."""
+        """Return the longest published prefix of ``tokens``, at most ``limit`` tokens long. Takes no reference."""
         size, node, pages = self.page_tokens, ROOT, list[int]()
         while (len(pages) + 1) * size <= limit:
             start = len(pages) * size
@@ -155,13 +161,24 @@ class Pages:
         return Match(pages, node, partial, agree)
 
     def publish(self, page: int, parent: int, tokens: Sequence[int]) -> int:
-        """Offer a full page that follows node ``parent`` to later sequences; return the node of this prefix.
+        """Make a full page available to later sequences.
 
-        When another page already holds the same prefix that one stays, and this one remains private.
+        If another page already holds the same prefix, that one stays published and this one remains private.
+
+        Args:
+            page: the page.
+            parent: node of the prefix before it, :data:`ROOT` for the first page.
+            tokens: the page's tokens.
+
+        Returns:
+            The node of the prefix that ends with this page.
+
+        Raises:
+            QuantkitError: the page is not full.
         """
         edge = (parent, tuple(tokens))
         if len(edge[1]) != self.page_tokens:
-            raise QuantkitError(f"page {page}: {len(edge[1])} tokens are published, a full page has {self.page_tokens}")
+            raise QuantkitError(f"page {page}: published with {len(edge[1])} tokens; want a full page of {self.page_tokens}")
         known = self._by_edge.get(edge)
         if known is not None:
             return self._nodes[known].name
@@ -171,14 +188,7 @@ class Pages:
         self._next_name += 1
         return self._nodes[page].name
 
-    def forget_cached(self) -> None:
-        """Free every cached page, as if no sequence had ever been here."""
-        while self._cached:
-            page, _ = self._cached.popitem()
-            self._forget(page)
-            self._free.append(page)
-
-    def _forget(self, page: int) -> None:
+    def _unpublish(self, page: int) -> None:
         node = self._nodes.pop(page)
         del self._by_edge[node.parent, node.tokens]
         key = (node.parent, node.tokens[0])
@@ -188,4 +198,5 @@ class Pages:
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Return the number of equal elements at the start of ``a`` and ``b``."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

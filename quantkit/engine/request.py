@@ -1,37 +1,40 @@
-"""What is asked of the engine and what comes back: limits, requests, events."""
+"""What callers give to the engine and get from it: limits, requests, events."""
 
+import collections.abc as abc
 import time
-from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from quantkit.engine.sampling import Sampling
-from quantkit.engine.scheduler import Batching, Running
+from quantkit.engine.scheduler import Batching, Sequence
 from quantkit.errors import QuantkitError
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
-"""Why an answer ended: a stop token or the watcher; no more tokens allowed; taken back; a failure of this request alone."""
+"""Why a request ended: a stop token or its ``watch`` function; the token limit; :meth:`cancel`; an error of this request."""
 
 
 class QueueFull(QuantkitError):
-    """More requests wait than the limits allow; try again later."""
+    """The queue of waiting requests is full; try again later."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How much an engine takes on.
+    """How much work an engine accepts.
 
     Attributes:
-        running: sequences that run at once.
-        step_tokens: tokens per step: what a prompt is cut into, and what bounds the memory of activations.
-        page_tokens: tokens in a page of the key/value memory.
-        kv_tokens: tokens the key/value memory holds, for all sequences together; None for what fits into 1 GiB, or every
-            running sequence at its longest if that is less.
-        context_tokens: longest prompt and answer together; None for the model's own limit, and never beyond it.
+        running: sequences that run at the same time.
+        step_tokens: tokens per step. Longer prompts are split into chunks; this also bounds the memory of activations.
+        page_tokens: tokens per page of key/value memory.
+        kv_tokens: tokens that the key/value memory holds, over all sequences. None uses at most 1 GiB, and no more than
+            ``running`` sequences of the longest length need.
+        context_tokens: longest prompt and answer together; None for the model's own limit. Never more than that limit.
         waiting: requests that may wait.
-        draft_tokens: at most so many guesses of a drafter per sequence and step, and never more than a page; 7 because the
-            CPU's kernels read a weight once for up to eight rows.
-        batching: ``"continuous"``; ``"static"`` lets nobody join until all are done, for comparison.
+        draft_tokens: draft tokens per sequence and step, and never more than a page. The default is 7 because the CPU kernels
+            read a weight once for up to 8 rows.
+        batching: ``"continuous"``, or ``"static"``, which admits new requests only when none is running, for comparison.
+
+    Raises:
+        QuantkitError: a number below 1, or an unknown kind of batching.
     """
 
     running: int = 8
@@ -53,11 +56,11 @@ class Limits:
 
 
 class Logprob(NamedTuple):
-    """How likely the model found a token, before temperature and filters.
+    """Log probability of a token under the model, before temperature and filters.
 
     Attributes:
         logprob: natural logarithm of the token's probability.
-        top: the most likely tokens and theirs, most likely first.
+        top: the most likely tokens and their log probabilities, most likely first.
     """
 
     logprob: float
@@ -66,19 +69,19 @@ class Logprob(NamedTuple):
 
 @dataclass(eq=False, slots=True)
 class Request:
-    """One prompt and the answer to it so far. Made by ``submit``; read it, do not write it.
+    """A prompt and its answer so far. Created by :meth:`~quantkit.engine.engine.TokenEngine.submit`; treat it as read-only.
 
     Attributes:
-        number: counts up; also the order of arrival.
+        number: number of the request, in order of arrival.
         prompt: token ids.
-        sampling, max_new_tokens, min_new_tokens, stop_tokens, logprobs: as submitted.
-        seed: of its noise: the sampling's own, or a fresh one.
-        finish_reason: None while it is not finished.
-        error: what went wrong, when the reason is ``"error"``.
-        logprob: one per token of the answer, if asked for.
-        submitted_s, token_s: clock (``time.perf_counter``) when it was submitted and when each token was known.
-        drafted, accepted: draft tokens verified, and how many of them were right.
-        sequence: what the scheduler knows of it.
+        sampling, max_new_tokens, min_new_tokens, stop_tokens, watch, logprobs: as submitted.
+        seed: seed of the sampling noise: the one in ``sampling``, or a random one.
+        sequence: the scheduler's view of the request.
+        finish_reason: None until the request is finished.
+        error: the error, if the reason is ``"error"``.
+        logprob: one entry per token of the answer, if requested.
+        submitted_s, token_s: ``time.perf_counter()`` at submission and at each token.
+        drafted, accepted: draft tokens verified, and how many of them were accepted.
     """
 
     number: int
@@ -87,10 +90,10 @@ class Request:
     max_new_tokens: int
     min_new_tokens: int
     stop_tokens: frozenset[int]
-    watch: Callable[[int], object] | None
+    watch: abc.Callable[[int], object] | None
     logprobs: int | None
     seed: int
-    sequence: Running
+    sequence: Sequence
     finish_reason: FinishReason | None = None
     error: QuantkitError | None = None
     logprob: list[Logprob] = field(default_factory=list)
@@ -101,7 +104,7 @@ class Request:
 
     @property
     def ids(self) -> list[int]:
-        """The answer so far, a stop token that ended it included."""
+        """Tokens of the answer so far, including a stop token that ended it."""
         return self.sequence.ids[len(self.prompt) :]
 
     @property
@@ -111,7 +114,7 @@ class Request:
 
     @property
     def remaining(self) -> int:
-        """Tokens it may still get."""
+        """Number of tokens that the answer may still get."""
         return self.max_new_tokens - self.answered
 
 
@@ -119,10 +122,10 @@ class Event(NamedTuple):
     """Something that happened to a request.
 
     Attributes:
-        request: whose.
-        token: the new token; None if it ended without one (cancelled, or an error).
-        finish: why the request is finished; None if it goes on.
-        logprob: of the token, if asked for.
+        request: the request.
+        token: the new token; None if the request ended without one (cancelled, or an error).
+        finish: why the request is finished; None if it continues.
+        logprob: log probability of the token, if requested.
     """
 
     request: Request
@@ -132,12 +135,16 @@ class Event(NamedTuple):
 
 
 def check_tokens(
-    prompt: Sequence[int], max_new_tokens: int, min_new_tokens: int, stop_tokens: Collection[int], logprobs: int | None
+    prompt: abc.Sequence[int],
+    max_new_tokens: int,
+    min_new_tokens: int,
+    stop_tokens: abc.Collection[int],
+    logprobs: int | None,
 ) -> None:
-    """Refuse numbers that make no sense whatever the model.
+    """Refuse arguments of a request that are invalid for every model.
 
     Raises:
-        QuantkitError: naming the number and what was wanted.
+        QuantkitError: naming the argument and the values it may have.
     """
     if not prompt:
         raise QuantkitError("the prompt is empty: give at least one token, for instance the beginning-of-sequence token")
@@ -146,6 +153,6 @@ def check_tokens(
     if not 0 <= min_new_tokens <= max_new_tokens:
         raise QuantkitError(f"min_new_tokens={min_new_tokens}: want 0 to max_new_tokens={max_new_tokens}")
     if min_new_tokens and not stop_tokens:
-        raise QuantkitError(f"min_new_tokens={min_new_tokens} holds stop tokens back, and there is none; leave it out")
+        raise QuantkitError(f"min_new_tokens={min_new_tokens} delays stop tokens, but there are none; leave it out")
     if logprobs is not None and logprobs < 0:
-        raise QuantkitError(f"logprobs={logprobs}: want how many alternatives to report, 0 or more, or None")
+        raise QuantkitError(f"logprobs={logprobs}: want the number of alternatives to report, 0 or more, or None")

@@ -1,18 +1,19 @@
-r"""From logits to the next token.
+r"""Sampling parameters, and the choice of the next token from logits.
 
-A language model returns one number per vocabulary entry. Greedy decoding takes the largest. Sampling reshapes the numbers
-into a distribution and draws from it, in this order (the order of transformers, so results can be compared):
+A language model returns one logit per vocabulary entry. Greedy decoding takes the largest. Sampling turns the logits into a
+distribution and draws from it, in this order (that of transformers, so results can be compared):
 
-1. repetition penalty: tokens seen before become less likely (greedy decoding applies it too);
+1. repetition penalty: tokens that occurred before become less likely (also applied in greedy decoding);
 2. temperature ``t``: ``logits / t``;
 3. top-k, 4. top-p (nucleus), 5. min-p: each sets the logits of unlikely tokens to -inf;
 6. ``softmax``, then one draw.
 
-Each step is a pure function on ``(..., V)``, and rows never look at each other, so a batch is shaped at once, every row with
-its own parameters. Each step keeps at least the most likely token.
+Each stage is a pure function on ``(..., V)``; rows are independent, so a batch is processed at once, every row with its own
+parameters. Each stage keeps at least the most likely token.
 
-The draw is a race: with independent Gumbel noise :math:`g_i`, :math:`\arg\max_i \log p_i + g_i` is distributed as p. The noise
-is a function of seed, position and token, so neither a request's neighbours in the batch nor drafts change its answer.
+Draws use the Gumbel-max trick: with independent Gumbel noise :math:`g_i`, :math:`\arg\max_i \log p_i + g_i` is distributed as
+p. The noise is a function of seed, position and token, so the answer of a request depends neither on the other requests of the
+batch nor on drafts.
 
 Paper: repetition penalty, Keskar et al. 2019 (arXiv 1909.05858); those of the filters are in
 :mod:`quantkit.numerics.filters`.
@@ -34,15 +35,15 @@ class Sampling:
     """How the next token is chosen. The default is greedy.
 
     Attributes:
-        temperature: 0 takes the most likely token; 1 samples from the model's own distribution; lower is sharper.
-        top_k: sample among the k most likely tokens; None for all.
-        top_p: sample among the smallest set of tokens whose probability reaches p, in (0, 1]; None for all.
-        min_p: sample among tokens at least this fraction as likely as the most likely one, in [0, 1]; None for all.
-        repetition_penalty: > 1 makes tokens of the prompt and of the answer less likely to come again; 1 does nothing.
-        seed: the same seed gives the same tokens, as far as the logits are the same; None draws a fresh one.
+        temperature: 0 takes the most likely token; 1 samples from the model's own distribution; lower values sharpen it.
+        top_k: sample from the k most likely tokens; None for all.
+        top_p: sample from the smallest set of tokens whose total probability reaches p, in (0, 1]; None for all.
+        min_p: sample from the tokens that are at least this fraction as likely as the most likely one, in [0, 1]; None for all.
+        repetition_penalty: values above 1 make tokens of the prompt and the answer less likely to be repeated; 1 has no effect.
+        seed: equal seeds give equal tokens, as long as the logits are equal; None takes a random seed.
 
     Raises:
-        QuantkitError: a value outside its range, or a filter given with temperature 0, where it could do nothing.
+        QuantkitError: a value outside its range, or a filter together with temperature 0, where it has no effect.
     """
 
     temperature: float = 0.0
@@ -78,7 +79,7 @@ class Sampling:
             "a number in [0, 1], or None for all tokens",
         )
         penalty = self.repetition_penalty
-        _check("repetition_penalty", penalty, _is_number(penalty) and penalty > 0, "a positive number; 1 does nothing")
+        _check("repetition_penalty", penalty, _is_number(penalty) and penalty > 0, "a positive number; 1 has no effect")
         _check(
             "seed",
             self.seed,
@@ -88,23 +89,26 @@ class Sampling:
         unused = [name for name in ("top_k", "top_p", "min_p") if getattr(self, name) is not None]
         if self.greedy and unused:
             raise QuantkitError(
-                f"{', '.join(unused)} cannot change greedy decoding (temperature=0); give a temperature above 0 to sample, "
-                "or leave them out"
+                f"{', '.join(unused)}: no effect on greedy decoding (temperature=0); give a temperature above 0 to sample, or "
+                "leave it out"
             )
 
     @property
     def greedy(self) -> bool:
-        """Whether the most likely token is taken."""
+        """Whether the most likely token is always taken."""
         return self.temperature == 0
 
 
 def penalize_repetition(logits: Tensor, previous_ids: Tensor, penalty: float | Tensor) -> Tensor:
-    """Divide positive logits, and multiply negative ones, of every token in ``previous_ids`` by ``penalty``, once each.
+    """Divide the positive logits of every token in ``previous_ids`` by ``penalty``, and multiply the negative ones by it.
 
     Args:
-        logits: (..., V).
-        previous_ids: (..., T) int64 in [0, V), prompt and answer so far; repeats count once.
-        penalty: one number, or one per row (..., 1), as are the parameters of the other filters.
+        logits: floating (..., V).
+        previous_ids: int64 (..., T) in [0, V), prompt and answer so far; a repeated token counts once.
+        penalty: one number, or one per row (..., 1).
+
+    Returns:
+        A new tensor (..., V).
     """
     seen = logits.gather(-1, previous_ids)
     return logits.scatter(-1, previous_ids, torch.where(seen < 0, seen * penalty, seen / penalty))
@@ -120,28 +124,31 @@ def choose(
     """Choose one token per row.
 
     Args:
-        logits: (R, V) of any float dtype.
+        logits: floating (R, V).
         samplings: one per row.
-        seeds: one per row, of its noise, whatever the sampling's own is.
-        positions: of the rows in their sequences.
-        histories: the tokens of prompt and answer so far of each row; needed only where there is a repetition penalty.
+        seeds: seed of the noise of each row; the seeds in ``samplings`` are not used.
+        positions: position of each row in its sequence.
+        histories: prompt and answer so far of each row; needed only for rows with a repetition penalty.
 
     Returns:
-        A token per row; -1 for one whose logits hold NaN, +inf or only -inf.
+        A token per row; -1 for a row whose logits contain NaN, +inf or only -inf.
+
+    Raises:
+        QuantkitError: a repetition penalty without ``histories``.
     """
     where = torch.tensor(positions, dtype=torch.int32, device=logits.device)
     tokens = draw_tokens(penalize(logits, samplings, histories), Draw.of(samplings, seeds, logits.device), where)
-    chosen: list[int] = tokens.tolist()  # one word from the device
+    chosen: list[int] = tokens.tolist()  # one number per row from the device
     return chosen
 
 
 def penalize(logits: Tensor, samplings: Sequence[Sampling], histories: Sequence[Sequence[int]] | None) -> Tensor:
-    """Apply the repetition penalties of rows that have one; see :func:`choose`."""
+    """Return the logits with repetition penalties applied to the rows that have one; arguments as in :func:`choose`."""
     rows = [i for i, s in enumerate(samplings) if s.repetition_penalty != 1]
     if not rows:
         return logits
     if histories is None:
-        raise QuantkitError("repetition_penalty needs the histories: the tokens of the prompt and of the answer so far")
+        raise QuantkitError("repetition_penalty needs histories: the tokens of the prompt and of the answer so far")
     shaped = logits.to(torch.float32, copy=True)
     longest = max(len(histories[i]) for i in rows)
     padded = [[*histories[i], *[histories[i][-1]] * (longest - len(histories[i]))] for i in rows]  # repeats count once
@@ -151,9 +158,9 @@ def penalize(logits: Tensor, samplings: Sequence[Sampling], histories: Sequence[
 
 
 def not_finite() -> QuantkitError:
-    """Return the error for a row of logits from which nothing can be chosen."""
+    """Return the error for a row of logits whose largest value is NaN or infinite."""
     return QuantkitError(
-        "the model's logits are not numbers one can choose from: the largest is NaN or infinite, want finite; "
+        "no token can be chosen: the model's largest logit is NaN or infinite, want finite logits; "
         "look for NaN or overflow in the weights, or run in float32 or bfloat16 instead of float16"
     )
 

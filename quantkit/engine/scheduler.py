@@ -1,14 +1,14 @@
-"""Which tokens run in the next step: continuous batching, chunked prefill, preemption. Knows no tensor.
+"""Decide which tokens run in the next step: continuous batching, chunked prefill, preemption. No tensors are involved.
 
-Every step has room for ``step_tokens`` tokens. Sequences that are decoding take one each (and drafts), then prompts fill the
-rest, cut into chunks, so a long prompt delays nobody by more than one step (Orca: Yu et al., OSDI 2022; chunked prefill:
-Agrawal et al. 2023, arXiv 2308.16369). A waiting sequence is admitted, first come first served, as soon as a place is free
-and pages for all of its tokens so far are; the rest of its pages come one by one as it grows.
+Every step has room for ``step_tokens`` tokens. Sequences that are decoding take one each (plus their drafts); prompts fill the
+rest, split into chunks, so a long prompt delays the others by at most one step (Orca: Yu et al., OSDI 2022; chunked prefill:
+Agrawal et al. 2023, arXiv 2308.16369). Waiting sequences are admitted first come first served, as soon as a slot and pages for
+all their tokens so far are free; further pages are allocated one by one as a sequence grows.
 
-When a running sequence needs a page and none is left, the youngest one is preempted: its pages are released and it waits
-again, with all its tokens, from which everything is recomputed when there is room (much of it is usually still cached). The
-oldest sequence can take every page, and a request that could not finish even alone is refused when it is submitted, so
-every accepted request finishes.
+If a running sequence needs a page and none is left, the youngest running sequence is preempted: its pages are released and it
+waits again, keeping its tokens, from which its keys and values are recomputed later (many are usually still cached). The oldest
+sequence can take every page, and a request that could not finish even alone is refused at submission, so every accepted request
+finishes.
 """
 
 import bisect
@@ -16,27 +16,27 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from quantkit.engine.backend import Copy, Span
-from quantkit.engine.pages import ROOT, Pages
+from quantkit.engine.pages import ROOT, PageAllocator
 from quantkit.errors import QuantkitError
 
 Batching = Literal["continuous", "static"]
 
 
 @dataclass(eq=False, slots=True)
-class Running:
-    """A sequence as the scheduler sees it.
+class Sequence:
+    """The tokens of one request and the state that the scheduler keeps for it.
 
     Attributes:
         number: order of arrival.
         ids: prompt and answer so far.
-        computed: how many of ``ids`` are in the key/value memory.
-        drafts: guesses for what follows ``ids``, to be verified by the next step.
-        table: its pages.
-        slot: its place among the running; None while it waits.
+        computed: number of tokens of ``ids`` whose keys and values are in memory.
+        drafts: guesses for the tokens after ``ids``, to be verified by the next step.
+        table: block table, the pages of the sequence in order.
+        slot: index among the running sequences; None while it waits.
         cached_tokens: tokens found in published pages when it was last admitted.
-        preemptions: how often it had to give its pages back.
-        fresh: it has not been stepped in its slot.
-        node, published: how far its pages are in the tree of published prefixes.
+        preemptions: how often it was preempted.
+        fresh: whether it has not run yet in its slot.
+        node, published: tree node of its published prefix, and how many of its pages that prefix has.
     """
 
     number: int
@@ -53,59 +53,74 @@ class Running:
 
     @property
     def decoding(self) -> bool:
-        """Whether one token is left to compute, so that the next step samples."""
+        """Whether a single token is left to compute, so that the next step produces a new token."""
         return len(self.ids) - self.computed == 1
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What to run next: spans, the sequence of each, and pages to copy before."""
+    """What to run next.
+
+    Attributes:
+        spans: the tokens to run.
+        sequences: the sequence of each span.
+        copies: pages to copy first.
+    """
 
     spans: list[Span]
-    sequences: list[Running]
+    sequences: list[Sequence]
     copies: list[Copy]
 
 
 class Scheduler:
-    """Decide what runs.
+    """Choose the tokens of each step.
 
     Args:
-        pages: the page allocator; this object is its only user.
-        slots: sequences that run at once.
+        pages: the page allocator, used by this scheduler alone.
+        slots: sequences that run at the same time.
         step_tokens: tokens per step, at least ``slots``.
-        batching: ``"static"`` admits only when nothing runs, as simple servers do; it exists to be compared with.
-        share: whether equal prefixes share pages.
+        batching: ``"static"`` admits sequences only when none is running; it serves as a baseline.
+        share: whether sequences with equal prefixes share pages.
+
+    Attributes:
+        running, waiting: sequences in order of arrival.
+        preemptions: number of preemptions so far.
+
+    Raises:
+        QuantkitError: fewer tokens per step than slots, or no slot.
     """
 
     def __init__(
-        self, pages: Pages, slots: int, *, step_tokens: int, batching: Batching = "continuous", share: bool = True
+        self, pages: PageAllocator, slots: int, *, step_tokens: int, batching: Batching = "continuous", share: bool = True
     ) -> None:
         if slots < 1 or step_tokens < slots:
-            raise QuantkitError(f"{slots} running sequences and {step_tokens} tokens a step: want at least one token for each")
+            raise QuantkitError(
+                f"{slots} running sequences and {step_tokens} tokens per step: want at least one token for each"
+            )
         self.pages, self.step_tokens, self.share = pages, step_tokens, share
-        self.running: list[Running] = []  # in order of arrival
-        self.waiting: list[Running] = []  # in order of arrival
+        self.running: list[Sequence] = []
+        self.waiting: list[Sequence] = []
         self.preemptions = 0
         self._static = batching == "static"
         self._slots = list(range(slots - 1, -1, -1))
 
-    def add(self, sequence: Running) -> None:
-        """Queue a sequence; the caller has checked that it can finish alone."""
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence. The caller has checked that it could finish if it ran alone."""
         bisect.insort(self.waiting, sequence, key=_arrival)
 
     @property
-    def admits(self) -> bool:
-        """Whether somebody waits and there is a place."""
+    def can_admit(self) -> bool:
+        """Whether a sequence is waiting and a slot is free."""
         return bool(self.waiting and self._slots)
 
     def schedule(self) -> Step:
-        """Choose the next step; empty when nothing is left to run."""
-        budget, planned, copies = self.step_tokens, dict[Running, int](), list[Copy]()
+        """Return the next step; it is empty if there is nothing to run."""
+        budget, planned, copies = self.step_tokens, dict[Sequence, int](), list[Copy]()
         admitting, preempted = not (self._static and self.running), self.preemptions
         decoding = [sequence for sequence in self.running if sequence.decoding]
-        spare = budget - len(self.running)  # what drafts may use without taking a token from somebody else
+        spare = budget - len(self.running)  # tokens that drafts may use without delaying another sequence
         for sequence in decoding:
-            if sequence.slot is None:  # preempted a moment ago
+            if sequence.slot is None:  # preempted by an earlier iteration
                 continue
             drafts = min(len(sequence.drafts), max(spare, 0))
             count = self._grow(sequence, 1 + drafts, planned)
@@ -123,8 +138,8 @@ class Scheduler:
         chosen = [sequence for sequence in self.running if sequence in planned]
         return Step([_span(sequence, planned[sequence]) for sequence in chosen], chosen, copies)
 
-    def advance(self, sequence: Running, computed: int) -> None:
-        """Record that the first ``computed`` tokens of ``sequence.ids`` are in memory, and publish pages that are full."""
+    def advance(self, sequence: Sequence, computed: int) -> None:
+        """Record that the first ``computed`` tokens of ``sequence.ids`` are in memory, and publish its full pages."""
         sequence.computed, sequence.drafts, sequence.fresh = computed, [], False
         size = self.pages.page_tokens
         while self.share and (sequence.published + 1) * size <= computed:
@@ -133,8 +148,8 @@ class Scheduler:
             sequence.node = self.pages.publish(sequence.table[sequence.published], sequence.node, tokens)
             sequence.published += 1
 
-    def reserve(self, sequence: Running, tokens: int) -> int:
-        """Get pages for up to ``tokens`` more tokens, nobody else's; return for how many there are."""
+    def reserve(self, sequence: Sequence, tokens: int) -> int:
+        """Allocate pages for up to ``tokens`` more tokens, without preempting; return for how many tokens there is room."""
         while len(sequence.table) < self.pages.pages_for(sequence.computed + tokens):
             page = self.pages.allocate()
             if page is None:
@@ -142,21 +157,21 @@ class Scheduler:
             sequence.table.append(page)
         return min(len(sequence.table) * self.pages.page_tokens - sequence.computed, tokens)
 
-    def remove(self, sequence: Running) -> None:
-        """Forget a sequence, running or waiting; its pages are released."""
+    def remove(self, sequence: Sequence) -> None:
+        """Remove a sequence, running or waiting, and release its pages."""
         if sequence.slot is None:
             self.waiting.remove(sequence)
         else:
             self._evict(sequence)
 
-    def preempt(self, sequence: Running) -> None:
-        """Take everything from a running sequence and let it wait."""
+    def preempt(self, sequence: Sequence) -> None:
+        """Release the pages and the slot of a running sequence and queue it again."""
         self._evict(sequence)
         sequence.preemptions += 1
         self.preemptions += 1
         self.add(sequence)
 
-    def _evict(self, sequence: Running) -> None:
+    def _evict(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self.pages.release(sequence.table)
         assert sequence.slot is not None
@@ -165,15 +180,19 @@ class Scheduler:
         sequence.computed = sequence.published = 0
         sequence.node, sequence.fresh = ROOT, True
 
-    def _grow(self, sequence: Running, tokens: int, planned: dict[Running, int]) -> int:
-        """Get pages for ``tokens`` more tokens; return for how many there are. 0: the sequence itself was preempted."""
+    def _grow(self, sequence: Sequence, tokens: int, planned: dict[Sequence, int]) -> int:
+        """Allocate pages for ``tokens`` more tokens, preempting younger sequences if none is free.
+
+        Returns:
+            For how many tokens there is room; 0 if the sequence itself was preempted.
+        """
         while len(sequence.table) < self.pages.pages_for(sequence.computed + tokens):
             page = self.pages.allocate()
             if page is not None:
                 sequence.table.append(page)
                 continue
             room = len(sequence.table) * self.pages.page_tokens - sequence.computed
-            if room > 0:  # part of a chunk, or fewer drafts, rather than somebody else's pages
+            if room > 0:  # run part of a chunk, or fewer drafts, rather than preempt
                 return min(room, tokens)
             youngest = self.running[-1]
             planned.pop(youngest, None)
@@ -182,8 +201,8 @@ class Scheduler:
                 return 0
         return tokens
 
-    def _prefill(self, sequence: Running, budget: int, planned: dict[Running, int]) -> int:
-        """Plan the next chunk of a prompt; return its tokens."""
+    def _prefill(self, sequence: Sequence, budget: int, planned: dict[Sequence, int]) -> int:
+        """Plan the next chunk of a prompt; return how many tokens of the budget it takes."""
         if sequence.slot is None or budget < 1:
             return 0
         before = sum(planned.values())
@@ -192,12 +211,12 @@ class Scheduler:
             planned[sequence] = count
         return sum(planned.values()) - before  # preempting others may have given tokens back
 
-    def _admit(self, sequence: Running, copies: list[Copy]) -> bool:
-        """Let the first waiting sequence run if all of its tokens fit beside what the running ones still need."""
-        pages, limit = self.pages, len(sequence.ids) - 1  # the last token is always computed: its logits are wanted
+    def _admit(self, sequence: Sequence, copies: list[Copy]) -> bool:
+        """Move the first waiting sequence to the running ones if its tokens fit beside what those will need soon."""
+        pages, limit = self.pages, len(sequence.ids) - 1  # the last token is always computed, because its logits are needed
         match = pages.match(sequence.ids, limit) if self.share else None
         shared = match.pages if match is not None else []
-        headroom = pages.page_tokens  # a page more for each running sequence, or it would soon take this one's away again
+        headroom = pages.page_tokens  # one more page for each running sequence; otherwise they would soon preempt this one
         owed = sum(max(pages.pages_for(len(s.ids) + headroom) - len(s.table), 0) for s in self.running)
         revived = sum(pages.references(page) == 0 for page in shared)
         if pages.pages_for(len(sequence.ids)) - len(shared) > pages.available - revived - owed:
@@ -216,20 +235,21 @@ class Scheduler:
                 sequence.computed += match.partial_tokens
                 copies.append(Copy(match.partial, own, match.partial_tokens))
         sequence.cached_tokens = sequence.computed
-        pages.hits_tokens += sequence.computed
+        pages.hit_tokens += sequence.computed
         sequence.slot = self._slots.pop()
         self.waiting.pop(0)
         bisect.insort(self.running, sequence, key=_arrival)
         return True
 
 
-def _arrival(sequence: Running) -> int:
+def _arrival(sequence: Sequence) -> int:
     return sequence.number
 
 
-def _span(sequence: Running, count: int) -> Span:
+def _span(sequence: Sequence, count: int) -> Span:
+    """Return the next ``count`` tokens of a sequence, its drafts included."""
     end, known = sequence.computed + count, len(sequence.ids)
     tokens = sequence.ids[sequence.computed : end] + sequence.drafts[: max(end - known, 0)]
-    wanted = max(end - known + 1, 0)
+    num_logits = max(end - known + 1, 0)
     assert sequence.slot is not None
-    return Span(sequence.slot, sequence.computed, tokens, sequence.table, wanted, sequence.fresh)
+    return Span(sequence.slot, sequence.computed, tokens, sequence.table, num_logits, sequence.fresh)

@@ -1,4 +1,4 @@
-"""The tokens after the rows of a step: by the backend where it can, else here, from its logits."""
+"""Choosing the token after each row of logits on the host, where the backend does not sample by itself."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -6,72 +6,95 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from quantkit.engine.backend import Pick
+from quantkit.engine.backend import RowSampling
 from quantkit.engine.request import Logprob, Request
 from quantkit.engine.sampling import choose
 
 
-class Owner(NamedTuple):
-    """Whose row it is, and how many tokens after the next one of its answer."""
+class TokenRequest(NamedTuple):
+    """The request that one row of logits belongs to.
+
+    Attributes:
+        request: the request.
+        offset: number of draft tokens between the newest token of the answer and this row: the row predicts token
+            ``request.answered + offset`` of the answer, counted from 0.
+    """
 
     request: Request
-    ahead: int
+    offset: int
 
     @property
-    def held_back(self) -> bool:
-        """Whether stop tokens may not be chosen yet."""
-        return self.request.answered + self.ahead < self.request.min_new_tokens
+    def delays_stop_tokens(self) -> bool:
+        """Whether stop tokens must not be chosen yet, because of ``min_new_tokens``."""
+        return self.request.answered + self.offset < self.request.min_new_tokens
 
     @property
-    def pick(self) -> Pick | None:
-        """How a backend would choose; None where logits must be changed before."""
+    def row_sampling(self) -> RowSampling | None:
+        """How a backend would sample this row; None if the logits must be changed on the host first."""
         sampling = self.request.sampling
-        return None if self.held_back or sampling.repetition_penalty != 1 else Pick(sampling, self.request.seed)
+        return None if self.delays_stop_tokens or sampling.repetition_penalty != 1 else RowSampling(sampling, self.request.seed)
 
 
-def picks_of(owners: Sequence[Owner]) -> list[Pick] | None:
-    """Return how a backend chooses for all rows; None if it cannot for one."""
-    picks = [pick for owner in owners if (pick := owner.pick)]
-    return picks if len(picks) == len(owners) else None
+def row_samplings(rows: Sequence[TokenRequest]) -> list[RowSampling] | None:
+    """Return how a backend samples all rows, or None if it cannot sample one of them."""
+    found = [sampling for row in rows if (sampling := row.row_sampling)]
+    return found if len(found) == len(rows) else None
 
 
 @torch.inference_mode()
-def choose_tokens(owners: Sequence[Owner], logits: Tensor) -> list[int]:
-    """Choose a token for each row (R, V); -1 where there is none to choose."""
-    if not owners:
+def choose_tokens(rows: Sequence[TokenRequest], logits: Tensor) -> list[int]:
+    """Choose a token for each row of ``logits``.
+
+    Args:
+        rows: the request of each row.
+        logits: floating (R, V).
+
+    Returns:
+        R token ids; -1 for a row whose largest logit is NaN or infinite.
+    """
+    if not rows:
         return []
-    stops = [
-        (row, token)
-        for row, owner in enumerate(owners)
-        if owner.held_back
-        for token in owner.request.stop_tokens
+    delayed = [
+        (index, token)
+        for index, row in enumerate(rows)
+        if row.delays_stop_tokens
+        for token in row.request.stop_tokens
         if 0 <= token < logits.shape[-1]
     ]
-    if stops:
+    if delayed:
         logits = logits.clone()
-        logits[[row for row, _ in stops], [token for _, token in stops]] = float("-inf")
-    texts = [
-        [*request.sequence.ids, *request.sequence.drafts[:ahead]] if request.sampling.repetition_penalty != 1 else []
-        for request, ahead in owners
+        logits[[index for index, _ in delayed], [token for _, token in delayed]] = float("-inf")
+    histories = [
+        [*request.sequence.ids, *request.sequence.drafts[:offset]] if request.sampling.repetition_penalty != 1 else []
+        for request, offset in rows
     ]
     return choose(
         logits,
-        [request.sampling for request, _ in owners],
-        [request.seed for request, _ in owners],
-        [len(request.sequence.ids) + ahead - 1 for request, ahead in owners],
-        texts,
+        [request.sampling for request, _ in rows],
+        [request.seed for request, _ in rows],
+        [len(request.sequence.ids) + offset - 1 for request, offset in rows],
+        histories,
     )
 
 
-def logprobs_of(owners: Sequence[Owner], logits: Tensor, chosen: Sequence[int]) -> dict[int, Logprob]:
-    """Return the log probabilities of the rows that want them, under the model's own distribution."""
-    wanted = [owner.request.logprobs for owner in owners]
-    rows = [i for i, count in enumerate(wanted) if count is not None and chosen[i] >= 0]
-    if not rows:
+def logprobs_of(rows: Sequence[TokenRequest], logits: Tensor, chosen: Sequence[int]) -> dict[int, Logprob]:
+    """Return log probabilities under the model's own distribution, for the rows whose request asked for them.
+
+    Args:
+        rows: the request of each row.
+        logits: floating (R, V).
+        chosen: the token chosen in each row; -1 for none.
+
+    Returns:
+        Row index to log probabilities.
+    """
+    counts = [row.request.logprobs for row in rows]
+    selected = [i for i, count in enumerate(counts) if count is not None and chosen[i] >= 0]
+    if not selected:
         return {}
-    logs = logits[rows].float().log_softmax(-1)
-    most = min(max(wanted[i] or 0 for i in rows), logs.shape[-1])
+    logs = logits[selected].float().log_softmax(-1)
+    most = min(max(counts[i] or 0 for i in selected), logs.shape[-1])
     top = torch.topk(logs, most, dim=-1)
     values, ids = top.values.tolist(), top.indices.tolist()
-    of_chosen = logs.gather(-1, torch.tensor([[chosen[i]] for i in rows], device=logs.device))[:, 0].tolist()
-    return {i: Logprob(of_chosen[n], list(zip(ids[n], values[n], strict=True))[: wanted[i]]) for n, i in enumerate(rows)}
+    of_chosen = logs.gather(-1, torch.tensor([[chosen[i]] for i in selected], device=logs.device))[:, 0].tolist()
+    return {i: Logprob(of_chosen[n], list(zip(ids[n], values[n], strict=True))[: counts[i]]) for n, i in enumerate(selected)}

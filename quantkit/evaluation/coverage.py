@@ -105,7 +105,7 @@ def coverage_before(model: nn.Module, structure: Structure, plan: Plan, reasons:
         parameter = model.get_parameter(name)
         kind = type(model.get_submodule(name.rpartition(".")[0])).__name__
         # A tied parameter is stored, and counted, where it is tied to.
-        count, size = (0, 0) if reason.startswith("tied to") else (parameter.numel(), parameter.nbytes)
+        count, size = (0, 0) if name in structure.shared else (parameter.numel(), parameter.nbytes)
         rows.append(CoverageRow("skipped", name, kind, count, size, size, None, reason))
     return rows
 

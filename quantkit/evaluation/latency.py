@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from quantkit.engine.backend import OneSequence
 from quantkit.errors import CalibrationError
 from quantkit.evaluation.footprint import peak_memory_bytes, reset_peak_memory
-from quantkit.evaluation.reference import evaluating
 from quantkit.nn.embedding import input_table
+from quantkit.system.compute import evaluation_mode
 from quantkit.system.progress import Progress, ProgressCallback, ignore
 
 
@@ -145,7 +145,7 @@ def compare_latency(
 
     samples: dict[str, list[_Round]] = {name: [] for name in models}
     peaks = dict.fromkeys(models, 0)
-    with evaluating(*models.values()):
+    with evaluation_mode(*models.values()):
         backends = {
             name: make_backend(model, engine=engine, compute=compute)  # type: ignore[arg-type]
             for name, model in models.items()

@@ -27,8 +27,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from quantkit.errors import CalibrationError
-from quantkit.evaluation.reference import BaseLogits, LogitsFunction, evaluating, run_model
+from quantkit.evaluation.reference import BaseLogits, LogitsFunction, run_model
 from quantkit.evaluation.windows import Windows
+from quantkit.system.compute import evaluation_mode
 from quantkit.system.progress import Progress, ProgressCallback, ignore
 
 TILE = 1 << 22
@@ -118,7 +119,7 @@ def score(
         raise CalibrationError(f"kl_windows={kl_windows}: want at least 1 window to compare with the base")
     alone: list[_Tokens] = []
     beside: list[_Tokens] = []
-    with evaluating(model, base):
+    with evaluation_mode(model, base):
         for start, stop in _batches(len(windows), compared, batch_size):
             ids, scored = windows.ids[start:stop], windows.scored[start:stop]
             q = _logits(model, ids, "model")

@@ -6,16 +6,16 @@ third to a fifth of the forward, and the same bits. Whether ``head(kept) == logi
 batch; a model that does more after its head (soft-capped or scaled logits) is run again for every comparison.
 """
 
-import contextlib
 import hashlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from quantkit.errors import CalibrationError
 from quantkit.evaluation.windows import Windows
+from quantkit.system.compute import evaluation_mode
 
 logger = logging.getLogger(__name__)
 
@@ -32,20 +32,6 @@ def run_model(model: nn.Module | LogitsFunction, ids: Tensor) -> Tensor:
     output = model(input_ids=ids, use_cache=False) if hasattr(model, "config") else model(ids)
     logits: Tensor = getattr(output, "logits", output)
     return logits
-
-
-@contextlib.contextmanager
-def evaluating(*models: object) -> Iterator[None]:
-    """Switch modules to eval mode without gradients, and back to the mode they were in."""
-    training = [module for model in models if isinstance(model, nn.Module) for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 class BaseLogits:
@@ -68,12 +54,12 @@ class BaseLogits:
         """Return logits (B, T, vocabulary) for ``ids`` (B, T)."""
         key = _key(ids)
         if key in self._kept and self._head is not None:
-            with evaluating(self._head):
+            with evaluation_mode(self._head):
                 logits: Tensor = self._head(self._kept[key])
                 return logits
         if self._model is None:
             raise CalibrationError("these windows were not among those the base model saw before it was released")
-        with evaluating(self._model):
+        with evaluation_mode(self._model):
             if self._head is None or self._replays is False:
                 return run_model(self._model, ids)
             entering: list[Tensor] = []

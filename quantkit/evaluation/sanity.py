@@ -16,9 +16,10 @@ from quantkit.calibrate.data import Batch, encoder, text_default, token_batches
 from quantkit.checkpoint.check import converted_buffers
 from quantkit.errors import CalibrationError, FormatError
 from quantkit.evaluation.quality import score
-from quantkit.evaluation.reference import evaluating, run_model
+from quantkit.evaluation.reference import run_model
 from quantkit.evaluation.windows import Windows, from_batches
 from quantkit.nn.embedding import input_table
+from quantkit.system.compute import evaluation_mode
 
 WINDOWS, LENGTH = 2, 128
 """Size of the proof: 2 windows of 128 tokens; their float logits are held in memory meanwhile."""
@@ -77,7 +78,7 @@ class SanityCheck:
 
 
 def _logits(model: nn.Module, windows: Windows) -> dict[bytes, Tensor]:
-    with evaluating(model):
+    with evaluation_mode(model):
         return {_key(ids): run_model(model, ids) for ids in windows.ids.split(1)}
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.engine.backend import Backend, Memory, Span
-from quantkit.evaluation.reference import evaluating
 from quantkit.spec import KVScheme
+from quantkit.system.compute import evaluation_mode
 
 
 class ThroughCache:
@@ -33,7 +33,7 @@ class ThroughCache:
         from quantkit.hf.backend import make_backend  # transformers is slow to import, and plain scoring needs none of it
 
         self._model, self._chunk = model, chunk
-        with evaluating(model):
+        with evaluation_mode(model):
             self._backend: Backend = make_backend(model, kv, engine=engine)  # type: ignore[arg-type]
 
     def __call__(self, ids: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ class ThroughCache:
         self._backend.reserve(Memory(count * pages, self.PAGE_TOKENS, count))
         tokens: list[list[int]] = ids.tolist()
         found: list[Any] = []
-        with evaluating(self._model):
+        with evaluation_mode(self._model):
             for start in range(0, length, self._chunk):
                 new = min(self._chunk, length - start)
                 tables = [range(i * pages, (i + 1) * pages) for i in range(count)]

@@ -1,1 +1,1 @@
-"""Generation: prompts in, text out, for one caller or many."""
+"""Text generation with a model: tokenization, stop strings and streaming around the engine."""

@@ -1,29 +1,30 @@
-"""Text in, text out: tokenizer, chat template, stop strings and streaming around the engine, and the engine for a model.
+"""Generate text: tokenizer, chat template, stop strings and streaming around the engine, for one prompt or several."""
 
-Streaming text is harder than streaming tokens. A character can take several tokens (an emoji is four bytes), and a token
-can be the start of a stop string that must not be shown. So :class:`TextStream` holds back what later tokens could still
-change, and what it has shown is never taken back: the pieces joined are exactly the final text.
-"""
-
-import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast, overload
+from typing import Any, Unpack, cast, overload
 
 from torch import nn
 
 from quantkit.engine.backend import Backend
-from quantkit.engine.drafters import Drafter
 from quantkit.engine.engine import TokenEngine
 from quantkit.engine.request import FinishReason, Limits, Logprob, Request
 from quantkit.engine.sampling import Sampling
 from quantkit.errors import QuantkitError
 from quantkit.generation.engine import make_drafter
+from quantkit.generation.options import (
+    DrafterChoice,
+    EngineOptions,
+    GenerationOptions,
+    SamplingOptions,
+    check_names,
+    take,
+)
 from quantkit.generation.text import Prompt, TextStream, encode_prompt, is_several
 from quantkit.hf.backend import make_backend
 from quantkit.nn.embedding import input_table
-from quantkit.spec import KVScheme
+from quantkit.system.compute import evaluation_mode
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,15 +32,15 @@ class Generation:
     """A finished answer.
 
     Attributes:
-        text: the answer without special tokens, cut before a stop string; None without a tokenizer.
-        ids: the new tokens, the stop token included; tokens of a stop string included.
+        text: the answer without special tokens and without the stop string; None without a tokenizer.
+        ids: the new tokens, including a stop token or the tokens of a stop string.
         finish_reason: ``"stop"`` (a stop token, end-of-sequence token or stop string) or ``"length"``.
         prompt_tokens: number of tokens of the prompt.
-        prefill_ms: time to the first token, including the wait for others of the same call.
-        decode_ms: time from each token to the next; one shorter than ``ids``. Drafted tokens come several at once.
-        logprobs: of each token, if asked for.
-        drafted: guesses that were verified.
-        accepted: how many of them were right.
+        prefill_ms: milliseconds to the first token, including the time spent waiting for other prompts of the call.
+        decode_ms: milliseconds from each token to the next, one fewer than ``ids``. Accepted drafts arrive together.
+        logprobs: log probabilities of each token, if requested.
+        drafted: draft tokens that were verified.
+        accepted: draft tokens that were accepted.
     """
 
     text: str | None
@@ -54,70 +55,65 @@ class Generation:
 
 
 @overload
-def generate(model: nn.Module, prompt: Prompt, tokenizer: Any = None, **options: Any) -> Generation: ...
+def generate(  # type: ignore[overload-overlap]  # a text is also a sequence of texts
+    model: nn.Module, prompt: Prompt, tokenizer: Any = None, **options: Unpack[GenerationOptions]
+) -> Generation: ...
 @overload
-def generate(model: nn.Module, prompt: Sequence[Prompt], tokenizer: Any = None, **options: Any) -> list[Generation]: ...
-def generate(  # type: ignore[misc]  # the overloads leave the options to this signature
+def generate(
+    model: nn.Module, prompt: Sequence[Prompt], tokenizer: Any = None, **options: Unpack[GenerationOptions]
+) -> list[Generation]: ...
+def generate(  # type: ignore[misc]  # callers see the overloads, whose options include the ones named here
     model: nn.Module,
     prompt: Prompt | Sequence[Prompt],
     tokenizer: Any = None,
     *,
     max_new_tokens: int = 128,
-    min_new_tokens: int = 0,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    repetition_penalty: float = 1.0,
     stop: str | int | Sequence[str | int] = (),
-    seed: int | None = None,
     stream: Callable[[str], None] | None = None,
-    logprobs: int | None = None,
-    kv: str | KVScheme = "float",
-    drafter: str | nn.Module | Drafter | None = None,
+    drafter: DrafterChoice = None,
     batch_size: int = 8,
-    engine: str = "auto",
-    compute: str = "float",
-    batch_invariant: bool = False,
+    **options: Any,
 ) -> Generation | list[Generation]:
-    """Continue a prompt, or each of a list of prompts.
+    """Continue a prompt, or each prompt of a list.
 
     Args:
-        model: a causal language model of transformers, quantized or not; in eval mode meanwhile.
+        model: a causal language model of transformers, quantized or not; it is in eval mode during the call.
         prompt: text, token ids (list, or tensor (T,) or (1, T)), or chat messages (``[{"role": "user", "content": ...}]``,
-            which go through the tokenizer's chat template); or a list of such prompts.
+            which are formatted with the tokenizer's chat template); or a list of such prompts.
         tokenizer: a tokenizer of transformers; needed for text, messages, stop strings and ``stream``.
-        max_new_tokens: at most this many tokens.
-        min_new_tokens: end-of-sequence and stop tokens are not chosen before so many.
-        temperature: see :class:`~quantkit.engine.sampling.Sampling`, as are the next five; 0 is greedy. Nothing is taken
-            from the model's generation config except its end-of-sequence tokens. Each prompt of a list gets the answer it
-            would get alone with this seed.
-        stop: strings or token ids that also end the answer.
-        stream: called with each piece of text as soon as it is certain; for a single prompt.
-        logprobs: report each token's log probability, and those of so many most likely ones.
-        kv: see :class:`Engine`, as is ``drafter``.
-        batch_size: prompts that run at once.
-        engine: see :class:`Engine`, as are ``compute`` and ``batch_invariant``.
+        max_new_tokens: longest answer in tokens.
+        stop: strings or token ids that end the answer, in addition to the model's end-of-sequence tokens.
+        stream: called with each piece of text as soon as it is final; for a single prompt only.
+        drafter: see :class:`quantkit.Engine`.
+        batch_size: prompts that run at the same time.
+        **options: any of the following keyword arguments.
+            ``temperature`` (0 is greedy decoding), ``top_k``, ``top_p``, ``min_p``, ``repetition_penalty``, ``seed``: see
+            :class:`quantkit.Sampling`. The model's generation config is not used, except for its end-of-sequence tokens. Every
+            prompt of a list gets the answer that it would get alone with the same seed.
+            ``min_new_tokens``: end-of-sequence and stop tokens are not chosen before the answer has this many tokens.
+            ``logprobs``: report the log probability of each token, and of this many most likely tokens.
+            ``kv``, ``engine``, ``compute``, ``batch_invariant``: see :class:`quantkit.Engine`.
 
     Returns:
-        The answer and its timings; for a list of prompts, a list.
+        The answer with its timings; a list of them for a list of prompts.
 
     Raises:
-        QuantkitError: a prompt that is empty, too long or holds ids outside the vocabulary; a missing tokenizer; sampling
-            parameters out of range; logits that are not finite.
+        QuantkitError: a prompt that is empty, too long or has ids outside the vocabulary; a missing tokenizer; an option out of
+            range; logits that are not finite.
+        TypeError: an unknown option.
     """
-    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    check_names("generate", options, GenerationOptions.__optional_keys__)
+    sampling = Sampling(**take(options, SamplingOptions.__optional_keys__))
     stop_strings, stop_tokens = _split_stops([stop] if isinstance(stop, str | int) else list(stop))
     if tokenizer is None and (stop_strings or stream):
         raise QuantkitError(f"{'stream' if stream else 'a stop string'} needs text: give a tokenizer")
     several = is_several(prompt)
     if several and stream:
-        raise QuantkitError("stream shows one answer; give one prompt, or take the events of quantkit.Engine")
+        raise QuantkitError("stream shows one answer; give one prompt, or use the events of quantkit.Engine")
     given = cast(Sequence[Prompt], prompt if several else [prompt])
     prompts = [encode_prompt(one, tokenizer).tolist() for one in given]
-    with _evaluating(model):
-        options: dict[str, Any] = {"engine": engine, "compute": compute, "batch_invariant": batch_invariant}
-        backend = make_backend(model, kv, **options)  # type: ignore[arg-type]
+    with evaluation_mode(model):
+        backend = make_backend(model, **take(options, EngineOptions.__optional_keys__))  # type: ignore[arg-type]
         runner = TokenEngine(backend, input_table(model)[0], limits=_limits_for(backend, prompts, max_new_tokens, batch_size))
         runner.use_drafter(make_drafter(drafter, runner))
         texts = [None if tokenizer is None else TextStream(tokenizer, stop_strings, stream) for _ in prompts]
@@ -125,11 +121,10 @@ def generate(  # type: ignore[misc]  # the overloads leave the options to this s
             runner.submit(
                 ids,
                 max_new_tokens=max_new_tokens,
-                min_new_tokens=min_new_tokens,
                 sampling=sampling,
                 stop_tokens={*end_tokens(model), *stop_tokens},
                 watch=None if text is None else text.add,
-                logprobs=logprobs,
+                **take(options, frozenset({"min_new_tokens", "logprobs"})),
             )
             for ids, text in zip(prompts, texts, strict=True)
         ]
@@ -158,7 +153,7 @@ def _generation(request: Request, text: "TextStream | None") -> Generation:
 
 
 def _limits_for(backend: Backend, prompts: Sequence[Sequence[int]], new_tokens: int, batch_size: int) -> Limits:
-    """Return limits under which all of a batch run at once and nobody is preempted."""
+    """Return limits under which ``batch_size`` prompts run at the same time and none is preempted."""
     if batch_size < 1:
         raise QuantkitError(f"batch_size={batch_size}: want at least 1")
     running = max(min(len(prompts), batch_size), 1)
@@ -178,20 +173,12 @@ def end_tokens(model: nn.Module) -> list[int]:
 
 
 def _split_stops(stops: Sequence[str | int]) -> tuple[list[str], list[int]]:
+    """Return stop strings and stop tokens.
+
+    Raises:
+        QuantkitError: an element that is neither.
+    """
     for stop in stops:
         if isinstance(stop, bool) or not isinstance(stop, str | int) or stop == "":
             raise QuantkitError(f"stop={stop!r}: want a non-empty string or a token id")
     return [stop for stop in stops if isinstance(stop, str)], [stop for stop in stops if isinstance(stop, int)]
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch dropout off, and put every module's mode back afterwards."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

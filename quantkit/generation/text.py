@@ -1,8 +1,8 @@
-"""Prompts to tokens, tokens to text.
+"""Convert prompts to tokens and tokens to text.
 
-Streaming text is harder than streaming tokens. A character can take several tokens (an emoji is four bytes), and a token
-can be the start of a stop string that must not be shown. So :class:`TextStream` holds back what later tokens could still
-change, and what it has shown is never taken back: the pieces joined are exactly the final text.
+Streaming text is harder than streaming tokens. A character can consist of several tokens (an emoji is four bytes), and a token
+can be the start of a stop string, which must not be shown. :class:`TextStream` therefore delays text that later tokens could
+change, and never revises text that it has shown: the pieces, joined, are exactly the final text.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,17 +14,17 @@ from torch import Tensor
 from quantkit.errors import QuantkitError
 
 Message = dict[str, Any]
-
+"""A chat message, for instance ``{"role": "user", "content": "Hello"}``."""
 
 Prompt = str | Sequence[int] | Sequence[Message] | Tensor
-
+"""Text, token ids, or chat messages."""
 
 REPLACEMENT = "\ufffd"
-"""What a tokenizer shows for bytes that are not yet a character."""
+"""The character that a tokenizer returns for an incomplete sequence of bytes."""
 
 
 def is_several(prompt: Any) -> bool:
-    """Whether ``prompt`` is a list of prompts: of texts, of id lists or tensors, or of lists of messages."""
+    """Return whether ``prompt`` is a list of prompts rather than one prompt."""
     return (
         isinstance(prompt, list | tuple)
         and bool(prompt)
@@ -33,7 +33,15 @@ def is_several(prompt: Any) -> bool:
 
 
 def encode_prompt(prompt: Prompt, tokenizer: Any = None) -> Tensor:
-    """Return the prompt as int64 ids (T,) on the CPU; text and messages go through ``tokenizer``."""
+    """Return a prompt as int64 token ids (T,) on the CPU.
+
+    Args:
+        prompt: text, token ids (list, or tensor (T,) or (1, T)), or chat messages.
+        tokenizer: needed for text and messages.
+
+    Raises:
+        QuantkitError: a prompt of another type or shape, a missing tokenizer, or a tokenizer without chat template.
+    """
     if isinstance(prompt, Tensor):
         ids = prompt[0] if prompt.ndim == 2 and prompt.shape[0] == 1 else prompt
         if ids.ndim != 1 or ids.is_floating_point():
@@ -51,32 +59,32 @@ def encode_prompt(prompt: Prompt, tokenizer: Any = None) -> Tensor:
     if not isinstance(prompt, Sequence) or not all(isinstance(item, dict) for item in prompt):
         raise QuantkitError(f"prompt is a {type(prompt).__name__}: want text, token ids, or messages (a list of dicts)")
     if not getattr(tokenizer, "chat_template", None):
-        raise QuantkitError("the tokenizer has no chat template, so messages cannot be written as one prompt; give text")
+        raise QuantkitError("the tokenizer has no chat template, which messages need; give text instead")
     encoded = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=True, return_dict=True)
     return torch.tensor(encoded["input_ids"], dtype=torch.int64)
 
 
 class TextStream:
-    """Turn tokens into text as they come, and watch for stop strings.
+    """Convert a stream of tokens to text, and detect stop strings.
 
-    Only the last piece and the tokens after it are decoded again for each token, so the cost per token does not grow.
+    For each token, only the tokens of the last piece and those after it are decoded, so the cost per token is constant.
 
     Args:
-        tokenizer: has ``decode(ids, skip_special_tokens=...)``.
-        stop_strings: the text ends before the first of these.
+        tokenizer: a tokenizer with ``decode(ids, skip_special_tokens=...)``.
+        stop_strings: the text ends before the first occurrence of any of these.
         emit: called with each non-empty piece of text, in order.
     """
 
     def __init__(self, tokenizer: Any, stop_strings: Sequence[str] = (), emit: Callable[[str], None] | None = None) -> None:
         self._tokenizer, self._stops, self._emit = tokenizer, tuple(stop_strings), emit
         self._ids: list[int] = []
-        self._shown_from, self._shown_to = 0, 0  # the last piece shown came from these tokens
+        self._shown_from, self._shown_to = 0, 0  # tokens of the last piece that was shown
         self._pieces: list[str] = []
-        self._held = ""  # text that is certain but could begin a stop string
+        self._held = ""  # final text that could be the start of a stop string
         self._stopped = False
 
     def add(self, token: int) -> bool:
-        """Take one more token; return True when a stop string is complete."""
+        """Add a token. Return True if the text contains a stop string."""
         self._ids.append(token)
         shown = self._decode(self._ids[self._shown_from : self._shown_to])
         text = self._decode(self._ids[self._shown_from :])
@@ -86,7 +94,7 @@ class TextStream:
         return self._stopped
 
     def finish(self) -> str:
-        """Emit what was held back and return the whole text."""
+        """Emit the delayed text and return the whole text."""
         if not self._stopped:
             shown = self._decode(self._ids[self._shown_from : self._shown_to])
             self._push(self._decode(self._ids[self._shown_from :])[len(shown) :])

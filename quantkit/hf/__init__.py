@@ -1,1 +1,1 @@
-"""The only folder that imports transformers: what a model is made of, how to walk it, how to load it."""
+"""The only package that imports transformers: loading models, describing their structure, and running them."""

@@ -1,10 +1,10 @@
-"""How a transformers model runs: natively, on pages through its modules, or one sequence after another.
+"""Choose the backend that runs a transformers model: native, paged, or sequential.
 
-The fastest way is native: a model that lowers to a program runs in one call on the CPU
-(:class:`~quantkit.engine.native.NativeBackend`), in one recorded step on CUDA (:class:`~quantkit.engine.cuda.CudaBackend`).
-Otherwise its own modules run on our pages (:class:`~quantkit.hf.paged.PagedBackend`), if that is proven right for it. What is
-left runs on transformers' own cache (:class:`SequentialBackend`). Every step down says so: once in the log, counted in
-:data:`FALLBACKS`.
+A model that can be lowered to a decoder program runs natively: in one call per step on the CPU
+(:class:`~quantkit.engine.native.NativeBackend`), in one CUDA graph on a GPU (:class:`~quantkit.engine.cuda.CudaBackend`).
+Otherwise its own modules run on paged keys and values (:class:`~quantkit.hf.paged.PagedBackend`), if a check shows that this
+gives the right logits. The remaining models run on transformers' own cache, one sequence after another
+(:class:`SequentialBackend`). Every fallback is logged once and counted in :data:`FALLBACKS`.
 """
 
 import collections
@@ -31,7 +31,7 @@ from quantkit.spec import KVScheme, QuantSpec, kv_preset
 logger = logging.getLogger(__name__)
 
 FALLBACKS: collections.Counter[str] = collections.Counter()
-"""How often a model could not run natively, or not on pages, by model class and reason."""
+"""Number of fallbacks by message, which names the model class and the reason."""
 
 ENGINES = ("auto", "native", "modules")
 COMPUTE_MODES = ("float", "float32", "int8")
@@ -41,11 +41,11 @@ _CUDA_KV = {KVScheme(): "float", kv_preset("int8"): "int8", KVScheme(_INT4_TOKEN
 
 
 class SequentialBackend:
-    """Run sequences one after another on transformers' own cache: for every decoder, whatever it remembers.
+    """Run sequences one after another on transformers' own cache. Works for every decoder, whatever its state is.
 
     Args:
         model: a causal language model.
-        notice: why it does not run on pages.
+        notice: why it does not run on pages, for users.
     """
 
     shares_pages = rewinds = False
@@ -57,24 +57,28 @@ class SequentialBackend:
         self._steps: list[TransformersStep] = []
 
     def reserve(self, memory: Memory) -> None:
-        """Make room for as many sequences; each allocates as it grows."""
+        """Prepare for ``memory.slots`` sequences, whose caches grow as needed."""
         self._steps = [TransformersStep(self._model) for _ in range(memory.slots)]
 
     def bytes_for(self, memory: Memory) -> int:
-        """Return 0: what is allocated belongs to transformers and is not known beforehand."""
+        """Return 0: the memory belongs to transformers and is not known in advance."""
         return 0
 
     def step(self, spans: Sequence[Span], copies: Sequence[Copy] = ()) -> Tensor:
-        """Run ``spans`` one by one; of each the logits of at most its last token."""
-        if copies or any(span.wanted > 1 for span in spans):
-            raise QuantkitError(f"pages cannot be copied nor drafts verified: {self.notice}")
+        """Run ``spans`` one by one, each with logits after its last token at most; see :class:`Backend`.
+
+        Raises:
+            QuantkitError: copies, or a span with several logits.
+        """
+        if copies or any(span.num_logits > 1 for span in spans):
+            raise QuantkitError(f"pages cannot be copied and drafts cannot be verified: {self.notice}")
         found = []
         for span in spans:
             step = self._steps[span.slot]
             if span.fresh:
                 step.reset()
             logits = step(torch.tensor([list(span.ids)], device=self.device), span.start)
-            found.append(logits[: span.wanted])
+            found.append(logits[: span.num_logits])
         return torch.cat(found)
 
 
@@ -86,21 +90,22 @@ def make_backend(
     compute: str = "float",
     batch_invariant: bool = False,
 ) -> Backend:
-    """Return the best backend for ``model``.
+    """Return the fastest backend that can run ``model`` with these options.
 
     Args:
         model: a causal language model in eval mode.
         kv: how keys and values are stored: a scheme or its name.
-        engine: ``"native"`` (one call per step), ``"modules"`` (transformers' own forward), or ``"auto"``, the first that can.
-        compute: ``"int8"`` rounds inputs where they meet quantized weights: faster, less exact; the CPU's native engine alone
-            does it. Modules round them where the model was loaded to, which that engine does too. On a CPU they are float32,
-            but those of a bfloat16 model are rounded to bfloat16 where they meet bfloat16 weights and the CPU is faster for it;
-            ``"float32"`` keeps them.
-        batch_invariant: an answer is the same whatever runs beside it: always so on the CPU's native engine, slower on CUDA's;
-            modules do not promise it.
+        engine: ``"native"`` (one native call per step), ``"modules"`` (the model's own forward), or ``"auto"``: native if
+            possible, else modules.
+        compute: ``"float"`` keeps activations in float, except that a bfloat16 model on a CPU rounds them to bfloat16 in
+            products with bfloat16 weights if this CPU is faster with it; ``"float32"`` never does that. ``"int8"`` rounds them
+            in products with quantized weights, which is faster and less exact, and needs the native CPU engine. A model that
+            was loaded with int8 activations always rounds them.
+        batch_invariant: require that an answer does not depend on the other requests of a batch. The native CPU engine
+            guarantees it always, the CUDA engine at the cost of speed, modules never.
 
     Raises:
-        QuantkitError: an encoder-decoder model, one without logits, an unknown engine, or options that the engine lacks.
+        QuantkitError: an encoder-decoder model, one without logits, an unknown option, or an option that the engine lacks.
     """
     for option, value, known in (("engine", engine, ENGINES), ("compute", compute, COMPUTE_MODES)):
         if value not in known:
@@ -122,17 +127,19 @@ def make_backend(
                 context_tokens=context_tokens(model),
             )
         if engine == "native":
-            raise QuantkitError(f"{type(model).__name__} cannot run natively: {decoder}; engine='modules' can run it")
+            raise QuantkitError(f"{type(model).__name__} cannot run natively: {decoder}; use engine='modules'")
         _fall_back(f"{type(model).__name__} runs through its modules, not natively: {decoder}")
     if compute != "float":
-        raise QuantkitError(f"compute={compute!r}: only the native engine chooses it, modules run as they were loaded")
+        raise QuantkitError(
+            f"compute={compute!r} needs the native CPU engine, and this model runs through its modules; leave it out"
+        )
     if batch_invariant:
-        raise QuantkitError("batch_invariant=True: modules do not promise it, and this model runs through them")
+        raise QuantkitError("batch_invariant=True needs a native engine, and this model runs through its modules; leave it out")
     return _modules(model, scheme)
 
 
 def describe_engine(model: PreTrainedModel) -> str:
-    """Say in a sentence how ``model`` would generate with ``engine="auto"``."""
+    """Return a sentence that says how ``model`` runs with ``engine="auto"``."""
     decoder = _native(model, KVScheme())
     if isinstance(decoder, CudaDecoder):
         return f"cuda: {len(decoder.program.layers)} layers in one recorded step"
@@ -142,33 +149,35 @@ def describe_engine(model: PreTrainedModel) -> str:
 
 
 def _rounds(model: PreTrainedModel) -> bool:
-    """Say whether the model was loaded to round activations."""
+    """Return whether the model was loaded with compute="int8"."""
     return any(m.compute == "int8" for m in model.modules() if isinstance(m, QuantLinear | QuantWeight))
 
 
 def _native(model: PreTrainedModel, scheme: KVScheme, compute: str = "float") -> Decoder | str:
+    """Return the model's native decoder, or the reason why it cannot run natively with these options."""
     if device_types(model) == {"cuda"}:
         if scheme not in _CUDA_KV:
-            return f"on CUDA it stores keys and values in float, int8 or int4 of 32 channels, not as {scheme.describe()}"
+            return f"on CUDA keys and values can be float, int8 or int4 in groups of 32, not {scheme.describe()}"
         if compute != "float" or _rounds(model):
-            return "on CUDA it rounds activations where the weights' scheme says so, not on demand"
+            return "on CUDA activations are rounded only where the model's scheme says so"
     elif scheme not in _NATIVE_KV:
-        return f"it stores keys and values in float or int8, not as {scheme.describe()}"
+        return f"natively keys and values can be float or int8, not {scheme.describe()}"
     return native_decoder(model)
 
 
 def _modules(model: PreTrainedModel, scheme: KVScheme) -> Backend:
+    """Return a backend that runs the model's own modules: paged if possible, else sequential."""
     known = describe_layers(model)
     if not isinstance(known, str):
         return PagedBackend(model, scheme, known)
     if scheme.quantized:
-        raise QuantkitError(f"kv={scheme.describe()!r} needs keys and values in pages, but {known}; use kv='float'")
+        raise QuantkitError(f"kv={scheme.describe()!r} needs paged keys and values, but {known}; use kv='float'")
     _fall_back(f"{known}: sequences run one after another on transformers' own cache")
     return SequentialBackend(model, known)
 
 
 def _fall_back(notice: str) -> None:
-    """Count a fallback, and log it once."""
+    """Count a fallback, and log it the first time."""
     if not FALLBACKS[notice]:
         logger.warning("%s", notice)
     FALLBACKS[notice] += 1

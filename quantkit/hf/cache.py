@@ -1,13 +1,13 @@
-"""A transformers model, one sequence, a call at a time, on transformers' own cache: the one file that knows it.
+"""Run a transformers model on transformers' own cache, for one sequence. The only file that uses the cache API.
 
-The cache is transformers' own ``DynamicCache``, built from the model's config, so sliding-window, hybrid and recurrent
-layers each get the kind of memory they want. Three cases differ:
+The cache is a ``DynamicCache`` built from the model's config, so sliding-window, hybrid and recurrent layers each get the kind
+of state they need. There are three cases:
 
-* the usual one: only new tokens go through the model;
-* LongRoPE (``rope_type`` "longrope": other frequencies past a length): when the sequence grows past that length, keys in
-  the cache were rotated with the wrong frequencies, so the whole sequence is read again, once;
-* models whose memory is not a transformers ``Cache``: the whole sequence is read again at every step. Correct, slow, and
-  said once per model class through :mod:`logging`.
+* usually only the new tokens are run;
+* LongRoPE (``rope_type`` "longrope", whose frequencies change beyond a certain length): when the sequence grows past that
+  length, the cached keys have the wrong frequencies, so the whole sequence is run again, once;
+* models whose state is not a transformers ``Cache``: the whole sequence is run again at every step. This is correct but slow,
+  and is logged once per model class.
 """
 
 import functools
@@ -25,13 +25,16 @@ logger = logging.getLogger(__name__)
 
 
 class TransformersStep:
-    """Run a causal language model of transformers one step at a time, for one sequence.
+    """Run a causal language model one step at a time, for one sequence.
 
-    The model is used as it is (its dtype, device and train/eval mode) and is never changed; all state is the cache,
-    which belongs to this object. Runs under ``torch.inference_mode``: logits cannot be used for training.
+    The model is not changed (dtype, device, train/eval mode); all state is in the cache of this object. Steps run under
+    ``torch.inference_mode``, so logits cannot be used for training.
+
+    Args:
+        model: a causal language model.
 
     Attributes:
-        cached: whether decoding reuses a cache; False means full recompute at every step.
+        cached: whether a cache is used; False if every step runs the whole sequence.
 
     Raises:
         QuantkitError: an encoder-decoder model, or (at the first call) one that returns no logits.
@@ -51,17 +54,32 @@ class TransformersStep:
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything read."""
+        """Start a new sequence."""
         self._cache: DynamicCache | None = None
         self._seen: list[Tensor] = []
         self._tokens = 0
 
     def __call__(self, ids: Tensor, position: int) -> Tensor:
-        """Read ``ids`` (1, T) int64 standing at ``position``; return logits (1, V) after the last, in the model's dtype."""
+        """Run tokens and return the logits after the last one.
+
+        Args:
+            ids: int64 (1, T).
+            position: position of the first token, equal to the number of tokens run so far.
+
+        Returns:
+            (1, V) in the model's dtype.
+
+        Raises:
+            QuantkitError: another shape or position, or a model without logits.
+        """
         if ids.ndim != 2 or ids.shape[0] != 1 or not ids.shape[1]:
-            raise QuantkitError(f"ids: shape {tuple(ids.shape)}, want (1, T) with T >= 1; this step holds one sequence")
+            raise QuantkitError(
+                f"ids: shape {tuple(ids.shape)}, want (1, T) with T >= 1; there is one sequence per step object"
+            )
         if position != self._tokens:
-            raise QuantkitError(f"position {position}, but {self._tokens} tokens have been read; call reset() to start over")
+            raise QuantkitError(
+                f"position {position}: want {self._tokens}, the number of tokens run so far, or call reset() first"
+            )
         self._tokens += ids.shape[1]
         switching = self._rope_switch is not None and position <= self._rope_switch < self._tokens
         if not self.cached or self._rope_switch is not None:
@@ -88,11 +106,11 @@ class TransformersStep:
 
 @functools.cache  # once per class
 def _warn_uncached(name: str) -> None:
-    logger.warning("%s has no cache quantkit can use: each new token reads the whole sequence again; correct, but slow", name)
+    logger.warning("%s has no cache that quantkit can use: every new token runs the whole sequence again, which is slow", name)
 
 
 def _cache_argument(model: PreTrainedModel, accepted: Any) -> str | None:
-    """Return the name under which ``model.forward`` takes a DynamicCache, or None if it cannot use one."""
+    """Return the name of the argument of ``model.forward`` that takes a DynamicCache; None if there is none."""
     supports = getattr(model, "_supports_default_dynamic_cache", None)
     if supports is not None and not supports():
         return None
@@ -103,19 +121,19 @@ def require_decoder(model: PreTrainedModel) -> None:
     """Refuse encoder-decoder models.
 
     Raises:
-        QuantkitError: it is one.
+        QuantkitError: the model is an encoder-decoder.
     """
     if getattr(model.config, "is_encoder_decoder", False):
         raise QuantkitError(f"{type(model).__name__} is an encoder-decoder model; quantkit generates with decoder-only models")
 
 
 def rope_types(config: Any) -> set[str]:
-    """Return the kinds of rotary embedding a decoder's config asks for."""
+    """Return the kinds of rotary embedding that a decoder's config names."""
     return {str(parameters["rope_type"]) for parameters in _rope_parameters(config) if parameters.get("rope_type")}
 
 
 def _rope_switch(config: Any) -> int | None:
-    """Return the length beyond which LongRoPE uses other frequencies, or None for a model without it."""
+    """Return the length beyond which LongRoPE changes its frequencies; None for a model without LongRoPE."""
     for parameters in _rope_parameters(config.get_text_config(decoder=True)):
         if parameters.get("rope_type") == "longrope":
             return int(parameters["original_max_position_embeddings"])

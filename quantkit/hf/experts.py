@@ -1,24 +1,21 @@
-"""Run mixture-of-experts layers through one function of ours, float or quantized.
+"""The function that runs the experts of mixture-of-experts layers, with float or quantized weights.
 
-transformers keeps the experts of a layer as 3-D parameters and looks up the function that runs them by name, in
-``ALL_EXPERTS_FUNCTIONS``. :func:`enable_experts` registers :func:`experts_forward` there under ``"quantkit"`` and points a
-model at it. For tokens ``x``, chosen experts ``e`` and routing weights ``r``:
+transformers stores the experts of a layer as 3-D parameters and looks up the function that runs them by name in
+``ALL_EXPERTS_FUNCTIONS``. :func:`enable_experts` registers :func:`experts_forward` there as ``"quantkit"`` and selects it for a
+model. For tokens ``x``, chosen experts ``e`` and routing weights ``r``:
 
 .. math:: y_t = \\sum_k r_{tk} \\; D_{e_{tk}} \\, a(U_{e_{tk}} x_t)
 
 where ``a`` is the module's own gate or activation. Rows are sorted by expert once, each expert multiplies one contiguous
-slice, and the results go back to token order before they are summed; the sum over k is done in float32.
+slice, and the results are put back into token order before they are summed over k in float32.
 
-The flags that transformers sets on such a module are honoured: ``has_gate`` (``gate_up_proj`` or ``up_proj``),
-``has_bias``, ``is_transposed`` (float parameters only: a :class:`~quantkit.nn.linear.QuantWeight` is always
-(experts, out, in)) and ``has_post_expert_norm`` (newer releases). Extra memory: tokens x top_k rows of each activation.
+The flags that transformers sets on such a module are respected: ``has_gate`` (``gate_up_proj`` or ``up_proj``), ``has_bias``,
+``is_transposed`` (float parameters only: a :class:`~quantkit.nn.linear.QuantWeight` is always (experts, out, in)) and
+``has_post_expert_norm`` (newer releases). Additional memory: tokens x top_k rows of each activation.
 
-**Probe.** Calibration sees the inputs of each expert through the attribute ``module._quantkit_probe`` (a :data:`Probe`, or
-None): it is called with the parameter's name, the rows about to be multiplied and the expert of each row, just before each
-of the two matmuls.
+Calibration observes the inputs of each expert through :mod:`quantkit.nn.probes`.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,30 +23,29 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-Probe = Callable[[str, Tensor, Tensor], None]
-"""``probe(parameter, x, expert_ids)``: x (rows, in) sorted by expert, expert_ids int64 (rows,). Must not change them."""
+from quantkit.nn.probes import probe_of
 
 NAME = "quantkit"
-"""Name of our experts function in transformers' registry."""
+"""Name of the experts function in transformers' registry."""
 
 
 def uses_experts_interface(module: nn.Module) -> bool:
-    """Say whether transformers looks up the function that runs this module's experts."""
+    """Return whether transformers looks up the function that runs this module's experts."""
     return all(hasattr(module, flag) for flag in ("has_gate", "has_bias", "is_transposed", "_apply_gate", "config"))
 
 
 def expert_parameters(module: nn.Module) -> tuple[str, str]:
-    """Return the names of a module's two expert stacks in the order they are multiplied."""
+    """Return the names of a module's two expert stacks, in the order in which they are used."""
     return ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
 
 
 def enable_experts(model: nn.Module) -> tuple[str, ...]:
-    """Switch every experts module of ``model`` that goes through the interface to :func:`experts_forward`.
+    """Let every experts module of ``model`` that uses transformers' experts interface run :func:`experts_forward`.
 
-    Changes the experts implementation of the configs those modules hold; idempotent, harmless for a dense model.
+    Changes the experts implementation in the configs of these modules. Idempotent; does nothing to a dense model.
 
     Returns:
-        The paths of the modules switched.
+        The paths of the modules that were changed.
     """
     ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
     switched = []
@@ -65,9 +61,9 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
 
     Args:
         module: experts module with the flags of transformers' interface; its stacks are parameters or ``QuantWeight``.
-        hidden_states: (tokens, in).
-        top_k_index: int64 (tokens, k); an index outside the experts contributes nothing.
-        top_k_weights: (tokens, k).
+        hidden_states: floating (tokens, in).
+        top_k_index: int64 (tokens, k); an index outside the range of experts contributes nothing.
+        top_k_weights: floating (tokens, k).
 
     Returns:
         (tokens, out) in the dtype of ``hidden_states``.
@@ -95,7 +91,7 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
 
 def _multiply(module: Any, name: str, x: Tensor, ids: Tensor, counts: list[int]) -> Tensor:
     """Multiply rows ``x`` (rows, in), sorted by expert, by their expert's matrix and add its bias: (rows, out)."""
-    probe: Probe | None = getattr(module, "_quantkit_probe", None)
+    probe = probe_of(module)
     if probe is not None:
         probe(name, x, ids)
     weight = getattr(module, name)

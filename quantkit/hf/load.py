@@ -1,4 +1,4 @@
-"""Models from the outside: a hub id, a directory, a GGUF file or a model object in; a plain float model out."""
+"""Load float models from a hub id, a directory or a GGUF file."""
 
 import copy
 import json
@@ -47,21 +47,21 @@ def load_float(
     """Load an unquantized causal language model in evaluation mode on the CPU.
 
     Args:
-        source: hub id, directory, ``.gguf`` file (dequantized), ``"demo"`` (the embedded default), or a model, which is
-            returned as it is.
-        dtype: dtype of the weights; None keeps the checkpoint's (float32 for GGUF files that do not say).
+        source: hub id, directory, ``.gguf`` file (dequantized), ``"demo"`` (the demo model), or a model, which is returned
+            unchanged except that it is put in eval mode.
+        dtype: dtype of the weights; None keeps the checkpoint's dtype (float32 for GGUF files that do not name one).
         tokenizer: returned instead of the source's own.
-        trust_remote_code: allow code from the hub repository to run. Never the default.
+        trust_remote_code: run code from the hub repository.
 
     Returns:
-        The model and its tokenizer; None where the source has no tokenizer.
+        The model, and its tokenizer or None.
 
     Raises:
-        QuantkitError: the source is not there, is already quantized, or cannot be read.
+        QuantkitError: the source does not exist, cannot be read, is already quantized, or has another dtype.
     """
     if isinstance(source, PreTrainedModel):
         if dtype is not None and source.dtype != dtype:
-            raise QuantkitError(f"the model is {source.dtype}, dtype={dtype} was asked for; convert it with model.to first")
+            raise QuantkitError(f"the model is {source.dtype}, want dtype={dtype}; convert it with model.to first")
         source.train(False)
         return source, tokenizer
     source = locate(source)
@@ -72,7 +72,9 @@ def load_float(
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         if getattr(config, "quantization_config", None):
-            raise QuantkitError(f"{source} is already quantized; load it with quantkit.load, or start from the float model")
+            raise QuantkitError(
+                f"{source} is already quantized, want a float model; load it with quantkit.load, or give the float model"
+            )
         model = AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype=dtype or "auto", trust_remote_code=trust_remote_code
         )
@@ -83,7 +85,7 @@ def load_float(
 
 
 def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
-    """Return the tokenizer of a hub id or directory, or None where there is none (logged)."""
+    """Return the tokenizer of a hub id or directory; None, with a log message, if it has no usable one."""
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
@@ -107,16 +109,16 @@ def read_config(values: Mapping[str, Any], source: str | Path) -> PretrainedConf
 
 
 def read_generation_config(path: str | Path) -> GenerationConfig:
-    """Return the generation settings of a directory."""
+    """Return the generation config in a directory."""
     config: GenerationConfig = GenerationConfig.from_pretrained(path)
     return config
 
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
-    """Build the model of ``config`` with parameters on the meta device and buffers real.
+    """Build a model from its config, with parameters on the meta device and real buffers.
 
     Raises:
-        QuantkitError: transformers does not know the architecture.
+        QuantkitError: transformers cannot build a model from this config.
     """
     plain = copy.deepcopy(config)
     plain.__dict__.pop("quantization_config", None)
@@ -139,7 +141,7 @@ def _load_gguf(path: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, 
     if not path.is_file():
         raise QuantkitError(f"no such file: {path}")
     options: dict[str, Any] = {"dtype": dtype} if dtype is not None else {}
-    if hasattr(transformers, "GgufConfig"):  # releases that can keep GGUF blocks in memory must be told not to
+    if hasattr(transformers, "GgufConfig"):  # newer releases can keep GGUF blocks in memory, which is not wanted here
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
         config = read_gguf(AutoConfig, path)
@@ -149,8 +151,8 @@ def _load_gguf(path: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, 
         raise QuantkitError(f"reading {path.name} needs the gguf package: pip install 'quantkit[demo]' ({error})") from error
     except (OSError, ValueError, KeyError, NotImplementedError) as error:
         raise QuantkitError(f"cannot read {path}: {error}") from error
-    # transformers keeps a model loaded from GGUF marked as quantized and then refuses to save it: move its weights into
-    # a model that was never anything but plain.
+    # transformers marks a model loaded from GGUF as quantized and then refuses to save it, so its weights are moved to a
+    # new model.
     loaded.config.architectures = [type(loaded).__name__]
     model = empty_model(loaded.config)
     model.config.dtype = loaded.dtype
@@ -159,7 +161,9 @@ def _load_gguf(path: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, 
     model.tie_weights()
     left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if left:
-        raise QuantkitError(f"{path}: no weights for {', '.join(left[:5])} (missing {len(missing)})")
+        raise QuantkitError(
+            f"{path}: {len(missing)} parameters are missing, such as {', '.join(left[:5])}; the file does not fit its config"
+        )
     model.generation_config = loaded.generation_config
     model.train(False)
     return model, tokenizer

@@ -1,12 +1,12 @@
-"""Which rows of which parameter each checkpoint tensor holds.
+"""Find which rows of which parameter each checkpoint tensor holds.
 
-In transformers 5 a parameter in memory and a tensor in a file are not the same thing: mixtral's
-``mlp.experts.gate_up_proj`` (experts, 2I, H) is stored as ``block_sparse_moe.experts.0.w1.weight`` (I, H), ``...w3.weight``
-and so on, and the library converts both ways while it loads and saves. A writer of quantized files needs that
-correspondence, not the conversion. So we let transformers convert *tracers*: a tensor per parameter with all of its
-rows but at most two columns, each element carrying a number that says where it came from. What comes out names, for every
-checkpoint tensor, the parameter, the expert and the rows it is made of, and whether it was transposed. There is no
-table per architecture; conversions that are more than slicing, joining, reordering of rows and transposition are refused.
+In transformers 5 the parameters in memory are not the tensors in a file: mixtral's ``mlp.experts.gate_up_proj`` (experts, 2I,
+H) is stored as ``block_sparse_moe.experts.0.w1.weight`` (I, H), ``...w3.weight`` and so on, and transformers converts between
+the two when it loads and saves. A writer of quantized files needs that correspondence rather than the conversion itself. It is
+found by letting transformers convert *tracers*: one tensor per parameter with all of its rows but at most two columns, in which
+every element is a number that encodes its origin. The result gives, for every checkpoint tensor, the parameter, expert and rows
+that it consists of, and whether it is transposed. There is no table per architecture. Conversions other than slicing, joining,
+reordering rows and transposing are refused.
 
 Memory: two int64 per output row of the model, a few megabytes for a billion parameters. Works on meta models.
 """
@@ -41,24 +41,32 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointTensor:
-    """One checkpoint tensor: pieces joined along the output axis, then transposed to (in, out) if ``transposed``."""
+    """The content of one checkpoint tensor.
+
+    Attributes:
+        pieces: joined along the output axis.
+        transposed: whether the joined tensor is stored transposed, (in, out).
+    """
 
     pieces: tuple[Piece, ...]
     transposed: bool
 
 
 def checkpoint_names(model: PreTrainedModel, transposed: Collection[str] = ()) -> dict[str, CheckpointTensor]:
-    """Return checkpoint tensor name to what it holds, for everything that a checkpoint of ``model`` contains.
+    """Return the content of every tensor in a checkpoint of ``model``.
 
-    Tied weights appear once, non-persistent buffers not at all.
+    Tied weights appear once; non-persistent buffers do not appear.
 
     Args:
-        model: float model, possibly on the meta device. One built from its config gives the names that every reader of
-            that config expects; one loaded from files repeats the names of those files.
-        transposed: names of parameters that are stored (..., in, out); their pieces count output rows all the same.
+        model: float model, possibly on the meta device. A model built from its config has the tensor names that readers of that
+            config expect; a model loaded from files has the names in those files.
+        transposed: names of parameters that are stored (..., in, out). Their pieces count output rows as well.
+
+    Returns:
+        Checkpoint tensor name to its content.
 
     Raises:
-        FormatError: transformers stores a parameter in a way that is not made of whole rows.
+        FormatError: a checkpoint tensor does not consist of whole rows of parameters.
     """
     shapes = {
         name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys
@@ -74,7 +82,9 @@ def checkpoint_names(model: PreTrainedModel, transposed: Collection[str] = ()) -
     try:
         converted = revert_weight_conversion(model, tracers)
     except (RuntimeError, ValueError, KeyError, IndexError) as error:
-        raise FormatError(f"{type(model).__name__}: cannot follow how transformers renames its weights: {error}") from error
+        raise FormatError(
+            f"{type(model).__name__}: transformers cannot convert its weights to checkpoint tensors: {error}"
+        ) from error
     starts = torch.tensor(bases) // 2
     found = {}
     for stored_name, tensor in converted.items():
@@ -114,9 +124,7 @@ def _decode(name: str, tensor: Tensor) -> tuple[Tensor, bool]:
             and torch.equal(candidate[..., 1:], first[..., : candidate.shape[-1] - 1] + 1)
         ):
             return candidate[..., 0].reshape(-1) // 2, swapped
-    raise FormatError(
-        f"{name}: transformers stores it in a way that is not made of whole rows; quantkit cannot write this model"
-    )
+    raise FormatError(f"{name}: transformers does not store it as whole rows of parameters; quantkit cannot write this model")
 
 
 def _pieces(
@@ -129,13 +137,13 @@ def _pieces(
     *,
     stacked: bool,
 ) -> tuple[Piece, ...]:
-    """Merge consecutive rows of one parameter and expert; a 3-D checkpoint tensor must be one whole parameter."""
+    """Merge consecutive rows of one parameter and expert into pieces; a 3-D checkpoint tensor must be one whole parameter."""
     involved = [names[i] for i in sorted(set(owners.tolist()))]
     if stacked:
         name, shape = involved[0], shapes[involved[0]]
         if len(involved) > 1 or not torch.equal(local, torch.arange(_row_count(shape, name in transposed))):
             raise FormatError(
-                f"{stored_name}: transformers rearranges {name} when it saves it; quantkit cannot write this model"
+                f"{stored_name}: transformers reorders the rows of {name} when it saves it; quantkit cannot write this model"
             )
         return (Piece(name, None, 0, shape[-1 if name in transposed else -2]),)
     heights = torch.tensor([_height(shape, name in transposed) for name, shape in shapes.items()])
@@ -151,5 +159,5 @@ def _pieces(
 
 
 def _height(shape: tuple[int, ...], transposed: bool) -> int:
-    """Return the rows of one matrix of a parameter."""
+    """Return the number of rows of one matrix of a parameter."""
     return max(1, shape[-1 if transposed else -2] if len(shape) == 3 else _row_count(shape, transposed))

@@ -1,7 +1,6 @@
-"""The native decoder of a model, on the CPU or on CUDA: made once, kept as long as the model lives, made again when its weights
-have changed.
+"""The native decoder of a model, for the CPU or CUDA, cached until the model's weights change.
 
-A parameter or buffer that has been replaced or written to since is noticed by its identity, address and version.
+A parameter or buffer that was replaced or written to is detected by its identity, address and version counter.
 """
 
 import weakref
@@ -24,20 +23,20 @@ Decoder = NativeDecoder | CudaDecoder
 
 
 def native_decoder(model: PreTrainedModel) -> Decoder | str:
-    """Return the model's decoder, made if need be, or the reason why it has none."""
+    """Return the model's decoder, building it at the first call, or the reason why it has none."""
     if hooked := next((name for name, part in model.named_modules() if part._forward_hooks or part._forward_pre_hooks), None):
-        return f"{hooked or 'the model'} has forward hooks, which a native step would not call"
+        return f"{hooked or 'the model'} has forward hooks, which native steps would not call"
     mark = _mark(model)
     known = _decoders.get(model)
     if known is None or known[0] != mark:
-        _decoders.pop(model, None)  # frees its copies of the weights before new ones are made
+        _decoders.pop(model, None)  # free the old copies of the weights before making new ones
         made = _make(model)
-        known = _decoders[model] = (_mark(model), made)  # making it may have let quantized layers release their codes
+        known = _decoders[model] = (_mark(model), made)  # quantized layers may have released their codes meanwhile
     return known[1]
 
 
 FIRST_TOKENS = 2048
-"""Positions that rotary tables are made for at first; an engine asks for what it needs."""
+"""Initial length of the rotary tables; an engine extends them as needed."""
 
 _decoders: weakref.WeakKeyDictionary[PreTrainedModel, tuple[_Mark, Decoder | str]] = weakref.WeakKeyDictionary()
 
@@ -53,7 +52,7 @@ def _make(model: PreTrainedModel) -> Decoder | str:
 
 
 def device_types(model: PreTrainedModel) -> set[str]:
-    """Return where a model's parameters are; several CUDA devices by number."""
+    """Return the device types of a model's parameters; device names with numbers if they are on several CUDA devices."""
     devices = {parameter.device for parameter in model.parameters()}
     kinds = {device.type for device in devices}
     return kinds if len(devices) == 1 or kinds != {"cuda"} else {str(device) for device in devices}
@@ -71,7 +70,7 @@ def _make_on_cpu(model: PreTrainedModel) -> NativeDecoder | str:
 
 def _make_on_cuda(model: PreTrainedModel) -> CudaDecoder | str:
     if model.dtype not in DTYPES:
-        return f"its activations are {model.dtype}, the CUDA kernels take float16 or bfloat16"
+        return f"its dtype is {model.dtype}, the CUDA kernels want float16 or bfloat16"
     nvcc.library()
     program = lower(model)
     device = next(model.parameters()).device
@@ -81,7 +80,7 @@ def _make_on_cuda(model: PreTrainedModel) -> CudaDecoder | str:
 
 
 def _too_large_for_cuda(program: Program, device: torch.device) -> str | None:
-    """Weights are laid out a second time: say so where that would take nearly all of the free memory."""
+    """Return a reason if a second copy of the weights, in the kernels' layout, would take nearly all free device memory."""
     if not torch.cuda.is_available():
         return None
     parts = [linear.weight for linear in program.linears()]
@@ -96,22 +95,22 @@ def _too_large_for_cuda(program: Program, device: torch.device) -> str | None:
 
 
 def _release(model: PreTrainedModel) -> None:
-    """Give back what proving and laying out touched: pages of mapped float weights, which only modules read, and freed heap."""
+    """Release memory that building a decoder has touched: pages of mapped float weights, and freed heap."""
     drop_pages(mapped_pages(model.parameters()))
     return_freed_memory()
 
 
 def _too_large(program: Program) -> str | None:
-    """Float weights are laid out a second time: say so where that would take more than half of the free memory."""
+    """Return a reason if a second copy of the float weights would take more than half of the available memory."""
     copied = sum(linear.weight.nbytes for linear in program.linears() if isinstance(linear.weight, Tensor))
     free = available_bytes()
     if free is None or copied < free / 2:
         return None
-    return f"a second copy of its float weights takes {copied / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
+    return f"a second copy of its float weights takes {copied / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are available"
 
 
 def _mark(model: PreTrainedModel) -> _Mark:
-    """Return what changes when a parameter or buffer of the model is replaced or written to."""
+    """Return a value that changes when a parameter or buffer of the model is replaced or written to."""
     tensors = [*model.parameters(), *model.buffers()]
     return tuple((id(tensor), tensor.data_ptr(), _version(tensor)) for tensor in tensors)
 

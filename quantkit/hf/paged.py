@@ -1,12 +1,12 @@
-"""A transformers model on pages: packed rows of any sequences through its modules, keys and values in our own memory.
+"""Run a transformers model on paged keys and values: packed rows of any sequences through its own modules.
 
-transformers lets one register attention functions, and calls the chosen one in every layer with that layer's
-queries, keys and values. Ours writes keys and values to our own pages and attends from there, so the model may be fed any mix
-of rows of any sequences as one packed batch, and no cache of transformers is involved.
+transformers allows attention functions to be registered, and calls the selected one in every layer with that layer's queries,
+keys and values. The one registered here writes keys and values to our own pages and attends to them, so the model can run any
+mix of rows of any sequences as one packed batch, without transformers' cache.
 
-That is right for a model exactly if each of its layers remembers nothing but keys and values, and if position and window of a
-row are all that attention needs to know. Its config must not say otherwise, and it is then *proven*: a few tokens go through
-pages in chunks beside another sequence, and the logits must equal those of one plain forward.
+This is correct for a model whose layers have no state other than keys and values, and whose attention depends on positions and
+windows only. The config must not indicate anything else. The result is then *verified*: a few tokens are run on pages, in
+chunks and together with another sequence, and their logits are compared with those of a plain forward pass.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from quantkit.engine.attention import Layout, attend, in_order
+from quantkit.engine.attention import Layout, attend, by_length
 from quantkit.engine.backend import Copy, Memory, Span
 from quantkit.engine.kvstore import Pool, make_pool, pool_bytes
 from quantkit.errors import QuantkitError
@@ -35,12 +35,12 @@ _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 _LENGTH_DEPENDENT_ROPE = {"longrope", "dynamic"}
 
 
-class _Unpaged(Exception):
-    """Why a model cannot run on pages."""
+class _CannotPage(Exception):
+    """The model cannot run on pages; the message is the reason."""
 
 
 class _Memory(Protocol):
-    """What the attention function writes to and reads from during one forward."""
+    """The key/value memory that the attention function uses during one forward pass."""
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, options: dict[str, Any]) -> Tensor: ...
 
@@ -57,9 +57,9 @@ def _attention(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Attend over the memory of the step that is running; query (1, heads, M, dim), result (1, M, heads, dim)."""
+    """Attend over the memory of the current step: query (1, heads, M, dim), result (1, M, heads, dim)."""
     if attention_mask is not None or options.get("position_bias") is not None:
-        raise _Unpaged("its attention takes a mask or a bias that is not made from positions")
+        raise _CannotPage("its attention uses a mask or a bias that does not follow from positions")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     queries, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (M, heads, dim)
     return _current.get().attend(queries, keys, values, scale, options)[None], None
@@ -70,7 +70,13 @@ ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, _attention)
 
 @dataclass(frozen=True, slots=True)
 class LayerShape:
-    """What one layer remembers of a token: ``kv_heads`` keys of ``key_dim`` and values of ``value_dim`` numbers."""
+    """Shape of one layer's keys and values per token.
+
+    Attributes:
+        kv_heads: number of keys, and of values.
+        key_dim, value_dim: channels of a key and of a value.
+        dtype: dtype of both.
+    """
 
     kv_heads: int
     key_dim: int
@@ -79,7 +85,7 @@ class LayerShape:
 
 
 class _Shapes:
-    """A memory that only notes what each layer would store, and that sliding windows arrive where the config has them."""
+    """A memory that stores nothing and records the shapes and the sliding window of each layer."""
 
     def __init__(self) -> None:
         self.layers: list[LayerShape] = []
@@ -92,19 +98,14 @@ class _Shapes:
 
 
 class PagedBackend:
-    """Run packed rows of several sequences through the model, keys and values in our own pages.
+    """Run packed rows of several sequences through a model's modules, with keys and values in our own pages.
 
-    The model is used as it is (dtype, device, mode); only while a step runs, its attention function is another.
+    The model is not changed (dtype, device, mode), except that its attention function is replaced while a step runs.
 
     Args:
         model: a causal language model.
         scheme: how keys and values are stored.
-
-    Attributes:
-        layers: what each layer stores per token.
-
-    Raises:
-        QuantkitError: the model returns no logits.
+        layers: shapes of each layer's keys and values, from :func:`describe_layers`.
     """
 
     shares_pages = rewinds = True
@@ -123,7 +124,7 @@ class PagedBackend:
         self._layout: Layout | None = None
 
     def reserve(self, memory: Memory) -> None:
-        """Allocate pools for all layers."""
+        """Allocate the pages of all layers."""
         self._pools, scheme = [], self.scheme
         self._page_tokens = memory.page_tokens
         for layer in self.layers:
@@ -132,7 +133,7 @@ class PagedBackend:
             self._pools.append((keys, values))
 
     def bytes_for(self, memory: Memory) -> int:
-        """Return the bytes that :meth:`reserve` allocates for ``memory``."""
+        """Return the number of bytes that :meth:`reserve` allocates for ``memory``."""
         scheme, total = self.scheme, 0
         for layer in self.layers:
             for spec, dim in ((scheme.key, layer.key_dim), (scheme.value, layer.value_dim)):
@@ -141,7 +142,7 @@ class PagedBackend:
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated now."""
+        """Bytes of keys and values that are allocated now."""
         return sum(pool.nbytes for pools in self._pools for pool in pools)
 
     @torch.inference_mode()
@@ -149,25 +150,25 @@ class PagedBackend:
         """Run ``spans``; see :class:`~quantkit.engine.backend.Backend`."""
         for pool in (pool for pools in self._pools for pool in pools):
             pool.copy(copies)
-        ordered = [spans[i] for i in in_order(spans)]
+        ordered = [spans[i] for i in by_length(spans)]
         self._layout, self._layer = Layout(ordered, self._page_tokens, self.device), 0
         ends: dict[int, int] = {}
         row = 0
         for span in ordered:
             row += len(span.ids)
             ends[span.slot] = row
-        wanted = [ends[span.slot] - back for span in spans for back in range(span.wanted, 0, -1)]
+        logit_rows = [ends[span.slot] - back for span in spans for back in range(span.num_logits, 0, -1)]
         ids = torch.tensor([[token for span in ordered for token in span.ids]], device=self.device)
-        keep = torch.tensor(wanted or [row - 1], device=self.device)
+        keep = torch.tensor(logit_rows or [row - 1], device=self.device)
         logits = _forward(self._model, self._configs, self, ids, self._layout.rows.positions[None], self._slices_logits, keep)
         if self._layer != len(self.layers):
             raise QuantkitError(
-                f"attention ran in {self._layer} layers, it did in {len(self.layers)} before; make a new engine"
+                f"attention ran in {self._layer} layers, want {len(self.layers)}; the model has changed, make a new engine"
             )
-        return logits if wanted else logits[:0]
+        return logits if logit_rows else logits[:0]
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, options: dict[str, Any]) -> Tensor:
-        """Store one layer's keys and values (M, kv_heads, dim) and attend from its queries (M, heads, dim)."""
+        """Store one layer's keys and values (M, kv_heads, dim) and return the attention of its queries (M, heads, dim)."""
         assert self._layout is not None
         keys, values = self._pools[self._layer]
         self._layer += 1
@@ -189,7 +190,10 @@ _described: weakref.WeakKeyDictionary[PreTrainedModel, tuple[LayerShape, ...] | 
 
 
 def describe_layers(model: PreTrainedModel) -> tuple[LayerShape, ...] | str:
-    """Return what each layer stores, proven once per model, or a sentence why it cannot run on pages."""
+    """Return the shapes of each layer's keys and values, or a sentence that says why the model cannot run on pages.
+
+    The check runs once per model.
+    """
     if model not in _described:
         _described[model] = _describe(model)
     return _described[model]
@@ -200,19 +204,23 @@ def _describe(model: PreTrainedModel) -> tuple[LayerShape, ...] | str:
     try:
         config = model.config.get_text_config(decoder=True)
         if types := rope_types(config) & _LENGTH_DEPENDENT_ROPE:
-            raise _Unpaged(f"its rotary frequencies change with the length of a sequence ({', '.join(types)})")
+            raise _CannotPage(f"its rotary frequencies change with the length of a sequence ({', '.join(types)})")
         kinds = list(getattr(config, "layer_types", None) or [])
         if unknown := set(kinds) - _KNOWN_LAYERS:
-            raise _Unpaged(f"it has layers of kind {', '.join(sorted(unknown))}")
+            raise _CannotPage(f"it has layers of kind {', '.join(sorted(unknown))}")
         if "position_ids" not in inspect.signature(model.forward).parameters:
-            raise _Unpaged("it takes no position_ids")
-        return _prove(model, kinds)
-    except _Unpaged as reason:
+            raise _CannotPage("it takes no position_ids")
+        return _verify(model, kinds)
+    except _CannotPage as reason:
         return f"{name}: {reason}"
 
 
-def _prove(model: PreTrainedModel, kinds: list[str]) -> tuple[LayerShape, ...]:
-    """Find what the layers store and compare logits on pages, in chunks and beside another sequence, with a plain forward."""
+def _verify(model: PreTrainedModel, kinds: list[str]) -> tuple[LayerShape, ...]:
+    """Return the shapes of the layers after comparing logits on pages with those of a plain forward pass.
+
+    Raises:
+        _CannotPage: attention is not called as expected, or the logits differ.
+    """
     size, device = input_table(model)
     ids = (torch.arange(11, device=device) * 7919 + 3) % size
     with torch.inference_mode():
@@ -223,39 +231,39 @@ def _prove(model: PreTrainedModel, kinds: list[str]) -> tuple[LayerShape, ...]:
         )
     positions = torch.arange(len(ids), device=device)[None]
     shapes = _Shapes()
-    with torch.inference_mode(), _failing_softly():
+    with torch.inference_mode(), _model_errors_as_reasons():
         _forward(model, _attention_configs(model), shapes, ids[None], positions, False, positions[0])
     config = model.config.get_text_config(decoder=True)
     layers = config.num_hidden_layers
     if len(shapes.layers) != layers:
-        raise _Unpaged(f"{layers - len(shapes.layers)} of its {layers} layers do not use the registered attention function")
+        raise _CannotPage(f"{layers - len(shapes.layers)} of its {layers} layers do not use the registered attention function")
     sliding = [kind == "sliding_attention" for kind in kinds]
     if kinds and any(want and not window for want, window in zip(sliding, shapes.windows, strict=True)):
-        raise _Unpaged("its sliding layers do not tell the attention function their window")
+        raise _CannotPage("its sliding layers do not pass their window to the attention function")
     slides = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
     if not kinds and slides and not any(shapes.windows):
-        raise _Unpaged("its sliding window does not reach the attention function")
+        raise _CannotPage("its sliding window is not passed to the attention function")
     backend = PagedBackend(model, KVScheme(), shapes.layers)
     backend.reserve(Memory(8, 4, 2))
     tokens = ids.tolist()
-    with _failing_softly():
+    with _model_errors_as_reasons():
         backend.step([Span(0, 0, tokens[:5], [3, 5], 0), Span(1, 0, tokens[4:9], [0, 6], 1)])
         got = [backend.step([Span(1, 5, tokens[:1], [0, 6], 1), Span(0, 5, tokens[5:10], [3, 5, 1], 5)])[1:]]
         got.append(backend.step([Span(0, 10, tokens[10:], [3, 5, 1], 1)]))
     found, want = torch.cat(got).float(), plain.logits[0, 5:].float()
     error = ((found - want).abs().max() / want.abs().max().clamp(min=1e-6)).item()
     if not error <= (2e-3 if plain.logits.dtype == torch.float32 else 0.1):
-        raise _Unpaged(f"its logits on pages differ from a plain forward (by {error:.1e} of the largest)")
+        raise _CannotPage(f"its logits on pages differ from a plain forward pass (by {error:.1e} of the largest)")
     return tuple(shapes.layers)
 
 
 @contextlib.contextmanager
-def _failing_softly() -> Iterator[None]:
-    """Turn what a model raises because it does not suit packed rows into a reason."""
+def _model_errors_as_reasons() -> Iterator[None]:
+    """Convert exceptions of a model that cannot run packed rows to :class:`_CannotPage`."""
     try:
         yield
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError, LookupError) as error:
-        raise _Unpaged(f"it does not run on packed rows ({type(error).__name__}: {error})") from error
+        raise _CannotPage(f"it does not run on packed rows ({type(error).__name__}: {error})") from error
 
 
 def _forward(
@@ -267,7 +275,7 @@ def _forward(
     slices_logits: bool,
     keep: Tensor,
 ) -> Tensor:
-    """Run packed rows (1, M) on ``memory``; return the logits (R, V) of rows ``keep`` (R,)."""
+    """Run packed rows (1, M) on ``memory``; return the logits (R, V) of the rows ``keep`` (R,)."""
     before = [config._attn_implementation for config in configs]
     token = _current.set(memory)
     options = {"logits_to_keep": keep} if slices_logits else {}
@@ -284,12 +292,12 @@ def _forward(
 
 
 def _attention_configs(model: PreTrainedModel) -> list[Any]:
-    """Return every config object that a module of the model asks for its attention function."""
+    """Return every config object from which a module of the model reads its attention function."""
     found = {id(config): config for m in model.modules() if (config := getattr(m, "config", None)) is not None}
     return [config for config in found.values() if hasattr(config, "_attn_implementation_internal")]
 
 
 def context_tokens(model: PreTrainedModel) -> int | None:
-    """Return the longest sequence the model reads, or None if its config does not say."""
+    """Return the longest sequence that the model supports, or None if its config does not name one."""
     longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     return int(longest) if isinstance(longest, int) and longest > 0 else None

@@ -1,7 +1,7 @@
-"""Names of models: what a user may write where a model is wanted, and its config without its weights.
+"""Resolve the names by which users refer to models, and read configs without weights.
 
-A GGUF file's header holds the whole vocabulary, which transformers parses token by token, in seconds, for each thing that is
-asked of it. So the config and the tokenizer of the last file are remembered, as long as its size and time stay what they were.
+The header of a GGUF file contains the whole vocabulary, and transformers needs seconds to parse it, for the config and for the
+tokenizer alike. Both are therefore cached for the last file, until its size or modification time changes.
 """
 
 import copy
@@ -16,18 +16,18 @@ from quantkit.hf.demo_model import DEMO_MODEL, demo_model_path
 
 
 def locate(source: str | Path) -> str | Path:
-    """Return where a model is: ``"demo"`` becomes the embedded default's file, anything else stays as it is.
+    """Return the path of the demo model's file for ``"demo"``, and any other source unchanged.
 
-    (A directory that is called demo is written ``./demo``.)
+    A directory named demo can be given as ``./demo``.
     """
     return demo_model_path() if str(source) == DEMO_MODEL else source
 
 
 def load_config(source: str | Path) -> PretrainedConfig:
-    """Read the config of a hub id, directory or GGUF file, or of the embedded default; no weights are read.
+    """Return the config of a hub id, directory, GGUF file or the demo model. No weights are read.
 
     Raises:
-        QuantkitError: the source is not there, cannot be read, or is already quantized.
+        QuantkitError: the source does not exist, cannot be read, or is already quantized.
     """
     place = locate(source)
     gguf = Path(place).suffix == ".gguf"
@@ -40,12 +40,17 @@ def load_config(source: str | Path) -> PretrainedConfig:
     except (OSError, ValueError, KeyError) as error:
         raise QuantkitError(f"cannot read the config of {source}: {error}; give a directory, a hub id, or demo") from error
     if getattr(config, "quantization_config", None):
-        raise QuantkitError(f"{source} is already quantized; start from the float model")
+        raise QuantkitError(f"{source} is already quantized, want a float model; give the model that it was made from")
     return config
 
 
 def read_gguf(what: Any, path: Path) -> Any:
-    """Return what ``AutoConfig`` or ``AutoTokenizer`` makes of a GGUF file, one's own to change; their errors pass through."""
+    """Return the config or tokenizer of a GGUF file, as a copy that the caller may change.
+
+    Args:
+        what: ``AutoConfig`` or ``AutoTokenizer``; their errors are not caught.
+        path: the file.
+    """
     stat = path.stat()
     return copy.deepcopy(_read_gguf(what, path.absolute(), stat.st_size, stat.st_mtime_ns))
 

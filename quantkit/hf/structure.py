@@ -2,24 +2,25 @@
 
 :func:`describe` looks at the module tree and answers three questions about every parameter:
 
-* **Is it inside the decoder stack?** The stack is the ``nn.ModuleList`` that carries most parameters (inside the text
-  decoder, where the model has other towers). Its children are the blocks, in order of execution.
-* **Is it a weight that multiplies activations?** ``nn.Linear``, transformers' ``Conv1D`` (stored transposed), and the 3-D
-  stacks of experts that transformers runs through its experts interface. Those become sites: inside the blocks, or
-  ``outside`` (an untied output head, projections around the stack, other towers).
-* **Otherwise, why not?** Every other parameter is listed with a reason. Nothing is skipped in silence.
+* **Is it inside the decoder stack?** The stack is the ``nn.ModuleList`` with the most parameters (inside the text decoder, if
+  the model has other towers). Its children are the blocks, in order of execution.
+* **Is it a weight that multiplies activations?** These are the weights of ``nn.Linear`` and of transformers' ``Conv1D`` (stored
+  transposed), and the 3-D stacks of experts that transformers runs through its experts interface. They become sites: inside
+  the blocks, or ``outside`` (an untied output head, projections around the stack, other towers).
+* **If not, why?** Every other parameter is listed with a reason, so nothing is skipped silently.
 
-Routers choose experts; an error there sends a token to the wrong expert, so they stay float. A router is recognised by
-where it stands: beside a module that holds experts, it is the child whose only matrix has one output per expert (or one
-output: the gate of a shared expert), or a child of its own class that wraps exactly one matrix.
+Routers choose experts, and an error there sends a token to the wrong expert, so routers are never quantized. A router is
+recognised by its place next to a module that holds experts: it is the child whose only matrix has one output per expert (or one
+output in total, for the gate of a shared expert), or a child of a class of its own that contains exactly one matrix.
 
-Only names, classes and shapes are read, so a model on the meta device will do; cost is milliseconds.
+Only names, classes and shapes are used, so the model may be on the meta device. The cost is milliseconds.
 """
 
 import copy
 import logging
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -34,31 +35,34 @@ from quantkit.nn.sites import Block, Site, Structure
 logger = logging.getLogger(__name__)
 
 NO_INTERFACE = "experts module does not use transformers' experts interface"
-"""Reason given for expert weights that no experts function can reach."""
+"""Reason for expert weights that cannot be run by another experts function."""
 
 _Odd = dict[type, str | None]
-"""Class of a linear layer to the reason why it cannot be replaced, or None if it can."""
+"""Class of a linear layer to the reason why its modules cannot be replaced, or None if they can."""
 
 
 def describe(model: nn.Module) -> Structure:
     """Return the blocks of ``model``, their sites, and a reason for every parameter that is not a site.
 
-    Every parameter name (tied names included) is in exactly one of ``sites``, ``outside`` and ``skipped``.
+    Every parameter name (including tied ones) is in exactly one of ``sites``, ``outside`` and ``skipped``.
 
     Args:
-        model: a decoder-only transformers model, or any module tree with a ``ModuleList`` of layers; may be on meta.
+        model: a decoder-only transformers model, or any module with a ``ModuleList`` of layers; may be on the meta device.
 
     Raises:
-        SpecError: for an encoder-decoder model, a model without repeated layers, or one with nothing to quantize.
+        SpecError: an encoder-decoder model, a model without repeated layers, or one without quantizable weights.
     """
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise SpecError(f"{type(model).__name__} is an encoder-decoder; want a decoder-only model: quantize its decoder alone")
+        raise SpecError(
+            f"{type(model).__name__} is an encoder-decoder model, want a decoder-only model; quantize its decoder alone"
+        )
     stack = find_stack(model)
-    found, skipped = _sort_parameters(model, stack)
+    sorted_out = _sort_parameters(model, stack)
+    skipped = sorted_out.skipped
     names = [f"{stack}.{name}" for name, _ in model.get_submodule(stack).named_children()]
     inside: dict[str, list[Site]] = {name: [] for name in names}
     outside: list[Site] = []
-    for site in found:
+    for site in sorted_out.sites:
         block = next((name for name in names if f"{site.module}.".startswith(f"{name}.")), None)
         (outside if block is None else inside[block]).append(site)
     if not any(inside.values()):
@@ -67,11 +71,22 @@ def describe(model: nn.Module) -> Structure:
             f"stack with floating-point weights; reasons: {', '.join(sorted(set(skipped.values()))) or 'no parameters'}"
         )
     blocks = tuple(Block(name, tuple(sites)) for name, sites in inside.items())
-    return Structure(blocks, tuple(outside), skipped, *_ends(model))
+    embedding, head, tied = _ends(model)
+    return Structure(
+        blocks,
+        tuple(outside),
+        skipped,
+        embedding,
+        head,
+        tied,
+        shared=frozenset(sorted_out.shared),
+        unreachable=frozenset(sorted_out.unreachable),
+    )
 
 
 def _ends(model: nn.Module) -> tuple[Site | None, str | None, bool]:
-    """Return the input embedding as a site if it is a plain table, the name of the output head, and whether they are tied."""
+    """Return the input embedding as a site (None if it cannot be quantized), the name of the output head, and whether the
+    two are tied."""
     if not hasattr(model, "get_input_embeddings"):
         return None, None, False
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
@@ -92,7 +107,11 @@ def _ends(model: nn.Module) -> tuple[Site | None, str | None, bool]:
 
 
 def find_stack(model: nn.Module) -> str:
-    """Return the path of the ModuleList with most parameters, inside the text decoder if the model names one."""
+    """Return the path of the ModuleList with the most parameters, inside the text decoder if the model names one.
+
+    Raises:
+        SpecError: there is no ModuleList with parameters.
+    """
     sizes: dict[str, int] = {
         name: sum(parameter.numel() for parameter in module.parameters())
         for name, module in model.named_modules()
@@ -107,35 +126,48 @@ def find_stack(model: nn.Module) -> str:
     return max(text or sizes, key=lambda name: sizes[name])
 
 
-def _sort_parameters(model: nn.Module, stack: str) -> tuple[list[Site], dict[str, str]]:
-    """Split all parameter names into sites (in the order they are registered) and skipped ones with their reason."""
+@dataclass(frozen=True, slots=True)
+class _Sorted:
+    """Every parameter of a model: sites in order of registration, and the others by name with a reason."""
+
+    sites: list[Site] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    shared: list[str] = field(default_factory=list)
+    unreachable: list[str] = field(default_factory=list)
+
+
+def _sort_parameters(model: nn.Module, stack: str) -> _Sorted:
+    """Decide for every parameter name whether it is a site, or why not."""
     names_of: dict[int, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names_of[id(parameter)].append(name)
     routers = set(_routers(model, stack))
     odd: _Odd = {}
-    sites: list[Site] = []
-    skipped: dict[str, str] = {}
+    found = _Sorted()
     for name, parameter in model.named_parameters(remove_duplicate=False):
         path, _, attribute = name.rpartition(".")
         module = model.get_submodule(path)
         others = [other for other in names_of[id(parameter)] if other != name]
         if name in routers:
-            skipped[name] = "router"
+            found.skipped[name] = "router"
         elif others and not isinstance(module, nn.Embedding):
             embeddings = (o for o in others if isinstance(model.get_submodule(o.rpartition(".")[0]), nn.Embedding))
-            skipped[name] = f"tied to {next(embeddings, others[0])}"
+            found.skipped[name] = f"tied to {next(embeddings, others[0])}"
+            found.shared.append(name)
         else:
-            verdict = _as_site(path, module, attribute, parameter, odd) or _reason(module, attribute, parameter)
+            verdict = _as_site(path, module, attribute, parameter, odd)
+            reason = _reason(module, attribute, parameter)
             if isinstance(verdict, Site):
-                sites.append(verdict)
-            else:
-                skipped[name] = verdict
-    return sites, skipped
+                found.sites.append(verdict)
+                continue
+            found.skipped[name] = verdict or reason
+            if verdict or reason == NO_INTERFACE:
+                found.unreachable.append(name)
+    return found
 
 
 def _as_site(path: str, module: nn.Module, attribute: str, parameter: Tensor, seen: _Odd) -> Site | str | None:
-    """Return the site a parameter is, a reason why a weight that looks like one is not, or None if it is something else."""
+    """Return the site of a parameter, the reason why a linear layer's weight is none, or None for any other parameter."""
     shape = tuple(parameter.shape)
     if isinstance(module, nn.Linear | Conv1D) and attribute == "weight":
         if not parameter.is_floating_point():
@@ -154,11 +186,11 @@ def _as_site(path: str, module: nn.Module, attribute: str, parameter: Tensor, se
 
 
 def _forward_differs(module: nn.Module) -> str | None:
-    """Say why a subclass of nn.Linear or Conv1D cannot be replaced: its output is not x @ weight.T + bias."""
-    twin = copy.copy(module)
+    """Return why a subclass of nn.Linear or Conv1D cannot be replaced: its output is not x @ weight.T + bias; else None."""
+    trial = copy.copy(module)
     generator = torch.Generator().manual_seed(0)
     fresh = {name: p if p is None else torch.randn(p.shape, generator=generator) for name, p in module._parameters.items()}
-    twin.__dict__["_parameters"] = {name: p if p is None else nn.Parameter(p) for name, p in fresh.items()}
+    trial.__dict__["_parameters"] = {name: p if p is None else nn.Parameter(p) for name, p in fresh.items()}
     weight = fresh["weight"]
     assert weight is not None
     weight = weight.T if isinstance(module, Conv1D) else weight
@@ -166,17 +198,17 @@ def _forward_differs(module: nn.Module) -> str | None:
     name = type(module).__name__
     try:
         with torch.no_grad():
-            got = type(module).forward(twin, x)
+            got = type(module).forward(trial, x)
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
         logger.debug("%s is not a plain linear layer: %s", name, error)
-        return f"{name} is no plain linear layer"
+        return f"{name} is not a plain linear layer"
     want = functional.linear(x, weight, fresh.get("bias"))
     same = isinstance(got, Tensor) and got.shape == want.shape and torch.allclose(got, want, rtol=1e-3, atol=1e-3)
-    return None if same else f"{name} is no plain linear layer"
+    return None if same else f"{name} is not a plain linear layer"
 
 
 def _reason(module: nn.Module, attribute: str, parameter: Tensor) -> str:
-    """Say what a parameter is that is neither a site nor tied nor a router's."""
+    """Return what kind of parameter this is, for one that is neither a site nor tied nor part of a router."""
     kind = type(module).__name__
     if attribute == "bias" or attribute.endswith("_bias"):
         return "bias"
@@ -188,11 +220,11 @@ def _reason(module: nn.Module, attribute: str, parameter: Tensor) -> str:
         return "convolution"
     if parameter.ndim > 1 and "expert" in kind.lower():
         return NO_INTERFACE
-    return f"{parameter.ndim}-D parameter" + ("" if parameter.ndim < 2 else f" of {kind}, which is no linear layer")
+    return f"{parameter.ndim}-D parameter" + ("" if parameter.ndim < 2 else f" of {kind}, which is not a linear layer")
 
 
 def _routers(model: nn.Module, stack: str) -> Iterator[str]:
-    """Yield the names of the weights that choose experts (or scale a shared one) in the stack."""
+    """Yield the names of the weights in the stack that choose experts, or scale a shared expert."""
     for path, module in model.get_submodule(stack).named_modules(prefix=stack):
         if path == stack:
             continue
@@ -212,7 +244,7 @@ def _routers(model: nn.Module, stack: str) -> Iterator[str]:
 
 
 def _expert_count(module: nn.Module) -> int | None:
-    """Return how many experts a module holds as 3-D parameters or as a list of equal modules; None if it holds none."""
+    """Return the number of experts that a module holds, as 3-D parameters or as a list of equal modules; None if none."""
     if isinstance(module, nn.ModuleList | nn.ModuleDict):
         members = list(module.children())
         same = len({type(member) for member in members}) == 1

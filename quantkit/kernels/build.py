@@ -1,15 +1,16 @@
-"""Compile the C++ kernels on first use and load them with ctypes.
+"""Compile the C++ kernels at the first use, cache the library, and load it with ctypes.
 
-The sources in ``csrc`` know no torch: plain C functions on raw pointers. So the wheel is pure Python, one build serves
-every Python and torch version, and a machine without a compiler still runs, on the reference kernel.
+The sources in ``csrc`` do not depend on torch: they define plain C functions on raw pointers. The wheel is therefore pure
+Python, one build works with every Python and torch version, and a machine without a compiler still works, with the reference
+kernel.
 
-A library lies in ``$XDG_CACHE_HOME/quantkit/kernels`` (``~/.cache`` by default) under a name that hashes everything it
-depends on: sources, flags, compiler and its version, and the CPU's features, since it is compiled for the CPU it runs on.
-On x86 it uses AVX2, AVX-512, VNNI and bfloat16 products as the CPU has them; on 64-bit ARM NEON with dotprod, i8mm and bf16,
-tested under emulation, speed unproven; AMX's tiles, tested on a stand-in for the instructions, are unproven on hardware.
+Libraries are cached in ``$XDG_CACHE_HOME/quantkit/kernels`` (``~/.cache`` by default). The name of a library is a hash of
+everything it depends on: sources, flags, compiler and its version, and the features of the CPU that it is compiled for. On x86
+it uses AVX2, AVX-512, VNNI and bfloat16 products, if the CPU has them; on 64-bit ARM, NEON with dotprod, i8mm and bf16 (tested
+under emulation; speed not measured). AMX tiles are tested with emulated instructions, but not on hardware.
 
-It is written under a temporary name and renamed, so processes may build at once. The SHA-256 of the library follows it
-in the file (loaders ignore trailing bytes): a damaged file is noticed before it is mapped, and rebuilt.
+A library is written to a temporary file and renamed, so several processes can build at the same time. Its SHA-256 is appended
+to the file (loaders ignore trailing bytes), so a damaged file is detected before it is mapped, and rebuilt.
 """
 
 import atexit
@@ -37,10 +38,10 @@ from quantkit.system.files import atomic_path, cache_dir
 logger = logging.getLogger(__name__)
 
 ABI_VERSION: Final = 4
-"""What ``qk_abi_version()`` of a fitting library returns; raise both when a signature changes."""
+"""The number that ``qk_abi_version()`` of the library must return; increase both when a signature changes."""
 
 DTYPE_CODES: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-"""How a float dtype is called across the C interface."""
+"""The number of a float dtype in the C interface."""
 
 FLAGS: Final = ("-std=c++17", "-O3", "-fno-math-errno", "-fPIC", "-pthread", "-fvisibility=hidden", "-Wno-psabi")
 
@@ -58,7 +59,7 @@ ISA_FLAGS: Final[dict[str, tuple[str, ...]]] = {
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
     "portable": (),
 }
-"""Instruction sets a library can be built for; ``native`` is whatever this CPU has, the others are for tests."""
+"""Instruction sets that a library can be built for: ``native`` for this CPU, the others for tests."""
 
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 _SIGNATURES: Final[dict[str, tuple[Any, list[Any]]]] = {
@@ -84,15 +85,15 @@ _SIGNATURES: Final[dict[str, tuple[Any, list[Any]]]] = {
 }
 _WAY_OUT: Final = (
     "install a C++ compiler (apt install g++, dnf install gcc-c++, conda install gxx, xcode-select --install) "
-    "or set CXX to one; QUANTKIT_KERNEL=reference does without"
+    "or set CXX to one; QUANTKIT_KERNEL=reference needs none"
 )
 
 
 def library() -> ctypes.CDLL:
-    """Return the library for this CPU, building it if the cache has none. The outcome is kept for the process.
+    """Return the library for this CPU, building it at the first use. A failure is remembered as well.
 
     Raises:
-        KernelError: with the compiler's output, if it cannot be built or loaded.
+        KernelError: the library cannot be built or loaded; the message has the compiler's output.
     """
     outcome = _native()
     if isinstance(outcome, KernelError):
@@ -109,10 +110,10 @@ def _native() -> ctypes.CDLL | KernelError:
 
 
 def load(isa: str) -> ctypes.CDLL:
-    """Build (or find in the cache) and load the library for one of :data:`ISA_FLAGS`.
+    """Load the library for one of :data:`ISA_FLAGS`, building it unless it is in the cache.
 
     Raises:
-        KernelError: if there is no compiler, it fails, or what it made cannot be loaded.
+        KernelError: there is no compiler, it fails, or the library cannot be loaded.
     """
     command = [*compiler(), *FLAGS, *isa_flags(compiler(), isa)]
     path = cache_directory() / f"quantkit-{isa}-{_key(command)}.so"
@@ -121,9 +122,10 @@ def load(isa: str) -> ctypes.CDLL:
 
 
 def isa_flags(command: list[str], isa: str) -> tuple[str, ...]:
-    """Return what makes ``command`` compile for one of :data:`ISA_FLAGS`.
+    """Return the compiler flags for one of :data:`ISA_FLAGS`.
 
-    Older compilers of a Mac cannot ask an ARM CPU what it is; the first such Mac had an M1, and the later ones can what it can.
+    Older compilers on a Mac do not know ``-mcpu=native``; they get the flags of the M1, whose instructions all later chips
+    have.
     """
     flags = ISA_FLAGS[isa]
     if flags == ("-mcpu=native",) and platform.system() == "Darwin":
@@ -134,7 +136,7 @@ def isa_flags(command: list[str], isa: str) -> tuple[str, ...]:
 
 
 def find_or_make(path: Path, make: Callable[[], None]) -> None:
-    """Call ``make`` unless an undamaged library lies at ``path``."""
+    """Call ``make`` unless there is an undamaged library at ``path``."""
     if path.exists() and (reason := _damage(path)):
         logger.warning("kernel library %s is damaged (%s); building it again", path, reason)
         path.unlink(missing_ok=True)
@@ -143,10 +145,10 @@ def find_or_make(path: Path, make: Callable[[], None]) -> None:
 
 
 def compiler() -> list[str]:
-    """Return the compiler's command line: ``$CXX`` or the first of g++, c++ and clang++ on the PATH.
+    """Return the command line of the compiler: ``$CXX``, or the first of g++, c++ and clang++ on the PATH.
 
     Raises:
-        KernelError: if there is none.
+        KernelError: there is none.
     """
     named = shlex.split(os.environ.get("CXX", ""))
     found = [path for name in (named[:1] or ["g++", "c++", "clang++"]) if (path := shutil.which(name))]
@@ -157,9 +159,9 @@ def compiler() -> list[str]:
 
 @functools.cache
 def cache_directory() -> Path:
-    """Return the directory that built libraries are kept in, made if need be.
+    """Return the directory of the cached libraries, which is created if it does not exist.
 
-    If it cannot be written to, a private temporary directory of this process stands in for it, with a warning.
+    If it is not writable, this is a temporary directory of the process instead, with a warning.
     """
     directory = cache_dir() / "kernels"
     try:
@@ -170,8 +172,8 @@ def cache_directory() -> Path:
         temporary = Path(tempfile.mkdtemp(prefix="quantkit-kernels-"))
         atexit.register(shutil.rmtree, temporary, ignore_errors=True)
         warn_once(
-            f"cannot write to the kernel cache {directory} ({error}): compiling into {temporary} for this process alone; "
-            "set XDG_CACHE_HOME to a directory you can write to"
+            f"cannot write to the kernel cache {directory} ({error}): compiling into {temporary} for this process only; "
+            "set XDG_CACHE_HOME to a writable directory"
         )
         return temporary
 
@@ -183,13 +185,15 @@ def warn_once(message: str) -> None:
 
 
 def details() -> dict[str, str]:
-    """Return compiler, cache, instruction set and threads, for ``quantkit doctor``; what is missing says so."""
+    """Return compiler, cache, instruction set and threads, or an error, for ``quantkit doctor``."""
     facts = {"cache": str(cache_directory())}
     try:
         command = compiler()
         facts |= {"compiler": shlex.join(command), "compiler_version": _version(tuple(command)).partition("\n")[0]}
         facts["isa"] = library().qk_isa().decode()
-        facts["threads"] = f"{torch.get_num_threads()}, {'the OpenMP team of torch' if _openmp() else 'our own'}"
+        facts["threads"] = (
+            f"{torch.get_num_threads()}, {'in the OpenMP team of torch' if _openmp() else 'started by the library'}"
+        )
     except KernelError as error:
         facts["error"] = str(error)
     return facts
@@ -205,7 +209,7 @@ def _key(command: list[str]) -> str:
 
 
 def digest(files: list[Path], *facts: str) -> str:
-    """Return a name for what these sources and facts determine."""
+    """Return a hash of the names and contents of ``files`` and of ``facts``, as 24 hexadecimal digits."""
     whole = hashlib.sha256()
     for part in (*(path.name.encode() + b"\0" + path.read_bytes() for path in files), *(fact.encode() for fact in facts)):
         whole.update(hashlib.sha256(part).digest())
@@ -213,7 +217,7 @@ def digest(files: list[Path], *facts: str) -> str:
 
 
 def version(compiler_path: str) -> str:
-    """Return what a compiler says about its version."""
+    """Return the output of a compiler's ``--version``."""
     return _version((compiler_path,))
 
 
@@ -228,7 +232,7 @@ def _version(command: tuple[str, ...]) -> str:
 
 @functools.cache
 def _cpu() -> str:
-    """Return the CPU's model and feature flags: what ``-march=native`` depends on."""
+    """Return the model and the feature flags of the CPU, on which ``-march=native`` depends."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -238,27 +242,27 @@ def _cpu() -> str:
 
 
 def _compile(command: list[str], path: Path) -> None:
-    logger.info("compiling the kernels into %s (a few seconds, once)", path)
+    logger.info("compiling the CPU kernels into %s (a few seconds, once)", path)
     compile_and_link(command, [source for source in sources() if source.suffix == ".cpp"], path, _WAY_OUT)
 
 
 def compile_and_link(
     command: list[str], files: list[Path], path: Path, way_out: str, objects_only: tuple[str, ...] = ()
 ) -> list[str]:
-    """Compile ``files`` side by side and link them into the library ``path``, its checksum at the end.
+    """Compile ``files`` in parallel, link them into the library ``path`` and append its checksum.
 
     Args:
         command: compiler and flags.
-        files: what to compile.
-        path: the library.
-        way_out: what the error tells people to do.
-        objects_only: flags that are not for linking.
+        files: source files.
+        path: path of the library.
+        way_out: advice for error messages.
+        objects_only: flags for compiling that are left out for linking.
 
     Returns:
-        What the compiler said about each file.
+        The output of the compiler for each file.
 
     Raises:
-        KernelError: with the compiler's output, if it fails.
+        KernelError: the compiler failed; the message has its output.
     """
     try:
         with atomic_path(path) as temporary, tempfile.TemporaryDirectory(prefix="quantkit-build-") as folder:
@@ -266,12 +270,12 @@ def compile_and_link(
             lines = [
                 [*command, *objects_only, "-c", str(source), "-o", made] for source, made in zip(files, objects, strict=True)
             ]
-            with ThreadPoolExecutor(os.cpu_count()) as pool:  # a compiler is a process; the threads only wait
-                said = list(pool.map(lambda line: _run(line, way_out), lines))
+            with ThreadPoolExecutor(os.cpu_count()) as pool:  # compilers are processes; the threads only wait
+                outputs = list(pool.map(lambda line: _run(line, way_out), lines))
             _run([*command, "-shared", *objects, "-o", str(temporary)], way_out)
             content = temporary.read_bytes()
             temporary.write_bytes(content + hashlib.sha256(content).digest())
-            return said
+            return outputs
     except (OSError, subprocess.TimeoutExpired) as error:
         raise KernelError(f"the kernels could not be compiled into {path} ({error}); {way_out}") from error
 
@@ -296,10 +300,15 @@ def _open(path: Path) -> ctypes.CDLL:
 
 
 def open_library(path: Path, signatures: dict[str, tuple[Any, list[Any]]], version: int) -> ctypes.CDLL:
-    """Load a library that has these functions and interface ``version``.
+    """Load a library and declare its functions.
+
+    Args:
+        path: path of the library.
+        signatures: function name to result type and argument types.
+        version: what its function ``qk_abi_version`` must return.
 
     Raises:
-        KernelError: if it cannot be loaded, lacks a function, or says another version.
+        KernelError: the library cannot be loaded, lacks a function, or has another version.
     """
     try:
         lib = ctypes.CDLL(str(path))
@@ -314,7 +323,7 @@ def open_library(path: Path, signatures: dict[str, tuple[Any, list[Any]]], versi
 
 
 def _openmp() -> tuple[int | None, ...] | None:
-    """Return the entries of the process's OpenMP runtime, which torch brings along, or None: threads of our own will do."""
+    """Return the entry points of the OpenMP runtime in this process, which torch loads, or None if there is none."""
     process = ctypes.CDLL(None)
     try:
         entries = (process.GOMP_parallel, process.omp_get_num_threads, process.omp_get_thread_num)
@@ -324,10 +333,10 @@ def _openmp() -> tuple[int | None, ...] | None:
 
 
 def compiled(what: str) -> bool:
-    """Say whether the compiled library is there; if not, log once that ``what`` is slow, and why."""
+    """Return whether the compiled library can be loaded; if not, log once that ``what`` is slow, and why."""
     try:
         build.library()
     except KernelError as error:
-        build.warn_once(f"{what}: run in plain torch, many times slower: {error}")
+        build.warn_once(f"{what}: computed in plain torch, many times slower, because: {error}")
         return False
     return True

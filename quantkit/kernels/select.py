@@ -18,7 +18,7 @@ from torch import Tensor
 from quantkit.errors import KernelError
 from quantkit.qtensor import GridTensor
 from quantkit.registry import Registry
-from quantkit.spec import QuantSpec
+from quantkit.spec import ActivationSpec, QuantSpec
 
 ComputeMode = Literal["float", "int8"]
 """What a kernel multiplies weights with: activations as they are, or rounded to int8 block by block."""
@@ -85,11 +85,11 @@ class Kernel(Protocol):
 class RoundingKernel(Protocol):
     """A kernel that can also multiply activations rounded per token to 8 bits, without making floats of them again."""
 
-    def rounds(self, spec: QuantSpec, activation: QuantSpec) -> bool:
-        """Say whether weights of ``spec`` can meet activations rounded to ``activation``."""
+    def rounds(self, spec: QuantSpec, activation: ActivationSpec) -> bool:
+        """Say whether weights of ``spec`` can meet activations rounded to ``activation``; they are in its basis already."""
         ...
 
-    def matmul_rounded(self, x: Tensor, state: Any, bias: Tensor | None, activation: QuantSpec) -> Tensor:
+    def matmul_rounded(self, x: Tensor, state: Any, bias: Tensor | None, activation: ActivationSpec) -> Tensor:
         """Round x to ``activation`` and multiply; arguments and result are those of :meth:`Kernel.matmul`."""
         ...
 

@@ -126,16 +126,17 @@ def cast_call(
     return tuple(cast(value) for value in args), {key: cast(value) for key, value in kwargs.items()}
 
 
-def finish(model: nn.Module, structure: Structure, hidden: Tensor) -> Tensor:
+def finish(model: nn.Module, structure: Structure, hidden: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Return the logits (B, T, vocabulary) the model makes of ``hidden`` (B, T, H), the output of its last block.
 
-    ``hidden`` is cast to the dtype and device of the model's embeddings. The model runs on one repeated token up
-    to the last block; nothing after that may depend on the tokens (:func:`check_chain` would tell).
+    ``hidden`` is moved to the device of the model's embeddings and cast to ``dtype``, that of the model's norm and head; None
+    is the embeddings', which differs if they are quantized and the rest was cast. The model runs on one repeated token up to
+    the last block; nothing after that may depend on the tokens (:func:`check_chain` would tell).
     """
     last = len(structure.blocks) - 1
 
     def visit(index: int, own: Tensor, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> Tensor:
-        return hidden.to(own.device, own.dtype) if index == last else own
+        return hidden.to(own.device, dtype or own.dtype) if index == last else own
 
     ids = _some_ids(model, tuple(hidden.shape[:2]))
     form = _output_form(model, structure)

@@ -17,10 +17,10 @@ from quantkit.nn.linear import QuantLinear, QuantWeight
 from quantkit.nn.sites import Site
 from quantkit.numerics import grid
 from quantkit.qtensor import GridTensor
-from quantkit.spec import QuantSpec
+from quantkit.spec import ActivationSpec, QuantSpec
 
 
-def install(model: nn.Module, site: Site, qtensor: GridTensor, activation: QuantSpec | None = None) -> None:
+def install(model: nn.Module, site: Site, qtensor: GridTensor, activation: ActivationSpec | None = None) -> None:
     """Replace the weight of ``site`` in ``model``, in place.
 
     The new module takes the old one's training flag and name; forward hooks of a replaced linear layer are lost.
@@ -29,7 +29,7 @@ def install(model: nn.Module, site: Site, qtensor: GridTensor, activation: Quant
         model: the model that holds the site (its weights may be on meta).
         site: a site of that model, not yet replaced.
         qtensor: the quantized weight, (out, in) or (experts, out, in) also where the parameter was stored transposed.
-        activation: dynamic grid that the site's inputs are rounded to; None leaves them alone.
+        activation: what the layer's inputs are rounded to; None leaves them alone.
 
     Raises:
         SpecError: if the site is not there, shapes differ, or another module shares the weight (replacing it here would
@@ -57,7 +57,9 @@ def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), name, module.train(model.get_submodule(path).training))
 
 
-def _install_table(model: nn.Module, site: Site, weight: Tensor, qtensor: GridTensor, activation: QuantSpec | None) -> None:
+def _install_table(
+    model: nn.Module, site: Site, weight: Tensor, qtensor: GridTensor, activation: ActivationSpec | None
+) -> None:
     """Replace an embedding, and with it the linear layers that share its table: they get the same codes."""
     if activation is not None:
         raise SpecError(f"{site.name}: a table has no inputs to round; use a scheme with float activations")

@@ -29,9 +29,9 @@ from torch import Tensor, nn
 from quantkit.kernels.functions.learning import drift_levels, expand_groups, reduce_groups, settle_levels
 from quantkit.nn.sites import Site
 from quantkit.numerics import grid
-from quantkit.numerics.fake import fake_quantize
+from quantkit.numerics.inputs import InputQuantizer
 from quantkit.qtensor import GridTensor
-from quantkit.spec import QuantSpec
+from quantkit.spec import ActivationSpec
 
 _SHARE, _LARGEST_DRIFT = 0.5, 0.49
 """Which part of what rounding took a drift begins with, and where it may begin: short of one half, where a code follows."""
@@ -44,7 +44,7 @@ class TunedWeight(nn.Module):
         qtensor: where learning starts, (out, in) or (experts, out, in).
         dtype: dtype that products run in.
         code_rate: how far one backward pass may move the drift of a code, in steps of the grid; 0 leaves the codes alone.
-        activation: dynamic grid that inputs are rounded to; None leaves them alone.
+        activation: what inputs are rounded to, dynamically; None leaves them alone.
         origin: the float weight, to begin the codes' drift with; None begins with none.
 
     Attributes:
@@ -58,11 +58,11 @@ class TunedWeight(nn.Module):
         dtype: torch.dtype,
         *,
         code_rate: float = 0.0,
-        activation: QuantSpec | None = None,
+        activation: ActivationSpec | None = None,
         origin: Tensor | None = None,
     ) -> None:
         super().__init__()
-        self.spec, self.shape, self.activation = qtensor.spec, qtensor.shape, activation
+        self.spec, self.shape, self.inputs = qtensor.spec, qtensor.shape, InputQuantizer(activation)
         rows, cols = grid.block_size(qtensor.spec, qtensor.shape)
         *lead, out, features = qtensor.shape
         self.split = (*lead, out // rows, rows, features // cols, cols)
@@ -104,10 +104,8 @@ class TunedWeight(nn.Module):
 
     def matmul(self, x: Tensor, expert: int | None = None) -> Tensor:
         """Return ``x @ w.T`` (``x @ w[expert].T``) for x (..., in); the gradient reaches x and :attr:`change`."""
-        if self.activation is not None:
-            x = fake_quantize(x, self.activation)
         change = self.change if expert is None else self.change[expert]
-        return _Product.apply(x, change, self, expert)  # type: ignore[no-any-return, no-untyped-call]
+        return _Product.apply(self.inputs(x), change, self, expert)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class TunedLinear(nn.Module):

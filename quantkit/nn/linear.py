@@ -23,10 +23,9 @@ from torch import Tensor, nn
 from quantkit.errors import SpecError
 from quantkit.kernels.cpu.matmul import State
 from quantkit.kernels.select import ComputeMode, Kernel, Problem, RoundingKernel, select
-from quantkit.numerics.fake import fake_quantize
-from quantkit.numerics.hadamard import hadamard_transform
+from quantkit.numerics.inputs import InputQuantizer
 from quantkit.qtensor import GridTensor, stack
-from quantkit.spec import QuantSpec
+from quantkit.spec import ActivationSpec, QuantSpec
 
 _BUFFERS = ("packed", "scale", "zero_point")
 _SINGLE = ("global_scale", "input_scale")
@@ -55,9 +54,9 @@ class _Quantized(nn.Module):
     global_scale: Tensor | None
     input_scale: Tensor | None
 
-    def __init__(self, qtensor: GridTensor, activation: QuantSpec | None = None) -> None:
+    def __init__(self, qtensor: GridTensor, activation: ActivationSpec | None = None) -> None:
         super().__init__()
-        if (activation is not None and not activation.dynamic) != (qtensor.input_scale is not None):
+        if (activation is not None and activation.static) != (qtensor.input_scale is not None):
             got = "no activations" if activation is None else f"activations {activation.describe()}"
             raise SpecError(
                 f"{got}, input scale {qtensor.input_scale}: a static grid, and no other, wants a stored input scale"
@@ -140,24 +139,23 @@ class _Quantized(nn.Module):
 
     def _multiply(self, x: Tensor, bias: Tensor | None, expert: int = 0) -> Tensor:
         if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-            return nn.functional.linear(self._rounded(x, expert, self.activation), self._part(expert).dequantize(x.dtype), bias)
+            return nn.functional.linear(self._inputs(expert)(x), self._part(expert).dequantize(x.dtype), bias)
         ready = self._ready.get(expert)
         if ready is None or not self._fits(ready, x.dtype):
             ready = self._prepare(x.dtype, expert)
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)
-        activation = self.activation
-        if activation is not None and activation.rotated:
-            x, activation = hadamard_transform(x), dataclasses.replace(activation, rotated=False)
-        if activation is not None and isinstance(ready.kernel, RoundingKernel) and ready.kernel.rounds(self.spec, activation):
-            return ready.kernel.matmul_rounded(x, ready.state, bias, activation)
-        return ready.kernel.matmul(self._rounded(x, expert, activation), ready.state, bias)
+        if self.activation is None:
+            return ready.kernel.matmul(x, ready.state, bias)
+        inputs = self._inputs(expert)
+        x = inputs.prepare_input(x)
+        if isinstance(ready.kernel, RoundingKernel) and ready.kernel.rounds(self.spec, self.activation):
+            return ready.kernel.matmul_rounded(x, ready.state, bias, self.activation)
+        return ready.kernel.matmul(inputs.round(x), ready.state, bias)
 
-    def _rounded(self, x: Tensor, expert: int, activation: QuantSpec | None) -> Tensor:
-        if activation is None:
-            return x
-        static = self.input_scale if self.input_scale is None or self.input_scale.ndim == 1 else self.input_scale[expert]
-        return fake_quantize(x, activation, static)
+    def _inputs(self, expert: int) -> InputQuantizer:
+        scale = self.input_scale
+        return InputQuantizer(self.activation, scale if scale is None or scale.ndim == 1 else scale[expert])
 
     def _fits(self, ready: _Ready, dtype: torch.dtype) -> bool:
         buffers = self._buffers
@@ -274,7 +272,7 @@ class QuantLinear(_Quantized):
     Args:
         qtensor: the weight, 2-D.
         bias: (out,) or None; kept as a parameter without gradient.
-        activation: grid that inputs are rounded to, None leaves them alone; a static one's scale is ``qtensor.input_scale``.
+        activation: what inputs are rounded to, None leaves them alone; a static grid's scale is ``qtensor.input_scale``.
 
     Attributes:
         spec: grid of the weight.
@@ -290,7 +288,7 @@ class QuantLinear(_Quantized):
     bias: nn.Parameter | None
     tied_to: str | None = None
 
-    def __init__(self, qtensor: GridTensor, bias: Tensor | None = None, *, activation: QuantSpec | None = None) -> None:
+    def __init__(self, qtensor: GridTensor, bias: Tensor | None = None, *, activation: ActivationSpec | None = None) -> None:
         if len(qtensor.shape) != 2 or (bias is not None and tuple(bias.shape) != qtensor.shape[:1]):
             got = f"weight {qtensor.shape}, bias {None if bias is None else tuple(bias.shape)}"
             raise SpecError(f"QuantLinear: {got}; want (out, in) and (out,), and QuantWeight for a stack of experts")
@@ -332,7 +330,7 @@ class QuantWeight(_Quantized):
 
     Args:
         qtensor: the weights, (experts, out, in).
-        activation: grid that inputs are rounded to, None leaves them alone; a static one's scale is ``qtensor.input_scale``.
+        activation: what inputs are rounded to, None leaves them alone; a static grid's scale is ``qtensor.input_scale``.
 
     Attributes:
         spec: grid of the weights.
@@ -342,7 +340,7 @@ class QuantWeight(_Quantized):
         SpecError: if the weight is not 3-D.
     """
 
-    def __init__(self, qtensor: GridTensor, *, activation: QuantSpec | None = None) -> None:
+    def __init__(self, qtensor: GridTensor, *, activation: ActivationSpec | None = None) -> None:
         if len(qtensor.shape) != 3:
             raise SpecError(f"QuantWeight: weight {qtensor.shape}; want (experts, out, in), and QuantLinear for one matrix")
         super().__init__(qtensor, activation)

@@ -66,6 +66,8 @@ class Structure:
             because it multiplies nothing, and is left alone unless asked for.
         head: name of the output head, or None.
         tied: the head is the embedding's own table.
+        shared: names in ``skipped`` that are stored, and counted, under another name.
+        unreachable: names in ``skipped`` of linear layers and experts that would be quantized if they could be replaced.
     """
 
     blocks: tuple[Block, ...]
@@ -74,6 +76,8 @@ class Structure:
     embedding: Site | None = None
     head: str | None = None
     tied: bool = False
+    shared: frozenset[str] = frozenset()
+    unreachable: frozenset[str] = frozenset()
 
     @property
     def sites(self) -> tuple[Site, ...]:

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from quantkit.numerics import grid
-from quantkit.numerics.hadamard import hadamard_transform
 from quantkit.spec import QuantSpec
 
 
@@ -17,12 +16,8 @@ def fake_quantize(x: Tensor, spec: QuantSpec, scale: Tensor | None = None) -> Te
         scale: (1,), for a static grid, which is symmetric and has block ``(-1, -1)``.
 
     Returns:
-        The nearest values that the grid has, in x's shape and dtype, of x turned by
-        :func:`~quantkit.numerics.hadamard.hadamard_transform` if the grid is rotated. Rounding has the gradient of the
-        identity.
+        The nearest values that the grid has, in x's shape and dtype. Rounding has the gradient of the identity.
     """
-    if spec.rotated:
-        x = hadamard_transform(x)
     rows = x.detach().reshape(-1, x.shape[-1]).float()
     if not rows.numel():
         return x

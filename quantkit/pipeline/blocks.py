@@ -18,12 +18,11 @@ from quantkit.errors import CalibrationError
 from quantkit.nn.install import install
 from quantkit.nn.quantized import Quantized
 from quantkit.nn.sites import Block, Site, SiteStatistics, Structure, read_weight, write_weight
-from quantkit.numerics import grid
-from quantkit.numerics.hadamard import hadamard_transform
+from quantkit.numerics.inputs import InputQuantizer, static_scale
 from quantkit.pipeline.resume import ResumeStore
 from quantkit.quantizers.base import QuantizedBlock, Quantizer, quantize_site
 from quantkit.quantizers.rtn import RTN
-from quantkit.spec import Plan, QuantSpec, Scheme
+from quantkit.spec import ActivationSpec, Plan, Scheme
 from quantkit.system.compute import Compute, on_device
 from quantkit.system.memory import drop_pages, mapped_pages, return_freed_memory
 from quantkit.system.progress import Progress, ProgressCallback, ignore
@@ -121,35 +120,31 @@ def needs_of(method: Quantizer, scheme: Scheme) -> tuple[str, ...]:
     return (*method.needs, *(("abs_max",) if scheme.static else ()))
 
 
-def static_scale(site: Site, activation: QuantSpec, statistics: SiteStatistics | None) -> Tensor:
-    """Return the scale (..., 1) that covers every input seen in calibration; an expert that saw none gets the widest.
+def calibrated_scale(site: Site, activation: ActivationSpec, statistics: SiteStatistics | None) -> Tensor:
+    """Return the scale (..., 1) that covers every input of a layer seen in calibration.
 
     Raises:
         CalibrationError: no input was seen.
     """
     if statistics is None or "abs_max" not in statistics.results:
         raise CalibrationError(f"{site.name}: its static input scale needs calibration inputs; use more text, or w8a8")
-    largest = statistics.results["abs_max"].amax(-1, keepdim=True).float().cpu()  # (..., 1)
-    largest = torch.where(largest > 0, largest, largest.amax())
-    scale, _ = grid.choose_qparams(largest.unsqueeze(-1), activation)
-    return scale.squeeze(-1)
+    return static_scale(activation, statistics.results["abs_max"])
 
 
 def _weight_to_store(model: nn.Module, site: Site, scheme: Scheme) -> Tensor:
-    """Return a layer's float weight as it will be stored: after a Hadamard transform, where its inputs go through one."""
-    weight = read_weight(model, site)
-    return hadamard_transform(weight.float()) if scheme.rotated else weight
+    """Return a layer's float weight as it will be stored."""
+    return InputQuantizer(scheme.activation).prepare_weight(read_weight(model, site))
 
 
 def _write_stored(model: nn.Module, site: Site, scheme: Scheme, weight: Tensor) -> None:
-    """Write a stored weight into the float model, whose inputs go through no Hadamard transform."""
-    write_weight(model, site, hadamard_transform(weight, back=True) if scheme.rotated else weight)
+    """Write a stored weight into the float model, whose inputs are as they are."""
+    write_weight(model, site, InputQuantizer(scheme.activation).restore_weight(weight))
 
 
 def _write_bias(model: nn.Module, site: Site, one: Quantized) -> None:
     if one.bias is not None:
         bias = model.get_submodule(site.module).get_parameter("bias")
-        bias.data = one.bias.to(bias.device)
+        bias.data = one.bias.to(bias.device, bias.dtype)  # the checkpoint's dtype, outside of the walk
 
 
 def _reporter(run: BlockRun, before: int) -> Callable[[str, Quantized, int], None]:
@@ -183,7 +178,7 @@ def _quantize_block(
         report(site.name, quantized[site.name], len(quantized))
 
     def visit(site: Site, gather: Gather) -> None:
-        choose(site, gather(run.needs(site.name), run.plan[site.name].rotated))
+        choose(site, gather(run.needs(site.name), InputQuantizer(run.plan[site.name].activation)))
 
     if chain is not None:
         chain.advance(index, sites, visit)
@@ -203,7 +198,7 @@ def _quantize_layer(run: BlockRun, site: Site, statistics: SiteStatistics | None
     _write_stored(run.model, site, scheme, one.qtensor.dequantize())
     qtensor = one.qtensor.to("cpu")
     if scheme.activation is not None and scheme.static:
-        qtensor = replace(qtensor, input_scale=static_scale(site, scheme.activation, statistics))
+        qtensor = replace(qtensor, input_scale=calibrated_scale(site, scheme.activation, statistics))
     one = replace(one, qtensor=qtensor)
     for correction in run.corrections.get(site.name, ()):
         one = correction.correct(run.model.get_submodule(site.module), weight, one, statistics)

@@ -108,13 +108,14 @@ def check_model(model: nn.Module, structure: Structure) -> None:
 
 
 def refuse_gaps(structure: Structure, resolution: Resolution) -> None:
-    """With strict=True, every linear layer and expert of the blocks must be in the plan or skipped by a rule."""
-    gaps = [name for name, reason in structure.skipped.items() if reason.startswith("experts module")]
+    """With strict=True, every linear layer and expert must be in the plan or skipped by a rule."""
     decided = resolution.plan.keys() | resolution.skipped.keys()
-    gaps += [site.name for site in structure.sites if site.name not in decided]
-    if gaps:
-        more = f" (and {len(gaps) - 1} more)" if len(gaps) > 1 else ""
-        raise SpecError(f"{gaps[0]}{more} would stay in float; strict=True wants a rule with skip for it")
+    gaps = [site.name for site in structure.sites if site.name not in decided]
+    reasons = {name: structure.skipped[name] for name in sorted(structure.unreachable) if name not in decided}
+    if gaps or reasons:
+        first = next(iter([*(f"{name} ({reason})" for name, reason in reasons.items()), *gaps]))
+        more = f" and {len(gaps) + len(reasons) - 1} more" if len(gaps) + len(reasons) > 1 else ""
+        raise SpecError(f"{first}{more} would stay in float; strict=True wants a rule with skip for it")
 
 
 def report_fallen(names: list[str]) -> None:

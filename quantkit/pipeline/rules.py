@@ -25,7 +25,8 @@ from pydantic import model_validator as whole
 from pydantic_core import PydanticCustomError
 
 from quantkit.errors import SpecError
-from quantkit.spec import QuantSpec, Scheme, preset
+from quantkit.presets import preset
+from quantkit.spec import QuantSpec, Scheme
 from quantkit.system.settings import Flag, settings
 
 EMBEDDING, HEAD = "embedding", "head"
@@ -42,7 +43,7 @@ class SchemeChoice:
     Exactly one of ``name``, ``dtype``, ``bits`` and ``full`` is given.
 
     Args:
-        name: preset such as ``"w4a16-asym"``, see :func:`quantkit.spec.preset`.
+        name: preset such as ``"w4a16-asym"``, see :func:`quantkit.presets.preset`.
         dtype: dtype of the weight grid, e.g. ``"int4"``.
         bits: the same for integers, 2 to 8.
         group_size: input channels that share a scale; -1 is one scale per channel; None chooses by the layers' sizes.
@@ -103,7 +104,8 @@ class SchemeChoice:
     def _as_it_is(self, group_size: int | None) -> Scheme:
         if not isinstance(self.full, Scheme):
             raise SpecError(f"scheme is a {type(self.full).__name__}; want a preset name or a quantkit.Scheme")
-        if group_size not in (None, self.full.weight.group_size) or self.symmetric is not None:
+        given = {self.group_size, group_size} - {None, self.full.weight.group_size}
+        if given or self.symmetric is not None:
             raise SpecError("group_size and symmetric go with a preset name; a full Scheme already says both")
         return self.full
 

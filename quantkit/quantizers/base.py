@@ -15,7 +15,7 @@ from quantkit.nn.sizes import RunSize
 from quantkit.numerics import grid
 from quantkit.qtensor import GridTensor, stack
 from quantkit.registry import Registry
-from quantkit.spec import QuantSpec, Scheme
+from quantkit.spec import ActivationSpec, QuantSpec, Scheme
 from quantkit.system.compute import Compute
 
 
@@ -25,14 +25,14 @@ class QuantizedBlock:
 
     Attributes:
         model: holds the block, which is on the compute device and has the quantized weights.
-        layers: every quantized layer of the block: its codes, its float weight, and the grid of its inputs or None.
+        layers: every quantized layer of the block: its codes, its float weight, and what its inputs are rounded to.
         forward: batch number to the block's output (B, T, H), through whatever weights the model holds.
         targets: the float model's output of the block, one (B, T, H) per batch.
         compute: device and dtypes.
     """
 
     model: nn.Module
-    layers: Mapping[Site, tuple[GridTensor, Tensor, QuantSpec | None]]
+    layers: Mapping[Site, tuple[GridTensor, Tensor, ActivationSpec | None]]
     forward: Callable[[int], Tensor]
     targets: Sequence[Tensor]
     compute: Compute

@@ -253,7 +253,7 @@ def metric_lines(worker: Worker) -> list[str]:
         counter("quantkit_requests_total", "Requests accepted.", stats["requests"]),
         counter("quantkit_finished_total", "Requests finished, by reason.", finished, "reason"),
         counter("quantkit_prompt_tokens_total", "Tokens of prompts accepted.", worker.prompt_tokens),
-        counter("quantkit_cached_tokens_total", "Prompt tokens found in shared pages.", pages.hits_tokens),
+        counter("quantkit_cached_tokens_total", "Prompt tokens found in shared pages.", pages.hit_tokens),
         counter("quantkit_tokens_total", "Tokens generated.", stats["tokens"]),
         counter("quantkit_draft_tokens_total", "Draft tokens verified.", stats["drafted"]),
         counter("quantkit_accepted_tokens_total", "Draft tokens that were right.", stats["accepted"]),

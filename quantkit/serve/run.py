@@ -1,18 +1,17 @@
-"""From a model to a listening socket."""
+"""Create a server for a model and run it."""
 
 import socket
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 from torch import nn
 
-from quantkit.engine.drafters import Drafter
 from quantkit.engine.engine import TokenEngine
 from quantkit.engine.request import Limits
 from quantkit.errors import QuantkitError
 from quantkit.generation.engine import Engine
 from quantkit.generation.generate import end_tokens
-from quantkit.spec import KVScheme
+from quantkit.generation.options import DrafterChoice, EngineOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,10 +19,10 @@ class Server:
     """A server that is ready to run.
 
     Attributes:
-        engine: for looking at; its thread runs already.
-        port: where it listens.
-        runner: ``uvicorn.Server``: ``run(sockets=[...])``; set ``should_exit`` to end it.
-        socket: bound and owned by the server.
+        engine: the engine; it runs on a thread of its own already, so use it for reading only.
+        port: the port of ``socket``.
+        runner: ``uvicorn.Server``; ``run(sockets=[...])`` runs it, and setting ``should_exit`` stops it.
+        socket: the bound socket.
     """
 
     engine: TokenEngine
@@ -40,25 +39,25 @@ def open_server(
     host: str = "127.0.0.1",
     port: int = 8000,
     token: str | None = None,
-    kv: str | KVScheme = "float",
-    drafter: str | nn.Module | Drafter | None = None,
     limits: Limits | None = None,
-    engine: str = "auto",
-    compute: str = "float",
+    drafter: DrafterChoice = None,
+    **options: Unpack[EngineOptions],
 ) -> Server:
-    """Make an engine and a server for it, and bind the port.
+    """Create an engine and a server for it, and bind the port.
 
     Args:
         model: a causal language model of transformers.
         tokenizer: its tokenizer.
-        name: of the model, for clients.
-        host: address; the default answers this machine only.
-        port: 0 takes a free one.
-        token: bearer token that clients must send.
-        kv, drafter, limits, engine, compute: see :class:`quantkit.Engine`.
+        name: name of the model for clients.
+        host: address to listen on; by default only this machine can connect.
+        port: port to listen on; 0 chooses a free one.
+        token: bearer token that clients must send; None for none.
+        limits, drafter: see :class:`quantkit.Engine`.
+        **options: ``kv``, ``engine``, ``compute``, ``batch_invariant``, see :class:`quantkit.Engine`.
 
     Raises:
-        QuantkitError: the extra ``serve`` is not installed, there is no tokenizer, or the port is taken.
+        QuantkitError: the extra ``serve`` is not installed, there is no tokenizer, the port is in use, or an option is refused
+            by :class:`quantkit.Engine`.
     """
     try:
         import uvicorn
@@ -67,8 +66,8 @@ def open_server(
     except ImportError as error:
         raise QuantkitError(f"serving needs {error.name}: pip install 'quantkit[serve]'") from error
     if tokenizer is None:
-        raise QuantkitError("the model has no tokenizer, and a server needs text; put tokenizer files into its directory")
-    runner = Engine(model, kv=kv, drafter=drafter, limits=limits, engine=engine, compute=compute)
+        raise QuantkitError("a server needs a tokenizer, and the model has none; add tokenizer files to its directory")
+    engine = Engine(model, limits=limits, drafter=drafter, **options)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     bound = socket.socket(family, socket.SOCK_STREAM)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -78,11 +77,11 @@ def open_server(
         bound.close()
         raise QuantkitError(f"cannot listen on {host}:{port}: {error.strerror}; give another --host or --port") from error
     settings = ServerSettings(name, frozenset(end_tokens(model)), token)
-    app = make_app(runner, tokenizer, settings)
+    app = make_app(engine, tokenizer, settings)
     listener = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
-    return Server(runner, bound.getsockname()[1], listener, bound)
+    return Server(engine, bound.getsockname()[1], listener, bound)
 
 
 def run_server(server: Server) -> None:
-    """Serve until interrupted."""
+    """Serve requests until interrupted."""
     server.runner.run(sockets=[server.socket])

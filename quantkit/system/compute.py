@@ -1,4 +1,4 @@
-"""Where and in which dtype a block of the model runs while it is at work."""
+"""Where and how modules run: device and dtype of a block, and evaluation mode."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,12 +10,12 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Compute:
-    """Where and in which dtype a block runs while it is at work.
+    """Device and dtypes with which a block is computed.
 
     Attributes:
-        device: where.
-        dtype: of weights and activations.
-        products: what matrix products round their inputs to, summing in float32; None is ``dtype``.
+        device: the device.
+        dtype: dtype of weights and activations.
+        products: dtype to which matrix products round their inputs, with sums in float32; None for ``dtype``.
     """
 
     device: torch.device
@@ -24,15 +24,19 @@ class Compute:
 
     @classmethod
     def default(cls, model: nn.Module) -> "Compute":
-        """Use the GPU in the model's dtype if there is one, otherwise the CPU in float32, with products of bfloat16 numbers
-        where the processor has them: they take half the time."""
+        """Return the GPU with the model's dtype if there is one, else the CPU with float32.
+
+        On a CPU with bfloat16 instructions, products round their inputs to bfloat16, which halves their time.
+        """
         if torch.cuda.is_available():
             return cls(torch.device("cuda"), next(model.parameters()).dtype)
         return cls(torch.device("cpu"), torch.float32, torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else None)
 
     def rounding_products(self, enabled: bool = True) -> contextlib.AbstractContextManager[object]:
-        """Return the context in which products round their inputs (or again do not). Weights change while it lasts, so none
-        is kept rounded."""
+        """Return a context in which matrix products round their inputs to ``products`` (or, if not ``enabled``, do not).
+
+        Rounded weights are not cached, because weights change within the context.
+        """
         if self.products is None:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.products, enabled=enabled, cache_enabled=False)
@@ -61,3 +65,20 @@ def on_device(module: nn.Module, compute: Compute) -> Iterator[None]:
             parameter.data = parameter.data.to(own.device, own.dtype) if written else own
         for owner, name, buffer in buffers:
             owner._buffers[name] = buffer
+
+
+@contextlib.contextmanager
+def evaluation_mode(*models: object) -> Iterator[None]:
+    """Put modules in eval mode and disable gradients; restore the mode of every submodule at the end.
+
+    Arguments that are not modules are ignored.
+    """
+    training = [module for model in models if isinstance(model, nn.Module) for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True

@@ -201,10 +201,10 @@ class Distillation:
             slope = torch.empty_like(hidden)
             for row in range(len(hidden)):
                 last = hidden[row : row + 1].detach().requires_grad_()
-                logits = finish(model, structure, last)
+                logits = finish(model, structure, last, compute.dtype)
                 with torch.no_grad():
                     with _having(model, structure, self.head):
-                        wanted = finish(model, structure, target.hidden[row : row + 1].to(last))
+                        wanted = finish(model, structure, target.hidden[row : row + 1].to(last), compute.dtype)
                     divergence, by_logits = divergence_gradient(logits.detach().flatten(0, 1), wanted.flatten(0, 1))
                 logits.backward(by_logits.view_as(logits))
                 assert last.grad is not None

@@ -21,9 +21,8 @@ from torch import Tensor
 from quantkit.errors import SpecError
 from quantkit.nn.sites import SiteStatistics
 from quantkit.numerics import grid
-from quantkit.numerics.fake import fake_quantize
 from quantkit.numerics.grid import powers_of_two
-from quantkit.numerics.hadamard import hadamard_transform
+from quantkit.numerics.inputs import InputQuantizer
 from quantkit.spec import Scheme
 from quantkit.transforms.base import STEPS
 from quantkit.transforms.scaling_groups import ChannelScaling
@@ -72,10 +71,11 @@ class SmoothQuant(ChannelScaling):
 def _error(weight: Tensor, scheme: Scheme, s: Tensor, x: Tensor) -> float:
     """Return ||Q(W s) Q(x / s) - W x||^2 for rows x (tokens, in); a static grid is taken for one per token."""
     scaled, spec, inputs = weight * s, scheme.weight, x / s
-    if scheme.activation is not None:
-        activation = scheme.activation if scheme.activation.dynamic else replace(scheme.activation, block=(1, -1))
-        inputs = fake_quantize(inputs, activation)
-    stored = hadamard_transform(scaled) if scheme.rotated else scaled
+    activation = scheme.activation
+    if activation is not None and activation.static:
+        activation = replace(activation, grid=replace(activation.grid, block=(1, -1)), dynamic=True)
+    quantizer = InputQuantizer(activation)
+    stored = quantizer.prepare_weight(scaled)
     qparams = grid.choose_qparams(stored, spec)
     rounded = grid.dequantize(grid.quantize(stored, *qparams, spec), *qparams, spec)
-    return float((inputs @ rounded.T - x @ weight.T).square().sum(dtype=torch.float64))
+    return float((quantizer(inputs) @ rounded.T - x @ weight.T).square().sum(dtype=torch.float64))

@@ -22,7 +22,9 @@ from quantkit.cli.console import parse_settings, progress_bars, size
 from quantkit.errors import RecipeError
 from quantkit.system.progress import Progress
 
-COMMANDS = ("bench", "build-kernels", "cache", "demo", "doctor", "eval", "generate", "inspect", "plan", "run", "serve", "trace")
+COMMANDS = (
+    "bench", "build-kernels", "cache", "demo", "doctor", "eval", "generate", "inspect", "list", "plan", "run", "serve", "trace",
+)  # fmt: skip
 
 
 def call(*arguments: object, code: int = 0) -> str:
@@ -131,7 +133,7 @@ def test_a_model_that_is_not_there(recipe, tmp_path):
 
 
 def test_a_quantized_model_is_no_float_model(recipe, tiny_quantized):
-    assert "already quantized; start from the float model" in call("plan", recipe, "--set", f"model={tiny_quantized}", code=2)
+    assert "is already quantized, want a float model" in call("plan", recipe, "--set", f"model={tiny_quantized}", code=2)
 
 
 def test_an_output_that_holds_a_model_is_refused(recipe, tiny_quantized):
@@ -198,17 +200,17 @@ def test_generate_with_drafts_and_quantized_memory(tiny_quantized):
     plain = call("generate", tiny_quantized, "the cat sat", "-n", 24).splitlines()[0]
     drafted = call("generate", tiny_quantized, "the cat sat", "-n", 24, "--drafter", "ngram")
     assert drafted.splitlines()[0] == plain
-    assert "guesses right" in drafted
+    assert "drafts accepted" in drafted
     assert "[6 tokens" in call("generate", tiny_quantized, "the cat sat", "-n", 6, "--kv", "int8")
     assert "unknown key/value scheme 'int5'" in call("generate", tiny_quantized, "the cat", "--kv", "int5", code=2)
     assert "ngrams" in call("generate", tiny_quantized, "the cat", "--drafter", "ngrams", code=2)
 
 
-def test_trace_compares_ways_of_batching(tiny_float, tmp_path):
+def test_trace_compares_kinds_of_batching(tiny_float, tmp_path):
     out = tmp_path / "trace.json"
     page = tmp_path / "trace.html"
     options = ("--requests", 6, "--new", "2:9", "--prompt", "3:5", "--running", 2, "--price", 0.5, "--out", out, "--html", page)
-    said = call("trace", tiny_float, *options, "--ways", "padded,static,continuous")
+    said = call("trace", tiny_float, *options, "--batching", "padded,static,continuous")
     assert "cost per million tokens" in said
     found = json.loads(out.read_text())
     assert list(found) == ["padded", "static", "continuous"]
@@ -219,7 +221,7 @@ def test_trace_compares_ways_of_batching(tiny_float, tmp_path):
     assert all(part in written for part in ("Time to the first token", "<td>continuous</td>", "cost per million tokens"))
     assert "http" not in written.replace("http://www.w3.org", "")  # nothing is fetched
     assert "want LOW:HIGH" in call("trace", tiny_float, "--new", "many", code=2)
-    assert "did you mean 'static'" in call("trace", tiny_float, "--ways", "statik", code=2)
+    assert "did you mean 'static'" in call("trace", tiny_float, "--batching", "statik", code=2)
 
 
 def test_serve_listens_says_where_and_stops(tiny_float):
@@ -238,7 +240,7 @@ def test_serve_listens_says_where_and_stops(tiny_float):
     ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
-            said = list(itertools.takewhile(lambda line: not line.startswith("fleet"), iter(process.stdout.readline, "")))
+            said = list(itertools.takewhile(lambda line: not line.startswith("many users"), iter(process.stdout.readline, "")))
             address = re.search(r"http://127.0.0.1:(\d+)/v1 \(model tiny\)", "".join(said))
             assert address is not None
             for _ in range(100):

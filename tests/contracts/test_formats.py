@@ -7,14 +7,14 @@ from hypothesis import strategies as st
 
 from quantkit.errors import FormatError
 from quantkit.formats.base import FORMATS
-from quantkit.spec import QuantSpec, Scheme
+from quantkit.spec import ActivationSpec, QuantSpec, Scheme
 from tests.qtensors import assert_same, random_qtensor
 
 NAMES = FORMATS.names()
 BLOCKS = [(1, 32), (1, 8), (1, -1), (-1, -1), (4, 16)]
 SPECS = [QuantSpec(f"int{bits}", block, symmetric) for bits in range(2, 9) for block in BLOCKS for symmetric in (True, False)]
 W8A8 = [
-    Scheme(QuantSpec("int8", (1, -1), scale_dtype="float32"), QuantSpec("int8", (1, -1), symmetric, "float32", dynamic=True))
+    Scheme(QuantSpec("int8", (1, -1), scale_dtype="float32"), ActivationSpec(QuantSpec("int8", (1, -1), symmetric, "float32")))
     for symmetric in (True, False)
 ]
 

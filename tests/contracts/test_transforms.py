@@ -16,7 +16,7 @@ from quantkit.numerics.grid import powers_of_two
 from quantkit.pipeline.plan import make_plan
 from quantkit.pipeline.quantize import collect, quantize
 from quantkit.pipeline.settings import Run
-from quantkit.spec import preset
+from quantkit.presets import preset
 from quantkit.system.compute import Compute
 from quantkit.system.progress import Progress
 from quantkit.transforms.awq import AWQ
@@ -198,6 +198,12 @@ def test_bias_correction_keeps_average_outputs(quantizer: str, tmp_path: Path) -
     assert shifts[("bias-correction",)] < shifts[()] / 20
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "1", dtype=torch.float32)
     torch.testing.assert_close(theirs(batches[0]).logits, model(batches[0]).logits, rtol=1e-3, atol=1e-3)
+
+
+def test_a_corrected_bias_keeps_the_checkpoints_dtype(tmp_path: Path) -> None:
+    model = FAMILIES["starcoder2"]().to(torch.bfloat16)
+    quantize(model, "w4a16-g32", out=tmp_path / "x", steps=["bias-correction"], calibration=Calibration(data=ids()))
+    assert model.get_parameter("model.layers.0.self_attn.q_proj.bias").dtype == torch.bfloat16
 
 
 def means_of_outputs(model: torch.nn.Module, sites: list[str], batches: list[torch.Tensor]) -> torch.Tensor:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import quantkit
-from quantkit.engine.backend import CHOSEN, Copy, Memory, Span
+from quantkit.engine.backend import LAST_SAMPLED, Copy, Memory, Span
 from quantkit.engine.cuda import CudaBackend
 from quantkit.engine.engine import TokenEngine
 from quantkit.engine.native import NativeBackend
@@ -68,7 +68,7 @@ def test_preemption_chunks_and_shared_pages_change_nothing():
     assert engine.scheduler.preemptions > 0
     assert got == want
     again, engine = answers(backend_of(program), [PROMPTS[1], prompts[-1]], 20, running=1)
-    assert engine.scheduler.pages.hits_tokens == 40  # a whole page shared, another one copied
+    assert engine.scheduler.pages.hit_tokens == 40  # a whole page shared, another one copied
     assert again == [want[1][:20], want[5][:20]]
 
 
@@ -85,7 +85,7 @@ def test_drafts_do_not_change_answers():
     assert answers(backend, tokens=30)[0] == want
 
 
-WISHES = [
+SAMPLINGS = [
     Sampling(0.9, seed=1),
     Sampling(1.2, top_k=20, seed=2),
     Sampling(),
@@ -94,9 +94,11 @@ WISHES = [
 ]
 
 
-def submitted(backend, wishes=WISHES, **limits) -> tuple[TokenEngine, list[Request]]:
+def submitted(backend, samplings=SAMPLINGS, **limits) -> tuple[TokenEngine, list[Request]]:
     engine = TokenEngine(backend, tiny.VOCAB, limits=Limits(**limits))
-    return engine, [engine.submit(p, max_new_tokens=14, sampling=wish) for p, wish in zip(PROMPTS, wishes, strict=True)]
+    return engine, [
+        engine.submit(p, max_new_tokens=14, sampling=sampling) for p, sampling in zip(PROMPTS, samplings, strict=True)
+    ]
 
 
 def watched(backend: CudaBackend) -> list[int]:
@@ -104,7 +106,7 @@ def watched(backend: CudaBackend) -> list[int]:
     launches, launch = list[int](), backend.launch
 
     def note(spans, copies, picks):
-        launches.append(sum(list(span.ids) == [CHOSEN] for span in spans))
+        launches.append(sum(list(span.ids) == [LAST_SAMPLED] for span in spans))
         return launch(spans, copies, picks)
 
     backend.launch = note
@@ -121,7 +123,7 @@ def test_draws_equal_the_cpu_engines(limits):
     list(engine.run())
     assert [request.ids for request in got] == [request.ids for request in wanted]
     assert limits or sum(launches) == 0  # a penalty wants to know every token before the next step
-    engine, got = submitted(backend_of(program), [*WISHES[:4], WISHES[0]], **limits)
+    engine, got = submitted(backend_of(program), [*SAMPLINGS[:4], SAMPLINGS[0]], **limits)
     launches = watched(engine.backend)
     list(engine.run())
     assert [request.ids for request in got[:4]] == [request.ids for request in wanted[:4]]
@@ -132,8 +134,8 @@ def test_draws_equal_the_cpu_engines(limits):
 def test_answers_that_end_while_the_next_step_runs():
     """By a stop token, by their watcher, by being taken back, and by a watcher that raises."""
     program = programs("llama")
-    wishes = [WISHES[0]] * 4 + [Sampling()]
-    engine, wanted = submitted(backend_of(program), wishes)
+    samplings = [SAMPLINGS[0]] * 4 + [Sampling()]
+    engine, wanted = submitted(backend_of(program), samplings)
     list(engine.run())
     backend = backend_of(program)
     engine, launches = TokenEngine(backend, tiny.VOCAB), watched(backend)
@@ -145,8 +147,8 @@ def test_answers_that_end_while_the_next_step_runs():
 
     options = [{"stop_tokens": [stop]}, {"watch": lambda token: token == until}, {}, {"watch": refuse}, {"logprobs": None}]
     requests = [
-        engine.submit(prompt, max_new_tokens=14, sampling=wish, **option)
-        for prompt, wish, option in zip(PROMPTS, wishes, options, strict=True)
+        engine.submit(prompt, max_new_tokens=14, sampling=sampling, **option)
+        for prompt, sampling, option in zip(PROMPTS, samplings, options, strict=True)
     ]
     raising, late = requests[3], None
     while engine.busy:
@@ -155,7 +157,7 @@ def test_answers_that_end_while_the_next_step_runs():
         if len(requests[2].ids) == 4:
             engine.cancel(requests[2])
         if len(requests[4].ids) == 9 and late is None:  # joins while a step is under way
-            late = engine.submit(PROMPTS[2], max_new_tokens=14, sampling=wishes[2])
+            late = engine.submit(PROMPTS[2], max_new_tokens=14, sampling=samplings[2])
     assert [request.finish_reason for request in requests] == ["stop", "stop", "cancelled", "error", "length"]
     for request, want in zip(requests, wanted, strict=True):
         assert request.ids == want.ids[: len(request.ids)]
@@ -172,8 +174,8 @@ def test_probabilities_and_held_back_stops_are_those_of_the_cpu_engine():
     program, found = programs("llama"), []
     for backend in (NativeBackend(NativeDecoder(program), context_tokens=128), backend_of(program)):
         engine = TokenEngine(backend, tiny.VOCAB)
-        first = engine.submit(PROMPTS[0], max_new_tokens=9, sampling=WISHES[0], logprobs=2)
-        rest = engine.submit(PROMPTS[1], max_new_tokens=9, sampling=WISHES[1])
+        first = engine.submit(PROMPTS[0], max_new_tokens=9, sampling=SAMPLINGS[0], logprobs=2)
+        rest = engine.submit(PROMPTS[1], max_new_tokens=9, sampling=SAMPLINGS[1])
         stops = range(0, tiny.VOCAB, 2)
         held = engine.submit(PROMPTS[3], max_new_tokens=9, min_new_tokens=5, stop_tokens=stops)
         list(engine.run())
@@ -245,7 +247,7 @@ def test_logits_that_are_not_finite_end_their_request(monkeypatch):
     request = engine.submit(PROMPTS[0], max_new_tokens=14)
     list(engine.run())
     assert len(request.ids) == 3
-    assert "not numbers one can choose from" in str(request.error)
+    assert "largest logit is NaN or infinite" in str(request.error)
 
 
 @pytest.fixture(params=["plain", "emulated"])
@@ -309,7 +311,7 @@ def test_what_it_cannot_run_goes_through_modules_and_is_counted(monkeypatch, cap
     monkeypatch.setattr(chooser, "device_types", lambda model: {"cuda"})
     with emulated.machine(monkeypatch), caplog.at_level(logging.WARNING, logger="quantkit"):
         for model, kv, reason in (
-            (tiny.FAMILIES["llama"](head_dim=64), "float", "activations are torch.float32"),
+            (tiny.FAMILIES["llama"](head_dim=64), "float", "its dtype is torch.float32"),
             (tiny.FAMILIES["llama"]().half(), "float", "heads of 16 channels"),
             (tiny.FAMILIES["llama"](head_dim=64).half(), "int4", "int4 of 32 channels, not as keys int4"),
         ):
@@ -332,7 +334,7 @@ def test_rows_out_of_range_are_refused():
         (Span(0, 0, [-2], [0], 1), "tokens from -2"),
         (Span(0, 126, [5, 5, 5], [0, 1, 2, 3, 0], 1), "positions from 126 to 128"),
         (Span(2, 0, [5], [0], 1), "slots from 2"),
-        (Span(0, 0, [5], [4], 1), "pages beyond the 4"),
+        (Span(0, 0, [5], [4], 1), "pages from 4 to 4; want 0 to 3"),
     ):
         with pytest.raises(KernelError, match=message):
             backend.step([span])

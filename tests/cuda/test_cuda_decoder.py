@@ -165,18 +165,18 @@ def test_decoding_chooses_the_most_likely_and_batches_do_not_matter():
         assert (near < 0.02 * logits.abs().max()).all()
 
 
-def test_every_sequence_is_drawn_as_it_wishes():
+def test_every_sequence_has_its_own_sampling():
     decoder, prompts = decoder_of(quantized("llama", W4)), [some_ids(9, 1), some_ids(4, 2), some_ids(17, 3)]
-    wishes = [Sampling(1.5, top_k=40, seed=8), Sampling(), Sampling(0.9, top_p=0.9, min_p=0.01, seed=2)]
+    samplings = [Sampling(1.5, top_k=40, seed=8), Sampling(), Sampling(0.9, top_p=0.9, min_p=0.01, seed=2)]
 
-    def tokens(prompts: list[list[int]], wishes: list[Sampling]) -> torch.Tensor:
+    def tokens(prompts: list[list[int]], samplings: list[Sampling]) -> torch.Tensor:
         state = GraphDecoder(decoder, len(prompts), 40)
-        state.choose_by(wishes)
+        state.set_sampling(samplings)
         return torch.cat([state.read(prompts)[None], state.decode(12)])
 
-    together = tokens(prompts, wishes)
+    together = tokens(prompts, samplings)
     for slot in range(3):
-        assert torch.equal(tokens(prompts[slot : slot + 1], wishes[slot : slot + 1])[:, 0], together[:, slot])
+        assert torch.equal(tokens(prompts[slot : slot + 1], samplings[slot : slot + 1])[:, 0], together[:, slot])
     greedy = tokens(prompts, [Sampling()] * 3)
     assert torch.equal(greedy[:, 1], together[:, 1])
     assert not torch.equal(greedy[:, 0], together[:, 0])
@@ -185,11 +185,13 @@ def test_every_sequence_is_drawn_as_it_wishes():
         start = len(prompts[slot]) - 1
         logits = reference.logits(decoder.program, torch.tensor(ids[:-1]))[start:]
         positions = torch.arange(start, len(ids) - 1, dtype=torch.int32)
-        scores = shape_logits(logits, [wishes[slot]] * 13) + gumbel(tiny.VOCAB, torch.full((13,), wishes[slot].seed), positions)
+        scores = shape_logits(logits, [samplings[slot]] * 13) + gumbel(
+            tiny.VOCAB, torch.full((13,), samplings[slot].seed), positions
+        )
         assert (scores.argmax(-1) == together[:, slot]).sum() >= 12  # logits of half precision may change a close race
     state = GraphDecoder(decoder, 3, 40)
     state.read(prompts)
-    state.choose_by([Sampling(1.5, seed=seed) for seed in range(3)])  # after the prompts, as well as before
+    state.set_sampling([Sampling(1.5, seed=seed) for seed in range(3)])  # after the prompts, as well as before
     assert not torch.equal(state.decode(12), greedy[1:])
 
 

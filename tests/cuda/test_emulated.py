@@ -11,7 +11,7 @@ import torch
 
 from quantkit.errors import KernelError
 from quantkit.kernels.cuda import attention, calls, layout, norms, ops
-from quantkit.kernels.cuda.attention import Pages, Rope, Where
+from quantkit.kernels.cuda.attention import LayerPages, Rope, Where
 from quantkit.numerics import grid
 from quantkit.numerics.fake import fake_quantize
 from quantkit.qtensor import GridTensor
@@ -120,7 +120,7 @@ def test_int8_by_int8(dtype):
     qtensor = random_qtensor(QuantSpec("int8"), (70, 208))
     x, bias = torch.randn(11, 208).to(dtype), torch.randn(70).to(dtype)
     got = ops.multiply(x, *layout.prepack(qtensor), bias, "int8")
-    rounded = fake_quantize(x.float(), QuantSpec(*TOKEN_INT8))
+    rounded = fake_quantize(x.float(), TOKEN_INT8.grid)
     assert error(got, product(rounded, qtensor, bias)) < EPS[dtype]
 
 
@@ -131,7 +131,7 @@ def test_fp8_by_fp8():
     qtensor = GridTensor.from_codes(grid.quantize(weight, scale, None, spec), scale, None, spec)
     x = torch.randn(3, 160).bfloat16()
     got = ops.multiply(x, *layout.prepack(qtensor), None, "fp8")
-    rounded = fake_quantize(x.float(), QuantSpec("fp8_e4m3", (1, -1), True, "float32", True))
+    rounded = fake_quantize(x.float(), QuantSpec("fp8_e4m3", (1, -1), True, "float32"))
     assert error(got, product(rounded, qtensor)) < EPS[torch.bfloat16]
     assert torch.equal(calls.expand(layout.prepack(qtensor), torch.bfloat16, range(2), fp8=True), qtensor.dequantize(x.dtype))
 
@@ -160,17 +160,17 @@ def gated_pair(spec: QuantSpec, n: int, k: int) -> tuple[layout.Fragments, layou
     ],
 )
 def test_a_gate_in_the_product_changes_no_bit(spec, form, n, k, tokens, activation, dtype):
-    apart, in_turn = gated_pair(spec, n, k)
+    apart, interleaved = gated_pair(spec, n, k)
     x, bias = (torch.randn(tokens, k) / 1000).to(dtype), torch.randn(2 * n).to(dtype)
     for b in (None, bias):
         want = norms.activate(ops.multiply(x, *apart, b, form), activation)
-        turned = None if b is None else layout.in_turn(b)
-        got = ops.multiply(x, *in_turn, turned, form, activation)
+        swapped = None if b is None else layout.interleave_halves(b)
+        got = ops.multiply(x, *interleaved, swapped, form, activation)
         assert got.shape == (tokens, n)
         assert torch.equal(got, want)
-        assert error(got, ops._multiply_plain(x, *in_turn, turned, form, activation)) < 4 * EPS[dtype]
+        assert error(got, ops._multiply_plain(x, *interleaved, swapped, form, activation)) < 4 * EPS[dtype]
     if tokens > 1:
-        assert torch.equal(ops.multiply(x[:1], *in_turn, turned, form, activation), want[:1])
+        assert torch.equal(ops.multiply(x[:1], *interleaved, swapped, form, activation), want[:1])
 
 
 def test_many_tokens_pass_their_gate_after_the_product(monkeypatch):
@@ -180,10 +180,10 @@ def test_many_tokens_pass_their_gate_after_the_product(monkeypatch):
         (QuantSpec("int8"), "int8"),
         (QuantSpec("fp8_e4m3"), "fp8 codes"),
     ):
-        apart, in_turn = gated_pair(spec, 35, 96)
+        apart, interleaved = gated_pair(spec, 35, 96)
         x, bias = (torch.randn(5, 96) / 1000).half(), torch.randn(70).half()
         want = norms.activate(ops.multiply(x, *apart, bias, form), "silu")
-        assert error(ops.multiply(x, *in_turn, layout.in_turn(bias), form, "silu"), want) < EPS[x.dtype]
+        assert error(ops.multiply(x, *interleaved, layout.interleave_halves(bias), form, "silu"), want) < EPS[x.dtype]
 
 
 def test_an_odd_number_of_rows_has_no_gates():
@@ -227,9 +227,9 @@ def test_gates(activation):
     for gated in (True, False):
         got, want = (f(x, activation, gated) for f in (norms.activate, norms.activate_plain))
         assert error(got, want) < EPS[x.dtype]
-    turned = layout.in_turn(x, 1)
-    assert torch.equal(norms.activate(turned, activation, interleaved=True), norms.activate(x, activation))
-    assert torch.equal(norms.activate_plain(turned, activation, interleaved=True), norms.activate_plain(x, activation))
+    swapped = layout.interleave_halves(x, 1)
+    assert torch.equal(norms.activate(swapped, activation, interleaved=True), norms.activate(x, activation))
+    assert torch.equal(norms.activate_plain(swapped, activation, interleaved=True), norms.activate_plain(x, activation))
 
 
 @pytest.mark.parametrize("kind", attention.KINDS)
@@ -238,8 +238,8 @@ def test_gates(activation):
     [(64, 4, 2, None, None, False, torch.float16), (128, 20, 1, 40, 5.0, True, torch.bfloat16)],
 )
 def test_pages(kind, head, heads, kv_heads, window, softcap, interleaved, dtype):
-    ours = Pages.empty(24, kv_heads, head, kind, dtype, "cpu")
-    twin = Pages(*(None if t is None else t.clone() for t in ours[:4]), kind)
+    ours = LayerPages.empty(24, kv_heads, head, kind, dtype, "cpu")
+    other = LayerPages(*(None if t is None else t.clone() for t in ours[:4]), kind)
     table = torch.randperm(24).view(3, 8).int()
     gains = (torch.rand(head) + 0.5, torch.rand(head) + 0.5) if interleaved else (None, None)
     rope = Rope(torch.randn(256, 16), torch.randn(256, 16), 32, interleaved, *gains)
@@ -249,12 +249,12 @@ def test_pages(kind, head, heads, kv_heads, window, softcap, interleaved, dtype)
     )
     qkv = torch.randn(sum(lengths), (heads + 2 * kv_heads) * head).to(dtype)
     attention.append_plain(qkv, heads, rope, where, ours)
-    attention.append_plain(qkv, heads, rope, where, twin)
+    attention.append_plain(qkv, heads, rope, where, other)
     last = torch.tensor([4, 134, 183])
     where, new = Where(where.positions[last], where.slots[last], table), torch.randn(3, qkv.shape[1]).to(dtype)
-    q, q2 = attention.append(new, heads, rope, where, ours), attention.append_plain(new, heads, rope, where, twin)
+    q, q2 = attention.append(new, heads, rope, where, ours), attention.append_plain(new, heads, rope, where, other)
     assert error(q, q2) < EPS[dtype]
-    for got, want in zip(ours.read(dtype), twin.read(dtype), strict=True):
+    for got, want in zip(ours.read(dtype), other.read(dtype), strict=True):
         assert error(got, want) < 5e-3  # a code may fall on the other side of a half
     options = {"scale": 0.1, "window": window, "softcap": softcap}
     want = attention.attend_plain(q, where, ours, **options)
@@ -273,7 +273,7 @@ def test_pages(kind, head, heads, kv_heads, window, softcap, interleaved, dtype)
     ],
 )
 def test_prompts(kind, head, heads, kv_heads, window, softcap, dtype):
-    pages = Pages.empty(24, kv_heads, head, kind, dtype, "cpu")
+    pages = LayerPages.empty(24, kv_heads, head, kind, dtype, "cpu")
     table, size = torch.randperm(24).view(3, 8).int(), attention.tile_tokens(heads, kv_heads)
     runs = [(0, 0, 11), (1, 37, 50), (2, 100, 1), (0, -1, 1)]  # slot, first position, tokens; the last one fills up
     positions = torch.cat([torch.arange(start, start + count) for _, start, count in runs]).int()
@@ -294,13 +294,13 @@ def test_prompts(kind, head, heads, kv_heads, window, softcap, dtype):
 
 @pytest.mark.parametrize("kind", attention.KINDS)
 def test_rows_that_fill_up_write_nothing_and_read_zeros(kind):
-    pages, table = Pages.empty(4, 2, 64, kind, torch.float16, "cpu"), torch.tensor([[2, 1], [3, 0]], dtype=torch.int32)
+    pages, table = LayerPages.empty(4, 2, 64, kind, torch.float16, "cpu"), torch.tensor([[2, 1], [3, 0]], dtype=torch.int32)
     qkv, rope = torch.randn(3, 8 * 64).half(), Rope(torch.randn(64, 32), torch.randn(64, 32), 64)
     where = Where(torch.tensor([-1, 40, -1], dtype=torch.int32), torch.tensor([0, 1, 0], dtype=torch.int32), table)
-    twin = Pages(*(None if t is None else t.clone() for t in pages[:4]), kind)
+    other = LayerPages(*(None if t is None else t.clone() for t in pages[:4]), kind)
     q = attention.append(qkv, 4, rope, where, pages)
-    attention.append_plain(qkv, 4, rope, where, twin)
-    for stored, want in zip(pages[:4], twin[:4], strict=True):
+    attention.append_plain(qkv, 4, rope, where, other)
+    for stored, want in zip(pages[:4], other[:4], strict=True):
         if stored is not None:
             touched = stored.view(torch.uint8).flatten(2).any(-1).any(-1)
             assert touched.tolist() == want.view(torch.uint8).flatten(2).any(-1).any(-1).tolist() == [True, False, False, False]

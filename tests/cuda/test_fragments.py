@@ -24,14 +24,14 @@ def test_every_bit_comes_back(bits, symmetric):
     assert_same(layout.restore(laid, spec, 1), qtensor[1])
 
 
-def test_gate_and_up_stand_in_turn():
+def test_rows_of_gate_and_up_alternate():
     for block in ((1, 32), (4, 32), (-1, -1)):
         qtensor = random_qtensor(QuantSpec("int4", block, False), (2, 72, 64))
-        turned = layout.dequantize(layout.prepack(qtensor, interleave=True))
+        interleaved_bias = layout.dequantize(layout.prepack(qtensor, interleave=True))
         gate, up = qtensor.dequantize().chunk(2, 1)
-        assert torch.equal(turned[:, 0::2], gate)
-        assert torch.equal(turned[:, 1::2], up)
-    assert layout.in_turn(torch.arange(6)).tolist() == [0, 3, 1, 4, 2, 5]
+        assert torch.equal(interleaved_bias[:, 0::2], gate)
+        assert torch.equal(interleaved_bias[:, 1::2], up)
+    assert layout.interleave_halves(torch.arange(6)).tolist() == [0, 3, 1, 4, 2, 5]
 
 
 def test_fp8_comes_back():

@@ -1,4 +1,4 @@
-"""The kernel that chooses tokens, in the emulator and as its plain torch twin, against the engine's sampling."""
+"""The kernel that chooses tokens, in the emulator and as its plain torch other, against the engine's sampling."""
 
 import pytest
 import torch
@@ -26,9 +26,9 @@ def choose(request, monkeypatch):
         yield sample
 
 
-def draw_of(*wishes: Sampling) -> Draw:
-    draw = Draw.greedy(len(wishes), "cpu")
-    draw.set(wishes)
+def draw_of(*samplings: Sampling) -> Draw:
+    draw = Draw.greedy(len(samplings), "cpu")
+    draw.set(samplings)
     return draw
 
 
@@ -68,8 +68,8 @@ def test_rows_without_a_number_say_so(choose):
     nan, infinite = float("nan"), float("inf")
     bad = [[nan] * 4, [-infinite] * 4, [infinite, 0, 0, 1], [nan, 1, -1, -5]]
     logits = torch.tensor([*bad, [-infinite, 1, -infinite, 0.5]]).half()
-    for wish in (Sampling(), Sampling(1.0, top_k=1, top_p=0.5, min_p=0.1)):
-        assert choose(logits, draw_of(*[wish] * 5), positions_of(0, 1, 2, 3, 4)).tolist() == [-1, -1, -1, -1, 1]
+    for sampling in (Sampling(), Sampling(1.0, top_k=1, top_p=0.5, min_p=0.1)):
+        assert choose(logits, draw_of(*[sampling] * 5), positions_of(0, 1, 2, 3, 4)).tolist() == [-1, -1, -1, -1, 1]
 
 
 @pytest.mark.parametrize("way", ["plain", "emulated", "emulated, the last block first"])
@@ -92,21 +92,21 @@ def test_the_largest_logits_of_parts_are_enough(monkeypatch):
     logits = (torch.randn(4, 150) * 2).bfloat16()
     tiles = torch.nn.functional.pad(logits.float(), (0, 42), value=float("-inf")).unflatten(-1, (3, 64)).max(-1)
     bests = torch.stack([tiles.values.view(torch.int32), tiles.indices.int() + 64 * torch.arange(3, dtype=torch.int32)], -1)
-    wishes = [Sampling(), Sampling(0.8, top_k=9, seed=1), Sampling(), Sampling(1.1, top_p=0.9, min_p=0.01, seed=2)]
-    draw, positions = draw_of(*wishes), positions_of(1, 2, 3, 4)
+    samplings = [Sampling(), Sampling(0.8, top_k=9, seed=1), Sampling(), Sampling(1.1, top_p=0.9, min_p=0.01, seed=2)]
+    draw, positions = draw_of(*samplings), positions_of(1, 2, 3, 4)
     spoilt = torch.where(torch.tensor([True, False, True, False])[:, None], float("nan"), logits.float()).bfloat16()
     with emulated.machine(monkeypatch):
         want = sample(logits, draw, positions)
         assert torch.equal(sample(spoilt, draw, positions, bests=bests.contiguous()), want)
 
 
-def shaped_by(wish: Sampling, logits: torch.Tensor) -> torch.Tensor:
+def shaped_by(sampling: Sampling, logits: torch.Tensor) -> torch.Tensor:
     """What the engine makes of logits (V,); of equals at the edge of top-p, the highest ids stay."""
-    theirs = shape_logits(logits[None], [wish])[0]
-    if wish.top_p is None:
+    theirs = shape_logits(logits[None], [sampling])[0]
+    if sampling.top_p is None:
         return theirs
-    shaped = keep_top_k((logits.float() / wish.temperature)[None], wish.top_k or len(logits))
-    shaped = keep_min_p(keep_top_p(shaped, wish.top_p, stable=True), wish.min_p or 0.0)[0]
+    shaped = keep_top_k((logits.float() / sampling.temperature)[None], sampling.top_k or len(logits))
+    shaped = keep_min_p(keep_top_p(shaped, sampling.top_p, stable=True), sampling.min_p or 0.0)[0]
     assert torch.equal(shaped.sort().values, theirs.sort().values)
     return shaped
 
@@ -116,7 +116,7 @@ LOGITS = {
     "equals": lambda: (torch.randn(90) * 2).round(),  # a few values, zeros of both signs among them
     "alike": lambda: torch.zeros(36),
 }
-WISHES = [
+SAMPLINGS = [
     Sampling(0.7),
     Sampling(1.5, top_k=7),
     Sampling(1.0, top_k=1),
@@ -136,11 +136,11 @@ def test_edges_are_where_the_engine_has_them(choose, kind, dtype):
     torch.manual_seed(1)
     logits, seed, many = LOGITS[kind]().to(dtype), 11, 3000
     noise = gumbel(len(logits), torch.full((many,), seed), torch.arange(many))
-    rows, wishes, want = [], [], []
-    for wish in WISHES:
-        shaped = shaped_by(wish, logits)
+    rows, samplings, want = [], [], []
+    for sampling in SAMPLINGS:
+        shaped = shaped_by(sampling, logits)
         winners, kept = (shaped + noise).argmax(-1), shaped.isfinite()
-        free = (logits.float() / wish.temperature + noise).argmax(-1)
+        free = (logits.float() / sampling.temperature + noise).argmax(-1)
         found = [
             (winners == token).nonzero() for token in shaped.masked_fill(~kept, 1e9).sort(stable=True).indices[:3].tolist()
         ]
@@ -148,10 +148,10 @@ def test_edges_are_where_the_engine_has_them(choose, kind, dtype):
         found += [(free == token).nonzero() for token in gone.tolist()]
         for at in {int(places[0]) for places in found if len(places)}:
             rows.append(at)
-            wishes.append(Sampling(wish.temperature, wish.top_k, wish.top_p, wish.min_p, seed=seed))
+            samplings.append(Sampling(sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p, seed=seed))
             want.append(int(winners[at]))
-    assert len(rows) > 2 * len(WISHES)
-    got = choose(logits.expand(len(rows), -1).contiguous(), draw_of(*wishes), positions_of(*rows))
+    assert len(rows) > 2 * len(SAMPLINGS)
+    got = choose(logits.expand(len(rows), -1).contiguous(), draw_of(*samplings), positions_of(*rows))
     assert got.tolist() == want
 
 
@@ -184,11 +184,11 @@ def test_draws_follow_the_distribution(choose):
     logits = torch.tensor([1.0, 0.25, -1.0, 0.5, 0.0, 2.0]).half()
     rows = 1500
     same, probabilities = logits.expand(rows, -1).contiguous(), (logits.float() / 1.25).softmax(-1)
-    for wish, seeds, positions in (
+    for sampling, seeds, positions in (
         (Sampling(1.25, seed=5), None, torch.arange(rows)),  # along a sequence
         (Sampling(1.25, seed=5), torch.arange(rows) * 77, torch.full((rows,), 40)),  # from request to request
     ):
-        draw = draw_of(*[wish] * rows)
+        draw = draw_of(*[sampling] * rows)
         draw = draw if seeds is None else draw._replace(seed=seeds)
         tokens = choose(same, draw, positions.int())
         assert chi_square(tokens, probabilities) < LIMIT
@@ -197,9 +197,9 @@ def test_draws_follow_the_distribution(choose):
         assert chi_square(pairs, torch.outer(probabilities, probabilities).flatten()) < 85
 
 
-def test_wishes_are_checked():
+def test_samplings_are_checked():
     draw = Draw.greedy(2, "cpu")
-    with pytest.raises(KernelError, match="1 ways to choose a token for 2 rows"):
+    with pytest.raises(KernelError, match="1 samplings for 2 rows"):
         draw.set([Sampling()])
     with pytest.raises(KernelError, match="repetition penalty"):
         draw.set([Sampling(), Sampling(repetition_penalty=1.1)])

@@ -114,7 +114,7 @@ def test_other_kinds_of_memory(model_type, config, caplog):
 def test_misuse_is_named():
     step = TransformersStep(tiny_llama())
     step(prompt_of(4)[None], 0)
-    with pytest.raises(QuantkitError, match="position 0, but 4 tokens have been read"):
+    with pytest.raises(QuantkitError, match="position 0: want 4, the number of tokens run so far"):
         step(prompt_of(4)[None], 0)
     with pytest.raises(QuantkitError, match=r"want \(1, T\)"):
         step(prompt_of(4).view(2, 2), 4)

@@ -1,21 +1,24 @@
 """What drafters guess, and how many guesses they are asked for."""
 
 import random
+from collections.abc import Sequence
 
 import pytest
 
-from quantkit.engine.drafters import DRAFTERS, Ask, Costs, DraftLength
+from quantkit.engine.drafters import DRAFTERS, DrafterContext, DraftRequest
+from quantkit.engine.drafters.length import DraftCosts, DraftLength
 from quantkit.engine.drafters.model import ModelDrafter
 from quantkit.engine.drafters.ngram import NgramDrafter
 from quantkit.engine.sampling import Sampling
 from quantkit.errors import QuantkitError
+from quantkit.generation.engine import Engine, make_drafter
 from quantkit.generation.generate import generate
 from quantkit.hf.backend import make_backend
 from tests.tiny import build, tiny_llama
 
 
-def ask(ids, count, number=0, slot=0) -> Ask:
-    return Ask(number, slot, ids, count, Sampling(), 0)
+def ask(ids, count, number=0, slot=0) -> DraftRequest:
+    return DraftRequest(number, slot, ids, count, Sampling(), 0)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +60,7 @@ def run(length: DraftLength, ratio: float, right: float, steps: int = 1000, seed
     """Decode where each draft is right with chance ``right``; return tokens and cost, in steps without drafts."""
     chance, tokens, cost = random.Random(seed), 0, 0.0
     for _ in range(steps):
-        count, accepted = length.ask(linear(ratio)), 0
+        count, accepted = length.choose(linear(ratio)), 0
         while accepted < count and chance.random() < right:
             accepted += 1
         if count:
@@ -76,26 +79,26 @@ def test_drafting_is_nearly_as_good_as_knowing_the_best_length_and_hardly_worse_
 
 def test_draft_lengths_follow_what_was_right_and_what_it_costs():
     length = DraftLength(7)
-    assert length.ask(linear(0.01)) > length.ask(linear(0.5)) >= 1
+    assert length.choose(linear(0.01)) > length.choose(linear(0.5)) >= 1
     for _ in range(20):
         length.observe(4, 4)
-    assert length.ask(linear(0.01)) == 7
+    assert length.choose(linear(0.01)) == 7
     assert length.acceptance > 0.95
     for _ in range(20):
         length.observe(4, 0)
     assert length.acceptance < 0.4
-    assert [length.ask(linear(0.5)) for _ in range(DraftLength.FIRST_PAUSE + 1)] == [0] * (DraftLength.FIRST_PAUSE + 1)
-    assert [length.ask(linear(0.5)) for _ in range(3)] == [1, 1, 1]  # until there was something to try
+    assert [length.choose(linear(0.5)) for _ in range(DraftLength.FIRST_PAUSE + 1)] == [0] * (DraftLength.FIRST_PAUSE + 1)
+    assert [length.choose(linear(0.5)) for _ in range(3)] == [1, 1, 1]  # until there was something to try
     length.observe(1, 1)
     assert length.acceptance > 0.5  # the text has changed: back to work at once
-    assert length.ask(linear(0.5)) >= 1
-    assert DraftLength(7, 0.0).ask(linear(0.5)) == 0  # what others were guessed like is where a request starts
+    assert length.choose(linear(0.5)) >= 1
+    assert DraftLength(7, 0.0).choose(linear(0.5)) == 0  # what others were guessed like is where a request starts
 
 
 def test_text_that_cannot_be_guessed_is_hardly_drafted():
     length, drafted = DraftLength(7), 0
     for _ in range(1000):
-        count = length.ask(linear(0.5))
+        count = length.choose(linear(0.5))
         if count:
             drafted += count
             length.observe(count, 0)
@@ -103,11 +106,11 @@ def test_text_that_cannot_be_guessed_is_hardly_drafted():
 
 
 def test_costs_are_medians_by_how_many_decode_and_are_verified():
-    costs = Costs()
+    costs = DraftCosts()
     assert costs.curve(1, 3) is None
     for step_s in (1.0, 99.0, 1.0):
         costs.observe(1, 0, 0, 0.0, step_s)
-    each = Costs.UNKNOWN_DRAFT + Costs.UNKNOWN_ROW
+    each = DraftCosts.UNKNOWN_DRAFT + DraftCosts.UNKNOWN_ROW
     assert costs.curve(1, 2) == pytest.approx([1, 1 + each, 1 + 2 * each])
     assert costs.curve(2, 2) is None
     for drafting_s in (0.6, 0.6, 80.0):
@@ -143,6 +146,58 @@ def test_a_model_that_cannot_go_back_cannot_draft():
     mamba = build("mamba", num_key_value_heads=None, head_dim=None, max_position_embeddings=None, state_size=8)
     with pytest.raises(QuantkitError, match="cannot go back to an earlier token"):
         ModelDrafter(make_backend(mamba), 1, 64)
-    with pytest.raises(QuantkitError, match="give the smaller model itself"):
+    with pytest.raises(QuantkitError, match=r"none was given; give drafter=\('model', model\)"):
         generate(tiny_llama(), [1, 2], drafter="model")
-    assert DRAFTERS.names() == ["model", "ngram", "twin"]
+    with pytest.raises(QuantkitError, match="'ngram' does not use a second model; give the name alone"):
+        generate(tiny_llama(), [1, 2], drafter=("ngram", tiny_llama()))
+    with pytest.raises(QuantkitError, match="unknown drafter 'ngrm'; did you mean 'ngram'"):
+        generate(tiny_llama(), [1, 2], drafter="ngrm")
+    assert {"model", "ngram", "self"} <= set(DRAFTERS.names())
+
+
+@DRAFTERS.register("constant")
+class ConstantDrafter:
+    """A drafter as another package would add it: one class that registers itself."""
+
+    needs_model = False
+    shares_memory = False
+
+    def __init__(self, token: int) -> None:
+        self.token = token
+
+    @classmethod
+    def make(cls, context: DrafterContext) -> "ConstantDrafter":
+        return cls(context.vocabulary - 1)
+
+    def propose(self, requests: Sequence[DraftRequest]) -> list[list[int]]:
+        return [[self.token] * request.count for request in requests]
+
+    def forget(self, number: int) -> None:
+        pass
+
+
+@DRAFTERS.register("constant-model")
+class ConstantModelDrafter(ConstantDrafter):
+    needs_model = True
+
+    @classmethod
+    def make(cls, context: DrafterContext) -> "ConstantModelDrafter":
+        assert context.draft_model is not None
+        return cls(context.draft_model.vocabulary // 2)
+
+
+def test_a_drafter_from_outside_is_found_by_name_and_changes_no_answer():
+    model, prompt = tiny_llama(), [5, 6, 7]
+    want = generate(model, prompt, max_new_tokens=12).ids
+    for drafter in (
+        "constant",
+        ("constant-model", tiny_llama()),
+        ConstantDrafter(want[1]),
+        ("model", tiny_llama()),
+        tiny_llama(),
+    ):
+        assert generate(model, prompt, max_new_tokens=12, drafter=drafter).ids == want
+    engine = Engine(model, drafter="constant")
+    assert make_drafter("constant", engine).token == engine.vocabulary - 1
+    assert make_drafter(("constant-model", tiny_llama()), engine).token == engine.vocabulary // 2
+    assert make_drafter(None, engine) is None

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from quantkit.engine.backend import CHOSEN
+from quantkit.engine.backend import LAST_SAMPLED
 from quantkit.engine.engine import TokenEngine
 from quantkit.engine.request import Limits, QueueFull
 from quantkit.engine.sampling import Sampling, choose
@@ -47,7 +47,7 @@ class SumBackend:
                 self.memory[span.table[(span.start + i) // SIZE], (span.start + i) % SIZE] = token
             end = span.start + len(span.ids)
             read = self.memory[list(span.table)].flatten()
-            for count in range(end - span.wanted + 1, end + 1):
+            for count in range(end - span.num_logits + 1, end + 1):
                 total = int(read[:count].sum())
                 row = torch.nn.functional.one_hot(torch.tensor(total % VOCAB), VOCAB).float() * 5 * self.spread
                 rows.append(row * math.nan if total in self.broken else row)
@@ -59,12 +59,12 @@ class AheadBackend(SumBackend):
 
     def launch(self, spans, copies, picks):
         known = getattr(self, "newest", {})
-        spans = [replace(s, ids=[known[s.slot]]) if list(s.ids) == [CHOSEN] else s for s in spans]
+        spans = [replace(s, ids=[known[s.slot]]) if list(s.ids) == [LAST_SAMPLED] else s for s in spans]
         logits = self.step(spans, copies)
-        positions = [s.start + len(s.ids) - s.wanted + i for s in spans for i in range(s.wanted)]
+        positions = [s.start + len(s.ids) - s.num_logits + i for s in spans for i in range(s.num_logits)]
         tokens = choose(logits, [pick.sampling for pick in picks], [pick.seed for pick in picks], positions)
-        rows = itertools.accumulate(span.wanted for span in spans)
-        self.newest = known | {s.slot: tokens[row - 1] for s, row in zip(spans, rows, strict=True) if s.wanted}
+        rows = itertools.accumulate(span.num_logits for span in spans)
+        self.newest = known | {s.slot: tokens[row - 1] for s, row in zip(spans, rows, strict=True) if s.num_logits}
         return SimpleNamespace(tokens=lambda: tokens, logits=lambda: logits)
 
 
@@ -195,7 +195,7 @@ def test_logits_that_are_not_finite_end_their_own_request_only():
     bad, good = engine.submit(PROMPT, max_new_tokens=8), engine.submit([5, 5, 5], max_new_tokens=8)
     finish(engine)
     assert (bad.ids, bad.finish_reason) == ([7], "error")
-    assert "not numbers one can choose from" in str(bad.error)
+    assert "largest logit is NaN or infinite" in str(bad.error)
     assert good.ids == follow([5, 5, 5], 8)
 
 
@@ -237,12 +237,12 @@ def test_logprobs_are_the_models_own():
     ("prompt", "options", "message"),
     [
         ([], {}, "at least one token"),
-        ([10], {}, "reach from 10 to 10, the model knows 0 to 9"),
+        ([10], {}, "token ids from 10 to 10, the model knows 0 to 9"),
         ([1], {"max_new_tokens": 0}, "max_new_tokens=0"),
         ([1], {"min_new_tokens": 3}, "want 0 to max_new_tokens=2"),
-        ([1], {"min_new_tokens": 1}, "there is none"),
+        ([1], {"min_new_tokens": 1}, "there are none"),
         ([1], {"logprobs": -1}, "logprobs=-1"),
-        ([1] * 30, {"max_new_tokens": 99}, "30 prompt tokens and max_new_tokens=99 make 129.*at most 120 here.*at most 90 new"),
+        ([1] * 30, {"max_new_tokens": 99}, "30 prompt tokens and max_new_tokens=99 make 129.*the limit of 120.*at most 90 new"),
     ],
 )
 def test_bad_requests_are_refused_when_they_are_made(prompt, options, message):
@@ -256,7 +256,7 @@ def test_limits_are_stated_and_kept():
     engine = engine_on(waiting=2)
     for _ in range(2):
         engine.submit([1], max_new_tokens=1)
-    with pytest.raises(QueueFull, match="2 requests wait already"):
+    with pytest.raises(QueueFull, match="2 requests are waiting already"):
         engine.submit([1], max_new_tokens=1)
     for name in ("running", "page_tokens", "kv_tokens"):
         with pytest.raises(QuantkitError, match=f"{name}=0"):

@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 
-from quantkit.engine.drafters import Costs, DraftLength
+from quantkit.engine.drafters.length import DraftCosts, DraftLength
 from quantkit.engine.drafters.ngram import NgramDrafter
 from quantkit.engine.native import NativeBackend
 from quantkit.engine.request import Limits
@@ -32,8 +32,8 @@ NATIVE = [family for family in FAMILIES if family not in ("gpt2", "gpt_neox", "o
 @pytest.fixture(autouse=True)
 def free_drafts(monkeypatch):
     """Drafts cost nothing and are always wanted, so what happens hangs neither on the clock nor on how many were right."""
-    monkeypatch.setattr(Costs, "curve", lambda self, sequences, longest: [1.0] * (longest + 1))
-    monkeypatch.setattr(DraftLength, "ask", lambda self, costs: len(costs) - 1)
+    monkeypatch.setattr(DraftCosts, "curve", lambda self, sequences, longest: [1.0] * (longest + 1))
+    monkeypatch.setattr(DraftLength, "choose", lambda self, costs: len(costs) - 1)
 
 
 def prompt_of(length: int, seed: int = 0) -> list[int]:
@@ -67,7 +67,7 @@ def test_greedy_equals_transformers_alone_and_in_a_ragged_batch(family, layout):
         assert [r.ids for r in requests] == [theirs(family, n, 12) for n in lengths]
     assert engine.scheduler.pages.used == 0
     if layout == "paged" and family not in SEQUENTIAL:
-        assert engine.scheduler.pages.hits_tokens >= 20  # the prompt of 24 came twice
+        assert engine.scheduler.pages.hit_tokens >= 20  # the prompt of 24 came twice
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in SEQUENTIAL])
@@ -200,7 +200,7 @@ def test_what_cannot_run_on_pages_says_so_once_and_is_counted(caplog):
     assert native.startswith("MambaForCausalLM runs through its modules, not natively: ")
     assert paged.startswith("MambaForCausalLM: it ")
     assert len([r for r in caplog.records if r.name == "quantkit.hf.backend"]) == 2
-    with pytest.raises(QuantkitError, match="needs keys and values in pages, but MambaForCausalLM"):
+    with pytest.raises(QuantkitError, match="needs paged keys and values, but MambaForCausalLM"):
         make_backend(model, "int8")
     with pytest.raises(QuantkitError, match="drafts cannot be verified"):
         generate(model, [1, 2], drafter="ngram")

@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 
-from quantkit.engine.attention import Layout, attend, in_order
+from quantkit.engine.attention import Layout, attend, by_length
 from quantkit.engine.backend import Copy, Memory, Span
-from quantkit.engine.kvstore import FloatPool, QuantizedPool, Reading, Rows, make_pool, pool_bytes
+from quantkit.engine.kvstore import FloatPool, QuantizedPool, Reading, RowPlacement, make_pool, pool_bytes
 from quantkit.engine.request import Limits
 from quantkit.errors import SpecError
 from quantkit.evaluation.through_cache import ThroughCache
@@ -36,7 +36,7 @@ def vectors(count: int, seed: int = 0) -> torch.Tensor:
 
 def write(pool, table, slot, start, values, fresh=False) -> None:
     span = Span(slot, start, [0] * len(values), table, 0, fresh)
-    pool.write(Rows.of([span], SIZE, CPU), values)
+    pool.write(RowPlacement.of([span], SIZE, CPU), values)
 
 
 def read(pool, table, slot, tokens) -> torch.Tensor:
@@ -188,7 +188,7 @@ def test_attention_over_pages_equals_attention(window, softcap, with_sinks, rota
     done, found = [0, 0, 0], [[], [], []]
     for cuts in ((5, 1, 5), (1, 2, 2), (1, 1, 1), (3, 1, 7), (3, 1, 2)):
         spans = [Span(i, done[i], [0] * n, tables[i], 0, done[i] == 0) for i, n in enumerate(cuts)]
-        order = in_order(spans)
+        order = by_length(spans)
         layout = Layout([spans[i] for i in order], SIZE, CPU)
         cut = lambda tensors: torch.cat([tensors[i][done[i] : done[i] + cuts[i]] for i in order])  # noqa: E731, B023
         pools[0].write(layout.rows, cut(keys))
@@ -229,11 +229,11 @@ def test_more_bits_are_nearer_to_the_float_logits(scheme, low, high):
 
 
 def test_schemes_that_do_not_fit_are_named():
-    with pytest.raises(SpecError, match=r"want recent >= 8, got 7"):
+    with pytest.raises(SpecError, match=r"recent=7: .*want at least 8"):
         quantized(CHANNEL4, 7)
     with pytest.raises(SpecError, match="in=16 is not a multiple of group_size 32"):
         quantized(QuantSpec("int4", block=(1, 32)))
-    with pytest.raises(SpecError, match="Hadamard rotation of 24 channels"):
+    with pytest.raises(SpecError, match="Hadamard matrix for 24 channels"):
         QuantizedPool(MEMORY, HEADS, 24, torch.float32, CPU, spec=TOKEN8, rotate=True)
     with pytest.raises(SpecError, match="recent=4"):
         KVScheme(recent=4)

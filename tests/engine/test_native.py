@@ -71,11 +71,11 @@ def test_misuse_is_named():
     for options in ({"engine": "fast"}, {"compute": "int4"}):
         with pytest.raises(QuantkitError, match="want one of"):
             make_backend(tiny_llama(), **options)
-    with pytest.raises(QuantkitError, match="only the native engine"):
+    with pytest.raises(QuantkitError, match="needs the native CPU engine"):
         make_backend(tiny_llama(), engine="modules", compute="int8")
-    with pytest.raises(QuantkitError, match="pages of 4 tokens: the native engine has pages of 32"):
+    with pytest.raises(QuantkitError, match="page_tokens=4: the native engine supports 32 only"):
         make_backend(tiny_llama(), engine="native").reserve(Memory(4, 4, 1))
-    with pytest.raises(QuantkitError, match="it stores keys and values in float or int8"):
+    with pytest.raises(QuantkitError, match="keys and values can be float or int8"):
         make_backend(tiny_llama(), "int4", engine="native")
 
 
@@ -172,7 +172,7 @@ def test_what_the_kernels_do_not_compute_runs_through_modules(scheme, family, tm
     quantize(model, scheme, out=tmp_path / "x", method="rtn", output=Output(format="native"))
     reason = rejects(lower(model))
     assert reason
-    assert ("rounded to int8" if scheme == "w8a8" else "multiplies with integers") in reason
+    assert ("rounded to int8" if scheme == "w8a8" else "want integer weights") in reason
     assert describe_engine(model) == f"modules: {reason}"
     if scheme == "w8a8":
         assert rejects(lower(load(tmp_path / "x", ignore_activations=True))) is None

@@ -5,8 +5,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from quantkit.engine.pages import ROOT, Pages
-from quantkit.engine.scheduler import Running, Scheduler
+from quantkit.engine.pages import ROOT, Match, PageAllocator
+from quantkit.engine.scheduler import Scheduler, Sequence
 from quantkit.errors import QuantkitError
 
 SIZE, SLOTS, BUDGET, VOCAB = 4, 3, 8, 3
@@ -24,7 +24,7 @@ class Memory:
         self.entries: dict[tuple[int, int], tuple[int, ...]] = {}
         self.budget = budget
 
-    def run(self, step) -> dict[Running, list[int]]:
+    def run(self, step) -> dict[Sequence, list[int]]:
         """Write and read as attention does; return the model's choice after each wanted token."""
         assert step.spans or not step.copies
         for copy in step.copies:
@@ -39,7 +39,7 @@ class Memory:
             read = [*before, *span.ids]
             for t in range(span.start, len(read)):
                 self.entries[span.table[t // SIZE], t % SIZE] = tuple(read[: t + 1])
-            ends = range(len(read) - span.wanted + 1, len(read) + 1)
+            ends = range(len(read) - span.num_logits + 1, len(read) + 1)
             answers[sequence] = [true_next(read[:end]) for end in ends]
         slots = [span.slot for span in step.spans]
         assert len(set(slots)) == len(slots)
@@ -55,13 +55,13 @@ class Serving(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.pages, self.memory, self.number = Pages(self.PAGES, SIZE), Memory(), 0
+        self.pages, self.memory, self.number = PageAllocator(self.PAGES, SIZE), Memory(), 0
         self.scheduler = Scheduler(self.pages, SLOTS, step_tokens=BUDGET)
-        self.wanted: dict[Running, tuple[int, int]] = {}  # prompt length, final length
+        self.wanted: dict[Sequence, tuple[int, int]] = {}  # prompt length, final length
 
     @rule(prompt=st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=20), new=st.integers(1, 16))
     def submit(self, prompt, new):
-        sequence = Running(self.number, list(prompt))
+        sequence = Sequence(self.number, list(prompt))
         self.number += 1
         self.wanted[sequence] = len(prompt), len(prompt) + new
         self.scheduler.add(sequence)
@@ -123,8 +123,8 @@ class Serving(RuleBasedStateMachine):
         tables = [page for sequence in self.scheduler.running for page in sequence.table]
         assert all(self.pages.references(page) == tables.count(page) for page in range(self.PAGES))
         assert self.pages.used == len(set(tables))
-        places = [*self.pages._free, *self.pages._cached, *set(tables)]
-        assert sorted(places) == list(range(self.PAGES))
+        assert self.pages.available == self.PAGES - len(set(tables))
+        assert 0 <= self.pages.cached <= self.pages.available
         assert all(len(set(sequence.table)) == len(sequence.table) for sequence in self.scheduler.running)
 
     @invariant()
@@ -132,8 +132,9 @@ class Serving(RuleBasedStateMachine):
         queued = [*self.scheduler.running, *self.scheduler.waiting]
         assert sorted(s.number for s in queued) == sorted(s.number for s in self.wanted)
         slots = [s.slot for s in self.scheduler.running]
-        assert None not in slots
-        assert sorted([*slots, *self.scheduler._slots]) == list(range(SLOTS))
+        assert len(set(slots)) == len(slots)
+        assert set(slots) <= set(range(SLOTS))
+        assert self.scheduler.can_admit == bool(self.scheduler.waiting and len(slots) < SLOTS)
         for queue in (self.scheduler.running, self.scheduler.waiting):
             assert [s.number for s in queue] == sorted(s.number for s in queue)
 
@@ -144,18 +145,19 @@ class Serving(RuleBasedStateMachine):
             self.one_step([0, 1])
         assert not self.wanted
         assert self.pages.used == 0
-        assert len(self.scheduler._slots) == SLOTS
-        self.pages.forget_cached()
-        assert len(self.pages._free) == self.PAGES
-        assert not self.pages._nodes
-        assert not self.pages._children
+        assert not self.scheduler.running
+        allocated = [self.pages.allocate() for _ in range(self.PAGES)]
+        assert sorted(allocated) == list(range(self.PAGES))
+        assert self.pages.allocate() is None
+        assert self.pages.cached == 0
+        assert all(self.pages.match([token] * SIZE, SIZE) == Match() for token in range(VOCAB))
 
 
 TestServing = Serving.TestCase
 TestServing.settings = settings(max_examples=120, stateful_step_count=30, deadline=None)
 
 
-def drain(scheduler: Scheduler, wanted: dict[Running, int]) -> int:
+def drain(scheduler: Scheduler, wanted: dict[Sequence, int]) -> int:
     """Run until everybody has as many tokens as wanted; return the steps."""
     memory, steps = Memory(scheduler.step_tokens), 0
     while wanted:
@@ -172,8 +174,8 @@ def drain(scheduler: Scheduler, wanted: dict[Running, int]) -> int:
 
 
 def test_a_long_prompt_is_cut_and_does_not_delay_those_who_decode():
-    scheduler = Scheduler(Pages(32, SIZE), SLOTS, step_tokens=BUDGET)
-    short, long = Running(0, [1]), Running(1, [0, 1, 2] * 10)
+    scheduler = Scheduler(PageAllocator(32, SIZE), SLOTS, step_tokens=BUDGET)
+    short, long = Sequence(0, [1]), Sequence(1, [0, 1, 2] * 10)
     scheduler.add(short)
     memory = Memory()
     first = scheduler.schedule()
@@ -193,7 +195,7 @@ def test_a_long_prompt_is_cut_and_does_not_delay_those_who_decode():
 
 
 def test_equal_prompts_share_full_pages_and_copy_the_one_that_differs():
-    pages = Pages(32, SIZE)
+    pages = PageAllocator(32, SIZE)
     scheduler = Scheduler(pages, SLOTS, step_tokens=64)
     prompt = [0, 1, 2, 0, 1, 1, 2, 2, 0, 1, 0]
     drain(scheduler, {_queued(scheduler, 0, prompt): 16})
@@ -205,11 +207,11 @@ def test_equal_prompts_share_full_pages_and_copy_the_one_that_differs():
     assert same.table[0] == other.table[0]
     assert pages.references(same.table[0]) == 2
     assert len(step.copies) == 2
-    assert pages.hits_tokens == 16
+    assert pages.hit_tokens == 16
 
 
-def _queued(scheduler: Scheduler, number: int, ids: list[int]) -> Running:
-    sequence = Running(number, list(ids))
+def _queued(scheduler: Scheduler, number: int, ids: list[int]) -> Sequence:
+    sequence = Sequence(number, list(ids))
     scheduler.add(sequence)
     return sequence
 
@@ -217,13 +219,13 @@ def _queued(scheduler: Scheduler, number: int, ids: list[int]) -> Running:
 def test_static_batching_admits_nobody_until_all_are_done():
     steps = {}
     for batching in ("static", "continuous"):
-        scheduler = Scheduler(Pages(64, SIZE), SLOTS, step_tokens=BUDGET, batching=batching)
+        scheduler = Scheduler(PageAllocator(64, SIZE), SLOTS, step_tokens=BUDGET, batching=batching)
         steps[batching] = drain(scheduler, {_queued(scheduler, i, [i % 3]): 1 + n for i, n in enumerate([2, 30, 2, 30, 2, 30])})
     assert steps["continuous"] < steps["static"] == 60
 
 
 def test_under_pressure_the_youngest_gives_way_and_loses_nothing():
-    scheduler = Scheduler(Pages(6, SIZE), 2, step_tokens=BUDGET)
+    scheduler = Scheduler(PageAllocator(6, SIZE), 2, step_tokens=BUDGET)
     a, b = _queued(scheduler, 0, [0, 1, 2]), _queued(scheduler, 1, [2, 2, 1])
     drain(scheduler, {a: 20, b: 20})
     assert scheduler.preemptions == b.preemptions > 0 == a.preemptions
@@ -231,7 +233,7 @@ def test_under_pressure_the_youngest_gives_way_and_loses_nothing():
 
 
 def test_the_least_recently_used_cached_page_goes_first():
-    pages = Pages(2, 1)
+    pages = PageAllocator(2, 1)
     first, second = pages.allocate(), pages.allocate()
     pages.publish(first, ROOT, [7])
     pages.publish(second, ROOT, [8])
@@ -247,12 +249,12 @@ def test_the_least_recently_used_cached_page_goes_first():
 
 
 def test_misuse_is_named():
-    pages = Pages(2, 4)
-    with pytest.raises(QuantkitError, match="page 1 is released but nobody uses it"):
+    pages = PageAllocator(2, 4)
+    with pytest.raises(QuantkitError, match="page 1 is released, but it is not in use"):
         pages.release([1])
-    with pytest.raises(QuantkitError, match="3 tokens are published, a full page has 4"):
+    with pytest.raises(QuantkitError, match="published with 3 tokens; want a full page of 4"):
         pages.publish(0, ROOT, [1, 2, 3])
     with pytest.raises(QuantkitError, match="0 pages"):
-        Pages(0, 4)
+        PageAllocator(0, 4)
     with pytest.raises(QuantkitError, match="at least one token for each"):
         Scheduler(pages, 4, step_tokens=3)

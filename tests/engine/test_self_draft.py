@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from quantkit.engine.backend import Memory, Span
-from quantkit.engine.drafters import Ask, Costs
+from quantkit.engine.drafters import DraftRequest
+from quantkit.engine.drafters.length import DraftCosts
 from quantkit.engine.drafters.self_draft import SelfDrafter
 from quantkit.engine.request import Limits
 from quantkit.engine.sampling import Sampling
@@ -29,7 +30,7 @@ LENGTHS = (1, 7, 13, 30, 45)
 @pytest.fixture(autouse=True)
 def free(monkeypatch):
     """Drafts cost nothing, so what happens does not hang on the clock; the first steps draft already."""
-    monkeypatch.setattr(Costs, "curve", lambda self, sequences, longest: [1.0] * (longest + 1))
+    monkeypatch.setattr(DraftCosts, "curve", lambda self, sequences, longest: [1.0] * (longest + 1))
 
 
 def prompt_of(length: int) -> list[int]:
@@ -65,10 +66,10 @@ def test_answers_stay_the_same_alone_in_a_batch_and_under_pressure(family, compu
 
     want, _ = answers(None)
     for limits in ({"running": 1}, {"running": 4, "kv_tokens": 128}, {"running": 8, "draft_tokens": 31}):
-        got, engine = answers("twin", **limits)
+        got, engine = answers("self", **limits)
         assert got == want
         assert engine.stats["accepted"] > 20
-    assert answers("twin", "int8")[0] == answers(None, "int8")[0]
+    assert answers("self", "int8")[0] == answers(None, "int8")[0]
 
 
 def test_no_second_model_is_stored_and_the_modules_still_compute_the_same():
@@ -78,7 +79,7 @@ def test_no_second_model_is_stored_and_the_modules_still_compute_the_same():
         layer.keeps_codes = False
     before, codes = [layer(x[:, :1].expand(-1, layer.in_features)) for layer in layers], [layer.qtensor for layer in layers]
     sizes = [layer.prepacked().weight.nbytes for layer in layers]
-    Engine(model, drafter="twin")
+    Engine(model, drafter="self")
     decoder = native_decoder(model)
     assert decoder._laid_out is not None
     for layer, y, qtensor, size in zip(layers, before, codes, sizes, strict=True):
@@ -89,7 +90,7 @@ def test_no_second_model_is_stored_and_the_modules_still_compute_the_same():
     held = {layer.prepacked().weight.codes.data_ptr() for layer in layers}
     kept = {one.codes.data_ptr() for one in decoder._laid_out._kept if isinstance(one, layout.Prepacked)}
     assert held <= kept
-    assert Engine(model, drafter="twin").backend.decoder is decoder
+    assert Engine(model, drafter="self").backend.decoder is decoder
 
 
 def test_drafting_touches_only_what_is_verified_afterwards():
@@ -103,7 +104,7 @@ def test_drafting_touches_only_what_is_verified_afterwards():
         tensor.zero_()  # what was never written may be anything, NaN included
     backend.step([Span(0, 0, ids[:-1], table, 0, fresh=True)])
     before = [tensor.clone() for tensor in (*pages.keys, *pages.values)]
-    [guess] = drafter.propose([Ask(0, 0, ids, 5, Sampling(), 0, table)])
+    [guess] = drafter.propose([DraftRequest(0, 0, ids, 5, Sampling(), 0, table)])
     assert len(guess) == 5
     written = range(39 - 32, 39 - 32 + 5)  # of page 0: the last known token and four guesses
     for old, new in zip(before, (*pages.keys, *pages.values), strict=True):
@@ -121,7 +122,7 @@ def test_the_distribution_is_the_models():
     """Chi-square over the second and third token of many answers, against probabilities worked out by forward passes."""
     model = quantize(build("llama", vocab_size=6, num_hidden_layers=1, eos_token_id=5), QuantSpec("int8", (1, 32)))
     prompt, draws = [1, 2, 1, 2], 700
-    engine = Engine(model, limits=Limits(running=64, kv_tokens=64 * 32), drafter="twin")
+    engine = Engine(model, limits=Limits(running=64, kv_tokens=64 * 32), drafter="self")
     samplings = [Sampling(1.0, seed=10_000 + seed) for seed in range(draws)]
     requests = [engine.submit(prompt, max_new_tokens=3, sampling=sampling) for sampling in samplings]
     list(engine.run())
@@ -141,21 +142,21 @@ def test_the_distribution_is_the_models():
     assert statistic < 66.6  # 99.9% of 35 degrees of freedom
 
 
-def test_where_there_is_no_twin_it_is_said():
-    with pytest.raises(QuantkitError, match="has none; quantize it to w8a16"):
-        generate(tiny_llama(), [1, 2], drafter="twin")
-    with pytest.raises(QuantkitError, match=r"run by modules.*take drafter='ngram'"):
-        generate(int8(), [1, 2], drafter="twin", engine="modules")
+def test_a_model_that_cannot_draft_for_itself_is_refused():
+    with pytest.raises(QuantkitError, match="needs 8-bit integer weights"):
+        generate(tiny_llama(), [1, 2], drafter="self")
+    with pytest.raises(QuantkitError, match=r"runs on modules.*use drafter='ngram'"):
+        generate(int8(), [1, 2], drafter="self", engine="modules")
 
 
 def test_moving_a_model_drops_its_planes_and_a_new_engine_makes_them_again():
     model, prompt = int8(), prompt_of(9)
     want = generate(model, prompt, max_new_tokens=12).ids
-    assert generate(model, prompt, max_new_tokens=12, drafter="twin").ids == want
+    assert generate(model, prompt, max_new_tokens=12, drafter="self").ids == want
     model.to("cpu", torch.float32)
     layer = model.model.layers[0].self_attn.q_proj
     assert layer.prepacked().weight.kind == layout.U8
-    done = generate(model, prompt, max_new_tokens=12, drafter="twin")
+    done = generate(model, prompt, max_new_tokens=12, drafter="self")
     assert done.ids == want
     assert done.drafted > 0
     assert layer.prepacked().weight.kind == layout.PLANES

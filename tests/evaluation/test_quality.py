@@ -11,8 +11,9 @@ from quantkit.calibrate.data import Batch
 from quantkit.errors import CalibrationError
 from quantkit.evaluation import quality
 from quantkit.evaluation.quality import clustered_mean, score
-from quantkit.evaluation.reference import BaseLogits, evaluating
+from quantkit.evaluation.reference import BaseLogits
 from quantkit.evaluation.windows import Windows, cut_windows, from_batches
+from quantkit.system.compute import evaluation_mode
 from tests.tiny import FAMILIES, tiny_llama
 
 VOCABULARY = 192
@@ -194,7 +195,7 @@ def test_dropout_is_off_meanwhile_and_modes_come_back(windows):
     assert score(model, windows).nll == score(model, windows).nll
     assert model.training
     assert not model.transformer.h[0].training
-    with evaluating(model):
+    with evaluation_mode(model):
         assert not model.training
         assert not torch.is_grad_enabled()
 

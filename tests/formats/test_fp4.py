@@ -6,10 +6,11 @@ import torch
 from quantkit.errors import FormatError
 from quantkit.formats.base import FORMATS
 from quantkit.numerics import grid
+from quantkit.presets import preset
 from quantkit.qtensor import GridTensor
 from quantkit.quantizers.base import quantize_site
 from quantkit.quantizers.rtn import RTN
-from quantkit.spec import QuantSpec, Scheme, preset
+from quantkit.spec import QuantSpec, Scheme
 
 RULE = FORMATS.get("compressed-tensors")
 NVFP4, MXFP4 = (preset(name, ()).weight for name in ("nvfp4", "mxfp4"))

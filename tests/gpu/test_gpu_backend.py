@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import quantkit
-from quantkit.engine.backend import CHOSEN, Memory, Pick, Span
+from quantkit.engine.backend import LAST_SAMPLED, Memory, RowSampling, Span
 from quantkit.engine.cuda import CudaBackend
 from quantkit.engine.engine import TokenEngine
 from quantkit.engine.request import Limits
@@ -84,13 +84,14 @@ def test_recorded_steps_say_what_unrecorded_ones_say():
     assert torch.equal(unrecorded[:5], recorded)
 
 
-WISHES = [Sampling(0.9, seed=1), Sampling(1.2, top_k=20, seed=2), Sampling(), Sampling(0.8, top_p=0.9, min_p=0.02, seed=3)]
+SAMPLINGS = [Sampling(0.9, seed=1), Sampling(1.2, top_k=20, seed=2), Sampling(), Sampling(0.8, top_p=0.9, min_p=0.02, seed=3)]
 
 
-def answers(model, drafter=None, wishes=WISHES, **limits) -> list[list[int]]:
+def answers(model, drafter=None, samplings=SAMPLINGS, **limits) -> list[list[int]]:
     engine = quantkit.Engine(model, drafter=drafter, limits=Limits(**limits), batch_invariant=True)
     requests = [
-        engine.submit(prompt, max_new_tokens=40, sampling=wish) for prompt, wish in zip(PROMPTS[:4], wishes, strict=True)
+        engine.submit(prompt, max_new_tokens=40, sampling=sampling)
+        for prompt, sampling in zip(PROMPTS[:4], samplings, strict=True)
     ]
     list(engine.run())
     return [request.ids for request in requests]
@@ -112,16 +113,17 @@ def test_steps_run_ahead_of_the_tokens_they_read():
     launch, unknown = backend.launch, []
 
     def noted(spans, copies, picks):
-        unknown.append(sum(list(span.ids) == [CHOSEN] for span in spans))
+        unknown.append(sum(list(span.ids) == [LAST_SAMPLED] for span in spans))
         return launch(spans, copies, picks)
 
     found = []
     for ahead in (True, False):
         backend.launch = noted if ahead else launch
         engine = TokenEngine(backend, tiny.VOCAB)
-        engine._run_ahead = engine._run_ahead if ahead else lambda flight: None
+        engine._run_ahead = engine._run_ahead if ahead else lambda step: None
         requests = [
-            engine.submit(prompt, max_new_tokens=40, sampling=wish) for prompt, wish in zip(PROMPTS[:4], WISHES, strict=True)
+            engine.submit(prompt, max_new_tokens=40, sampling=sampling)
+            for prompt, sampling in zip(PROMPTS[:4], SAMPLINGS, strict=True)
         ]
         list(engine.run())
         found.append([request.ids for request in requests])
@@ -134,16 +136,18 @@ def test_a_recorded_step_waits_for_nobody():
     backend.reserve(Memory(16, 32, 8))
     spans = [[Span(slot, at, [5 + slot], [slot], 1) for slot in range(3)] for at in range(5)]
     backend.step(spans[0])
-    backend.launch(spans[0][:1], [], [Pick(WISHES[1], 7)]).tokens()  # pinned memory, once
+    backend.launch(spans[0][:1], [], [RowSampling(SAMPLINGS[1], 7)]).tokens()  # pinned memory, once
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         found = [backend.step(one) for one in spans[1:]]
-        flights = [backend.launch([Span(0, 5 + at, [CHOSEN], [0], 1)], [], [Pick(WISHES[1], 7)]) for at in range(4)]
+        launched = [
+            backend.launch([Span(0, 5 + at, [LAST_SAMPLED], [0], 1)], [], [RowSampling(SAMPLINGS[1], 7)]) for at in range(4)
+        ]
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(torch.isfinite(logits).all() for logits in found)
-    assert all(0 <= flight.tokens()[0] < tiny.VOCAB for flight in flights)
+    assert all(0 <= step.tokens()[0] < tiny.VOCAB for step in launched)
 
 
 def test_what_it_cannot_run_goes_through_modules():

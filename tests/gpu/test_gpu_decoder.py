@@ -36,7 +36,7 @@ def test_recorded_decoding(family, kv):
         assert (lost < 0.03 * logits.abs().max()).all()
 
 
-def test_a_recording_draws_by_what_was_last_wished():
+def test_a_recorded_step_uses_the_latest_sampling():
     model = quantize(tiny.FAMILIES["llama"](head_dim=64), QuantSpec("int4", (1, 32)))
     decoder, prompts = CudaDecoder(lower(model), context_tokens=256), [some_ids(20, seed) for seed in range(3)]
     recorded, eager = (GraphDecoder(decoder, 3, 200, batch_invariant=True) for _ in range(2))
@@ -44,10 +44,10 @@ def test_a_recording_draws_by_what_was_last_wished():
     greedy = [Sampling()] * 3
     drawn = [Sampling(1.5, top_k=50, seed=4), Sampling(), Sampling(0.9, top_p=0.9, min_p=0.01, seed=5)]
     found = []
-    for wishes in (greedy, drawn, greedy):
+    for samplings in (greedy, drawn, greedy):
         tokens = []
         for state in (recorded, eager):
-            state.choose_by(wishes)
+            state.set_sampling(samplings)
             tokens.append(torch.cat([state.read(prompts)[None], state.decode(40)]))
         assert torch.equal(tokens[0], tokens[1])
         found.append(tokens[0])

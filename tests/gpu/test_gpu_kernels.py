@@ -1,4 +1,4 @@
-"""Every CUDA kernel on a device, against float64 or its plain torch twin, at odd sizes; skipped without one."""
+"""Every CUDA kernel on a device, against float64 or its plain torch other, at odd sizes; skipped without one."""
 
 import dataclasses
 import itertools
@@ -10,7 +10,7 @@ from quantkit.engine.sampling import Sampling
 from quantkit.kernels import KERNELS, Problem, select
 from quantkit.kernels.cuda import attention, calls, layout, norms, prefill
 from quantkit.kernels.cuda import ops as cuda_ops
-from quantkit.kernels.cuda.attention import Pages, Rope, Where
+from quantkit.kernels.cuda.attention import LayerPages, Rope, Where
 from quantkit.kernels.cuda.sampling import sample
 from quantkit.kernels.functions.sampling import Draw, draw_plain
 from quantkit.kernels.program.reference import ACTIVATIONS
@@ -18,7 +18,7 @@ from quantkit.nn.linear import QuantLinear
 from quantkit.numerics import grid
 from quantkit.numerics.fake import fake_quantize
 from quantkit.qtensor import GridTensor
-from quantkit.spec import TOKEN_INT8, QuantSpec
+from quantkit.spec import TOKEN_INT8, QuantSpec, token_activations
 from tests.qtensors import assert_same, random_qtensor
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -132,13 +132,13 @@ def test_activations_of_8_bits(dtype):
     weight = torch.randn(193, 1152, device="cuda")
     scale, _ = grid.choose_qparams(weight, spec)
     fp8 = GridTensor.from_codes(grid.quantize(weight, scale, None, spec), scale, None, spec)
-    for qtensor, activation in ((int8, QuantSpec(*TOKEN_INT8)), (fp8, QuantSpec("fp8_e4m3", (1, -1), True, "float32", True))):
+    for qtensor, activation in ((int8, TOKEN_INT8), (fp8, token_activations("fp8_e4m3"))):
         if qtensor is fp8 and torch.cuda.get_device_capability() < (8, 9):
             continue
         layer = QuantLinear(qtensor, torch.randn(193, device="cuda").to(dtype), activation=activation)
         for tokens in TOKENS:
             x = torch.randn(tokens, 1152, device="cuda").to(dtype)
-            rounded = fake_quantize(x.float(), activation).double()
+            rounded = fake_quantize(x.float(), activation.grid).double()
             want = rounded @ qtensor.dequantize().double().T + layer.bias.double()
             assert error(layer(x), want) < TOLERANCE[dtype] + (4e-3 if tokens >= calls.DENSE_TOKENS else 0)
 
@@ -154,11 +154,11 @@ def test_a_gate_in_the_product_changes_no_bit(dtype):
     ):
         for (n, k), activation in itertools.product(((35, 384), (7168, 2048)), ACTIVATIONS):
             qtensor, bias = on_gpu(spec, (2 * n, k)), torch.randn(2 * n, device="cuda").to(dtype)
-            apart, in_turn = layout.prepack(qtensor), layout.prepack(qtensor, interleave=True)
+            apart, interleaved = layout.prepack(qtensor), layout.prepack(qtensor, interleave=True)
             for tokens in (1, 5, 16, 33, 200):
                 x = torch.randn(tokens, k, device="cuda").to(dtype)
                 want = norms.activate(ops.fragment_matmul(x, *apart, bias, form), activation)
-                got = ops.fragment_matmul(x, *in_turn, layout.in_turn(bias), form, activation)
+                got = ops.fragment_matmul(x, *interleaved, layout.interleave_halves(bias), form, activation)
                 if tokens < calls.DENSE_TOKENS:
                     assert torch.equal(got, want), (spec, n, activation, tokens)
                 else:
@@ -198,13 +198,13 @@ def test_glue(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_tokens_are_chosen_as_the_twin_chooses(dtype):
-    wishes = [Sampling(), Sampling(1.0), Sampling(0.7, top_k=50), Sampling(1.2, top_p=0.9), Sampling(1.5, 200, 0.8, 0.02)]
+def test_tokens_are_chosen_as_in_plain_torch(dtype):
+    samplings = [Sampling(), Sampling(1.0), Sampling(0.7, top_k=50), Sampling(1.2, top_p=0.9), Sampling(1.5, 200, 0.8, 0.02)]
     rows = 128
     for size in (128256, 151_669, 999, 4):
         logits = (3 * torch.randn(rows, size, device="cuda")).to(dtype)
         draw, positions = Draw.greedy(rows, "cuda"), torch.arange(rows, dtype=torch.int32, device="cuda")
-        draw.set([dataclasses.replace(wishes[row % len(wishes)], seed=row) for row in range(rows)])
+        draw.set([dataclasses.replace(samplings[row % len(samplings)], seed=row) for row in range(rows)])
         got = sample(logits, draw, positions)
         want = draw_plain(logits.cpu(), Draw(*(part.cpu() for part in draw)), positions.cpu())
         assert (got.cpu() != want).sum() <= 1, size  # two that race within a rounding
@@ -219,17 +219,17 @@ def test_tokens_are_chosen_as_the_twin_chooses(dtype):
 def test_attention(head, heads, kv_heads, kind):
     for dtype, (window, softcap) in zip(DTYPES, ((None, None), (300, 30.0)), strict=True):
         rows, lengths = 5, torch.tensor([1, 17, 500, 1023, 333], device="cuda")
-        pages = Pages.empty(rows * 32, kv_heads, head, kind, dtype, "cuda")
-        twin = Pages(*(None if t is None else t.clone() for t in pages[:4]), kind)
+        pages = LayerPages.empty(rows * 32, kv_heads, head, kind, dtype, "cuda")
+        other = LayerPages(*(None if t is None else t.clone() for t in pages[:4]), kind)
         table = torch.randperm(rows * 32, device="cuda").view(rows, 32).int()
         slots = torch.repeat_interleave(torch.arange(rows, device="cuda"), lengths).int()
         positions = torch.cat([torch.arange(int(n), device="cuda") for n in lengths]).int()
         where, rope = Where(positions, slots, table), Rope(torch.randn(1024, 32).cuda(), torch.randn(1024, 32).cuda(), 64)
         qkv = torch.randn(len(positions), (heads + 2 * kv_heads) * head, device="cuda").to(dtype)
         q = attention.append(qkv, heads, rope, where, pages)
-        q2 = attention.append_plain(qkv, heads, rope, where, twin)
+        q2 = attention.append_plain(qkv, heads, rope, where, other)
         assert error(q, q2) < TOLERANCE[dtype]
-        for got, want in zip(pages.read(dtype), twin.read(dtype), strict=True):
+        for got, want in zip(pages.read(dtype), other.read(dtype), strict=True):
             assert error(got, want) < 8e-3
         last = lengths.cumsum(0) - 1
         here, options = Where(positions[last], slots[last], table), {"scale": head**-0.5, "window": window, "softcap": softcap}
@@ -250,7 +250,7 @@ def test_attention(head, heads, kv_heads, kind):
 
 @pytest.mark.parametrize("kind", attention.KINDS)
 def test_rows_that_fill_up_write_nothing_and_read_zeros(kind):
-    pages = Pages.empty(4, 2, 64, kind, torch.float16, "cuda")
+    pages = LayerPages.empty(4, 2, 64, kind, torch.float16, "cuda")
     table, rope = torch.tensor([[2, 1], [3, 0]], dtype=torch.int32, device="cuda"), Rope(None, None)
     positions, slots = (torch.tensor(part, dtype=torch.int32, device="cuda") for part in ([-1, 40, -1], [0, 1, 0]))
     where = Where(positions, slots, table)

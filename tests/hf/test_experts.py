@@ -12,6 +12,7 @@ from quantkit.hf.experts import enable_experts, expert_parameters, experts_forwa
 from quantkit.hf.structure import describe
 from quantkit.nn.install import install
 from quantkit.nn.linear import QuantWeight
+from quantkit.nn.probes import attach_probe
 from quantkit.nn.sites import read_weight
 from quantkit.numerics import grid
 from quantkit.qtensor import GridTensor
@@ -72,9 +73,9 @@ def test_the_probe_sees_the_rows_of_each_expert_before_each_matmul(family: str) 
     routed: list[tuple[Tensor, Tensor]] = []
     module.register_forward_pre_hook(lambda _module, args: routed.append((args[0], args[1])))
     seen: list[tuple[str, Tensor, Tensor]] = []
-    module._quantkit_probe = lambda name, x, ids: seen.append((name, x, ids))
+    detach = attach_probe(module, lambda name, x, ids: seen.append((name, x, ids)))
     with_probe = model(IDS).logits
-    module._quantkit_probe = None
+    detach()
     torch.testing.assert_close(model(IDS).logits, with_probe, rtol=0, atol=0)
 
     hidden, chosen = routed[0]

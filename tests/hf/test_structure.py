@@ -116,6 +116,7 @@ def test_experts_off_the_interface_are_listed_not_dropped() -> None:
         model = _meta("llama4_text", num_local_experts=4, intermediate_size_mlp=64, interleave_moe_layer_step=1, head_dim=16)
     structure = describe(model)
     off = [name for name, reason in structure.skipped.items() if reason == NO_INTERFACE]
+    assert set(off) <= structure.unreachable
     assert sorted({name.split(".")[-1] for name in off}) == ["down_proj", "gate_up_proj"]
     assert len(off) == 4
     assert sum(reason == "router" for reason in structure.skipped.values()) == 2
@@ -156,6 +157,7 @@ def test_linear_layers_that_share_a_weight_stay_float() -> None:
     structure = describe(model)
     assert structure.skipped["model.layers.0.mlp.up_proj.weight"] == "tied to model.layers.1.mlp.up_proj.weight"
     assert structure.skipped["model.layers.1.mlp.up_proj.weight"] == "tied to model.layers.0.mlp.up_proj.weight"
+    assert {"model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"} <= structure.shared
 
 
 class Doubled(nn.Linear):
@@ -178,8 +180,9 @@ def test_a_linear_subclass_is_a_site_only_if_it_computes_what_a_linear_layer_doe
     for layer in model.model.layers:
         layer.mlp.up_proj, layer.mlp.down_proj, layer.mlp.gate_proj = Doubled(64, 96), Renamed(96, 64), Raising(64, 96)
     structure = describe(model)
-    assert structure.skipped["model.layers.0.mlp.gate_proj.weight"] == "Raising is no plain linear layer"
-    assert structure.skipped["model.layers.1.mlp.up_proj.weight"] == "Doubled is no plain linear layer"
+    assert structure.skipped["model.layers.0.mlp.gate_proj.weight"] == "Raising is not a plain linear layer"
+    assert structure.skipped["model.layers.1.mlp.up_proj.weight"] == "Doubled is not a plain linear layer"
+    assert {"model.layers.0.mlp.gate_proj.weight", "model.layers.1.mlp.up_proj.weight"} <= structure.unreachable
     assert "model.layers.1.mlp.down_proj" in {site.name for site in structure.sites}
 
 

@@ -46,10 +46,10 @@ def some_ids(count: int, seed: int = 0) -> list[int]:
     return torch.randint(3, VOCAB, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def rows_of(ids: list[int], start: int = 0, slot: int = 0, table=None, wanted=None) -> Rows:
+def rows_of(ids: list[int], start: int = 0, slot: int = 0, table=None, logit_rows=None) -> Rows:
     table = np.arange(64)[None] if table is None else table
     count = len(ids)
-    return Rows(ids, range(start, start + count), [slot] * count, table, range(count) if wanted is None else wanted)
+    return Rows(ids, range(start, start + count), [slot] * count, table, range(count) if logit_rows is None else logit_rows)
 
 
 def read(decoder: NativeDecoder, ids: list[int], pieces: list[int] | None = None, **options) -> torch.Tensor:
@@ -200,16 +200,16 @@ def test_only_bfloat16_weights_make_activations_bfloat16():
             assert_close(read(NativeDecoder(program), ids, exact=exact, bfloat16=bfloat16), want, 0.02)
 
 
-def test_argmax_and_wanted_rows():
+def test_argmax_and_selected_rows():
     program, ids = program_of("gemma2"), some_ids(21)
     decoder = NativeDecoder(program, threads=2)
     logits = read(decoder, ids)
-    for wanted in ([20], [3, 0, 17], [], list(range(21))):
+    for selected in ([20], [3, 0, 17], [], list(range(21))):
         kv = KvPages(program, 64)
-        assert torch.equal(decoder.run(rows_of(ids, wanted=wanted), kv), logits[wanted])
-        best = decoder.run(rows_of(ids, wanted=wanted), kv, argmax=True)
-        picked = logits[wanted]
-        assert torch.equal(picked.gather(1, best[:, None].long())[:, 0], picked.max(1).values if wanted else picked[:, 0])
+        assert torch.equal(decoder.run(rows_of(ids, logit_rows=selected), kv), logits[selected])
+        best = decoder.run(rows_of(ids, logit_rows=selected), kv, argmax=True)
+        picked = logits[selected]
+        assert torch.equal(picked.gather(1, best[:, None].long())[:, 0], picked.max(1).values if selected else picked[:, 0])
 
 
 def test_a_position_may_be_written_again():
@@ -238,23 +238,23 @@ def test_pages_keep_their_contents_when_they_grow():
         ({"tokens": [-1]}, "tokens from -1"),
         ({"positions": [2048]}, "positions from 2048"),
         ({"slots": [1]}, "slots from 1"),
-        ({"wanted": [1]}, "wanted rows from 1"),
-        ({"tokens": []}, "at least one row"),
-        ({"block_table": np.full((1, 64), 64)}, "beyond the 64 there are"),
-        ({"block_table": np.full((1, 64), -1)}, "beyond the 64 there are"),
+        ({"logit_rows": [1]}, "logit rows from 1"),
+        ({"tokens": []}, "at least one token"),
+        ({"block_table": np.full((1, 64), 64)}, "has pages outside 0 to 63"),
+        ({"block_table": np.full((1, 64), -1)}, "has pages outside 0 to 63"),
         ({"block_table": np.zeros(4)}, "table of two axes"),
     ],
 )
 def test_misuse_is_named(change, message):
     program = program_of("llama")
-    rows = {"tokens": [5], "positions": [0], "slots": [0], "block_table": np.arange(64)[None], "wanted": [0], **change}
+    rows = {"tokens": [5], "positions": [0], "slots": [0], "block_table": np.arange(64)[None], "logit_rows": [0], **change}
     with pytest.raises(KernelError, match=message):
         NativeDecoder(program).run(Rows(**rows), KvPages(program, 64))
 
 
 def test_pages_of_another_program_and_unknown_storage_are_refused():
     program = program_of("llama")
-    with pytest.raises(KernelError, match="pages are of 3 layers"):
+    with pytest.raises(KernelError, match="pages have 3 layers"):
         NativeDecoder(program).run(rows_of([5]), KvPages(program_of("gemma2"), 64))
     with pytest.raises(KernelError, match="float32, bfloat16, int8"):
         KvPages(program, 1, dtype="int4")

@@ -14,24 +14,24 @@ from quantkit.numerics.noise import gumbel
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def draws(wishes: list[Sampling], seed: int = 5) -> Draw:
-    return Draw.of(wishes, [seed] * len(wishes), "cpu")
+def draws(samplings: list[Sampling], seed: int = 5) -> Draw:
+    return Draw.of(samplings, [seed] * len(samplings), "cpu")
 
 
-def check(logits: torch.Tensor, wishes: list[Sampling], places: int = 40) -> None:
+def check(logits: torch.Tensor, samplings: list[Sampling], places: int = 40) -> None:
     """Compare along a sequence; of different tokens, both must be as good: sums of probabilities are rounded differently."""
-    for wish in wishes:
-        draw, positions = draws([wish] * places), torch.arange(places, dtype=torch.int32) * 1000
+    for sampling in samplings:
+        draw, positions = draws([sampling] * places), torch.arange(places, dtype=torch.int32) * 1000
         rows = logits.expand(places, -1)
         got, want = draw_tokens(rows, draw, positions).long(), draw_plain(rows, draw, positions).long()
         if torch.equal(got, want):
             continue
         scores = shape(rows, draw) + gumbel(logits.shape[-1], draw.seed, positions)
         lost = scores.gather(1, want[:, None]) - scores.gather(1, got[:, None])
-        assert float(lost.max()) < 1e-5, wish
+        assert float(lost.max()) < 1e-5, sampling
 
 
-WISHES = [
+SAMPLINGS = [
     Sampling(),
     Sampling(0.7),
     Sampling(1.5, top_k=7),
@@ -51,12 +51,12 @@ WISHES = [
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [1, 3, 63, 64, 65, 300, 5003])
 def test_it_chooses_what_the_definition_chooses(size, dtype):
-    check((torch.randn(size, generator=torch.Generator().manual_seed(size)) * 3).to(dtype), WISHES, places=12)
+    check((torch.randn(size, generator=torch.Generator().manual_seed(size)) * 3).to(dtype), SAMPLINGS, places=12)
 
 
 @pytest.mark.usefixtures("isa")
 def test_on_every_instruction_set():
-    check(torch.randn(2100, generator=torch.Generator().manual_seed(0)) * 4, WISHES, places=12)
+    check(torch.randn(2100, generator=torch.Generator().manual_seed(0)) * 4, SAMPLINGS, places=12)
 
 
 @pytest.mark.parametrize("kind", ["equal", "few values", "far apart", "mostly gone"])
@@ -68,23 +68,23 @@ def test_ties_and_tails(kind):
         "far apart": torch.randn(700, generator=generator) * 200,
         "mostly gone": torch.randn(300, generator=generator).masked_fill(torch.arange(300) % 7 > 0, -math.inf),
     }[kind]
-    check(logits, WISHES)
+    check(logits, SAMPLINGS)
 
 
 def test_what_top_p_leaves_is_what_it_should():
     """Not only the winners: over many places every survivor wins somewhere, and nobody else."""
     logits = (torch.randn(40, generator=torch.Generator().manual_seed(3)) * 2).round()
-    for wish in (
+    for sampling in (
         Sampling(2.0, top_p=0.7),
         Sampling(2.0, top_k=9),
         Sampling(2.0, top_k=15, top_p=0.8),
         Sampling(2.0, min_p=0.2),
     ):
         many = 4000
-        draw = draws([wish] * many)
-        left = shape(logits[None], draws([wish]))[0].isfinite()
+        draw = draws([sampling] * many)
+        left = shape(logits[None], draws([sampling]))[0].isfinite()
         tokens = draw_tokens(logits.expand(many, -1), draw, torch.arange(many, dtype=torch.int32))
-        assert torch.equal(tokens.long().unique(), left.nonzero()[:, 0]), wish
+        assert torch.equal(tokens.long().unique(), left.nonzero()[:, 0]), sampling
 
 
 @settings(max_examples=60, deadline=None)
@@ -96,27 +96,30 @@ def test_what_top_p_leaves_is_what_it_should():
     top_p=st.none() | st.floats(0.01, 1.0),
     min_p=st.none() | st.floats(0.0, 1.0),
 )
-def test_any_wish(seed, size, temperature, top_k, top_p, min_p):
+def test_any_parameters(seed, size, temperature, top_k, top_p, min_p):
     logits = torch.randn(size, generator=torch.Generator().manual_seed(seed)) * 3
     check(logits, [Sampling(temperature, top_k, top_p, min_p)], places=5)
 
 
 def test_rows_and_threads_do_not_see_each_other(threads):
-    logits = torch.randn(len(WISHES), 999, generator=torch.Generator().manual_seed(2)) * 2
+    logits = torch.randn(len(SAMPLINGS), 999, generator=torch.Generator().manual_seed(2)) * 2
     logits[3, 17] = math.nan
-    positions = torch.arange(len(WISHES), dtype=torch.int32)
+    positions = torch.arange(len(SAMPLINGS), dtype=torch.int32)
     threads(1)
-    alone = [draw_tokens(row[None], draws([wish]), at[None]) for row, wish, at in zip(logits, WISHES, positions, strict=True)]
+    alone = [
+        draw_tokens(row[None], draws([sampling]), at[None])
+        for row, sampling, at in zip(logits, SAMPLINGS, positions, strict=True)
+    ]
     assert int(alone[3]) == -1
     for count in (1, 2, 3):
         threads(count)
-        assert torch.equal(draw_tokens(logits, draws(WISHES), positions), torch.cat(alone))
+        assert torch.equal(draw_tokens(logits, draws(SAMPLINGS), positions), torch.cat(alone))
 
 
 def test_without_a_compiler_it_says_so_once_and_chooses_the_same(monkeypatch):
-    logits, wishes = torch.randn(len(WISHES), 77, generator=torch.Generator().manual_seed(4)), WISHES
-    positions = torch.arange(len(WISHES), dtype=torch.int32)
-    want, said = draw_tokens(logits, draws(wishes), positions), []
+    logits, samplings = torch.randn(len(SAMPLINGS), 77, generator=torch.Generator().manual_seed(4)), SAMPLINGS
+    positions = torch.arange(len(SAMPLINGS), dtype=torch.int32)
+    want, said = draw_tokens(logits, draws(samplings), positions), []
     monkeypatch.setattr("quantkit.kernels.functions.sampling.compiled", lambda what: said.append(what))
-    assert torch.equal(draw_tokens(logits, draws(wishes), positions), want)
+    assert torch.equal(draw_tokens(logits, draws(samplings), positions), want)
     assert said == ["sampling"]

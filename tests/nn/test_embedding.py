@@ -17,9 +17,10 @@ from quantkit.numerics import grid
 from quantkit.pipeline.plan import make_plan
 from quantkit.pipeline.rules import Rule
 from quantkit.pipeline.settings import Output
+from quantkit.presets import preset
 from quantkit.quantizers.rtn import nearest
 from quantkit.recipe.schema import Recipe
-from quantkit.spec import QuantSpec, preset
+from quantkit.spec import QuantSpec
 from tests import tiny
 
 SPECS = [QuantSpec("int8", (1, 32)), QuantSpec("int4", (1, 16), symmetric=False), QuantSpec("fp8_e4m3"), QuantSpec("int3")]

@@ -6,10 +6,10 @@ import torch
 from quantkit.numerics.fake import fake_quantize
 from quantkit.spec import TOKEN_INT8, QuantSpec
 
-TOKEN = QuantSpec(*TOKEN_INT8)
+TOKEN = TOKEN_INT8.grid
 
 
-@pytest.mark.parametrize("spec", [TOKEN, QuantSpec("int8", (-1, -1), False, "float32", True), QuantSpec("int4", (1, -1))])
+@pytest.mark.parametrize("spec", [TOKEN, QuantSpec("int8", (-1, -1), False, "float32"), QuantSpec("int4", (1, -1))])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_values_are_on_the_grid_and_near(spec: QuantSpec, dtype: torch.dtype) -> None:
     x = torch.randn(2, 3, 40, generator=torch.Generator().manual_seed(0)).to(dtype)

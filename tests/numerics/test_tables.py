@@ -14,9 +14,10 @@ from quantkit.errors import SpecError
 from quantkit.numerics import grid
 from quantkit.pipeline.quantize import quantize
 from quantkit.pipeline.settings import Output
+from quantkit.presets import NAMED, preset
 from quantkit.qtensor import GridTensor
 from quantkit.quantizers.rtn import nearest
-from quantkit.spec import NAMED, QuantSpec, preset
+from quantkit.spec import QuantSpec
 from tests.tiny import tiny_llama
 
 # The values printed in QLoRA's appendix E.

@@ -1,5 +1,6 @@
 """Scales learned end to end: the gradient is right, the KL falls, everything else stays, and kills change nothing."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -83,6 +84,15 @@ def test_the_teacher_keeps_its_head_where_the_students_is_quantized(family: str)
         curves.append(result.metadata["distill"]["kl"][0])
         assert head is None or not isinstance(model.lm_head, torch.nn.Linear)
     assert curves[1] > 100 * curves[0]  # what a head of 2 bits loses is seen
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_tied"])
+def test_a_quantized_embedding_may_have_another_dtype_than_the_products(family: str) -> None:
+    model = FAMILIES[family]()
+    settings = Distill(steps=2, windows=2, dtype="bfloat16")
+    rules = [Rule("embedding", "w8a16")]
+    result = quantize(model, "w3a16-g32", steps=[settings], rules=rules, calibration=Calibration(data=ids()))
+    assert all(math.isfinite(loss) for loss in result.metadata["distill"]["kl"])
 
 
 @pytest.mark.parametrize("family", ["llama_tied", "gpt2", "qwen3_moe", "gpt_oss", "gemma2"])

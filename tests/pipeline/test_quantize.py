@@ -214,6 +214,18 @@ def test_strict_looks_at_every_layer_whatever_a_rule_skips() -> None:
         quantize(FAMILIES["llama"](), partial, method="rtn", run=Run(strict=True))
 
 
+def test_strict_names_linear_layers_that_cannot_be_replaced() -> None:
+    class Doubled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    model = FAMILIES["llama"]()
+    model.model.layers[0].mlp.up_proj.__class__ = Doubled
+    with pytest.raises(SpecError, match=r"layers\.0\.mlp\.up_proj\.weight \(Doubled is not a plain linear layer\) would stay"):
+        quantize(model, method="rtn", run=Run(strict=True))
+    quantize(model, method="rtn", rules=[Rule("model.layers.0.mlp.up_proj", skip=True)], run=Run(strict=True))
+
+
 def test_a_plan_is_made_before_and_carried_out_as_it_is() -> None:
     made = plan(FAMILIES["llama"](), "w4a16", rules=[Rule("v_proj", "w8a16"), Rule("head", "w8a16-g32")])
     assert "layers int8 g64" in repr(made)

@@ -73,6 +73,7 @@ def test_python_and_recipe_share_one_definition_of_the_settings(tmp_path):
         (lambda: quantkit.Run(strict="yes"), "should be a valid boolean"),
         (lambda: quantkit.Rule("a"), "a rule wants either skip"),
         (lambda: quantkit.Rule("a", "w4a61"), "unknown scheme 'w4a61'; did you mean"),
+        (lambda: quantkit.SchemeChoice(full=quantkit.Scheme(quantkit.QuantSpec("int4")), group_size=32), "already says both"),
         (lambda: quantkit.Rule("a", 5), r"Rule\(scheme=5\): want a preset name"),
     ],
 )

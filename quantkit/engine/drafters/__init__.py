@@ -1,16 +1,16 @@
-"""Drafters: cheap guesses at the next tokens, verified by the model in one step (speculative decoding).
+"""Drafters: cheap guesses at the next tokens, which the model verifies in a single step (speculative decoding).
 
-Verification never trusts a guess. At every position the engine chooses the token it would have chosen anyway, with the
-request's own noise, and goes on as long as that is what was guessed. So the answer is the answer without drafts, token for
-token (up to rounding where rows of a batch are computed together), and its distribution is the model's whatever the drafter
-says. For a guess without noise the chance to be right is p(guess), as with the rejection rule of Leviathan et al. 2022 (arXiv
-2211.17192) and Chen et al. 2023 (arXiv 2302.01318). A drafter with a distribution of its own should choose with the *same*
-noise, which makes both agree about as often as they can: drafter-invariant speculative decoding (Daliri, Musco and Suresh 2024,
-arXiv 2408.07978).
+Verification does not depend on the quality of a guess. At every position the engine chooses the token that it would have chosen
+without drafts, with the request's own noise, and continues as long as that token equals the guess. The answer is therefore the
+answer without drafts, token for token (up to the rounding of rows that are computed together), and its distribution is the
+model's. A guess that is made without noise is accepted with probability p(guess), as under the rejection rule of Leviathan et
+al. 2022 (arXiv 2211.17192) and Chen et al. 2023 (arXiv 2302.01318). A drafter that has a distribution of its own should choose
+with the *same* noise as the engine, which makes the two agree about as often as possible: drafter-invariant speculative
+decoding (Daliri, Musco and Suresh 2024, arXiv 2408.07978).
 
-A drafter is one file here that registers itself.
+To add a drafter, write one file with a class that registers itself in :data:`~quantkit.engine.drafters.base.DRAFTERS`.
 """
 
-from quantkit.engine.drafters.base import DRAFTERS, Ask, Costs, Drafter, DraftLength
+from quantkit.engine.drafters.base import DRAFTERS, Drafter, DrafterContext, DraftModel, DraftRequest
 
-__all__ = ["DRAFTERS", "Ask", "Costs", "DraftLength", "Drafter"]
+__all__ = ["DRAFTERS", "DraftModel", "DraftRequest", "Drafter", "DrafterContext"]

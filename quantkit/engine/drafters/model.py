@@ -1,46 +1,49 @@
-"""Guess with a smaller model of the same vocabulary, a token at a time, for all sequences at once.
+"""Draft with a smaller model of the same vocabulary, one token at a time, for all sequences together.
 
-The small model reads what the sequence has gained since it was last asked, then writes ``count`` tokens, each chosen as the
-engine would choose it: greedily, or with the same noise under the same sampling (see the package's docstring). Its memory is a
-row of pages for every slot; what it wrote of its own guesses stays if they were right and is overwritten if not.
+The draft model reads the tokens that a sequence has gained since its last request, and then generates ``count`` tokens, each
+chosen as the engine would choose it: greedily, or with the same parameters and noise (see the package's docstring). Its
+key/value memory has a fixed row of pages for every slot. Keys and values of accepted drafts are kept; others are overwritten.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from quantkit.engine.backend import Backend, Memory, Span
-from quantkit.engine.drafters.base import DRAFTERS, Ask, choose_drafts
+from quantkit.engine.drafters.base import DRAFTERS, MODEL_DRAFTER, DrafterContext, DraftRequest, choose_drafts
 from quantkit.errors import QuantkitError
 
 
 @dataclass(slots=True)
 class _Slot:
-    """What the small model has read in one slot, and for whom."""
+    """The tokens that the draft model has read in one slot, and the number of their sequence."""
 
-    owner: int | None = None
+    number: int | None = None
     ids: list[int] = field(default_factory=list)
 
 
-@DRAFTERS.register("model")
+@DRAFTERS.register(MODEL_DRAFTER)
 class ModelDrafter:
-    """A smaller model.
+    """Draft with a smaller model.
 
     Args:
-        backend: the small model; this object reserves its memory.
-        slots: sequences that run at once in the engine.
+        backend: the draft model; its key/value memory is allocated here.
+        slots: sequences that run at the same time in the engine.
         context_tokens: longest sequence.
-        step_tokens: tokens it reads per step.
-        vocabulary: how many ids it knows, and how many the target; None: the same. Models of one family pad theirs differently.
+        step_tokens: tokens that the draft model reads per step.
+        vocabulary: number of token ids of the draft model and of the target; None if they are equal. Models of one family
+            often pad their vocabularies differently.
 
     Raises:
-        QuantkitError: a backend that cannot step a position twice.
+        QuantkitError: a backend that cannot run a position twice.
     """
 
+    needs_model: ClassVar[bool] = True
     shares_memory = False
     PAGE_TOKENS = 32
 
@@ -53,62 +56,70 @@ class ModelDrafter:
         vocabulary: tuple[int, int] | None = None,
     ) -> None:
         if not backend.rewinds:
-            raise QuantkitError(f"the drafter's model cannot go back to an earlier token: {backend.notice}")
+            raise QuantkitError(f"the draft model cannot go back to an earlier token: {backend.notice}")
         self._backend, self._step_tokens = backend, step_tokens
-        self._known, self._wanted = vocabulary or (0, 0)
+        self._own_vocabulary, self._target_vocabulary = vocabulary or (0, 0)
         self._context = min(context_tokens, backend.context_tokens or context_tokens)
         self._pages = -(-self._context // self.PAGE_TOKENS)
         self._slots = [_Slot() for _ in range(slots)]
         backend.reserve(Memory(self._pages * slots, self.PAGE_TOKENS, slots))
 
+    @classmethod
+    def make(cls, context: DrafterContext) -> "ModelDrafter":
+        """Return a drafter that runs ``context.draft_model``."""
+        model, longest = context.draft_model, context.limits.context_tokens
+        assert model is not None
+        assert longest is not None
+        return cls(model.backend, context.limits.running, longest, vocabulary=(model.vocabulary, context.vocabulary))
+
     @torch.inference_mode()
-    def propose(self, asks: Sequence[Ask]) -> list[list[int]]:
+    def propose(self, requests: Sequence[DraftRequest]) -> list[list[int]]:
         """See :class:`~quantkit.engine.drafters.base.Drafter`."""
-        able = [ask for ask in asks if len(ask.ids) < self._context and self._knows(ask.ids)]
-        written: dict[int, list[int]] = {ask.number: [] for ask in asks}
+        able = [request for request in requests if len(request.ids) < self._context and self._knows(request.ids)]
+        written: dict[int, list[int]] = {request.number: [] for request in requests}
         active = able
-        for i in range(max((ask.count for ask in able), default=0)):
-            active = [ask for ask in active if i < ask.count and len(ask.ids) + i < self._context]
+        for i in range(max((request.count for request in able), default=0)):
+            active = [request for request in active if i < request.count and len(request.ids) + i < self._context]
             if not active:
                 break
-            for ask, token in zip(active, self._next(active, written), strict=True):
+            for request, token in zip(active, self._next(active, written), strict=True):
                 if token is not None:
-                    written[ask.number].append(token)
-            active = [ask for ask in active if len(written[ask.number]) == i + 1]
-        return [written[ask.number] for ask in asks]
+                    written[request.number].append(token)
+            active = [request for request in active if len(written[request.number]) == i + 1]
+        return [written[request.number] for request in requests]
 
     def forget(self, number: int) -> None:
         """See :class:`~quantkit.engine.drafters.base.Drafter`."""
         for slot in self._slots:
-            if slot.owner == number:
-                slot.owner, slot.ids = None, []
+            if slot.number == number:
+                slot.number, slot.ids = None, []
 
-    def _next(self, asks: Sequence[Ask], written: dict[int, list[int]]) -> list[int | None]:
-        """Read what is new and choose one more token for each ask; None where the small model has no usable logits."""
-        spans = [self._span(ask, [*ask.ids, *written[ask.number]]) for ask in asks]
+    def _next(self, requests: Sequence[DraftRequest], written: dict[int, list[int]]) -> list[int | None]:
+        """Read the new tokens and choose one more draft per request; None where the logits cannot be used."""
+        spans = [self._span(request, [*request.ids, *written[request.number]]) for request in requests]
         logits = self._read(spans)
-        if self._wanted and logits.shape[-1] != self._wanted:  # the target's noise is of this length
-            missing = max(self._wanted - logits.shape[-1], 0)
-            logits = F.pad(logits[:, : self._wanted], (0, missing), value=-math.inf)
-        return choose_drafts(asks, written, logits)
+        target = self._target_vocabulary
+        if target and logits.shape[-1] != target:  # the noise of the target has this length
+            logits = F.pad(logits[:, :target], (0, max(target - logits.shape[-1], 0)), value=-math.inf)
+        return choose_drafts(requests, written, logits)
 
     def _knows(self, ids: Sequence[int]) -> bool:
-        return self._known >= self._wanted or max(ids) < self._known
+        return self._own_vocabulary >= self._target_vocabulary or max(ids) < self._own_vocabulary
 
-    def _span(self, ask: Ask, ids: list[int]) -> Span:
-        slot = self._slots[ask.slot]
-        fresh = slot.owner != ask.number
+    def _span(self, request: DraftRequest, ids: list[int]) -> Span:
+        slot = self._slots[request.slot]
+        fresh = slot.number != request.number
         if fresh:
-            slot.owner, slot.ids = ask.number, []
+            slot.number, slot.ids = request.number, []
         known = min(len(slot.ids), len(ids) - 1)
-        while slot.ids[:known] != ids[:known]:  # wrong guesses are at the end
+        while slot.ids[:known] != ids[:known]:  # rejected drafts are at the end
             known -= 1
         slot.ids = ids
-        first = ask.slot * self._pages
-        return Span(ask.slot, known, ids[known:], range(first, first + self._pages), 1, fresh)
+        first = request.slot * self._pages
+        return Span(request.slot, known, ids[known:], range(first, first + self._pages), 1, fresh)
 
     def _read(self, spans: list[Span]) -> Tensor:
-        """Step ``spans``, long ones in chunks before, and return the logits after each."""
+        """Run ``spans``, splitting long ones into chunks, and return the logits after each span."""
         last = []
         for span in spans:
             start, ids, fresh = span.start, list(span.ids), span.fresh

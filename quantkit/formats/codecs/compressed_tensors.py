@@ -255,4 +255,4 @@ def codec_named(name: str) -> Codec:
 def codec_of(scheme: Scheme) -> Codec:
     """Return the codec that a scheme is written with."""
     codec = codec_named(layout_name(scheme))
-    return WithInputScale(codec, scheme.activation.scale_dtype) if scheme.activation and scheme.static else codec
+    return WithInputScale(codec, scheme.activation.grid.scale_dtype) if scheme.activation and scheme.static else codec

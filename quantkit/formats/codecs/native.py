@@ -72,4 +72,4 @@ class NativeCodec:
 
 def codec_of(scheme: Scheme) -> Codec:
     """Return the codec of a scheme: there is one, which is told whether there is an input scale."""
-    return NativeCodec(scheme.activation.scale_dtype if scheme.static and scheme.activation else None)
+    return NativeCodec(scheme.activation.grid.scale_dtype if scheme.static and scheme.activation else None)

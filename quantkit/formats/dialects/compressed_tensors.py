@@ -31,7 +31,7 @@ from quantkit.formats.codecs.compressed_tensors import (
     fp4_name,
     layout_name,
 )
-from quantkit.spec import QuantSpec, Scheme
+from quantkit.spec import ActivationSpec, QuantSpec, Scheme
 
 VERSION = "0.18.0"
 """First compressed-tensors release whose ``pack-quantized`` is the dense layout that we write."""
@@ -112,16 +112,16 @@ def _scale_dtype(tensors: Mapping[str, torch.dtype]) -> str | None:
     return names[0] if names else None
 
 
-def _rejects_activation(weight: QuantSpec, activation: QuantSpec) -> str | None:
-    what = f"activations {activation.describe()}"
+def _rejects_activation(weight: QuantSpec, activation: ActivationSpec) -> str | None:
+    what, grid = f"activations {activation.describe()}", activation.grid
     if activation.rotated:
         return f"{what}: its readers would not rotate them; use format native, or w8a8 and transforms=rotate"
-    if activation.is_integer != weight.is_integer:
+    if grid.is_integer != weight.is_integer:
         return f"{what} do not go with weights {weight.describe()}; use w8a8 or fp8-dynamic"
-    if activation.bits != 8 or (activation.strategy == "group" and not activation.is_integer):
+    if grid.bits != 8 or (grid.strategy == "group" and not grid.is_integer):
         return f"{what}: only int8 per token, group or tensor and FP8 per token or tensor can be stored"
-    if not activation.dynamic and (weight.bits != 8 or weight.strategy not in ("channel", "tensor")):
-        return f"{what} static: they need 8-bit weights per channel or tensor, not {weight.describe()}; use w8a8-static"
+    if activation.static and (weight.bits != 8 or weight.strategy not in ("channel", "tensor")):
+        return f"{what}: they need 8-bit weights per channel or tensor, not {weight.describe()}; use w8a8-static"
     return None
 
 
@@ -133,19 +133,20 @@ def _weight_args(spec: QuantSpec, dtype: str) -> dict[str, Any]:
     return args if spec.scale_dtype == dtype else {**args, "scale_dtype": f"torch.{spec.scale_dtype}"}
 
 
-def _activation_args(spec: QuantSpec, dtype: str) -> dict[str, Any]:
-    args = _args(spec, "token" if spec.strategy == "channel" else spec.strategy)
-    return args if spec.dynamic or spec.scale_dtype == dtype else {**args, "scale_dtype": f"torch.{spec.scale_dtype}"}
+def _activation_args(spec: ActivationSpec, dtype: str) -> dict[str, Any]:
+    grid = spec.grid
+    args = _args(grid, "token" if grid.strategy == "channel" else grid.strategy, spec.dynamic)
+    return args if spec.dynamic or grid.scale_dtype == dtype else {**args, "scale_dtype": f"torch.{grid.scale_dtype}"}
 
 
-def _args(spec: QuantSpec, strategy: str) -> dict[str, Any]:
+def _args(spec: QuantSpec, strategy: str, dynamic: bool = False) -> dict[str, Any]:
     return {
         "num_bits": spec.bits,
         "type": "int" if spec.is_integer else "float",
         "symmetric": spec.symmetric,
         "strategy": strategy,
         "group_size": spec.group_size if spec.strategy == "group" else None,
-        "dynamic": spec.dynamic,
+        "dynamic": dynamic,
     }
 
 
@@ -163,8 +164,8 @@ def _read_config(config: Mapping[str, Any], scale_dtype: str) -> Matcher:
             raise FormatError(f"config_groups.{name}.output_activations is set, which quantkit cannot load")
         activation = _read_activation_args(group.get("input_activations"), name, spec)
         codec = _read_codec(how, spec, config.get("version"), name)
-        if activation is not None and not activation.dynamic:
-            codec = WithInputScale(codec, activation.scale_dtype)
+        if activation is not None and activation.static:
+            codec = WithInputScale(codec, activation.grid.scale_dtype)
         groups.append((list(group["targets"]), Stored(Scheme(spec, activation), codec)))
     ignore = list(config.get("ignore") or ())
     for pattern in (*ignore, *(target for targets, _ in groups for target in targets)):
@@ -214,7 +215,7 @@ def _read_weight_args(args: Mapping[str, Any], scale_dtype: str, where: str, for
     )
 
 
-def _read_activation_args(args: Mapping[str, Any] | None, group: str, weight: QuantSpec) -> QuantSpec | None:
+def _read_activation_args(args: Mapping[str, Any] | None, group: str, weight: QuantSpec) -> ActivationSpec | None:
     if not args:
         return None
     blocks = {"token": (1, -1), "tensor": (-1, -1), "group": (1, int(args.get("group_size") or -1))}
@@ -226,7 +227,8 @@ def _read_activation_args(args: Mapping[str, Any] | None, group: str, weight: Qu
             "integers and FP8 per token, group or tensor, and static ones per tensor"
         )
     named = str(args.get("scale_dtype") or weight.scale_dtype).removeprefix("torch.")
-    spec = QuantSpec(dtype, blocks[strategy], bool(args.get("symmetric", True)), "float32" if dynamic else named, dynamic)
+    grid = QuantSpec(dtype, blocks[strategy], bool(args.get("symmetric", True)), "float32" if dynamic else named)
+    spec = ActivationSpec(grid, dynamic)
     if reason := _rejects_activation(weight, spec):
         raise FormatError(f"{where}: {reason}")
     return spec

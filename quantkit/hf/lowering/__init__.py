@@ -1,1 +1,1 @@
-"""Turn a transformers decoder into the operations of kernels.program, or say why that cannot be done."""
+"""Convert a transformers decoder to a program of :mod:`quantkit.kernels.program`, or say why that is not possible."""

@@ -1,15 +1,15 @@
-"""Lower a model of transformers to a decoder program, without a table of architectures, and prove it.
+"""Lower a transformers model to a decoder program without a table of architectures, and verify the result.
 
-:func:`lower` watches one forward pass (``quantkit/hf/lowering/trace.py``), finds out how the values follow from one another,
-writes that down as a :class:`~quantkit.kernels.program.definition.Program`, and then runs the program's definition beside the
-recorded pass: each layer on the input the model's own layer had, and the logits. A model for which any of this fails is refused
-with the reason, and runs through its modules instead. So a family is claimed when it is proven, and what no one has heard of
-yet may work too.
+:func:`lower` records one forward pass (``quantkit/hf/lowering/trace.py``), finds out how its values are computed from one
+another, writes that down as a :class:`~quantkit.kernels.program.definition.Program`, and then compares the program with the
+recorded pass: each layer on the input that the model's own layer had, and the logits. If any of this fails, the model is
+refused with the reason and runs through its modules instead. A model family is thus supported if it passes the verification,
+including families that were unknown when this code was written.
 
-What a few first tokens cannot show is asked far out: the proof is repeated at the last positions of the model, the sizes of
-windows are read off the mask function, rotary tables come from the model's own rotary module. What depends on how large a
-value gets (a clipped projection) can hide from any proof by example; configs that ask for it are refused by name.
-Weights are shared with the model, norms are copied in float32.
+Some properties do not show at the first few tokens. The verification is therefore repeated at the last positions that the model
+supports, window sizes are read from the mask function, and rotary tables come from the model's own rotary module. Operations
+that change large values only, such as clipping a projection, cannot be found by examples at all; configs that request them are
+refused by name. Weights are shared with the model; norms are copied in float32.
 """
 
 import contextlib
@@ -32,29 +32,32 @@ from quantkit.nn.linear import QuantLinear, QuantWeight
 from quantkit.system.memory import return_freed_memory
 
 _CLIPPING = ("clip_qkv",)
-"""Config options that change large values only."""
+"""Config options that affect large values only."""
 
 _LAYER_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""Error of a layer's output relative to the output, both as norms; the model's own rounding is all that may show.
+"""Largest accepted norm of a layer's error relative to the norm of its output: room for the model's own rounding only.
 
-Norms, because in 16 bits a single channel may be off by a tenth of the largest (measured: 0.08 in a layer with a massive
-activation) while the whole is right to a hundredth; what is computed wrongly is off by tenths as a whole.
+Norms are compared, because in 16 bits a single channel can be wrong by a tenth of the largest value (measured: 0.08 in a layer
+with a massive activation) while the whole output is right to a hundredth. A wrong computation changes the norm by tenths.
 """
 
 
 class CannotLower(QuantkitError):
-    """A model that no program describes; the message is the reason."""
+    """The model cannot be described as a program; the message is the reason."""
 
 
 def lower(model: PreTrainedModel) -> Program:
-    """Return the program that computes what ``model`` does.
+    """Return a program that computes the same as ``model``.
 
-    The model is run once, on :data:`~quantkit.hf.lowering.trace.TOKENS` tokens, in its own dtype; it must be in evaluation
-    mode. Its weights are shared: the program sees values changed in place (norms excepted); what is *replaced* later needs a
-    new program.
+    The model is run once or twice on :data:`~quantkit.hf.lowering.trace.TOKENS` tokens, in its own dtype. Its weights are
+    shared: the program sees values that are changed in place (except norms), but weights that are *replaced* later need a new
+    program.
+
+    Args:
+        model: a causal language model in eval mode.
 
     Raises:
-        CannotLower: with the first thing about the model that no program describes, or where the proof failed.
+        CannotLower: the model has an operation that programs cannot describe, or the verification failed.
     """
     try:
         with _float_activations(model):
@@ -62,7 +65,7 @@ def lower(model: PreTrainedModel) -> Program:
     except CannotWatch as error:
         raise CannotLower(str(error)) from error
     except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError, StopIteration) as error:
-        raise CannotLower(f"watching it failed: {type(error).__name__}: {error}") from error
+        raise CannotLower(f"recording its forward pass failed: {type(error).__name__}: {error}") from error
 
 
 def _lower(model: PreTrainedModel) -> Program:
@@ -71,19 +74,19 @@ def _lower(model: PreTrainedModel) -> Program:
     stack = model.get_submodule(find_stack(model))
     trace = watch(model, stack)
     program = _write(model, trace)
-    _prove(program, trace)
+    _verify(program, trace)
     return_freed_memory()
     limit = min(length for length in (program.max_tokens, program.rope_switch, FAR // 4) if length)
     if limit > 2 * TOKENS:
-        _prove(program, watch(model, stack, limit - TOKENS))
+        _verify(program, watch(model, stack, limit - TOKENS))
     return program
 
 
 @contextlib.contextmanager
 def _float_activations(model: PreTrainedModel) -> Iterator[None]:
-    """Let quantized layers take activations as they are meanwhile: rounded ones would hide what a program computes.
+    """Switch off the rounding of activations in quantized layers, which would blur the comparison of values.
 
-    Those in a rotated basis stay: without the rounding there would be no rotation either.
+    Activations that are rounded in a rotated basis stay as they are, because the rotation is part of the rounding.
     """
     layers = [m for m in model.modules() if isinstance(m, QuantLinear | QuantWeight)]
     before = [(module, module.compute, module.activation) for module in layers]
@@ -105,7 +108,7 @@ def _write(model: PreTrainedModel, trace: Trace) -> Program:
     config: Any = model.config.get_text_config(decoder=True)
     for option in _CLIPPING:
         if getattr(config, option, None) is not None:
-            raise CannotWatch(f"the config asks for {option}")
+            raise CannotWatch(f"the config has {option}")
     embedding, scale = _embedding(trace, config)
     rotaries = Rotaries([*trace.before, *(call for layer in trace.layers for call in layer.calls)])
     layers: list[Layer] = []
@@ -133,7 +136,7 @@ def _write(model: PreTrainedModel, trace: Trace) -> Program:
 
 
 def _embedding(trace: Trace, config: Any) -> tuple[Tensor | QuantEmbedding, float]:
-    """Return the embedding and the factor between its rows and the first layer's input."""
+    """Return the embedding table, and the factor from its rows to the first layer's input."""
     for call in trace.before:
         if isinstance(call.module, nn.Embedding | QuantEmbedding) and facts.same(call.x, trace.ids[None]):
             table = call.module if isinstance(call.module, QuantEmbedding) else call.module.weight.detach()
@@ -142,11 +145,13 @@ def _embedding(trace: Trace, config: Any) -> tuple[Tensor | QuantEmbedding, floa
             if scale is None:
                 break
             return table, scale
-    raise CannotWatch("the first layer's input is not an embedding times a number (learned positions, a norm, a projection?)")
+    raise CannotWatch(
+        "the first layer's input is not an embedding times a number (are there learned positions, a norm or a projection?)"
+    )
 
 
 def _head(trace: Trace, config: Any) -> tuple[Linear, Norm | None, float, float | None]:
-    """Return the output head, the norm before it, and what happens to its output."""
+    """Return the output head, the norm before it, and the scale and the soft cap of the logits."""
     last = _out(trace.layers[-1].y)
     norms = [(call, norm) for call in facts.find(trace.after, x=last) if (norm := facts.as_norm(call)) is not None]
     inner, final_norm = (flat(norms[0][0].y), norms[0][1]) if norms else (last, None)
@@ -170,7 +175,7 @@ def _out(y: Tensor | None) -> Tensor:
 
 
 def _rope_limit(config: Any, kind: str) -> int | None:
-    """Return the length beyond which rotary embeddings of ``kind`` ("longrope", "dynamic") change, or None without them."""
+    """Return the length beyond which rotary embeddings of ``kind`` ("longrope", "dynamic") change; None if there are none."""
     rope = getattr(config, "rope_parameters", None) or {}
     for parameters in (rope, *(value for value in rope.values() if isinstance(value, dict))):  # one set, or one per layer type
         if parameters.get("rope_type") == kind:
@@ -178,8 +183,8 @@ def _rope_limit(config: Any, kind: str) -> int | None:
     return None
 
 
-def _prove(program: Program, trace: Trace) -> None:
-    """Run the definition beside the recorded pass, each part on the model's own input.
+def _verify(program: Program, trace: Trace) -> None:
+    """Compare the program with the recorded pass, each part on the model's own input.
 
     Raises:
         CannotWatch: naming the part whose output differs.

@@ -1,4 +1,4 @@
-"""Read one decoder layer off its trace: which norms, linears and activations turned its input into its output."""
+"""Reconstruct one decoder layer from its trace: the norms, linear layers and activations between its input and output."""
 
 import itertools
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from quantkit.nn.linear import QuantWeight
 
 
 def linear_of(call: Call) -> Linear:
-    """Return the linear layer that a call ran; its module is one that :func:`facts.matrix` knows."""
+    """Return the linear layer of a call for which :func:`facts.matrix` finds a weight."""
     bias = getattr(call.module, "bias", None)
     shape = (call.y.shape[-1], call.x.shape[-1])
     weight: Any = facts.matrix(call)
@@ -25,35 +25,48 @@ def linear_of(call: Call) -> Linear:
 
 
 class Rotaries:
-    """The rotary embeddings that were called, and those that layers turned out to use."""
+    """The rotary embeddings that were called, and those of them that layers use."""
 
     def __init__(self, calls: list[Call]) -> None:
-        self._known = [turning for call in calls for turning in facts.turnings(call)]
-        self._taken: list[facts.Turning] = []
+        self._known = [reading for call in calls for reading in facts.rotary_readings(call)]
+        self._used: list[facts.RotaryReading] = []
 
     @property
     def used(self) -> list[Rotary]:
-        """What :meth:`index` has pointed at."""
-        return [Rotary(turning.dim, turning.interleaved, turning.tables) for turning in self._taken]
+        """The embeddings that :meth:`index` has returned, in the order of their indices."""
+        return [Rotary(reading.dim, reading.interleaved, reading.tables) for reading in self._used]
 
     def index(self, pairs: list[tuple[Tensor, Tensor]]) -> int | None:
-        """Return the index of the embedding that turns each ``before`` into its ``after``; None if nothing was turned."""
+        """Return the index of the embedding that rotates each ``before`` to its ``after``; None if nothing was rotated.
+
+        Raises:
+            CannotWatch: no known embedding does.
+        """
         if all(facts.same(before, after) for before, after in pairs):
             return None
-        for turning in self._known:
-            if all(turning.turns(before, after) for before, after in pairs):
-                if turning not in self._taken:
-                    self._taken.append(turning)
-                return self._taken.index(turning)
-        raise CannotWatch("queries and keys are not rotated by a rotary embedding of a known kind")
+        for reading in self._known:
+            if all(reading.explains(before, after) for before, after in pairs):
+                if reading not in self._used:
+                    self._used.append(reading)
+                return self._used.index(reading)
+        raise CannotWatch("queries and keys are not rotated by a known kind of rotary embedding")
 
 
 class LayerReader:
-    """Solve one layer. ``config`` only suggests values of numbers; ``rotaries`` collects what the layers use."""
+    """Reconstruct one layer.
+
+    Args:
+        trace: recorded pass of the layer.
+        config: config of the decoder; only suggests values of scalars.
+        rotaries: the model's rotary embeddings; records those that the layer uses.
+
+    Raises:
+        CannotWatch: the layer does not call attention exactly once, or returns nothing.
+    """
 
     def __init__(self, trace: LayerTrace, config: Any, rotaries: Rotaries) -> None:
         if len(trace.attention) != 1 or trace.y is None:
-            raise CannotWatch(f"attention is called {len(trace.attention)} times")
+            raise CannotWatch(f"attention is called {len(trace.attention)} times, want once")
         self.trace, self.config, self.rotaries = trace, config, rotaries
         self.seen: AttentionCall = trace.attention[0]
         self.norms = [(call, norm) for call in trace.calls if (norm := facts.as_norm(call)) is not None]
@@ -64,7 +77,7 @@ class LayerReader:
         """Return the layer.
 
         Raises:
-            CannotWatch: naming what is unknown.
+            CannotWatch: naming the part that is not understood.
         """
         attention, reads, a = self._attention()
         mlp, mlp_reads, m = self._mixture() or self._mlp()
@@ -74,7 +87,7 @@ class LayerReader:
         mlp_out, m = self._after(m)
         attention_in, source = self._before(reads)
         if not facts.same(source, x):
-            raise CannotWatch("attention does not read the layer's input, or a norm of it")
+            raise CannotWatch("attention does not read the layer's input or a norm of it")
         mlp_in, middle = self._before(mlp_reads)
         parallel = facts.same(middle, x)
         attention_scale = self._factor(middle - x, a) if not parallel else None
@@ -90,37 +103,37 @@ class LayerReader:
         return Layer(attention, mlp, attention_in, attention_out, mlp_in, mlp_out, parallel, attention_scale, mlp_scale)
 
     def _factor(self, difference: Tensor, part: Tensor) -> float | None:
-        """Return s with ``difference == s * part``, where the difference has the rounding of the residual stream."""
+        """Return s with ``difference == s * part``, or None; the difference has the rounding error of the residual stream."""
         largest = float(self.trace.x.float().abs().max()) / max(float(part.float().abs().max()), 1e-30)
         return facts.factor(difference, part, self.config, slack=max(1.0, largest))
 
     def _before(self, x: Tensor) -> tuple[Norm | None, Tensor]:
-        """Return the norm that made ``x`` and what it read; no norm and x itself if none did."""
+        """Return the norm whose output is ``x``, and its input; None and ``x`` if there is no such norm."""
         for call, norm in self.norms:
             if facts.same(call.y, x):
                 return norm, flat(call.x)
         return None, x
 
     def _after(self, y: Tensor) -> tuple[Norm | None, Tensor]:
-        """Return the norm that read ``y`` and what it made; no norm and y itself if none did."""
+        """Return the norm whose input is ``y``, and its output; None and ``y`` if there is no such norm."""
         for call, norm in self.norms:
             if facts.same(call.x, y):
                 return norm, flat(call.y)
         return None, y
 
     def _attention(self) -> tuple[Attention, Tensor, Tensor]:
-        """Return the attention, what it reads and what it returns."""
+        """Return the attention, its input and its output."""
         seen = self.seen
         unknown = set(seen.options) - {"softcap"}
         if unknown:
-            raise CannotWatch(f"attention is called with {', '.join(sorted(unknown))}")
+            raise CannotWatch(f"attention has unknown options: {', '.join(sorted(unknown))}")
         qkv, parts = self._projections()
         heads, size = seen.q.shape[1:]
         (q_norm, q), (k_norm, k) = (self._head_norm(part, size) for part in parts)
         rotary = self.rotaries.index([(q, seen.q), (k, seen.k)])
         out = next(facts.find(self.linears, x=seen.y), None)
         if out is None:
-            raise CannotWatch("attention's output does not go straight into a linear layer (a gate?)")
+            raise CannotWatch("attention's output is not the input of a linear layer (is it gated?)")
         attention = Attention(
             qkv=tuple(linear_of(call) for call in qkv),
             out=linear_of(out),
@@ -138,7 +151,7 @@ class LayerReader:
         return attention, flat(qkv[0].x), flat(out.y)
 
     def _projections(self) -> tuple[list[Call], tuple[Tensor, Tensor]]:
-        """Return the calls whose outputs, side by side, are [q | k | v], and the unnormalized, unrotated q and k."""
+        """Return the calls whose concatenated outputs are [q | k | v], and q and k before norm and rotation."""
         seen = self.seen
         wide, narrow = seen.q[0].numel(), seen.k[0].numel()
         v = flat(seen.v)
@@ -148,25 +161,25 @@ class LayerReader:
                 return [call], (y[:, :wide], y[:, wide : wide + narrow])
         values = next((call for call in self.earlier if facts.same(call.y, v)), None)
         if values is None:
-            raise CannotWatch("the values are not the output of a linear layer, nor the end of one's")
+            raise CannotWatch("the values are not the output, or the last part of the output, of a linear layer")
         others = [call for call in facts.find(self.earlier, x=values.x) if call is not values]
         for q, k in itertools.permutations(others, 2):
             if q.y.shape[-1] == wide and k.y.shape[-1] == narrow and self._fits(q, k):
                 return [q, k, values], (flat(q.y), flat(k.y))
-        raise CannotWatch("queries and keys are not the outputs of linear layers that read what the values' reads")
+        raise CannotWatch("queries and keys are not the outputs of linear layers with the same input as that of the values")
 
     def _fits(self, q: Call, k: Call) -> bool:
-        """Tell q from k where both have one width."""
+        """Return whether the calls can be q and k, for the case that both have the same width."""
         size = self.seen.q.shape[-1]
         try:
             pairs = [(self._head_norm(flat(call.y), size)[1], after) for call, after in ((q, self.seen.q), (k, self.seen.k))]
             self.rotaries.index(pairs)
         except CannotWatch:
-            return q.y.shape[-1] != k.y.shape[-1]  # a clearer reason comes later
+            return q.y.shape[-1] != k.y.shape[-1]  # the caller finds a clearer reason
         return True
 
     def _head_norm(self, x: Tensor, size: int) -> tuple[Norm | None, Tensor]:
-        """Return the norm over heads or the full width that read ``x`` (T, heads * size), and x after it, by heads."""
+        """Return the norm, per head or over the full width, with input ``x`` (T, heads * size), and its output by heads."""
         for call, norm in self.norms:
             if call.x.numel() == x.numel() and torch.equal(_by_token(call.x, len(x), size), x):
                 return norm, _by_token(call.y, len(x), size).view(len(x), -1, size)
@@ -176,13 +189,15 @@ class LayerReader:
         return (call for call in self.linears if id(call) not in self.used)
 
     def _mlp(self) -> tuple[Mlp, Tensor, Tensor]:
-        """Return the feed-forward network, what it reads and what it returns."""
+        """Return the feed-forward network, its input and its output."""
         calls = list(self._rest())
         if not 2 <= len(calls) <= 3:
-            raise CannotWatch(f"{len(calls)} linear layers beside attention's; a feed-forward network has two or three")
+            raise CannotWatch(
+                f"{len(calls)} linear layers besides those of attention, want the two or three of a feed-forward network"
+            )
         *first, down = calls
         if len(first) == 2 and not facts.same(first[0].x, first[1].x):
-            raise CannotWatch("the feed-forward network's first two linear layers read different values")
+            raise CannotWatch("the first two linear layers of the feed-forward network have different inputs")
         want, ys = flat(down.x), [flat(call.y) for call in first]
         orders = [(first, ys)] if len(first) == 1 else [(first, ys), (first[::-1], ys[::-1])]
         for order, values in orders:
@@ -192,10 +207,10 @@ class LayerReader:
             if gate.shape == want.shape and (name := facts.as_activation(gate, up, want)) is not None:
                 mlp = Mlp(tuple(linear_of(call) for call in order), linear_of(down), name, gated)
                 return mlp, flat(first[0].x), flat(down.y)
-        raise CannotWatch(f"the feed-forward network's activation is none of {', '.join(ACTIVATIONS)}")
+        raise CannotWatch(f"the activation of the feed-forward network is not one of {', '.join(ACTIVATIONS)}")
 
     def _mixture(self) -> tuple[Experts, Tensor, Tensor] | None:
-        """Return the mixture of experts, what it reads and what it returns; None for a layer without experts."""
+        """Return the mixture of experts, its input and its output; None for a layer without experts."""
         call = experts_call(self.trace)
         if call is None:
             return None
@@ -212,13 +227,13 @@ class LayerReader:
                 ((n, s) for n, t in ratios if (s := facts.factor(weights, t.to(weights.dtype), self.config))), None
             )
         if rule is None:
-            raise CannotWatch("experts and their weights are not the most probable ones of a softmax, and its probabilities")
+            raise CannotWatch("the chosen experts and their weights are not the top k of a softmax and its probabilities")
         clear = clear_rows(self.trace, router)
         for name in ACTIVATIONS:
             moe = Experts(router, tuple(_experts(call.module, name)), index.shape[1], rule[0], rule[1])
             if facts.agrees(mixture(moe, x.float()).to(y.dtype)[clear], y[clear]):
                 return moe, x, y
-        raise CannotWatch("the experts are no plain gated networks with a known activation")
+        raise CannotWatch("the experts are not feed-forward networks with a known activation")
 
     def _router(self, x: Tensor, experts: Any) -> Linear:
         count = getattr(experts, expert_parameters(experts)[0]).shape[0]
@@ -228,19 +243,22 @@ class LayerReader:
                 bias = getattr(call.module, "bias", None)
                 if bias is None:
                     return Linear(weight.detach(), (count, x.shape[1]))
-        raise CannotWatch("no router with one row per expert reads what the experts read")
+        raise CannotWatch("no router with one output per expert has the same input as the experts")
 
 
 def experts_call(trace: LayerTrace) -> Call | None:
-    """Return the call of a layer's experts; None for a layer without."""
+    """Return the call of a layer's experts; None for a layer without experts."""
     return next((call for call in trace.calls if uses_experts_interface(call.module)), None)
 
 
 def clear_rows(trace: LayerTrace, router: Linear) -> Tensor:
-    """Return which rows of a mixture (T,) can be compared with the same mixture in float32.
+    """Return which rows of a mixture of experts can be compared with the same mixture in float32.
 
-    In 16 bits, of two experts that are about as probable another one may be chosen than in float32, and a row says something
-    else altogether; so only the half of the rows counts whose last chosen expert is farthest ahead of the next one.
+    In 16 bits, rounding can change the choice between two experts of similar probability, and then the row is entirely
+    different. Only the half of the rows is used in which the margin between the last chosen expert and the next one is largest.
+
+    Returns:
+        bool (T,); all True in float32.
     """
     call = experts_call(trace)
     assert call is not None
@@ -254,21 +272,21 @@ def clear_rows(trace: LayerTrace, router: Linear) -> Tensor:
 
 
 def _choice(call: Call) -> tuple[Tensor, Tensor]:
-    """Return the experts that were chosen (T, k), and their weights."""
+    """Return the chosen experts (T, k) and their weights (T, k)."""
     args, kwargs = call.arguments
     index, weights = [*args, *kwargs.values()][1:3]
     return index, weights
 
 
 def _probabilities(x: Tensor, router: Linear) -> Iterator[Tensor]:
-    """Yield a router's softmax, from products in float32 and in x's own dtype."""
+    """Yield a router's softmax (T, experts), computed in float32 and in the dtype of ``x``."""
     yield linear(x.float(), router).softmax(-1)
     if isinstance(router.weight, Tensor) and x.dtype != torch.float32:
         yield F.linear(x, router.weight.to(x.dtype)).float().softmax(-1)
 
 
 def _by_token(x: Tensor, tokens: int, size: int) -> Tensor:
-    """Bring (1, T, n), (1, T, heads, size) or (1, heads, T, size) to (T, heads * size)."""
+    """Reshape (1, T, n), (1, T, heads, size) or (1, heads, T, size) to (T, heads * size)."""
     if x.ndim == 4 and x.shape[1] != tokens and x.shape[2] == tokens:
         x = x.transpose(1, 2)
     return x.reshape(tokens, -1)
@@ -280,7 +298,7 @@ def _experts(module: nn.Module, activation: str) -> Iterator[Mlp]:
     names = expert_parameters(owner)
     stacks = [getattr(owner, name) for name in names]
     if owner.has_bias or getattr(owner, "has_post_expert_norm", False):
-        raise CannotWatch("experts with biases or norms")
+        raise CannotWatch("the experts have biases or norms")
     for expert in range(stacks[0].shape[0]):
         parts = []
         for stack in stacks:

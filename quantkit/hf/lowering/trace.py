@@ -1,10 +1,9 @@
-"""Watch one forward pass: which module read which values, and what attention was asked to do.
+"""Record one forward pass: inputs and outputs of all modules, and the arguments of attention.
 
-A model's config says what its author called things; a forward pass says what is computed. :func:`watch` runs a few random
-tokens through a model with hooks on every module and with an attention function of its own behind transformers'
-``ALL_ATTENTION_FUNCTIONS``, and keeps all values, layer by layer. ``quantkit/hf/lowering/lower.py`` then finds out how they
-follow from one another. Nothing of the model is changed (the attention implementation is put back); cost is one forward of
-:data:`TOKENS` tokens.
+A config tells how a model's author named things; a forward pass shows what is computed. :func:`watch` runs a few random tokens
+through a model, with hooks on its modules and an attention function of its own in transformers' ``ALL_ATTENTION_FUNCTIONS``,
+and keeps all values, layer by layer. ``quantkit/hf/lowering/lower.py`` then finds out how they are computed from one another.
+The model is left as it was (hooks and attention function are removed). The cost is a forward pass of :data:`TOKENS` tokens.
 """
 
 import itertools
@@ -24,10 +23,10 @@ from quantkit.hf.experts import uses_experts_interface
 from quantkit.nn.embedding import input_table
 
 NAME = "quantkit_watch"
-"""Name of the watching attention function in transformers' registries."""
+"""Name of the recording attention function in transformers' registries."""
 
 TOKENS = 13
-"""Tokens of the watched pass: few, and no size that a model's other axes have."""
+"""Tokens of the recorded pass: few, and a number that no other axis of a model is likely to have."""
 
 
 FAR = 1 << 20
@@ -35,7 +34,7 @@ FAR = 1 << 20
 
 
 class CannotWatch(Exception):
-    """The model does not run the way a standard decoder does; the message says where."""
+    """The model does not run like a standard decoder; the message says where it differs."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,12 +42,12 @@ class Call:
     """One call of a module.
 
     Attributes:
-        path: the module's name in the model.
+        path: name of the module in the model.
         module: the module.
-        x: its first tensor argument.
-        y: its output, or the first tensor of it.
-        outputs: every tensor of its output.
-        arguments: positional and keyword arguments as they were.
+        x: first tensor argument.
+        y: output, or its first tensor.
+        outputs: all tensors of the output.
+        arguments: positional and keyword arguments.
     """
 
     path: str
@@ -64,12 +63,12 @@ class AttentionCall:
     """One call of the attention function, for one sequence.
 
     Attributes:
-        order: how many calls of modules of the layer came before.
-        q, k, v: (T, heads, head_dim), as attention sees them: normalized and rotated.
+        order: number of module calls in the layer before this call.
+        q, k, v: (T, heads, head_dim), normalized and rotated.
         y: (T, heads * head_dim).
         scale: factor of the scores.
-        window: keys a query sees, itself included; None for all before it.
-        options: other arguments that are not None (softcap, sinks ...).
+        window: number of keys that a query sees, its own included; None for all up to its position.
+        options: other arguments that are not None (softcap, sinks, ...).
     """
 
     order: int
@@ -84,7 +83,13 @@ class AttentionCall:
 
 @dataclass(slots=True, eq=False)
 class LayerTrace:
-    """What happened in one decoder layer: residual stream in and out (T, hidden), calls of leaf and experts modules."""
+    """The recorded pass of one decoder layer.
+
+    Attributes:
+        x, y: residual stream before and after the layer, (T, hidden).
+        calls: calls of modules without children, and of experts modules.
+        attention: calls of the attention function.
+    """
 
     x: Tensor
     calls: list[Call] = field(default_factory=list)
@@ -94,7 +99,15 @@ class LayerTrace:
 
 @dataclass(slots=True, eq=False)
 class Trace:
-    """A watched pass over ids (T,) from position ``start``: layers in order, calls before and after them, logits (T, V)."""
+    """A recorded forward pass.
+
+    Attributes:
+        ids: int64 (T,).
+        start: position of the first token.
+        layers: the decoder layers in order.
+        before, after: module calls before the first and after the last layer.
+        logits: (T, V).
+    """
 
     ids: Tensor
     start: int = 0
@@ -105,13 +118,16 @@ class Trace:
 
 
 def watch(model: PreTrainedModel, stack: nn.Module, start: int = 0) -> Trace:
-    """Run :data:`TOKENS` random tokens through ``model``, whose decoder layers are the children of ``stack``.
+    """Run :data:`TOKENS` random tokens through ``model`` and record the pass.
 
     Args:
-        start: position of the first token; what a model does differently far out shows there.
+        model: a causal language model in eval mode.
+        stack: the module whose children are the decoder layers.
+        start: position of the first token; a large one shows what a model does differently at large positions.
 
     Raises:
-        CannotWatch: the model does not use transformers' attention interface, or a mask that is not a causal window.
+        CannotWatch: the model does not use transformers' attention interface, its mask is not a causal window, or it returns
+            no logits.
     """
     generator = torch.Generator().manual_seed(0)
     words, device = input_table(model)
@@ -132,7 +148,7 @@ def watch(model: PreTrainedModel, stack: nn.Module, start: int = 0) -> Trace:
 
 
 def flat(x: Tensor) -> Tensor:
-    """View a value of one sequence, (1, T, ...) or (T, ...), as (T, everything else)."""
+    """Flatten a value of one sequence, (1, T, ...) or (T, ...), to (T, everything else)."""
     x = x.detach()
     if x.ndim > 2 and x.shape[0] == 1:
         x = x[0]
@@ -140,7 +156,7 @@ def flat(x: Tensor) -> Tensor:
 
 
 class _Recorder:
-    """Hooks and the attention function of one watched pass."""
+    """Hooks and attention function of one recorded pass."""
 
     def __init__(self, trace: Trace) -> None:
         self.trace = trace
@@ -186,7 +202,7 @@ class _Recorder:
         return record
 
     def mask(self, *args: Any, **options: Any) -> Tensor:
-        """Stand in for transformers' mask functions: remember the window, return the mask as booleans."""
+        """Replace transformers' mask functions: record the window and return the mask as booleans."""
         sees = options["mask_function"]
         q, kv = torch.arange(options["q_length"]), torch.arange(options["kv_length"])
         mask = _evaluate(sees, q[:, None], kv).to(self.trace.ids.device)
@@ -197,12 +213,12 @@ class _Recorder:
     def attention(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
     ) -> tuple[Tensor, None]:
-        """Stand in for transformers' attention functions: record the call and compute it in plain torch."""
+        """Replace transformers' attention functions: record the call and compute it in plain torch."""
         if attention_mask is None or id(attention_mask) not in self.windows or self.inside is None:
-            raise CannotWatch("attention is not called with the mask that transformers' mask functions made")
+            raise CannotWatch("attention is not called with a mask of transformers' mask functions")
         if key.shape != value.shape or query.shape[-1] != key.shape[-1] or query.shape[1] % key.shape[1]:
             shapes = ", ".join(str(tuple(part.shape[1:])) for part in (query, key, value))
-            raise CannotWatch(f"queries, keys and values of shapes {shapes} (latent attention?)")
+            raise CannotWatch(f"queries, keys and values have shapes {shapes} (is it latent attention?)")
         scale, softcap = options.get("scaling"), options.get("softcap")
         scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
         repeats = query.shape[1] // key.shape[1]
@@ -212,7 +228,7 @@ class _Recorder:
             scores = softcap * torch.tanh(scores / softcap)
         scores = scores.masked_fill(~attention_mask, -torch.inf)
         y = (F.softmax(scores, -1) @ values).to(query.dtype).transpose(1, 2).contiguous()
-        known = {"scaling", "dropout", "sliding_window", "position_ids"}  # the mask says what the window is
+        known = {"scaling", "dropout", "sliding_window", "position_ids"}  # the window follows from the mask
         rest = {name: v for name, v in options.items() if name not in known and v is not None and not isinstance(v, bool)}
         q, k, v = (part[0].transpose(0, 1).contiguous() for part in (query, key, value))
         call = AttentionCall(len(self.inside.calls), q, k, v, flat(y), scale, self.windows[id(attention_mask)], rest)
@@ -221,14 +237,18 @@ class _Recorder:
 
 
 def _evaluate(sees: Callable[..., Any], q: Tensor, kv: Tensor) -> Tensor:
-    """Return transformers' mask function at queries and keys (broadcast), as booleans of shape (1, 1, queries, keys)."""
+    """Return a mask function of transformers at broadcast queries and keys, as bool (1, 1, queries, keys)."""
     shape = torch.broadcast_shapes(q.shape, kv.shape)
     seen = sees(torch.tensor(0), torch.tensor(0), q, kv)
     return torch.as_tensor(seen).expand(shape)[None, None]
 
 
 def _window(sees: Callable[..., Any]) -> int | None:
-    """Return how many keys a far query sees, itself included, or None for all; checked at two queries."""
+    """Return how many keys a query sees, its own included, or None for all; determined at two large positions.
+
+    Raises:
+        CannotWatch: the mask is not a causal window of one size.
+    """
     counts = set()
     for far in (FAR, FAR - 5):
         q, kv = torch.tensor(far), torch.arange(FAR + 8)
@@ -238,16 +258,16 @@ def _window(sees: Callable[..., Any]) -> int | None:
             raise CannotWatch("the attention mask is not a causal window")
         counts.add(None if count == far + 1 else count)
     if len(counts) > 1:
-        raise CannotWatch("the attention mask is not a window of one size (chunked attention?)")
+        raise CannotWatch("the attention mask is not a window of one size (is it chunked attention?)")
     return counts.pop()
 
 
-_turn = itertools.count()
+_numbers = itertools.count()
 
 
 def _interpose(model: PreTrainedModel, recorder: _Recorder, cleanup: ExitStack) -> None:
-    """Point the configs of the model at the recorder's functions until ``cleanup``."""
-    name = f"{NAME}_{next(_turn)}"  # two threads may watch two models
+    """Let the configs of the model select the recorder's functions until ``cleanup``."""
+    name = f"{NAME}_{next(_numbers)}"  # unique, because two threads may record two models
     ALL_ATTENTION_FUNCTIONS.register(name, recorder.attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(name, recorder.mask)
     cleanup.callback(ALL_ATTENTION_FUNCTIONS._global_mapping.pop, name, None)

@@ -1,1 +1,1 @@
-"""Kernels for CPUs: compiled by the C++ compiler on first use, called through ctypes."""
+"""Kernels for CPUs, compiled by a C++ compiler on first use and called through ctypes."""

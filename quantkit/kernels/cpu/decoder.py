@@ -1,16 +1,15 @@
-"""The CPU backend of decoder programs: one native call per step, for any rows of any sequences.
+"""Run a decoder program on the CPU: one native call per step, for any rows of any sequences.
 
-A :class:`NativeDecoder` lays a program's weights out for the kernels (``kernels/layout.py``) and describes it to
-``csrc/decoder.cpp`` as plain structs. :meth:`NativeDecoder.run` then takes rows, each a token at a position of a sequence, with
-the sequences' keys and values in pages (:class:`KvPages`) that the caller owns and hands out: a decode step of one sequence,
-a prefill chunk, the ragged batch of a scheduler and the verification of drafted tokens are the same call. A row's logits do
-not depend, to the last bit, on the rows beside it or on the number of threads.
+A :class:`NativeDecoder` converts a program's weights to the kernels' layout (``kernels/cpu/layout.py``) and describes the
+program to ``csrc/decoder.cpp`` as plain structs (``kernels/cpu/structs.py``). :meth:`NativeDecoder.run` takes rows, each a
+token at a position of a sequence, and the sequences' keys and values in pages (:class:`KvPages`) that the caller allocates to
+sequences. A decode step of one sequence, a prefill chunk, the ragged batch of a scheduler and the verification of drafts are
+the same call. The logits of a row depend neither on the other rows nor on the number of threads, bit for bit.
 
-With ``exact`` the activations stay float32 and only the order of sums differs from the program's definition. Otherwise they
-are rounded to int8, a scale for every :data:`~quantkit.kernels.cpu.matmul.BLOCK` columns, wherever they meet a quantized
-weight; :mod:`quantkit.kernels.cpu.matmul` states the error. With ``bfloat16`` they are rounded to bfloat16 where they meet a
-bfloat16 weight, as a model in bfloat16 rounds its own, if this CPU multiplies such numbers faster than floats; sums are float32
-all the same.
+With ``exact``, activations stay float32 and only the order of sums differs from the program's definition. Otherwise they are
+rounded to int8 in products with quantized weights, with one scale per :data:`~quantkit.kernels.cpu.matmul.BLOCK` columns;
+:mod:`quantkit.kernels.cpu.matmul` states the error. With ``bfloat16``, they are rounded to bfloat16 in products with bfloat16
+weights, as a bfloat16 model rounds its own activations, if this CPU multiplies bfloat16 faster than float32; sums are float32.
 """
 
 import ctypes
@@ -31,38 +30,38 @@ from quantkit.kernels.cpu.matmul import BLOCK
 from quantkit.kernels.program.definition import Program
 
 PAGE_TOKENS: Final = 32
-"""Tokens of one sequence that a page of keys and values holds."""
+"""Tokens per page of keys and values."""
 
 CHUNK_TOKENS: Final = 128
-"""Keys that a partial softmax of ``attention.cpp`` covers."""
+"""Keys per partial softmax in ``attention.cpp``."""
 
 MAX_HEAD_DIM: Final = 512
 
-_TO_INT8, _TO_BFLOAT16 = 2, 4  # what activations may be rounded to: 1 << Form of linear.h
+_TO_INT8, _TO_BFLOAT16 = 2, 4  # flags of what activations may be rounded to: 1 << Form of linear.h
 
 KV_DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
-"""How keys and values can be stored; int8 with a float32 scale per token and head. The order is ``KvKind`` of decoder.h."""
+"""How keys and values can be stored, in the order of ``KvKind`` in decoder.h; int8 has a float32 scale per token and head."""
 
 
 def rejects(program: Program) -> str | None:
-    """Say why the CPU backend cannot run ``program``, or None if it can. May compile the library (once)."""
+    """Return why the CPU kernels cannot run ``program``, or None if they can. Compiles the library on first use."""
     if program.rope_switch is not None:
-        return f"its rotary tables change beyond {program.rope_switch} tokens, and a batch has sequences of many lengths"
+        return f"its rotary tables depend on the length of a sequence (they change at {program.rope_switch} tokens)"
     for index, layer in enumerate(program.layers):
         if layer.attention.head_dim > MAX_HEAD_DIM:
-            return f"layer {index}: heads are {layer.attention.head_dim} wide, at most {MAX_HEAD_DIM} are supported"
+            return f"layer {index}: heads have {layer.attention.head_dim} channels, want at most {MAX_HEAD_DIM}"
     for linear in program.linears():
         weight: Any = linear.weight
         device = weight.device if isinstance(weight, Tensor) else next(weight.buffers()).device
-        if device.type not in ("cpu", "meta"):  # what stands on meta has been let go for the kernels' layout
+        if device.type not in ("cpu", "meta"):  # codes on meta were released; the kernels' layout has replaced them
             return f"weights are on {device}, not on the CPU"
         if isinstance(weight, Tensor):
             continue
         if not weight.spec.is_integer:
-            return f"weights are {weight.spec.describe()}, and it multiplies with integers"
-        if weight.activation is not None:  # the proof of a program runs modules, which round: it would not notice
-            how = f"inputs of layers are rounded to {weight.activation.describe()}"
-            return f"{how}, which modules do (load with ignore_activations=True to leave them as they are)"
+            return f"weights are {weight.spec.describe()}, want integer weights"
+        if weight.activation is not None:  # the verification of a program would not notice: the modules round as well
+            how = f"the inputs of layers are rounded to {weight.activation.describe()}"
+            return f"{how}, which only modules do (load with ignore_activations=True to keep them in float)"
     try:
         build.library()
     except KernelError as error:
@@ -71,20 +70,26 @@ def rejects(program: Program) -> str | None:
 
 
 class KvPages:
-    """Keys and values of many sequences, in pages of :data:`PAGE_TOKENS` tokens.
+    """Keys and values of all layers and many sequences, in pages of :data:`PAGE_TOKENS` tokens.
 
-    A page number means the same page in every layer. Memory is not cleared: a position must be written before it is read.
+    A page number denotes the same page in every layer. Memory is not cleared: a position must be written before it is read.
+
+    Args:
+        program: gives the number of layers and the sizes of heads.
+        pages: number of pages.
+        dtype: a key of :data:`KV_DTYPES`.
 
     Attributes:
         keys, values: per layer, (pages, kv_heads, head_dim, PAGE_TOKENS) and (pages, kv_heads, PAGE_TOKENS, head_dim).
         key_scales, value_scales: per layer, float32 (pages, kv_heads, PAGE_TOKENS); empty lists unless int8.
-        pages: how many there are.
-        dtype: a key of :data:`KV_DTYPES`.
+
+    Raises:
+        KernelError: an unknown dtype.
     """
 
     def __init__(self, program: Program, pages: int, *, dtype: str = "float32") -> None:
         if dtype not in KV_DTYPES:
-            raise KernelError(f"keys and values as {dtype!r}: want one of {', '.join(KV_DTYPES)}")
+            raise KernelError(f"keys and values stored as {dtype!r}: want one of {', '.join(KV_DTYPES)}")
         self.dtype, self.pages = dtype, 0
         self._shapes = [(layer.attention.kv_heads, layer.attention.head_dim) for layer in program.layers]
         self.keys: list[Tensor] = []
@@ -94,7 +99,7 @@ class KvPages:
         self.grow(pages)
 
     def grow(self, pages: int) -> None:
-        """Make room for ``pages`` pages in all; what was written stays."""
+        """Enlarge the memory to ``pages`` pages in total; existing pages keep their content."""
         if pages <= self.pages:
             return
         stored = KV_DTYPES[self.dtype]
@@ -123,7 +128,9 @@ class KvPages:
 
 def _grown(old: list[Tensor], shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> list[Tensor]:
     sizes = [math.prod(shape) for shape in shapes]
-    whole = huge_pages.allocate(sum(sizes) * dtype.itemsize).view(dtype)  # one mapping: a huge page is large for one layer
+    whole = huge_pages.allocate(sum(sizes) * dtype.itemsize).view(
+        dtype
+    )  # one mapping for all layers: one layer may be smaller than a huge page
     tensors = [part.view(shape) for part, shape in zip(whole.split(sizes), shapes, strict=True)]
     for tensor, before in zip(tensors, old, strict=False):
         tensor[: len(before)] = before
@@ -132,33 +139,33 @@ def _grown(old: list[Tensor], shapes: Sequence[tuple[int, ...]], dtype: torch.dt
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """What one call computes: row i is the token ``tokens[i]`` at ``positions[i]`` of the sequence in slot ``slots[i]``.
+    """The rows of one call: row i is the token ``tokens[i]`` at ``positions[i]`` of the sequence in slot ``slots[i]``.
 
-    All earlier positions of a sequence must have been read by earlier calls, or be rows of this one. Neighbouring rows of one
-    sequence are fastest.
+    All earlier positions of a sequence must have been run by earlier calls, or be rows of this one. Rows of one sequence are
+    fastest if they are neighbours.
 
     Attributes:
         tokens, positions, slots: one integer per row.
-        block_table: (slots, pages per sequence); ``block_table[s, p // PAGE_TOKENS]`` is the page of position p.
-        wanted: rows whose logits are wanted, in this order.
+        block_table: integers (slots, pages per sequence); ``block_table[s, p // PAGE_TOKENS]`` is the page of position p.
+        logit_rows: indices of the rows whose logits are returned, in this order.
     """
 
     tokens: Sequence[int] | Tensor
     positions: Sequence[int] | Tensor
     slots: Sequence[int] | Tensor
     block_table: np.ndarray[Any, Any] | Tensor
-    wanted: Sequence[int] | Tensor
+    logit_rows: Sequence[int] | Tensor
 
 
 class NativeDecoder:
-    """A program, laid out and ready to run on the CPU.
+    """A program prepared for the CPU kernels.
 
-    Quantized weights are shared with the modules they come from where those hold the same layout; float weights are copied into
-    it. Weights changed in the model later are not noticed: make a new decoder.
+    Quantized weights are shared with their modules if those use the same layout; float weights are copied. If weights of the
+    model change later, a new decoder is needed.
 
     Args:
-        program: what to run.
-        threads: at most this many; None is torch's number at each call.
+        program: the program to run.
+        threads: largest number of threads; None for torch's number at the time of each call.
 
     Raises:
         KernelError: the program cannot run here (:func:`rejects` says why), or the library cannot be built.
@@ -170,7 +177,7 @@ class NativeDecoder:
         self.program, self.threads = program, threads
         self._library = build.library()
         self._multiplies_bfloat16 = bool(self._library.qk_multiplies_bfloat16())
-        self._turn = threading.Lock()  # scratch memory is shared by all steps
+        self._lock = threading.Lock()  # one step at a time: they share the scratch memory
         self._laid_out = structs.LaidOut(program)
         self._struct = self._laid_out.struct
         self._planes = False
@@ -181,39 +188,39 @@ class NativeDecoder:
     def run(
         self, rows: Rows, kv: KvPages, *, exact: bool = True, bfloat16: bool = False, argmax: bool = False, draft: bool = False
     ) -> Tensor:
-        """Read the rows, append their keys and values to ``kv``, and return what comes after the wanted ones.
+        """Run the rows, write their keys and values to ``kv``, and return the logits of the selected rows.
 
         Args:
-            rows: what to read.
-            kv: pages of this program; those that the rows' positions fall on must be theirs to write.
-            exact: float activations; False rounds them to int8 before quantized weights.
-            bfloat16: round them to bfloat16 before bfloat16 weights, where that is faster.
+            rows: the rows.
+            kv: pages for this program; the pages at the rows' positions are written.
+            exact: keep float activations; False rounds them to int8 in products with quantized weights.
+            bfloat16: round activations to bfloat16 in products with bfloat16 weights, where that is faster.
             argmax: return the most likely tokens instead of logits.
-            draft: read only the high plane of weights that are in planes (:meth:`split_planes`).
+            draft: read only the high plane of weights that are stored in planes (:meth:`split_planes`).
 
         Returns:
-            float32 logits (wanted, vocabulary), or int32 token ids (wanted,).
+            float32 (R, V) logits, or int32 (R,) token ids; R is the number of ``logit_rows``.
 
         Raises:
-            KernelError: ids, positions or pages out of range.
+            KernelError: no rows, or tokens, positions, slots or pages out of range.
         """
-        tokens, positions, slots, wanted = (
-            np.ascontiguousarray(part, dtype=np.int32) for part in (rows.tokens, rows.positions, rows.slots, rows.wanted)
+        tokens, positions, slots, logit_rows = (
+            np.ascontiguousarray(part, dtype=np.int32) for part in (rows.tokens, rows.positions, rows.slots, rows.logit_rows)
         )
         table = np.ascontiguousarray(rows.block_table, dtype=np.int32)
-        longest = self._check(tokens, positions, slots, wanted, table, kv)
+        longest = self._check(tokens, positions, slots, logit_rows, table, kv)
         looked_up = None
-        if not isinstance(self.program.embedding, Tensor):  # the rows of a quantized table, one for each token
+        if not isinstance(self.program.embedding, Tensor):  # a quantized table: look the rows up here
             looked_up, tokens = self.program.rows(torch.from_numpy(tokens).long()), np.arange(len(tokens), dtype=np.int32)
-        logits = torch.empty(len(wanted), self.program.vocabulary)
-        best = torch.empty(len(wanted), dtype=torch.int32)
+        logits = torch.empty(len(logit_rows), self.program.vocabulary)
+        best = torch.empty(len(logit_rows), dtype=torch.int32)
         threads = self.threads or torch.get_num_threads()
         chunks = -(-longest // CHUNK_TOKENS) + 1
         kv.struct.block_table, kv.struct.table_stride = table.ctypes.data, table.shape[1]
         batch = structs.BatchStruct(
             len(tokens),
-            *(part.ctypes.data for part in (tokens, positions, slots, wanted)),
-            len(wanted),
+            *(part.ctypes.data for part in (tokens, positions, slots, logit_rows)),
+            len(logit_rows),
             self.program.vocabulary,
             logits.data_ptr(),
             best.data_ptr() if argmax else None,
@@ -222,7 +229,7 @@ class NativeDecoder:
             BLOCK,
             draft,
         )
-        with self._turn:
+        with self._lock:
             if looked_up is not None:
                 self._struct.embedding = looked_up.data_ptr()
             self._lengthen(longest)
@@ -233,15 +240,18 @@ class NativeDecoder:
         return best if argmax else logits
 
     def split_planes(self) -> bool:
-        """Put 8-bit codes into two planes (:func:`quantkit.kernels.cpu.layout.split`), so that a draft has less to read.
+        """Store 8-bit codes in two planes (:func:`quantkit.kernels.cpu.layout.split`), so that drafts read fewer bytes.
 
-        Results stay the same to the last bit. Returns whether any weight is in planes now.
+        Results of exact steps stay the same bit for bit.
+
+        Returns:
+            Whether any weight is stored in planes now.
         """
         weights: list[Any] = [linear.weight for linear in self.program.linears() if not isinstance(linear.weight, Tensor)]
         weights = [weight for weight in dict.fromkeys(weights) if weight.spec.bits == 8]
-        with self._turn:
+        with self._lock:
             if weights and not self._planes:
-                del self._laid_out  # so that a weight's whole codes go when it has its planes, not when all have
+                del self._laid_out  # frees the old codes of each weight as soon as its planes exist
                 try:
                     self._planes = any([weight.split_planes() for weight in weights])
                 finally:
@@ -249,39 +259,40 @@ class NativeDecoder:
                     self._struct, self._tokens = self._laid_out.struct, 0
         return self._planes
 
-    def _check(self, tokens: Any, positions: Any, slots: Any, wanted: Any, table: Any, kv: KvPages) -> int:
-        """Check everything the native code relies on; return the length of the longest sequence."""
+    def _check(self, tokens: Any, positions: Any, slots: Any, logit_rows: Any, table: Any, kv: KvPages) -> int:
+        """Check everything that the native code does not check; return the length of the longest sequence."""
         count = len(tokens)
-        if not count or len(positions) != count or len(slots) != count or len(wanted) > count or table.ndim != 2:
+        if not count or len(positions) != count or len(slots) != count or len(logit_rows) > count or table.ndim != 2:
             raise KernelError(
-                f"{count} tokens, {len(positions)} positions, {len(slots)} slots, {len(wanted)} wanted rows, block table "
-                f"{table.shape}: want at least one row, as many of the first three, no more wanted, and a table of two axes"
+                f"{count} tokens, {len(positions)} positions, {len(slots)} slots, {len(logit_rows)} logit rows, block table "
+                f"{table.shape}: want at least one token, equal numbers of the first three, at most as many logit rows, and a "
+                "table of two axes"
             )
         longest = int(positions.max()) + 1
         for name, values, limit in (
             ("token", tokens, self.program.tokens),
             ("position", positions, min(table.shape[1] * PAGE_TOKENS, self.program.max_tokens or 1 << 31)),
             ("slot", slots, table.shape[0]),
-            *((("wanted row", wanted, count),) if len(wanted) else ()),
+            *((("logit row", logit_rows, count),) if len(logit_rows) else ()),
         ):
             if values.min() < 0 or values.max() >= limit:
                 raise KernelError(f"{name}s from {values.min()} to {values.max()}; want 0 to {limit - 1}")
         used = table[slots, : -(-longest // PAGE_TOKENS)]
         if not self._pages_fit(used, positions, kv.pages):
-            raise KernelError(f"the block table points at pages beyond the {kv.pages} there are")
+            raise KernelError(f"the block table has pages outside 0 to {kv.pages - 1}")
         if len(kv.keys) != len(self.program.layers):
-            raise KernelError(f"the pages are of {len(kv.keys)} layers, the program has {len(self.program.layers)}")
+            raise KernelError(f"the pages have {len(kv.keys)} layers, the program has {len(self.program.layers)}")
         return longest
 
     @staticmethod
     def _pages_fit(used: Any, positions: Any, pages: int) -> bool:
         if used.min() >= 0 and used.max() < pages:
             return True
-        real = np.arange(used.shape[1]) <= positions[:, None] // PAGE_TOKENS  # beyond a row's position anything may stand
+        real = np.arange(used.shape[1]) <= positions[:, None] // PAGE_TOKENS  # entries beyond a row's position may be arbitrary
         return bool(((used >= 0) & (used < pages))[real].all())
 
     def _memory(self, rows: int, chunks: int, threads: int) -> int:
-        """Return the address of enough scratch memory."""
+        """Return the address of the scratch memory, enlarged if this call needs more."""
         had = self._scratch_size
         want = (max(rows, had[0]), max(chunks, had[1]), max(threads, had[2]))
         if want != had:
@@ -291,7 +302,7 @@ class NativeDecoder:
         return self._scratch.data_ptr()
 
     def _lengthen(self, tokens: int) -> None:
-        """Compute rotary tables for at least ``tokens`` positions."""
+        """Make sure that the rotary tables have at least ``tokens`` positions."""
         if tokens <= self._tokens:
             return
         size = min(max(tokens, 2 * self._tokens, 2048), self.program.max_tokens or 1 << 31)

@@ -1,8 +1,8 @@
-"""Memory for weights, keys and values: large anonymous mappings that the system is asked to back with huge pages.
+"""Memory for weights, keys and values in large anonymous mappings with huge pages.
 
-A decode step reads every weight once. In pages of 4 KB that is a quarter of a million address translations per gigabyte; in
-pages of 2 MB, which Linux grants on request (``madvise(MADV_HUGEPAGE)``), five hundred. Where it grants none, or the system
-is another, this is ordinary memory. A mapping is released when the last tensor in it is gone.
+A decode step reads every weight once. With pages of 4 KB, that takes a quarter of a million address translations per gigabyte;
+with pages of 2 MB, which Linux provides on request (``madvise(MADV_HUGEPAGE)``), it takes five hundred. If the request is
+refused, or on other systems, this is ordinary memory. A mapping is released together with the last tensor in it.
 """
 
 import contextlib
@@ -14,20 +14,22 @@ import torch
 from torch import Tensor
 
 ALIGNMENT: Final = 64
-"""Bytes that every tensor's address is a multiple of: a cache line, and the widest vector."""
+"""Alignment of tensors in bytes: a cache line, and the widest vector register."""
 
 HUGE_PAGE: Final = 2 << 20
 CHUNK_BYTES: Final = 64 << 20
 
 
 def allocate(nbytes: int) -> Tensor:
-    """Return ``nbytes`` zero bytes at a huge page's boundary, uint8; the pages are the process's once they are written to."""
+    """Return ``nbytes`` zero bytes (uint8) that start at a huge page; memory is used only once it is written to."""
     if not nbytes:
         return torch.empty(0, dtype=torch.uint8)
-    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}  # shared: no huge pages
+    private = (
+        {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    )  # shared mappings get no huge pages
     memory = mmap.mmap(-1, nbytes + HUGE_PAGE, **private)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel without huge pages
+        with contextlib.suppress(OSError):  # a system without huge pages
             memory.madvise(mmap.MADV_HUGEPAGE)
     whole = torch.frombuffer(memory, dtype=torch.uint8)
     start = -whole.data_ptr() % HUGE_PAGE
@@ -40,7 +42,7 @@ def padded(nbytes: int, alignment: int = ALIGNMENT) -> int:
 
 
 class Arena:
-    """Tensors side by side, in mappings of :data:`CHUNK_BYTES` or more."""
+    """Allocate tensors next to each other, in mappings of at least :data:`CHUNK_BYTES`."""
 
     def __init__(self) -> None:
         self._chunk = torch.empty(0, dtype=torch.uint8)
@@ -60,5 +62,5 @@ class Arena:
 
 
 def in_huge_pages(tensor: Tensor) -> Tensor:
-    """Return a copy of a large tensor in a mapping of its own; a small one as it is."""
+    """Return a copy of a large tensor in a mapping of its own; a small tensor is returned unchanged."""
     return tensor if tensor.nbytes < HUGE_PAGE else allocate(tensor.nbytes).view(tensor.dtype).view(tensor.shape).copy_(tensor)

@@ -1,12 +1,12 @@
-"""The one weight layout of the CPU kernels: prepack a quantized or float weight, and restore it exactly.
+"""The weight layout of the CPU kernels: prepack a quantized or float weight, and restore it exactly.
 
-The layout is drawn in ``csrc/linear.h``: blocks of 16 output rows, one row per 32-bit lane, groups of columns padded to a
-multiple of 8. 4-bit codes keep their width (2- and 3-bit codes are stored in 4 bits, 5- to 7-bit codes in 8): a word's low
-halves are four consecutive columns and its high halves the next four, so that one mask and one shift make operands for the
-int8 dot product. Both ways of computing, with float and with int8 activations, read this one copy.
+The layout is described in ``csrc/linear.h``: blocks of 16 output rows, one row per 32-bit lane, and groups of columns padded to
+a multiple of 8. Codes of up to 4 bits are stored in 4 bits, wider ones in 8. With 4 bits, the low half of each byte of a word
+holds one of four consecutive columns and the high half one of the next four, so that one mask and one shift give operands for
+the int8 dot product. Products with float and with int8 activations read the same copy.
 
-8-bit codes can also be stored as two planes of four bits, ``c = 16 h + l`` (:func:`split`): products are the same to the last
-bit, and a *draft* of the weight, ``(16 h + 8 - zero_point) * scale``, is there to be read at half the bytes.
+8-bit codes can also be stored as two planes of four bits, ``c = 16 h + l`` (:func:`split`). Products are the same bit for bit,
+and an approximation of the weight, ``(16 h + 8 - zero_point) * scale``, can be read at half the bytes for drafting.
 """
 
 import ctypes
@@ -29,16 +29,16 @@ LANES: Final = 16
 """Rows per block."""
 
 FLOAT32, BFLOAT16, U4, U8, PLANES, HIGH_PLANE = range(6)
-"""Kinds of weight, as ``linear.h`` numbers them."""
+"""Kinds of weight, numbered as in ``linear.h``."""
 
 _COLUMNS: Final = {FLOAT32: 1, BFLOAT16: 2, U4: 8, U8: 4}  # per 32-bit word
-_MIDDLE: Final = 8  # of what a low plane can add
+_MIDDLE: Final = 8  # mean of what the low plane can add
 _PADDING: Final = 8
 _ROWS: Final = 256 * LANES
 
 
 class LinearStruct(ctypes.Structure):
-    """``qk::Linear`` of ``csrc/linear.h``. It points into tensors and keeps none of them alive."""
+    """``qk::Linear`` of ``csrc/linear.h``. It points into tensors without keeping them alive."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("codes", "scales", "zeros", "bias")),
@@ -51,13 +51,13 @@ class Prepacked(NamedTuple):
     """A weight (N, K) in the layout.
 
     Attributes:
-        codes: int32 (blocks, groups, words per group, 16); with an axis of two planes before, high and low, for planes.
+        codes: int32 (blocks, groups, words per group, 16); for planes (2, blocks, groups, words per group, 16), high and low.
         scale: float16, bfloat16 or float32 (blocks, groups, 16); None for float weights.
-        zero: uint8 of the scale's shape, or None where ``zero_code`` serves all.
-        rows: N; the last block may be partly padding.
+        zero: uint8 zero points of the scale's shape; None if all are ``zero_code``.
+        rows: N; the last block may contain padding.
         group: input channels per scale; K for float weights.
-        kind: one of :data:`FLOAT32`, :data:`BFLOAT16`, :data:`U4`, :data:`U8`, :data:`PLANES` and :data:`HIGH_PLANE`, which
-            is planes of which only the high one is read.
+        kind: one of :data:`FLOAT32`, :data:`BFLOAT16`, :data:`U4`, :data:`U8`, :data:`PLANES` and :data:`HIGH_PLANE`; the last
+            one is planes of which only the high one is read.
         zero_code: zero point of a symmetric grid; 0 for float weights.
     """
 
@@ -71,7 +71,7 @@ class Prepacked(NamedTuple):
 
     @property
     def columns(self) -> int:
-        """K."""
+        """K, the number of input channels."""
         return self.codes.shape[-3] * self.group
 
     @property
@@ -80,12 +80,12 @@ class Prepacked(NamedTuple):
         return sum(tensor.nbytes for tensor in (self.codes, self.scale, self.zero) if tensor is not None)
 
     def moved(self, copy: Callable[[Tensor], Tensor]) -> "Prepacked":
-        """Return the same weight with every tensor copied by ``copy``."""
+        """Return the same weight with every tensor replaced by ``copy(tensor)``."""
         tensors: dict[str, Any] = {name: copy(value) for name, value in self._asdict().items() if isinstance(value, Tensor)}
         return self._replace(**tensors)
 
     def struct(self, bias: Tensor | None = None) -> LinearStruct:
-        """Return the C view of this weight with an optional float32 ``bias`` (N,). Keep both alive while it is used."""
+        """Return the C struct of this weight and an optional float32 ``bias`` (N,); keep both alive while it is used."""
         return LinearStruct(
             self.codes.data_ptr(),
             None if self.scale is None else self.scale.data_ptr(),
@@ -101,12 +101,12 @@ class Prepacked(NamedTuple):
 
 
 def stored_bits(spec: QuantSpec) -> int:
-    """Return the bits that a code of an integer grid takes in the layout."""
+    """Return the number of bits in which the layout stores a code of an integer grid."""
     return 4 if spec.bits <= 4 else 8
 
 
 def prepack(qtensor: GridTensor) -> Prepacked:
-    """Lay a quantized weight (N, K) out in blocks of 16 rows. The result shares no memory with it."""
+    """Convert a quantized weight (N, K) to the layout, in new memory."""
     spec, (rows, columns) = qtensor.spec, qtensor.shape
     block_rows, group = grid.block_size(spec, qtensor.shape)
     groups, bits = columns // group, stored_bits(spec)
@@ -121,10 +121,14 @@ def prepack(qtensor: GridTensor) -> Prepacked:
 
 
 def prepack_float(weight: Tensor, empty: Callable[[Sequence[int], torch.dtype], Tensor] | None = None) -> Prepacked:
-    """Lay a float32 or bfloat16 weight (N, K) out in blocks of 16 rows, in memory from ``empty(shape, dtype)``.
+    """Convert a float weight to the layout.
+
+    Args:
+        weight: float32 or bfloat16 (N, K).
+        empty: allocates the result, ``empty(shape, dtype)``; None for ``torch.empty``.
 
     Raises:
-        KernelError: for another dtype or number of dimensions.
+        KernelError: another dtype or number of dimensions.
     """
     if weight.dim() != 2 or weight.dtype not in (torch.float32, torch.bfloat16):
         raise KernelError(f"prepack_float: weight is {weight.dtype} {tuple(weight.shape)}; want float32 or bfloat16 (N, K)")
@@ -132,7 +136,7 @@ def prepack_float(weight: Tensor, empty: Callable[[Sequence[int], torch.dtype], 
     kind, missing = FLOAT32 if weight.dtype == torch.float32 else BFLOAT16, -columns % _PADDING
     shape = (-(-rows // LANES), 1, (columns + missing) // _COLUMNS[kind], LANES)
     codes = torch.empty(shape, dtype=torch.int32) if empty is None else empty(shape, torch.int32)
-    for start in range(0, rows, _ROWS):  # piece by piece: a head is large, and no second copy of it is wanted
+    for start in range(0, rows, _ROWS):  # in pieces, because a temporary copy of a whole output head would be large
         part = weight.detach()[start : start + _ROWS]
         padded = (F.pad(part, (0, missing)) if missing else part).contiguous()
         codes[start // LANES : (start + _ROWS) // LANES] = _lanes(padded.view(torch.int32).unsqueeze(1))
@@ -140,7 +144,7 @@ def prepack_float(weight: Tensor, empty: Callable[[Sequence[int], torch.dtype], 
 
 
 def split(state: Prepacked) -> Prepacked:
-    """Return 8-bit codes as two planes of 4 bits; shares scales and zero points. Other weights come back as they are."""
+    """Return 8-bit codes as two planes of 4 bits, sharing scales and zero points; other kinds are returned unchanged."""
     if state.kind != U8:
         return state
     pairs = state.codes.unflatten(2, (-1, 2))  # (blocks, groups, words / 2, 2, 16): columns 0 to 3, and 4 to 7
@@ -152,7 +156,7 @@ def split(state: Prepacked) -> Prepacked:
 
 
 def join(state: Prepacked) -> Prepacked:
-    """Reverse :func:`split`; of :data:`HIGH_PLANE` return the draft, as whole codes less what belongs to the zero point."""
+    """Reverse :func:`split`. For :data:`HIGH_PLANE`, return codes ``16 h``; the missing 8 belongs to the zero point."""
     if state.kind not in (PLANES, HIGH_PLANE):
         return state
     high, low = state.codes
@@ -163,7 +167,12 @@ def join(state: Prepacked) -> Prepacked:
 
 
 def restore(state: Prepacked, spec: QuantSpec) -> GridTensor:
-    """Return the quantized weight that :func:`prepack` was given, bit for bit; ``spec`` is the one it had."""
+    """Return the quantized weight that :func:`prepack` was given, bit for bit.
+
+    Args:
+        state: the prepacked weight.
+        spec: the grid of the quantized weight.
+    """
     state = join(state)
     rows, columns, group = state.rows, state.columns, state.group
     block_rows, _ = grid.block_size(spec, (rows, columns))
@@ -185,7 +194,7 @@ def restore(state: Prepacked, spec: QuantSpec) -> GridTensor:
 def dequantize(
     codes: Tensor, scale: Tensor | None, zero: Tensor | None, rows: int, group: int, kind: int, zero_code: int
 ) -> Tensor:
-    """Return the float32 weight (N, K) of a :class:`Prepacked`, given field by field: the layout, written down as code."""
+    """Return the float32 weight (N, K) of the fields of a :class:`Prepacked`; this defines the layout."""
     draft = kind == HIGH_PLANE
     codes, *_, kind, zero_code = join(Prepacked(codes, scale, zero, rows, group, kind, zero_code))
     words = _rows(_deinterleave(codes) if kind == U4 else codes, rows)  # (N, groups, words)
@@ -201,25 +210,25 @@ def dequantize(
 
 
 def _per_lane(values: Tensor, block_rows: int) -> Tensor:
-    """One value per block of the grid (row blocks, groups) to (blocks, groups, 16)."""
+    """Expand one value per block of the grid (row blocks, groups) to (blocks, groups, 16)."""
     per_row = values if block_rows == 1 else values.repeat_interleave(block_rows, 0)
     return _lanes(per_row.unsqueeze(-1)).squeeze(-2)
 
 
 def _lanes(values: Tensor) -> Tensor:
-    """(rows, groups, n) to (blocks, groups, n, 16), rows padded with zeros to whole blocks; always a copy."""
+    """Rearrange (rows, groups, n) to (blocks, groups, n, 16), with zeros for missing rows of the last block; always a copy."""
     missing = -values.shape[0] % LANES
-    whole = F.pad(values, (0, 0, 0, 0, 0, missing)) if missing else values  # F.pad copies even where there is nothing to add
+    whole = F.pad(values, (0, 0, 0, 0, 0, missing)) if missing else values  # F.pad copies even without padding
     return whole.view(-1, LANES, *values.shape[1:]).permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format)
 
 
 def _rows(values: Tensor, rows: int) -> Tensor:
-    """(blocks, groups, n, 16) back to (rows, groups, n)."""
+    """Rearrange (blocks, groups, n, 16) back to (rows, groups, n)."""
     return values.permute(0, 3, 1, 2).flatten(0, 1)[:rows].contiguous()
 
 
 def _interleave(words: Tensor) -> Tensor:
-    """Eight 4-bit codes in order of their columns to four low halves, then four high halves of bytes."""
+    """Reorder the eight 4-bit codes of a word: the first four to the low halves of the bytes, the others to the high halves."""
     return _spread(words & 0xFFFF) | (_spread((words >> 16) & 0xFFFF) << 4)
 
 
@@ -228,7 +237,7 @@ def _deinterleave(words: Tensor) -> Tensor:
 
 
 def _spread(halves: Tensor) -> Tensor:
-    """Four 4-bit codes in 16 bits to the low halves of four bytes."""
+    """Move four 4-bit codes in 16 bits to the low halves of four bytes."""
     halves = (halves | (halves << 8)) & 0x00FF00FF
     return (halves | (halves << 4)) & 0x0F0F0F0F
 

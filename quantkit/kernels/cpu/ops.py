@@ -1,8 +1,7 @@
-"""``torch.ops.quantkit.wq_matmul``: the prepacked matmul as a torch operator.
+"""``torch.ops.quantkit.wq_matmul``: the product with a prepacked weight as a torch operator.
 
-Three faces, as torch wants them: a schema, a fake (shapes only, for tracing), and implementations: the compiled library on
-the CPU, plain torch anywhere else. Nothing is registered before :func:`wq_matmul` is first called, and nothing is
-compiled before the operator first runs on the CPU.
+The operator has a schema, a fake for tracing, and two implementations: the compiled library on the CPU, and plain torch on
+other devices. It is registered when :func:`wq_matmul` is first called; the library is compiled when it first runs on the CPU.
 """
 
 import ctypes
@@ -25,18 +24,18 @@ SCHEMA = (
 )
 
 LARGEST_BLOCK = 256
-"""Columns that may share an activation scale: sums of so many int8 values fit 16 bits."""
+"""Largest number of columns per activation scale, such that the sum of their int8 values fits in 16 bits."""
 
 _library: list[torch.library.Library] = []  # keeps the registration alive
 
 
 @functools.cache
 def wq_matmul() -> Callable[..., Tensor]:
-    """Register the operator once and return it.
+    """Return the operator, registering it at the first call.
 
     Its arguments are x (..., K), the fields of :class:`quantkit.kernels.cpu.layout.Prepacked`, the columns per int8 activation
-    scale (0: float activations), and a bias (N,) of x's dtype or None; it returns (..., N) in x's dtype. It has no
-    derivative: differentiate the reference kernel instead.
+    scale (0 for float activations), and a bias (N,) in x's dtype or None. It returns (..., N) in x's dtype. It has no
+    derivative; the reference kernel has one.
     """
     library = torch.library.Library("quantkit", "FRAGMENT")  # type: ignore[no-untyped-call]
     library.define(SCHEMA)  # type: ignore[no-untyped-call]
@@ -49,18 +48,27 @@ def wq_matmul() -> Callable[..., Tensor]:
 
 
 def round_activations(x: Tensor, group: int, block: int) -> Tensor:
-    r"""Return what the int8 path makes of x (..., K): float32, rounded block by block to :math:`q \cdot s`.
+    r"""Return x as the int8 products see it: rounded block by block to :math:`q \cdot s`.
 
-    In every group, each block of up to ``block`` columns has :math:`s = \max|x| / 127` and :math:`q = \mathrm{round}(x / s)`;
-    a block with an infinity or a NaN becomes NaN.
+    Blocks of up to ``block`` columns within each group have :math:`s = \max|x| / 127` and :math:`q = \mathrm{round}(x / s)`. A
+    block with an infinity or a NaN becomes NaN.
+
+    Args:
+        x: floating (..., K).
+        group: columns per group of the weight.
+        block: columns per scale.
+
+    Returns:
+        float32 (..., K).
     """
     groups = x.float().unflatten(-1, (-1, group))
     parts = []
     for part in groups.split(block, -1):
         largest = part.abs().amax(-1, keepdim=True)
         largest = torch.where(largest.isfinite(), largest, torch.nan)
-        inverse = torch.where(largest < 2.0**-100, 0.0, torch.full_like(largest, 127) / largest)  # 127 / x is not a division
-        whole = (part.double() * inverse.double()).round().float()  # the product is exact: rounded once, as a fused one is
+        # A division of tensors, as in the kernel: torch computes `127 / largest` by a reciprocal.
+        inverse = torch.where(largest < 2.0**-100, 0.0, torch.full_like(largest, 127) / largest)
+        whole = (part.double() * inverse.double()).round().float()  # the float64 product is exact, so it is rounded once
         parts.append(whole * (largest / 127))
     rounded: Tensor = torch.cat(parts, -1).flatten(-2)
     return rounded
@@ -84,17 +92,20 @@ def _compiled(x: Tensor, *arguments: Any) -> Tensor:
 
 
 def compute(x: Tensor, weight: Prepacked, struct: LinearStruct, block: int, bias: Tensor | None) -> Tensor:
-    """Run the operator on CPU tensors without dispatch: what :func:`wq_matmul` does there, for eager callers in a hurry.
+    """Compute :func:`wq_matmul` for CPU tensors without torch's dispatcher, which saves a few microseconds per call.
 
     Args:
-        x: (..., K).
+        x: float32, float16 or bfloat16 (..., K).
         weight: the prepacked weight.
-        struct: its C view, ``weight.struct()``.
-        block: columns per int8 activation scale, up to :data:`LARGEST_BLOCK` and a multiple of 8; 0 for float activations.
-        bias: (N,) of x's dtype, or None.
+        struct: ``weight.struct()``.
+        block: columns per int8 activation scale, a multiple of 8 up to :data:`LARGEST_BLOCK`; 0 for float activations.
+        bias: (N,) in x's dtype, or None.
+
+    Returns:
+        (..., N) in x's dtype.
 
     Raises:
-        KernelError: if x, bias or block does not fit.
+        KernelError: x, bias or block has a wrong shape, dtype or value.
     """
     columns, rows = weight.columns, weight.rows
     if x.shape[-1] != columns or x.dtype not in build.DTYPE_CODES or (bias is not None and bias.dtype != x.dtype):

@@ -1,4 +1,7 @@
-"""A decoder program as the plain structs of ``csrc/decoder.h``, its weights in the layout of the kernels."""
+"""A decoder program as the plain structs of ``csrc/decoder.h``, with its weights in the kernels' layout.
+
+``tests/kernels/test_structs.py`` compares size and field offsets of every struct with the C++ compiler's.
+"""
 
 import ctypes
 from collections.abc import Sequence
@@ -66,8 +69,8 @@ KvStruct = _struct(
 BatchStruct = _struct(
     "BatchStruct",
     ("rows", _LONG),
-    *_all(_POINTER, "tokens positions slots wanted"),
-    *_all(_LONG, "wanted_count vocabulary"),
+    *_all(_POINTER, "tokens positions slots logit_rows"),
+    *_all(_LONG, "logit_count vocabulary"),
     *_all(_POINTER, "logits argmax"),
     ("chunks", _LONG),
     *_all(_INT, "rounding activation_block draft"),
@@ -75,10 +78,10 @@ BatchStruct = _struct(
 
 
 class LaidOut:
-    """A program's structs, and everything they point at.
+    """A program's structs, together with all memory that they point to.
 
     Attributes:
-        struct: the ``qk::Program``; its rotary tables are set by who runs it.
+        struct: the ``qk::Program``. Its rotary tables are set later, by the decoder that runs it.
     """
 
     def __init__(self, program: Program) -> None:
@@ -90,7 +93,9 @@ class LaidOut:
     def _describe(self) -> Any:
         program = self._program
         layers = self._keep(_array(LayerStruct, [self._layer(layer) for layer in program.layers]))
-        table = program.embedding if isinstance(program.embedding, Tensor) else torch.empty(0)  # a step brings its own rows
+        table = (
+            program.embedding if isinstance(program.embedding, Tensor) else torch.empty(0)
+        )  # a quantized table is looked up outside, for every step
         embedding = self._keep(table.contiguous())
         return ProgramStruct(
             embedding.data_ptr(),
@@ -170,7 +175,7 @@ def _array(kind: Any, items: Sequence[Any]) -> Any:
 
 
 def _prepacked(linear: Linear, arena: Arena) -> layout.Prepacked:
-    """Return a linear's weight in the kernels' layout; a quantized module that runs on the same kernels shares its own."""
+    """Return a linear's weight in the kernels' layout, shared with the quantized module if that uses the same layout."""
     weight: Any = linear.weight
     if isinstance(weight, Tensor):
         own = weight if weight.dtype in (torch.float32, torch.bfloat16) else weight.float()

@@ -279,10 +279,10 @@ class Run {
   }
 
   void read_out() {
-    const int64_t count = batch_.wanted_count, width = batch_.vocabulary;
+    const int64_t count = batch_.logit_count, width = batch_.vocabulary;
     if (!count) return;
     const Ready& ready = prepare(count, p_.head, 1, [&](int64_t i, float* to) {
-      const float* x = b_.residual + batch_.wanted[i] * p_.hidden;
+      const float* x = b_.residual + batch_.logit_rows[i] * p_.hidden;
       if (p_.final_norm.gain) normalize_row(p_.final_norm, x, to);
       else copy(to, x, p_.hidden);
     });
@@ -361,7 +361,7 @@ QK_EXPORT int64_t qk_decoder_bytes(const qk::Program* program, int64_t rows, int
   return qk::Buffers(*program, rows, chunks, block, threads, nullptr).bytes;
 }
 
-// Run one call. Nothing is checked here: kernels/decoder.py has.
+// Run one call. The arguments are not checked here; kernels/cpu/decoder.py has checked them.
 QK_EXPORT void qk_decoder_run(const qk::Program* program, const qk::Batch* batch, const qk::Kv* kv, void* scratch, int32_t threads) {
   const qk::Buffers buffers(*program, batch->rows, batch->chunks, batch->activation_block, threads, static_cast<char*>(scratch));
   qk::Call call{*program, *batch, *kv, buffers};

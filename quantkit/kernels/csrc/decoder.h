@@ -82,10 +82,10 @@ struct Kv {
 struct Batch {
   int64_t rows;
   const int32_t *tokens, *positions, *slots;
-  const int32_t* wanted;  // [wanted_count]: rows whose logits are wanted
-  int64_t wanted_count, vocabulary;  // wanted_count <= rows
-  float* logits;    // [wanted_count][vocabulary]
-  int32_t* argmax;  // [wanted_count], or null
+  const int32_t* logit_rows;  // [logit_count]: rows whose logits are computed
+  int64_t logit_count, vocabulary;  // logit_count <= rows
+  float* logits;    // [logit_count][vocabulary]
+  int32_t* argmax;  // [logit_count], or null
   int64_t chunks;   // of kChunkTokens keys, that the longest context takes
   int32_t rounding;          // of activations: see form_of
   int32_t activation_block;  // columns per scale of int8 ones

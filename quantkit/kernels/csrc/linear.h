@@ -22,7 +22,7 @@ enum WeightKind : int32_t {
   kWeightFloat32 = 0, kWeightBFloat16 = 1, kWeightU4 = 2, kWeightU8 = 3, kWeightPlanes = 4, kWeightHighPlane = 5
 };
 
-struct Linear {          // filled in Python through ctypes (kernels/layout.py); plain pointers, all owned elsewhere
+struct Linear {          // filled in Python through ctypes (kernels/cpu/layout.py); plain pointers, all owned elsewhere
   const void* codes;     // 64-byte aligned
   const void* scales;    // [block][group][16] of `scale_dtype`; null for float kinds
   const uint8_t* zeros;  // [block][group][16], or null: `zero_code` serves all

@@ -1,1 +1,1 @@
-"""Kernels for NVIDIA GPUs: compiled by nvcc on first use, launched through ctypes."""
+"""Kernels for NVIDIA GPUs, compiled by nvcc on first use and launched through ctypes."""

@@ -1,11 +1,11 @@
-"""Keys and values in pages on CUDA: append what a token adds, attend to what is there. Plain torch twins define both.
+"""Paged keys and values on CUDA: write the keys and values of new tokens, and attend to them.
 
-Rows of a batch that stand at a negative position only fill it up: they write nothing, and read zeros. Attention has two kernels
-for one meaning: :func:`attend` for single tokens, over whose past blocks share the work, and :func:`attend_prompt` for runs of
-neighbouring tokens, which share what is read.
+Each kernel is defined by a function in plain torch (``*_plain``). A row at a negative position is padding: it writes nothing
+and reads zeros. Attention has two kernels with the same result: :func:`attend` for single tokens, which splits the past of a
+token over several thread blocks, and :func:`attend_prompt` for runs of consecutive tokens, which read their past together.
 
-Pages hold 32 tokens (``kernels_cuda/pages.cuh``). Quantized ones keep a float32 scale per token and head (``int8``), or a
-scale and a zero point per token and 32 channels (``int4``).
+Pages hold 32 tokens (``kernels_cuda/pages.cuh``). ``int8`` pages have a float32 scale per token and head; ``int4`` pages have a
+scale and a zero point per token and 32 channels.
 """
 
 from typing import Any, Final, NamedTuple
@@ -38,12 +38,13 @@ AttendStruct = struct(
 )
 
 
-class Pages(NamedTuple):
-    """Pages of one layer.
+class LayerPages(NamedTuple):
+    """The pages of one layer.
 
     Attributes:
-        keys, values: (pages, kv_heads, 32, head): of the model's dtype, uint8 codes (int8), or uint8 (..., head / 2) (int4).
-        key_scales, value_scales: float32 (pages, kv_heads, 32) for int8, int32 (pages, kv_heads, 32, head / 32) for int4.
+        keys, values: (pages, kv_heads, 32, head), in the model's dtype or uint8 codes (int8); uint8 (..., head / 2) for int4.
+        key_scales, value_scales: float32 (pages, kv_heads, 32) for int8; int32 (pages, kv_heads, 32, head / 32) for int4; None
+            for float.
         kind: one of :data:`KINDS`.
     """
 
@@ -54,15 +55,18 @@ class Pages(NamedTuple):
     kind: str
 
     @classmethod
-    def empty(cls, pages: int, kv_heads: int, head: int, kind: str, dtype: torch.dtype, device: torch.device | str) -> "Pages":
-        """Allocate pages, zeroed.
+    def empty(
+        cls, pages: int, kv_heads: int, head: int, kind: str, dtype: torch.dtype, device: torch.device | str
+    ) -> "LayerPages":
+        """Allocate pages filled with zeros.
 
         Raises:
-            KernelError: a kind that is none of :data:`KINDS`, or a head size that int4 groups do not divide.
+            KernelError: an unknown kind, or a head size that is not a multiple of 32 for int4.
         """
         if kind not in KINDS or (kind == "int4" and head % _GROUP):
             raise KernelError(
-                f"keys and values as {kind!r} with heads of {head}: want {', '.join(KINDS)}, int4 in groups of 32"
+                f"keys and values stored as {kind!r} with {head} channels per head: want one of {', '.join(KINDS)}, and a "
+                "multiple of 32 channels for int4"
             )
         shape = (pages, kv_heads, PAGE_TOKENS)
         stored = dtype if kind == "float" else torch.uint8
@@ -71,20 +75,20 @@ class Pages(NamedTuple):
             return cls(codes[0], codes[1], None, None, kind)
         scales = (
             (shape, torch.float32) if kind == "int8" else ((*shape, head // _GROUP), torch.int32)
-        )  # a word of int4: scale below, zero above
+        )  # int4: the scale in the low half of a word, the zero point in the high half
         grids = [torch.zeros(scales[0], dtype=scales[1], device=device) for _ in range(2)]
         return cls(codes[0], codes[1], grids[0], grids[1], kind)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the pages."""
+        """Bytes of all pages."""
         return sum(t.nbytes for t in self[:4] if t is not None)
 
     def read(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return keys and values as floats, (pages, kv_heads, 32, head)."""
-        return self._open(self.keys, self.key_scales, dtype), self._open(self.values, self.value_scales, dtype)
+        return self._decode(self.keys, self.key_scales, dtype), self._decode(self.values, self.value_scales, dtype)
 
-    def _open(self, codes: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def _decode(self, codes: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
         if scales is None:
             return codes
         if self.kind == "int8":
@@ -97,14 +101,14 @@ class Pages(NamedTuple):
 
 
 class Rope(NamedTuple):
-    """How heads are turned, and normalized before that.
+    """Rotary embedding of queries and keys, and the RMS norm per head before it.
 
     Attributes:
-        cos, sin: float32 (positions, dim / 2), or None.
+        cos, sin: float32 (positions, dim / 2); None for no rotation.
         dim: rotated channels.
-        interleaved: pairs are neighbours.
-        q_gain, k_gain: float32 (head,) of an RMS norm per head, or None.
-        eps: of that norm.
+        interleaved: whether the two channels of a pair are neighbours.
+        q_gain, k_gain: float32 (head,), gains of the RMS norm; None for no norm.
+        eps: epsilon of the norm.
     """
 
     cos: Tensor | None
@@ -117,12 +121,12 @@ class Rope(NamedTuple):
 
 
 class Where(NamedTuple):
-    """Where rows stand: all int32.
+    """Places of rows, all int32.
 
     Attributes:
-        positions: (rows,); negative for a row that only fills a batch up.
-        slots: (rows,): which sequence.
-        table: (slots, pages of a sequence).
+        positions: (rows,), position in the sequence; negative for a padding row.
+        slots: (rows,), slot of the sequence.
+        table: (slots, pages per sequence), the block tables.
     """
 
     positions: Tensor
@@ -130,15 +134,18 @@ class Where(NamedTuple):
     table: Tensor
 
 
-def append(qkv: Tensor, heads: int, rope: Rope, where: Where, pages: Pages) -> Tensor:
-    """Turn queries and keys, write keys and values into ``pages``, and return the queries (rows, heads, head).
+def append(qkv: Tensor, heads: int, rope: Rope, where: Where, pages: LayerPages) -> Tensor:
+    """Normalize and rotate queries and keys, and write keys and values to ``pages``.
 
     Args:
-        qkv: (rows, (heads + 2 kv_heads) * head), contiguous, of float16 or bfloat16.
-        heads: query heads.
+        qkv: float16 or bfloat16 (rows, (heads + 2 kv_heads) * head), contiguous.
+        heads: number of query heads.
         rope: see :class:`Rope`.
-        where: see :class:`Where`; no two rows at the same place.
+        where: see :class:`Where`; no two rows have the same place.
         pages: written to.
+
+    Returns:
+        The queries, (rows, heads, head) in the dtype of ``qkv``.
     """
     kv_heads, head = pages.keys.shape[1], qkv.shape[1] // (heads + 2 * pages.keys.shape[1])
     q = qkv.new_empty((len(qkv), heads, head))
@@ -151,8 +158,8 @@ def append(qkv: Tensor, heads: int, rope: Rope, where: Where, pages: Pages) -> T
     return q
 
 
-def append_plain(qkv: Tensor, heads: int, rope: Rope, where: Where, pages: Pages) -> Tensor:
-    """Define :func:`append` in plain torch."""
+def append_plain(qkv: Tensor, heads: int, rope: Rope, where: Where, pages: LayerPages) -> Tensor:
+    """Compute :func:`append` in plain torch; this is its definition."""
     kv_heads = pages.keys.shape[1]
     split = qkv.view(len(qkv), heads + 2 * kv_heads, -1)
     q, k, v = (part.float() for part in split.split([heads, kv_heads, kv_heads], 1))
@@ -172,18 +179,18 @@ def append_plain(qkv: Tensor, heads: int, rope: Rope, where: Where, pages: Pages
         stored, grids = quantize_heads(new, pages.kind, qkv.dtype)
         codes[page, :, at] = stored
         scales[page, :, at] = grids
-    turned: Tensor = q.to(qkv.dtype)
-    return turned
+    queries: Tensor = q.to(qkv.dtype)
+    return queries
 
 
 def places(where: Where) -> tuple[Tensor, Tensor]:
-    """Return page and place in it of every row."""
+    """Return the page of every row, and its offset in the page."""
     position = where.positions.long()
     return where.table[where.slots.long(), position // PAGE_TOKENS].long(), position % PAGE_TOKENS
 
 
 def quantize_heads(x: Tensor, kind: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return stored codes and scales of float32 heads (rows, kv_heads, head), as :class:`Pages` keeps them."""
+    """Return codes and scales of float32 heads (rows, kv_heads, head), as :class:`LayerPages` stores them."""
     if kind == "int8":
         largest = x.abs().amax(-1)
         scale = torch.where(largest == 0, 1.0, largest / 127.5)
@@ -199,31 +206,40 @@ def quantize_heads(x: Tensor, kind: str, dtype: torch.dtype) -> tuple[Tensor, Te
 
 
 def choose_splits(rows: int, kv_heads: int, tokens: int, processors: int) -> int:
-    """Return over how many blocks a sequence of up to ``tokens`` is split: two per multiprocessor, of 64 tokens at least."""
+    """Return over how many thread blocks a sequence of up to ``tokens`` is split.
+
+    The aim is two blocks per multiprocessor, with at least 64 tokens per block.
+    """
     return max(1, min(-(-2 * processors // (rows * kv_heads)), tokens // 64, 64))
 
 
 def attend(
     q: Tensor,
     where: Where,
-    pages: Pages,
+    pages: LayerPages,
     *,
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
     splits: int | None = None,
 ) -> Tensor:
-    """Return what each row's queries read from tokens 0 to its own position: (rows, heads, head).
+    """Return the attention of each row to the tokens from 0 to its own position.
 
     Args:
-        q: (rows, heads, head), contiguous, of float16 or bfloat16; head is one of :data:`HEAD_SIZES`.
+        q: float16 or bfloat16 (rows, heads, head), contiguous; head is one of :data:`HEAD_SIZES`.
         where: see :class:`Where`.
-        pages: keys and values, this token's included.
-        scale: what ``q . k`` is multiplied by.
-        window: a row sees so many tokens, itself included; None sees all.
-        softcap: scores become ``softcap * tanh(score / softcap)``.
-        splits: over how many blocks a sequence is split; the default depends on rows and the table's length. Results are
-            the same bits in every batch if this is fixed.
+        pages: keys and values, including those of the rows themselves.
+        scale: factor of the scores ``q . k``.
+        window: number of tokens that a row sees, its own included; None for all.
+        softcap: scores become ``softcap * tanh(score / softcap)``; None for no cap.
+        splits: number of thread blocks per sequence. The default depends on the batch; results are bitwise independent of the
+            batch if this is fixed.
+
+    Returns:
+        (rows, heads, head) in the dtype of ``q``.
+
+    Raises:
+        KernelError: an unsupported head size, or heads that are not a multiple of the key/value heads.
     """
     rows, heads, head = q.shape
     kv_heads = _check_heads(q, pages)
@@ -245,40 +261,47 @@ def attend(
     return out
 
 
-def _check_heads(q: Tensor, pages: Pages) -> int:
-    """Return how many key heads there are."""
+def _check_heads(q: Tensor, pages: LayerPages) -> int:
+    """Return the number of key/value heads.
+
+    Raises:
+        KernelError: the kernels do not support these heads.
+    """
     (_, heads, head), kv_heads = q.shape, pages.keys.shape[1]
     if head not in HEAD_SIZES or heads % kv_heads:
-        raise KernelError(f"attention with {heads} heads of {head} over {kv_heads}: want heads of {HEAD_SIZES}, a multiple")
+        raise KernelError(
+            f"attention with {heads} heads of {head} channels and {kv_heads} key/value heads: want {HEAD_SIZES} channels, "
+            "and a multiple of the key/value heads"
+        )
     return kv_heads
 
 
 def tile_tokens(heads: int, kv_heads: int) -> int:
-    """Return how many neighbouring tokens a tile of :func:`attend_prompt` may have."""
+    """Return the largest number of tokens in a tile of :func:`attend_prompt`."""
     return _PROMPT_WARPS * (_HEAD_ROWS // min(_HEAD_ROWS, heads // kv_heads))
 
 
 def cut(first: int, count: int, size: int) -> list[tuple[int, int]]:
-    """Return tiles of at most ``size`` rows that cover ``count`` neighbouring rows from ``first`` on."""
+    """Return tiles (first row, number of rows) of at most ``size`` rows that cover ``count`` rows from ``first`` on."""
     return [(first + at, min(size, count - at)) for at in range(0, count, size)]
 
 
 def attend_prompt(
     q: Tensor,
     where: Where,
-    pages: Pages,
+    pages: LayerPages,
     tiles: Tensor,
     *,
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """Compute what :func:`attend` does, for runs of tokens that read their past together.
+    """Compute the same as :func:`attend`, for runs of consecutive tokens that read their past together.
 
     Args:
-        q, where, pages, scale, window, softcap: as there.
-        tiles: int32 (tiles, 2): first row and number of rows, at most :func:`tile_tokens`, all of one sequence and each one
-            position after the one before. Rows of no tile read zeros.
+        q, where, pages, scale, window, softcap: as in :func:`attend`.
+        tiles: int32 (tiles, 2), first row and number of rows, at most :func:`tile_tokens`. The rows of a tile are consecutive
+            tokens of one sequence. Rows outside all tiles read zeros.
     """
     rows, heads, head = q.shape
     kv_heads, out = _check_heads(q, pages), torch.zeros_like(q)
@@ -291,8 +314,8 @@ def attend_prompt(
     return out
 
 
-def attend_prompt_plain(q: Tensor, where: Where, pages: Pages, tiles: Tensor, **options: Any) -> Tensor:
-    """Define :func:`attend_prompt` in plain torch."""
+def attend_prompt_plain(q: Tensor, where: Where, pages: LayerPages, tiles: Tensor, **options: Any) -> Tensor:
+    """Compute :func:`attend_prompt` in plain torch; this is its definition."""
     covered = torch.zeros(len(q), dtype=torch.bool, device=q.device)
     for first, count in tiles.tolist():
         covered[first : first + count] = True
@@ -302,14 +325,14 @@ def attend_prompt_plain(q: Tensor, where: Where, pages: Pages, tiles: Tensor, **
 def attend_plain(
     q: Tensor,
     where: Where,
-    pages: Pages,
+    pages: LayerPages,
     *,
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
     splits: int | None = None,
 ) -> Tensor:
-    """Define :func:`attend` in plain torch, in float32."""
+    """Compute :func:`attend` in plain torch in float32; this is its definition."""
     keys, values = (part.float() for part in pages.read(q.dtype))
     table = where.table[where.slots.long()].long()  # (rows, pages of a sequence)
     keys, values = (part[table].transpose(2, 3).flatten(1, 2) for part in (keys, values))  # (rows, tokens, kv_heads, head)
@@ -321,5 +344,5 @@ def attend_plain(
     age = where.positions[:, None] - torch.arange(keys.shape[1], device=q.device)
     hidden = (age < 0) | (age >= (window or 1 << 30))
     weights = scores.masked_fill(hidden[:, None], -torch.inf).softmax(-1)
-    weights = weights.masked_fill((where.positions < 0)[:, None, None], 0.0)  # a row that sees nothing
+    weights = weights.masked_fill((where.positions < 0)[:, None, None], 0.0)  # padding rows see nothing
     return torch.einsum("rht,rthd->rhd", weights, values).to(q.dtype)

@@ -1,8 +1,9 @@
-"""The CUDA functions as Python functions on tensors: check, fill a struct, launch on the current stream.
+"""Call the CUDA kernels with tensors: fill a struct and launch on the current stream.
 
-Everything is allocated by torch, nothing synchronizes, so every call can be captured in a CUDA graph (after one call before the
-capture, which loads the library and makes the counters). A token's result does not depend on the tokens beside it, as long as
-a call takes the same way: few tokens straight from the codes, many (:data:`DENSE_TOKENS` and more) through a dense product.
+Torch allocates all memory and nothing synchronizes, so every call can be captured in a CUDA graph (after one call before the
+capture, which loads the library and creates the counters). The result for a token does not depend on the other tokens as long
+as calls use the same algorithm: products with few tokens read the codes directly, products with :data:`DENSE_TOKENS` tokens or
+more expand the weight and use a dense product.
 """
 
 import ctypes
@@ -21,13 +22,18 @@ from quantkit.kernels.program.reference import ACTIVATIONS
 WARPS: Final = 4
 LARGEST_SPLITS: Final = 16
 DENSE_TOKENS: Final = 160
-"""From so many tokens on a weight is expanded and multiplied densely. To be measured: a guess from bytes and arithmetic."""
+"""Smallest number of tokens for which a weight is expanded and multiplied densely. Estimated from bytes and arithmetic."""
 SLICE_BYTES: Final = 8 << 20
-"""At least so much of an expanded weight is made at a time; half of the second cache where that is more."""
+"""Smallest part of a weight that is expanded at a time; half of the level-2 cache if that is more."""
 
 
 def struct(name: str, pointers: str, integers: str, floats: str = "") -> type[ctypes.Structure]:
-    """Return a ctypes structure of pointers, then 32-bit integers, then floats: what the launches take."""
+    """Return a ctypes structure of pointers, then 32-bit integers, then floats, as the launching functions expect it.
+
+    Args:
+        name: name of the structure.
+        pointers, integers, floats: names of the fields, separated by spaces, in order.
+    """
     kinds = ((ctypes.c_void_p, pointers), (ctypes.c_int32, integers), (ctypes.c_float, floats))
     fields = [(field, kind) for kind, names in kinds for field in names.split()]
     return type(name, (ctypes.Structure,), {"_fields_": fields})
@@ -46,10 +52,16 @@ ExpandStruct = struct(
 
 
 def launch(name: str, filled: ctypes.Structure, device: torch.device, *middle: int) -> None:
-    """Call a launching function of the library on the current stream of ``device``.
+    """Launch a kernel on the current stream of ``device``.
+
+    Args:
+        name: launching function of the library.
+        filled: its struct.
+        device: the device.
+        *middle: integers between the struct and the stream.
 
     Raises:
-        KernelError: the library is not there, or CUDA refused.
+        KernelError: the library cannot be loaded, or CUDA reports an error.
     """
     lib = nvcc.library()
     with on_device(device):
@@ -59,7 +71,7 @@ def launch(name: str, filled: ctypes.Structure, device: torch.device, *middle: i
 
 
 def runs_on(x: Tensor) -> bool:
-    """Say whether the kernels can read this tensor."""
+    """Return whether the kernels can read this tensor."""
     return x.is_cuda
 
 
@@ -69,23 +81,23 @@ def on_device(device: torch.device) -> Any:
 
 
 def stream_of(device: torch.device) -> int:
-    """Return the current stream's handle, asked at run time so that a captured stream is found too."""
+    """Return the handle of the current stream, which during a capture is the captured one."""
     return int(torch.cuda.current_stream(device).cuda_stream)
 
 
 def multiprocessors(device: torch.device) -> int:
-    """Return how many blocks can have a multiprocessor of their own."""
+    """Return the number of multiprocessors."""
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 @functools.cache
 def slice_bytes(device: torch.device) -> int:
-    """Return how much of an expanded weight is made at a time, so that it stays in the second cache."""
+    """Return how many bytes of a weight are expanded at a time, such that they stay in the level-2 cache."""
     return max(SLICE_BYTES, torch.cuda.get_device_properties(device).L2_cache_size // 2)
 
 
 def capturing() -> bool:
-    """Say whether the current stream is being captured in a graph."""
+    """Return whether the current stream is being captured in a graph."""
     return torch.cuda.is_current_stream_capturing()
 
 
@@ -98,29 +110,38 @@ _COUNTERS: Final = 1 << 16
 _counters: dict[tuple[torch.device, int], Tensor] = {}
 
 
-def counters(device: torch.device, wanted: int) -> Tensor:
-    """Return int32 zeros that kernels count arrivals in and leave as zeros; one set per stream.
+def counters(device: torch.device, count: int) -> Tensor:
+    """Return int32 counters, which kernels use to count finished blocks and reset to zero; one set per stream.
+
+    Args:
+        device: the device.
+        count: number of counters needed.
 
     Raises:
-        KernelError: during a capture without a call before it, or if more are wanted than there are.
+        KernelError: the first call on a stream is during a capture, or ``count`` is too large.
     """
     key = (device, stream_of(device))
     if key not in _counters:
         if capturing():
             raise KernelError("the first matmul on a stream cannot be captured in a graph; run it once before")
         _counters[key] = torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
-    if wanted > _COUNTERS:
-        raise KernelError(f"a matmul of {wanted} tiles that share sums: want at most {_COUNTERS}")
+    if count > _COUNTERS:
+        raise KernelError(f"a matmul with {count} tiles whose sums are split: want at most {_COUNTERS}")
     return _counters[key]
 
 
 @functools.cache
 def choose_splits(tiles: int, steps: int, processors: int) -> int:
-    """Return over how many blocks K is split: the fewest steps of the busiest multiprocessor, with a price per split.
+    """Return over how many thread blocks K is split, such that the busiest multiprocessor has the fewest steps.
 
-    A model, not a measurement: a block keeps 24 KB under way, a multiprocessor wants 40 KB, up to four blocks share one, and
-    handing sums on takes a block as long as two steps. It depends on the weight alone, so that a token's sums are the same in
-    every batch.
+    This is a cost model, not a measurement: a block has 24 KB of loads in flight, a multiprocessor needs 40 KB, up to four
+    blocks share a multiprocessor, and passing partial sums on costs a block two steps. The result depends on the weight only,
+    so the order of a token's sums is the same in every batch.
+
+    Args:
+        tiles: tiles of 64 rows of the weight.
+        steps: steps of 64 columns.
+        processors: multiprocessors of the device.
     """
 
     def cost(splits: int) -> float:
@@ -132,12 +153,12 @@ def choose_splits(tiles: int, steps: int, processors: int) -> int:
 
 
 def group_shift(group: int, columns: int) -> int:
-    """Return what a column is shifted by to give its group: 31 for one scale per row."""
+    """Return s such that the group of a column is ``column >> s``; 31 for one scale per row."""
     return 31 if group >= columns else group.bit_length() - 1
 
 
 def activation_code(activation: str | None) -> int:
-    """Return the kernels' number of a key of :data:`~quantkit.kernels.program.reference.ACTIVATIONS`; -1 for None."""
+    """Return the kernels' number for a key of :data:`~quantkit.kernels.program.reference.ACTIVATIONS`; -1 for None."""
     return -1 if activation is None else list(ACTIVATIONS).index(activation)
 
 
@@ -148,28 +169,27 @@ def matmul(
     *,
     x_scales: Tensor | None = None,
     offsets: Tensor | None = None,
-    kind: str = "",
     dtype: torch.dtype | None = None,
     activation: str | None = None,
     bests: Tensor | None = None,
 ) -> Tensor:
-    """Return ``x @ w.T + bias`` straight from the codes, (tokens, N).
+    """Return ``x @ w.T + bias``, multiplying the codes of the weight directly.
 
     Args:
-        x: (tokens, K), contiguous; of float16 or bfloat16, or bytes with ``x_scales``.
-        weight: one matrix, or experts with ``offsets``.
-        bias: (N,) of the output's dtype.
-        x_scales: float32 (tokens,) of rounded activations.
-        offsets: int32 (experts + 1,): expert e multiplies tokens ``offsets[e]`` to ``offsets[e + 1]``.
-        kind: ``"int8"`` or ``"fp8"`` for rounded activations.
-        dtype: of the output, if not x's.
-        activation: the rows (and the bias) are gate and up in turn, and the result is ``activation(gate) * up``,
-            (tokens, N / 2): bit for bit what :func:`~quantkit.kernels.cuda.norms.activate` makes of the product, both rounded
-            to ``dtype`` first.
-        bests: int32 (tokens, tiles, 2), to be filled: of every 64 rows the largest result (the bits of a float32) and its row.
+        x: (tokens, K), contiguous, float16 or bfloat16; or int8 or float8_e4m3fn codes with ``x_scales``.
+        weight: one matrix, or a stack of experts with ``offsets``.
+        bias: (N,) in the dtype of the result.
+        x_scales: float32 (tokens,), scales of rounded activations.
+        offsets: int32 (experts + 1,); expert e multiplies tokens ``offsets[e]`` to ``offsets[e + 1]``.
+        dtype: dtype of the result; None for x's.
+        activation: if given, the rows of the weight (and the bias) alternate between gate and up, and the result is
+            ``activation(gate) * up``, bitwise equal to :func:`~quantkit.kernels.cuda.norms.activate` of the product; gate and
+            up are rounded to ``dtype`` first.
+        bests: int32 (tokens, tiles, 2) to be filled with the largest result in every 64 rows (the bits of a float32) and its
+            row.
 
-    Raises:
-        KernelError: an activation, and an odd number of rows.
+    Returns:
+        (tokens, N), or (tokens, N / 2) with an activation.
     """
     dtype = dtype or x.dtype
     tokens, columns = x.shape
@@ -185,26 +205,27 @@ def matmul(
     splits = 1 if offsets is not None else choose_splits(weight.tiles, steps_of(columns), multiprocessors(x.device))
     parts = {"x": x, "bias": bias, "x_scales": x_scales, "offsets": offsets, "y": y, "bests": bests}
     filled = fill_matmul(weight, parts, 8 * tokens8, splits, activation)
-    launch(f"qk_matmul_{kind or f'codes{weight.bits}'}", filled, x.device, tokens8)
+    kind = f"codes{weight.bits}" if x_scales is None else "int8" if x.dtype == torch.int8 else "fp8"
+    launch(f"qk_matmul_{kind}", filled, x.device, tokens8)
     return y
 
 
 def steps_of(columns: int) -> int:
-    """Return how many steps a weight has."""
+    """Return the number of steps of 64 columns."""
     return -(-columns // STEP)
 
 
 def fill_matmul(
     weight: Fragments, parts: dict[str, Tensor | None], block_tokens: int, splits: int, activation: str | None
 ) -> ctypes.Structure:
-    """Return the struct of a product, with memory for the parts of its sums if K is split.
+    """Return the struct of a product, with memory for partial sums if K is split.
 
     Args:
-        weight: what is multiplied.
-        parts: tensors by the struct's fields, x as the kernel reads it (its last dimension counts only where that is K), y.
-        block_tokens: how many tokens a block takes.
-        splits: over how many blocks K is split.
-        activation: of gates that lie in turn.
+        weight: the weight.
+        parts: tensors by field name: x in the layout that the kernel reads, the result y, and optional ones.
+        block_tokens: tokens per thread block.
+        splits: number of thread blocks over which K is split.
+        activation: activation of interleaved gates, or None.
     """
     y = parts["y"]
     assert y is not None
@@ -228,12 +249,12 @@ def fill_matmul(
         **{"scales_are_bfloat16": weight.scale.dtype == torch.bfloat16, "dtype": DTYPE_CODES[y.dtype]},
         activation=activation_code(activation),
     )
-    filled.kept = (partial, arrived)  # until it has been launched; the allocator keeps order on the stream
+    filled.kept = (partial, arrived)  # alive until the launch; afterwards the allocator reuses them in stream order
     return filled
 
 
 def expand(weight: Fragments, dtype: torch.dtype, tiles: range, expert: int = 0, *, fp8: bool = False) -> Tensor:
-    """Return rows ``64 * tiles.start`` to ``64 * tiles.stop`` (or N) of a weight as floats, (rows, K)."""
+    """Return rows ``64 * tiles.start`` to ``64 * tiles.stop`` (at most N) of a weight as floats, (rows, K)."""
     rows = min(weight.rows, tiles.stop * TILE_ROWS) - tiles.start * TILE_ROWS
     out = torch.empty((rows, weight.columns), dtype=dtype, device=weight.codes.device)
     parts = [None if t is None else t[expert] for t in (weight.codes, weight.scale, weight.zero)]
@@ -247,14 +268,17 @@ def expand(weight: Fragments, dtype: torch.dtype, tiles: range, expert: int = 0,
 
 
 def dense_matmul(x: Tensor, weight: Fragments, bias: Tensor | None, expert: int = 0, *, fp8: bool = False) -> Tensor:
-    """Return ``x @ w.T + bias`` for many tokens: expand a slice that stays in the second cache, multiply densely, go on."""
+    """Return ``x @ w.T + bias`` for many tokens: expand the weight slice by slice, and multiply each slice densely.
+
+    A slice is small enough to stay in the level-2 cache between the two.
+    """
     y = x.new_empty((x.shape[0], weight.rows))
     tiles = max(1, slice_bytes(x.device) // (2 * weight.columns * TILE_ROWS))
     floats: Tensor | None = None
     for first in range(0, weight.tiles, tiles):
         part = range(first, min(first + tiles, weight.tiles))
         rows = slice(part.start * TILE_ROWS, part.stop * TILE_ROWS)
-        floats = None  # the next slice takes its memory, and with it its place in the cache
+        floats = None  # lets the next slice reuse this memory, which is in the cache
         floats = expand(weight, x.dtype, part, expert, fp8=fp8)
         if bias is None:
             torch.mm(x, floats.T, out=y[:, rows])

@@ -1,4 +1,4 @@
-"""Decoding under a CUDA graph: one recorded step per batch size, tokens chosen inside, no word from the host in between."""
+"""Decode with a CUDA graph: one captured step per batch size, which also samples, so the host is not needed between steps."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -10,7 +10,7 @@ from quantkit.errors import KernelError
 from quantkit.kernels.cuda import ops
 from quantkit.kernels.cuda.attention import PAGE_TOKENS, Where, cut
 from quantkit.kernels.cuda.decoder import CudaDecoder, Prompts
-from quantkit.kernels.functions.sampling import Draw, Wish
+from quantkit.kernels.functions.sampling import Draw, SamplingParameters
 
 _Results = TypeVar("_Results")
 
@@ -22,15 +22,18 @@ def record(
     restore: Callable[[], None] = lambda: None,
     pool: Any = None,
 ) -> tuple[torch.cuda.CUDAGraph, _Results]:
-    """Record a step in a graph; return it and the tensors that a replay writes the step's results to.
+    """Capture a step in a CUDA graph.
 
-    The step runs twice before, on the stream of the recording: that loads the library, makes counters and fills caches.
+    The step runs twice before the capture, on the same stream, to load the library, create counters and fill caches.
 
     Args:
-        step: what to record; reads and writes the same memory every time.
-        stream: where to run it meanwhile.
-        restore: puts back what the runs before have changed.
-        pool: memory pool that recordings share, of which only one is replayed at a time.
+        step: the step; it reads and writes the same memory every time.
+        stream: stream of the capture.
+        restore: undoes the changes of the runs before the capture.
+        pool: memory pool to share with other graphs, of which only one may be replayed at a time.
+
+    Returns:
+        The graph, and the results of the step, which every replay overwrites.
     """
     stream.wait_stream(torch.cuda.current_stream(stream.device))
     with torch.cuda.stream(stream):
@@ -46,26 +49,26 @@ def record(
 
 
 class GraphDecoder:
-    """Continue up to ``batch`` sequences of one program, each in pages of its own.
+    """Decode ``batch`` sequences of one program, each in pages of its own.
 
-    A step reads every sequence's newest token, chooses the next one and writes both to device memory; the host looks once, at
-    the end. The most likely tokens are chosen until :meth:`choose_by` says otherwise. On a device other than CUDA the step runs
-    without being recorded: slow, and the same tokens.
+    A step runs the newest token of every sequence, samples the next one and keeps it in device memory; the host reads the
+    tokens once, at the end. Decoding is greedy until :meth:`set_sampling` is called. On devices other than CUDA the step
+    computes the same without being captured.
 
     Args:
         decoder: the program.
-        batch: sequences.
-        tokens: longest sequence, prompt included.
-        kv: how keys and values are stored.
-        batch_invariant: a sequence gets the same tokens in every batch, and decoding is a little slower; prompts are read one
-            by one in any case.
+        batch: number of sequences.
+        tokens: longest sequence, including its prompt.
+        kv: how keys and values are stored, one of :data:`quantkit.kernels.cuda.attention.KINDS`.
+        batch_invariant: give a sequence the same tokens in every batch, which makes decoding slightly slower. Prompts are
+            always read one by one.
 
     Raises:
-        KernelError: more tokens than the decoder has positions for.
+        KernelError: more tokens than the decoder's rotary tables have positions.
     """
 
     PROMPT_ROWS = 512
-    """Rows of a prompt that are read at once."""
+    """Rows of a prompt per step."""
 
     def __init__(
         self,
@@ -77,7 +80,7 @@ class GraphDecoder:
         batch_invariant: bool = False,
     ) -> None:
         if tokens > decoder.context_tokens:
-            raise KernelError(f"{tokens} tokens: the decoder was made for {decoder.context_tokens}")
+            raise KernelError(f"tokens={tokens}: the decoder has {decoder.context_tokens} positions; call its lengthen first")
         self._decoder, self.batch, self.tokens = decoder, batch, tokens
         device, pages = decoder.device, -(-tokens // PAGE_TOKENS)
         self._pages = decoder.pages(batch * pages, kv)
@@ -87,7 +90,7 @@ class GraphDecoder:
         self._newest = torch.zeros(batch, dtype=torch.int32, device=device)
         self._history = torch.zeros((tokens, batch), dtype=torch.int32, device=device)
         self._at = torch.zeros(1, dtype=torch.int64, device=device)
-        self._alike = batch_invariant
+        self._batch_invariant = batch_invariant
         self._draw = Draw.greedy(batch, device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._lengths: list[int] = []
@@ -97,23 +100,30 @@ class GraphDecoder:
         """Bytes of keys and values."""
         return sum(pages.nbytes for pages in self._pages)
 
-    def choose_by(self, wishes: Sequence[Wish]) -> None:
-        """Choose tokens from now on as one :class:`~quantkit.engine.sampling.Sampling` per sequence says.
+    def set_sampling(self, samplings: Sequence[SamplingParameters]) -> None:
+        """Set how tokens are sampled from now on. The captured step remains valid.
 
-        Nothing is recorded anew. A drawn token depends on seed, position and logits, not on the other sequences.
+        Args:
+            samplings: one per sequence, such as a :class:`~quantkit.engine.sampling.Sampling`. A token depends on seed,
+                position and logits, not on the other sequences.
 
         Raises:
             KernelError: not one per sequence, or a repetition penalty.
         """
-        self._draw.set(wishes)
+        self._draw.set(samplings)
 
     @torch.no_grad()
     def read(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Read the prompts and choose a token after each, (batch,); what was read before is forgotten.
+        """Start new sequences: run the prompts and sample a token after each.
+
+        Args:
+            prompts: token ids, one prompt per sequence.
+
+        Returns:
+            int64 (batch,).
 
         Raises:
-            KernelError: not as many prompts as sequences, an empty one, one without room after it, or logits that are not
-                finite.
+            KernelError: not one prompt per sequence, an empty or too long prompt, or logits that are not finite.
         """
         if len(prompts) != self.batch or not all(0 < len(prompt) < self.tokens for prompt in prompts):
             raise KernelError(
@@ -136,14 +146,17 @@ class GraphDecoder:
 
     @torch.no_grad()
     def decode(self, count: int) -> Tensor:
-        """Choose ``count`` more tokens for every sequence, (count, batch), int64.
+        """Generate ``count`` more tokens for every sequence.
+
+        Returns:
+            int64 (count, batch).
 
         Raises:
-            KernelError: nothing read yet, no room, or logits that are not finite.
+            KernelError: no prompt yet, too many tokens, or logits that are not finite.
         """
         if not self._lengths or max(self._lengths) + count > self.tokens:
             raise KernelError(
-                f"{count} tokens after {max(self._lengths, default=0)}: room for {self.tokens}, and a prompt comes first"
+                f"{count} tokens after {max(self._lengths, default=0)}: want a prompt first, and at most {self.tokens} in all"
             )
         if self._graph is None and self._decoder.device.type == "cuda":
             self._record()
@@ -157,16 +170,16 @@ class GraphDecoder:
         return _finite(self._history[:count].long())
 
     def _step(self) -> Tensor:
-        logits, bests = self._decoder.step(self._newest, self._where, self._pages, batch_invariant=self._alike)
+        logits, bests = self._decoder.step(self._newest, self._where, self._pages, batch_invariant=self._batch_invariant)
         row = self._where.positions, self._where.slots, self._newest
         chosen = ops.ops().next_tokens(logits.contiguous(), *self._draw, *row, bests)
-        self._history.index_copy_(0, self._at, chosen[None])  # -1 where there is none to choose: what follows is thrown away
+        self._history.index_copy_(0, self._at, chosen[None])  # -1 where no token can be chosen; later tokens are then invalid
         self._where.positions.add_(1)
         self._at.add_(1)
         return self._newest
 
     def _record(self) -> None:
-        """Record one step; the sequences are put back to where they were."""
+        """Capture a step, and restore the state of the sequences."""
         held = [t.clone() for t in (self._newest, self._where.positions, self._at)]
 
         def restore() -> None:
@@ -183,5 +196,7 @@ def _choose(logits: Tensor, draw: Draw, positions: Tensor) -> Tensor:
 
 def _finite(tokens: Tensor) -> Tensor:
     if bool((tokens < 0).any()):
-        raise KernelError("logits are not numbers one can choose from: the largest is NaN or infinite; look for overflow")
+        raise KernelError(
+            "no token can be chosen: the largest logit is NaN or infinite, want finite logits; look for overflow in the model"
+        )
     return tokens

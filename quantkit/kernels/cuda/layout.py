@@ -1,8 +1,8 @@
-"""The weight layout of the CUDA kernels: codes in the order in which tensor cores want them, restored exactly.
+"""The weight layout of the CUDA kernels: codes in the order in which tensor cores read them. It can be reversed exactly.
 
-``kernels_cuda/unpack.cuh`` draws it: tiles of 64 rows, steps of 64 columns, and in a step 16 bytes per lane and 16-row
-product. The same bytes serve few tokens (products straight from them) and many (expanded slice by slice). 2- and 3-bit codes
-are stored in 4 bits, 5- to 7-bit and fp8 codes in 8. Rows and columns are padded to whole tiles and steps.
+``kernels_cuda/unpack.cuh`` describes it: tiles of 64 rows, steps of 64 columns, and in each step 16 bytes per lane and 16-row
+product. The same bytes are used for few tokens (products read them directly) and for many (they are expanded slice by slice).
+2- and 3-bit codes are stored in 4 bits, 5- to 7-bit and fp8 codes in 8. Rows and columns are padded to whole tiles and steps.
 """
 
 from typing import Final, NamedTuple
@@ -31,12 +31,12 @@ class Fragments(NamedTuple):
     """A weight (N, K), or a stack (experts, N, K), in the layout.
 
     Attributes:
-        codes: uint8 (experts, bytes); whole tiles and steps.
+        codes: uint8 (experts, bytes), whole tiles and steps.
         scale: float16 or bfloat16 (experts, tiles, groups, 8, 4, 2).
-        zero: uint8 of the scale's shape, or None where ``zero_code`` serves all.
+        zero: uint8 zero points of the scale's shape; None if all are ``zero_code``.
         rows, columns: N and K.
         group: input channels per scale.
-        bits: 4 or 8, of a stored code.
+        bits: bits of a stored code, 4 or 8.
         zero_code: zero point of a symmetric grid; 0 for fp8.
     """
 
@@ -51,12 +51,12 @@ class Fragments(NamedTuple):
 
     @property
     def experts(self) -> int:
-        """Matrices in the stack; 1 for a plain weight."""
+        """Number of matrices in the stack; 1 for a plain weight."""
         return self.codes.shape[0]
 
     @property
     def tiles(self) -> int:
-        """Tiles of 64 rows."""
+        """Number of tiles of 64 rows."""
         return -(-self.rows // TILE_ROWS)
 
     @property
@@ -66,17 +66,19 @@ class Fragments(NamedTuple):
 
 
 def prepack(qtensor: GridTensor, interleave: bool = False) -> Fragments:
-    """Lay a quantized weight (N, K) or (experts, N, K) out, on its own device. The result shares no memory with it.
+    """Convert a quantized weight to the layout, on its own device and in new memory.
 
-    With ``interleave`` the weight is [gate | up] (N even) and :func:`in_turn` orders its rows, so that the block of threads
-    that sums up a gate sums up what it is multiplied by too.
+    Args:
+        qtensor: (N, K) or (experts, N, K).
+        interleave: the weight is [gate | up] with an even N, and its rows are reordered by :func:`interleave_halves`, so that
+            the thread block that computes a row of the gate also computes the corresponding row of up.
     """
     spec, (rows, columns) = qtensor.spec, qtensor.shape[-2:]
     block_rows, group = grid.block_size(spec, qtensor.shape)
     bits = 4 if spec.bits <= 4 else 8
     codes = qtensor.codes().reshape(-1, rows, columns)
     if interleave:
-        codes = in_turn(codes, 1)
+        codes = interleave_halves(codes, 1)
     zero_code = grid.zero_code(spec) if spec.is_integer else 0
     scale, zero = (
         None if values is None else _lay_grid(values, block_rows, rows, interleave)
@@ -87,16 +89,19 @@ def prepack(qtensor: GridTensor, interleave: bool = False) -> Fragments:
     return Fragments(laid, scale, zero, rows, columns, group, bits, zero_code)
 
 
-def in_turn(values: Tensor, axis: int = 0) -> Tensor:
-    """Return [gate | up] along ``axis`` as gate and up in turn: rows 0, N/2, 1, N/2 + 1, and so on."""
+def interleave_halves(values: Tensor, axis: int = 0) -> Tensor:
+    """Return [gate | up] along ``axis`` with alternating rows of gate and up: rows 0, N/2, 1, N/2 + 1, and so on."""
     pairs: Tensor = values.unflatten(axis, (2, -1))
     return pairs.transpose(axis, axis + 1).flatten(axis, axis + 1)
 
 
 def restore(weight: Fragments, spec: QuantSpec, expert: int | None = None) -> GridTensor:
-    """Return the quantized weight that :func:`prepack` was given, bit for bit; ``spec`` is the one it had.
+    """Return the quantized weight that :func:`prepack` was given, bit for bit.
 
-    A stack comes back whole, or as one ``expert`` of it.
+    Args:
+        weight: the prepacked weight, without ``interleave``.
+        spec: the grid of the quantized weight.
+        expert: index of one matrix of a stack; None for the whole stack.
     """
     block_rows, _ = grid.block_size(spec, (weight.rows, weight.columns))
     chosen = list(range(weight.experts)) if expert is None else [expert]
@@ -114,7 +119,7 @@ def restore(weight: Fragments, spec: QuantSpec, expert: int | None = None) -> Gr
 
 
 def dequantize(weight: Fragments, fp8: bool = False) -> Tensor:
-    """Return the float32 weight (experts, N, K): the layout, written down as code."""
+    """Return the float32 weight (experts, N, K); this defines the layout."""
     codes = torch.stack([_read_codes(weight, part) for part in range(weight.experts)])
     scale = _read_grid(weight.scale, weight.rows).float().repeat_interleave(weight.group, -1)
     if fp8:
@@ -144,16 +149,16 @@ def _read_codes(weight: Fragments, expert: int) -> Tensor:
 
 
 def _lay_grid(values: Tensor, block_rows: int, rows: int, interleave: bool) -> Tensor:
-    """(..., row blocks, groups) to (experts, tiles, groups, 8, 4, 2)."""
+    """Convert scales or zero points (..., row blocks, groups) to (experts, tiles, groups, 8, 4, 2)."""
     values = values.reshape(-1, *values.shape[-2:]).repeat_interleave(block_rows, 1)
     if interleave:
-        values = in_turn(values, 1)
+        values = interleave_halves(values, 1)
     padded = F.pad(values, (0, 0, 0, -rows % TILE_ROWS))
     return torch.stack([part.view(-1, 4, 2, 8, part.shape[-1]).permute(_GRID).contiguous() for part in padded])
 
 
 def _read_grid(values: Tensor, rows: int) -> Tensor:
-    """The reverse, one value per row: (experts, rows, groups)."""
+    """Convert (experts, tiles, groups, 8, 4, 2) back to one value per row, (experts, rows, groups)."""
     inverse = [0, *(_GRID.index(axis) + 1 for axis in range(5))]
     return values.permute(inverse).flatten(1, 4)[:, :rows].contiguous()
 

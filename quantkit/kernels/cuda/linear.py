@@ -1,4 +1,4 @@
-"""One matrix product of a decoder on CUDA: float or quantized weights, of activations as they are or rounded before."""
+"""A matrix product of a decoder on CUDA, with a float or quantized weight and float or rounded activations."""
 
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
@@ -11,24 +11,34 @@ from quantkit.kernels.cuda import layout
 from quantkit.kernels.cuda import ops as cuda_ops
 
 INVARIANT_ROWS: Final = 32
-"""Rows of every dense product where batches must not matter."""
+"""Rows of every dense product where results must not depend on the batch."""
 
 
 class Rounded(NamedTuple):
-    """Activations in 8 bits, a scale per token: int8 or float8 codes (rows, K), float32 (rows,)."""
+    """Activations rounded to 8 bits with one scale per token.
+
+    Attributes:
+        codes: int8 or float8_e4m3fn (rows, K).
+        scales: float32 (rows,).
+    """
 
     codes: Tensor
     scales: Tensor
 
     def part(self, rows: Any) -> "Rounded":
-        """Return some of the rows."""
+        """Return the given rows."""
         return Rounded(self.codes[rows], self.scales[rows])
 
 
 class Product(NamedTuple):
-    """Linears side by side, laid out: one float weight, or one quantized one.
+    """One or several linears, combined into one product.
 
-    Where ``activation`` is given, the quantized rows are gate and up in turn, and the result is ``activation(gate) * up``.
+    Attributes:
+        floats: float weight (N, K), or None.
+        weight: quantized weight, or None.
+        bias: (N,), or None.
+        form: the form of the product, see :data:`quantkit.kernels.cuda.ops.SCHEMAS`; empty for a float weight.
+        activation: if given, rows of gate and up alternate, and the result is ``activation(gate) * up``.
     """
 
     floats: Tensor | None
@@ -39,13 +49,19 @@ class Product(NamedTuple):
 
     @property
     def rounding(self) -> str:
-        """What a norm may round its output to for this product: one of :data:`~quantkit.kernels.cuda.norms.ROUNDINGS`."""
+        """What the norm before this product can round its output to, of :data:`~quantkit.kernels.cuda.norms.ROUNDINGS`."""
         return cuda_ops.ROUNDED.get(self.form, "float")
 
     def __call__(self, x: Tensor | Rounded, dtype: torch.dtype, batch_invariant: bool = False) -> Tensor:
-        """Return ``x @ w.T + bias`` for x (rows, K), or what its gate makes of it, in ``dtype``.
+        """Return ``x @ w.T + bias``, or ``activation(gate) * up``.
 
-        With ``batch_invariant``, a row's result does not depend on how many there are.
+        Args:
+            x: (rows, K), floats or rounded.
+            dtype: dtype of the result.
+            batch_invariant: make the result of a row independent of the number of rows.
+
+        Returns:
+            (rows, N), or (rows, N / 2) with an activation.
         """
         if batch_invariant:
             return self._in_pieces(x, dtype)
@@ -58,14 +74,14 @@ class Product(NamedTuple):
         return y
 
     def _in_pieces(self, x: Tensor | Rounded, dtype: torch.dtype) -> Tensor:
-        """Multiply so few rows at a time that they all go the same way.
+        """Multiply a few rows at a time, such that every call uses the same algorithm.
 
-        A dense product, whose library chooses another order of summing for other shapes, always has :data:`INVARIANT_ROWS`.
+        The library for dense products chooses the order of sums by shape, so these always have :data:`INVARIANT_ROWS` rows.
         """
         dense = self.floats is not None or not cuda_ops.takes_codes(1, self.form)
         size, rows = INVARIANT_ROWS if dense else cuda_ops.SURE_CODES_ROWS, len(x.scales) if isinstance(x, Rounded) else len(x)
         pieces: Sequence[Tensor | Rounded]
-        if isinstance(x, Rounded):  # which no dense product takes
+        if isinstance(x, Rounded):  # dense products do not take rounded activations
             pieces = [x.part(slice(start, start + size)) for start in range(0, max(rows, 1), size)]
         else:
             pieces = (F.pad(x, (0, 0, 0, -rows % size)) if dense else x).split(size)
@@ -74,6 +90,6 @@ class Product(NamedTuple):
 
 
 def common_rounding(products: tuple[Product, ...]) -> str:
-    """Return what the norm before some products may round to; floats if they do not agree, or for experts and their router."""
+    """Return what the norm before several products can round its output to; ``"float"`` if they differ or there is none."""
     kinds = {product.rounding for product in products}
     return kinds.pop() if len(kinds) == 1 else "float"

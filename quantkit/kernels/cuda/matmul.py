@@ -18,7 +18,7 @@ from quantkit.kernels.cuda.layout import Fragments
 from quantkit.kernels.select import KERNELS, ComputeMode, Problem
 from quantkit.numerics import grid
 from quantkit.qtensor import GridTensor
-from quantkit.spec import QuantSpec
+from quantkit.spec import ActivationSpec, QuantSpec, token_activations
 
 DTYPES = (torch.float16, torch.bfloat16)
 SMALLEST_GROUP = 32
@@ -64,15 +64,14 @@ class CudaKernel:
         """Return ``x @ w.T + bias`` in x's dtype."""
         return self._run(x, state, bias, "codes" if state.spec.is_integer else "fp8 codes")
 
-    def rounds(self, spec: QuantSpec, activation: QuantSpec) -> bool:
+    def rounds(self, spec: QuantSpec, activation: ActivationSpec) -> bool:
         """Say whether :meth:`matmul_rounded` can take activations of this grid to weights of ``spec``."""
-        per_token = activation.dynamic and activation.block == (1, -1)
-        plain = activation.symmetric and activation.scale_dtype == "float32"
-        return per_token and plain and spec.symmetric and activation.dtype == spec.dtype and spec.dtype in ("int8", "fp8_e4m3")
+        per_token = activation.dynamic and activation.grid == token_activations(spec.dtype).grid
+        return per_token and spec.symmetric and spec.dtype in ("int8", "fp8_e4m3")
 
-    def matmul_rounded(self, x: Tensor, state: State, bias: Tensor | None, activation: QuantSpec) -> Tensor:
+    def matmul_rounded(self, x: Tensor, state: State, bias: Tensor | None, activation: ActivationSpec) -> Tensor:
         """Round x per token to ``activation`` and multiply the codes; same arguments and result as :meth:`matmul`."""
-        return self._run(x, state, bias, "int8" if activation.is_integer else "fp8")
+        return self._run(x, state, bias, "int8" if activation.grid.is_integer else "fp8")
 
     def unpack(self, state: State, spec: QuantSpec) -> GridTensor:
         """Return the weight that was prepacked."""

@@ -1,6 +1,6 @@
-"""What stands between the matrix products of a decoder layer on CUDA: norms with their residuals, and gates.
+"""The operations between the matrix products of a decoder layer on CUDA: norms with residuals, and gated activations.
 
-Each has a plain torch twin beside it, which is its definition: what the kernel is tested against, and what runs elsewhere.
+Each kernel is defined by a function in plain torch (``*_plain``), against which it is tested and which runs on other devices.
 """
 
 from typing import Final
@@ -16,7 +16,7 @@ from quantkit.kernels.program.reference import ACTIVATIONS
 NONE, RMS, LAYER = range(3)
 """Kinds of norm."""
 ROUNDINGS: Final = ("float", "int8", "fp8_e4m3")
-"""What a norm's output may be rounded to, a scale per token, as :mod:`quantkit.numerics.grid` rounds."""
+"""What a norm's output can be rounded to, with a scale per token, as in :mod:`quantkit.numerics.grid`."""
 
 NormStruct = struct("NormStruct", "x residual gain shift sum y scales", "rows n kind rounding dtype", "eps factor")
 ActivateStruct = struct("ActivateStruct", "x y", "rows n activation gated interleaved dtype")
@@ -36,15 +36,16 @@ def norm(
     """Add, normalize and round in one pass: ``s = residual + factor * x``, ``y = round(norm(s) * gain + shift)``.
 
     Args:
-        x, residual: (rows, n) of float16 or bfloat16, contiguous; without a residual, s is x.
-        gain, shift: float32 (n,).
+        x, residual: float16 or bfloat16 (rows, n), contiguous; without a residual, s is x.
+        gain, shift: float32 (n,), or None.
         kind: :data:`NONE`, :data:`RMS` or :data:`LAYER`.
         eps: added to the variance.
-        factor: what x is multiplied by before it is added.
+        factor: factor of x.
         rounding: one of :data:`ROUNDINGS`.
 
     Returns:
-        s in x's dtype; y in x's dtype, or int8 or float8_e4m3fn codes; float32 scales (rows,), empty unless rounded.
+        s (rows, n) in x's dtype; y (rows, n) in x's dtype, or int8 or float8_e4m3fn codes; scales float32 (rows,), empty
+        without rounding.
     """
     rows, n = x.shape
     total = torch.empty_like(x) if residual is not None else x
@@ -70,7 +71,7 @@ def norm_plain(
     factor: float = 1.0,
     rounding: str = "float",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Define :func:`norm` in plain torch."""
+    """Compute :func:`norm` in plain torch; this is its definition."""
     total = x if residual is None else (residual.float() + factor * x.float()).to(x.dtype)
     y = total.float()
     if kind != NONE:
@@ -93,10 +94,10 @@ def activate(x: Tensor, activation: str, gated: bool = True, interleaved: bool =
     """Return ``act(gate) * up`` (rows, n), or ``act(x)`` if not ``gated``.
 
     Args:
-        x: (rows, 2 n), contiguous float16 or bfloat16: [gate | up], or with ``interleaved`` gate and up in turn.
+        x: float16 or bfloat16 (rows, 2 n), contiguous: [gate | up], or alternating columns of gate and up if ``interleaved``.
         activation: a key of :data:`quantkit.kernels.program.reference.ACTIVATIONS`.
         gated: False for x (rows, n) without a gate.
-        interleaved: as products with the rows of :func:`quantkit.kernels.cuda.layout.prepack` in turn come.
+        interleaved: whether gate and up alternate, as after :func:`quantkit.kernels.cuda.layout.prepack` with ``interleave``.
     """
     n = x.shape[1] // 2 if gated else x.shape[1]
     y = x.new_empty((x.shape[0], n))
@@ -108,7 +109,7 @@ def activate(x: Tensor, activation: str, gated: bool = True, interleaved: bool =
 
 
 def activate_plain(x: Tensor, activation: str, gated: bool = True, interleaved: bool = False) -> Tensor:
-    """Define :func:`activate` in plain torch."""
+    """Compute :func:`activate` in plain torch; this is its definition."""
     wide = x.float()
     if not gated:
         return ACTIVATIONS[activation](wide).to(x.dtype)
@@ -117,7 +118,7 @@ def activate_plain(x: Tensor, activation: str, gated: bool = True, interleaved: 
 
 
 def round_tokens(x: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
-    """Return codes (rows, n) and float32 scales (rows,) of x rounded per token to ``"int8"`` or ``"fp8_e4m3"``."""
+    """Round x (rows, n) per token to ``"int8"`` or ``"fp8_e4m3"``; return codes (rows, n) and float32 scales (rows,)."""
     function = norm if calls.runs_on(x) else norm_plain
     _, codes, scales = function(x, None, None, None, kind=NONE, rounding=dtype)
     return codes, scales

@@ -1,8 +1,9 @@
-"""Compile the CUDA kernels: find nvcc, name the architectures, keep the library where the CPU's is kept.
+"""Compile the CUDA kernels with nvcc and cache the library.
 
-nvcc is looked for on the PATH, in ``$CUDA_HOME``, and in the PyPI packages that carry it (``pip install quantkit[cuda]``), in
-this order. Like the C++ kernels the sources know no torch: a library depends on sources, flags, architectures and nvcc's
-version, and its name hashes them. It is compiled for the GPU at hand, or ahead of time for a list of architectures.
+nvcc is searched on the PATH, in ``$CUDA_HOME``, and in the PyPI packages that contain it (``pip install quantkit[cuda]``), in
+this order. Like the C++ kernels, the sources do not depend on torch: a library is determined by sources, flags, architectures
+and nvcc's version, and its name is a hash of them. It is compiled for the GPU of this machine, or in advance for a list of
+architectures.
 """
 
 import ctypes
@@ -22,23 +23,23 @@ from quantkit.kernels import build
 logger = logging.getLogger(__name__)
 
 ABI_VERSION: Final = 3
-"""What ``qk_abi_version()`` of a fitting CUDA library returns; raise both when a signature changes."""
+"""The number that ``qk_abi_version()`` of the CUDA library must return; increase both when a signature changes."""
 
 RELEASE: Final = ("80", "86", "89", "90a", "100", "80-ptx", "100-ptx")
-"""What a library for every supported GPU contains: Ampere to Blackwell, and PTX for what comes after."""
+"""Architectures of a library for all supported GPUs: Ampere to Blackwell, and PTX for later ones."""
 
 FLAGS: Final = ("-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-cudart=static", "-cudadevrt=none")
 _WAY_OUT: Final = (
-    "pip install 'quantkit[cuda]' brings nvcc along (a C++ compiler is needed too), or put a CUDA 13 toolkit's nvcc on the "
-    "PATH or set CUDA_HOME; QUANTKIT_KERNEL=reference does without"
+    "install nvcc with pip install 'quantkit[cuda]' (a C++ compiler is needed too), or put the nvcc of a CUDA 13 toolkit on "
+    "the PATH, or set CUDA_HOME; QUANTKIT_KERNEL=reference needs none"
 )
 
 
 def find_nvcc() -> Path:
-    """Return the nvcc to use.
+    """Return the path of nvcc.
 
     Raises:
-        KernelError: if there is none.
+        KernelError: there is none.
     """
     candidates = [shutil.which("nvcc")]
     if home := os.environ.get("CUDA_HOME"):
@@ -48,21 +49,21 @@ def find_nvcc() -> Path:
         candidates += [shutil.which("nvcc", path=str(path)) for path in sorted(Path(folder).glob("cu*/bin"), reverse=True)]
     found = next((path for path in candidates if path), None)
     if found is None:
-        raise KernelError(f"nvcc is not on the PATH, not in CUDA_HOME and not installed as a package; {_WAY_OUT}")
+        raise KernelError(f"nvcc is neither on the PATH nor in CUDA_HOME nor installed as a package; {_WAY_OUT}")
     return Path(found)
 
 
 def source_directory() -> Path:
-    """Return the folder with the CUDA sources: inside the package when installed, beside it in a checkout.
+    """Return the folder with the CUDA sources, which is in the package when installed, and next to it in a checkout.
 
     Raises:
-        KernelError: if it is in neither place.
+        KernelError: there is no such folder.
     """
     here = Path(__file__).parent.parent  # quantkit/kernels
     for folder in (here / "kernels_cuda", here.parent.parent / "kernels_cuda"):
         if folder.is_dir():
             return folder
-    raise KernelError(f"the CUDA sources are not beside {here}; install quantkit again")
+    raise KernelError(f"the CUDA sources are missing from {here}; install quantkit again")
 
 
 def sources() -> list[Path]:
@@ -71,21 +72,21 @@ def sources() -> list[Path]:
 
 
 def device_arch(device: int = 0) -> str:
-    """Return the architecture of a CUDA device as in :data:`RELEASE`, e.g. ``"90a"``."""
+    """Return the architecture of a CUDA device, in the notation of :data:`RELEASE`, for instance ``"90a"``."""
     major, minor = torch.cuda.get_device_capability(device)
     return f"{major}{minor}a" if (major, minor) == (9, 0) else f"{major}{minor}"
 
 
 def check_arch(name: str) -> str:
-    """Return ``name`` without a leading ``sm_``.
+    """Return the name of an architecture without a leading ``sm_``.
 
     Raises:
-        KernelError: if it does not look like ``90a`` or ``80-ptx``, or is older than 80.
+        KernelError: the name is not of the form ``90a`` or ``80-ptx``, or the architecture is older than 80.
     """
     bare = name.removeprefix("sm_")
     digits = bare.removesuffix("-ptx").rstrip("af")
     if not digits.isdigit() or int(digits) < 80:
-        raise KernelError(f"architecture {name!r}: want {', '.join(RELEASE)}, or another from 80 on")
+        raise KernelError(f"architecture {name!r}: want one of {', '.join(RELEASE)}, or another of at least 80")
     return bare
 
 
@@ -97,22 +98,22 @@ def command(archs: tuple[str, ...]) -> list[str]:
         number = arch.removesuffix("-ptx")
         kind = "compute" if arch.endswith("-ptx") else "sm"
         flags.append(f"-gencode=arch=compute_{number},code={kind}_{number}")
-    own = nvcc.resolve().parent.parent / "lib"  # where the packages keep the runtime; toolkits' nvcc knows its own folder
+    own = nvcc.resolve().parent.parent / "lib"  # the runtime of the PyPI packages; the nvcc of a toolkit finds its own
     return [str(nvcc), *FLAGS, *flags, *([f"-L{own}"] if own.is_dir() else [])]
 
 
 def library_path(archs: tuple[str, ...]) -> Path:
-    """Return where the library for ``archs`` lies or will lie."""
+    """Return the path of the library for ``archs`` in the cache, whether it exists or not."""
     line = command(archs)
     name = "release" if archs == RELEASE else "+".join(archs)
     return build.cache_directory() / f"quantkit-cuda-{name}-{build.digest(sources(), *line, build.version(line[0]))}.so"
 
 
 def make(archs: tuple[str, ...]) -> Path:
-    """Build the library for ``archs`` unless the cache has it, and return its path.
+    """Build the library for ``archs`` unless it is in the cache, and return its path.
 
     Raises:
-        KernelError: with nvcc's output, if it cannot be built.
+        KernelError: the build failed; the message has nvcc's output.
     """
     path = library_path(archs)
 
@@ -126,10 +127,10 @@ def make(archs: tuple[str, ...]) -> Path:
 
 
 def library() -> ctypes.CDLL:
-    """Return the library for the current CUDA device, building it if need be. The outcome is kept for the process.
+    """Return the library for the current CUDA device, building it at the first use. A failure is remembered as well.
 
     Raises:
-        KernelError: if there is no device, or the library cannot be built or loaded.
+        KernelError: there is no device, or the library cannot be built or loaded.
     """
     if not torch.cuda.is_available():
         raise KernelError("no CUDA device is visible to torch")
@@ -150,7 +151,7 @@ def _for_arch(arch: str) -> ctypes.CDLL | KernelError:
 
 
 def signatures() -> dict[str, tuple[Any, list[Any]]]:
-    """Return the functions of the library: those that launch take a struct's address, and a stream."""
+    """Return result and argument types of the library's functions. Launching functions take a struct's address and a stream."""
     pointer, integer = ctypes.c_void_p, ctypes.c_int32
     launches = ("qk_expand", "qk_norm", "qk_activate", "qk_append", "qk_sample", "qk_attend", "qk_attend_prompt", "qk_arrange")
     products = (*(f"qk_matmul_{kind}" for kind in ("codes4", "codes8", "int8", "fp8")), "qk_prompt")
@@ -163,7 +164,7 @@ def signatures() -> dict[str, tuple[Any, list[Any]]]:
 
 
 def details() -> dict[str, str]:
-    """Return nvcc, sources and the libraries in the cache, for ``quantkit doctor``; what is missing says so."""
+    """Return nvcc's path and version and the libraries in the cache, or an error, for ``quantkit doctor``."""
     try:
         path = find_nvcc()
         release = next((line.strip() for line in build.version(str(path)).splitlines() if "release" in line), "")

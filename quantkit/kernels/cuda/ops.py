@@ -1,8 +1,8 @@
-"""The CUDA functions as torch operators, ``torch.ops.quantkit.*``: schema, shapes for tracing, the kernel, and plain torch.
+"""The CUDA kernels as torch operators ``torch.ops.quantkit.*``, each with a schema, a fake, the kernel and plain torch.
 
-:func:`ops` registers them once and returns the namespace. On CUDA tensors an operator launches its kernel (and may compile the
-library, once); on any other device it computes the same in plain torch, which is also what the kernels are tested against. None
-has a derivative.
+:func:`ops` registers them once and returns the namespace. On CUDA tensors, an operator launches its kernel (and compiles the
+library at the first use); on other devices it computes the same in plain torch, against which the kernels are tested. No
+operator has a derivative.
 """
 
 import functools
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from quantkit.kernels.cuda import attention, calls, layout, norms, prefill, sampling
-from quantkit.kernels.cuda.attention import Pages, Rope, Where
+from quantkit.kernels.cuda.attention import LayerPages, Rope, Where
 from quantkit.kernels.cuda.layout import Fragments
 from quantkit.kernels.functions.sampling import Draw
 
@@ -49,13 +49,16 @@ SCHEMAS = {
         " -> Tensor"
     ),
 }
-"""Operator to its arguments. ``form`` of a matmul: ``"codes"`` (activations as they are), ``"fp8 codes"`` (the same, fp8
-weights), ``"int8"`` or ``"fp8"`` (activations rounded per token; ``rounded_matmul`` takes their codes and scales).
-``activation``: the weight's rows and the bias are gate and up in turn, and the result is ``activation(gate) * up``,
-(tokens, rows / 2), of a gate and an up that were rounded to the output's dtype."""
+"""Operator to its arguments and results.
+
+``form`` of a product: ``"codes"`` (activations are not rounded), ``"fp8 codes"`` (the same for fp8 weights), ``"int8"`` or
+``"fp8"`` (activations rounded per token; ``rounded_matmul`` takes their codes and scales). With ``activation``, the rows of the
+weight and the bias alternate between gate and up, and the result is ``activation(gate) * up`` (tokens, rows / 2), computed from
+a gate and an up that are rounded to the dtype of the result.
+"""
 
 ROUNDED: Final = {"int8": "int8", "fp8": "fp8_e4m3"}
-"""Forms of a matmul that round activations, and to what (:data:`quantkit.kernels.cuda.norms.ROUNDINGS`)."""
+"""Forms of a product that round activations, and what they round to (:data:`quantkit.kernels.cuda.norms.ROUNDINGS`)."""
 
 _library: list[torch.library.Library] = []  # keeps the registration alive
 
@@ -75,22 +78,22 @@ def ops() -> Any:
 
 
 SURE_CODES_ROWS: Final = 64
-"""So many tokens at most are multiplied straight from the codes on every device. To be measured: a guess from arithmetic."""
+"""Up to this many tokens, products read the codes directly on every device. Estimated from arithmetic, not measured."""
 
 
 def takes_codes(tokens: int, form: str) -> bool:
-    """Say whether so many tokens are multiplied straight from the codes; otherwise the weight is expanded first."""
+    """Return whether a product with this many tokens reads the codes directly; otherwise the weight is expanded first."""
     return form != "fp8 codes" and tokens < calls.DENSE_TOKENS
 
 
 def _split(arguments: tuple[Any, ...]) -> tuple[Fragments, Tensor | None, str, str | None]:
-    """Return weight, bias, form and activation; torch leaves the last one out where it is None."""
+    """Return weight, bias, form and activation from the arguments of an operator; torch omits the last one if it is None."""
     bias, form, activation = (*arguments[8:], None)[:3]
     return Fragments(*arguments[:8]), bias, form, activation
 
 
 def multiply(x: Tensor, *arguments: Any) -> Tensor:
-    """Run ``fragment_matmul`` on the kernels: x (tokens, K) contiguous."""
+    """Compute ``fragment_matmul`` with the kernels; x is (tokens, K), contiguous."""
     weight, bias, form, activation = _split(arguments)
     if form in ROUNDED:
         return multiply_rounded(*norms.round_tokens(x, ROUNDED[form]), *weight, bias, form, activation, x.dtype)
@@ -102,7 +105,7 @@ def multiply(x: Tensor, *arguments: Any) -> Tensor:
 
 
 def multiply_head(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    """Run ``head_matmul`` on the kernels: logits, and for ``next_tokens`` the largest of every 64, int32 (tokens, tiles, 2)."""
+    """Compute ``head_matmul`` with the kernels: logits, and the largest one in every 64 for the operator ``next_tokens``."""
     weight, bias, form, _ = _split(arguments)
     bests = x.new_empty((len(x), weight.tiles, 2), dtype=torch.int32)
     if _goes_to_prompt(x, weight, form):
@@ -124,10 +127,10 @@ def _goes_to_prompt(x: Tensor, weight: Fragments, form: str) -> bool:
 
 
 def multiply_rounded(codes: Tensor, scales: Tensor, *arguments: Any) -> Tensor:
-    """Run ``rounded_matmul`` on the kernels: codes (tokens, K) contiguous."""
+    """Compute ``rounded_matmul`` with the kernels; codes are (tokens, K), contiguous."""
     (weight, bias, form, activation), dtype = _split(arguments[:-1]), arguments[-1]
     if takes_codes(len(codes), form):
-        return calls.matmul(codes, weight, bias, activation=activation, x_scales=scales, kind=form, dtype=dtype)
+        return calls.matmul(codes, weight, bias, activation=activation, x_scales=scales, dtype=dtype)
     return _multiply_dense((codes.float() * scales[:, None]).to(dtype), weight, bias, form, activation)
 
 
@@ -208,7 +211,7 @@ def _norm_fake(x: Tensor, residual: Any, gain: Any, shift: Any, kind: int, eps: 
 
 def _append(function: Callable[..., Any]) -> Callable[..., Any]:
     def run(qkv: Tensor, heads: int, *rest: Any) -> Any:
-        return function(qkv, heads, Rope(*rest[:7]), Where(*rest[7:10]), Pages(*rest[10:]))
+        return function(qkv, heads, Rope(*rest[:7]), Where(*rest[7:10]), LayerPages(*rest[10:]))
 
     return run
 
@@ -221,7 +224,7 @@ def _append_fake(qkv: Tensor, heads: int, *rest: Any) -> Tensor:
 def _attend(function: Callable[..., Any]) -> Callable[..., Any]:
     def run(q: Tensor, *rest: Any) -> Any:
         scale, window, softcap, splits = rest[8:]
-        where, pages = Where(*rest[:3]), Pages(*rest[3:8])
+        where, pages = Where(*rest[:3]), LayerPages(*rest[3:8])
         return function(q, where, pages, scale=scale, window=window, softcap=softcap, splits=splits)
 
     return run
@@ -230,7 +233,7 @@ def _attend(function: Callable[..., Any]) -> Callable[..., Any]:
 def _attend_prompt(function: Callable[..., Any]) -> Callable[..., Any]:
     def run(q: Tensor, *rest: Any) -> Any:
         tiles, scale, window, softcap = rest[8:]
-        return function(q, Where(*rest[:3]), Pages(*rest[3:8]), tiles, scale=scale, window=window, softcap=softcap)
+        return function(q, Where(*rest[:3]), LayerPages(*rest[3:8]), tiles, scale=scale, window=window, softcap=softcap)
 
     return run
 

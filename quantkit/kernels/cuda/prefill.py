@@ -1,7 +1,7 @@
-"""Products of 4- and 8-bit weights with many tokens on Hopper: codes go to the tensor cores without passing through memory.
+"""Products of 4- and 8-bit weights with many tokens on Hopper, without an expanded copy of the weight in memory.
 
-Elsewhere, and for fewer tokens, :mod:`quantkit.kernels.cuda.calls` has other ways. The instructions (wgmma) exist on compute
-capability 9.0 alone. What a device makes of them is checked once, against an expanded weight, before anything relies on it.
+On other devices, and for fewer tokens, :mod:`quantkit.kernels.cuda.calls` is used. The instructions (wgmma) exist on compute
+capability 9.0 only. Before the kernel is used on a device, its results are checked once against an expanded weight.
 """
 
 import logging
@@ -24,12 +24,19 @@ ArrangeStruct = struct("ArrangeStruct", "x out", "tokens k")
 
 CAPABILITY: Final = (9, 0)
 TOKENS: Final = 128
-"""Tokens of a block."""
-_LARGEST_ERROR: Final = 1e-2  # of a product's norm; what is placed wrongly is off by all of it
+"""Tokens per thread block."""
+_LARGEST_ERROR: Final = 1e-2  # relative to the norm of the product; misplaced operands give an error of about 1
 
 
 def arrange(x: Tensor) -> Tensor:
-    """Return x (tokens, K), K a multiple of 16, as the kernel's blocks read it: (tiles of 128 tokens, steps of 64, 128, 64)."""
+    """Return x in the order in which thread blocks read it.
+
+    Args:
+        x: float16 or bfloat16 (tokens, K), K a multiple of 16.
+
+    Returns:
+        (tiles of 128 tokens, steps of 64 columns, 128, 64) in x's dtype, padded with zeros.
+    """
     tokens, columns = x.shape
     out = x.new_empty((-(-tokens // TOKENS), -(-columns // STEP), TOKENS, STEP))
     calls.launch("qk_arrange", ArrangeStruct(pointer(x), pointer(out), tokens, columns), x.device)
@@ -39,16 +46,18 @@ def arrange(x: Tensor) -> Tensor:
 def matmul(
     x: Tensor, weight: Fragments, bias: Tensor | None = None, activation: str | None = None, *, bests: Tensor | None = None
 ) -> Tensor:
-    """Return ``x @ w.T + bias``, or what gates make of it, as :func:`quantkit.kernels.cuda.calls.matmul` does.
+    """Return ``x @ w.T + bias``, or ``activation(gate) * up``, like :func:`quantkit.kernels.cuda.calls.matmul`.
 
-    Each weight is rounded to x's dtype first, as where it is expanded; sums are in float32.
+    Weights are rounded to x's dtype before they are multiplied, as in an expanded weight; sums are in float32.
 
     Args:
-        x: (tokens, K), contiguous, float16 or bfloat16.
-        weight: one matrix of integer codes.
-        bias: (N,) of x's dtype.
-        activation: the rows (and the bias) are gate and up in turn.
-        bests: see there.
+        x: float16 or bfloat16 (tokens, K), contiguous.
+        weight: one matrix with integer codes.
+        bias: (N,) in x's dtype.
+        activation, bests: as in :func:`quantkit.kernels.cuda.calls.matmul`.
+
+    Returns:
+        (tokens, N), or (tokens, N / 2) with an activation.
     """
     tokens, columns = x.shape
     y = x.new_empty((tokens, weight.rows if activation is None else weight.rows // 2))
@@ -66,7 +75,7 @@ def matmul(
 
 
 def choose_splits(blocks: int, steps: int, processors: int) -> int:
-    """Return over how many blocks K is split: as many as leave no multiprocessor without one, of 8 steps at least."""
+    """Return over how many thread blocks K is split: enough to occupy all multiprocessors, with at least 8 steps each."""
     return max(1, min(processors // blocks, steps // 8))
 
 
@@ -76,7 +85,7 @@ def capability(device: torch.device) -> tuple[int, int]:
 
 
 def works(device: torch.device, dtype: torch.dtype, bits: int) -> bool:
-    """Say whether :func:`matmul` is right on a device; a device on which it ought to be and is not is logged, once."""
+    """Return whether :func:`matmul` can be used on a device. An unexpected failure of its check is logged once."""
     key = (device, dtype, bits)
     if key not in _known:
         fits = capability(device) == CAPABILITY
@@ -90,7 +99,7 @@ _known: dict[tuple[torch.device, torch.dtype, int], bool] = {}
 
 
 def _agrees(device: torch.device, dtype: torch.dtype, bits: int) -> bool:
-    """Compare products that use every stage of the pipeline again and again, with K split, twice each."""
+    """Compare products with those of an expanded weight, and repeat them; they use all pipeline stages and a split K."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(150, 1088, generator=generator).to(device, dtype)
     for group, symmetric in ((64, False), (32, True)):
@@ -103,11 +112,11 @@ def _agrees(device: torch.device, dtype: torch.dtype, bits: int) -> bool:
         try:
             got, again = matmul(x, weight), matmul(x, weight)
         except KernelError as failed:
-            logger.warning("%s: the product for many tokens is not used: %s", device, failed)
+            logger.warning("%s: the wgmma kernel failed and is not used: %s", device, failed)
             return False
         error = float((got.float() - want).norm() / want.norm())
         if not error < _LARGEST_ERROR or not torch.equal(got, again):
-            message = "%s: the product for many tokens is off by %.2g of its norm, or not twice the same, and not used"
+            message = "%s: the wgmma kernel is not used, its result has a relative error of %.2g or is not reproducible"
             logger.warning(message + "; please report this", device, error)
             return False
     return True

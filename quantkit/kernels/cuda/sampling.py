@@ -1,7 +1,7 @@
-"""The next token of each row, chosen on the device: one kernel reads the logits, and nothing waits for the host.
+"""Sample the next token of each row on the device, with one kernel and without the host.
 
-How a row is drawn stands in device memory (:class:`~quantkit.kernels.functions.sampling.Draw`): a recorded step follows it
-without being recorded again. :func:`quantkit.kernels.functions.sampling.draw_plain` defines what is chosen.
+The sampling parameters are in device memory (:class:`~quantkit.kernels.functions.sampling.Draw`), so they can change without a
+new capture of the step. :func:`quantkit.kernels.functions.sampling.draw_plain` is the definition.
 """
 
 import torch
@@ -24,17 +24,20 @@ def sample(
     newest: Tensor | None = None,
     bests: Tensor | None = None,
 ) -> Tensor:
-    """Return the chosen token of each row, int32 (rows,); -1 where the largest logit is not a finite number.
+    """Sample a token for each row.
 
     Args:
-        logits: float16 or bfloat16 (rows, vocabulary), contiguous.
-        draw: how.
-        positions: int32 (rows,), of the rows in their sequences; below 0 for rows that are nowhere.
-        slots: int32 (rows,): where in ``newest`` the last row of a slot writes its token, 0 instead of -1. Rows of a slot are
-            neighbours; those that are nowhere write nothing.
-        newest: int32 (slots,).
-        bests: int32 (rows, tiles, 2), what :func:`quantkit.kernels.cuda.calls.matmul` says of the logits: the largest ones are
-            looked for there.
+        logits: float16 or bfloat16 (rows, V), contiguous.
+        draw: sampling parameters.
+        positions: int32 (rows,), position of each row in its sequence; negative for padding rows.
+        slots: int32 (rows,), index in ``newest`` to which the last row of a slot writes its token (0 instead of -1). Rows of a
+            slot are neighbours; padding rows write nothing.
+        newest: int32 (slots,), or None.
+        bests: int32 (rows, tiles, 2), the largest logit of every tile from :func:`quantkit.kernels.cuda.calls.matmul`, which
+            saves searching the logits for their maximum.
+
+    Returns:
+        int32 (rows,); -1 where the largest logit is not finite.
     """
     chosen = torch.empty(len(logits), dtype=torch.int32, device=logits.device)
     parts = (logits, *draw, positions, bests, slots, chosen, newest)
@@ -51,7 +54,7 @@ def sample_plain(
     newest: Tensor | None = None,
     bests: Tensor | None = None,
 ) -> Tensor:
-    """Define :func:`sample` in plain torch, for logits of any float dtype; ``bests`` say nothing new."""
+    """Compute :func:`sample` in plain torch, for logits of any float dtype; ``bests`` is redundant and not used."""
     chosen = draw_plain(logits, draw, positions)
     if slots is not None and newest is not None:
         there = torch.nn.functional.pad(positions >= 0, (0, 1))

@@ -1,1 +1,1 @@
-"""Compiled inner loops that quantizers, calibration and sampling use; each has a plain torch twin in numerics."""
+"""Compiled inner loops of quantizers, calibration and sampling, each with an equivalent in plain torch."""

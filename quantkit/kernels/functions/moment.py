@@ -1,7 +1,7 @@
-"""Sums of outer products over tokens, ``left^T right``: in float32, or of bfloat16 numbers by a compiled kernel.
+"""Sums of outer products over tokens, ``left^T right``, in float32, with a compiled kernel for bfloat16 inputs.
 
-Rows in bfloat16 lose nothing: their products are exact in float32, and a processor that multiplies bfloat16 sums them at
-twice the speed of float32, here with half the arithmetic where the result is symmetric.
+Products of bfloat16 numbers are exact in float32. A processor with bfloat16 instructions computes them at twice the speed of
+float32, and the kernel halves the arithmetic if the result is symmetric.
 """
 
 import torch
@@ -17,9 +17,9 @@ def add_moment(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Add ``left^T right`` to ``total``, in place.
 
     Args:
-        total: float32 (features, features). If ``left`` is ``right``, only what lies on and above the diagonal counts.
-        left: floating (tokens, features); products of bfloat16 rows are exact, others are multiplied in float32.
-        right: the same shape and dtype.
+        total: float32 (features, features). If ``left`` is ``right``, only the upper triangle is valid.
+        left: floating (tokens, features); products of bfloat16 rows are exact, other dtypes are multiplied in float32.
+        right: of the same shape and dtype; may be ``left`` itself.
     """
     if left.dtype == torch.bfloat16 and left.device.type == "cpu" and compiled("second moments"):
         left_rows = left.contiguous()
@@ -40,5 +40,5 @@ def add_moment(total: Tensor, left: Tensor, right: Tensor) -> None:
         return
     tile = max(64, -(-left.shape[1] // _STRIPS))
     for start in range(0, left.shape[1], tile):
-        # One product per strip, columns of this tile against everything from it to the right: 5/8 of a full product.
+        # One product per strip: its columns against themselves and all columns to the right; 5/8 of a full product.
         total[start : start + tile, start:] += left_rows[:, start : start + tile].T @ left_rows[:, start:]

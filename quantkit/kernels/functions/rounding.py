@@ -1,9 +1,9 @@
-"""Choosing codes quickly: grid search, GPTQ's column sweep and coordinate descent, compiled for the CPU, plain torch elsewhere.
+"""Choice of codes: grid search, GPTQ's column sweep and coordinate descent, compiled for the CPU, in plain torch elsewhere.
 
-They do what their plain forms say, :func:`quantkit.numerics.search.search_qparams`, :func:`quantkit.numerics.sweep.sweep`
-and :func:`quantkit.numerics.descent.descend`, up to the rounding of float32 sums. The compiled forms keep a group, or the rows
-of a tile, in registers and the first cache levels, where the plain ones pass through memory for every step: 20 to 100
-times faster. Without a compiler the plain forms run, and the log says so once.
+The plain versions, :func:`quantkit.numerics.search.search_qparams`, :func:`quantkit.numerics.sweep.sweep` and
+:func:`quantkit.numerics.descent.descend`, are the definitions; the compiled ones agree with them up to the rounding of float32
+sums. They keep a group, or the rows of a tile, in registers and the first cache levels, whereas plain torch passes through
+memory in every step, and are 20 to 100 times faster. Without a compiler the plain versions run, which is logged once.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ def search_qparams(
     ratios: Sequence[float] = search.RATIOS,
     refit: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """Choose scale and zero point of every block; see :func:`quantkit.numerics.search.search_qparams`."""
+    """Return scale and zero point of every block; see :func:`quantkit.numerics.search.search_qparams`."""
     if weight.device.type != "cpu" or spec.block[0] != 1 or not compiled("grid search and GPTQ"):
         return search.search_qparams(weight, spec, importance, ratios=ratios, refit=refit)
     rows, columns = weight.shape
@@ -55,12 +55,12 @@ def search_qparams(
         torch.get_num_threads(),
     )
     if not bool(torch.isfinite(scale).all()):
-        raise SpecError(f"a scale is not finite in {spec.scale_dtype}; use scale_dtype float32")
+        raise SpecError(f"a scale is infinite in {spec.scale_dtype}, want finite scales; use scale_dtype float32")
     return scale.to(SCALE_DTYPES[spec.scale_dtype]), None if spec.symmetric else zero
 
 
 def sweep(weight: Tensor, qparams: tuple[Tensor, Tensor | None], spec: QuantSpec, order: Tensor, factor: Tensor) -> Tensor:
-    """Round column by column, feeding errors forward; see :func:`quantkit.numerics.sweep.sweep`."""
+    """Round column by column with error compensation; see :func:`quantkit.numerics.sweep.sweep`."""
     if weight.device.type != "cpu" or not compiled("grid search and GPTQ"):
         return plain.sweep(weight, qparams, spec, order, factor)
     rows, columns = weight.shape
@@ -69,7 +69,7 @@ def sweep(weight: Tensor, qparams: tuple[Tensor, Tensor | None], spec: QuantSpec
     scale, zero = qparams
 
     def arranged(values: Tensor) -> Tensor:
-        """Return (in, out padded), columns in the order of the sweep; padding divides by one, not by zero."""
+        """Return (in, padded out) with columns in the order of the sweep; padding is one, because scales divide."""
         return torch.nn.functional.pad(values.T[order], (0, padding), value=1.0).contiguous()
 
     shape = (rows, columns)
@@ -98,7 +98,7 @@ def sweep(weight: Tensor, qparams: tuple[Tensor, Tensor | None], spec: QuantSpec
 def descend(
     residual: Tensor, codes: Tensor, qparams: tuple[Tensor, Tensor | None], spec: QuantSpec, order: Tensor, hessian: Tensor
 ) -> Tensor:
-    """Choose every column's codes again with all others fixed; see :func:`quantkit.numerics.descent.descend`."""
+    """Choose the codes of each column again with all others fixed; see :func:`quantkit.numerics.descent.descend`."""
     if residual.device.type != "cpu" or not compiled("grid search and GPTQ"):
         return descent.descend(residual, codes, qparams, spec, order, hessian)
     rows, columns = residual.shape

@@ -1,13 +1,13 @@
-"""The next token of each row of logits: the most likely one, or a draw from what temperature, top-k, top-p and min-p leave.
+"""Sampling the next token of each row of logits, with temperature, top-k, top-p and min-p.
 
-:func:`draw_plain` defines it. On a CPU with a compiler :func:`draw_tokens` does the same natively, without sorting a row: a
-draw costs about what reading the logits costs, where the plain one takes as long as a small model's whole step. Decoding on
-CUDA has a kernel of its own, :mod:`quantkit.kernels.cuda.sampling`.
+:func:`draw_plain` is the definition in plain torch. On a CPU with a compiler, :func:`draw_tokens` does the same natively
+without sorting: a draw then costs about as much as reading the logits, whereas the plain version can take as long as a whole
+step of a small model. CUDA has its own kernel, :mod:`quantkit.kernels.cuda.sampling`.
 
-Thresholds are found exactly; only the sums of probabilities that top-p compares are rounded another way, which matters where
-they meet ``1 - p`` to about the sixth digit. Noise is a function of a row's seed, its position in the sequence, and the token
-(:mod:`quantkit.numerics.noise`): neither the batch nor how often a position is tried changes a draw, and one seed draws the
-same tokens on every device, as far as the logits are the same.
+Thresholds are found exactly. Only the sums of probabilities that top-p compares are rounded differently, which can matter where
+they equal ``1 - p`` to about six digits. The noise is a function of a row's seed, its position in the sequence and the token
+(:mod:`quantkit.numerics.noise`), so a draw depends neither on the batch nor on how often a position is computed, and equal
+seeds draw equal tokens on every device, as long as the logits are equal.
 """
 
 import functools
@@ -27,48 +27,48 @@ from quantkit.numerics.noise import gumbel
 _ALL = (1 << 31) - 1
 
 
-class Wish(Protocol):
-    """How somebody wants tokens chosen; :class:`quantkit.engine.sampling.Sampling` says what each means."""
+class SamplingParameters(Protocol):
+    """How tokens are sampled; :class:`quantkit.engine.sampling.Sampling` documents each parameter."""
 
     @property
     def temperature(self) -> float:
-        """0 takes the most likely token."""
+        """Divisor of the logits; 0 takes the most likely token."""
         ...
 
     @property
     def top_k(self) -> int | None:
-        """So many most likely tokens; None for all."""
+        """Number of most likely tokens to sample from; None for all."""
         ...
 
     @property
     def top_p(self) -> float | None:
-        """The most likely tokens that reach this probability; None for all."""
+        """Total probability of the most likely tokens to sample from; None for all."""
         ...
 
     @property
     def min_p(self) -> float | None:
-        """Tokens at least this fraction as likely as the most likely one; None for all."""
+        """Smallest probability relative to the most likely token; None for all."""
         ...
 
     @property
     def repetition_penalty(self) -> float:
-        """1, or it is refused: who knows the tokens before applies it."""
+        """Must be 1 here: a penalty needs the earlier tokens and is applied to the logits by the engine."""
         ...
 
     @property
     def seed(self) -> int | None:
-        """Of the noise; None for a fresh one."""
+        """Seed of the noise; None for a random one."""
         ...
 
 
 class Draw(NamedTuple):
-    """How each of some rows is drawn.
+    """Sampling parameters of several rows, as tensors.
 
     Attributes:
-        temperature: float32 (rows,); 0 takes the first of the most likely tokens.
-        top_k: int32 (rows,); the vocabulary's size or more keeps all.
-        rest: float32 (rows,), ``1 - top_p``; 0 keeps all.
-        min_p: float32 (rows,); 0 keeps all.
+        temperature: float32 (rows,); 0 takes the most likely token, the first one of equals.
+        top_k: int32 (rows,); the size of the vocabulary or more keeps all tokens.
+        rest: float32 (rows,), ``1 - top_p``; 0 keeps all tokens.
+        min_p: float32 (rows,); 0 keeps all tokens.
         seed: int64 (rows,).
     """
 
@@ -80,51 +80,54 @@ class Draw(NamedTuple):
 
     @classmethod
     def greedy(cls, rows: int, device: torch.device | str) -> "Draw":
-        """Return what takes the most likely token of every row."""
+        """Return the parameters of greedy decoding for every row."""
         temperature, rest, min_p = (torch.zeros(rows, device=device) for _ in range(3))
         top_k = torch.full((rows,), _ALL, dtype=torch.int32, device=device)
         return cls(temperature, top_k, rest, min_p, torch.zeros(rows, dtype=torch.int64, device=device))
 
     @classmethod
-    def of(cls, wishes: Sequence[Wish], seeds: Sequence[int | None], device: torch.device | str) -> "Draw":
-        """Return how one row per wish is drawn; a repetition penalty is somebody else's business.
+    def of(cls, samplings: Sequence[SamplingParameters], seeds: Sequence[int | None], device: torch.device | str) -> "Draw":
+        """Return sampling parameters as tensors. Repetition penalties are ignored; the engine applies them to the logits.
 
         Args:
-            wishes: one per row.
-            seeds: one per row instead of the wish's own; None draws a fresh one.
-            device: where the numbers go.
+            samplings: one per row.
+            seeds: one per row, used instead of the seeds in ``samplings``; None takes a random one.
+            device: device of the tensors.
         """
         values: tuple[tuple[list[float], torch.dtype], ...] = (
-            ([wish.temperature for wish in wishes], torch.float32),
-            ([_ALL if wish.top_k is None else min(wish.top_k, _ALL) for wish in wishes], torch.int32),
-            ([0.0 if wish.top_p is None else 1 - wish.top_p for wish in wishes], torch.float32),
-            ([wish.min_p or 0.0 for wish in wishes], torch.float32),
+            ([sampling.temperature for sampling in samplings], torch.float32),
+            ([_ALL if sampling.top_k is None else min(sampling.top_k, _ALL) for sampling in samplings], torch.int32),
+            ([0.0 if sampling.top_p is None else 1 - sampling.top_p for sampling in samplings], torch.float32),
+            ([sampling.min_p or 0.0 for sampling in samplings], torch.float32),
             ([secrets.randbits(63) if seed is None else seed for seed in seeds], torch.int64),
         )
         made = [torch.tensor(numbers, dtype=dtype) for numbers, dtype in values]
         return cls(*(made if str(device) == "cpu" else (part.to(device, non_blocking=True) for part in made)))
 
-    def set(self, wishes: Sequence[Wish]) -> None:
-        """Write down, in place, how the rows are drawn from now on; a row without a seed gets a fresh one.
+    def set(self, samplings: Sequence[SamplingParameters]) -> None:
+        """Overwrite the parameters in place. A row without a seed gets a random one.
 
         Raises:
-            KernelError: not one per row, or a repetition penalty, which wants to know the tokens before.
+            KernelError: not one sampling per row, or a repetition penalty, which needs the earlier tokens.
         """
-        if len(wishes) != len(self.seed):
-            raise KernelError(f"{len(wishes)} ways to choose a token for {len(self.seed)} rows")
-        if any(wish.repetition_penalty != 1 for wish in wishes):
-            raise KernelError("a repetition penalty is not applied on the device; the engine applies it")
-        for tensor, numbers in zip(self, Draw.of(wishes, [wish.seed for wish in wishes], "cpu"), strict=True):
+        if len(samplings) != len(self.seed):
+            raise KernelError(f"{len(samplings)} samplings for {len(self.seed)} rows; want one per row")
+        if any(sampling.repetition_penalty != 1 for sampling in samplings):
+            raise KernelError("repetition_penalty cannot be applied on the device; want 1, or apply it to the logits before")
+        for tensor, numbers in zip(self, Draw.of(samplings, [sampling.seed for sampling in samplings], "cpu"), strict=True):
             tensor.copy_(numbers)
 
 
 def draw_tokens(logits: Tensor, draw: Draw, positions: Tensor) -> Tensor:
-    """Return the chosen token of each row, int32 (rows,); -1 where the largest logit is not a finite number.
+    """Sample a token for each row.
 
     Args:
-        logits: floating (rows, vocabulary).
-        draw: how, on the same device.
-        positions: int32 (rows,), of the rows in their sequences.
+        logits: floating (rows, V).
+        draw: sampling parameters, on the same device.
+        positions: int32 (rows,), position of each row in its sequence.
+
+    Returns:
+        int32 (rows,); -1 where the largest logit is not finite.
     """
     if logits.device.type != "cpu" or logits.dtype not in build.DTYPE_CODES or not compiled("sampling"):
         return draw_plain(logits, draw, positions)
@@ -137,9 +140,9 @@ def draw_tokens(logits: Tensor, draw: Draw, positions: Tensor) -> Tensor:
 
 
 def draw_plain(logits: Tensor, draw: Draw, positions: Tensor) -> Tensor:
-    """Define :func:`draw_tokens` in plain torch, for any device."""
+    """Compute :func:`draw_tokens` in plain torch, on any device; this is its definition."""
     shaped = shape(logits, draw)
-    largest, tokens = shaped.max(-1)  # NaN counts as larger than every number, so one look at the maximum finds it
+    largest, tokens = shaped.max(-1)  # torch orders NaN above all numbers, so the maximum reveals it
     drawn = draw.temperature > 0
     if drawn.any():
         noise = gumbel(logits.shape[-1], draw.seed, positions)
@@ -148,12 +151,16 @@ def draw_plain(logits: Tensor, draw: Draw, positions: Tensor) -> Tensor:
 
 
 def shape(logits: Tensor, draw: Draw) -> Tensor:
-    """Divide rows that are drawn by their temperature, and set what top-k, top-p and min-p drop, in this order, to -inf.
+    """Divide the sampled rows by their temperature and apply top-k, top-p and min-p, in this order.
 
-    Of equals at the edge of top-p as many stay as are needed: the ones with the highest ids.
+    Among tokens of equal probability at the threshold of top-p, only as many as needed are kept: those with the highest ids.
+
+    Args:
+        logits: floating (rows, V).
+        draw: sampling parameters, on the same device.
 
     Returns:
-        Float32 (rows, vocabulary): the softmax of a row is the distribution drawn from; its maximum is the greedy token.
+        float32 (rows, V). The softmax of a row is the distribution to draw from; its maximum is the greedy token.
     """
     drawn, shaped = draw.temperature > 0, logits.float()
     if not drawn.any():
@@ -161,11 +168,15 @@ def shape(logits: Tensor, draw: Draw) -> Tensor:
     shaped = shaped / torch.where(drawn, draw.temperature, 1.0)[:, None]
     filters = (
         (keep_top_k, draw.top_k < logits.shape[-1], draw.top_k.long()),
-        (functools.partial(keep_top_p, stable=True), draw.rest > 0, 1 - draw.rest.double()),  # as exact as a plain number
+        (
+            functools.partial(keep_top_p, stable=True),
+            draw.rest > 0,
+            1 - draw.rest.double(),
+        ),  # float64: as exact as a Python number
         (keep_min_p, draw.min_p > 0, draw.min_p),
     )
-    for keep, wanted, parameter in filters:
-        rows = drawn & wanted
+    for keep, active, parameter in filters:
+        rows = drawn & active
         if rows.any():
             shaped[rows] = keep(shaped[rows], parameter[rows][:, None])
     return shaped

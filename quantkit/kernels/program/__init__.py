@@ -1,1 +1,1 @@
-"""One token's way through a decoder as a list of operations: what it is, and plain torch that runs it."""
+"""Decoder programs: a description of a decoder as a list of operations, and an implementation in plain torch."""

@@ -1,4 +1,4 @@
-"""A decoder as a frozen program: what a standard causal language model computes, with no model class left in it.
+"""A decoder as a frozen program: what a standard causal language model computes, independent of its model class.
 
 For tokens ``t`` at positions ``p``, with ``N`` a norm (or nothing), ``A`` attention and ``F`` a feed-forward network:
 
@@ -7,12 +7,12 @@ For tokens ``t`` at positions ``p``, with ``N`` a norm (or nothing), ``A`` atten
     or parallel:                  x = x + attention_scale * N_ao(A(N_ai(x))) + mlp_scale * N_mo(F(N_mi(x)))
     logits = cap * tanh(head(N(x)) * logit_scale / cap), or without the tanh
 
-One description serves every family: a pre-norm llama, gemma's sandwich, olmo2's post-norm and cohere's parallel block differ
-only in which norms are there. :mod:`quantkit.kernels.program.reference` is the definition in plain torch, a backend (the CPU's
-is :mod:`quantkit.kernels.cpu.decoder`) runs the same program in one call. ``quantkit/hf/lowering/lower.py`` writes programs and
-proves them.
+One description covers many families: llama (norms before), gemma (norms before and after), olmo2 (norms after) and cohere
+(parallel blocks) differ only in which norms exist. :mod:`quantkit.kernels.program.reference` defines the result in plain torch;
+backends such as :mod:`quantkit.kernels.cpu.decoder` run a program in one call. ``quantkit/hf/lowering/lower.py`` derives
+programs from models and verifies them.
 
-Weights are held, never copied: a float tensor (out, in), or the quantized module that stands in the model.
+Weights are referenced, not copied: a weight is a float tensor (out, in) or the model's quantized module.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,7 +29,7 @@ class Linear:
         weight: float (out, in), or a module with a quantized weight (``QuantLinear``, or ``QuantWeight`` and ``expert``).
         shape: (out, in).
         bias: (out,) or None.
-        expert: which matrix of a stack ``weight`` is; None for a plain one.
+        expert: index of the matrix in a stack; None for a single matrix.
     """
 
     weight: Tensor | nn.Module
@@ -40,11 +40,11 @@ class Linear:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Norm:
-    """``(x - mean) / sqrt(variance + eps) * gain + shift`` over the last axis; an RMS norm has no mean.
+    """``(x - mean) / sqrt(variance + eps) * gain + shift`` over the last axis; an RMS norm does not subtract the mean.
 
     Attributes:
-        center: subtract the mean (LayerNorm) or not (RMSNorm).
-        gain: float32 (n,); gemma's ``1 + weight`` is already added.
+        center: whether the mean is subtracted (LayerNorm) or not (RMSNorm).
+        gain: float32 (n,), including the 1 of gemma's ``1 + weight``.
         shift: float32 (n,) or None.
         eps: added to the variance.
     """
@@ -60,8 +60,8 @@ class Rotary:
     """Rotary position embedding of the first ``dim`` channels of a head (Su et al. 2021, arXiv:2104.09864).
 
     Attributes:
-        dim: rotated channels, even.
-        interleaved: pairs are (0, 1), (2, 3), ... instead of (0, dim/2), (1, dim/2 + 1), ...
+        dim: number of rotated channels, even.
+        interleaved: whether the pairs are (0, 1), (2, 3), ... instead of (0, dim/2), (1, dim/2 + 1), ...
         tables: ``tables(n)`` returns cos and sin, float32 (n, dim / 2), for positions 0 to n - 1, as the model itself
             computes them for a sequence of n tokens (frequencies, long-context scaling and attention factor included).
     """
@@ -76,14 +76,14 @@ class Attention:
     """Grouped-query attention: query head h reads key/value head ``h // (heads // kv_heads)``.
 
     Attributes:
-        qkv: linears whose outputs, side by side, are [queries | keys | values]; one if fused in the model, three if not.
+        qkv: linears whose concatenated outputs are [queries | keys | values]: one if the model fuses them, else three.
         out: output projection.
-        heads, kv_heads, head_dim: sizes; keys and values are ``kv_heads * head_dim`` wide.
-        scale: what ``q . k`` is multiplied by.
-        rotary: index into :attr:`Program.rotaries`, or None for a layer without positions.
-        q_norm, k_norm: applied before the rotation, per head if ``head_dim`` wide, else over all heads together.
-        window: a token sees itself and the ``window - 1`` tokens before it; None sees all.
-        softcap: scores become ``softcap * tanh(score / softcap)``; None leaves them.
+        heads, kv_heads, head_dim: sizes; keys and values have ``kv_heads * head_dim`` channels.
+        scale: factor of the scores ``q . k``.
+        rotary: index into :attr:`Program.rotaries`; None for a layer without position embedding.
+        q_norm, k_norm: norms before the rotation, per head if their gain has ``head_dim`` elements, else over all heads.
+        window: a token sees itself and the ``window - 1`` tokens before it; None for all tokens before it.
+        softcap: scores become ``softcap * tanh(score / softcap)``; None for no cap.
     """
 
     qkv: tuple[Linear, ...]
@@ -104,7 +104,7 @@ class Mlp:
     """``down(act(gate(x)) * up(x))``, or ``down(act(up(x)))`` where ``gated`` is False.
 
     Attributes:
-        up: linears whose outputs, side by side, are [gate | up] (or [up]); one if fused in the model.
+        up: linears whose concatenated outputs are [gate | up] (or [up]); one if the model fuses them.
         down: output projection.
         activation: a key of :data:`quantkit.kernels.program.reference.ACTIVATIONS`.
     """
@@ -117,9 +117,9 @@ class Mlp:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Experts:
-    """A mixture of experts: the ``top_k`` most probable of them, ``sum_e weight_e * experts[e](x)``.
+    """A mixture of experts: ``sum_e weight_e * experts[e](x)`` over the ``top_k`` most probable experts.
 
-    ``weight`` is the softmax over all experts, divided by the sum over the chosen if ``normalize``, times ``scale``.
+    ``weight`` is the softmax over all experts, divided by its sum over the chosen ones if ``normalize``, times ``scale``.
     """
 
     router: Linear
@@ -131,7 +131,7 @@ class Experts:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Layer:
-    """One decoder layer; see the module for what the norms and scales do."""
+    """One decoder layer; the module's docstring defines norms and scales."""
 
     attention: Attention
     mlp: Mlp | Experts
@@ -149,16 +149,16 @@ class Program:
     """A whole decoder.
 
     Attributes:
-        name: class of the model, for messages.
-        embedding: (vocabulary, hidden) float, or a module that looks rows up in a quantized table.
-        embedding_scale: what a row is multiplied by.
-        layers: in order.
-        rotaries: the rotary embeddings that layers point at.
-        final_norm: before the head.
-        head: (vocabulary, hidden); shares the embedding's tensor where the two are tied.
-        logit_scale, logit_softcap: see the module.
-        rope_switch: rotary tables differ for sequences longer than this (LongRoPE); None where they never do.
-        max_tokens: longest sequence the program describes; None if the model sets no limit.
+        name: class name of the model, for messages.
+        embedding: float (vocabulary, hidden), or a module that looks up rows of a quantized table.
+        embedding_scale: factor of the embedding rows.
+        layers: decoder layers in order.
+        rotaries: the rotary embeddings that layers refer to.
+        final_norm: norm before the head.
+        head: output head (vocabulary, hidden); it shares the embedding's tensor if the two are tied.
+        logit_scale, logit_softcap: see the module's docstring.
+        rope_switch: length beyond which the rotary tables of a sequence change (LongRoPE); None if they never do.
+        max_tokens: longest sequence that the program describes; None for no limit.
     """
 
     name: str
@@ -175,16 +175,16 @@ class Program:
 
     @property
     def hidden(self) -> int:
-        """Width of the residual stream."""
+        """Number of channels of the residual stream."""
         return int(self.embedding.shape[1])  # type: ignore[index, arg-type]
 
     def rows(self, ids: Tensor) -> Tensor:
-        """Return the embedding's rows of int64 ``ids`` (...), float32 (..., hidden), not yet scaled."""
+        """Return the embedding rows of int64 ``ids`` (...), float32 (..., hidden), without ``embedding_scale``."""
         return self.embedding[ids].float() if isinstance(self.embedding, Tensor) else self.embedding(ids).float()
 
     @property
     def tokens(self) -> int:
-        """Number of tokens that the embedding knows."""
+        """Number of rows of the embedding."""
         return int(self.embedding.shape[0])  # type: ignore[index, arg-type]
 
     @property
@@ -193,7 +193,7 @@ class Program:
         return self.head.shape[0]
 
     def linears(self) -> Iterator[Linear]:
-        """Yield every linear, in the order they run; the head is last."""
+        """Yield all linears in the order in which they run; the head is the last one."""
         for layer in self.layers:
             yield from layer.attention.qkv
             yield layer.attention.out

@@ -1,7 +1,6 @@
-"""The definition of a decoder program: float32, plain torch, one sequence, no cache. Slow and short.
+"""The definition of what a decoder program computes: float32, plain torch, one sequence, no cache.
 
-Backends are tested against it, and ``quantkit/hf/lowering/lower.py`` uses it to prove that a program is the model it was read
-from.
+Backends are tested against it, and ``quantkit/hf/lowering/lower.py`` uses it to verify that a program agrees with its model.
 """
 
 from collections.abc import Callable
@@ -21,10 +20,10 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "relu2": lambda x: F.relu(x).square(),
 }
-"""Activation name to function; a backend numbers them in this order."""
+"""Activation name to function. Backends number activations in this order."""
 
 _ROWS = 4096
-"""Rows of a float weight that are converted at a time."""
+"""Rows of a float weight that are converted to float32 at a time."""
 
 
 def logits(program: Program, ids: Tensor) -> Tensor:
@@ -38,7 +37,7 @@ def logits(program: Program, ids: Tensor) -> Tensor:
 
 
 def tables_of(program: Program, tokens: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-    """Return cos and sin of every rotary, for positions 0 to tokens - 1."""
+    """Return cos and sin of every rotary embedding, for positions 0 to tokens - 1."""
     return [(cos.to(device), sin.to(device)) for cos, sin in (rotary.tables(tokens) for rotary in program.rotaries)]
 
 
@@ -65,7 +64,7 @@ def run_layer(program: Program, layer: Layer, x: Tensor, tables: list[tuple[Tens
 def linear(x: Tensor, weight: Linear) -> Tensor:
     """Return ``x @ w.T + bias`` in float32."""
     if isinstance(weight.weight, Tensor):
-        parts = weight.weight.split(_ROWS)  # no float32 copy of a whole head
+        parts = weight.weight.split(_ROWS)  # avoids a float32 copy of a whole output head
         y = torch.cat([F.linear(x, part.float()) for part in parts], -1)
         return y if weight.bias is None else y + weight.bias.float()
     if weight.expert is None:
@@ -84,19 +83,19 @@ def normalize(x: Tensor, norm: Norm | None) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, dim: int, interleaved: bool) -> Tensor:
-    """Rotate x (T, heads, head_dim) by cos and sin (T, dim / 2); channels from ``dim`` on stay."""
+    """Rotate x (T, heads, head_dim) by cos and sin (T, dim / 2); channels from ``dim`` on are not rotated."""
     cos, sin = cos[:, None], sin[:, None]
     if interleaved:
         a, b = x[..., 0:dim:2], x[..., 1:dim:2]
-        turned = torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
+        rotated = torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
     else:
         a, b = x[..., : dim // 2], x[..., dim // 2 : dim]
-        turned = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
-    return torch.cat([turned, x[..., dim:]], -1)
+        rotated = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+    return torch.cat([rotated, x[..., dim:]], -1)
 
 
 def attend(program: Program, attention: Attention, x: Tensor, tables: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Return the attention's output (T, hidden) for its input (T, hidden)."""
+    """Return the output (T, hidden) of attention for its input (T, hidden)."""
     tokens, size = len(x), attention.head_dim
     widths = [attention.heads * size, attention.kv_heads * size, attention.kv_heads * size]
     q, k, v = torch.cat([linear(x, part) for part in attention.qkv], -1).split(widths, -1)
@@ -119,7 +118,7 @@ def attend(program: Program, attention: Attention, x: Tensor, tables: list[tuple
 
 
 def feed_forward(mlp: Mlp, x: Tensor) -> Tensor:
-    """Return the feed-forward network's output (T, hidden)."""
+    """Return the output (T, hidden) of a feed-forward network for its input (T, hidden)."""
     inner = torch.cat([linear(x, part) for part in mlp.up], -1)
     activate = ACTIVATIONS[mlp.activation]
     if not mlp.gated:
@@ -129,7 +128,7 @@ def feed_forward(mlp: Mlp, x: Tensor) -> Tensor:
 
 
 def mixture(moe: Experts, x: Tensor) -> Tensor:
-    """Return the weighted sum of the chosen experts (T, hidden)."""
+    """Return the weighted sum of the chosen experts (T, hidden) for their input (T, hidden)."""
     weights, chosen = linear(x, moe.router).softmax(-1).topk(moe.top_k, -1)
     if moe.normalize:
         weights = weights / weights.sum(-1, keepdim=True)

@@ -1,0 +1,124 @@
+"""Schemes by name.
+
+Preset names follow the field's habit, ``w<bits>a<16|8>[-asym][-g<size>|-channel]``: ``w4a16`` is 4-bit symmetric
+weights with 16-bit activations, ``w8a8`` 8-bit weights with activations that are rounded to 8 bits at run time, a scale per
+token (``-static``: one scale per layer, found in calibration; ``-rotated``: rounded in a rotated basis, in which no channel
+sticks out). A preset without a group takes the largest of 128, 64 and 32 that divides every layer; ``w8a8`` has one scale per
+channel, which is what integer products can use. With ``-g<size>`` the activations of ``w8a8`` have a scale per token and
+group, too. ``fp8``, ``nf4``, ``mxfp4``, ``nvfp4`` are formats of their own (:data:`NAMED`).
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal
+
+from quantkit.errors import SpecError
+from quantkit.registry import Registry
+from quantkit.spec import AUTO_GROUP_SIZES, ActivationSpec, QuantSpec, Scheme, token_activations
+
+PRESETS: tuple[str, ...] = (
+    "w2a16-asym", "w3a16", "w3a16-asym", "w4a16", "w4a16-asym", "w5a16", "w5a16-asym",
+    "w6a16", "w6a16-asym", "w8a16", "w8a16-asym", "w4a8", "w4a8-asym", "w8a8", "w8a8-static", "w8a8-rotated",
+)  # fmt: skip
+"""Preset names offered in help and documentation; any of them also takes ``-g<size>`` or ``-channel``."""
+
+
+NAMED: dict[str, tuple[str, tuple[int, int], str | None, Literal["dynamic", "static"] | None]] = {
+    "fp8": ("fp8_e4m3", (1, -1), None, None),
+    "fp8-tensor": ("fp8_e4m3", (-1, -1), None, None),
+    "fp8-block": ("fp8_e4m3", (128, 128), None, None),
+    "fp8-dynamic": ("fp8_e4m3", (1, -1), None, "dynamic"),
+    "fp8-static": ("fp8_e4m3", (1, -1), None, "static"),
+    "nf4": ("nf4", (1, 64), None, None),
+    "mxfp4": ("fp4_e2m1", (1, 32), "float8_e8m0fnu", None),
+    "nvfp4": ("fp4_e2m1", (1, 16), "float8_e4m3fn", None),
+}
+"""Presets of formats that are not integers: dtype, block, the scale dtype if the format fixes it, and whether activations are
+rounded to the same dtype: per token, at run time, or with one static scale per site."""
+
+
+_PRESET = re.compile(
+    r"w(?P<bits>[2-8])a(?P<activation>16|8(?P<how>-static|-rotated)?)(?P<asym>-asym)?(?:-g(?P<group>\d+)|(?P<channel>-channel))?"
+)
+
+
+def largest_group_size(in_features: Iterable[int]) -> int:
+    """Return the largest of 128, 64, 32 that divides every value, or -1 (one scale per channel) if none does."""
+    sizes = list(in_features)
+    return next((g for g in AUTO_GROUP_SIZES if all(size % g == 0 for size in sizes)), -1)
+
+
+def preset(
+    name: str,
+    in_features: Iterable[int],
+    *,
+    group_size: int | None = None,
+    symmetric: bool | None = None,
+    scale_dtype: str = "float16",
+) -> Scheme:
+    """Turn a preset name into a scheme for sites with these input sizes.
+
+    Args:
+        name: e.g. ``"w4a16"``, ``"w4a16-asym"``, ``"w4a16-asym-g64"``, ``"w8a16-channel"``.
+        in_features: input size of every site the scheme will apply to; decides the automatic group size.
+        group_size: overrides the automatic choice; -1 is one scale per channel. Not checked here: a size that does
+            not divide a site is reported by :meth:`QuantSpec.rejects`.
+        symmetric: overrides the name.
+        scale_dtype: dtype of the stored scales.
+
+    Raises:
+        SpecError: for a name that is no preset, naming the nearest one, or for two contradicting group sizes.
+    """
+    if name in NAMED:
+        dtype, block, fixed, rounded = NAMED[name]
+        if group_size is not None or symmetric is False:
+            raise SpecError(f"scheme {name!r} fixes its block and is symmetric; leave group_size and symmetric out")
+        activation = _activation(dtype, -1, rounded, scale_dtype) if rounded else None
+        return Scheme(QuantSpec(dtype, block, True, fixed or scale_dtype), activation)
+    match = _PRESET.fullmatch(name)
+    if match is None:
+        made = SCHEMES.get(name)
+        if group_size is not None or symmetric is not None:
+            raise SpecError(f"scheme {name!r} says itself what its group size and zero points are; leave the two out")
+        return made if isinstance(made, Scheme) else made(list(in_features), scale_dtype)
+    named = -1 if match["channel"] else int(match["group"]) if match["group"] else None
+    if named is not None and group_size is not None and named != group_size:
+        raise SpecError(f"scheme {name!r} and group_size={group_size} disagree; give one of them")
+    group = named if named is not None else group_size
+    eight, bits = match["activation"] != "16", int(match["bits"])
+    if group is None:
+        group = -1 if eight and bits == 8 else largest_group_size(in_features)
+    if group == 0 or group < -1:
+        raise SpecError(f"group_size={group}: want a positive size, or -1 for one scale per channel")
+    symmetric = symmetric if symmetric is not None else match["asym"] is None
+    activation = None
+    if eight:
+        activation = _activation("int8", group if bits == 8 else -1, (match["how"] or "").removeprefix("-"), scale_dtype)
+    return Scheme(QuantSpec(f"int{bits}", (1, group), symmetric, scale_dtype), activation)
+
+
+def _activation(dtype: str, group: int, how: str, scale_dtype: str) -> ActivationSpec:
+    """Return symmetric activations; a static scale is stored, so it has the dtype of the other stored scales."""
+    if how == "static":
+        return ActivationSpec(QuantSpec(dtype, (-1, -1), True, scale_dtype), dynamic=False)
+    return dataclasses.replace(token_activations(dtype, group), rotated=how == "rotated")
+
+
+SchemeMaker = Callable[[Sequence[int], str], Scheme]
+"""Makes a scheme from the input sizes of the layers that it will apply to (none while only a name is checked) and the dtype of
+stored scales that suits the checkpoint."""
+
+
+SCHEMES: Registry[Scheme | SchemeMaker] = Registry(
+    "scheme", error=SpecError, hint="; append -g<size> or -channel to fix the group of an integer scheme"
+)
+"""Every scheme with a name of its own: the presets, and what other packages add."""
+
+
+def _maker(name: str) -> SchemeMaker:
+    return lambda in_features, scale_dtype: preset(name, in_features, scale_dtype=scale_dtype)
+
+
+for _name in (*PRESETS, *NAMED):
+    SCHEMES.register(_name)(_maker(_name))
