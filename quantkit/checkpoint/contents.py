@@ -162,7 +162,7 @@ def lookup(model: nn.Module, name: str) -> Tensor:
     except AttributeError:
         tensor = None
     if not isinstance(tensor, Tensor):
-        raise FormatError(f"the model has no float tensor {name}; it does not match its config, or the site is quantized")
+        raise FormatError(f"the model has no float tensor {name}; it does not match its config, or the layer is quantized")
     return tensor.detach()
 
 

@@ -1,15 +1,16 @@
-"""Measure a model: how well it predicts text, how far it is from another model, how fast it is, what it weighs.
+"""Measure a model: its perplexity, its divergence from another model, its speed and its size.
 
-:func:`evaluate` does all of it and returns an :class:`~quantkit.evaluation.record.EvalReport`. The modules do one thing each:
-windows (what is scored), quality (perplexity and divergence), base (a base model's logits, reused), latency, footprint,
-coverage (what was quantized), record (the result). Nothing here is random: the same model, text and machine score the same.
+:func:`evaluate` measures all of them and returns an :class:`~quantkit.evaluation.record.EvalReport`. The modules: windows
+(which tokens are scored), quality (perplexity and divergence), reference (logits of a base model, reused), latency, footprint,
+coverage (which weights were quantized), record (the result), sanity (the short check of a quantized model), trace (serving
+simulated requests). Nothing here is random: the same model, text and machine give the same scores.
 """
 
 import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from quantkit.evaluation.through_cache import ThroughCache
 from quantkit.evaluation.windows import Windows, cut_windows, from_batches
 from quantkit.nn.linear import QuantLinear, QuantWeight
 from quantkit.spec import KVScheme
+from quantkit.system.keywords import check_names, take
 from quantkit.system.progress import ProgressCallback, ignore
 
 __all__ = [
@@ -37,57 +39,73 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 
+class EvaluationOptions(TypedDict, total=False):
+    """The less common keyword options of :func:`evaluate`, which documents them."""
+
+    windows: int | None
+    length: int
+    stride: int | None
+    bos: bool
+    kl_windows: int | None
+    batch_size: int
+    base_label: str | None
+    path: str | Path | None
+
+
+_WINDOWS, _SCORING = frozenset({"windows", "length", "stride", "bos"}), frozenset({"kl_windows", "batch_size"})
+
+
 def evaluate(
     model: nn.Module | str | Path,
     base: nn.Module | BaseLogits | str | Path | None = None,
     *,
     data: Any = None,
     tokenizer: Any = None,
-    windows: int | None = 20,
-    length: int = 1024,
-    stride: int | None = None,
-    bos: bool = False,
-    kl_windows: int | None = None,
-    batch_size: int = 1,
     latency: bool | Latency = True,
     kv: str | KVScheme | None = None,
     label: str | None = None,
-    base_label: str | None = None,
-    path: str | Path | None = None,
     progress: ProgressCallback = ignore,
+    **options: Unpack[EvaluationOptions],
 ) -> EvalReport:
-    """Measure a model, and its distance from ``base`` if one is given.
+    """Measure a model, and its divergence from ``base`` if one is given.
 
     Args:
-        model: a transformers model, or the path of a quantized checkpoint, or a float model's directory, hub id or GGUF file.
-        base: the model it should agree with; a :class:`BaseLogits` when several models share one.
+        model: a transformers model; or the path of a quantized checkpoint; or the directory, hub id or GGUF file of a float
+            model.
+        base: the reference model for the divergence; a :class:`BaseLogits` to share its logits between several evaluations.
         data: text to score: a file, folder, dataset name or list of texts (:func:`quantkit.calibrate.data.load_texts`); token
             ids (n,) or (windows, length); batches; :class:`Windows`; None for the held-out half of the default text.
-        tokenizer: for text; a path brings its own.
-        windows: windows to score, spread evenly over the text; None for all.
-        length: tokens of a window; less if the model has fewer positions (the report says what was used).
-        stride: tokens between windows; None for windows that touch without overlapping.
-        bos: start every window with the tokenizer's BOS token.
-        kl_windows: compare with the base on the first so many windows only; None for all.
-        batch_size: windows per forward.
-        latency: measure speed too; or timings already taken, e.g. by :func:`compare_latency`, to put into the report.
-        kv: score the model reading its keys and values from a memory stored this way (``"int8"``, ``"int4"``, a
-            :class:`~quantkit.spec.KVScheme`, ``"float"``); None scores plain forward passes. The base is never changed.
-        label: name in tables; by default the path's name, or what the weights are.
-        base_label: likewise for the base.
-        path: where a model given as an object has its checkpoint, to report the size on the disk.
-        progress: receives stages ``"evaluate"`` and ``"latency"``.
+        tokenizer: tokenizer for text; a model that is given as a path has its own.
+        latency: whether to measure speed; or earlier timings, for instance of :func:`compare_latency`, for the report.
+        kv: score the model while it reads its keys and values from a memory that stores them this way (``"int8"``, ``"int4"``,
+            ``"float"``, or a :class:`~quantkit.spec.KVScheme`); None scores plain forward passes. The base is not affected.
+        label: name of the model in tables; by default the name of its path, or the format of its weights.
+        progress: receives the stages ``"evaluate"`` and ``"latency"``.
+        **options: any of the following keyword arguments.
+            ``windows`` (20): number of windows to score, spread evenly over the text; None for all.
+            ``length`` (1024): tokens per window, at most the number of positions of the model; the report has the length used.
+            ``stride`` (None): tokens between the starts of windows; None for adjacent windows.
+            ``bos`` (False): start every window with the tokenizer's BOS token.
+            ``kl_windows`` (None): compare with the base on the first windows only, this many; None for all.
+            ``batch_size`` (1): windows per forward pass.
+            ``base_label``: name of the base, by default like ``label``.
+            ``path``: directory of the checkpoint, to report its size on the disk, for a model that is given as an object.
+
+    Returns:
+        The report.
 
     Raises:
-        CalibrationError: no or too little text, no tokenizer for it, or logits that are not finite.
+        CalibrationError: no text or too little, no tokenizer for it, or logits that are not finite.
+        TypeError: an unknown option.
     """
-    path, named = (path, False) if isinstance(model, nn.Module) else (model, True)
+    check_names("evaluate", options, EvaluationOptions.__optional_keys__)
+    path, named = (options.get("path"), False) if isinstance(model, nn.Module) else (model, True)
     model, own_tokenizer = _load(model)
-    base_name = base_label or (None if base is None else _label(base))
+    base_name = options.get("base_label") or (None if base is None else _label(base))
     base = _load(base)[0] if isinstance(base, str | Path) else base
-    cut, source = _windows(data, tokenizer or own_tokenizer, min(length, max_positions(model) or length), windows, stride, bos)
+    cut, source = _cut(data, tokenizer or own_tokenizer, max_positions(model), **take(options, _WINDOWS))
     scored = model if kv is None else ThroughCache(model, kv)
-    quality = score(scored, cut, base, kl_windows=kl_windows, batch_size=batch_size, progress=progress)
+    quality = score(scored, cut, base, progress=progress, **take(options, _SCORING))
     if latency is True:
         context = min(256, (max_positions(model) or 288) - 32)
         latency = measure_latency(model, prompt=cut.ids[0], context=max(context, 1), progress=progress)
@@ -120,10 +138,10 @@ def _kv_name(kv: str | KVScheme) -> str:
 
 
 def _load(model: nn.Module | str | Path) -> tuple[nn.Module, Any]:
-    """Return the model and its tokenizer (None for a model object)."""
+    """Return the model, and its tokenizer or None for a model object."""
     if isinstance(model, nn.Module):
         return model, None
-    from quantkit.checkpoint.open import open_model  # transformers is slow to import; a model object does not need it
+    from quantkit.checkpoint.open import open_model  # imports transformers, which is slow and not needed for a model object
 
     return open_model(model)
 
@@ -137,30 +155,40 @@ def _label(model: Any) -> str:
     return " + ".join(sorted(specs)) or str(next(model.parameters()).dtype).removeprefix("torch.")
 
 
-def _windows(data: Any, tokenizer: Any, length: int, count: int | None, stride: int | None, bos: bool) -> tuple[Windows, str]:
-    """Turn whatever the user gave into windows, and say in words what it was."""
+def _cut(
+    data: Any,
+    tokenizer: Any,
+    positions: int | None,
+    *,
+    windows: int | None = 20,
+    length: int = 1024,
+    stride: int | None = None,
+    bos: bool = False,
+) -> tuple[Windows, str]:
+    """Return the windows for the given data, and a description of the data."""
+    length = min(length, positions or length)
     if isinstance(data, Windows):
-        return data, "ready-made windows"
+        return data, "given windows"
     if isinstance(data, Sequence) and data and all(isinstance(item, Batch) for item in data):
-        return from_batches(data), "ready-made batches"
+        return from_batches(data), "given batches"
     if isinstance(data, Tensor) and data.ndim == 2:
-        return from_batches([Batch(data.to(torch.int64))]), "ready-made token ids"
+        return from_batches([Batch(data.to(torch.int64))]), "given token ids"
     bos_id = getattr(tokenizer, "bos_token_id", None) if bos else None
     if bos and bos_id is None:
-        raise CalibrationError("bos=True, but there is no tokenizer or it has no BOS token; use bos=False")
+        raise CalibrationError("bos=True needs a tokenizer with a BOS token; use bos=False")
     if isinstance(data, Tensor):
         tokens, source = data, "token ids"
     else:
         tokens, source = _tokens(data, tokenizer)
-    cut = cut_windows(tokens, length=length, count=count, stride=stride, bos_id=bos_id)
-    if count is not None and len(cut) < count:
-        logger.warning("%d windows were asked for, %s has %d of length %d; all are used", count, source, len(cut), length)
+    cut = cut_windows(tokens, length=length, count=windows, stride=stride, bos_id=bos_id)
+    if windows is not None and len(cut) < windows:
+        logger.warning("windows=%d: %s has only %d of length %d, all are used", windows, source, len(cut), length)
     return cut, source
 
 
 def _tokens(data: Any, tokenizer: Any) -> tuple[Tensor, str]:
     if tokenizer is None:
-        raise CalibrationError("text needs a tokenizer to be scored: pass tokenizer=, or token ids as data")
+        raise CalibrationError("text needs a tokenizer: give tokenizer=, or token ids as data")
     texts = text_default()[1] if data is None else load_texts(data)
     if data is None:
         source = f"language reference of Python {sys.version_info.major}.{sys.version_info.minor}, held-out topics"

@@ -1,11 +1,11 @@
-"""How fast a model reads and writes: prefill tokens per second, decode milliseconds per token.
+"""Measure the speed of a model: prefill tokens per second, and decode milliseconds per token.
 
-Prefill reads a prompt in one pass and is limited by arithmetic; decode reads every weight once per token and is limited by
-memory. They are timed apart, through the same step the engine runs, at a stated context and with batch 1.
+Prefill processes a prompt in one pass and is limited by arithmetic; decoding reads every weight once per token and is limited
+by memory. They are timed separately, with the same step that the engine runs, for a given context and with batch size 1.
 
-A machine is never quiet. Each model is warmed up (which also packs its kernels' weights), then several rounds are timed;
-with several models every round times each of them once, in turn (A B C A B C ...), so that a slow minute hits all alike,
-and the speed-up is the median over rounds of the ratio within a round.
+Timings on a shared machine vary. Each model is warmed up (which also prepacks its weights), and then several rounds are timed.
+With several models, every round times each of them once (A B C A B C ...), so that a disturbance affects all of them, and the
+speed-up is the median over rounds of the ratio within a round.
 """
 
 import itertools
@@ -37,13 +37,18 @@ class Spread:
 
     @classmethod
     def of(cls, values: list[float]) -> "Spread":
-        """Summarise ``values`` (linear interpolation between them)."""
+        """Return median and percentiles of ``values``, interpolated linearly."""
         return cls(*(float(q) for q in np.quantile(values, (0.5, 0.1, 0.9, 0.99))))
 
 
 @dataclass(frozen=True, slots=True)
 class Speedup:
-    """How many times faster than the baseline of the same run: median over rounds, and the 10th and 90th percentile."""
+    """How many times faster a model is than the baseline of the same run, over rounds.
+
+    Attributes:
+        baseline: name of the baseline.
+        prefill, decode: ratios of times, baseline over model.
+    """
 
     baseline: str
     prefill: Spread
@@ -55,16 +60,16 @@ class Latency:
     """Timings of one model at batch 1.
 
     Attributes:
-        context_tokens: length of the prompt.
+        context_tokens: tokens of the prompt.
         new_tokens: tokens decoded after it in each round.
-        rounds: timed rounds.
-        threads: torch's threads.
-        device: e.g. ``"cpu"``.
-        prefill_tokens_per_s: over rounds.
+        rounds: number of timed rounds.
+        threads: number of torch's threads.
+        device: device, for instance ``"cpu"``.
+        prefill_tokens_per_s: prompt tokens per second, over rounds.
         decode_ms: milliseconds per token, over all tokens of all rounds.
-        peak_bytes: peak memory of the process (or the GPU) while this model was timed, other resident models included.
-        speedup: against the first model of the same run; None for it, and for a model timed alone.
-        engine: what ran the steps: ``"native"`` or ``"modules"``, and how activations were rounded, if they were.
+        peak_bytes: peak memory of the process (or the GPU) while this model was timed, including other loaded models.
+        speedup: against the first model of the same run; None for that model, and for a model that is timed alone.
+        engine: name of the backend that ran the steps.
     """
 
     context_tokens: int
@@ -90,7 +95,7 @@ def measure_latency(
     compute: str = "float",
     progress: ProgressCallback = ignore,
 ) -> Latency:
-    """Time one model; arguments as in :func:`compare_latency`."""
+    """Measure one model; arguments as in :func:`compare_latency`."""
     return compare_latency(
         {"model": model},
         prompt=prompt,
@@ -114,22 +119,24 @@ def compare_latency(
     compute: str = "float",
     progress: ProgressCallback = ignore,
 ) -> dict[str, Latency]:
-    """Time several models in turn, in one run.
+    """Measure several models alternately, in one run.
 
     Args:
-        models: name to model; the first is the baseline of the speed-ups. All stay in memory throughout.
-        prompt: int64 (T,) tokens to read, repeated or cut to ``context``; None counts up from 0 through the vocabulary.
-        context: tokens of the prompt.
-        new_tokens: tokens decoded after it. The next token is the most likely one, so models may read different text;
-            the work is the same.
-        rounds: timed rounds after one warm-up; percentiles are over ``rounds`` prefills and ``rounds * new_tokens`` steps.
-        engine: what runs the steps, see :func:`quantkit.hf.backend.make_backend`; "auto" may run models differently, and the
-            result names what ran each.
-        compute: see there, too.
-        progress: receives stage ``"latency"`` after every model and round.
+        models: name to model; the first one is the baseline of the speed-ups. All of them stay in memory.
+        prompt: int64 (T,), tokens of the prompt, repeated or cut to ``context``; None for 0, 1, 2, ... modulo the vocabulary.
+        context: number of tokens of the prompt.
+        new_tokens: tokens decoded after it, greedily; models may therefore decode different text, with the same work.
+        rounds: timed rounds after one warm-up round. There are ``rounds`` prefill times and ``rounds * new_tokens`` decode
+            times.
+        engine, compute: see :func:`quantkit.hf.backend.make_backend`. "auto" may choose different backends for the models; the
+            results name them.
+        progress: receives the stage ``"latency"`` after every model and round.
+
+    Returns:
+        Name to timings.
 
     Raises:
-        CalibrationError: for sizes below 1 or beyond the models' positions.
+        CalibrationError: a number below 1, or more tokens than a model has positions.
     """
     if not models or min(context, new_tokens, rounds) < 1:
         raise CalibrationError(
@@ -141,7 +148,7 @@ def compare_latency(
             raise CalibrationError(
                 f"{name}: context={context} and new_tokens={new_tokens} need more than its {limit} positions; lower either"
             )
-    from quantkit.hf.backend import make_backend  # transformers is slow to import, and quality needs none of it
+    from quantkit.hf.backend import make_backend  # imports transformers, which is slow and not needed for quality
 
     samples: dict[str, list[_Round]] = {name: [] for name in models}
     peaks = dict.fromkeys(models, 0)
@@ -152,15 +159,15 @@ def compare_latency(
         }
         steps = {name: OneSequence(backend, context + new_tokens) for name, backend in backends.items()}
         prompts = {name: _prompt(model, prompt, context) for name, model in models.items()}
-        for turn in range(rounds + 1):
+        for round_ in range(rounds + 1):
             for i, name in enumerate(models):
                 device = prompts[name].device
                 reset_peak_memory(device)
-                timed = _time_round(steps[name], prompts[name], new_tokens if turn else min(new_tokens, 4))
+                timed = _time_round(steps[name], prompts[name], new_tokens if round_ else min(new_tokens, 4))
                 peaks[name] = max(peaks[name], peak_memory_bytes(device))
-                if turn:  # round 0 warms up
+                if round_:  # round 0 is the warm-up
                     samples[name].append(timed)
-                progress(Progress("latency", turn * len(models) + i + 1, (rounds + 1) * len(models), name))
+                progress(Progress("latency", round_ * len(models) + i + 1, (rounds + 1) * len(models), name))
     first = next(iter(models))
     return {
         name: Latency(
@@ -186,7 +193,7 @@ class _Round:
 
 
 def _time_round(step: OneSequence, prompt: Tensor, new_tokens: int) -> _Round:
-    """Read the prompt, then ``new_tokens`` greedy tokens one by one."""
+    """Time the prefill of a prompt, and then the decoding of each of ``new_tokens`` tokens."""
     ids = prompt.tolist()
     start = _now(prompt.device)
     token = int(step(ids, 0).argmax(-1))
@@ -219,7 +226,7 @@ def _prompt(model: nn.Module, prompt: Tensor | None, context: int) -> Tensor:
 
 
 def max_positions(model: object) -> int | None:
-    """Return how many tokens the model can read at once, or None if its config does not say."""
+    """Return the longest sequence that a model supports, or None if its config does not name one."""
     config: Any = getattr(model, "config", None)
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     limit = getattr(text, "max_position_embeddings", None)

@@ -1,21 +1,21 @@
-"""How far a model is from its text and from another model, in one streaming pass.
+"""Measure the perplexity of a model and its divergence from a base model, in one streaming pass.
 
 For a scored token y with logits q of the model and p of the base, P = softmax(p), Q = softmax(q):
 
     nll  = log sum exp(q) - q[y]                         nats; perplexity = exp(mean nll)
-    KL   = sum_v P_v (log P_v - log Q_v)                 nats; 0 if and only if the two predict the same
+    KL   = sum_v P_v (log P_v - log Q_v)                 nats; 0 if and only if the two distributions are equal
 
-KL is computed as ``sum_v e_v (a_v - b_v) / S_p + log S_q - log S_p`` from logits shifted by their own maximum
-(a = p - max p, b = q - max q, e = exp a, S = sum of exponentials): sums in float32, logarithms in float64. Equal logits
-give exactly 0, and rounding leaves about 1e-7 per token, far below the 1e-3 of an 8-bit model.
+KL is computed as ``sum_v e_v (a_v - b_v) / S_p + log S_q - log S_p`` from logits minus their maximum (a = p - max p, b = q -
+max q, e = exp a, S = sum of exponentials), with sums in float32 and logarithms in float64. Equal logits give exactly 0;
+rounding contributes about 1e-7 per token, far below the 1e-3 of an 8-bit model.
 
-Standard errors. Tokens of one window are not independent, so the unit of the error is the window: with per-window sums s_w
-over n_w tokens and the mean m, ``se = sqrt(W / (W - 1) * sum_w (s_w - m n_w)^2) / sum_w n_w``; the perplexity's is
-``ppl * se(nll)`` (delta method). The difference between two models on the same tokens is much better known than either
-alone: ``nll_increase_se`` is the paired error.
+Standard errors. Tokens of one window are not independent, so errors are computed over windows: with sums s_w over the n_w
+tokens of each window and the mean m, ``se = sqrt(W / (W - 1) * sum_w (s_w - m n_w)^2) / sum_w n_w``. The error of the
+perplexity is ``ppl * se(nll)`` (delta method). The difference between two models on the same tokens is known much better than
+either value; ``nll_increase_se`` is its paired error.
 
-Memory: the logits of one batch per model, about 30 bytes per scored token, and three scratch tiles of 16 MiB. The models'
-forwards dominate the time; the statistics of a vocabulary of 49152 add less than a tenth.
+Memory: the logits of one batch per model, about 30 bytes per scored token, and three temporary tiles of 16 MiB. Most of the
+time is spent in the models' forward passes; the statistics take less than a tenth of it for a vocabulary of 49152.
 """
 
 import itertools
@@ -33,24 +33,24 @@ from quantkit.system.compute import evaluation_mode
 from quantkit.system.progress import Progress, ProgressCallback, ignore
 
 TILE = 1 << 22
-"""Logits worked on at a time. Smaller tiles stay in the cache, but on a busy machine their threads wait for each other."""
+"""Logits that are processed at a time. Smaller tiles fit in the cache, but synchronize threads more often."""
 
 QUANTILES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.999)
-"""Levels at which the distribution of KL over tokens is kept."""
+"""Levels at which the quantiles of KL over tokens are kept."""
 
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
-    """Distance of a model's predictions from the base model's, over the same tokens.
+    """Divergence of a model's predictions from a base model's, over the same tokens.
 
     Attributes:
-        tokens, windows: what was compared.
-        mean, mean_se, median, p99, max: KL(base || model) per token, nats; the error is over windows, None for one window.
+        tokens, windows: number of compared tokens and windows.
+        mean, mean_se, median, p99, max: KL(base || model) per token in nats; the standard error is None for one window.
         quantiles: (level, KL) pairs at :data:`QUANTILES`.
-        same_top1: share of tokens where both models rank the same token first.
-        right_to_wrong, wrong_to_right: tokens that only the base, or only the model, ranks first correctly ("flips").
+        same_top1: fraction of tokens for which both models have the same most likely token.
+        right_to_wrong, wrong_to_right: tokens whose most likely prediction is correct for the base only, or for the model only.
         base_nll, base_perplexity: of the base on these tokens.
-        nll_increase, nll_increase_se: mean nll(model) - nll(base), and its paired error.
+        nll_increase, nll_increase_se: mean of nll(model) - nll(base) in nats, and its paired standard error.
     """
 
     tokens: int
@@ -75,11 +75,11 @@ class Quality:
     """How well a model predicts a text.
 
     Attributes:
-        tokens, windows: what was scored.
-        nll, nll_se: mean negative log-likelihood per token, nats, and its error over windows (None for one window).
-        perplexity, perplexity_se: exp(nll) and its error by the delta method.
-        top1: share of tokens that the model ranks first.
-        divergence: against the base model, if one was given.
+        tokens, windows: number of scored tokens and windows.
+        nll, nll_se: mean negative log-likelihood per token in nats, and its standard error over windows (None for one window).
+        perplexity, perplexity_se: exp(nll), and its standard error by the delta method.
+        top1: fraction of tokens that are the model's most likely prediction.
+        divergence: divergence from the base model, if one was given.
     """
 
     tokens: int
@@ -101,22 +101,22 @@ def score(
     batch_size: int = 1,
     progress: ProgressCallback = ignore,
 ) -> Quality:
-    """Measure perplexity over ``windows`` and, given ``base``, the divergence from it, in one pass.
+    """Measure perplexity over ``windows`` and, if ``base`` is given, the divergence from it, in one pass.
 
     Args:
-        model: causal model, or a function from ids (B, T) to logits (B, T, vocabulary). Put in eval mode meanwhile.
-        windows: tokens and the positions that count.
-        base: the model to compare with; a :class:`BaseLogits` when several models are compared with the same one.
-        kl_windows: compare with the base on the first so many windows only; None for all.
-        batch_size: windows per forward; the logits of a batch are held at once.
-        progress: receives stage ``"evaluate"`` after every batch.
+        model: a causal model, which is in eval mode meanwhile, or a function from ids (B, T) to logits (B, T, V).
+        windows: token windows and the positions to score.
+        base: the model to compare with; a :class:`BaseLogits` to share its logits between several calls.
+        kl_windows: compare with the base on the first windows only, this many; None for all.
+        batch_size: windows per forward pass, whose logits are in memory together.
+        progress: receives the stage ``"evaluate"`` after every batch.
 
     Raises:
-        CalibrationError: for non-finite logits, naming the window; for logits that do not fit the ids or the base's.
+        CalibrationError: logits that are not finite (the message names the window), or whose shape does not fit.
     """
     compared = 0 if base is None else len(windows) if kl_windows is None else min(kl_windows, len(windows))
     if base is not None and compared < 1:
-        raise CalibrationError(f"kl_windows={kl_windows}: want at least 1 window to compare with the base")
+        raise CalibrationError(f"kl_windows={kl_windows}: want at least 1, or None to compare all windows")
     alone: list[_Tokens] = []
     beside: list[_Tokens] = []
     with evaluation_mode(model, base):
@@ -130,11 +130,11 @@ def score(
 
 
 _Tokens = tuple[NDArray[np.int64], NDArray[np.float64]]
-"""Window number of each scored token (n,), and its values (2 or 6, n) as :func:`_score_rows` gives them."""
+"""Window number of each scored token (n,), and the values (2 or 6, n) that :func:`_score_rows` returns."""
 
 
 def _batches(windows: int, compared: int, batch_size: int) -> list[tuple[int, int]]:
-    """Split windows into batches that never straddle the end of the compared ones."""
+    """Split windows into batches that contain either compared windows or others, but not both."""
     if batch_size < 1:
         raise CalibrationError(f"batch_size={batch_size}: want at least 1")
     edges = sorted({*range(0, compared, batch_size), *range(compared, windows, batch_size), windows})
@@ -149,9 +149,9 @@ def _logits(model: nn.Module | LogitsFunction, ids: Tensor, who: str) -> Tensor:
 
 
 def _score_batch(q: Tensor, p: Tensor | None, ids: Tensor, scored: Tensor, first: int) -> _Tokens:
-    """Score one batch whose first window has number ``first``."""
+    """Return the values of one batch, whose first window has the number ``first``."""
     if p is not None and p.shape != q.shape:
-        raise CalibrationError(f"the model predicts {q.shape[-1]} tokens, the base {p.shape[-1]}; they need one vocabulary")
+        raise CalibrationError(f"the model has {q.shape[-1]} logits, the base {p.shape[-1]}; want equal vocabularies")
     window, position = scored.nonzero(as_tuple=True)
     targets, rows = ids[window, position], window * ids.shape[1] + position - 1
     if len(targets) and int(targets.max()) >= q.shape[-1]:
@@ -168,14 +168,14 @@ def _score_batch(q: Tensor, p: Tensor | None, ids: Tensor, scored: Tensor, first
             bad = at + int((~values.isfinite()).any(0).nonzero()[0])
             where = f"window {first + int(window[bad])}, position {int(position[bad]) - 1}"
             who = "the model" if p is None else "the model or its base"
-            raise CalibrationError(f"{where}: logits of {who} are not finite; look for overflow in its dtype, or broken scales")
+            raise CalibrationError(f"{where}: logits of {who} are not finite; look for overflow in its dtype, or wrong scales")
         parts.append(values)
     values = torch.cat(parts, 1) if parts else torch.zeros(2 if p is None else 6, 0, dtype=torch.float64)
     return (first + window).numpy(), values.numpy()
 
 
 def _rows(logits: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return rows (a rising index) of (B, T, V) logits as (rows, V) in ``dtype``; a view where they are adjacent and fit."""
+    """Return rows (ascending indices) of logits (B, T, V) as (rows, V) in ``dtype``, as a view if possible."""
     flat = logits.flatten(0, 1)
     start, stop = int(rows[0]), int(rows[-1]) + 1
     picked = flat[start:stop] if stop - start == len(rows) else flat[rows.to(flat.device)]
@@ -183,15 +183,21 @@ def _rows(logits: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _score_rows(q: Tensor, p: Tensor | None, target: Tensor, scratch: list[Tensor]) -> Tensor:
-    """Return float64 (2, rows): nll and hit; with base logits ``p`` (6, rows): also KL, the base's nll and hit, agreement.
+    """Return nll and top-1 hit of each row; with a base also KL, the base's nll and hit, and whether the top-1 tokens agree.
 
-    ``q`` and ``p`` (rows, V) are not written to; ``scratch`` are tiles of their shape, one, or three with ``p``.
-    A logit that is not finite makes the row's nll or KL not finite.
+    Args:
+        q: logits of the model (rows, V).
+        p: logits of the base (rows, V), or None.
+        target: int64 (rows,), the correct tokens.
+        scratch: temporary tensors (rows, V): one, or three with ``p``.
+
+    Returns:
+        float64 (2, rows), or (6, rows) with ``p``; nll or KL of a row with a logit that is not finite are not finite.
     """
     b = scratch[0]
     best_q, chosen_q = _shift(q, target, b)
     if p is None:
-        poison = b.sum(-1).double() * 0  # -inf, which exp would hide, becomes nan
+        poison = b.sum(-1).double() * 0  # makes nll nan if a logit is -inf, which exp would hide
         nll = b.exp_().sum(-1).double().log() - chosen_q + poison
         return torch.stack([nll, (best_q == target).double()])
     a, difference = scratch[1:]
@@ -206,7 +212,7 @@ def _score_rows(q: Tensor, p: Tensor | None, target: Tensor, scratch: list[Tenso
 
 
 def _shift(logits: Tensor, target: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-    """Write logits minus their row's maximum to ``out``; return the argmax and the target's shifted logit (float64)."""
+    """Write logits minus the maximum of their row to ``out``; return the argmax, and ``out`` at the target in float64."""
     top, best = logits.max(-1, keepdim=True)
     torch.sub(logits, top, out=out)
     return best.squeeze(-1), out.gather(-1, target[:, None]).squeeze(-1).double()
@@ -235,7 +241,7 @@ def _summarise(alone: list[_Tokens], beside: list[_Tokens]) -> Quality:
 def _divergence(window: NDArray[np.int64], values: NDArray[np.float64]) -> Divergence:
     nll, hit, kl, base_nll, base_hit, same = values
     if not len(kl):
-        raise CalibrationError("no token is scored in the windows that are compared with the base; raise kl_windows")
+        raise CalibrationError("no token is scored in the windows that are compared with the base; increase kl_windows")
     mean, se = clustered_mean(kl, window)
     increase, increase_se = clustered_mean(nll - base_nll, window)
     return Divergence(
@@ -258,14 +264,19 @@ def _divergence(window: NDArray[np.int64], values: NDArray[np.float64]) -> Diver
 
 
 def perplexity(nll: float) -> float:
-    """Return exp(nll), or the largest float where that overflows (a model that is pure noise stays reportable)."""
+    """Return exp(nll), limited to the largest float, so that the report of a broken model can be written."""
     return float(np.exp(min(nll, 709.0)))
 
 
 def clustered_mean(values: NDArray[np.float64], cluster: NDArray[np.int64]) -> tuple[float, float | None]:
-    """Return the mean of ``values`` and its standard error when values of one cluster may be correlated.
+    """Return the mean of ``values`` and its standard error if values of one cluster are correlated.
 
-    The error is that of a ratio of sums over clusters (equation in the module docstring); None for a single cluster.
+    Args:
+        values: float64 (n,).
+        cluster: int64 (n,), cluster of each value.
+
+    Returns:
+        The mean, and the error by the equation in the module's docstring; None for a single cluster.
     """
     mean = float(values.mean())
     _, index = np.unique(cluster, return_inverse=True)

@@ -1,7 +1,8 @@
-"""The evaluation of one model as a value: everything measured, how it was measured, and where. JSON on the disk."""
+"""The evaluation of one model as a value: all measurements, how they were made, and on which machine. Stored as JSON."""
 
 import dataclasses
 import functools
+import html
 import importlib.metadata
 import json
 import platform
@@ -22,22 +23,22 @@ from quantkit.system.files import write_json
 from quantkit.version import __version__
 
 SCHEMA = "quantkit.eval-report/1"
-"""Name and version of the JSON layout; a reader refuses others."""
+"""Name and version of the JSON layout; other layouts are refused."""
 
 
 @dataclass(frozen=True, slots=True)
 class Protocol:
-    """How the text was scored; two perplexities are comparable only if all of this is equal.
+    """How the text was scored. Two perplexities are comparable only if all of this is equal.
 
     Attributes:
-        source: where the text came from, in words.
-        fingerprint: SHA-256 over token ids and scored positions.
-        length: tokens of a window, the longest context plus one.
-        stride: tokens between windows; 0 for ready-made windows.
-        bos: every window starts with the BOS token.
-        windows, available_windows: scored, and in the text; spread evenly.
-        tokens: scored tokens.
-        kl_windows, kl_tokens: compared with the base; 0 without one.
+        source: description of the text.
+        fingerprint: SHA-256 of token ids and scored positions.
+        length: tokens per window.
+        stride: tokens between the starts of windows; 0 if the windows were given.
+        bos: whether every window starts with the BOS token.
+        windows, available_windows: number of windows that were scored, and of windows in the text.
+        tokens: number of scored tokens.
+        kl_windows, kl_tokens: number of windows and tokens that were compared with the base; 0 without one.
     """
 
     source: str
@@ -54,7 +55,7 @@ class Protocol:
 
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """Where it ran: versions, processor, torch's threads, dtype of the unquantized weights, device."""
+    """The machine and the software: versions, processor, torch's threads, dtype of the unquantized weights, device."""
 
     quantkit: str
     torch: str
@@ -69,7 +70,7 @@ class Environment:
 
 
 def describe_environment(dtype: torch.dtype, device: torch.device) -> Environment:
-    """Describe this process, for a model of ``dtype`` on ``device``."""
+    """Return a description of this process, for a model with ``dtype`` on ``device``."""
     return Environment(
         quantkit=__version__,
         torch=torch.__version__,
@@ -84,18 +85,20 @@ def describe_environment(dtype: torch.dtype, device: torch.device) -> Environmen
     )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class EvalReport:
-    """All that was measured about one model.
+    """All measurements of one model.
+
+    Its ``repr`` is one line, and notebooks show it as a table.
 
     Attributes:
-        label: the model's name in tables, e.g. ``"W4 GPTQ g64"``.
+        label: name of the model in tables, for instance ``"W4 GPTQ g64"``.
         quality: perplexity and divergence from the base.
         protocol: how the text was scored.
         footprint: sizes.
-        environment: where it ran.
-        latency: timings, if they were taken.
-        base: label of the model it was compared with, if any.
+        environment: machine and software.
+        latency: timings, or None.
+        base: label of the base model, or None.
     """
 
     label: str
@@ -106,16 +109,40 @@ class EvalReport:
     latency: Latency | None = None
     base: str | None = None
 
+    def summary(self) -> dict[str, str]:
+        """Return the most important measurements as name and text, with units and one standard error."""
+        found = {"perplexity": _with_error(self.quality.perplexity, self.quality.perplexity_se)}
+        if (divergence := self.quality.divergence) is not None:
+            found["KL"] = f"{_with_error(divergence.mean, divergence.mean_se)} nats from {self.base or 'the base'}"
+            found["same top-1"] = f"{100 * divergence.same_top1:.1f} %"
+        found["bits per weight"] = f"{self.footprint.bits_per_weight:.2f}"
+        if self.latency is not None:
+            found["decode"] = f"{self.latency.decode_ms.median:.2f} ms per token"
+            found["prefill"] = f"{self.latency.prefill_tokens_per_s.median:,.0f} tokens/s"
+        return found
+
+    def __repr__(self) -> str:
+        return f"EvalReport({self.label}: {', '.join(f'{name} {value}' for name, value in self.summary().items())})"
+
+    def _repr_html_(self) -> str:
+        """Return the summary as an HTML table, for notebooks."""
+        left = 'style="text-align:left"'
+        rows = "".join(
+            f"<tr><th {left}>{html.escape(name)}</th><td {left}>{html.escape(value)}</td></tr>"
+            for name, value in self.summary().items()
+        )
+        return f"<table><caption {left}>{html.escape(self.label)}</caption>{rows}</table>"
+
     def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-ready mapping; :meth:`from_dict` reverses it exactly."""
+        """Return a mapping for JSON; :meth:`from_dict` reverses it exactly."""
         return {"schema": SCHEMA, **dataclasses.asdict(self)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "EvalReport":
-        """Build a report from :meth:`to_dict` output.
+        """Return the report that :meth:`to_dict` was called on.
 
         Raises:
-            FormatError: for another schema, or keys or types that do not belong.
+            FormatError: another schema, or wrong keys or types.
         """
         if not isinstance(data, Mapping) or data.get("schema") != SCHEMA:
             found = data.get("schema") if isinstance(data, Mapping) else type(data).__name__
@@ -129,10 +156,10 @@ class EvalReport:
 
     @classmethod
     def load(cls, path: str | Path) -> "EvalReport":
-        """Read a report that :meth:`save` wrote.
+        """Return the report in a file that :meth:`save` has written.
 
         Raises:
-            FormatError: if the file is not one.
+            FormatError: the file cannot be read or is not a report.
         """
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -141,8 +168,17 @@ class EvalReport:
         return cls.from_dict(data)
 
 
+def _with_error(value: float, error: float | None) -> str:
+    """Format ``value ± error`` with four significant digits of the value."""
+    return f"{value:.4g}" if error is None else f"{value:.4g} ± {error:.1g}"
+
+
 def _read(kind: Any, value: Any, where: str) -> Any:
-    """Turn parsed JSON into ``kind``: a dataclass, a tuple, an optional or a plain type, checking every type on the way."""
+    """Convert parsed JSON to ``kind`` (a dataclass, tuple, optional or plain type), checking all types.
+
+    Raises:
+        FormatError: the value does not have this type; the message has its place ``where``.
+    """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
         return None if value is None else _read(next(a for a in arguments if a is not types.NoneType), value, where)
@@ -166,7 +202,7 @@ def _read(kind: Any, value: Any, where: str) -> Any:
 
 @functools.cache
 def cpu_name() -> str:
-    """Return the processor's name as its maker gives it, or the machine type where the system does not say."""
+    """Return the vendor's name of the processor, or the machine type if the system does not know it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.exists() else []
     named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

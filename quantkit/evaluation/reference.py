@@ -1,9 +1,10 @@
-"""Running a model for its logits, and remembering a base model's logits exactly without storing them.
+"""Logits of a model, and logits of a base model that are reproduced exactly without being stored.
 
-Logits are too big to keep (200 MB per window of 1024 tokens at 49152 words), and storing them rounded would drown a small
-KL. What enters the output head is small (2.4 MB per window at width 576), so that is kept and the head is run again: a
-third to a fifth of the forward, and the same bits. Whether ``head(kept) == logits`` holds exactly is checked on the first
-batch; a model that does more after its head (soft-capped or scaled logits) is run again for every comparison.
+Logits are too large to store (200 MB per window of 1024 tokens for a vocabulary of 49152), and rounded logits would hide a
+small KL. The input of the output head is much smaller (2.4 MB per window for 576 channels). It is stored, and the head is run
+again, which takes a third to a fifth of a forward pass and gives the same bits. On the first batch, ``head(stored) == logits``
+is checked for equality; a model that transforms the output of its head (soft-capped or scaled logits) is run again for every
+comparison.
 """
 
 import hashlib
@@ -20,11 +21,11 @@ from quantkit.system.compute import evaluation_mode
 logger = logging.getLogger(__name__)
 
 LogitsFunction = Callable[[Tensor], Tensor]
-"""ids int64 (B, T) -> logits (B, T, vocabulary)."""
+"""A function from int64 ids (B, T) to logits (B, T, V)."""
 
 
 def run_model(model: nn.Module | LogitsFunction, ids: Tensor) -> Tensor:
-    """Return logits (B, T, vocabulary) for ``ids`` (B, T): a transformers-style module, or anything that returns logits."""
+    """Return the logits (B, T, V) of a module in the style of transformers, or of a function, for int64 ``ids`` (B, T)."""
     if not isinstance(model, nn.Module):
         return model(ids)
     parameter = next(model.parameters(), None)
@@ -35,11 +36,14 @@ def run_model(model: nn.Module | LogitsFunction, ids: Tensor) -> Tensor:
 
 
 class BaseLogits:
-    """A base model's logits, computed once and reused for several models, bit for bit.
+    """Logits of a base model, computed once and reproduced bit for bit for several comparisons.
 
     Args:
-        model: a transformers-style model, or any function from ids to logits (which is then called every time).
-        max_bytes: bound on what is kept; batches beyond it are computed again.
+        model: a model in the style of transformers, or a function from ids to logits, which is called every time.
+        max_bytes: largest amount of memory for stored inputs of the head; other batches are computed again.
+
+    Attributes:
+        nbytes: memory used by stored inputs.
     """
 
     def __init__(self, model: nn.Module | LogitsFunction, *, max_bytes: int = 1 << 30) -> None:
@@ -51,14 +55,20 @@ class BaseLogits:
         self._replays = False if self._head is None else None
 
     def __call__(self, ids: Tensor) -> Tensor:
-        """Return logits (B, T, vocabulary) for ``ids`` (B, T)."""
+        """Return the logits (B, T, V) for int64 ``ids`` (B, T).
+
+        Raises:
+            CalibrationError: the model has been released, and ``ids`` were not among the released windows.
+        """
         key = _key(ids)
         if key in self._kept and self._head is not None:
             with evaluation_mode(self._head):
                 logits: Tensor = self._head(self._kept[key])
                 return logits
         if self._model is None:
-            raise CalibrationError("these windows were not among those the base model saw before it was released")
+            raise CalibrationError(
+                "the base model was released, and its logits for these windows are not stored; pass base=model instead"
+            )
         with evaluation_mode(self._model):
             if self._head is None or self._replays is False:
                 return run_model(self._model, ids)
@@ -72,20 +82,23 @@ class BaseLogits:
         return logits
 
     def release(self, windows: Windows, *, batch_size: int = 1) -> None:
-        """Compute all ``windows`` now and let go of the model, so that it may be freed or quantized in place.
+        """Compute all ``windows`` now and drop the model, so that it can be freed or quantized in place.
 
-        The output head is still used, so it must stay as it is. Later calls must use the same ``batch_size``.
+        The output head is still used and must not change.
+
+        Args:
+            windows: windows of later calls.
+            batch_size: windows per call, which later calls must use as well.
 
         Raises:
-            CalibrationError: if the logits cannot be replayed from the head, or do not fit in ``max_bytes``.
+            CalibrationError: the logits cannot be reproduced from the head, or do not fit in ``max_bytes``.
         """
         for ids in torch.split(windows.ids, batch_size):
             self(ids)
             if _key(ids) not in self._kept:
-                why = "its windows need more" if self._replays else "it works on its logits after the head"
-                raise CalibrationError(
-                    f"the base cannot be released: {why} (max_bytes={self.max_bytes}); pass base=model instead"
-                )
+                why = f"its windows need more than max_bytes={self.max_bytes}"
+                why = why if self._replays else "it transforms its logits after the output head"
+                raise CalibrationError(f"the base cannot be released: {why}; pass base=model instead")
         self._model = None
 
     def _keep(self, key: tuple[torch.Size, bytes], entering: list[Tensor], logits: Tensor) -> None:
@@ -93,7 +106,7 @@ class BaseLogits:
             again = self._head(entering[0]) if len(entering) == 1 else logits[:0]
             self._replays = again.dtype == logits.dtype and torch.equal(again, logits)
             if not self._replays:
-                logger.info("the base model works on its logits after the output head; it is run again for every comparison")
+                logger.info("the base model transforms its logits after the output head; it is run again for every comparison")
         if self._replays and self.nbytes + entering[0].nbytes <= self.max_bytes:
             self._kept[key] = entering[0]
             self.nbytes += entering[0].nbytes

@@ -1,8 +1,8 @@
-"""A short measurement that every quantized model carries: how far it is from the float model it came from.
+"""The sanity check of a quantized model: a short comparison with the float model that it was made from.
 
-A few windows of held-out text are run through the float model before anything is changed, through the quantized model in
-memory, and through the checkpoint as read back from the disk. It proves that the files are sound and gives an honest first
-number; :func:`quantkit.evaluation.evaluate` measures properly.
+A few windows of held-out text are run through the float model before it is changed, through the quantized model in memory, and
+through the checkpoint after it was read back from the disk. This verifies the files and gives a first estimate of the quality;
+:func:`quantkit.evaluation.evaluate` gives accurate numbers.
 """
 
 from collections.abc import Mapping
@@ -22,15 +22,21 @@ from quantkit.nn.embedding import input_table
 from quantkit.system.compute import evaluation_mode
 
 WINDOWS, LENGTH = 2, 128
-"""Size of the proof: 2 windows of 128 tokens; their float logits are held in memory meanwhile."""
+"""Number of windows and tokens per window. The float logits of the windows stay in memory during quantization."""
 
 MAX_RELOAD_KL = 1e-4
-"""Nats per token by which the reloaded checkpoint may differ from the model in memory: the same numbers, run anew."""
+"""Largest KL in nats per token between the model in memory and the reloaded checkpoint, which have the same weights."""
 
 
 @dataclass(frozen=True)
 class SanityCheck:
-    """Windows of text and a model's logits on each of them, (1, T, vocabulary)."""
+    """Recorded logits of a model.
+
+    Attributes:
+        windows: token windows.
+        text: description of the text.
+        logits: logits (1, T, V) of each window, by its tokens.
+    """
 
     windows: Windows
     text: str
@@ -38,20 +44,22 @@ class SanityCheck:
 
     @classmethod
     def start(cls, model: nn.Module, tokenizer: Any) -> "SanityCheck":
-        """Record the logits of ``model`` on held-out text; on fixed random tokens if there is no tokenizer."""
+        """Record the logits of ``model`` on held-out text, or on fixed random tokens without a tokenizer."""
         windows, text = _windows(model, tokenizer)
         return cls(windows, text, _logits(model, windows))
 
     def measure(self, model: nn.Module) -> dict[str, Any]:
-        """Compare ``model`` with the recorded one.
+        """Compare ``model`` with the recorded model.
 
         Returns:
-            JSON-ready numbers: KL(recorded || model) in nats per token, agreement of the most likely token, perplexities.
+            A mapping for JSON: text, tokens, kl_mean and kl_p99 (KL(recorded || model) in nats per token), same_top1 (fraction
+                of
+            equal most likely tokens), perplexity, base_perplexity.
         """
         quality = score(model, self.windows, lambda ids: self.logits[_key(ids)])
         divergence = quality.divergence
         if divergence is None:
-            raise CalibrationError("the proof has no windows to compare")
+            raise CalibrationError("the sanity check has no windows to compare")
         return {
             "text": self.text,
             "tokens": divergence.tokens,
@@ -66,7 +74,7 @@ class SanityCheck:
         """Return KL(in memory || reloaded) in nats per token.
 
         Raises:
-            FormatError: if it is more than :data:`MAX_RELOAD_KL`.
+            FormatError: it is larger than :data:`MAX_RELOAD_KL`.
         """
         kl = float(SanityCheck(self.windows, self.text, _logits(in_memory, self.windows)).measure(reloaded)["kl_mean"])
         if not kl <= MAX_RELOAD_KL:

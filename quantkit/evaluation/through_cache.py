@@ -1,7 +1,7 @@
-"""A model's logits as generation sees them: every token reads the keys and values before it from the key/value memory.
+"""Logits of a model as in generation: tokens read earlier keys and values from the key/value memory.
 
-One forward over a window never reads a memory, so it cannot show what storing keys and values in few bits costs. Here a window
-goes through the engine's backend in small chunks; only keys and values of the chunk itself are as new as in generation.
+A plain forward pass over a window does not use the memory, so it cannot show the effect of quantized keys and values. Here, a
+window is run on the engine's backend in small chunks, so that only keys and values of the current chunk are recent ones.
 """
 
 from typing import Any
@@ -15,29 +15,29 @@ from quantkit.system.compute import evaluation_mode
 
 
 class ThroughCache:
-    """A function from ids (B, T) to logits (B, T, vocabulary), for :func:`~quantkit.evaluation.quality.score`.
+    """A function from ids (B, T) to logits (B, T, V), for :func:`~quantkit.evaluation.quality.score`.
 
     Args:
-        model: a causal language model of transformers that runs on pages.
+        model: a causal language model of transformers.
         kv: how keys and values are stored.
-        chunk: tokens per step; 1 is exactly what decoding does, and slow.
+        chunk: tokens per step; 1 is exactly what decoding does, but slow.
         engine: see :func:`quantkit.hf.backend.make_backend`.
 
     Raises:
-        QuantkitError: the model cannot run on pages and ``kv`` is quantized.
+        QuantkitError: ``kv`` is quantized, and the model cannot run on pages.
     """
 
     PAGE_TOKENS = 32
 
     def __init__(self, model: nn.Module, kv: str | KVScheme, *, chunk: int = 16, engine: str = "auto") -> None:
-        from quantkit.hf.backend import make_backend  # transformers is slow to import, and plain scoring needs none of it
+        from quantkit.hf.backend import make_backend  # imports transformers, which is slow and not needed for plain scoring
 
         self._model, self._chunk = model, chunk
         with evaluation_mode(model):
             self._backend: Backend = make_backend(model, kv, engine=engine)  # type: ignore[arg-type]
 
     def __call__(self, ids: Tensor) -> Tensor:
-        """Return logits (B, T, vocabulary) for int64 ``ids`` (B, T)."""
+        """Return the logits (B, T, V) for int64 ``ids`` (B, T)."""
         count, length = ids.shape
         pages = -(-length // self.PAGE_TOKENS)
         self._backend.reserve(Memory(count * pages, self.PAGE_TOKENS, count))

@@ -1,17 +1,17 @@
-"""How an engine serves a day in miniature: requests that arrive on their own time, and what each of them feels.
+"""Simulate serving: run requests that arrive over time, and measure latency and throughput.
 
-A trace is a list of arrivals: when, which prompt, how many tokens. Waiting times between arrivals of independent users are
-exponential (a Poisson process). What users feel is the time to the first token (TTFT: waiting, then the prompt) and the time
-from token to token (ITL); what the owner pays for is throughput.
+A trace is a list of arrivals, each with a time, a prompt and a number of tokens. Times between arrivals of independent users
+have an exponential distribution (a Poisson process). Users notice the time to the first token (TTFT: waiting and prefill) and
+the time between tokens (ITL); the cost per token depends on throughput.
 
-The same trace under three ways of batching shows what continuous batching is worth:
+The same trace can be run with three kinds of batching, to measure the benefit of continuous batching:
 
-* padded: a batch takes what waits, and every row is computed until the longest answer is done, as ``generate`` of transformers
-  does with a padded batch;
-* static: rows whose answer is done are dropped, but nobody joins until all are (``Limits(batching="static")``);
-* continuous: whoever waits takes a free place at the next step.
+* padded: a batch of waiting requests runs until the longest answer is finished, and every row is computed to the end, as in
+  transformers' ``generate`` with a padded batch;
+* static: finished rows are dropped, but new requests join only when all rows are finished (``Limits(batching="static")``);
+* continuous: a waiting request joins at the next step with a free slot.
 
-Lengths of answers are spread evenly on a logarithmic scale by default: most are short, a few are long.
+By default the logarithms of prompt and answer lengths are distributed uniformly: most are short, a few are long.
 """
 
 import itertools
@@ -36,9 +36,9 @@ class Arrival:
     """One request of a trace.
 
     Attributes:
-        at_s: seconds after the start.
+        at_s: arrival in seconds after the start.
         prompt: token ids.
-        new_tokens: tokens it gets, exactly: stop tokens do not count.
+        new_tokens: length of the answer; stop tokens are ignored.
     """
 
     at_s: float
@@ -48,17 +48,17 @@ class Arrival:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """How a trace went.
+    """Measurements of a trace.
 
     Attributes:
-        requests, prompt_tokens, new_tokens: what was done.
-        seconds: from the first arrival to the last token.
-        tokens_per_s: new tokens over ``seconds``.
-        first_token_ms: TTFT over requests.
-        token_ms: ITL over all later tokens.
-        answer_s: from arrival to the last token, over requests.
+        requests, prompt_tokens, new_tokens: numbers of requests and tokens.
+        seconds: time from the start to the last token.
+        tokens_per_s: ``new_tokens / seconds``.
+        first_token_ms: time to the first token, over requests.
+        token_ms: time between tokens, over all tokens.
+        answer_s: time from arrival to the last token, over requests.
         steps: steps of the model.
-        preemptions: requests that had to wait again.
+        preemptions: number of preemptions.
     """
 
     requests: int
@@ -73,7 +73,7 @@ class Served:
     preemptions: int
 
     def cost_per_million_tokens(self, price_per_hour: float) -> float:
-        """Return what a million new tokens cost on a machine at ``price_per_hour``, busy as in this trace."""
+        """Return the cost of a million new tokens at the throughput of this trace, for a machine at ``price_per_hour``."""
         return price_per_hour / 3600 / self.tokens_per_s * 1e6
 
     def to_dict(self) -> dict[str, Any]:
@@ -92,19 +92,19 @@ def poisson_trace(
     even: bool = False,
     seed: int = 0,
 ) -> list[Arrival]:
-    """Make a trace of random prompts.
+    """Return a trace with random prompts.
 
     Args:
-        requests: how many.
-        rate_per_s: mean arrivals per second; infinite: all at once.
-        prompt_tokens, new_tokens: lengths are between these, both included, log-uniform.
-        lengths: (prompt, new) pairs to go through in turn, instead (see :func:`read_lengths`).
-        vocabulary: ids are below this.
-        even: lengths are uniform instead.
-        seed: the same seed makes the same trace.
+        requests: number of requests.
+        rate_per_s: mean arrivals per second; infinite for all at the start.
+        prompt_tokens, new_tokens: smallest and largest length, log-uniform.
+        lengths: pairs of prompt and answer length to repeat instead (see :func:`read_lengths`).
+        vocabulary: number of token ids.
+        even: draw lengths uniformly instead.
+        seed: equal seeds give equal traces.
 
     Raises:
-        QuantkitError: lengths or a rate that are not positive.
+        QuantkitError: a length or the rate is not positive, or a range is empty.
     """
     pairs = list(lengths or ())
     smallest = min([requests, *prompt_tokens[:1], *new_tokens[:1], *(min(pair) for pair in pairs)])
@@ -113,24 +113,26 @@ def poisson_trace(
             f"a trace of {requests} requests at {rate_per_s}/s, prompts of {prompt_tokens}, answers of {new_tokens} tokens: "
             "want positive numbers, ranges from low to high"
         )
-    chance = random.Random(seed)
+    generator = random.Random(seed)
 
     def draw(low: int, high: int) -> int:
-        return chance.randint(low, high) if even else round(math.exp(chance.uniform(math.log(low), math.log(high))))
+        return generator.randint(low, high) if even else round(math.exp(generator.uniform(math.log(low), math.log(high))))
 
     now, arrivals = 0.0, []
     for i in range(requests):
         prompt, new = pairs[i % len(pairs)] if pairs else (draw(*prompt_tokens), draw(*new_tokens))
-        arrivals.append(Arrival(now, [chance.randrange(vocabulary) for _ in range(prompt)], new))
-        now += chance.expovariate(rate_per_s) if math.isfinite(rate_per_s) else 0.0
+        arrivals.append(Arrival(now, [generator.randrange(vocabulary) for _ in range(prompt)], new))
+        now += generator.expovariate(rate_per_s) if math.isfinite(rate_per_s) else 0.0
     return arrivals
 
 
 def read_lengths(path: str | Path) -> list[tuple[int, int]]:
-    """Read lines of ``prompt tokens, new tokens`` (lines that are empty or begin with # are left out).
+    """Read pairs of prompt and answer length from a text file with lines ``prompt tokens, new tokens``.
+
+    Empty lines and comments after # are ignored.
 
     Raises:
-        QuantkitError: the file is not there, or a line is something else; names the line.
+        QuantkitError: the file cannot be read, has no lengths, or has another line; the message has its number.
     """
     pairs = []
     try:
@@ -145,7 +147,7 @@ def read_lengths(path: str | Path) -> list[tuple[int, int]]:
             raise QuantkitError(f"{path}, line {number}: {line!r}; want two positive numbers: prompt tokens, new tokens")
         pairs.append((int(fields[0]), int(fields[1])))
     if not pairs:
-        raise QuantkitError(f"{path}: no lengths in it; want lines of prompt tokens, new tokens")
+        raise QuantkitError(f"{path}: no lengths; want lines with two numbers: prompt tokens, new tokens")
     return pairs
 
 
@@ -158,18 +160,22 @@ def serve_trace(
     sleep: Callable[[float], None] = time.sleep,
     progress: ProgressCallback = ignore,
 ) -> Served:
-    """Submit every arrival at its time, step until all are answered, and measure.
+    """Submit every request at its arrival, step until all are finished, and measure.
 
     Args:
-        engine: idle; its limits must allow every request.
-        trace: in order of arrival.
-        padded: run batches whose every row is computed until the longest is done; what a row gets too much is not counted.
-        clock, sleep: seconds, and how to wait for them.
-        progress: receives stage ``"trace"`` for every finished request.
+        engine: an idle engine whose limits allow every request.
+        trace: arrivals in order.
+        padded: run batches in which every row is computed until the longest answer is finished; surplus tokens are not counted.
+        clock: returns the time in seconds.
+        sleep: waits for a number of seconds.
+        progress: receives the stage ``"trace"`` for every finished request.
+
+    Raises:
+        QuantkitError: a request fails.
     """
     steps, preemptions = engine.stats["steps"], engine.scheduler.preemptions
     start, coming, waiting, done = clock(), deque(trace), deque[Arrival](), 0
-    asked: dict[Request, Arrival] = {}
+    submitted: dict[Request, Arrival] = {}
     tokens: dict[Request, list[float]] = {}
     while coming or waiting or engine.busy:
         while coming and coming[0].at_s <= clock() - start:
@@ -179,7 +185,7 @@ def serve_trace(
             longest = max(arrival.new_tokens for arrival in batch)
             for arrival in batch:
                 request = engine.submit(arrival.prompt, max_new_tokens=longest if padded else arrival.new_tokens)
-                asked[request], tokens[request] = arrival, []
+                submitted[request], tokens[request] = arrival, []
         if not engine.busy:
             sleep(max(coming[0].at_s - (clock() - start), 0))
             continue
@@ -189,11 +195,11 @@ def serve_trace(
             if event.request.error is not None:
                 raise event.request.error
             times = tokens[event.request]
-            if len(times) < asked[event.request].new_tokens:
+            if len(times) < submitted[event.request].new_tokens:
                 times.append(now)
-                done += len(times) == asked[event.request].new_tokens
+                done += len(times) == submitted[event.request].new_tokens
         progress(Progress("trace", done, len(trace)))
-    waits = {request: start + arrival.at_s for request, arrival in asked.items()}
+    waits = {request: start + arrival.at_s for request, arrival in submitted.items()}
     gaps = [(after - before) * 1e3 for times in tokens.values() for before, after in itertools.pairwise(times)]
     last = max(times[-1] for times in tokens.values())
     count = sum(len(times) for times in tokens.values())

@@ -1,19 +1,20 @@
-"""Which tokens are scored, and with how much context: the part of a perplexity that papers forget to state.
+"""Token windows: which tokens of a text are scored, and with how much context. Perplexities depend on both.
 
-A text of n tokens is cut into windows of ``length`` tokens that start every ``stride`` tokens. The model sees one window at
-a time and knows nothing before it. The window at the start of the text scores all its tokens; every later one scores only
-its last ``stride`` tokens, so no token is scored twice, however the windows overlap:
+A text of n tokens is cut into windows of ``length`` tokens that start every ``stride`` tokens. The model sees one window at a
+time, without the text before it. The first window of the text scores all its tokens; later windows score only their last
+``stride`` tokens, so no token is scored twice if windows overlap:
 
     text      a b c d e f g h          length 4, stride 2, no BOS
-    window 0  a B C D                  upper case = scored; ``a`` has no context and cannot be
+    window 0  a B C D                  upper case: scored; ``a`` has no context and is not
     window 1      c d E F
     window 2          e f G H
 
-With ``stride == length`` (the default) windows do not overlap and a token has between 1 and length - 1 tokens of context;
-a smaller stride gives every scored token at least ``length - stride`` and costs ``length / stride`` times as much. With a
-BOS token, each window begins with it, the length includes it, and the first token of the text is scored too.
+With ``stride == length`` (the default), windows do not overlap, and a token has 1 to length - 1 tokens of context. A smaller
+stride gives every scored token after the first window at least ``length - stride`` tokens of context, and takes ``length /
+stride`` times as long. With a BOS token, each window starts with it, the length includes it, and the first token is scored too.
 
-Perplexities are comparable only if length, stride, BOS and text agree; :class:`Protocol` carries all of them.
+Perplexities are comparable only if length, stride, BOS and text are equal; :class:`~quantkit.evaluation.record.Protocol` has
+them.
 """
 
 import hashlib
@@ -29,14 +30,17 @@ from quantkit.errors import CalibrationError
 
 @dataclass(frozen=True, slots=True)
 class Windows:
-    """Token windows and the positions in them that count.
+    """Token windows and the positions in them that are scored.
 
     Attributes:
-        ids: int64 (windows, length); a padded tail may hold any valid token, causal models cannot see it.
-        scored: bool (windows, length); True where the token is predicted from the position before it and counted.
-        stride: tokens between the starts of neighbouring windows; 0 when the windows came ready-made.
-        bos: every window starts with a BOS token.
-        available: windows the text would have given; ``len(self)`` of them are spread evenly over it.
+        ids: int64 (windows, length); padding at the end may be any valid token, which causal models do not see.
+        scored: bool (windows, length), True where the prediction of the token from those before it is scored.
+        stride: tokens between the starts of windows; 0 if the windows were given.
+        bos: whether every window starts with a BOS token.
+        available: number of windows in the whole text, of which these are spread evenly over it.
+
+    Raises:
+        CalibrationError: wrong shapes or dtypes, position 0 is scored, or no token is scored.
     """
 
     ids: Tensor
@@ -52,21 +56,21 @@ class Windows:
                 "want int64 (windows, length) and bool of the same shape"
             )
         if self.scored[:, :1].any():
-            raise CalibrationError("windows: position 0 is marked as scored, but nothing predicts it; clear scored[:, 0]")
+            raise CalibrationError("windows: position 0 is marked as scored, but it has no context; set scored[:, 0] to False")
         if not self.scored.any():
-            raise CalibrationError("windows: no token is scored; give longer text, longer windows or a mask that keeps more")
+            raise CalibrationError("windows: no token is scored; give more text, longer windows, or a mask with more tokens")
 
     def __len__(self) -> int:
         return self.ids.shape[0]
 
     @property
     def length(self) -> int:
-        """Tokens of one window, BOS included."""
+        """Tokens per window, including BOS."""
         return self.ids.shape[1]
 
     @property
     def tokens(self) -> int:
-        """Scored tokens."""
+        """Number of scored tokens."""
         return int(self.scored.sum())
 
     def first(self, count: int) -> "Windows":
@@ -74,7 +78,7 @@ class Windows:
         return Windows(self.ids[:count], self.scored[:count], self.stride, self.bos, self.available)
 
     def fingerprint(self) -> str:
-        """Return a SHA-256 over the ids and the scored positions: equal fingerprints mean equal data."""
+        """Return a SHA-256 of the ids and the scored positions; equal fingerprints mean equal data."""
         digest = hashlib.sha256(repr(tuple(self.ids.shape)).encode())
         digest.update(self.ids.cpu().numpy().astype("<i8").tobytes())
         digest.update(self.scored.cpu().numpy().astype("u1").tobytes())
@@ -84,19 +88,18 @@ class Windows:
 def cut_windows(
     tokens: Tensor, *, length: int, count: int | None = None, stride: int | None = None, bos_id: int | None = None
 ) -> Windows:
-    """Cut one long text into windows.
+    """Cut a text into windows. The end of the text is left out if it is shorter than a window.
 
     Args:
         tokens: int64 (n,), without special tokens.
-        length: tokens the model sees at once, BOS included.
-        count: windows to keep, spread evenly over the text with the first and the last among them; None, or more than
+        length: tokens per window, including BOS.
+        count: number of windows to keep, spread evenly over the text, including the first and the last; None, or more than
             there are, keeps all.
-        stride: tokens between window starts, at most the text part of a window; None means windows that just touch.
-        bos_id: token put in front of every window; None for none.
+        stride: tokens between the starts of windows, at most the text tokens of a window; None for adjacent windows.
+        bos_id: token at the start of every window; None for none.
 
     Raises:
-        CalibrationError: for sizes that make no sense or a text shorter than one window. A tail too short for a last
-            window is left out.
+        CalibrationError: an invalid number, or a text shorter than one window.
     """
     body = length - (bos_id is not None)  # tokens of text in a window
     stride = body if stride is None else stride
@@ -124,14 +127,18 @@ def cut_windows(
 
 
 def from_batches(batches: Sequence[Batch]) -> Windows:
-    """Turn batches into windows that score every real token after the first of its row; widths may differ."""
+    """Return windows of batches, possibly of different widths, that score every token after the first of a row except padding.
+
+    Raises:
+        CalibrationError: no batches.
+    """
     if not batches:
-        raise CalibrationError("evaluation data is empty: no batches")
+        raise CalibrationError("the evaluation data has no batches; give at least one")
     width = max(batch.ids.shape[1] for batch in batches)
     ids, scored = [], []
     for batch in batches:
         mask = torch.ones_like(batch.ids, dtype=torch.bool) if batch.mask is None else batch.mask.clone()
-        mask[:, 0] = False  # padding stands behind the tokens, so a real token's predecessor is real too
+        mask[:, 0] = False  # padding is at the end, so the predecessor of a token is not padding
         pad = (0, width - batch.ids.shape[1])
         ids.append(torch.nn.functional.pad(batch.ids.cpu(), pad))
         scored.append(torch.nn.functional.pad(mask.cpu(), pad))

@@ -13,18 +13,12 @@ from quantkit.engine.request import FinishReason, Limits, Logprob, Request
 from quantkit.engine.sampling import Sampling
 from quantkit.errors import QuantkitError
 from quantkit.generation.engine import make_drafter
-from quantkit.generation.options import (
-    DrafterChoice,
-    EngineOptions,
-    GenerationOptions,
-    SamplingOptions,
-    check_names,
-    take,
-)
+from quantkit.generation.options import DrafterChoice, EngineOptions, GenerationOptions, SamplingOptions
 from quantkit.generation.text import Prompt, TextStream, encode_prompt, is_several
 from quantkit.hf.backend import make_backend
 from quantkit.nn.embedding import input_table
 from quantkit.system.compute import evaluation_mode
+from quantkit.system.keywords import check_names, take
 
 
 @dataclass(frozen=True, slots=True)

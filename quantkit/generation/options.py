@@ -4,13 +4,12 @@ Defaults are those of the functions that use the options: :class:`~quantkit.engi
 :func:`~quantkit.hf.backend.make_backend` and :class:`~quantkit.engine.engine.TokenEngine`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypedDict
+from collections.abc import Callable, Sequence
+from typing import TypedDict
 
 from torch import nn
 
 from quantkit.engine.drafters import Drafter
-from quantkit.errors import nearest
 from quantkit.spec import KVScheme
 
 DrafterChoice = str | nn.Module | tuple[str, nn.Module] | Drafter | None
@@ -47,19 +46,3 @@ class GenerationOptions(EngineOptions, SamplingOptions, total=False):
     logprobs: int | None
     drafter: DrafterChoice
     batch_size: int
-
-
-def take(options: Mapping[str, Any], names: frozenset[str]) -> dict[str, Any]:
-    """Return the options that are among ``names``."""
-    return {name: value for name, value in options.items() if name in names}
-
-
-def check_names(function: str, options: Mapping[str, Any], names: frozenset[str]) -> None:
-    """Refuse options that do not exist.
-
-    Raises:
-        TypeError: naming the option and the nearest existing one, like a call with a wrong keyword argument.
-    """
-    for name in options:
-        if name not in names:
-            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}; {nearest(name, names)}")

@@ -1,4 +1,4 @@
-"""Show evaluations: tables in the terminal, and one self-contained HTML page with plots."""
+"""Reports of evaluations: tables for the terminal, and a self-contained HTML page with plots."""
 
 from quantkit.report.page import render_html, write_html
 from quantkit.report.serving import trace_rows, write_trace_html

@@ -1,4 +1,4 @@
-"""Numbers as text: the columns of a comparison, shared by the terminal and the page."""
+"""Formatting of numbers, and the columns of a comparison, for the terminal and the HTML page."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -11,14 +11,19 @@ from quantkit.evaluation.record import EvalReport
 
 T = TypeVar("T")
 MIB = 1 << 20
-DASH = "\N{EN DASH}"  # in a cell without a value
+DASH = "\N{EN DASH}"  # for an empty cell
 
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One column: its title, what it means, and how to get its cell from a report (None: nothing was measured).
+    """A column of a comparison.
 
-    ``short`` is the cell for a terminal, where it differs; ``wide`` columns do not fit there at all.
+    Attributes:
+        title: title of the column.
+        meaning: explanation of the title.
+        cell: returns the text of the cell for a report, or None if it was not measured.
+        short: returns a shorter text for the terminal; None for the same text.
+        wide: whether the column is left out in the terminal.
     """
 
     title: str
@@ -29,7 +34,7 @@ class Column:
 
 
 def significant(value: float, digits: int = 3) -> str:
-    """Format with so many significant digits and no exponent above 1e-4: ``0.174``, ``22.6``, ``0.00210``, ``3.2e-06``."""
+    """Format a number with ``digits`` significant digits, for instance ``0.174``, ``22.6``, ``0.00210``, ``3.2e-06``."""
     if value == 0 or not math.isfinite(value):
         return "0" if value == 0 else str(value)
     if abs(value) < 1e-4 or abs(value) >= 1e7:
@@ -38,7 +43,7 @@ def significant(value: float, digits: int = 3) -> str:
 
 
 def plus_minus(value: float, error: float | None, least: int = 0) -> str:
-    """Format ``value ± error`` to one digit of the error (two if that is 1 or 2) and at least ``least`` decimals."""
+    """Format ``value ± error`` with one significant digit of the error (two for 1 or 2) and at least ``least`` decimals."""
     if error is None or not math.isfinite(error):
         return significant(value, 4)
     if error == 0:
@@ -52,12 +57,12 @@ def plus_minus(value: float, error: float | None, least: int = 0) -> str:
 
 
 def mib(size: float) -> str:
-    """Format bytes as MiB: one decimal below 1000."""
+    """Format bytes as MiB, with one decimal below 1000 MiB."""
     return f"{size / MIB:,.1f}" if size < 1000 * MIB else f"{size / MIB:,.0f}"
 
 
 def ppl_increase(report: EvalReport) -> tuple[float, float | None] | None:
-    """Return the increase of perplexity over the base in percent and its paired standard error, by the delta method."""
+    """Return the increase of perplexity over the base in percent, and its paired standard error by the delta method."""
     divergence = report.quality.divergence
     if divergence is None:
         return None
@@ -94,7 +99,7 @@ def _size(report: EvalReport, disk: bool) -> str:
 QUALITY = (
     Column(
         "perplexity",
-        "exp of the mean negative log-likelihood per token; ± one standard error over windows: of the text, not of the model",
+        "exp of the mean negative log-likelihood per token; ± one standard error over windows, due to the choice of text",
         lambda r: plus_minus(r.quality.perplexity, r.quality.perplexity_se, 2),
     ),
     Column(
@@ -109,15 +114,15 @@ QUALITY = (
         _divergence(lambda d: plus_minus(d.mean, d.mean_se)),
         short=_divergence(lambda d: significant(d.mean)),
     ),
-    Column("KL p99", "the divergence that one token in a hundred exceeds", _divergence(lambda d: significant(d.p99))),
+    Column("KL p99", "the 99th percentile of the divergence over tokens", _divergence(lambda d: significant(d.p99))),
     Column(
         "top-1 %",
-        "tokens for which model and base rank the same token first",
+        "tokens for which model and base have the same most likely prediction",
         _divergence(lambda d: f"{100 * d.same_top1:.1f}"),
     ),
     Column(
         "flips",
-        "tokens where the base's first choice was the text's and the model's is not / the other way round",
+        "tokens that the base predicts correctly and the model does not / the model does and the base does not",
         _divergence(lambda d: f"{d.right_to_wrong:,} / {d.wrong_to_right:,}"),
         wide=True,
     ),
@@ -127,7 +132,7 @@ SPEED = (
     Column("decode ms", "milliseconds per generated token, median", _latency(lambda t: f"{t.decode_ms.median:.2f}")),
     Column(
         "speed-up",
-        "decode, against the first model timed in the same run: median over rounds of the ratio",
+        "decode speed relative to the first model timed in the same run, median over rounds",
         _latency(_speedup),
         wide=True,
     ),
@@ -138,21 +143,25 @@ SPEED = (
     ),
     Column(
         "peak MiB",
-        "peak memory of the process while this model was timed, other models in memory included",
+        "peak memory of the process while this model was timed, including other loaded models",
         _latency(lambda t: f"{t.peak_bytes / MIB:,.0f}"),
     ),
 )
 
 
 def columns(reports: Sequence[EvalReport]) -> list[Column]:
-    """Return the columns for which at least one report has a value."""
+    """Return the columns that have a value for at least one report."""
     disk = all(report.footprint.disk_bytes is not None for report in reports)
-    size = ("MiB on disk", "files of the directory") if disk else ("MiB", "weights as a checkpoint stores them, tied ones once")
+    size = (
+        ("MiB on disk", "size of the directory")
+        if disk
+        else ("MiB", "size of the weights in a checkpoint, tied ones counted once")
+    )
     weights = (
-        Column("model", "name of the row", lambda r: r.label),
+        Column("model", "name of the model", lambda r: r.label),
         Column(
             "bits per weight",
-            "stored bits per quantized weight: codes, scales, zero points, padding; of all weights where none is quantized",
+            "stored bits per quantized weight, including scales, zero points and padding; per weight if none is quantized",
             lambda r: f"{r.footprint.bits_per_weight:.2f}",
         ),
         Column(*size, lambda r: _size(r, disk)),
@@ -161,24 +170,24 @@ def columns(reports: Sequence[EvalReport]) -> list[Column]:
 
 
 def protocol_lines(reports: Sequence[EvalReport]) -> list[str]:
-    """Say in words how the rows were measured; the first line warns where rows cannot be compared."""
+    """Return sentences that say how the rows were measured; the first one is a warning if rows cannot be compared."""
     lines = []
     if len({(r.protocol.fingerprint, r.protocol.length, r.protocol.bos) for r in reports}) > 1:
-        lines.append("Rows were scored on different text or windows: their perplexities cannot be compared.")
+        lines.append("Rows were scored on different text or windows, so their perplexities cannot be compared.")
     for p in _distinct(report.protocol for report in reports):
         overlap = "" if p.stride in (0, p.length - p.bos) else f", stride {p.stride}"
         compared = f"; compared with the base on {p.kl_tokens:,}" if 0 < p.kl_tokens != p.tokens else ""
         lines.append(
             f"Text: {p.source}; {p.windows} of {p.available_windows} windows of {p.length} tokens{overlap}, "
-            f"{'each begun with the' if p.bos else 'no'} BOS token; {p.tokens:,} tokens scored{compared}."
+            f"{'each with a' if p.bos else 'no'} BOS token; {p.tokens:,} tokens scored{compared}."
         )
     timed = [r.latency for r in reports if r.latency]
     for setting in _distinct((t.context_tokens, t.new_tokens, t.rounds, t.engine) for t in timed):
-        lines.append("Speed: batch 1, prompt of {} tokens, {} decoded, {} rounds, run by: {}.".format(*setting))
+        lines.append("Speed: batch 1, prompt of {} tokens, {} decoded, {} rounds, engine: {}.".format(*setting))
     for e in _distinct(report.environment for report in reports):
         lines.append(
             f"Machine: {e.gpu or e.cpu}, {e.threads} threads, {e.system}; quantkit {e.quantkit}, torch {e.torch}, "
-            f"transformers {e.transformers}, Python {e.python}; {e.dtype} weights where not quantized."
+            f"transformers {e.transformers}, Python {e.python}; unquantized weights in {e.dtype}."
         )
     return lines
 

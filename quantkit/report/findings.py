@@ -1,4 +1,4 @@
-"""What the numbers say, in sentences. Every sentence is derived from the reports and says no more than they do."""
+"""The results of a comparison in sentences, derived from the reports."""
 
 import itertools
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from quantkit.report.cells import mib, plus_minus, ppl_increase, significant
 
 
 def headline(reports: Sequence[EvalReport]) -> str:
-    """Return one sentence: size, speed and loss of the smallest model, against the first one that is not quantized."""
+    """Return a sentence with size, speed and quality of the smallest model, compared with the first unquantized one."""
     quantized = [report for report in reports if report.footprint.quantized_share > 0]
     plain = next((report for report in reports if report.footprint.quantized_share == 0), None)
     if not quantized:
@@ -34,7 +34,7 @@ def headline(reports: Sequence[EvalReport]) -> str:
 
 
 def findings(reports: Sequence[EvalReport]) -> list[str]:
-    """Return a sentence per model that was compared with a base, and one per pair of neighbouring rows of equal size."""
+    """Return a sentence per model that was compared with a base, and one per pair of neighbouring rows of similar size."""
     lines = []
     for report in reports:
         found = ppl_increase(report)
@@ -50,7 +50,7 @@ def findings(reports: Sequence[EvalReport]) -> list[str]:
 
 
 def _rivals(reports: Sequence[EvalReport]) -> list[str]:
-    """Compare the KL of neighbouring rows whose sizes differ by less than 5 %."""
+    """Return a sentence for each pair of neighbouring rows whose sizes differ by less than 5 %."""
     rows = [r for r in reports if r.footprint.quantized_share > 0 and r.quality.divergence is not None]
     lines = []
     for one, other in itertools.pairwise(rows):

@@ -1,7 +1,7 @@
-"""One self-contained HTML page: what the numbers say, the tables, the plots, the coverage, and how it was measured.
+"""A self-contained HTML page with results, tables, plots, coverage and how the numbers were measured.
 
-Nothing is fetched: style and plots are inside. It is readable in light and dark and on paper. Everything that comes from
-outside (titles, names, reasons) is escaped.
+The page contains its style and its plots and loads nothing. It supports light and dark mode and printing. All text from outside
+(titles, names, reasons) is escaped.
 """
 
 import re
@@ -20,7 +20,7 @@ from quantkit.system.files import write_atomic
 TEMPLATES = Path(__file__).parent / "templates"
 
 Losses = Mapping[str, float] | Sequence[Mapping[str, Any]]
-"""Site name to loss, or rows ``{"site": name, "block": number, "loss": value}``."""
+"""Layer name to loss, or rows ``{"site": name, "block": number, "loss": value}``."""
 
 
 def write_html(
@@ -35,13 +35,13 @@ def write_html(
 
     Args:
         path: the file.
-        reports: one row each, in this order; the first that is not quantized is what sizes are compared with.
-        coverage: what happened to every weight of one of the models.
-        losses: relative squared output error of every site of one of the models.
+        reports: one row each, in this order; sizes are compared with the first unquantized model.
+        coverage: what was done with every weight of one of the models.
+        losses: relative squared output error of every layer of one of the models.
         title: heading of the page.
 
     Raises:
-        CalibrationError: if there is no report.
+        CalibrationError: there is no report.
     """
     write_atomic(path, render_html(reports, coverage=coverage, losses=losses, title=title))
 
@@ -53,12 +53,12 @@ def render_html(
     losses: Losses | None = None,
     title: str = "Quantization report",
 ) -> str:
-    """Return the page as text; arguments as in :func:`write_html`."""
+    """Return the page as HTML; arguments as in :func:`write_html`."""
     import jinja2
     from markupsafe import Markup
 
     if not reports:
-        raise CalibrationError("nothing to show: no evaluation report was given")
+        raise CalibrationError("no evaluation report to show; give at least one")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -85,7 +85,7 @@ def render_html(
 
 
 def site_losses(losses: Losses) -> list[tuple[str, str, int, float]]:
-    """Return (site, kind, block, loss): the block is the first number in the site's path, the kind is what follows it."""
+    """Return (layer, kind, block, loss); the block is the first number in the layer's path, the kind is the path after it."""
     if isinstance(losses, Mapping):
         found = [(site, re.search(r"\.(\d+)(?=\.)", site), loss) for site, loss in losses.items()]
         rows = [(site, int(match[1]) if match else 0, loss) for site, match, loss in found]
@@ -95,7 +95,7 @@ def site_losses(losses: Losses) -> list[tuple[str, str, int, float]]:
 
 
 def _figures(reports: Sequence[EvalReport]) -> list[tuple[str, str, str, bool]]:
-    """Return (SVG, heading, explanation, takes the full width) of every plot there is data for."""
+    """Return (SVG, heading, explanation, full width) of every plot for which there is data."""
     from markupsafe import Markup
 
     drawn = [
@@ -113,9 +113,9 @@ def _figures(reports: Sequence[EvalReport]) -> list[tuple[str, str, str, bool]]:
         ),
         (
             plots.kl_distribution(reports),
-            "Where the loss sits",
+            "Distribution of the loss",
             "KL of single tokens: line from the 5th to the 95th percentile, box from the 25th to the 75th, circle at the "
-            "median, diamond at the mean, tick at the 99th, cross at the worst token.",
+            "median, diamond at the mean, tick at the 99th percentile, cross at the largest value.",
             True,
         ),
     ]
@@ -123,7 +123,7 @@ def _figures(reports: Sequence[EvalReport]) -> list[tuple[str, str, str, bool]]:
 
 
 def _coverage(groups: Sequence[CoverageSummary]) -> dict[str, Any]:
-    """Prepare the bar (share of the original bytes by kind), the table and its totals."""
+    """Return the data of the coverage section: a bar with the share of the original bytes by kind, a table and its totals."""
     before = sum(group.bytes_before for group in groups) or 1
     percent = {kind: 100 * sum(g.bytes_before for g in groups if g.kind == kind) / before for kind in KINDS}
     rows = [

@@ -1,7 +1,7 @@
-"""Plots as inline SVG that takes the page's colours and font, in light and dark alike.
+"""Plots as inline SVG with the colours and the font of the page, in light and dark mode.
 
-matplotlib draws with stand-in colours; :func:`_svg` replaces them by CSS variables and strips everything a browser would
-look up elsewhere. Names are drawn as plain text, never as TeX. No global state of matplotlib is touched.
+matplotlib draws with placeholder colours; :func:`_svg` replaces them by CSS variables and removes everything that a browser
+would load from elsewhere. Names are drawn as plain text, not as TeX. The global state of matplotlib is not changed.
 """
 
 import functools
@@ -18,10 +18,10 @@ from quantkit.evaluation.latency import Spread
 from quantkit.evaluation.record import EvalReport
 
 INK, SOFT, PAPER = "#010203", "#040506", "#070809"
-"""Stand-ins for the colours of text, of grid lines, and of the page."""
+"""Placeholders for the colours of text, of grid lines, and of the page."""
 
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8172b2", "#7f7f7f")
-"""Colours that colour-blind readers can tell apart and that show on white and on black (after Okabe and Ito, 2008)."""
+"""Colours that colour-blind readers can distinguish, on white and on black (after Okabe and Ito, 2008)."""
 
 MARKERS = "osD^vPX*"
 
@@ -36,7 +36,7 @@ _STYLE: Any = {
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A labelled point with error bars (distance below, above)."""
+    """A labelled point with error bars, given as distances below and above."""
 
     label: str
     x: float
@@ -50,7 +50,7 @@ P = ParamSpec("P")
 
 
 def _styled(draw: Callable[P, str | None]) -> Callable[P, str | None]:
-    """Run a drawing function under the page's style: matplotlib reads it whenever it makes an artist."""
+    """Return ``draw`` with the page's style in effect during the call."""
 
     @functools.wraps(draw)
     def styled(*args: P.args, **kwargs: P.kwargs) -> str | None:
@@ -64,7 +64,7 @@ def _styled(draw: Callable[P, str | None]) -> Callable[P, str | None]:
 
 @_styled
 def bits_against_kl(reports: Sequence[EvalReport]) -> str | None:
-    """Plot stored bits per weight against mean KL; None with fewer than two models that differ from the base."""
+    """Plot mean KL over stored bits per weight; None with fewer than two models that differ from the base."""
     points = []
     for i, report in enumerate(reports):
         d = report.quality.divergence
@@ -77,7 +77,7 @@ def bits_against_kl(reports: Sequence[EvalReport]) -> str | None:
 
 @_styled
 def latency_against_kl(reports: Sequence[EvalReport]) -> str | None:
-    """Plot decode time per token (bar: 10th to 90th percentile) against mean KL; None with fewer than two such models."""
+    """Plot mean KL over decode time (bars: 10th to 90th percentile); None with fewer than two models that differ."""
     points = []
     for i, report in enumerate(reports):
         d, latency = report.quality.divergence, report.latency
@@ -90,7 +90,7 @@ def latency_against_kl(reports: Sequence[EvalReport]) -> str | None:
 
 @_styled
 def kl_distribution(reports: Sequence[EvalReport]) -> str | None:
-    """Plot where the KL of single tokens lies, one line per model; None if no model differs from its base."""
+    """Plot the distribution of KL over tokens, one line per model; None if no model differs from its base."""
     rows = [(i, r, d) for i, r in enumerate(reports) if (d := r.quality.divergence) is not None and d.median > 0]
     if not rows:
         return None
@@ -115,7 +115,7 @@ def kl_distribution(reports: Sequence[EvalReport]) -> str | None:
 
 @_styled
 def percentiles(spreads: Mapping[str, Spread]) -> str | None:
-    """Plot times in ms, one line per name; None where there is no time above zero."""
+    """Plot percentiles of times in milliseconds, one line per name; None if no time is above zero."""
     shown = {name: spread for name, spread in spreads.items() if spread.median > 0}
     if not shown:
         return None
@@ -136,7 +136,7 @@ def percentiles(spreads: Mapping[str, Spread]) -> str | None:
 
 @_styled
 def losses_by_block(losses: Sequence[tuple[str, int, float]]) -> str | None:
-    """Draw (kind of site, block, loss) as a map, one row per kind and one column per block; None without positive losses."""
+    """Plot (kind, block, loss) as a map with one row per kind of layer and one column per block; None without losses."""
     from matplotlib.colors import LogNorm
 
     kinds, blocks = list(dict.fromkeys(kind for kind, _, _ in losses)), sorted({block for _, block, _ in losses})
@@ -144,7 +144,7 @@ def losses_by_block(losses: Sequence[tuple[str, int, float]]) -> str | None:
     for kind, block, loss in losses:
         if loss > 0:
             row, column = kinds.index(kind), blocks.index(block)
-            grid[row, column] = np.nanmax([grid[row, column], loss])  # several sites of one kind: the worst
+            grid[row, column] = np.nanmax([grid[row, column], loss])  # several layers of one kind: the largest
     if np.isnan(grid).all():
         return None
     figure, axes = _figure(9.9, 0.75 + 0.24 * len(kinds))
@@ -166,7 +166,7 @@ def losses_by_block(losses: Sequence[tuple[str, int, float]]) -> str | None:
 
 
 def _log_axis(axis: Any, low: float, high: float, *, scale: bool = True) -> None:
-    """Make an axis logarithmic with plain numbers at decades, and at 2 and 5 between them where the range is short."""
+    """Make an axis logarithmic, with plain numbers at decades, and also at 2 and 5 if the range is short."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
     if scale:
@@ -178,7 +178,7 @@ def _log_axis(axis: Any, low: float, high: float, *, scale: bool = True) -> None
 
 
 def _error(mean: float, se: float | None) -> tuple[float, float]:
-    """Return one standard error below and above, kept positive on a logarithmic axis."""
+    """Return one standard error below and above, limited such that the lower end is positive on a logarithmic axis."""
     return (min(se or 0.0, 0.9 * mean), se or 0.0)
 
 
@@ -202,7 +202,7 @@ def _scatter(points: Sequence[Point], x_label: str, y_label: str, name: str) -> 
 
 
 def _label_points(figure: Any, axes: Any, points: Sequence[Point]) -> None:
-    """Write each point's name above it, towards the side with room, pushed up where it would cover another's."""
+    """Write each point's name above it, on the side with more space, and higher if it would cover another name."""
     figure.draw_without_rendering()
     box = axes.get_window_extent()
     placed: list[tuple[float, float, float]] = []  # left, right, height of a name
@@ -233,7 +233,7 @@ def _short(text: str, length: int = 28) -> str:
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:
-    """Return a figure of so many inches and its axes; nothing is registered globally."""
+    """Return a figure of this size in inches and its axes, without registering it globally."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=72, layout="constrained")
@@ -241,12 +241,12 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
 
 
 def _svg(figure: Any, name: str) -> str:
-    """Render to SVG without prologue, metadata or colours of its own; ids start with ``name``."""
+    """Return the figure as SVG without prologue, metadata or fixed colours; ids start with ``name``."""
     import matplotlib as mpl
 
     out = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": name}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # the browser draws the text and has more fonts
+        warnings.filterwarnings("ignore", "Glyph")  # the browser draws the text with its own fonts
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
     svg = out.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg[svg.index("<svg") :], flags=re.DOTALL)

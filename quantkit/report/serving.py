@@ -1,4 +1,4 @@
-"""How a trace was served, as one page: a table, and percentiles of what clients wait for, way of batching by way."""
+"""The results of a trace as a table and an HTML page, one row per kind of batching."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,17 +11,17 @@ from quantkit.system.files import write_atomic
 
 
 def trace_rows(found: Mapping[str, Served], price: float | None = None) -> tuple[list[str], list[list[str]]]:
-    """Return column titles and rows of cells, one row per way of batching.
+    """Return column titles and rows of cells, one row per kind of batching.
 
     Args:
-        found: what each way did with the same trace.
-        price: of the machine per hour; adds the cost of a million new tokens.
+        found: kind of batching to its measurements of the same trace.
+        price: price of the machine per hour, which adds the cost of a million new tokens; None for none.
     """
     spread = "p50 / p90 / p99"
     columns = ["batching", "seconds", "tokens/s", f"first token ms, {spread}", f"between tokens ms, {spread}", "steps"]
     rows = [
-        [way, f"{s.seconds:.1f}", f"{s.tokens_per_s:.1f}", _spread(s.first_token_ms, 0), _spread(s.token_ms, 1), str(s.steps)]
-        for way, s in found.items()
+        [kind, f"{s.seconds:.1f}", f"{s.tokens_per_s:.1f}", _spread(s.first_token_ms, 0), _spread(s.token_ms, 1), str(s.steps)]
+        for kind, s in found.items()
     ]
     if price is None:
         return columns, rows
@@ -30,9 +30,9 @@ def trace_rows(found: Mapping[str, Served], price: float | None = None) -> tuple
 
 
 def write_trace_html(
-    path: str | Path, found: Mapping[str, Served], *, price: float | None = None, title: str = "A trace, served"
+    path: str | Path, found: Mapping[str, Served], *, price: float | None = None, title: str = "Serving a trace"
 ) -> None:
-    """Write the page, atomically; arguments as in :func:`trace_rows`. Nothing is fetched when it is read."""
+    """Write a self-contained HTML page, atomically; arguments as in :func:`trace_rows`."""
     import jinja2
     from markupsafe import Markup
 
@@ -41,11 +41,11 @@ def write_trace_html(
     )
     columns, rows = trace_rows(found, price)
     names = {"Time to the first token": "first_token_ms", "Time between tokens": "token_ms"}
-    drawn = [(name, plots.percentiles({way: getattr(s, field) for way, s in found.items()})) for name, field in names.items()]
+    drawn = [(name, plots.percentiles({kind: getattr(s, field) for kind, s in found.items()})) for name, field in names.items()]
     text = "Line from the 10th to the 99th percentile, circle at the median, tick at the 90th."
     figures = [(Markup(svg), name, text) for name, svg in drawn if svg is not None]
     first = next(iter(found.values()))
-    slowest, fastest = max(found, key=lambda w: found[w].seconds), min(found, key=lambda w: found[w].seconds)
+    slowest, fastest = max(found, key=lambda kind: found[kind].seconds), min(found, key=lambda kind: found[kind].seconds)
     saving = f": {fastest} took {found[fastest].seconds / found[slowest].seconds:.0%} of the time of {slowest}"
     headline = f"{first.requests} requests, {first.new_tokens} new tokens{saving if fastest != slowest else ''}"
     page = environment.get_template("trace.html").render(

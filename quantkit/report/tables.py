@@ -1,4 +1,4 @@
-"""Tables for the terminal."""
+"""Tables of evaluations for the terminal."""
 
 from collections.abc import Iterable, Sequence
 
@@ -13,13 +13,13 @@ from quantkit.report.cells import DASH, columns, mib, protocol_lines
 
 
 def comparison_table(reports: Sequence[EvalReport], title: str | None = None) -> Table:
-    """Return a table with one row per report; how it was measured stands below it.
+    """Return a table with one row per report, with a caption that says how the numbers were measured.
 
     Raises:
-        CalibrationError: if there is no report.
+        CalibrationError: there is no report.
     """
     if not reports:
-        raise CalibrationError("nothing to compare: no evaluation report was given")
+        raise CalibrationError("no evaluation report to compare; give at least one")
     caption = Text("\n".join(protocol_lines(reports)))
     table = Table(title=title and Text(title), caption=caption, box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     table.caption_justify = "left"
@@ -32,7 +32,7 @@ def comparison_table(reports: Sequence[EvalReport], title: str | None = None) ->
 
 
 def coverage_table(rows: Iterable[CoverageRow], title: str | None = "Coverage") -> Table:
-    """Return a table of what was quantized, what fell back and what was left alone, with a line of totals."""
+    """Return a table of what was quantized, what fell back and what was skipped, with totals."""
     groups = summarise(rows)
     table = Table(title=title and Text(title), box=box.SIMPLE_HEAD, show_footer=True, collapse_padding=True, pad_edge=False)
     totals = [sum(getattr(group, name) for group in groups) for name in ("count", "parameters", "bytes_before", "bytes_after")]

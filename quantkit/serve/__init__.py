@@ -1,8 +1,8 @@
-"""An OpenAI-compatible server around the engine: for you, your notebook and a few colleagues.
+"""A small server with OpenAI's API around the engine, for one model and a few users.
 
-One process, one model, one machine. A fleet (many replicas, many users, tensor parallelism, authentication and quotas) belongs
-on vLLM, which reads the checkpoints quantkit writes: ``vllm serve CHECKPOINT``.
+It is one process on one machine. For many users, several replicas, tensor parallelism, accounts or quotas, use vLLM, which
+reads the checkpoints that quantkit writes: ``vllm serve CHECKPOINT``.
 
-worker: the engine on a thread of its own. wire: what clients send and get. app: routes. metrics: Prometheus text.
-Needs the extra ``serve`` (starlette, uvicorn).
+The modules: worker (runs the engine on a thread of its own), wire (formats of requests and responses), app (routes), metrics
+(for Prometheus), run (creates and runs a server). Needs the extra ``serve`` (starlette, uvicorn).
 """

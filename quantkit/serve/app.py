@@ -1,4 +1,4 @@
-"""The routes: /v1/completions, /v1/chat/completions, /v1/models, /health, /metrics."""
+"""The routes of the server: /v1/completions, /v1/chat/completions, /v1/models, /health, /metrics."""
 
 import asyncio
 import contextlib
@@ -23,18 +23,19 @@ from quantkit.serve.wire import Chat, Completion, Generating, Reply, explain, us
 from quantkit.serve.worker import Answer, Piece, Worker
 
 Kind = Literal["chat", "text"]
+SHUTTING_DOWN = "the server is shutting down"
 
 
 @dataclass(frozen=True, slots=True)
 class ServerSettings:
-    """How a server behaves.
+    """Settings of a server.
 
     Attributes:
-        model: name that clients see and may send.
-        end_tokens: end every answer, unless a request ignores them.
+        model: name of the model for clients.
+        end_tokens: token ids that end an answer, unless a request ignores them.
         token: bearer token that clients must send; None for none.
-        default_tokens: length of an answer when the client does not say, if the context leaves room.
-        body_bytes: longest request body.
+        default_tokens: longest answer if a request does not set one, limited by the context.
+        body_bytes: largest request body.
     """
 
     model: str
@@ -45,7 +46,7 @@ class ServerSettings:
 
 
 class _Refused(Exception):
-    """An error for the client."""
+    """An error that is reported to the client."""
 
     def __init__(self, status: int, message: str, kind: str = "invalid_request_error", param: str | None = None) -> None:
         super().__init__(message)
@@ -57,12 +58,12 @@ class _Refused(Exception):
 
 
 def make_app(engine: TokenEngine, tokenizer: Any, settings: ServerSettings) -> Starlette:
-    """Return the ASGI application; the engine's thread starts now and ends with the application's lifespan.
+    """Return the ASGI application. It starts the engine's thread now and stops it at the end of its lifespan.
 
     Args:
-        engine: used by nobody else from now on.
-        tokenizer: of its model.
-        settings: how to behave.
+        engine: the engine; only the application may use it from now on.
+        tokenizer: the model's tokenizer.
+        settings: settings of the server.
     """
     server = _Server(Worker(engine, tokenizer), settings)
     routes = [
@@ -84,13 +85,13 @@ def make_app(engine: TokenEngine, tokenizer: Any, settings: ServerSettings) -> S
 
 
 class _Server:
-    """What the routes share."""
+    """The handlers of the routes."""
 
     def __init__(self, worker: Worker, settings: ServerSettings) -> None:
         self.worker, self.settings = worker, settings
 
     def guard(self, route: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
-        """Check the token before ``route``, and turn what it refuses into a response."""
+        """Return a handler that checks the token, calls ``route`` and converts its errors to responses."""
 
         async def guarded(request: Request) -> Response:
             try:
@@ -112,7 +113,9 @@ class _Server:
             return
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not hmac.compare_digest(given.encode(), self.settings.token.encode()):
-            raise _Refused(401, "this server wants its token: Authorization: Bearer ...", "authentication_error")
+            raise _Refused(
+                401, "this server needs a token: send the header Authorization: Bearer TOKEN", "authentication_error"
+            )
 
     async def complete(self, request: Request) -> Response:
         """POST /v1/completions."""
@@ -134,34 +137,38 @@ class _Server:
 
     async def health(self, request: Request) -> Response:
         """GET /health: 200 while the engine's thread runs."""
-        return JSONResponse({"status": "ok"}) if self.worker.alive else JSONResponse({"status": "the engine stopped"}, 503)
+        return JSONResponse({"status": "ok"}) if self.worker.alive else JSONResponse({"status": "the engine has stopped"}, 503)
 
     async def metrics(self, request: Request) -> Response:
         """GET /metrics."""
         return PlainTextResponse("\n".join(metric_lines(self.worker)) + "\n", media_type="text/plain; version=0.0.4")
 
     async def _read(self, request: Request, kind: type[Any]) -> Any:
-        """Read and check the body."""
+        """Return the validated body of a request.
+
+        Raises:
+            _Refused: the body is too large or invalid, or names another model.
+        """
         limit, body = self.settings.body_bytes, bytearray()
         async for chunk in request.stream():
             body += chunk
             if len(body) > limit:
-                raise _Refused(413, f"the body has more than {limit} bytes, the most this server reads")
+                raise _Refused(413, f"the body has more than {limit} bytes, which is the limit of this server")
         try:
             asked: Generating = kind.model_validate(json.loads(body))
         except ValidationError as error:
             param, message = explain(error, kind)
             raise _Refused(400, message, param=param) from error
-        except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8, or nested beyond reason
+        except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested too deeply
             raise _Refused(400, f"the body is not JSON: {error}") from error
         if asked.model not in (None, "", self.settings.model):
-            raise _Refused(404, f"model {asked.model!r} is not here; this server runs {self.settings.model!r}", param="model")
+            raise _Refused(404, f"model {asked.model!r} does not exist; this server has {self.settings.model!r}", param="model")
         return asked
 
     async def _answer(
         self, request: Request, asked: Generating, prompts: list[list[int]], max_tokens: int | None, kind: Kind
     ) -> Response:
-        """Submit and send the answer, whole or streamed."""
+        """Submit the prompts and return the response, complete or streamed."""
         options = [self._options(asked, ids, max_tokens, choice) for ids in prompts for choice in range(asked.n)]
         ids = [ids for ids in prompts for _ in range(asked.n)]
         answers = await self.worker.submit(ids, asked.stops, options)
@@ -173,37 +180,39 @@ class _Server:
         choices = await self._collect(request, answers)
         for pieces in choices:
             if pieces[-1].error is not None or pieces[-1].finish == "cancelled":
-                raise _Refused(500, pieces[-1].error or "the server is going down", "server_error")
+                raise _Refused(500, pieces[-1].error or SHUTTING_DOWN, "server_error")
         return JSONResponse(reply.whole(choices, _used(prompts, answers)))
 
     def _options(self, asked: Generating, ids: list[int], max_tokens: int | None, choice: int) -> dict[str, Any]:
-        """Return what the engine needs to know for one choice."""
+        """Return the arguments of the engine's ``submit`` for one choice."""
         context = self.worker.engine.limits.context_tokens
         assert context is not None
-        room = max(min(self.settings.default_tokens, context - len(ids)), 1)  # 1: the engine says what is wrong
+        room = max(
+            min(self.settings.default_tokens, context - len(ids)), 1
+        )  # with 1, the engine refuses the request and says why
         ends = frozenset() if asked.ignore_eos else self.settings.end_tokens
         return {
             "max_new_tokens": max_tokens or room,
             "min_new_tokens": asked.min_tokens,
             "sampling": asked.sampling(choice),
             "stop_tokens": ends,
-            "logprobs": asked.top_logprobs_wanted,
+            "logprobs": asked.num_logprobs,
         }
 
     async def _collect(self, request: Request, answers: list[Answer]) -> list[list[Piece]]:
-        """Wait for whole answers; a client that leaves cancels them."""
+        """Wait for complete answers; cancel them if the client disconnects."""
 
         async def one(answer: Answer) -> list[Piece]:
             return [piece async for piece in answer.pieces()]
 
-        async def left() -> None:
+        async def disconnected() -> None:
             while (await request.receive())["type"] != "http.disconnect":
                 continue
 
         done = asyncio.ensure_future(asyncio.gather(*(one(answer) for answer in answers)))
-        gone: asyncio.Future[Any] = asyncio.ensure_future(left())
+        gone: asyncio.Future[None] = asyncio.ensure_future(disconnected())
         try:
-            await asyncio.wait([done, gone], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((done, gone), return_when=asyncio.FIRST_COMPLETED)
             if not done.done():
                 raise ClientDisconnect
             return await done
@@ -215,7 +224,7 @@ class _Server:
     async def _stream(
         self, answers: list[Answer], reply: Reply, with_usage: bool, prompts: list[list[int]]
     ) -> AsyncIterator[str]:
-        """Yield server-sent events; closed early when the client leaves."""
+        """Yield server-sent events; cancel the answers if the client disconnects."""
         merged: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
 
         async def forward(index: int, answer: Answer) -> None:
@@ -230,7 +239,7 @@ class _Server:
                 index, piece = await merged.get()
                 unfinished -= piece.finish is not None
                 if piece.finish in ("error", "cancelled"):
-                    message = piece.error or "the server is going down"
+                    message = piece.error or SHUTTING_DOWN
                     yield _event({"error": {"message": message, "type": "server_error", "param": None, "code": None}})
                 elif piece.text or piece.finish or piece.logprob or index not in begun:
                     yield _event(reply.part(index, piece, index not in begun))
@@ -250,25 +259,25 @@ def metric_lines(worker: Worker) -> list[str]:
     pages, stats = engine.scheduler.pages, engine.stats
     finished = {reason: float(stats[reason]) for reason in ("stop", "length", "cancelled", "error")}
     found = [
-        counter("quantkit_requests_total", "Requests accepted.", stats["requests"]),
-        counter("quantkit_finished_total", "Requests finished, by reason.", finished, "reason"),
-        counter("quantkit_prompt_tokens_total", "Tokens of prompts accepted.", worker.prompt_tokens),
-        counter("quantkit_cached_tokens_total", "Prompt tokens found in shared pages.", pages.hit_tokens),
-        counter("quantkit_tokens_total", "Tokens generated.", stats["tokens"]),
-        counter("quantkit_draft_tokens_total", "Draft tokens verified.", stats["drafted"]),
-        counter("quantkit_accepted_tokens_total", "Draft tokens that were right.", stats["accepted"]),
+        counter("quantkit_requests_total", "Accepted requests.", stats["requests"]),
+        counter("quantkit_finished_total", "Finished requests by reason.", finished, "reason"),
+        counter("quantkit_prompt_tokens_total", "Tokens of accepted prompts.", worker.prompt_tokens),
+        counter("quantkit_cached_tokens_total", "Prompt tokens found in cached pages.", pages.hit_tokens),
+        counter("quantkit_tokens_total", "Generated tokens.", stats["tokens"]),
+        counter("quantkit_draft_tokens_total", "Verified draft tokens.", stats["drafted"]),
+        counter("quantkit_accepted_tokens_total", "Draft tokens accepted.", stats["accepted"]),
         counter("quantkit_steps_total", "Steps of the model.", stats["steps"]),
-        counter("quantkit_step_seconds_total", "Time in steps.", stats["busy_us"] / 1e6),
-        counter("quantkit_step_failures_total", "Steps that raised.", worker.failures),
-        counter("quantkit_preemptions_total", "Requests that had to wait again.", engine.scheduler.preemptions),
-        gauge("quantkit_running", "Requests running.", len(engine.scheduler.running)),
-        gauge("quantkit_waiting", "Requests waiting.", len(engine.scheduler.waiting)),
+        counter("quantkit_step_seconds_total", "Time spent in steps.", stats["busy_us"] / 1e6),
+        counter("quantkit_step_failures_total", "Steps that raised an exception.", worker.failures),
+        counter("quantkit_preemptions_total", "Preemptions of running requests.", engine.scheduler.preemptions),
+        gauge("quantkit_running", "Running requests.", len(engine.scheduler.running)),
+        gauge("quantkit_waiting", "Waiting requests.", len(engine.scheduler.waiting)),
         gauge("quantkit_pages", "Pages of the key/value memory.", pages.count),
         gauge("quantkit_pages_used", "Pages in use.", pages.used),
         gauge("quantkit_pages_cached", "Pages kept for later requests.", pages.cached),
         gauge("quantkit_kv_bytes", "Bytes of the key/value memory.", engine.backend.bytes_for(engine.memory)),
-        worker.first_token_s.lines("quantkit_first_token_seconds", "From arrival to the first token."),
-        worker.token_s.lines("quantkit_token_seconds", "From token to token."),
+        worker.first_token_s.lines("quantkit_first_token_seconds", "Time from arrival to the first token."),
+        worker.token_s.lines("quantkit_token_seconds", "Time between tokens."),
     ]
     return [line for lines in found for line in lines]
 

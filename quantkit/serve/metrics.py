@@ -1,11 +1,11 @@
-"""Numbers for Prometheus, in its text format (prometheus.io/docs/instrumenting/exposition_formats)."""
+"""Metrics in Prometheus' text format (prometheus.io/docs/instrumenting/exposition_formats)."""
 
 from bisect import bisect_left
 from collections.abc import Iterable
 
 
 class Histogram:
-    """Counts of values up to each bound, their sum and their number.
+    """A histogram: the number of values up to each bound, their sum and their total number.
 
     Args:
         bounds: ascending upper bounds, in the unit of the values.
@@ -17,12 +17,12 @@ class Histogram:
         self._sum = 0.0
 
     def observe(self, value: float) -> None:
-        """Count one value."""
+        """Add a value."""
         self._counts[bisect_left(self._bounds, value)] += 1
         self._sum += value
 
     def lines(self, name: str, what: str) -> Iterable[str]:
-        """Yield the metric's lines."""
+        """Yield the lines of the metric."""
         yield from _head(name, what, "histogram")
         total = 0
         for bound, count in zip((*self._bounds, "+Inf"), self._counts, strict=True):
@@ -33,12 +33,12 @@ class Histogram:
 
 
 def counter(name: str, what: str, values: dict[str, float] | float, label: str = "") -> Iterable[str]:
-    """Yield the lines of something that only grows, for each value of ``label`` if there are several."""
+    """Yield the lines of a counter; with a mapping, one line per value of ``label``."""
     yield from _metric(name, what, "counter", values, label)
 
 
 def gauge(name: str, what: str, value: float) -> Iterable[str]:
-    """Yield the lines of something that goes up and down."""
+    """Yield the lines of a gauge."""
     yield from _metric(name, what, "gauge", value, "")
 
 

@@ -1,7 +1,8 @@
-"""What clients send and what they get, in OpenAI's words.
+"""The formats of requests and responses in OpenAI's API.
 
-A field that quantkit does not know, or cannot honour, is an error that names it, never ignored: a client that asks for a tool
-call or a penalty should not get something else. Fields that only concern bookkeeping (``user``, ``metadata``) are accepted.
+A field that quantkit does not know or does not support is an error that names the field. It is never ignored, because a client
+that requests a tool call or a penalty must not get something else. Fields for accounting only (``user``, ``metadata``) are
+accepted.
 """
 
 import time
@@ -18,14 +19,14 @@ from quantkit.serve.worker import Piece
 
 
 class StreamOptions(BaseModel):
-    """Options of a streamed answer."""
+    """Options of a streamed response."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
     include_usage: bool = False
 
 
 class Generating(BaseModel):
-    """What both kinds of request have. Fields after ``metadata`` are extensions that vLLM has too."""
+    """The fields that both kinds of request have. Those after ``frequency_penalty`` are extensions of vLLM."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
     model: str | None = None
@@ -48,24 +49,28 @@ class Generating(BaseModel):
     ignore_eos: bool = False
 
     def sampling(self, choice: int) -> Sampling:
-        """Return how choice number ``choice`` is sampled: the same seed gives different choices of one request."""
+        """Return the sampling parameters of choice number ``choice``; each choice of a request has a seed of its own."""
         seed = None if self.seed is None else (self.seed + choice) % 2**63
-        if self.temperature == 0:  # filters could do nothing
+        if self.temperature == 0:  # greedy decoding: filters have no effect
             return Sampling(repetition_penalty=self.repetition_penalty, seed=seed)
         top_p = None if self.top_p == 1 else self.top_p
         return Sampling(self.temperature, self.top_k, top_p, self.min_p, self.repetition_penalty, seed)
 
     @property
     def stops(self) -> list[str]:
-        """Stop strings."""
+        """The stop strings.
+
+        Raises:
+            QuantkitError: one of them is empty.
+        """
         found = [self.stop] if isinstance(self.stop, str) else self.stop or []
         if "" in found:
             raise QuantkitError("stop: an empty string would end every answer; leave it out")
         return found
 
     @property
-    def top_logprobs_wanted(self) -> int | None:
-        """For how many alternatives log probabilities are wanted; None for no log probabilities."""
+    def num_logprobs(self) -> int | None:
+        """Number of alternatives whose log probabilities are requested; None for no log probabilities."""
         raise NotImplementedError
 
 
@@ -79,20 +84,20 @@ class Completion(Generating):
     best_of: Literal[1] | None = None
 
     @property
-    def top_logprobs_wanted(self) -> int | None:
+    def num_logprobs(self) -> int | None:
         """See :class:`Generating`."""
         return self.logprobs
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        """The prompts, one or several."""
+        """The prompts as a list."""
         if isinstance(self.prompt, str) or all(isinstance(one, int) for one in self.prompt):
             return [self.prompt]  # type: ignore[list-item]
         return list(self.prompt)  # type: ignore[arg-type]
 
 
 class TextPart(BaseModel):
-    """A piece of a message; only text."""
+    """A part of a message; only text is supported."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
     type: Literal["text"]
@@ -108,7 +113,7 @@ class Message(BaseModel):
     name: str | None = None
 
     def plain(self) -> dict[str, str]:
-        """Return the message as chat templates want it."""
+        """Return the message in the form that chat templates use."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
@@ -122,13 +127,13 @@ class Chat(Generating):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
     @property
-    def top_logprobs_wanted(self) -> int | None:
+    def num_logprobs(self) -> int | None:
         """See :class:`Generating`."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
 def explain(error: ValidationError, kind: type[Generating]) -> tuple[str, str]:
-    """Return the name of the first bad field and a sentence about it."""
+    """Return the name of the first invalid field, and a sentence that says what is wrong."""
     first = error.errors(include_url=False)[0]
     where = ".".join(str(part) for part in first["loc"]) or "body"
     if first["type"] == "extra_forbidden":
@@ -138,12 +143,12 @@ def explain(error: ValidationError, kind: type[Generating]) -> tuple[str, str]:
 
 
 class Reply:
-    """Writes one answer, whole or in pieces.
+    """Formats the response to one request, complete or streamed.
 
     Args:
         kind: ``"chat"`` or ``"text"``.
-        model: name to give back.
-        tokenizer: spells tokens in log probabilities.
+        model: name of the model.
+        tokenizer: converts tokens to text, for log probabilities.
     """
 
     def __init__(self, kind: Literal["chat", "text"], model: str, tokenizer: Any) -> None:
@@ -152,7 +157,12 @@ class Reply:
         self._created = int(time.time())
 
     def whole(self, choices: Sequence[Sequence[Piece]], usage: dict[str, Any]) -> dict[str, Any]:
-        """Return the object of an answer that is complete."""
+        """Return the complete response.
+
+        Args:
+            choices: the pieces of each choice.
+            usage: the object that :func:`usage` returns.
+        """
         written = []
         for index, pieces in enumerate(choices):
             text = "".join(piece.text for piece in pieces)
@@ -162,7 +172,7 @@ class Reply:
         return {**self._frame(kind), "choices": written, "usage": usage}
 
     def part(self, index: int, piece: Piece, first: bool) -> dict[str, Any]:
-        """Return the object of one piece of a streamed answer."""
+        """Return the chunk of a streamed response for one piece of choice number ``index``."""
         if self._kind == "chat":
             delta = {**({"role": "assistant"} if first else {}), "content": piece.text}
             choice = {"index": index, "delta": delta, **self._ending([piece])}
@@ -170,7 +180,7 @@ class Reply:
         return {**self._frame("text_completion"), "choices": [{"index": index, "text": piece.text, **self._ending([piece])}]}
 
     def last(self, usage: dict[str, Any]) -> dict[str, Any]:
-        """Return the object that ends a stream with its usage."""
+        """Return the last chunk of a streamed response, which has the usage."""
         return {
             **self._frame("chat.completion.chunk" if self._kind == "chat" else "text_completion"),
             "choices": [],
@@ -181,8 +191,8 @@ class Reply:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._model}
 
     def _ending(self, pieces: Sequence[Piece]) -> dict[str, Any]:
-        known = [(piece.token, piece.logprob) for piece in pieces if piece.token is not None and piece.logprob is not None]
-        return {"finish_reason": pieces[-1].finish, "logprobs": self._logprobs(known) if known else None}
+        found = [(piece.token, piece.logprob) for piece in pieces if piece.token is not None and piece.logprob is not None]
+        return {"finish_reason": pieces[-1].finish, "logprobs": self._logprobs(found) if found else None}
 
     def _logprobs(self, known: Sequence[tuple[int, Logprob]]) -> dict[str, Any]:
         spell = lambda token: self._tokenizer.decode([token])  # noqa: E731
@@ -202,7 +212,7 @@ class Reply:
 
 
 def usage(prompt_tokens: int, cached_tokens: int, answer_tokens: int) -> dict[str, Any]:
-    """Return what an answer used."""
+    """Return the usage object of a response."""
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": answer_tokens,

@@ -1,7 +1,7 @@
-"""The engine on a thread of its own: the event loop asks, the thread steps, pieces of answers come back.
+"""Run the engine on a thread of its own, for an asyncio event loop that submits requests and receives answers.
 
-The engine is used by this thread only. Everything from outside is a function put into a queue and run between two steps;
-answers go to ``asyncio`` queues through the loop's thread-safe door.
+Only this thread uses the engine. Other threads put functions into a queue, which are called between two steps; pieces of
+answers are put into ``asyncio`` queues with ``call_soon_threadsafe``.
 """
 
 import asyncio
@@ -9,7 +9,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -27,14 +27,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What one token added to an answer.
+    """The part of an answer that one token adds.
 
     Attributes:
-        text: new text, which may be empty: a character or a stop string may need more tokens.
-        token: its id; None for an end without a token.
-        finish: why the answer ends here, or None.
-        logprob: of the token, if asked for.
-        error: what went wrong, if the reason is ``"error"``.
+        text: new text; empty if a character or a possible stop string is incomplete.
+        token: token id; None if the answer ended without one.
+        finish: why the answer ends here; None if it continues.
+        logprob: log probability of the token, if requested.
+        error: the error, if the reason is ``"error"``.
     """
 
     text: str
@@ -46,7 +46,7 @@ class Piece:
 
 @dataclass(eq=False, slots=True)
 class Answer:
-    """An answer in the making: ``async for piece in answer.pieces()``."""
+    """An answer that is being generated; read it with ``async for piece in answer.pieces()``."""
 
     request: Request
     text: TextStream
@@ -54,10 +54,10 @@ class Answer:
     inbox: "asyncio.Queue[Piece]"
     fresh: list[str]
     last_s: float
-    told_tokens: int = 0
+    reported_tokens: int = 0
 
-    async def pieces(self) -> Any:
-        """Yield pieces until the last one, which has a reason."""
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """Yield the pieces of the answer; the last one has a finish reason."""
         while True:
             piece = await self.inbox.get()
             yield piece
@@ -66,16 +66,16 @@ class Answer:
 
 
 class Worker:
-    """Run an engine until it is closed.
+    """Run an engine on a thread until :meth:`close`.
 
     Args:
-        engine: used by nobody else from now on.
-        tokenizer: turns tokens into text.
+        engine: the engine; only this worker may use it from now on.
+        tokenizer: converts tokens to text.
 
     Attributes:
-        first_token_s, token_s: times from submission to the first token, and from token to token.
-        prompt_tokens: tokens of all prompts accepted.
-        failures: steps that raised.
+        first_token_s, token_s: histograms of the time to the first token and of the time between tokens, in seconds.
+        prompt_tokens: tokens of all accepted prompts.
+        failures: steps that raised an exception.
     """
 
     def __init__(self, engine: TokenEngine, tokenizer: Any) -> None:
@@ -92,16 +92,19 @@ class Worker:
 
     @property
     def alive(self) -> bool:
-        """Whether the thread runs."""
+        """Whether the thread is running."""
         return self._thread.is_alive()
 
     def close(self) -> None:
-        """Stop after the current step; unfinished answers end as cancelled."""
+        """Stop the thread after the current step; unfinished answers end with the reason ``"cancelled"``."""
         self._calls.put(None)
         self._thread.join()
 
     def call(self, function: Callable[[], T]) -> "Future[T]":
-        """Run ``function`` on the engine's thread, between two steps; once the worker is closed, fail instead."""
+        """Call ``function`` on the engine's thread between two steps; the future has its result or exception.
+
+        After :meth:`close` the future has a :class:`QuantkitError`.
+        """
         future: Future[T] = Future()
 
         def run() -> None:
@@ -124,15 +127,18 @@ class Worker:
     async def submit(
         self, prompts: Sequence[Sequence[int]], stops: Sequence[str], options: Sequence[dict[str, Any]]
     ) -> list[Answer]:
-        """Submit prompts together, all or none; return their answers.
+        """Submit several prompts, all or none.
 
         Args:
-            prompts: token ids.
+            prompts: token ids of each prompt.
             stops: stop strings.
-            options: keyword arguments of :meth:`~quantkit.engine.engine.TokenEngine.submit`, for each prompt.
+            options: keyword arguments of :meth:`~quantkit.engine.engine.TokenEngine.submit` for each prompt.
+
+        Returns:
+            The answer to each prompt.
 
         Raises:
-            QuantkitError: one of them is refused.
+            QuantkitError: the engine refuses one of the prompts.
         """
         loop = asyncio.get_running_loop()
         future = self.call(lambda: self._admit(prompts, stops, options, loop))
@@ -143,7 +149,7 @@ class Worker:
             raise
 
     def cancel(self, answers: Sequence[Answer]) -> None:
-        """Take unfinished answers back; nobody listens any more."""
+        """Cancel the answers that are not finished; the client has disconnected."""
 
         def cancel() -> None:
             for answer in answers:
@@ -152,7 +158,7 @@ class Worker:
         self._calls.put(cancel)
 
     def _abandon(self, future: "Future[list[Answer]]") -> None:
-        """Cancel what was admitted for somebody who has left meanwhile."""
+        """Cancel the answers of a submission whose client has disconnected meanwhile."""
         if not future.cancelled() and future.exception() is None:
             self.cancel(future.result())
 
@@ -181,7 +187,7 @@ class Worker:
 
     def _run(self) -> None:
         while True:
-            try:  # wait only when there is nothing to do
+            try:  # wait for a call only if the engine is idle
                 call = self._calls.get(block=not self.engine.busy)
             except queue.Empty:
                 self._step()
@@ -192,7 +198,7 @@ class Worker:
         for request in list(self._answers):
             self.engine.cancel(request)
         self._step()
-        with self._closing:  # from here on nothing is put into the queue; what is there hears that it came too late
+        with self._closing:  # nothing is put into the queue from here on; calls that are in it fail
             self._closed = True
         while not self._calls.empty():
             if late := self._calls.get():
@@ -202,7 +208,7 @@ class Worker:
         try:
             events = self.engine.step()
         except Exception as error:
-            logger.exception("a step failed; its requests end with an error")
+            logger.exception("a step of the engine failed; all requests end with an error")
             self.failures += 1
             message = f"the model failed: {type(error).__name__}: {error}"
             for request, answer in list(self._answers.items()):
@@ -217,9 +223,9 @@ class Worker:
     def _report(self, answer: Answer, event: Event) -> None:
         if event.token is not None:
             now = event.request.token_s[-1]
-            (self.token_s if answer.told_tokens else self.first_token_s).observe(now - answer.last_s)
+            (self.token_s if answer.reported_tokens else self.first_token_s).observe(now - answer.last_s)
             answer.last_s = now
-            answer.told_tokens += 1
+            answer.reported_tokens += 1
         if event.finish:
             answer.text.finish()
             del self._answers[event.request]
@@ -231,5 +237,5 @@ class Worker:
     def _send(self, answer: Answer, piece: Piece) -> None:
         try:
             answer.loop.call_soon_threadsafe(answer.inbox.put_nowait, piece)
-        except RuntimeError:  # the loop is closed: the server is going down
-            logger.debug("nobody is left to hear about request %d", answer.request.number)
+        except RuntimeError:  # the event loop is closed: the server is shutting down
+            logger.debug("request %d: the event loop is closed, a piece of its answer is dropped", answer.request.number)

@@ -1,1 +1,1 @@
-"""The machine: files, memory, compute devices and progress reports."""
+"""Services for all other packages: files, memory, compute devices, settings, keyword options and progress reports."""

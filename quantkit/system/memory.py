@@ -1,8 +1,8 @@
-"""Giving memory back to the system in the middle of a long run, where resident memory is what a user runs out of.
+"""Return memory to the system during a long run, to limit the resident set size (RSS) of the process.
 
-Two kinds linger although nobody needs them: heap that was freed in pieces, and pages of a mapped checkpoint. Weights loaded
-from safetensors are such pages: read from the file at the first touch and resident ever after, although the file could
-give them again. All of this is Linux's; where the system has no such call, nothing happens.
+Two kinds of unused memory stay in the RSS: heap that was freed in small pieces, and pages of a mapped checkpoint. Weights
+loaded from safetensors are such pages: they are read from the file at the first access and then stay in memory, although they
+could be read again. These functions are for Linux; on other systems they have no effect.
 """
 
 import contextlib
@@ -17,18 +17,18 @@ import numpy as np
 from torch import Tensor
 
 PAGE_BYTES = mmap.PAGESIZE
-_FILE_BIT = 61  # of a pagemap entry: the page is the file's own (or shared); bit 63: it is present
+_FILE_BIT = 61  # of a pagemap entry: the page belongs to the file or is shared; bit 63: it is in memory
 
 
 def resident_bytes() -> int:
-    """Return the memory of this process that is resident now; 0 where the system does not say."""
+    """Return the resident set size (RSS) of this process in bytes, or 0 if the system does not report it."""
     with contextlib.suppress(OSError):
         return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE_BYTES
     return 0
 
 
 def available_bytes(meminfo: str = "/proc/meminfo") -> int | None:
-    """Return the memory that programs can still have, caches that would make room included; None where no one says."""
+    """Return the memory in bytes that can still be allocated, including caches that can be dropped; None if unknown."""
     with contextlib.suppress(OSError, ValueError, IndexError):
         for line in Path(meminfo).read_text().splitlines():
             if line.startswith("MemAvailable:"):
@@ -37,23 +37,23 @@ def available_bytes(meminfo: str = "/proc/meminfo") -> int | None:
 
 
 def return_freed_memory() -> None:
-    """Give freed heap back: a block frees hundreds of megabytes in pieces that fragment glibc's heap."""
+    """Return freed heap to the system. Blocks free hundreds of megabytes in pieces, which fragment glibc's heap."""
     with contextlib.suppress(AttributeError, OSError):  # only glibc has malloc_trim
         ctypes.CDLL(None).malloc_trim(0)
 
 
 class HeapWatch:
-    """Give freed heap back whenever the process has grown by ``step_bytes``.
+    """Return freed heap to the system whenever the process has grown by ``step_bytes``.
 
-    Holes that tensors leave in glibc's heap are not reused by tensors of the same size (before 2.38 an aligned allocation
-    looks for more than it needs), so a loop that keeps one of every two tensors it makes holds twice what it keeps.
+    In glibc before 2.38, an aligned allocation searches for more memory than it needs, so the gap that a freed tensor leaves is
+    not reused for a tensor of the same size. A loop that keeps every other tensor then uses twice the memory that it needs.
     """
 
     def __init__(self, step_bytes: int = 128 << 20) -> None:
         self._step, self._last = step_bytes, resident_bytes()
 
     def check(self) -> None:
-        """Look, and trim if it is time."""
+        """Check the size of the process, and return freed heap if it has grown enough."""
         now = resident_bytes()
         if now > self._last + self._step:
             return_freed_memory()
@@ -63,9 +63,9 @@ class HeapWatch:
 
 
 def mapped_pages(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
-    """Return the page-aligned address ranges (start, end) of those tensors that are mapped from a file.
+    """Return the page-aligned address ranges (start, end) of the tensors that are mapped from a file.
 
-    Addresses rather than tensors, so that noting them keeps no weight alive.
+    The result has addresses rather than tensors, so it does not keep weights alive.
     """
     regions = _file_regions()
     starts = [start for start, _ in regions]
@@ -83,9 +83,9 @@ def mapped_pages(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
 
 
 def drop_pages(pages: Iterable[tuple[int, int]]) -> None:
-    """Let go of mapped pages that are as they are in the file; who touches them next reads them again.
+    """Drop mapped pages from memory that equal the file; the next access reads them again.
 
-    Pages that were written to are this process's own copies and stay. Nobody may write to the ranges meanwhile.
+    Pages that were written to are private copies and are kept. The ranges must not be written to during the call.
     """
     with contextlib.suppress(AttributeError, OSError), open("/proc/self/pagemap", "rb") as pagemap:
         advise = ctypes.CDLL(None).madvise
@@ -99,7 +99,7 @@ def drop_pages(pages: Iterable[tuple[int, int]]) -> None:
 
 
 def _file_regions() -> list[tuple[int, int]]:
-    """Return (start, end) of this process's mappings of files, ascending; nothing where there is no /proc."""
+    """Return (start, end) of the file mappings of this process in ascending order; an empty list without /proc."""
     regions = []
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/maps").read_text().splitlines():

@@ -1,4 +1,4 @@
-"""Progress of long work, reported through one callback: the library never prints."""
+"""Progress of long operations, reported through a callback; the library itself prints nothing."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """One step of long work.
+    """A progress event.
 
     Attributes:
-        stage: what is going on, e.g. ``"calibrate"``, ``"verify"``.
-        done: finished steps.
-        total: steps in all.
-        detail: what was just finished, e.g. a site name.
-        loss: relative output error of that site, if it was quantized against calibration data.
+        stage: name of the operation, for instance ``"calibrate"`` or ``"verify"``.
+        done: number of finished steps.
+        total: number of all steps.
+        detail: what was just finished, for instance the name of a layer.
+        loss: relative output error of that layer, if it was quantized with calibration data.
     """
 
     stage: str
@@ -24,8 +24,8 @@ class Progress:
 
 
 ProgressCallback = Callable[[Progress], None]
-"""Receives every :class:`Progress` event, in order, from the thread that does the work."""
+"""A function that receives every :class:`Progress` event in order, on the thread of the operation."""
 
 
 def ignore(event: Progress) -> None:
-    """Discard an event: the default callback."""
+    """Discard an event; the default callback."""

@@ -335,7 +335,7 @@ def test_writer_refuses_gaps_and_strangers(tmp_path) -> None:
         writer.write_block(0, {**parts, block.sites[0].name: parts[block.sites[-1].name]})
     with pytest.raises(FormatError, match="have not been written"):
         writer.finish()
-    with pytest.raises(SpecError, match="no site"):
+    with pytest.raises(SpecError, match="no layer"):
         checkpoint.CheckpointWriter(tmp_path, model, plan={"model.layers.0.mlp.up": Scheme(W4)})
 
 
@@ -349,7 +349,7 @@ def test_inspect_counts_what_the_disk_shows(saved: tuple[PreTrainedModel, Path])
     assert facts["quantized_parameters"] == sum(site.numel for site in sites)
     assert facts["quantized_bytes"] == sum(t.nbytes for n, t in tensors.items() if ".weight_" in n)
     assert facts["modules"]["model.layers.0.mlp.up_proj"] == "int4 g32 asym"
-    assert facts["schemes"][0]["sites"] == len(sites)
+    assert facts["schemes"][0]["layers"] == len(sites)
     exact = sum(m.qtensor.nbytes for m in model.modules() if isinstance(m, QuantLinear)) + 16 * len(sites)  # weight_shape
     assert facts["quantized_bytes"] == exact
     assert facts["quantized_bits_per_weight"] == pytest.approx(exact * 8 / facts["quantized_parameters"])

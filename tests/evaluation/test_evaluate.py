@@ -72,6 +72,27 @@ def test_a_report_says_what_was_measured_and_how(report):
     assert report.latency.decode_ms.p10 <= report.latency.decode_ms.median <= report.latency.decode_ms.p99
 
 
+def test_a_report_shows_itself_in_a_line_and_in_a_table(report):
+    line = repr(report)
+    assert line.startswith(f"EvalReport({report.label}: perplexity {report.quality.perplexity:.4g} ± ")
+    assert f"same top-1 {100 * report.quality.divergence.same_top1:.1f} %" in line
+    assert "nats from float" in line
+    assert f"decode {report.latency.decode_ms.median:.2f} ms per token" in line
+    assert len(line) < 250
+    table = dataclasses.replace(report, label="<b>&", base="<i>")._repr_html_()
+    assert table.startswith("<table>")
+    assert table.count("<tr>") == len(report.summary()) == 6
+    assert "&lt;b&gt;&amp;" in table
+    assert "&lt;i&gt;" in table
+    assert "<b>" not in table
+    assert "<i>" not in table
+    bare = dataclasses.replace(
+        report, latency=None, quality=dataclasses.replace(report.quality, divergence=None, perplexity_se=None)
+    )
+    assert list(bare.summary()) == ["perplexity", "bits per weight"]
+    assert "±" not in repr(bare)
+
+
 def test_a_report_survives_the_disk(report, tmp_path):
     report.save(tmp_path / "report.json")
     assert EvalReport.load(tmp_path / "report.json") == report
@@ -140,13 +161,13 @@ def test_bos_is_stated_and_scored_against():
 
 def test_too_few_windows_are_said(caplog):
     evaluate(tiny_llama(), data=torch.arange(40), windows=20, length=16, latency=False)
-    assert "20 windows were asked for, token ids has 2 of length 16" in caplog.text
+    assert "windows=20: token ids has only 2 of length 16" in caplog.text
 
 
 def test_missing_tokenizers_are_errors():
     with pytest.raises(CalibrationError, match="needs a tokenizer"):
         evaluate(tiny_llama(), data=[TEXT])
-    with pytest.raises(CalibrationError, match="no BOS token"):
+    with pytest.raises(CalibrationError, match="with a BOS token"):
         evaluate(tiny_llama(), data=torch.arange(40), bos=True, length=16)
 
 

@@ -165,7 +165,7 @@ def test_inputs_that_do_not_fit_are_refused(windows):
     logits = torch.randn(1, 24, VOCABULARY)
     with pytest.raises(CalibrationError, match="want \\(B, T, vocabulary\\)"):
         score(lambda ids: logits[:, -1], windows)
-    with pytest.raises(CalibrationError, match="one vocabulary"):
+    with pytest.raises(CalibrationError, match="equal vocabularies"):
         score(lambda ids: logits, windows, lambda ids: logits[..., :-1])
     with pytest.raises(CalibrationError, match="outside the model's vocabulary of 3"):
         score(lambda ids: logits[..., :3], windows)
@@ -272,7 +272,7 @@ def test_a_released_base_survives_its_model_being_changed(windows):
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight.zero_()
     assert score(near, windows, remembered) == want
-    with pytest.raises(CalibrationError, match="before it was released"):
+    with pytest.raises(CalibrationError, match="base model was released"):
         remembered(windows.ids[:1] + 1)
     with pytest.raises(CalibrationError, match="max_bytes=10"):
         BaseLogits(tiny_llama(), max_bytes=10).release(windows)
@@ -284,7 +284,7 @@ def test_a_base_that_caps_its_logits_is_run_again(windows):
     want = score(near, windows, counting.model)
     assert [score(near, windows, remembered) for _ in range(2)] == [want] * 2
     assert (counting.calls, remembered.nbytes) == (2 * len(windows), 0)
-    with pytest.raises(CalibrationError, match="works on its logits after the head"):
+    with pytest.raises(CalibrationError, match="transforms its logits after the output head"):
         BaseLogits(counting).release(windows)
 
 

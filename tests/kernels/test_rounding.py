@@ -130,4 +130,4 @@ def test_without_a_compiler_the_plain_forms_run(monkeypatch: pytest.MonkeyPatch,
     qparams = rounding.search_qparams(weight, SPECS[0], hessian.diagonal())
     codes = rounding.sweep(weight, qparams, SPECS[0], torch.arange(96), factor)
     assert torch.equal(codes, plain.sweep(weight, qparams, SPECS[0], torch.arange(96), factor))
-    assert caplog.text.count("run in plain torch, many times slower: no C++ compiler in this test") == 1
+    assert caplog.text.count("computed in plain torch, many times slower, because: no C++ compiler in this test") == 1

@@ -270,7 +270,7 @@ def test_the_protocol_is_stated_in_words(reports):
     protocol = Protocol("x.txt", "00", 512, 256, True, 30, 99, 15330, 20, 10220)
     line = protocol_lines([dataclasses.replace(reports[0], protocol=protocol)])[0]
     assert line == (
-        "Text: x.txt; 30 of 99 windows of 512 tokens, stride 256, each begun with the BOS token; 15,330 tokens scored; "
+        "Text: x.txt; 30 of 99 windows of 512 tokens, stride 256, each with a BOS token; 15,330 tokens scored; "
         "compared with the base on 10,220."
     )
     assert (

@@ -55,7 +55,7 @@ def search_qparams(
         torch.get_num_threads(),
     )
     if not bool(torch.isfinite(scale).all()):
-        raise SpecError(f"a scale is infinite in {spec.scale_dtype}, want finite scales; use scale_dtype float32")
+        raise SpecError(f"a scale is not finite in {spec.scale_dtype}; use scale_dtype float32")
     return scale.to(SCALE_DTYPES[spec.scale_dtype]), None if spec.symmetric else zero
 
 
