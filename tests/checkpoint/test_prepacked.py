@@ -8,7 +8,6 @@ import time
 
 import pytest
 import torch
-from tests.test_checkpoint import W4_ASYM, logits, round_to_nearest
 from typer.testing import CliRunner
 
 from quantkit import checkpoint
@@ -18,6 +17,7 @@ from quantkit.kernels.cpu import huge_pages, layout
 from quantkit.nn.linear import QuantLinear
 from quantkit.spec import QuantSpec
 from quantkit.system import files
+from tests.checkpoint.test_checkpoint import W4_ASYM, logits, round_to_nearest
 from tests.tiny import FAMILIES, tiny_llama
 
 SPECS = {
