@@ -96,8 +96,8 @@ def _find_format(path: Path) -> tuple[str, Format, dict[str, Any]]:
             known = ", ".join(other.dialect.quant_method for _, other in FORMATS)
             odd = f"{where}: quant_method is {quantization.get('quant_method')!r}; quantkit reads {known}"
     files = ", ".join(dict.fromkeys(rule.container.key_file for _, rule in FORMATS))
-    what = "it has no file" if path.is_dir() else "it is not a directory; want one with"
-    raise FormatError(odd or f"{path} is not a quantized checkpoint: {what} {files}")
+    absent = "has none of the files of a checkpoint" if path.is_dir() else "is not a directory; want a checkpoint with one of"
+    raise FormatError(odd or f"{path} {absent}: {files}")
 
 
 def _contents(path: Path, where: Path, values: Mapping[str, Any], reader: Reader) -> Contents:
