@@ -76,6 +76,11 @@ class QTensor(Protocol):
         """Return one expert of a 3-D tensor (a view)."""
         ...
 
+    @classmethod
+    def stack(cls, parts: Sequence[Self]) -> Self:
+        """Join (out, in) tensors of one spec and shape into one of shape (experts, out, in)."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class GridTensor:
@@ -221,6 +226,11 @@ class GridTensor:
             raise SpecError(f"only a 3-D quantized tensor can be indexed; shape is {self.shape}")
         return self._map(lambda tensor: tensor[expert], self.shape[1:])
 
+    @classmethod
+    def stack(cls, parts: Sequence["GridTensor"]) -> "GridTensor":
+        """Join (out, in) tensors of one spec and shape into one of shape (experts, out, in)."""
+        return _combine(parts, torch.stack, (len(parts), *parts[0].shape), PARTS)
+
     def _map(self, change: Callable[[Tensor], Tensor], shape: tuple[int, ...] | None = None) -> "GridTensor":
         """Return this with every tensor changed."""
         parts: dict[str, Any] = {name: None if (part := getattr(self, name)) is None else change(part) for name in PARTS}
@@ -229,6 +239,17 @@ class GridTensor:
 
 PARTS = ("packed", "scale", "zero_point", "global_scale", "input_scale")
 """The tensors of a :class:`QTensor`; all but the first two may be None."""
+
+
+def as_grid(qtensor: QTensor) -> GridTensor:
+    """Return ``qtensor``, for code that reads codes and scales.
+
+    Raises:
+        SpecError: it is of another kind.
+    """
+    if not isinstance(qtensor, GridTensor):
+        raise SpecError(f"a weight {qtensor.spec.describe()} has no codes and scales on a grid; want a GridTensor")
+    return qtensor
 
 
 def concatenate(parts: Sequence[GridTensor]) -> GridTensor:
@@ -240,11 +261,6 @@ def concatenate(parts: Sequence[GridTensor]) -> GridTensor:
         if any((v is None) != (values[0] is None) or (v is not None and not torch.equal(v, values[0])) for v in values):
             raise SpecError(f"cannot join quantized tensors with different {name}")
     return joined
-
-
-def stack(parts: Sequence[GridTensor]) -> GridTensor:
-    """Join quantized (out, in) tensors of one spec and shape into one of shape (experts, out, in)."""
-    return _combine(parts, torch.stack, (len(parts), *parts[0].shape), PARTS)
 
 
 def _combine(

@@ -1,15 +1,55 @@
-"""Fixtures that several test files share: a float directory and a quantized checkpoint of one tiny model."""
+"""Fixtures that several test files share, and what tests that run in parallel (``pytest -n auto``) share beside them."""
 
+import fcntl
+import os
 from pathlib import Path
 
 import pytest
 
-from tests import tiny
+IN_PARALLEL = "PYTEST_XDIST_WORKER" in os.environ
+if IN_PARALLEL:  # before torch is imported: workers that all use every core hinder each other
+    share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(share, 1)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Give each worker its share of the files, and who is done first a part of the others': shared fixtures are made once."""
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log)
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with what takes a minute: at the end of a parallel run there is little left that one worker could wait for."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _compiled_once(tmp_path_factory):
+    """Let one worker compile a library, and the others wait for it."""
+    if not IN_PARALLEL:
+        yield
+        return
+    from quantkit.kernels import build
+
+    find_or_make = build.find_or_make
+
+    def one_at_a_time(path, make):
+        with (tmp_path_factory.getbasetemp().parent / f"{path.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            find_or_make(path, make)
+
+    build.find_or_make = one_at_a_time
+    yield
+    build.find_or_make = find_or_make
 
 
 @pytest.fixture(scope="session")
 def tiny_float(tmp_path_factory) -> Path:
     """A directory with a tiny float llama and its tokenizer, as transformers writes it."""
+    from tests import tiny
+
     path = tmp_path_factory.mktemp("float")
     tiny.tiny_llama(tie_word_embeddings=True, max_position_embeddings=512).save_pretrained(path)
     tiny.tiny_tokenizer().save_pretrained(path)
@@ -19,6 +59,8 @@ def tiny_float(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_text(tmp_path_factory) -> Path:
     """A text file that the tiny tokenizer knows."""
+    from tests import tiny
+
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text(tiny.TEXT * 4)
     return path
@@ -30,5 +72,5 @@ def tiny_quantized(tiny_float, tmp_path_factory) -> Path:
     from quantkit.pipeline.quantize import quantize
 
     path = tmp_path_factory.mktemp("quantized") / "w4"
-    quantize(tiny_float, "w4a16", out=path, method="rtn")
+    quantize(tiny_float, "w4a16", method="rtn", out=path)
     return path

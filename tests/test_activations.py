@@ -82,16 +82,16 @@ def test_a_static_scale_is_the_largest_input_over_the_grid() -> None:
     for name, statistics in known.items():
         layer = model.get_submodule(name)
         assert isinstance(layer, QuantLinear)
-        assert layer.input_scale is not None
-        assert layer.input_scale.item() == pytest.approx(statistics.results["abs_max"].max().item() / 127.5, rel=1e-3)
+        assert layer.qtensor.input_scale is not None
+        assert layer.qtensor.input_scale.item() == pytest.approx(statistics.results["abs_max"].max().item() / 127.5, rel=1e-3)
     assert all(scheme.static for scheme in result.plan.values())
     layer = model.get_submodule("model.layers.0.mlp.down_proj")
     x = torch.randn(3, 96)
-    want = fake_quantize(x, layer.activation.grid, layer.input_scale) @ layer.dequantize().T
+    want = fake_quantize(x, layer.activation.grid, layer.qtensor.input_scale) @ layer.dequantize().T
     torch.testing.assert_close(layer(x), want, rtol=1e-4, atol=1e-4)
-    layer.keeps_codes = False
-    layer(x)
-    assert layer.qtensor.input_scale is layer.input_scale  # kernels know nothing of it; it stays when codes are let go
+    scale = layer.unpack().input_scale
+    layer.pack()
+    assert layer.qtensor.input_scale is scale  # kernels know nothing of it
 
 
 def test_query_key_value_and_gate_up_share_their_scales() -> None:
@@ -99,9 +99,11 @@ def test_query_key_value_and_gate_up_share_their_scales() -> None:
     quantize(model, "nvfp4", method="rtn")
     layer = model.model.layers[0]
     attention, mlp = layer.self_attn, layer.mlp
-    assert attention.q_proj.global_scale == attention.k_proj.global_scale == attention.v_proj.global_scale
-    assert mlp.gate_proj.global_scale == mlp.up_proj.global_scale
-    assert mlp.gate_proj.global_scale != attention.q_proj.global_scale
+    assert (
+        attention.q_proj.qtensor.global_scale == attention.k_proj.qtensor.global_scale == attention.v_proj.qtensor.global_scale
+    )
+    assert mlp.gate_proj.qtensor.global_scale == mlp.up_proj.qtensor.global_scale
+    assert mlp.gate_proj.qtensor.global_scale != attention.q_proj.qtensor.global_scale
 
 
 def test_static_scales_need_calibration() -> None:

@@ -5,7 +5,7 @@ import torch
 
 from quantkit.errors import SpecError
 from quantkit.numerics import grid
-from quantkit.qtensor import GridTensor, concatenate, stack
+from quantkit.qtensor import GridTensor, concatenate
 from quantkit.spec import QuantSpec
 
 ASYM = QuantSpec("int3", (1, 16), symmetric=False)
@@ -46,7 +46,7 @@ def test_rows_experts_join_and_stack() -> None:
     joined = concatenate([a, b])
     assert torch.equal(joined.dequantize(), torch.cat([a.dequantize(), b.dequantize()]))
     assert torch.equal(joined.rows(slice(6, 12)).dequantize(), b.dequantize())
-    stacked = stack([a, b])
+    stacked = GridTensor.stack([a, b])
     assert stacked.shape == (2, 6, 48)
     assert torch.equal(stacked[1].dequantize(), b.dequantize())
     index = torch.tensor([5, 0, 5])

@@ -176,8 +176,8 @@ def walk_block(
         visit: called once per site that is reached, as ``visit(site, gather)``; ``gather(needs, quantizer)`` runs
             collectors over the site's inputs, as they are or after a Hadamard transform. It may overwrite the site's float
             weight in place: the suspended batches then use it.
-        float_inputs: for every batch the inputs that the float model has at the sites (:func:`record_inputs`), if anybody wants
-            them; emptied on the way.
+        float_inputs: for every batch the inputs that the float model has at the sites (:func:`record_inputs`), if they are
+            needed; emptied on the way.
         products: what the products of ``forwards`` round their inputs to, if they do; see :func:`collect`.
 
     Returns:

@@ -44,7 +44,7 @@ def rejections(model: PreTrainedModel, plan: Plan, format: str = "compressed-ten
 
 def _rejections(contents: Contents, plan: Plan, format: str, dtype: str) -> dict[str, str]:
     if unknown := sorted(plan.keys() - contents.sites.keys()):
-        raise SpecError(f"plan names {unknown[0]!r}, which is no site of the model; {nearest(unknown[0], contents.sites)}")
+        raise SpecError(f"plan names {unknown[0]!r}, which is no layer of the model; {nearest(unknown[0], contents.sites)}")
     rule = FORMATS.get(format)
 
     def ask(name: str, shape: tuple[int, ...]) -> str | None:
@@ -126,7 +126,7 @@ def converted_buffers(model: nn.Module, loaded: nn.Module) -> list[str]:
 def _refuse(refused: Mapping[str, str], format: str) -> None:
     if refused:
         name, reason = next(iter(refused.items()))
-        more = f" (and {len(refused) - 1} more sites)" if len(refused) > 1 else ""
+        more = f" (and {len(refused) - 1} more layers)" if len(refused) > 1 else ""
         raise FormatError(f"format {format}: {name}: {reason}{more}")
 
 

@@ -15,7 +15,7 @@ from quantkit.hf.load import PretrainedConfig, PreTrainedModel, empty_model
 from quantkit.hf.names import CheckpointTensor, Piece, checkpoint_names
 from quantkit.hf.structure import describe
 from quantkit.nn.sites import Site, Structure
-from quantkit.qtensor import GridTensor, concatenate, stack
+from quantkit.qtensor import GridTensor, concatenate
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +162,7 @@ def lookup(model: nn.Module, name: str) -> Tensor:
     except AttributeError:
         tensor = None
     if not isinstance(tensor, Tensor):
-        raise FormatError(f"the model has no float tensor {name}; it does not match its config, or the site is quantized")
+        raise FormatError(f"the model has no float tensor {name}; it does not match its config, or the layer is quantized")
     return tensor.detach()
 
 
@@ -214,7 +214,7 @@ def assemble(site: Site, stored: Iterable[tuple[Entry, GridTensor]]) -> GridTens
         for expert in sorted(parts, key=lambda e: -1 if e is None else e):
             rows_of_expert = [q for _, q in sorted(parts[expert], key=lambda part: part[0])]
             joined.append(rows_of_expert[0] if len(rows_of_expert) == 1 else concatenate(rows_of_expert))
-        return joined[0] if None in parts else stack(joined)
+        return joined[0] if None in parts else GridTensor.stack(joined)
     except SpecError as error:
         raise FormatError(f"{site.name}: its parts in the checkpoint do not fit together: {error}") from error
 

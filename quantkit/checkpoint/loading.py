@@ -23,7 +23,7 @@ from quantkit.kernels.cpu.matmul import CpuKernel, State
 from quantkit.kernels.select import Problem, check_compute, select
 from quantkit.nn.embedding import QuantEmbedding
 from quantkit.nn.install import install, set_compute
-from quantkit.nn.linear import QuantLinear, QuantWeight
+from quantkit.nn.linear import QuantModule, QuantWeight
 from quantkit.nn.sites import Site
 from quantkit.qtensor import GridTensor
 from quantkit.system.memory import HeapWatch
@@ -89,9 +89,7 @@ def load(
     if not on_cpu:
         loaded = model.to(device)
     for part in loaded.modules():
-        if isinstance(part, QuantLinear | QuantWeight):
-            part.keeps_codes = False
-        elif isinstance(part, QuantEmbedding) and dtype is not None:
+        if isinstance(part, QuantEmbedding) and dtype is not None:
             part.to(dtype)  # of what a look-up returns
     set_compute(loaded, compute)
     return loaded
@@ -99,11 +97,11 @@ def load(
 
 def _finish(model: Any, path: str | Path) -> None:
     """Tie, check that nothing is missing, and set what the files say beside the weights."""
-    if not any(isinstance(part, QuantLinear) and part.tied_to for part in model.modules()):  # its table is one already
+    quantized = {name: part for name, part in model.named_modules() if isinstance(part, QuantModule)}
+    if not any(part.tied_to for part in quantized.values()):  # its table is one already
         model.tie_weights()
-    codes = {id(buffer) for part in model.modules() if isinstance(part, QuantLinear | QuantWeight) for buffer in part.buffers()}
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    left = [name for name, tensor in tensors if tensor.is_meta and id(tensor) not in codes]
+    tensors = [*model.named_parameters(), *model.named_buffers(), *quantized.items()]
+    left = [name for name, tensor in tensors if tensor.device.type == "meta"]
     if left:
         raise FormatError(f"{path}: nothing was loaded into {', '.join(left[:5])}")
     if any(isinstance(module, QuantWeight) for module in model.modules()):

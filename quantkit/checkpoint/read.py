@@ -225,4 +225,4 @@ def _scheme_table(opened: Opened) -> list[dict[str, Any]]:
     counts: dict[Scheme, int] = {}
     for scheme in opened.schemes.values():
         counts[scheme] = counts.get(scheme, 0) + 1
-    return [{"scheme": scheme.to_dict(), "describe": scheme.weight.describe(), "sites": n} for scheme, n in counts.items()]
+    return [{"scheme": scheme.to_dict(), "describe": scheme.weight.describe(), "layers": n} for scheme, n in counts.items()]

@@ -9,27 +9,36 @@ from torch import Tensor, nn
 from quantkit.checkpoint.contents import float_tensor
 from quantkit.checkpoint.read import open_checkpoint
 from quantkit.checkpoint.staging import mark_incomplete
-from quantkit.errors import FormatError
-from quantkit.nn.embedding import QuantEmbedding
-from quantkit.nn.linear import QuantLinear, QuantWeight
-from quantkit.qtensor import PARTS, GridTensor
-from quantkit.spec import Scheme
+from quantkit.errors import FormatError, SpecError
+from quantkit.nn.linear import QuantModule
+from quantkit.qtensor import GridTensor, QTensor, as_grid
+from quantkit.spec import QuantSpec, Scheme
 
 
 def installed(model: nn.Module) -> dict[str, GridTensor]:
-    """Return site name to GridTensor of every quantized weight in the model."""
-    return {name: module.qtensor for name, module in _owners(model)}
+    """Return layer name to quantized weight, everything in the model.
+
+    Raises:
+        SpecError: a weight that is not on a grid, which no format stores.
+    """
+    return {name: as_grid(module.qtensor) for name, module in _owners(model)}
 
 
 def installed_plan(model: nn.Module) -> dict[str, Scheme]:
-    """Return site name to scheme of everything quantized in the model."""
-    return {name: Scheme(module.spec, module.activation) for name, module in _owners(model)}
+    """Return layer name to scheme of everything quantized in the model; raises as :func:`installed`."""
+    return {name: Scheme(_grid_of(name, module), module.activation) for name, module in _owners(model)}
 
 
-def _owners(model: nn.Module) -> Iterator[tuple[str, QuantEmbedding | QuantLinear | QuantWeight]]:
+def _grid_of(name: str, module: QuantModule) -> QuantSpec:
+    if not isinstance(module.spec, QuantSpec):
+        raise SpecError(f"{name}: its weight {module.spec.describe()} is not on a grid; no format stores it")
+    return module.spec
+
+
+def _owners(model: nn.Module) -> Iterator[tuple[str, QuantModule]]:
     """Yield the modules whose weights a checkpoint holds under their names: all but tied heads."""
     for name, module in model.named_modules():
-        if isinstance(module, QuantEmbedding | QuantWeight) or (isinstance(module, QuantLinear) and module.tied_to is None):
+        if isinstance(module, QuantModule) and module.tied_to is None:
             yield name, module
 
 
@@ -77,5 +86,7 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
-def _same_qtensor(a: GridTensor, b: GridTensor) -> bool:
-    return all(same_bits(getattr(a, name), getattr(b, name)) for name in PARTS) and a.spec == b.spec and a.shape == b.shape
+def _same_qtensor(a: QTensor, b: QTensor) -> bool:
+    parts, others = a.parts(), b.parts()
+    same = (a.spec, a.shape, parts.keys()) == (b.spec, b.shape, others.keys())
+    return same and all(same_bits(parts[name], others[name]) for name in parts)

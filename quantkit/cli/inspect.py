@@ -60,7 +60,7 @@ def inspect(path: Path, as_json: AsJson = False) -> None:
         {
             "model": f"{found['model']}, {found['dtype']}",
             "format": found["format"],
-            "schemes": "\n".join(f"{row['describe']}: {row['sites']} sites" for row in found["schemes"]),
+            "schemes": "\n".join(f"{row['describe']}: {row['layers']} layers" for row in found["schemes"]),
             "parameters": f"{found['parameters']:,} ({found['quantized_parameters']:,} quantized)",
             "bits per quantized weight": f"{found['quantized_bits_per_weight']:.3f}",
             "bits per parameter": f"{found['bits_per_weight']:.3f}",

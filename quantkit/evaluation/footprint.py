@@ -13,8 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from quantkit.nn.embedding import QuantEmbedding
-from quantkit.nn.linear import QuantLinear, QuantWeight
+from quantkit.nn.linear import QuantModule
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +23,8 @@ class Footprint:
     Attributes:
         parameters: weights, counted once where tied; a quantized weight counts as the number of weights it stands for.
         stored_bytes: bytes of the weights as a checkpoint holds them, tied ones once.
-        tensor_bytes: parameters and buffers in memory, counted once where shared; without a kernel's repacked copies.
+        tensor_bytes: parameters and buffers in memory, counted once where shared, and quantized weights as a checkpoint holds
+            them.
         bits_per_weight: stored bits of the quantized weights, or of all parameters of a model without any.
         model_bits_per_weight: stored bits of all parameters, over all parameters.
         quantized_share: share of the parameters that are quantized.
@@ -42,11 +42,9 @@ class Footprint:
 
 def footprint(model: nn.Module, path: str | Path | None = None) -> Footprint:
     """Measure ``model``; ``path`` is the directory or file it came from, if any."""
-    kinds = (QuantEmbedding, QuantLinear, QuantWeight)
-    modules = [m for m in model.modules() if isinstance(m, kinds) and getattr(m, "tied_to", None) is None]
-    quantized = {id(m): m.qtensor for m in modules}
-    weights = sum(q.numel for q in quantized.values())
-    stored = sum(q.nbytes for q in quantized.values())
+    quantized = [m for m in model.modules() if isinstance(m, QuantModule) and m.tied_to is None]
+    weights = sum(module.numel for module in quantized)
+    stored = sum(module.nbytes for module in quantized)
     plain = list({id(p): p for p in model.parameters()}.values())  # tied parameters are one object
     total = weights + sum(p.numel() for p in plain)
     total_bytes = stored + sum(p.nbytes for p in plain)
@@ -55,7 +53,7 @@ def footprint(model: nn.Module, path: str | Path | None = None) -> Footprint:
     return Footprint(
         parameters=total,
         stored_bytes=total_bytes,
-        tensor_bytes=sum(storages.values()),
+        tensor_bytes=stored + sum(storages.values()),
         bits_per_weight=stored * 8 / weights if weights else model_bits,
         model_bits_per_weight=model_bits,
         quantized_share=weights / max(total, 1),

@@ -1,9 +1,11 @@
 """The native decoder of a model, for the CPU or CUDA, cached until the model's weights change.
 
-A parameter or buffer that was replaced or written to is detected by its identity, address and version counter.
+A parameter or buffer that was replaced or written to is detected by its identity, address and version counter, a quantized
+weight that was replaced by its module's ``revision``.
 """
 
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from quantkit.kernels.cuda import decoder, nvcc
 from quantkit.kernels.cuda.decoder import CudaDecoder
 from quantkit.kernels.cuda.matmul import DTYPES
 from quantkit.kernels.program.definition import Program
+from quantkit.nn.linear import QuantModule
 from quantkit.system.memory import available_bytes, drop_pages, mapped_pages, return_freed_memory
 
 _Mark = tuple[tuple[int, int, int], ...]
@@ -31,7 +34,7 @@ def native_decoder(model: PreTrainedModel) -> Decoder | str:
     if known is None or known[0] != mark:
         _decoders.pop(model, None)  # free the old copies of the weights before making new ones
         made = _make(model)
-        known = _decoders[model] = (_mark(model), made)  # quantized layers may have released their codes meanwhile
+        known = _decoders[model] = (mark, made)
     return known[1]
 
 
@@ -83,10 +86,8 @@ def _too_large_for_cuda(program: Program, device: torch.device) -> str | None:
     """Return a reason if a second copy of the weights, in the kernels' layout, would take nearly all free device memory."""
     if not torch.cuda.is_available():
         return None
-    parts = [linear.weight for linear in program.linears()]
-    sizes = [
-        part.nbytes if isinstance(part, Tensor) else sum(b.nbytes for b in part.buffers()) for part in dict.fromkeys(parts)
-    ]
+    parts: list[Any] = [linear.weight for linear in program.linears()]
+    sizes = [part.nbytes for part in dict.fromkeys(parts)]
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     free = torch.cuda.mem_get_info(device)[0] + unused
     if sum(sizes) < 0.9 * free:
@@ -110,9 +111,13 @@ def _too_large(program: Program) -> str | None:
 
 
 def _mark(model: PreTrainedModel) -> _Mark:
-    """Return a value that changes when a parameter or buffer of the model is replaced or written to."""
+    """Return a value that changes when a parameter or buffer is replaced or written to, or a quantized weight is replaced."""
     tensors = [*model.parameters(), *model.buffers()]
-    return tuple((id(tensor), tensor.data_ptr(), _version(tensor)) for tensor in tensors)
+    quantized = [part for part in model.modules() if isinstance(part, QuantModule)]
+    return (
+        *((id(tensor), tensor.data_ptr(), _version(tensor)) for tensor in tensors),
+        *((id(part), 0, part.revision) for part in quantized),
+    )
 
 
 def _version(tensor: Tensor) -> int:

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from quantkit.kernels.select import KERNELS, ComputeMode, Problem
-from quantkit.qtensor import GridTensor
-from quantkit.spec import QuantSpec
+from quantkit.qtensor import QTensor
+from quantkit.spec import WeightSpec
 
 
 class ReferenceKernel:
@@ -24,15 +24,15 @@ class ReferenceKernel:
         """Reject only activations that are not floating point."""
         return None if problem.dtype.is_floating_point else f"activations are {problem.dtype}, want a floating dtype"
 
-    def prepack(self, qtensor: GridTensor) -> GridTensor:
+    def prepack(self, qtensor: QTensor) -> QTensor:
         """Return ``qtensor``."""
         return qtensor
 
-    def matmul(self, x: Tensor, state: GridTensor, bias: Tensor | None) -> Tensor:
+    def matmul(self, x: Tensor, state: QTensor, bias: Tensor | None) -> Tensor:
         """Return ``x @ w.T + bias`` with w rounded to x's dtype; differentiable in x and bias."""
         return F.linear(x, state.dequantize(x.dtype), bias)
 
-    def unpack(self, state: GridTensor, spec: QuantSpec) -> GridTensor:
+    def unpack(self, state: QTensor, spec: WeightSpec) -> QTensor:
         """Return ``state``."""
         return state
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import KernelError
-from quantkit.qtensor import GridTensor
+from quantkit.qtensor import QTensor
 from quantkit.registry import Registry
-from quantkit.spec import ActivationSpec, QuantSpec
+from quantkit.spec import ActivationSpec, QuantSpec, WeightSpec
 
 ComputeMode = Literal["float", "int8"]
 """What a kernel multiplies weights with: activations as they are, or rounded to int8 block by block."""
@@ -32,13 +32,13 @@ class Problem:
     """What a kernel is asked to run.
 
     Attributes:
-        spec: grid of the weight.
+        spec: which numbers the weight has.
         shape: (N, K) = (out, in) of the weight.
         device: device type, e.g. ``"cpu"``.
         dtype: dtype of the activations and of the output.
     """
 
-    spec: QuantSpec
+    spec: WeightSpec
     shape: tuple[int, int]
     device: str
     dtype: torch.dtype
@@ -64,7 +64,7 @@ class Kernel(Protocol):
         """Say why ``problem`` cannot run here, or None if it can. May build the kernel's library (once)."""
         ...
 
-    def prepack(self, qtensor: GridTensor) -> Any:
+    def prepack(self, qtensor: QTensor) -> Any:
         """Lay a 2-D weight out for :meth:`matmul`. The state may share memory with ``qtensor`` and is never written to."""
         ...
 
@@ -72,8 +72,8 @@ class Kernel(Protocol):
         """Return ``x @ w.T + bias``: x (..., K) to (..., N), in x's dtype and on its device; ``bias`` (N,) in x's dtype."""
         ...
 
-    def unpack(self, state: Any, spec: QuantSpec) -> GridTensor:
-        """Reverse :meth:`prepack`: return the weight that ``state`` was made from, bit for bit; ``spec`` is its grid."""
+    def unpack(self, state: Any, spec: WeightSpec) -> QTensor:
+        """Reverse :meth:`prepack`: return the weight that ``state`` was made from, bit for bit; ``spec`` is its own."""
         ...
 
     def details(self) -> dict[str, str]:
@@ -85,7 +85,7 @@ class Kernel(Protocol):
 class RoundingKernel(Protocol):
     """A kernel that can also multiply activations rounded per token to 8 bits, without making floats of them again."""
 
-    def rounds(self, spec: QuantSpec, activation: ActivationSpec) -> bool:
+    def rounds(self, spec: WeightSpec, activation: ActivationSpec) -> bool:
         """Say whether weights of ``spec`` can meet activations rounded to ``activation``; they are in its basis already."""
         ...
 

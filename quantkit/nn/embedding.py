@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import SpecError
-from quantkit.nn.linear import _Quantized
-from quantkit.qtensor import GridTensor
+from quantkit.nn.linear import QuantModule
+from quantkit.qtensor import QTensor
 
 
-class QuantEmbedding(_Quantized):
+class QuantEmbedding(QuantModule):
     """An embedding with a quantized table.
 
     Args:
@@ -28,28 +28,33 @@ class QuantEmbedding(_Quantized):
         SpecError: a table that is not 2-D, or with scales shared by several rows.
     """
 
-    def __init__(self, qtensor: GridTensor, dtype: torch.dtype = torch.float32) -> None:
-        if len(qtensor.shape) != 2 or qtensor.spec.block[0] != 1:
-            got = f"{qtensor.spec.describe()} {qtensor.shape}"
-            raise SpecError(f"QuantEmbedding: {got}; want (vocabulary, hidden) with a scale per group or row")
+    like: Tensor
+
+    def __init__(self, qtensor: QTensor, dtype: torch.dtype = torch.float32) -> None:
+        try:
+            qtensor.rows(torch.zeros(0, dtype=torch.int64, device=qtensor.device))
+        except SpecError as error:
+            raise SpecError(f"QuantEmbedding: {error}; want a scale per group or row") from error
+        if len(qtensor.shape) != 2:
+            raise SpecError(f"QuantEmbedding: a table {qtensor.shape}; want (vocabulary, hidden)")
         super().__init__(qtensor)
         self.num_embeddings, self.embedding_dim = qtensor.shape
-        self.register_buffer("like", torch.empty(0, dtype=dtype, device=qtensor.scale.device), persistent=False)
+        self.register_buffer("like", torch.empty(0, dtype=dtype, device=qtensor.device), persistent=False)
 
     @property
     def weight(self) -> Tensor:
-        """The whole table, dequantized anew: for those who ask for its shape, device or values now and then."""
-        return self.dequantize(self.like.dtype)  # type: ignore[arg-type]
+        """The whole table, dequantized anew at every access; meant for code that asks an embedding for its weight's shape."""
+        return self.dequantize(self.like.dtype)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return the rows of int64 ``ids`` (...), (..., hidden)."""
         rows = self.qtensor.rows(ids.reshape(-1))
-        return rows.dequantize(self.like.dtype).view(*ids.shape, self.embedding_dim)  # type: ignore[arg-type]
+        return rows.dequantize(self.like.dtype).view(*ids.shape, self.embedding_dim)
 
 
 def input_table(model: Any) -> tuple[int, torch.device]:
     """Return how many ids the input embedding of ``model`` knows, and where ids must be; a quantized table stays quantized."""
     table = model.get_input_embeddings()
     if isinstance(table, QuantEmbedding):
-        return table.num_embeddings, table.like.device  # type: ignore[return-value]
+        return table.num_embeddings, table.device
     return table.weight.shape[0], table.weight.device

@@ -16,11 +16,11 @@ from quantkit.nn.embedding import QuantEmbedding
 from quantkit.nn.linear import QuantLinear, QuantWeight
 from quantkit.nn.sites import Site
 from quantkit.numerics import grid
-from quantkit.qtensor import GridTensor
+from quantkit.qtensor import GridTensor, QTensor
 from quantkit.spec import ActivationSpec, QuantSpec
 
 
-def install(model: nn.Module, site: Site, qtensor: GridTensor, activation: ActivationSpec | None = None) -> None:
+def install(model: nn.Module, site: Site, qtensor: QTensor, activation: ActivationSpec | None = None) -> None:
     """Replace the weight of ``site`` in ``model``, in place.
 
     The new module takes the old one's training flag and name; forward hooks of a replaced linear layer are lost.
@@ -57,9 +57,7 @@ def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), name, module.train(model.get_submodule(path).training))
 
 
-def _install_table(
-    model: nn.Module, site: Site, weight: Tensor, qtensor: GridTensor, activation: ActivationSpec | None
-) -> None:
+def _install_table(model: nn.Module, site: Site, weight: Tensor, qtensor: QTensor, activation: ActivationSpec | None) -> None:
     """Replace an embedding, and with it the linear layers that share its table: they get the same codes."""
     if activation is not None:
         raise SpecError(f"{site.name}: a table has no inputs to round; use a scheme with float activations")
@@ -129,6 +127,5 @@ def quantize_head(model: Any, spec: QuantSpec = HEAD_SPEC) -> None:
     name = next(name for name, module in model.named_modules() if module is head)
     parent, _, own = name.rpartition(".")
     rounded = QuantLinear(qtensor, head.bias).train(head.training)
-    rounded.keeps_codes = False
     setattr(model.get_submodule(parent), own, rounded)
     model.config.tie_word_embeddings = False

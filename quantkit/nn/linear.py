@@ -1,21 +1,18 @@
 """Modules that run quantized weights: :class:`QuantLinear` for a linear layer, :class:`QuantWeight` for an expert stack.
 
-Both hold the parts of a :class:`~quantkit.qtensor.QTensor` as buffers, so ``state_dict``, ``to(device)`` and ``deepcopy`` work
-as for any module. ``to(dtype)`` leaves the buffers alone: codes and scales *are* the weight, and a cast would change it.
+Each holds its weight once, as one value: a :class:`~quantkit.qtensor.QTensor` until the first product, from then on the
+layout of the kernel that runs it, :class:`~quantkit.nn.packed.Packed`. The kernel is picked for the device and dtype of that
+product; a product under a gradient leaves the value alone. ``module.qtensor`` is the weight in either state, made again from
+the kernel's layout bit for bit, and can be assigned. Saving, copying and moving go the same way.
 
-The kernel is picked at the first forward on a device and dtype, and its prepacked state is kept beside the buffers
-without being one: it is never saved, and dropped when a buffer is replaced, moved or loaded into. Writing into a buffer's
-memory by hand is not noticed; assign a new tensor instead.
-
-A model that is only run need not hold its weights twice. With ``keeps_codes = False`` (what :func:`quantkit.load` sets) the
-buffers' memory is let go once every part is prepacked: placeholders on the meta device stand in ``buffers()``, and
-whoever reads a buffer, saves, copies or moves the module gets the same bits back, restored from the kernel's layout.
+``state_dict`` has the parts of the QTensor under their names, ``to(device)`` and ``deepcopy`` work as for any module, and
+``to(dtype)`` leaves codes and scales alone: they *are* the weight, and a cast would change it.
 """
 
+import contextlib
 import dataclasses
-import threading
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Self
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -23,38 +20,34 @@ from torch import Tensor, nn
 from quantkit.errors import SpecError
 from quantkit.kernels.cpu.matmul import State
 from quantkit.kernels.select import ComputeMode, Kernel, Problem, RoundingKernel, select
+from quantkit.nn.packed import Packed
 from quantkit.numerics.inputs import InputQuantizer
-from quantkit.qtensor import GridTensor, stack
+from quantkit.qtensor import QTensor
 from quantkit.spec import ActivationSpec, QuantSpec
 
-_BUFFERS = ("packed", "scale", "zero_point")
-_SINGLE = ("global_scale", "input_scale")
-"""Buffers of one number per matrix, which are never let go."""
 
-_PREPARING = threading.RLock()  # one for all: a module that has a lock of its own could not be copied
+class QuantModule(nn.Module):
+    """A module with one quantized weight.
 
+    Args:
+        qtensor: the weight.
+        activation: what inputs are rounded to, None leaves them alone; a static grid's scale is ``qtensor.input_scale``.
 
-class _Ready(NamedTuple):
-    """A kernel with its prepacked state, and what they were made from."""
+    Attributes:
+        spec: which numbers the weight has.
+        shape: of the weight.
+        activation: as given.
+        value: what is held: the QTensor, or what has replaced it. One attribute, so that threads see either.
+        revision: grows when the weight is assigned, loaded or moved, for those who keep something made of it.
+        tied_to: name of the embedding whose table this is, for a tied head; a checkpoint holds it there.
 
-    kernel: Kernel
-    state: Any
-    dtype: torch.dtype | None  # None: the kernel has to be chosen again
-    packed: Tensor
-    scale: Tensor
-    zero_point: Tensor | None
+    Raises:
+        SpecError: a static grid for the inputs without a stored scale, or such a scale without the grid.
+    """
 
+    tied_to: str | None = None
 
-class _Quantized(nn.Module):
-    """The parts of one quantized tensor as buffers, kept in their own dtypes."""
-
-    packed: Tensor
-    scale: Tensor
-    zero_point: Tensor | None
-    global_scale: Tensor | None
-    input_scale: Tensor | None
-
-    def __init__(self, qtensor: GridTensor, activation: ActivationSpec | None = None) -> None:
+    def __init__(self, qtensor: QTensor, activation: ActivationSpec | None = None) -> None:
         super().__init__()
         if (activation is not None and activation.static) != (qtensor.input_scale is not None):
             got = "no activations" if activation is None else f"activations {activation.describe()}"
@@ -62,23 +55,119 @@ class _Quantized(nn.Module):
                 f"{got}, input scale {qtensor.input_scale}: a static grid, and no other, wants a stored input scale"
             )
         self.spec, self.shape, self.activation = qtensor.spec, qtensor.shape, activation
-        for name in (*_BUFFERS, *_SINGLE):
-            self.register_buffer(name, getattr(qtensor, name))
-        self.keeps_codes = True
-        self._compute: ComputeMode = "float"
-        self._ready: dict[int, _Ready] = {}  # by expert; 0 for a plain weight
-        self._released = False  # the buffers are placeholders; every part is in `_ready`
-        self._device = "cpu"  # where the parts of a released module are
+        self.value: QTensor | Packed = qtensor
+        self.revision = 0
+        self.register_state_dict_post_hook(_save_parts)
+        self.register_load_state_dict_pre_hook(_load_parts)
 
     @property
-    def qtensor(self) -> GridTensor:
-        """The quantized weight: the buffers themselves, or what they held, restored, where they have been let go."""
-        if self._released:
-            return self._restored()
-        packed, scale, zero = (self._buffers[name] for name in _BUFFERS)
-        assert packed is not None
-        assert scale is not None
-        return GridTensor(packed, scale, zero, self.spec, self.shape, self.global_scale, self.input_scale)
+    def qtensor(self) -> QTensor:
+        """The quantized weight: what is held, or made again from it. Assigning replaces the weight by one of its kind."""
+        value = self.value
+        return value.canonical() if isinstance(value, Packed) else value
+
+    @qtensor.setter
+    def qtensor(self, value: QTensor) -> None:
+        if (value.spec, value.shape) != (self.spec, self.shape):
+            raise SpecError(
+                f"a weight {value.spec.describe()} {value.shape} in place of one {self.spec.describe()} {self.shape}; "
+                "make a new module for another kind"
+            )
+        self.value = value
+        self.revision += 1
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weight is."""
+        return self.value.device
+
+    @property
+    def numel(self) -> int:
+        """Number of weights."""
+        return int(torch.Size(self.shape).numel())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a file needs for the weight."""
+        return self.value.nbytes
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the weight, computed in float32 and rounded once to ``dtype``."""
+        return self.qtensor.dequantize(dtype)
+
+    @contextlib.contextmanager
+    def placed_on(self, device: torch.device) -> Iterator[None]:
+        """Hold the weight on ``device`` for a while, and then the very value again that was held before."""
+        before = self.value
+        self.value = before.to(device)
+        try:
+            yield
+        finally:
+            self.value = before
+
+    def extra_repr(self) -> str:
+        """Return shape and grids for ``print(model)``."""
+        inputs = f", inputs {self.activation.describe()}" if self.activation else ""
+        return f"{'x'.join(map(str, self.shape))}, {self.spec.describe()}{inputs}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Apply ``fn`` (a move or a cast) to everything, but keep the dtypes of the weight's parts.
+
+        The one override of torch's own methods: nothing public is called when a module moves, and buffers, which would move by
+        themselves, would be cast.
+        """
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        qtensor = self.qtensor
+        self.qtensor = qtensor.with_parts({name: _moved(part, fn) for name, part in qtensor.parts().items()})
+        return self
+
+
+def _moved(part: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
+    moved = fn(part)
+    return moved if moved.dtype == part.dtype else part.to(moved.device)
+
+
+def _save_parts(module: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: Mapping[str, Any]) -> None:
+    """Add the parts of the weight to a ``state_dict`` (a hook of torch's)."""
+    assert isinstance(module, QuantModule)
+    state_dict |= {f"{prefix}{name}": part for name, part in module.qtensor.parts().items()}
+
+
+def _load_parts(
+    module: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    metadata: Mapping[str, Any],
+    strict: bool,
+    missing: list[str],
+    _unexpected: list[str],
+    errors: list[str],
+) -> None:
+    """Take the parts of the weight out of a ``state_dict`` (a hook of torch's); says what torch says of buffers."""
+    assert isinstance(module, QuantModule)
+    qtensor, found = module.qtensor, {}
+    for name, own in qtensor.parts().items():
+        given = state_dict.pop(f"{prefix}{name}", None)
+        if given is None:
+            missing += [f"{prefix}{name}"] if strict else []
+        elif given.shape != own.shape:
+            errors.append(
+                f"size mismatch for {prefix}{name}: {tuple(given.shape)} in the state dict, {tuple(own.shape)} in the module."
+            )
+        elif metadata.get("assign_to_params_buffers", False):
+            found[name] = given.detach()
+        else:
+            found[name] = given.detach().to(own.device, own.dtype, copy=True)
+    if found:
+        module.qtensor = qtensor.with_parts(found)
+
+
+class _Multiplier(QuantModule):
+    """A quantized weight that kernels multiply by."""
+
+    def __init__(self, qtensor: QTensor, activation: ActivationSpec | None = None) -> None:
+        super().__init__(qtensor, activation)
+        self._compute: ComputeMode = "float"
 
     @property
     def compute(self) -> ComputeMode:
@@ -92,181 +181,88 @@ class _Quantized(nn.Module):
     @compute.setter
     def compute(self, value: ComputeMode) -> None:
         self._compute = value
-        self._ready = {expert: ready._replace(dtype=None) for expert, ready in self._ready.items()}
+        if isinstance(self.value, Packed):
+            self.value = dataclasses.replace(self.value, dtype=None)
 
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return the weight, computed in float32 and rounded once to ``dtype``."""
-        return self.qtensor.dequantize(dtype)
+    def pack(self, dtype: torch.dtype = torch.float32) -> Packed:
+        """Hold the layout of the kernel that multiplies activations of ``dtype``, from now on, and return it.
+
+        A thread that reads the weight meanwhile sees it before or after; two that pack it at once do it twice.
+
+        Raises:
+            KernelError: if no kernel, or not the one forced by ``QUANTKIT_KERNEL``, can run this.
+        """
+        value = self.value
+        if isinstance(value, Packed) and value.dtype is dtype:
+            return value
+        kernel = select(Problem(self.spec, (self.shape[-2], self.shape[-1]), value.device.type, dtype), self._compute)
+        packed = value.run_by(kernel, dtype) if isinstance(value, Packed) else Packed.of(value, kernel, dtype)
+        self.value = packed
+        return packed
+
+    def unpack(self) -> QTensor:
+        """Hold the QTensor again, until the next product without a gradient, and return it."""
+        self.value = qtensor = self.qtensor
+        return qtensor
 
     def prepacked(self, dtype: torch.dtype = torch.float32, expert: int = 0) -> Any:
         """Return the kernel's state for activations of ``dtype``: what a forward would use, prepacked now if need be."""
-        ready = self._ready.get(expert)
-        return (ready if ready is not None and self._fits(ready, dtype) else self._prepare(dtype, expert)).state
+        return self.pack(dtype).states[expert]
+
+    def adopt(self, kernel: Kernel, states: Sequence[Any]) -> None:
+        """Hold the states that ``kernel`` made of this weight on the CPU, one per matrix, in place of what is held.
+
+        That may have been on the meta device from the start.
+        """
+        assert len(states) == (1 if len(self.shape) == 2 else self.shape[0])
+        self.value = Packed.adopted(self.qtensor, kernel, states, torch.device("cpu"))
 
     def split_planes(self) -> bool:
         """Let the CPU kernels hold 8-bit codes as two planes of 4 bits, in place; say whether they do now.
 
         Products stay the same to the last bit. What drops prepacked states (a move, a load) drops the planes too.
         """
-        if self.spec.bits != 8:
+        states = self.pack().states
+        if not isinstance(self.spec, QuantSpec) or self.spec.bits != 8 or not all(isinstance(one, State) for one in states):
             return False
-        for expert in range(1 if len(self.shape) == 2 else self.shape[0]):
-            state = self.prepacked(torch.float32, expert)
-            if not isinstance(state, State):
-                return False
-            self._ready[expert] = self._ready[expert]._replace(state=state.split())
+        for expert, state in enumerate(states):  # one by one, so that little is held twice
+            states[expert] = state.split()
         return True
 
-    def adopt(self, kernel: Kernel, states: Sequence[Any]) -> None:
-        """Take the states that ``kernel`` made of this weight, one per matrix, in place of what the buffers hold.
-
-        The buffers' memory is let go; they may have been on the meta device from the start.
-        """
-        assert len(states) == (1 if len(self.shape) == 2 else self.shape[0])
-        self.keeps_codes = False
-        self._release()
-        self._device = "cpu"
-        packed, scale, zero = (self._buffers[name] for name in _BUFFERS)
-        assert packed is not None
-        assert scale is not None
-        self._ready = {part: _Ready(kernel, state, None, packed, scale, zero) for part, state in enumerate(states)}
-
     def extra_repr(self) -> str:
-        """Return shape and grids for ``print(model)``."""
-        inputs = f", inputs {self.activation.describe()}" if self.activation else ""
+        """Return shape, grids and compute mode for ``print(model)``."""
         rounded = "" if self._compute == "float" else f", {self._compute} activations"
-        return f"{'x'.join(map(str, self.shape))}, {self.spec.describe()}{inputs}{rounded}"
+        return f"{super().extra_repr()}{rounded}"
 
     def _multiply(self, x: Tensor, bias: Tensor | None, expert: int = 0) -> Tensor:
         if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
             return nn.functional.linear(self._inputs(expert)(x), self._part(expert).dequantize(x.dtype), bias)
-        ready = self._ready.get(expert)
-        if ready is None or not self._fits(ready, x.dtype):
-            ready = self._prepare(x.dtype, expert)
+        value = self.value
+        if not isinstance(value, Packed) or value.dtype is not x.dtype:
+            value = self.pack(x.dtype)
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)
-        if self.activation is None:
-            return ready.kernel.matmul(x, ready.state, bias)
+        kernel, state, activation = value.kernel, value.states[expert], self.activation
+        if activation is None:
+            return kernel.matmul(x, state, bias)
         inputs = self._inputs(expert)
         x = inputs.prepare_input(x)
-        if isinstance(ready.kernel, RoundingKernel) and ready.kernel.rounds(self.spec, self.activation):
-            return ready.kernel.matmul_rounded(x, ready.state, bias, self.activation)
-        return ready.kernel.matmul(inputs.round(x), ready.state, bias)
+        if isinstance(kernel, RoundingKernel) and kernel.rounds(self.spec, activation):
+            return kernel.matmul_rounded(x, state, bias, activation)
+        return kernel.matmul(inputs.round(x), state, bias)
 
     def _inputs(self, expert: int) -> InputQuantizer:
-        scale = self.input_scale
+        scale = self.value.input_scale
         return InputQuantizer(self.activation, scale if scale is None or scale.ndim == 1 else scale[expert])
 
-    def _fits(self, ready: _Ready, dtype: torch.dtype) -> bool:
-        buffers = self._buffers
-        return (
-            ready.dtype is dtype
-            and ready.packed is buffers["packed"]
-            and ready.scale is buffers["scale"]
-            and ready.zero_point is buffers["zero_point"]
-        )
-
-    def _part(self, expert: int) -> GridTensor:
-        if self._released:
-            ready = self._ready[expert]
-            return ready.kernel.unpack(ready.state, self.spec)
-        return self.qtensor if len(self.shape) == 2 else self.qtensor[expert]
-
-    def _prepare(self, dtype: torch.dtype, expert: int) -> _Ready:
-        with _PREPARING:
-            device = self._device if self._released else self.qtensor.packed.device.type
-            problem = Problem(self.spec, (self.shape[-2], self.shape[-1]), device, dtype)
-            kernel = select(problem, self._compute)
-            ready = self._choose(kernel, dtype, expert)
-            if not self.keeps_codes and not self._released:
-                for other in range(1 if len(self.shape) == 2 else self.shape[0]):
-                    self._choose(kernel, dtype, other)
-                self._release()
-                ready = self._ready[expert]
-            return ready
-
-    def _choose(self, kernel: Kernel, dtype: torch.dtype, expert: int) -> _Ready:
-        """Make one part ready for a kernel; kernels of one class share their states."""
-        old = self._ready.get(expert)
-        same = old is not None and type(old.kernel) is type(kernel) and self._fits(old._replace(dtype=dtype), dtype)
-        state = old.state if old is not None and same else kernel.prepack(self._part(expert))
-        packed, scale, zero = (self._buffers[name] for name in _BUFFERS)
-        assert packed is not None
-        assert scale is not None
-        self._ready[expert] = _Ready(kernel, state, dtype, packed, scale, zero)
-        return self._ready[expert]
-
-    def _release(self) -> None:
-        held = {name: self._buffers[name] for name in _BUFFERS}
-        self._device = self.packed.device.type
-        empty: dict[str, Any] = {
-            name: None if tensor is None else torch.empty_like(tensor, device="meta") for name, tensor in held.items()
-        }
-        self._released = True  # first: another thread that reads the weight meanwhile must not find a placeholder
-        self._buffers.update(empty)
-        self._ready = {expert: ready._replace(**empty) for expert, ready in self._ready.items()}
-
-    def _restored(self) -> GridTensor:
-        parts = [ready.kernel.unpack(ready.state, self.spec) for _, ready in sorted(self._ready.items())]
-        whole = parts[0] if len(self.shape) == 2 else stack(parts)
-        return dataclasses.replace(whole, input_scale=self.input_scale)  # which kernels know nothing of
-
-    def _take_back(self) -> None:
-        """Hold the canonical tensors again."""
-        if self._released:
-            whole = self._restored()
-            own = {name: getattr(whole, name) for name in _BUFFERS}
-            self._buffers.update(own)
-            self._ready = {expert: ready._replace(**own) for expert, ready in self._ready.items()}
-            self._released = False
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Apply ``fn`` (a move or a cast) to everything, but keep the dtypes of codes, scales and zero points."""
-        self._take_back()
-        kept = {id(self._buffers[name]) for name in (*_BUFFERS, *_SINGLE)}
-
-        def move(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return tensor.to(moved.device) if id(tensor) in kept and moved.dtype != tensor.dtype else moved
-
-        self._ready = {}
-        super()._apply(move, recurse)  # type: ignore[no-untyped-call]
-        return self
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._take_back()
-        self._ready = {}
-        super()._load_from_state_dict(*args, **kwargs)
-
-    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        held = dict(self._buffers)
-        if self._released:
-            whole = self._restored()
-            self._buffers.update({name: getattr(whole, name) for name in _BUFFERS})
-        try:
-            super()._save_to_state_dict(*args, **kwargs)
-        finally:
-            self._buffers.update(held)
-
-    def __getattr__(self, name: str) -> Any:
-        if name in _BUFFERS and self.__dict__.get("_released"):
-            return getattr(self._restored(), name)
-        return super().__getattr__(name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in _BUFFERS and self.__dict__.get("_released"):
-            self._take_back()
-        super().__setattr__(name, value)
-
-    def __getstate__(self) -> dict[str, Any]:
-        buffers = dict(self._buffers)
-        if self._released:
-            whole = self._restored()
-            buffers.update({name: getattr(whole, name) for name in _BUFFERS})
-        return {**self.__dict__, "_buffers": buffers, "_ready": {}, "_released": False}
+    def _part(self, expert: int) -> QTensor:
+        value = self.value
+        if isinstance(value, Packed):
+            return value.part(expert)
+        return value if len(self.shape) == 2 else value[expert]
 
 
-class QuantLinear(_Quantized):
+class QuantLinear(_Multiplier):
     """A linear layer with a quantized weight: ``y = x @ w.T + bias``.
 
     Args:
@@ -275,44 +271,23 @@ class QuantLinear(_Quantized):
         activation: what inputs are rounded to, None leaves them alone; a static grid's scale is ``qtensor.input_scale``.
 
     Attributes:
-        spec: grid of the weight.
         shape: (out, in).
         in_features: input size K.
         out_features: output size N.
-        tied_to: name of the embedding whose table this is, for a tied head; a checkpoint holds it there.
 
     Raises:
         SpecError: if the weight is not 2-D or the bias does not fit it.
     """
 
     bias: nn.Parameter | None
-    tied_to: str | None = None
 
-    def __init__(self, qtensor: GridTensor, bias: Tensor | None = None, *, activation: ActivationSpec | None = None) -> None:
+    def __init__(self, qtensor: QTensor, bias: Tensor | None = None, *, activation: ActivationSpec | None = None) -> None:
         if len(qtensor.shape) != 2 or (bias is not None and tuple(bias.shape) != qtensor.shape[:1]):
             got = f"weight {qtensor.shape}, bias {None if bias is None else tuple(bias.shape)}"
             raise SpecError(f"QuantLinear: {got}; want (out, in) and (out,), and QuantWeight for a stack of experts")
         super().__init__(qtensor, activation)
         self.out_features, self.in_features = qtensor.shape
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
-
-    @classmethod
-    def empty(
-        cls,
-        spec: QuantSpec,
-        shape: tuple[int, int],
-        *,
-        bias: bool = False,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "meta",
-    ) -> Self:
-        """Return a layer whose buffers wait to be loaded; ``dtype`` is the bias's.
-
-        Raises:
-            SpecError: if ``spec`` does not fit ``shape`` = (out, in).
-        """
-        values = torch.empty(shape[0], dtype=dtype, device=device) if bias else None
-        return cls(GridTensor.empty(spec, shape, device), values)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x @ w.T + bias`` for x (..., in) of float32, float16 or bfloat16; (..., out) in x's dtype.
@@ -325,7 +300,7 @@ class QuantLinear(_Quantized):
         return self._multiply(x, self._parameters["bias"])
 
 
-class QuantWeight(_Quantized):
+class QuantWeight(_Multiplier):
     """A quantized stack of expert matrices that stands where a 3-D parameter stood.
 
     Args:
@@ -333,26 +308,16 @@ class QuantWeight(_Quantized):
         activation: what inputs are rounded to, None leaves them alone; a static grid's scale is ``qtensor.input_scale``.
 
     Attributes:
-        spec: grid of the weights.
         shape: (experts, out, in).
 
     Raises:
         SpecError: if the weight is not 3-D.
     """
 
-    def __init__(self, qtensor: GridTensor, *, activation: ActivationSpec | None = None) -> None:
+    def __init__(self, qtensor: QTensor, *, activation: ActivationSpec | None = None) -> None:
         if len(qtensor.shape) != 3:
             raise SpecError(f"QuantWeight: weight {qtensor.shape}; want (experts, out, in), and QuantLinear for one matrix")
         super().__init__(qtensor, activation)
-
-    @classmethod
-    def empty(cls, spec: QuantSpec, shape: tuple[int, int, int], *, device: torch.device | str = "meta") -> Self:
-        """Return a stack whose buffers wait to be loaded.
-
-        Raises:
-            SpecError: if ``spec`` does not fit ``shape`` = (experts, out, in).
-        """
-        return cls(GridTensor.empty(spec, shape, device))
 
     def matmul(self, x: Tensor, expert: int) -> Tensor:
         """Return ``x @ w[expert].T`` for x (..., in); (..., out) in x's dtype. Raises as :meth:`QuantLinear.forward`."""

@@ -19,7 +19,6 @@ import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any
 
-from annotated_types import Ge, Le
 from pydantic import BeforeValidator, Field, Strict
 from pydantic import model_validator as whole
 from pydantic_core import PydanticCustomError
@@ -57,7 +56,7 @@ class SchemeChoice:
 
     name: Text | None = None
     dtype: Text | None = None
-    bits: Annotated[int, Strict(), Ge(2), Le(8)] | None = None
+    bits: Annotated[int, Strict(), Field(ge=2, le=8)] | None = None
     group_size: GroupSize | None = None
     symmetric: Flag | None = None
     scale_dtype: Text | None = None

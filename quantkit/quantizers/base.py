@@ -13,7 +13,7 @@ from quantkit.nn.quantized import Quantized
 from quantkit.nn.sites import Site, SiteStatistics
 from quantkit.nn.sizes import RunSize
 from quantkit.numerics import grid
-from quantkit.qtensor import GridTensor, stack
+from quantkit.qtensor import GridTensor
 from quantkit.registry import Registry
 from quantkit.spec import ActivationSpec, QuantSpec, Scheme
 from quantkit.system.compute import Compute
@@ -151,7 +151,7 @@ def quantize_site(
     ]
     notes = [f"expert {i}: {note}" for i, part in enumerate(parts) for note in part.notes]
     loss = sum(part.loss for part in parts) / len(parts)
-    return Quantized(stack([p.qtensor for p in parts]), loss, tuple(notes), any(p.fell_back for p in parts))
+    return Quantized(GridTensor.stack([p.qtensor for p in parts]), loss, tuple(notes), any(p.fell_back for p in parts))
 
 
 def _quantize_matrix(

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -42,6 +43,15 @@ class Compute:
         return torch.autocast(self.device.type, self.products, enabled=enabled, cache_enabled=False)
 
 
+@runtime_checkable
+class PlacesItself(Protocol):
+    """A module that holds tensors elsewhere than in its parameters and buffers."""
+
+    def placed_on(self, device: torch.device) -> contextlib.AbstractContextManager[None]:
+        """Return the context in which those tensors are on ``device``."""
+        ...
+
+
 @contextlib.contextmanager
 def on_device(module: nn.Module, compute: Compute) -> Iterator[None]:
     """Give ``module`` its parameters in the compute dtype, and everything on the compute device; undo it afterwards.
@@ -58,7 +68,11 @@ def on_device(module: nn.Module, compute: Compute) -> Iterator[None]:
         owner._buffers[name] = buffer.to(compute.device)
     moved = [parameter.data_ptr() for parameter, _ in home]
     try:
-        yield
+        with contextlib.ExitStack() as placed:
+            for part in module.modules():
+                if isinstance(part, PlacesItself):
+                    placed.enter_context(part.placed_on(compute.device))
+            yield
     finally:
         for (parameter, own), address in zip(home, moved, strict=True):
             written = parameter.data_ptr() != address

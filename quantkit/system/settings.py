@@ -1,7 +1,7 @@
 """Settings: frozen dataclasses that check themselves, from Python and from a recipe alike.
 
 A class decorated with :func:`settings` is a pydantic dataclass: types are not guessed, bounds stand beside the field
-(``Annotated[int, Gt(0)]``), an unknown name is an error. Called from Python, a mistake is the project's own error in one
+(``Annotated[int, Field(gt=0)]``), an unknown name is an error. Called from Python, a mistake is the project's own error in one
 line; inside a recipe the same checks report the line and column.
 """
 
@@ -9,17 +9,15 @@ import functools
 from collections.abc import Callable
 from typing import Annotated, Any, TypeVar, cast, dataclass_transform
 
-from annotated_types import Ge, Gt
-from pydantic import ConfigDict, Strict, ValidationError
+from pydantic import ConfigDict, Field, Strict, ValidationError
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from quantkit.errors import QuantkitError, nearest
 
 T = TypeVar("T")
 
-Positive = Annotated[int, Strict(), Gt(0)]
-AtLeastTwo = Annotated[int, Strict(), Gt(1)]
-NotNegative = Annotated[int, Strict(), Ge(0)]
+Positive = Annotated[int, Strict(), Field(gt=0)]
+AtLeastTwo = Annotated[int, Strict(), Field(gt=1)]
 Flag = Annotated[bool, Strict()]
 
 _CONFIG = ConfigDict(extra="forbid", strict=False, arbitrary_types_allowed=True)  # strict would refuse a recipe's mapping

@@ -5,7 +5,7 @@ r"""AWQ: enlarge the weights of important inputs, so that rounding hurts them le
     Q_s = \mathrm{round}(W \operatorname{diag}(s)) \operatorname{diag}(s)^{-1}
 
 (Lin, Tang, Tang, Yang, Dang, Han 2024, arXiv 2306.00978, equation 5, with the root mean square in place of the mean magnitude
-and the error taken from H = E[x x^T] instead of outputs.) :math:`\alpha` is searched over a grid, one for all sites that read
+and the error taken from H = E[x x^T] instead of outputs.) :math:`\alpha` is searched over a grid, one for all layers that read
 the tensor; 0 is among the candidates, so the error never grows. The grid of each candidate is the one weighted by importance.
 """
 

@@ -184,7 +184,7 @@ class Distillation:
             qtensor = weight.result().to("cpu")
             done[site.name] = replace(done[site.name], qtensor=qtensor)
             module = _quantized_module(model, site)
-            module.packed, module.scale = qtensor.packed.to(module.packed.device), qtensor.scale.to(module.scale.device)
+            module.qtensor = qtensor.to(module.device)
         log.info("distillation: KL %.4f in the first step, %.4f in the last", losses[0], losses[-1])
         return done, {"kl": losses}
 

@@ -30,7 +30,7 @@ from quantkit.nn.block_calls import call_block, record_block_calls
 from quantkit.nn.sites import Block, Site, SiteStatistics, Structure, read_weight, write_weight
 from quantkit.numerics.grid import choose_global_scale, powers_of_two
 from quantkit.spec import Plan, Scheme
-from quantkit.transforms.base import Transform
+from quantkit.transforms.base import Transform, step_name
 
 TOLERANCE = 1e-3
 _TOKENS = 16
@@ -157,7 +157,7 @@ class ChannelScaling(Transform, Protocol):
         """
         groups = find_groups(model, structure, plan)
         if not groups:
-            raise CalibrationError("transform: nothing in this model can be rescaled; leave transforms out")
+            raise CalibrationError(f"{step_name(self)}: nothing in this model can be rescaled; leave it out")
         ids = probe_ids(model)
         with torch.no_grad():
             before = model(ids, use_cache=False).logits
@@ -169,9 +169,7 @@ class ChannelScaling(Transform, Protocol):
             changed = float((model(ids, use_cache=False).logits - before).abs().max())
         limit = 10 * TOLERANCE * float(before.abs().max())
         if not changed <= limit:
-            raise CalibrationError(
-                f"the transform changed the logits by {changed:.3g} (limit {limit:.3g}); leave transforms out"
-            )
+            raise CalibrationError(f"{step_name(self)} changed the logits by {changed:.3g} (limit {limit:.3g}); leave it out")
 
 
 def _candidates(model: nn.Module, block: Block, sites: tuple[Site, ...], maker: str | None) -> Iterator[ScalingGroup]:

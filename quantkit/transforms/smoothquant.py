@@ -4,7 +4,7 @@ r"""SmoothQuant: move part of the activations' outliers into the weights.
 
 (Xiao, Lin, Seznec, Wu, Demouth, Han 2023, arXiv 2211.10438, equation 4). A channel that is a hundred times larger than the
 others leaves them a hundredth of a token's 8-bit range; after the transform with :math:`\alpha = 1/2` weights and activations
-share it evenly. Useful where activations are quantized; sites with float activations are left alone.
+share it evenly. Useful where activations are quantized; layers with float activations are left alone.
 
 Which alpha is best differs from one tensor to the next. ``alpha=None`` tries :data:`CANDIDATES`, and no scaling at all, on a
 sample of the inputs, rounds weights and inputs as they will be, and takes what changes the outputs least:

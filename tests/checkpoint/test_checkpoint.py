@@ -77,7 +77,7 @@ def test_same_logits_after_save_and_load(family: str, name: str, tmp_path) -> No
     assert torch.equal(logits(loaded), logits(model))
     for site, qtensor in done.items():
         module = loaded.get_submodule(site)
-        assert torch.equal(module.packed, qtensor.packed)
+        assert torch.equal(module.qtensor.packed, qtensor.packed)
         assert module.spec == qtensor.spec
 
 
@@ -197,8 +197,8 @@ def test_reads_what_compressed_tensors_itself_compressed(tmp_path) -> None:
     assert "quantkit" not in read_json(tmp_path / "config.json")
     loaded = checkpoint.load(tmp_path)
     for name, qtensor in done.items():
-        assert torch.equal(loaded.get_submodule(name).scale, qtensor.scale)
-        assert torch.equal(loaded.get_submodule(name).packed, qtensor.packed)
+        assert torch.equal(loaded.get_submodule(name).qtensor.scale, qtensor.scale)
+        assert torch.equal(loaded.get_submodule(name).qtensor.packed, qtensor.packed)
     assert torch.equal(logits(loaded), logits(reference))
 
 
@@ -335,7 +335,7 @@ def test_writer_refuses_gaps_and_strangers(tmp_path) -> None:
         writer.write_block(0, {**parts, block.sites[0].name: parts[block.sites[-1].name]})
     with pytest.raises(FormatError, match="have not been written"):
         writer.finish()
-    with pytest.raises(SpecError, match="no site"):
+    with pytest.raises(SpecError, match="no layer"):
         checkpoint.CheckpointWriter(tmp_path, model, plan={"model.layers.0.mlp.up": Scheme(W4)})
 
 
@@ -349,7 +349,7 @@ def test_inspect_counts_what_the_disk_shows(saved: tuple[PreTrainedModel, Path])
     assert facts["quantized_parameters"] == sum(site.numel for site in sites)
     assert facts["quantized_bytes"] == sum(t.nbytes for n, t in tensors.items() if ".weight_" in n)
     assert facts["modules"]["model.layers.0.mlp.up_proj"] == "int4 g32 asym"
-    assert facts["schemes"][0]["sites"] == len(sites)
+    assert facts["schemes"][0]["layers"] == len(sites)
     exact = sum(m.qtensor.nbytes for m in model.modules() if isinstance(m, QuantLinear)) + 16 * len(sites)  # weight_shape
     assert facts["quantized_bytes"] == exact
     assert facts["quantized_bits_per_weight"] == pytest.approx(exact * 8 / facts["quantized_parameters"])
@@ -364,11 +364,11 @@ def test_verify_finds_one_wrong_bit(what: str, tmp_path) -> None:
     layer = model.model.layers[0].mlp.up_proj
     with torch.no_grad():
         if what == "code":
-            layer.packed[3, 2] ^= 1 << 9
+            layer.qtensor.packed[3, 2] ^= 1 << 9
         elif what == "scale":
-            layer.scale[1, 1] = torch.nextafter(layer.scale[1, 1], torch.tensor(9.0))
+            layer.qtensor.scale[1, 1] = torch.nextafter(layer.qtensor.scale[1, 1], torch.tensor(9.0))
         elif what == "zero":
-            layer.zero_point[1, 0] ^= 1
+            layer.qtensor.zero_point[1, 0] ^= 1
         else:
             model.model.norm.weight[0] *= -1
     with pytest.raises(FormatError, match="norm" if what == "norm" else "up_proj"):

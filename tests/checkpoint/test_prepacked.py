@@ -72,8 +72,8 @@ def test_every_grid_comes_back(spec, tmp_path):
     loaded = checkpoint.load(path)
     for module, own in zip(model.modules(), loaded.modules(), strict=True):
         if isinstance(module, QuantLinear):
-            assert torch.equal(module.packed, own.packed)
-            assert torch.equal(module.scale, own.scale)
+            assert torch.equal(module.qtensor.packed, own.qtensor.packed)
+            assert torch.equal(module.qtensor.scale, own.qtensor.scale)
 
 
 def test_grids_without_a_compiled_kernel_are_read_from_the_checkpoint(tmp_path):

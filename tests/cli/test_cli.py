@@ -144,7 +144,7 @@ def test_an_output_that_holds_a_model_is_refused(recipe, tiny_quantized):
 
 def test_inspect(tiny_quantized):
     shown = call("inspect", tiny_quantized)
-    for text in ("LlamaForCausalLM, float32", "int4 g32: 14 sites", "compressed-tensors", "recorded.quality.kl_mean"):
+    for text in ("LlamaForCausalLM, float32", "int4 g32: 14 layers", "compressed-tensors", "recorded.quality.kl_mean"):
         assert text in shown
 
 

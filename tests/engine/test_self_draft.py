@@ -75,8 +75,6 @@ def test_answers_stay_the_same_alone_in_a_batch_and_under_pressure(family, compu
 def test_no_second_model_is_stored_and_the_modules_still_compute_the_same():
     model, x = int8(), torch.randn(3, 64)
     layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
-    for layer in layers:
-        layer.keeps_codes = False
     before, codes = [layer(x[:, :1].expand(-1, layer.in_features)) for layer in layers], [layer.qtensor for layer in layers]
     sizes = [layer.prepacked().weight.nbytes for layer in layers]
     Engine(model, drafter="self")

@@ -104,10 +104,10 @@ def test_round_scale_saturates_in_fp8() -> None:
 
 def test_global_scales_join_only_if_they_are_the_same() -> None:
     from quantkit.errors import SpecError
-    from quantkit.qtensor import concatenate, stack
+    from quantkit.qtensor import concatenate
 
     one, other = (quantize_site(RTN(), "s", weight(seed), NVFP4, None).qtensor for seed in (0, 1))
-    assert torch.equal(stack([one, other])[1].dequantize(), other.dequantize())
+    assert torch.equal(GridTensor.stack([one, other])[1].dequantize(), other.dequantize())
     assert torch.equal(concatenate([one.rows(slice(0, 8)), one.rows(slice(8, 24))]).dequantize(), one.dequantize())
     with pytest.raises(SpecError, match="global_scale"):
         concatenate([one, other])

@@ -34,7 +34,7 @@ def test_rows_are_those_of_the_dequantized_table(spec: QuantSpec) -> None:
     ids = torch.tensor([[0, 39, 7], [7, 7, 1]])
     assert torch.equal(table(ids), table.dequantize(torch.bfloat16)[ids])
     assert torch.equal(table.float()(ids), table.dequantize()[ids])
-    assert table.scale.dtype == torch.float16
+    assert table.qtensor.scale.dtype == torch.float16
     assert table(torch.zeros(0, dtype=torch.int64)).shape == (0, 64)
     assert torch.equal(table.weight, table.dequantize())
 

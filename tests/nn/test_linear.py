@@ -52,8 +52,8 @@ def test_state_dict_round_trips():
     other(x)  # its prepacked state must not survive the load
     other.load_state_dict(module.state_dict())
     assert torch.equal(other(x), module(x))
-    empty = QuantLinear.empty(SPECS[1], (48, 64), bias=True)
-    assert empty.packed.is_meta
+    empty = QuantLinear(GridTensor.empty(SPECS[1], (48, 64)), torch.empty(48, device="meta"))
+    assert empty.device.type == "meta"
     empty.load_state_dict(module.state_dict(), assign=True)
     assert torch.equal(empty(x), module(x))
 
@@ -66,11 +66,11 @@ def test_a_state_dict_of_another_shape_is_refused():
 @pytest.mark.parametrize("cast", ["bfloat16", "half", "double", "to", "type"])
 def test_casting_a_model_leaves_codes_and_scales_alone(cast):
     module = nn.Sequential(linear(SPECS[1]))
-    before = {name: value.clone() for name, value in module[0].named_buffers()}
+    before = {name: value.clone() for name, value in module[0].qtensor.parts().items()}
     module(torch.randn(1, 64))
     dtype = {"half": torch.float16, "double": torch.float64}.get(cast, torch.bfloat16)
     getattr(module, cast)(*((dtype,) if cast in ("to", "type") else ()))
-    for name, value in module[0].named_buffers():
+    for name, value in module[0].qtensor.parts().items():
         assert value.dtype == before[name].dtype
         assert torch.equal(value, before[name])
     assert module[0].bias.dtype == dtype
@@ -81,10 +81,10 @@ def test_casting_a_model_leaves_codes_and_scales_alone(cast):
 def test_moving_devices():
     module = linear(SPECS[1])
     meta = copy.deepcopy(module).to("meta")
-    assert all(tensor.is_meta for tensor in (meta.packed, meta.scale, meta.zero_point, meta.bias))
+    assert all(tensor.is_meta for tensor in (*meta.qtensor.parts().values(), meta.bias))
     assert meta(torch.empty(2, 64, device="meta")).shape == (2, 48)
     back = meta.to_empty(device="cpu").to(torch.bfloat16)
-    assert (back.packed.dtype, back.scale.dtype, back.zero_point.dtype) == (torch.int32, torch.float16, torch.uint8)
+    assert [part.dtype for part in back.qtensor.parts().values()] == [torch.int32, torch.float16, torch.uint8]
     back.load_state_dict(module.state_dict())
     assert torch.equal(back.dequantize(), module.dequantize())
 
@@ -92,10 +92,10 @@ def test_moving_devices():
 def test_copies_are_independent():
     module, x = linear(), torch.randn(3, 64)
     before = module(x)
-    twin = copy.deepcopy(module)
-    assert torch.equal(twin(x), before)
-    twin.packed = torch.zeros_like(twin.packed)
-    assert not torch.equal(twin(x), before)
+    other = copy.deepcopy(module)
+    assert torch.equal(other(x), before)
+    other.qtensor = other.qtensor.with_parts({"packed": torch.zeros_like(other.qtensor.packed)})
+    assert not torch.equal(other(x), before)
     assert torch.equal(module(x), before)
 
 
@@ -113,12 +113,15 @@ def test_a_module_can_be_saved_whole_without_its_prepacked_state():
 
 
 @pytest.mark.parametrize("name", ["packed", "scale", "zero_point"])
-def test_a_replaced_buffer_is_noticed(name):
+def test_a_replaced_part_is_noticed(name):
     module, other, x = linear(SPECS[1]), linear(SPECS[1], seed=1), torch.randn(3, 64)
-    before = module(x)
-    setattr(module, name, getattr(other, name))
+    before, revision = module(x), module.revision
+    module.qtensor = module.qtensor.with_parts({name: other.qtensor.parts()[name]})
+    assert module.revision == revision + 1
     assert not torch.equal(module(x), before)
     torch.testing.assert_close(module(x), expected(module, x), rtol=1e-5, atol=1e-5)
+    with pytest.raises(SpecError, match=r"int3 g32 asym .* in place of one int4 g32"):
+        linear().qtensor = module.qtensor
 
 
 def test_the_weight_is_packed_once_for_all_dtypes(monkeypatch):
@@ -163,7 +166,7 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(SpecError, match="QuantLinear"):
         QuantWeight(quantized())
     with pytest.raises(SpecError, match="multiple of group_size 32"):
-        QuantLinear.empty(SPECS[0], (8, 40))
+        QuantLinear(GridTensor.empty(SPECS[0], (8, 40)))
     with pytest.raises(SpecError, match="expert 3 of 3"):
         QuantWeight(stack).matmul(torch.randn(1, 64), 3)
     with pytest.raises((KernelError, RuntimeError), match="64"):
@@ -176,8 +179,8 @@ def test_expert_stacks(spec):
     assert stack.shape == (3, 48, 64)
     for expert in (0, 2, 1, 0):
         torch.testing.assert_close(stack.matmul(x, expert), x @ stack.dequantize()[expert].T, rtol=1e-5, atol=1e-5)
-    empty = QuantWeight.empty(spec, (3, 48, 64))
-    assert empty.packed.is_meta
+    empty = QuantWeight(GridTensor.empty(spec, (3, 48, 64)))
+    assert empty.device.type == "meta"
     empty.load_state_dict(stack.state_dict(), assign=True)
     assert torch.equal(empty.matmul(x, 2), stack.matmul(x, 2))
     x.requires_grad_(True)

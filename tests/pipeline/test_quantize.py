@@ -73,7 +73,7 @@ def test_gptq_uses_quantized_inputs_of_earlier_sites() -> None:
     last = list(walked.plan)[-1]
 
     def codes(result: object, site: str) -> Tensor:
-        return result.model.get_submodule(site).packed  # type: ignore[attr-defined]
+        return result.model.get_submodule(site).qtensor.packed  # type: ignore[attr-defined]
 
     assert torch.equal(codes(walked, first), codes(reused, first))
     assert not torch.equal(codes(walked, last), codes(reused, last))

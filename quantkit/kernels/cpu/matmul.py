@@ -20,8 +20,8 @@ from quantkit.kernels.cpu import layout, ops
 from quantkit.kernels.cpu.huge_pages import in_huge_pages
 from quantkit.kernels.cpu.layout import LinearStruct, Prepacked
 from quantkit.kernels.select import KERNELS, ComputeMode, Problem
-from quantkit.qtensor import GridTensor
-from quantkit.spec import QuantSpec
+from quantkit.qtensor import GridTensor, QTensor, as_grid
+from quantkit.spec import QuantSpec, WeightSpec
 
 BLOCK = 32
 """Columns that share an int8 activation scale; a smaller or odd group has blocks of its own.
@@ -61,8 +61,8 @@ class CpuKernel:
             return f"runs on the cpu, not on {problem.device}"
         if problem.dtype not in build.DTYPE_CODES:
             return f"activations are {problem.dtype}, want float32, float16 or bfloat16"
-        if not problem.spec.is_integer:
-            return f"codes are {problem.spec.dtype}, want integers"
+        if not isinstance(problem.spec, QuantSpec) or not problem.spec.is_integer:
+            return f"codes are {problem.spec.describe()}, want integers"
         if 0 in problem.shape:
             return f"the weight {problem.shape} is empty"
         try:
@@ -73,9 +73,9 @@ class CpuKernel:
             return str(error)
         return None
 
-    def prepack(self, qtensor: GridTensor) -> State:
+    def prepack(self, qtensor: QTensor) -> State:
         """Copy a 2-D weight into blocks of 16 rows."""
-        weight = layout.prepack(qtensor).moved(in_huge_pages)
+        weight = layout.prepack(as_grid(qtensor)).moved(in_huge_pages)
         return State(weight, weight.struct())
 
     def matmul(self, x: Tensor, state: State, bias: Tensor | None) -> Tensor:
@@ -84,8 +84,9 @@ class CpuKernel:
             return ops.compute(x, *state, self._block, bias)  # the same function, without 3 us of dispatch
         return ops.wq_matmul()(x, *state.weight, self._block, bias)
 
-    def unpack(self, state: State, spec: QuantSpec) -> GridTensor:
+    def unpack(self, state: State, spec: WeightSpec) -> GridTensor:
         """Return the weight that was prepacked."""
+        assert isinstance(spec, QuantSpec)
         return layout.restore(state.weight, spec)
 
     def details(self) -> dict[str, str]:

@@ -17,8 +17,8 @@ from quantkit.kernels.cuda import layout, nvcc, ops
 from quantkit.kernels.cuda.layout import Fragments
 from quantkit.kernels.select import KERNELS, ComputeMode, Problem
 from quantkit.numerics import grid
-from quantkit.qtensor import GridTensor
-from quantkit.spec import ActivationSpec, QuantSpec, token_activations
+from quantkit.qtensor import GridTensor, QTensor, as_grid
+from quantkit.spec import ActivationSpec, QuantSpec, WeightSpec, token_activations
 
 DTYPES = (torch.float16, torch.bfloat16)
 SMALLEST_GROUP = 32
@@ -45,36 +45,42 @@ class CudaKernel:
             return f"runs on cuda, not on {problem.device}"
         if problem.dtype not in DTYPES:
             return f"activations are {problem.dtype}, want float16 or bfloat16"
-        if reason := unfit(problem.spec, problem.shape):
+        spec = problem.spec
+        if not isinstance(spec, QuantSpec):
+            return f"codes are {spec.describe()}, want integers or fp8_e4m3"
+        if reason := unfit(spec, problem.shape):
             return reason
         try:
             nvcc.library()
         except KernelError as error:
             build.warn_once(f"quantized layers on CUDA run on the slow reference kernel: {error}")
             return str(error)
-        if not problem.spec.is_integer and torch.cuda.is_available() and torch.cuda.get_device_capability() < FP8_CAPABILITY:
+        if not spec.is_integer and torch.cuda.is_available() and torch.cuda.get_device_capability() < FP8_CAPABILITY:
             return "fp8 products want compute capability 8.9 or later"
         return None
 
-    def prepack(self, qtensor: GridTensor) -> State:
+    def prepack(self, qtensor: QTensor) -> State:
         """Copy a 2-D weight into the order of the tensor cores, on its device."""
-        return State(layout.prepack(qtensor), qtensor.spec)
+        weight = as_grid(qtensor)
+        return State(layout.prepack(weight), weight.spec)
 
     def matmul(self, x: Tensor, state: State, bias: Tensor | None) -> Tensor:
         """Return ``x @ w.T + bias`` in x's dtype."""
         return self._run(x, state, bias, "codes" if state.spec.is_integer else "fp8 codes")
 
-    def rounds(self, spec: QuantSpec, activation: ActivationSpec) -> bool:
+    def rounds(self, spec: WeightSpec, activation: ActivationSpec) -> bool:
         """Say whether :meth:`matmul_rounded` can take activations of this grid to weights of ``spec``."""
-        per_token = activation.dynamic and activation.grid == token_activations(spec.dtype).grid
-        return per_token and spec.symmetric and spec.dtype in ("int8", "fp8_e4m3")
+        if not isinstance(spec, QuantSpec) or not spec.symmetric or spec.dtype not in ("int8", "fp8_e4m3"):
+            return False
+        return activation.dynamic and activation.grid == token_activations(spec.dtype).grid
 
     def matmul_rounded(self, x: Tensor, state: State, bias: Tensor | None, activation: ActivationSpec) -> Tensor:
         """Round x per token to ``activation`` and multiply the codes; same arguments and result as :meth:`matmul`."""
         return self._run(x, state, bias, "int8" if activation.grid.is_integer else "fp8")
 
-    def unpack(self, state: State, spec: QuantSpec) -> GridTensor:
+    def unpack(self, state: State, spec: WeightSpec) -> GridTensor:
         """Return the weight that was prepacked."""
+        assert isinstance(spec, QuantSpec)
         return layout.restore(state.weight, spec)
 
     def details(self) -> dict[str, str]:
