@@ -1,6 +1,6 @@
 """The CUDA kernels and the recorded decode, side by side with torch's own, in one run on one device.
 
-    python benchmarks/gpu.py [machine matmul ways chain attention sample decode engine] [--json results.json] [--quick]
+    python benchmarks/gpu.py [machine matmul modes chain attention sample decode engine] [--json results.json] [--quick]
 
 Every number is from this run: read and copy rates and a large bf16 product first, the rest as times and as ratios to them
 and to bf16 products (cuBLAS) of the same shape. A time is the median over replays of one CUDA graph that calls the kernel
@@ -194,8 +194,8 @@ def matmul(bench: Bench) -> None:
     print(f"geometric mean over up to 16 tokens: {statistics.geometric_mean(small):.3f} times bf16")
 
 
-def ways(bench: Bench) -> None:
-    """Time the ways that an int4 product can go, to see where one overtakes another."""
+def modes(bench: Bench) -> None:
+    """Time the modes that an int4 product can go, to see where one overtakes another."""
     rows, device = [], torch.device(bench.device)
     shapes = {"o": (64, 128)} if bench.smoke else {name: SHAPES[name] for name in ("o", "qkv", "down", "gate_up")}
     for (name, (n, k)), tokens in itertools.product(shapes.items(), (2,) if bench.smoke else (33, 64, 96, 128, 192, 256, 512)):
@@ -210,7 +210,7 @@ def ways(bench: Bench) -> None:
                 contenders["wgmma"] = [partial(prefill.matmul, x, w) for w in weights]
         rows.append({"shape": name, "tokens": tokens, **bench.compare(contenders)})
         print(rows[-1])
-    bench.found["ways"] = rows
+    bench.found["modes"] = rows
 
 
 def product(x: Tensor, weight: layout.Fragments) -> Tensor:
@@ -351,12 +351,11 @@ def engine(bench: Bench) -> None:
     )
     words = decoder.program.tokens
     drawn = Sampling(0.8, top_k=50, top_p=0.95, seed=1)
-    ways = {"greedy": (Sampling(), True), "greedy, waiting for every token": (Sampling(), False), "drawn": (drawn, True)}
-    for batch, (way, (sampling, ahead)) in itertools.product((1, 2) if bench.smoke else (1, 8, 32), ways.items()):
+    modes = {"greedy": (Sampling(), True), "greedy, waiting for every token": (Sampling(), False), "drawn": (drawn, True)}
+    for batch, (mode, (sampling, ahead)) in itertools.product((1, 2) if bench.smoke else (1, 8, 32), modes.items()):
         limits = Limits(running=batch, kv_tokens=batch * (prompt + new + PAGE_TOKENS), step_tokens=2048)
         server = TokenEngine(CudaBackend(decoder, context_tokens=prompt + new), words, limits=limits)
-        if not ahead:
-            server._run_ahead = lambda step: None
+        server.launches_ahead = ahead
         options = {"max_new_tokens": new, "sampling": sampling, "watch": lambda token: None}
         for _ in range(2):  # the first time records the steps
             requests = [server.submit(torch.randint(words, (prompt,)).tolist(), **options) for _ in range(batch)]
@@ -367,7 +366,7 @@ def engine(bench: Bench) -> None:
         after = sum(sum(at > begin for at in request.token_s) for request in requests)
         asked = min(request.submitted_s for request in requests)
         rows.append(
-            {"batch": batch, "way": way}
+            {"batch": batch, "mode": mode}
             | {"prompt_tokens_per_s": batch * prompt / (begin - asked), "tokens_per_s": after / (end - begin)}
         )
         print(rows[-1])
@@ -398,7 +397,7 @@ def sample(bench: Bench) -> None:
     bench.found["sample"] = rows
 
 
-PARTS = {part.__name__: part for part in (machine, matmul, ways, chain, attention, sample, decode, engine)}
+PARTS = {part.__name__: part for part in (machine, matmul, modes, chain, attention, sample, decode, engine)}
 
 
 def main() -> None:

@@ -147,6 +147,7 @@ class CudaBackend:
 
     Attributes:
         engine: name of the implementation, for reports.
+        pages: keys and values of each layer; empty before :meth:`reserve`.
     """
 
     RECORDED_ROWS: Final = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
@@ -163,7 +164,7 @@ class CudaBackend:
         self.decoder, self.device, self.context_tokens = decoder, decoder.device, context_tokens
         self._kind, self._batch_invariant = kv, batch_invariant
         self._memory: Memory | None = None
-        self._pages: list[LayerPages] = []
+        self.pages: list[LayerPages] = []
         self._table = self._newest = torch.empty(0, dtype=torch.int32)
         self._known: list[list[int]] = []  # the host's copy of the block tables, by slot
         self._recorded: dict[int, _Recorded] = {}
@@ -183,10 +184,10 @@ class CudaBackend:
             )
         if memory == self._memory:
             return  # the pages may keep their content, and the captured graphs remain valid
-        self._recorded, self._pages, self._memory = {}, [], memory
+        self._recorded, self.pages, self._memory = {}, [], memory
         longest = min(self._longest, memory.pages * PAGE_TOKENS)
         self.decoder.lengthen(longest)
-        self._pages = self.decoder.pages(memory.pages, self._kind)
+        self.pages = self.decoder.pages(memory.pages, self._kind)
         self._known = [[] for _ in range(memory.slots)]
         self._newest = torch.zeros(memory.slots, dtype=torch.int32, device=self.device)
         self._table = torch.zeros((memory.slots, -(-longest // PAGE_TOKENS)), dtype=torch.int32, device=self.device)
@@ -196,9 +197,14 @@ class CudaBackend:
         return sum(pages.nbytes for pages in self.decoder.pages(memory.pages, self._kind, "meta"))
 
     @property
+    def captured_rows(self) -> list[int]:
+        """Row counts of the steps that have been captured so far."""
+        return list(self._recorded)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of keys and values that are allocated now."""
-        return sum(pages.nbytes for pages in self._pages)
+        return sum(pages.nbytes for pages in self.pages)
 
     def step(self, spans: Sequence[Span], copies: Sequence[Copy] = ()) -> Tensor:
         """Run ``spans``; see :class:`~quantkit.engine.backend.Backend`."""
@@ -216,7 +222,7 @@ class CudaBackend:
         """Start a step; return logits, sampled tokens, and the rows of them to return (None for all)."""
         assert self._memory is not None, "call reserve first"
         for source, target, _ in copies:
-            for stored in (part for pages in self._pages for part in pages[:4] if part is not None):
+            for stored in (part for pages in self.pages for part in pages[:4] if part is not None):
                 stored[target] = stored[source]
         rows = self._lay_out(spans)
         self._check(rows)
@@ -247,9 +253,7 @@ class CudaBackend:
         positions, slots, draw = inputs.positions, inputs.slots, inputs.draw
         tokens = torch.where(inputs.tokens < 0, self._newest[slots], inputs.tokens)
         where = Where(positions, slots, self._table)
-        logits, bests = self.decoder.step(
-            tokens, where, self._pages, logit_rows, prompts, batch_invariant=self._batch_invariant
-        )
+        logits, bests = self.decoder.step(tokens, where, self.pages, logit_rows, prompts, batch_invariant=self._batch_invariant)
         if logit_rows is not None:
             positions, slots, draw = positions[logit_rows], slots[logit_rows], Draw(*(part[logit_rows] for part in draw))
         chosen = ops.ops().next_tokens(logits.contiguous(), *draw, positions, slots, self._newest, bests)

@@ -78,6 +78,8 @@ class TokenEngine:
         limits: the limits, with every None replaced by a number.
         stats: counters since the engine was made: requests, steps, rows, tokens, drafted, accepted, busy_us (microseconds spent
             in steps), and requests finished by reason.
+        launches_ahead: whether a step is launched before the tokens of the step before it are known, where that is possible;
+            set it to False for comparisons.
     """
 
     def __init__(self, backend: Backend, vocabulary: int, *, limits: Limits | None = None) -> None:
@@ -91,6 +93,7 @@ class TokenEngine:
         self.backend, self.vocabulary = backend, vocabulary
         backend.reserve(self.memory)
         self.stats: Counter[str] = Counter()
+        self.launches_ahead = True
         self._drafter: Drafter | None = None
         self._lengths: dict[Request, DraftLength] = {}
         self._costs, self._acceptance = DraftCosts(), DraftLength.START
@@ -250,6 +253,7 @@ class TokenEngine:
         pages that no other sequence reads, and the next owner of these pages overwrites them later on the same stream.
         """
         others = self._drafter is not None or self.scheduler.can_admit or len(self.scheduler.running) > len(step.plan.sequences)
+        others = others or not self.launches_ahead
         if isinstance(step.launched, Tensor) or others or any(row.request.logprobs is not None for row in step.rows):
             return None
         spans, sequences, rows = list[Span](), list[Sequence](), list[TokenRequest]()

@@ -73,7 +73,7 @@ class NativeBackend:
 
     def step(self, spans: Sequence[Span], copies: Sequence[Copy] = ()) -> Tensor:
         """Run ``spans``; see :class:`~quantkit.engine.backend.Backend`."""
-        pages = self._pages
+        pages = self.pages
         for source, target, _ in copies:
             for stored in (*pages.keys, *pages.values, *pages.key_scales, *pages.value_scales):
                 stored[target] = stored[source]
@@ -88,10 +88,11 @@ class NativeBackend:
 
         See :class:`~quantkit.engine.backend.SelfDraftingBackend`.
         """
-        return self.decoder.run(_rows(spans), self._pages, exact=False, bfloat16=self.bfloat16, argmax=argmax, draft=True)
+        return self.decoder.run(_rows(spans), self.pages, exact=False, bfloat16=self.bfloat16, argmax=argmax, draft=True)
 
     @property
-    def _pages(self) -> KvPages:
+    def pages(self) -> KvPages:
+        """The keys and values; :meth:`reserve` must have been called."""
         assert self._kv is not None, "call reserve first"
         return self._kv
 

@@ -116,7 +116,7 @@ def load(isa: str) -> ctypes.CDLL:
         KernelError: there is no compiler, it fails, or the library cannot be loaded.
     """
     command = [*compiler(), *FLAGS, *isa_flags(compiler(), isa)]
-    path = cache_directory() / f"quantkit-{isa}-{_key(command)}.so"
+    path = cache_directory() / f"quantkit-{isa}-{library_key(command)}.so"
     find_or_make(path, lambda: _compile(command, path))
     return _open(path)
 
@@ -137,7 +137,7 @@ def isa_flags(command: list[str], isa: str) -> tuple[str, ...]:
 
 def find_or_make(path: Path, make: Callable[[], None]) -> None:
     """Call ``make`` unless there is an undamaged library at ``path``."""
-    if path.exists() and (reason := _damage(path)):
+    if path.exists() and (reason := damage(path)):
         logger.warning("kernel library %s is damaged (%s); building it again", path, reason)
         path.unlink(missing_ok=True)
     if not path.exists():
@@ -204,7 +204,8 @@ def sources() -> list[Path]:
     return sorted(path for path in (Path(__file__).parent / "csrc").iterdir() if path.suffix in (".cpp", ".h"))
 
 
-def _key(command: list[str]) -> str:
+def library_key(command: list[str]) -> str:
+    """Return a hash of everything that determines the library which ``command`` compiles."""
     return digest(sources(), shlex.join(command), _version(tuple(command)), _cpu())
 
 
@@ -288,7 +289,8 @@ def _run(line: list[str], way_out: str) -> str:
     return done.stderr + done.stdout
 
 
-def _damage(path: Path) -> str | None:
+def damage(path: Path) -> str | None:
+    """Return what is wrong with the file of a library, or None if its checksum is right."""
     content = path.read_bytes()
     return None if hashlib.sha256(content[:-32]).digest() == content[-32:] else "its checksum differs"
 

@@ -95,6 +95,11 @@ class Worker:
         """Whether the thread is running."""
         return self._thread.is_alive()
 
+    @property
+    def unfinished(self) -> int:
+        """Number of answers that are not finished."""
+        return len(self._answers)
+
     def close(self) -> None:
         """Stop the thread after the current step; unfinished answers end with the reason ``"cancelled"``."""
         self._calls.put(None)

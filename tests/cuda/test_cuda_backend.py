@@ -57,7 +57,7 @@ def test_greedy_equals_the_cpu_engine(family):
     got, engine = answers(backend_of(program))
     assert got == want
     assert engine.stats["steps"] < 20  # together, not one after another
-    assert engine.backend._recorded
+    assert engine.backend.captured_rows
 
 
 def test_preemption_chunks_and_shared_pages_change_nothing():
@@ -272,15 +272,15 @@ def test_rows_that_fill_a_step_up_touch_no_page(way, kv):
     backend.reserve(Memory(6, 32, 4))
     spans = [Span(2, 0, some_ids(3), [4], 1), Span(0, 0, some_ids(2, 1), [1], 2)]
     want = backend.step(spans)  # 5 rows of 8
-    assert list(backend._recorded) == [8]
+    assert backend.captured_rows == [8]
     assert want.shape == (3, tiny.VOCAB)
-    for pages in backend._pages:
+    for pages in backend.pages:
         for stored in (part for part in pages[:4] if part is not None):
             touched = stored.view(torch.uint8).flatten(3).any(-1).any(1)  # (pages, tokens)
             assert touched.nonzero().tolist() == [[1, 0], [1, 1], [4, 0], [4, 1], [4, 2]]
     torch.testing.assert_close(backend.step(spans), want, atol=0, rtol=0)
     backend.step([Span(3, 0, some_ids(1), [0], 0)], [Copy(4, 5, 3)])
-    parts = [part for pages in backend._pages for part in pages[:4] if part is not None]
+    parts = [part for pages in backend.pages for part in pages[:4] if part is not None]
     assert all(torch.equal(part[4], part[5]) and part[4].any() for part in parts)
 
 
@@ -297,7 +297,7 @@ def test_whole_requests_through_the_emulated_kernels(monkeypatch):
         prompts = [some_ids(2, 5), some_ids(11, 6), some_ids(18, 7)]
         got, engine = answers(backend, prompts, 3, running=3, step_tokens=14)
     assert engine.stats["steps"] == 5  # two with runs of neighbours, one of them beside decoded tokens; three recorded ones
-    assert set(backend._recorded) == {8, 1}  # seven rows, the end of a prompt among them; then one
+    assert set(backend.captured_rows) == {8, 1}  # seven rows, the end of a prompt among them; then one
     assert got == answers(NativeBackend(NativeDecoder(program)), prompts, 3)[0]
     for prompt, tokens in zip(prompts, got, strict=True):
         logits = reference.logits(program, torch.tensor([*prompt, *tokens[:-1]]))[len(prompt) - 1 :]
@@ -312,7 +312,7 @@ def test_what_it_cannot_run_goes_through_modules_and_is_counted(monkeypatch, cap
     with emulated.machine(monkeypatch), caplog.at_level(logging.WARNING, logger="quantkit"):
         for model, kv, reason in (
             (tiny.FAMILIES["llama"](head_dim=64), "float", "its dtype is torch.float32"),
-            (tiny.FAMILIES["llama"]().half(), "float", "heads of 16 channels"),
+            (tiny.FAMILIES["llama"]().half(), "float", "heads have 16 channels"),
             (tiny.FAMILIES["llama"](head_dim=64).half(), "int4", "int4 of 32 channels, not as keys int4"),
         ):
             assert make_backend(model, kv).engine == "modules"

@@ -79,15 +79,13 @@ def test_no_second_model_is_stored_and_the_modules_still_compute_the_same():
     sizes = [layer.prepacked().weight.nbytes for layer in layers]
     Engine(model, drafter="self")
     decoder = native_decoder(model)
-    assert decoder._laid_out is not None
     for layer, y, qtensor, size in zip(layers, before, codes, sizes, strict=True):
         state = layer.prepacked().weight
         assert (state.kind, state.nbytes) == (layout.PLANES, size)
         assert torch.equal(layer(x[:, :1].expand(-1, layer.in_features)), y)
         assert torch.equal(layer.qtensor.packed, qtensor.packed)
     held = {layer.prepacked().weight.codes.data_ptr() for layer in layers}
-    kept = {one.codes.data_ptr() for one in decoder._laid_out._kept if isinstance(one, layout.Prepacked)}
-    assert held <= kept
+    assert held <= {weight.codes.data_ptr() for weight in decoder.weights}
     assert Engine(model, drafter="self").backend.decoder is decoder
 
 
@@ -97,7 +95,7 @@ def test_drafting_touches_only_what_is_verified_afterwards():
     drafter = SelfDrafter(backend)
     backend.reserve(Memory(4, 32, 1))
     ids, table = prompt_of(40), [2, 0, 3]
-    pages = backend._pages
+    pages = backend.pages
     for tensor in (*pages.keys, *pages.values):
         tensor.zero_()  # what was never written may be anything, NaN included
     backend.step([Span(0, 0, ids[:-1], table, 0, fresh=True)])

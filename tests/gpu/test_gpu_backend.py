@@ -75,10 +75,10 @@ def test_recorded_steps_say_what_unrecorded_ones_say():
     backend.step([Span(slot, 0, ids, [2 * slot, 2 * slot + 1], 1) for slot, ids in starts])
     decode = [Span(slot, len(ids), [7 + slot], [2 * slot, 2 * slot + 1], 1) for slot, ids in starts]
     recorded = backend.step(decode)
-    assert list(backend._recorded) == [8]
-    before = [part.clone() for pages in backend._pages for part in pages[:4] if part is not None]
+    assert backend.captured_rows == [8]
+    before = [part.clone() for pages in backend.pages for part in pages[:4] if part is not None]
     assert torch.equal(backend.step(decode), recorded)
-    after = [part for pages in backend._pages for part in pages[:4] if part is not None]
+    after = [part for pages in backend.pages for part in pages[:4] if part is not None]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     unrecorded = CudaBackend.run(backend, backend._recorded[8].inputs)[0]
     assert torch.equal(unrecorded[:5], recorded)
@@ -112,15 +112,15 @@ def test_steps_run_ahead_of_the_tokens_they_read():
     backend = backend_of(model_of("llama", True))
     launch, unknown = backend.launch, []
 
-    def noted(spans, copies, picks):
+    def noted(spans, copies, samplings):
         unknown.append(sum(list(span.ids) == [LAST_SAMPLED] for span in spans))
-        return launch(spans, copies, picks)
+        return launch(spans, copies, samplings)
 
     found = []
     for ahead in (True, False):
         backend.launch = noted if ahead else launch
         engine = TokenEngine(backend, tiny.VOCAB)
-        engine._run_ahead = engine._run_ahead if ahead else lambda step: None
+        engine.launches_ahead = ahead
         requests = [
             engine.submit(prompt, max_new_tokens=40, sampling=sampling)
             for prompt, sampling in zip(PROMPTS[:4], SAMPLINGS, strict=True)

@@ -102,11 +102,11 @@ def test_a_failure_is_not_tried_again(fresh, quick, tmp_path, monkeypatch):
 
 def test_the_key_covers_sources_flags_and_cpu(fresh, quick, tmp_path, monkeypatch):
     source = quick(tmp_path / "src")
-    keys = [build._key(["g++", "-O3"]), build._key(["g++", "-O2"])]
+    keys = [build.library_key(["g++", "-O3"]), build.library_key(["g++", "-O2"])]
     source.write_text(source.read_text() + "// changed\n")
-    keys.append(build._key(["g++", "-O3"]))
+    keys.append(build.library_key(["g++", "-O3"]))
     monkeypatch.setattr(build, "_cpu", lambda: "another cpu")
-    keys.append(build._key(["g++", "-O3"]))
+    keys.append(build.library_key(["g++", "-O3"]))
     assert len(set(keys)) == len(keys)
 
 
@@ -133,7 +133,7 @@ def test_a_damaged_library_is_built_again(fresh, quick, tmp_path, caplog, damage
     with caplog.at_level(logging.WARNING):
         assert build.load("native").qk_abi_version() == build.ABI_VERSION
     assert "damaged" in caplog.text
-    assert build._damage(path) is None
+    assert build.damage(path) is None
 
 
 def test_a_library_of_another_interface_is_refused(fresh, quick, tmp_path):
@@ -173,7 +173,7 @@ def test_processes_may_build_at_once(fresh):
         out, errors = run.communicate(timeout=300)
         assert out.strip() == str(build.ABI_VERSION), errors
     (path,) = fresh.iterdir()  # one library and no temporary left behind
-    assert build._damage(path) is None
+    assert build.damage(path) is None
 
 
 def test_the_library_hides_what_is_not_its_interface():

@@ -233,7 +233,7 @@ def test_the_operator_keeps_torchs_rules(biased, block):
             bias = torch.randn(200) if biased else None
             arguments = (torch.randn(2, rows, 128), *state.weight, block, bias)
             torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
-            torch.testing.assert_close(ops._plain(*arguments), operator(*arguments), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(ops.wq_matmul_plain(*arguments), operator(*arguments), rtol=1e-4, atol=1e-4)
 
 
 def test_the_operator_can_be_traced():

@@ -62,4 +62,6 @@ def test_the_operator_knows_planes():
     planes = layout.split(layout.prepack(quantized(8)))
     for kind in (layout.PLANES, layout.HIGH_PLANE):
         state, x = planes._replace(kind=kind), torch.randn(3, 128)
-        torch.testing.assert_close(ops._plain(x, *state, 0, None), ops.wq_matmul()(x, *state, 0, None), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            ops.wq_matmul_plain(x, *state, 0, None), ops.wq_matmul()(x, *state, 0, None), rtol=1e-4, atol=1e-4
+        )

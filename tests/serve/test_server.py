@@ -52,11 +52,11 @@ class RunningServer:
     def settle(self) -> None:
         """Wait until nothing runs."""
         until = time.monotonic() + 20
-        answers = self.server.runner.config.app.state.worker._answers
-        while (self.server.engine.busy or answers) and time.monotonic() < until:
+        worker = self.server.runner.config.app.state.worker
+        while (self.server.engine.busy or worker.unfinished) and time.monotonic() < until:
             time.sleep(0.01)
         assert not self.server.engine.busy
-        assert not answers
+        assert not worker.unfinished
         assert self.server.engine.scheduler.pages.used == 0
 
 

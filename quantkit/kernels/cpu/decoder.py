@@ -26,6 +26,7 @@ from torch import Tensor
 from quantkit.errors import KernelError
 from quantkit.kernels import build
 from quantkit.kernels.cpu import huge_pages, structs
+from quantkit.kernels.cpu.layout import Prepacked
 from quantkit.kernels.cpu.matmul import BLOCK
 from quantkit.kernels.program.definition import Program
 
@@ -183,6 +184,11 @@ class NativeDecoder:
         self._tokens = 0
         self._scratch = torch.empty(0, dtype=torch.uint8)
         self._scratch_size = (0, 0, 0)
+
+    @property
+    def weights(self) -> list[Prepacked]:
+        """All weights in the kernels' layout; quantized ones are shared with their modules where possible."""
+        return self._laid_out.weights
 
     def run(
         self, rows: Rows, kv: KvPages, *, exact: bool = True, bfloat16: bool = False, argmax: bool = False, draft: bool = False

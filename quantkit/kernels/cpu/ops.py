@@ -39,7 +39,7 @@ def wq_matmul() -> Callable[..., Tensor]:
     """
     library = torch.library.Library("quantkit", "FRAGMENT")  # type: ignore[no-untyped-call]
     library.define(SCHEMA)  # type: ignore[no-untyped-call]
-    library.impl("wq_matmul", _plain, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    library.impl("wq_matmul", wq_matmul_plain, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     library.impl("wq_matmul", _compiled, "CPU")  # type: ignore[no-untyped-call]
     torch.library.register_fake("quantkit::wq_matmul", _fake, lib=library)
     _library.append(library)
@@ -74,7 +74,8 @@ def round_activations(x: Tensor, group: int, block: int) -> Tensor:
     return rounded
 
 
-def _plain(x: Tensor, *arguments: Any) -> Tensor:
+def wq_matmul_plain(x: Tensor, *arguments: Any) -> Tensor:
+    """Compute :func:`wq_matmul` in plain torch; this is its definition."""
     *weight, block, bias = arguments
     wide = round_activations(x, weight[4], block) if block and weight[1] is not None else x.float()
     y = F.linear(wide, layout.dequantize(*weight), None if bias is None else bias.float())

@@ -90,6 +90,11 @@ class LaidOut:
         self._arena = Arena()
         self.struct = self._describe()
 
+    @property
+    def weights(self) -> list[layout.Prepacked]:
+        """All weights in the kernels' layout."""
+        return [value for value in self._kept if isinstance(value, layout.Prepacked)]
+
     def _describe(self) -> Any:
         program = self._program
         layers = self._keep(_array(LayerStruct, [self._layer(layer) for layer in program.layers]))

@@ -1,20 +1,20 @@
-// Queries and keys get their positions; keys and values go to their pages.
+// Rotate queries and keys by their positions, and store keys and values in their pages.
 #include "decoder.h"
 #include "kv.h"
 
 namespace qk {
 namespace {
 
-// Turn one head of a row by its position.
+// Rotate one head of a row by its position.
 void rotate(const Rotary& rotary, int64_t position, float* x) {
   const int64_t half = rotary.dim / 2;
   const float *cos = rotary.cos + position * half, *sin = rotary.sin + position * half;
   for (int64_t i = 0; i < half; ++i) {
     float& a = x[rotary.interleaved ? 2 * i : i];
     float& b = x[rotary.interleaved ? 2 * i + 1 : i + half];
-    const float turned = a * cos[i] - b * sin[i];
+    const float rotated = a * cos[i] - b * sin[i];
     b = b * cos[i] + a * sin[i];
-    a = turned;
+    a = rotated;
   }
 }
 
@@ -58,20 +58,20 @@ void append_as(const AttentionJob& job, int64_t row, int64_t kv_head) {
 
 void append_share(const AttentionJob& job, const Member& me) {
   const Attention& a = *job.a;
-  const int64_t turned = a.heads + a.kv_heads, rows = job.batch->rows;
+  const int64_t heads = a.heads + a.kv_heads, rows = job.batch->rows;
   int64_t begin, end;
   if (rows >= me.count) {
     share(me, rows, 1, &begin, &end);
-    begin *= turned;
-    end *= turned;
+    begin *= heads;
+    end *= heads;
   } else {
-    share(me, rows * turned, 1, &begin, &end);
+    share(me, rows * heads, 1, &begin, &end);
   }
   for (int64_t item = begin; item < end; ++item) {
-    const int64_t row = item / turned, head = item % turned;
+    const int64_t row = item / heads, head = item % heads;
     float* x = head_at(job, row, head);
     const Norm& norm = head < a.heads ? a.q_norm : a.k_norm;
-    if (norm.gain && norm.width == a.head_dim) normalize_row(norm, x, x);  // wider ones saw the whole row before
+    if (norm.gain && norm.width == a.head_dim) normalize_row(norm, x, x);  // norms over all heads were applied before
     if (job.rotary) rotate(*job.rotary, job.batch->positions[row], x);
     if (head >= a.heads) append_as(job, row, head - a.heads);
   }

@@ -1,9 +1,9 @@
 // Attention over paged keys and values, for any number of rows of any sequences.
 //
-// A row's context is read in chunks of kChunkTokens keys. Of each chunk and query: the scores, their maximum m, the sum s of
-// exp(score - m), and the values weighted by it. Chunks are merged in order (the running maximum of Milakov and Gimelshein
-// 2018, arXiv:1805.02867), so a row's result depends neither on the other rows of the call nor on the threads, whether one
-// thread reads the whole context or each chunk has its own (few rows: kSplitRows).
+// A row's context is read in chunks of kChunkTokens keys. For each chunk and query, the scores are computed, their maximum m,
+// the sum s of exp(score - m), and the weighted sum of the values. Chunks are merged in order (the running maximum of Milakov
+// and Gimelshein 2018, arXiv:1805.02867), so a row's result depends neither on the other rows of the call nor on the threads,
+// whether one thread reads the whole context or each chunk has its own (few rows: kSplitRows).
 #include <cmath>
 
 #include "decoder.h"
@@ -12,11 +12,11 @@
 namespace qk {
 namespace {
 
-constexpr int kQueries = kWidth == 16 ? 8 : 4;               // whose sums are in registers at once
+constexpr int kQueries = kWidth == 16 ? 8 : 4;               // queries whose sums are in registers at the same time
 constexpr int kTokenParts = static_cast<int>(kPageTokens) / kWidth;  // registers per channel of a page
 constexpr int kTokenStep = kTokenParts < 2 ? kTokenParts : 2;
 
-// One sequence's pages of one layer and key/value head.
+// The pages of one sequence, for one layer and key/value head.
 template <typename T>
 struct Context {
   const typename T::Stored *keys, *values;
@@ -41,16 +41,17 @@ struct Context {
   const typename T::Stored* values_of(int64_t page) const { return values + pages[page] * page_stride; }
 };
 
-// Fetch `bytes` of the page that is read next, from byte `at` on. Pages lie anywhere; the machine foresees only neighbours.
+// Prefetch `bytes` of the next page, from byte `at` on. Pages may be anywhere; the hardware prefetches neighbouring memory
+// only.
 inline void fetch(const void* next, int64_t at, int64_t bytes) {
   for (int64_t i = (at + 63) / 64 * 64; i < at + bytes; i += 64) __builtin_prefetch(static_cast<const char*>(next) + i);
 }
 
-// Scores of Q queries with the keys of one page: scores[q][token]. `next` is read after it.
+// Scores of Q queries with the keys of one page: scores[q][token]. `next` is the page that is read afterwards.
 template <typename T, int Q>
 void page_scores(const typename T::Stored* keys, const void* next, int64_t head_dim, const float* const* queries,
                  float* scores) {
-  constexpr int64_t kBytes = kPageTokens * static_cast<int64_t>(sizeof(typename T::Stored));  // of a channel
+  constexpr int64_t kBytes = kPageTokens * static_cast<int64_t>(sizeof(typename T::Stored));  // per channel
   for (int part = 0; part < kTokenParts; part += kTokenStep) {
     Floats sum[Q][kTokenStep] = {};
     const typename T::Stored* at = keys + part * kWidth;
@@ -66,7 +67,8 @@ void page_scores(const typename T::Stored* keys, const void* next, int64_t head_
   }
 }
 
-// acc[q][0..width) += sum over tokens of weight[q][token] * value[token], for a page; `next` is read after it.
+// acc[q][0..width) += sum over tokens of weight[q][token] * value[token], for one page; `next` is the page that is read
+// afterwards.
 template <typename T, int Q, int PARTS>
 void page_values(const typename T::Stored* values, const void* next, int64_t head_dim, int64_t tokens, const float* weights,
                  float* const* acc) {
@@ -88,7 +90,7 @@ void page_values(const typename T::Stored* values, const void* next, int64_t hea
 template <typename T, int Q>
 void add_values(const typename T::Stored* values, const void* next, int64_t head_dim, int64_t tokens, const float* weights,
                 float* const* acc) {
-  constexpr int kParts = Q > 4 ? 2 : 4;  // as many sums as there are registers for
+  constexpr int kParts = Q > 4 ? 2 : 4;  // as many sums as fit in registers
   int64_t d = 0;
   float* at[Q];
   const auto following = [&] { return static_cast<const char*>(next) + d * static_cast<int64_t>(sizeof(typename T::Stored)); };
@@ -105,14 +107,15 @@ void add_values(const typename T::Stored* values, const void* next, int64_t head
       for (int64_t t = 0; t < tokens; ++t) acc[q][d] += T::one(values[t * head_dim + d]) * weights[q * kChunkTokens + t];
 }
 
-// A chunk's partial result of one query: m, s, then head_dim weighted values.
+// The partial result of one query and chunk: m, s, then head_dim weighted values.
 struct Query {
   const float* q;
-  int64_t first, last;  // keys it sees
+  int64_t first, last;  // the keys that it sees
   float* partial;
 };
 
-// Scores of a query's keys in a chunk (from, to) to weights exp(score - m), 0 for keys it does not see; m and their sum s.
+// Convert the scores of a query in a chunk (from, to) to weights exp(score - m), 0 for keys it does not see; set m and their
+// sum s.
 void weigh(const Attention& a, const Query& query, int64_t start, int64_t from, int64_t to, float* row) {
   const int64_t begin = query.first - start, end = query.last - start;
   const Floats never = splat(-INFINITY);
@@ -185,7 +188,7 @@ void chunk(const AttentionJob& job, const Context<T>& context, int64_t start, co
   }
 }
 
-// `after` is read after the chunk.
+// `after` is the page that is read after the chunk.
 template <typename T>
 void chunks(const AttentionJob& job, const Context<T>& context, int64_t start, const Query* queries, int64_t count,
             const void* after) {
@@ -198,7 +201,7 @@ void chunks(const AttentionJob& job, const Context<T>& context, int64_t start, c
   if (i + 1 == count) chunk<T, 1>(job, context, start, queries + i, after);
 }
 
-// Add a chunk's partial result to a running one; the first chunk is taken as it is.
+// Merge the partial result of a chunk into the running one; the first chunk is copied.
 void merge(float* running, const float* partial, int64_t head_dim) {
   if (partial[0] == -INFINITY) return;
   const float m = running[0] > partial[0] ? running[0] : partial[0];
@@ -213,7 +216,7 @@ void finish(const float* running, float* out, int64_t head_dim) {
 }
 
 struct Span {
-  int64_t first, last;  // keys a row sees
+  int64_t first, last;  // the keys that a row sees
   int64_t first_chunk, last_chunk;
 };
 
@@ -227,21 +230,21 @@ float* partial_at(const AttentionJob& job, int64_t row, int64_t head, int64_t ch
   return job.partial + ((row * job.a->heads + head) * job.batch->chunks + chunk_index) * (job.a->head_dim + 2);
 }
 
-constexpr int64_t kBlockQueries = 32;  // that read a chunk together, while it is in the cache
+constexpr int64_t kBlockQueries = 32;  // queries that read a chunk together, while it is in the cache
 
-// Few rows: every chunk of every row and key/value head is somebody's.
+// Few rows: distribute all chunks of all rows and key/value heads over the threads.
 template <typename T>
 void split_share(const AttentionJob& job, const Member& me) {
   const Attention& a = *job.a;
   const int64_t group = a.heads / a.kv_heads;
-  int64_t turn = 0;
+  int64_t item = 0;
   for (int64_t row = 0; row < job.batch->rows; ++row) {
     const Span seen = span(job, row);
     for (int64_t c = seen.first_chunk; c < seen.last_chunk; ++c)
-      for (int64_t kv_head = 0; kv_head < a.kv_heads; ++kv_head, ++turn) {
-        if (turn % me.count != me.index) continue;
+      for (int64_t kv_head = 0; kv_head < a.kv_heads; ++kv_head, ++item) {
+        if (item % me.count != me.index) continue;
         const Context<T> context(job, job.batch->slots[row], kv_head);
-        const int64_t far = kv_head + me.count, next_chunk = c + far / a.kv_heads;  // of my next turn
+        const int64_t far = kv_head + me.count, next_chunk = c + far / a.kv_heads;  // the one that I read next
         const Context<T> further(job, job.batch->slots[row], far % a.kv_heads);
         const void* after = further.keys_of((next_chunk < seen.last_chunk ? next_chunk : c) * kChunkTokens / kPageTokens);
         for (int64_t g = 0; g < group; g += kBlockQueries) {
@@ -257,7 +260,7 @@ void split_share(const AttentionJob& job, const Member& me) {
   }
 }
 
-// Queries of one sequence and key/value head, chunk by chunk.
+// Attention of queries of one sequence and key/value head, chunk by chunk.
 template <typename T>
 void block(const AttentionJob& job, int64_t row, int64_t rows, int64_t kv_head, int64_t g, int64_t per_row) {
   const Attention& a = *job.a;
@@ -280,7 +283,7 @@ void block(const AttentionJob& job, int64_t row, int64_t rows, int64_t kv_head, 
     for (int64_t i = 0; i < count; i += kQueries) {
       const int64_t some = count - i < kQueries ? count - i : kQueries;
       int64_t used = 0;
-      Query seeing[kQueries];  // those that see something of this chunk
+      Query seeing[kQueries];  // the queries that see keys of this chunk
       int64_t index[kQueries];
       for (int64_t j = i; j < i + some; ++j)
         if (queries[j].first < start + kChunkTokens && queries[j].last > start) {
@@ -297,19 +300,19 @@ void block(const AttentionJob& job, int64_t row, int64_t rows, int64_t kv_head, 
   }
 }
 
-// Many rows: neighbours of one sequence share the reading of their context.
+// Many rows: neighbouring rows of one sequence read their context together.
 template <typename T>
 void block_share(const AttentionJob& job, const Member& me) {
   const Attention& a = *job.a;
   const int64_t group = a.heads / a.kv_heads, per_row = group < kBlockQueries ? group : kBlockQueries;
   const int64_t most = kBlockQueries / per_row;
-  int64_t turn = 0;
+  int64_t item = 0;
   for (int64_t row = 0, rows; row < job.batch->rows; row += rows) {
     rows = 1;
     while (rows < most && row + rows < job.batch->rows && job.batch->slots[row + rows] == job.batch->slots[row]) ++rows;
     for (int64_t kv_head = 0; kv_head < a.kv_heads; ++kv_head)
-      for (int64_t g = 0; g < group; g += per_row, ++turn) {
-        if (turn % me.count != me.index) continue;
+      for (int64_t g = 0; g < group; g += per_row, ++item) {
+        if (item % me.count != me.index) continue;
         block<T>(job, row, rows, kv_head, g, group - g < per_row ? group - g : per_row);
       }
   }

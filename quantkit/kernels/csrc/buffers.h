@@ -1,4 +1,4 @@
-// The memory of one call: laid out in one piece that the caller owns.
+// The scratch memory of one call, in one piece that the caller owns.
 #pragma once
 #include <cstdint>
 
@@ -6,10 +6,10 @@
 
 namespace qk {
 
-constexpr int64_t kPrivateRows = 2;  // up to so many rows, every member makes activations ready for itself
+constexpr int64_t kPrivateRows = 2;  // up to this many rows, every member rounds activations for itself
 constexpr int64_t kForms = 3;        // different forms among linears that share their input
 
-// Rows of activations: the floats, and rounded copies of them, one for every form and group size that their linears have.
+// Rows of activations: floats, and a rounded copy for every form and group size that the linears need.
 struct Ready {
   float* x;
   char* memory;
@@ -34,7 +34,7 @@ struct Ready {
     }
   }
 
-  // The rows as `linear` reads them. One that reads the floats finds them in any.
+  // The rows as `linear` reads them. A linear that reads floats can use any copy.
   const Rows& of(const Linear& linear) const {
     const int64_t found = find(linear);
     return rows[found < kinds ? found : 0];
@@ -83,7 +83,7 @@ struct Buffers {
     bytes += private_bytes_ * (threads - 1);
   }
 
-  // The memory of one member alone.
+  // The private memory of one member.
   Private member(int64_t index) const {
     Buffers view(*this);
     view.bytes = privates_ + private_bytes_ * index;
@@ -114,7 +114,7 @@ struct Buffers {
     }
   }
 
-  // Room per row for the input of linears that read one thing.
+  // Measure the memory per row for the common input of some linears.
   void fit(const Linear* linears, int64_t count, int64_t block) {
     input_ = most(input_, linears->columns);
     Ready ready{};

@@ -1,12 +1,12 @@
 // One call runs a decode step, a prefill chunk, or any mixture of rows of many sequences through a whole decoder program.
 //
-// The team meets at a barrier wherever a value that all need is finished:
+// The team meets at a barrier whenever a value is complete that all members need:
 //   norm, q/k/v | rotate, append | attend | out projection, residual | norm, gate/up | activation, down, residual |
 // Between two barriers every member computes its share: rows of a weight, heads, chunks of a context, or rows of activations.
-// With few rows (kPrivateRows) a barrier costs more than a norm, so each member normalizes and quantizes all of them for
-// itself, into memory of its own; with many they are shared out and met for.
+// With few rows (kPrivateRows), a barrier costs more than a norm, so each member normalizes and rounds all of them in its own
+// memory; with many rows, the rows are distributed, followed by a barrier.
 //
-// A row's result depends neither on the rows beside it nor on the number of threads: no sum is split.
+// A row's result depends neither on the other rows nor on the number of threads, because no sum is split.
 #include "decoder.h"
 
 #include <cmath>
@@ -19,8 +19,8 @@ namespace {
 
 void copy(float* to, const float* from, int64_t count) { memcpy(to, from, static_cast<size_t>(count) * sizeof(float)); }
 
-constexpr int64_t kFusedRows = 8;    // up to so many rows, a network's inner activations stay in the cache as they are;
-constexpr int64_t kFusedBlocks = 2;  // with more, so many of their blocks do
+constexpr int64_t kFusedRows = 8;    // up to this many rows, all inner activations of a network stay in the cache;
+constexpr int64_t kFusedBlocks = 2;  // with more rows, this many of their blocks do
 
 // One member's run through the program.
 class Run {
@@ -40,7 +40,7 @@ class Run {
   }
 
  private:
-  // Fill rows of activations with fill(row, destination) and make them ready for `linears`. On return they are complete.
+  // Fill rows of activations with fill(row, destination) and round them for `linears`. They are complete on return.
   template <typename Fill>
   const Ready& prepare(int64_t rows, const Linear* linears, int64_t count, Fill fill) {
     const bool alone = rows <= kPrivateRows;
@@ -60,7 +60,7 @@ class Run {
     return l;
   }
 
-  // My share of linears whose outputs lie side by side in rows of y; others' may not be there yet.
+  // My share of linears whose outputs are concatenated in rows of y; the shares of others may be incomplete on return.
   void multiply(const Linear* linears, int64_t count, const Ready& ready, float* y, int64_t y_stride) {
     int64_t total = 0, begin, end;
     for (int64_t i = 0; i < count; ++i) total += linear_blocks(linears[i]);
@@ -77,7 +77,7 @@ class Run {
     }
   }
 
-  // My share of a (rows, columns) array: whole rows if there are enough, else columns of every row.
+  // My share of an array (rows, columns): whole rows if there are enough, else some columns of every row.
   template <typename F>
   void each_part(int64_t rows, int64_t columns, F f) {
     int64_t begin, end;
@@ -96,7 +96,7 @@ class Run {
     me_.wait();
   }
 
-  // A parallel block's networks both read what the layer was given.
+  // In a parallel block, both networks read the input of the layer.
   void keep() {
     each_part(batch_.rows, p_.hidden, [&](int64_t row, int64_t begin, int64_t end) {
       copy(b_.before + row * p_.hidden + begin, b_.residual + row * p_.hidden + begin, end - begin);
@@ -110,7 +110,7 @@ class Run {
     });
   }
 
-  // residual += scale * norm(y), for a y that all have written their part of.
+  // residual += scale * norm(y), where each member has written a part of y.
   void add(const Norm& norm, float* y, float scale) {
     me_.wait();
     if (norm.gain) {
@@ -126,7 +126,7 @@ class Run {
     me_.wait();
   }
 
-  // residual += scale * norm(w x): without a norm everyone adds what it computed, and nobody waits in between.
+  // residual += scale * norm(w x). Without a norm, each member adds its own part, and no barrier is needed in between.
   void multiply_add(const Linear& w, const Ready& ready, const Norm& norm, float scale) {
     multiply(&w, 1, ready, b_.narrow, p_.hidden);
     if (norm.gain) return add(norm, b_.narrow, scale);
@@ -158,7 +158,7 @@ class Run {
     multiply_add(*a.out, ready, layer.attention_out, layer.attention_scale);
   }
 
-  // Norms over all heads of a row at once.
+  // Norms over all heads of a row.
   void wide_norms(const Attention& a, int64_t width) {
     const bool q = a.q_norm.gain && a.q_norm.width != a.head_dim, k = a.k_norm.gain && a.k_norm.width != a.head_dim;
     if (!q && !k) return;
@@ -183,8 +183,8 @@ class Run {
     multiply_add(*mlp.down, active, layer.mlp_out, layer.mlp_scale);
   }
 
-  // act(gate) * up, ready for the down projection. Who computes a part of the gate computes the same part of its partner, and
-  // what comes of them is made ready while it is in the cache: with many rows, a few activation blocks at a time.
+  // act(gate) * up, rounded for the down projection. A member computes the same part of gate and up, and rounds the result
+  // while it is in the cache; with many rows, a few activation blocks at a time.
   const Ready& activated(const Mlp& mlp, const Ready& ready, int64_t rows) {
     active_ = b_.active;
     active_.fit(rows, mlp.down, 1, batch_.activation_block, batch_.rounding);
@@ -203,7 +203,7 @@ class Run {
     return active_;
   }
 
-  // Activation blocks [begin, end) of the rows; the linears' own results go to `memory`.
+  // Compute activation blocks [begin, end) of the rows; the results of the linears go to `memory`.
   void activated_part(const Mlp& mlp, const Ready& ready, const Rows& to, int64_t begin, int64_t end, float* memory) {
     const int64_t first = block_column(to, begin), count = block_column(to, end) - first, width = mlp.gated ? 2 * count : count;
     for (int64_t half = 0; half < (mlp.gated ? 2 : 1); ++half) {
@@ -217,7 +217,7 @@ class Run {
     if (active_.kinds) prepare_blocks(to, 0, to.m, begin, end);
   }
 
-  // The same where the parts do not end where blocks of the weight do.
+  // The same if activation blocks and blocks of the weight are not aligned.
   const Ready& activated_apart(const Mlp& mlp, const Ready& ready, int64_t rows) {
     const int64_t inner = mlp.down->columns, width = inner * (mlp.gated ? 2 : 1);
     multiply(mlp.up, mlp.up_count, ready, b_.wide, width);
@@ -227,7 +227,7 @@ class Run {
     });
   }
 
-  // Experts one after another: each reads the rows that chose it, and what it returns is added to theirs.
+  // Experts one after another: each reads the rows that chose it, and its results are added to them.
   void mixture(const Layer& layer, const Ready& ready) {
     const int64_t hidden = p_.hidden;
     float* inputs = b_.attended;  // the experts' own activations overwrite what `ready` holds
@@ -304,7 +304,7 @@ class Run {
     }
   }
 
-  // My logits of one row: scale, cap, and where the largest is.
+  // Scale and cap my logits of one row, and find the largest one.
   void finish(int64_t row, int64_t begin, int64_t end) {
     float* logits = batch_.logits + row * batch_.vocabulary;
     const float cap = p_.logit_softcap;

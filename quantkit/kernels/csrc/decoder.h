@@ -1,6 +1,6 @@
 // A decoder program as plain structs, mirrored by ctypes in kernels/cpu/structs.py, and the pieces that decoder.cpp and
 // attention.cpp share.
-// What the fields mean is said once, in kernels/program/definition.py.
+// kernels/program/definition.py documents the fields.
 #pragma once
 #include <cstdint>
 
@@ -11,14 +11,14 @@
 namespace qk {
 
 struct Norm {
-  const float *gain, *shift;  // no gain: no norm
+  const float *gain, *shift;  // gain null: no norm
   int64_t width;
   float eps;
   int32_t center;
 };
 
 struct Attention {
-  const Linear* qkv;  // outputs side by side: [q | k | v]
+  const Linear* qkv;  // concatenated outputs: [q | k | v]
   int64_t qkv_count;
   const Linear* out;
   Norm q_norm, k_norm;
@@ -29,7 +29,7 @@ struct Attention {
 };
 
 struct Mlp {
-  const Linear* up;  // outputs side by side: [gate | up]
+  const Linear* up;  // concatenated outputs: [gate | up]
   int64_t up_count;
   const Linear* down;
   int32_t activation, gated;
@@ -39,8 +39,8 @@ struct Layer {
   Attention attention;
   Norm attention_in, attention_out, mlp_in, mlp_out;
   const Mlp* mlps;
-  int64_t experts;       // 0: one plain network
-  const Linear* router;  // where there are experts
+  int64_t experts;       // 0: one feed-forward network
+  const Linear* router;  // with experts only
   int64_t top_k;
   float attention_scale, mlp_scale, expert_scale;
   int32_t normalize, parallel;
@@ -64,9 +64,9 @@ struct Program {
   int32_t embedding_dtype;
 };
 
-// Keys and values of all sequences, in pages of kPageTokens tokens. Of each page and head, keys lie channel by channel
-// ([head_dim][tokens]: one register holds a channel of several tokens, so a score needs no sum across lanes), values token by
-// token ([tokens][head_dim]). int8 has one scale per token and head.
+// Keys and values of all sequences, in pages of kPageTokens tokens. In each page and head, keys are stored by channel
+// ([head_dim][tokens]: a register has one channel of several tokens, so a score needs no sum across lanes), values by token
+// ([tokens][head_dim]). int8 has one scale per token and head.
 constexpr int64_t kPageTokens = 32;
 enum KvKind : int32_t { kKvFloat32 = 0, kKvBFloat16 = 1, kKvInt8 = 2 };
 
@@ -86,13 +86,13 @@ struct Batch {
   int64_t logit_count, vocabulary;  // logit_count <= rows
   float* logits;    // [logit_count][vocabulary]
   int32_t* argmax;  // [logit_count], or null
-  int64_t chunks;   // of kChunkTokens keys, that the longest context takes
+  int64_t chunks;   // chunks of kChunkTokens keys in the longest context
   int32_t rounding;          // of activations: see form_of
   int32_t activation_block;  // columns per scale of int8 ones
-  int32_t draft;    // read only the high plane of weights that are in planes
+  int32_t draft;    // read only the high plane of weights that are stored in planes
 };
 
-// What attention needs of a call.
+// The inputs and outputs of attention in one layer.
 struct AttentionJob {
   const Attention* a;
   const Rotary* rotary;
@@ -101,12 +101,12 @@ struct AttentionJob {
   int64_t layer;
   float* qkv;            // [rows][(heads + 2 kv_heads) * head_dim]; queries are normalized and rotated in place
   float* out;            // [rows][heads * head_dim]
-  float* partial;        // [row][head][chunk]: see attention.cpp; null: contexts are not split
+  float* partial;        // [row][head][chunk]: see attention.cpp; null if contexts are not split
 };
 
-constexpr int64_t kChunkTokens = 128;  // keys whose softmax is taken at once; partial results are merged in order
+constexpr int64_t kChunkTokens = 128;  // keys per partial softmax; partial results are merged in order
 constexpr int64_t kMaxHeadDim = 512;
-constexpr int64_t kSplitRows = 4;      // up to so many rows, a context is split over threads
+constexpr int64_t kSplitRows = 4;      // up to this many rows, contexts are split over threads
 
 int64_t attention_partial_floats(const Attention& a);  // per row and chunk
 void append_share(const AttentionJob& job, const Member& me);   // rotate queries and keys, append keys and values

@@ -1,9 +1,10 @@
 // Dot products in one instruction, a register of them at a time: four unsigned codes times signed int8 activations, and two
 // bfloat16 numbers times two.
 //
-// With VNNI, and ARM's i8mm, this is one instruction; ARM's dotprod has it for signed codes (code - 128). Without, x86 multiplies bytes in pairs whose int16 sum saturates: codes of up to 7 bits
-// stay below (2 * 127 * 127), wider ones are made signed (code - 128) and their sign is moved to the activation, which bounds
-// a pair by 2 * 128 * 127 = 32512. kDotOffset is what such a code has lost; callers take it off the zero point too.
+// With VNNI, and ARM's i8mm, this is one instruction; ARM's dotprod has it for signed codes (code - 128). Without, x86
+// multiplies bytes in pairs whose int16 sum saturates: codes of up to 7 bits stay below (2 * 127 * 127), wider ones are made
+// signed (code - 128) and their sign is moved to the activation, which bounds a pair by 2 * 128 * 127 = 32512. kDotOffset is
+// what such a code has lost; callers take it off the zero point too.
 #pragma once
 #include "vector.h"
 #if defined(__x86_64__) || defined(__i386__)

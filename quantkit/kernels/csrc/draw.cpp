@@ -1,10 +1,11 @@
-// The next token of each row of logits: the most likely one, or a draw from what temperature, top-k, top-p and min-p leave.
+// Sample the next token of each row of logits, with temperature, top-k, top-p and min-p.
 //
-// quantkit/kernels/draw.py defines it in plain torch, with sorts of the whole vocabulary. Here no row is sorted:
-// - top-k: the largest logits of every 64 tokens are few, and the k-th largest of them is a bound that few logits reach.
-// - top-p: probabilities are summed by how far their logits lie under the largest; only the interval with the edge is sorted.
+// quantkit/kernels/functions/sampling.py defines the result in plain torch by sorting the vocabulary. Here no row is sorted:
+// - top-k: the k-th largest of the maxima of every 64 tokens is a lower bound, and few logits reach it.
+// - top-p: probabilities are summed in intervals of the distance to the largest logit; only the interval with the threshold is
+//   sorted.
 // - the draw: token i wins if log p_i plus Gumbel noise is the largest. The noise is a function of seed, position and token
-//   (Philox-4x32-10: Salmon, Moraes, Dror, Shaw 2011), so it is made only where tokens are left.
+//   (Philox-4x32-10: Salmon, Moraes, Dror, Shaw 2011), so it is computed for the remaining tokens only.
 #include <algorithm>
 #include <cmath>
 #include <numeric>
@@ -17,8 +18,8 @@
 namespace qk {
 namespace {
 
-constexpr int64_t kBlock = 64;                    // tokens whose largest logit is kept, and whose noise is made at once
-constexpr int kIntervals = 1024;                  // of distances under the largest logit, for top-p; the last has no end
+constexpr int64_t kBlock = 64;                    // tokens per maximum, and per computation of noise
+constexpr int kIntervals = 1024;                  // of the distance to the largest logit, for top-p; the last one is unbounded
 constexpr float kIntervalsPerUnit = 32;
 
 struct Draw {
@@ -38,7 +39,7 @@ struct Draw {
 int64_t blocks_of(int64_t n) { return (n + kBlock - 1) / kBlock; }
 int64_t scratch_floats(int64_t n) { return blocks_of(n) * (2 * kBlock + 2); }
 
-// One row on its way to a token. What is gone has the score -inf, and so has what fills the last block.
+// The state of one row. Tokens that were filtered out, and the padding of the last block, have the score -inf.
 class Row {
  public:
   Row(float* scratch, int64_t n) : blocks_(blocks_of(n)), scores_(scratch), maxima_(scratch + blocks_ * kBlock) {
@@ -46,7 +47,7 @@ class Row {
     candidates_ = reinterpret_cast<int32_t*>(bounds_ + blocks_);
   }
 
-  // Read logits over a temperature; false if there is no largest finite number.
+  // Read the logits and divide them by the temperature; return false if the largest one is not finite.
   bool read(const void* logits, int64_t first, int64_t n, int32_t dtype, float temperature) {
     Ints usable = splat_int(-1);
     top_ = -INFINITY;
@@ -57,7 +58,7 @@ class Row {
         if (i + kWidth <= n) x = load_floats(logits, first + i, dtype);
         else for (int lane = 0; i + lane < n; ++lane) x[lane] = load_one(logits, first + i + lane, dtype);
         x = x / temperature;
-        usable &= (Ints)(x < INFINITY);  // a NaN is not
+        usable &= (Ints)(x < INFINITY);  // false for NaN
         largest = x > largest ? x : largest;
         store(scores_ + i, x);
       }
@@ -69,13 +70,13 @@ class Row {
     return all && top_ > -INFINITY;
   }
 
-  // The first of the largest scores.
+  // The first token with the largest score.
   int32_t likeliest() const {
     const int64_t block = std::find(maxima_, maxima_ + blocks_, top_) - maxima_;
     return static_cast<int32_t>(std::find(scores_ + block * kBlock, scores_ + (block + 1) * kBlock, top_) - scores_);
   }
 
-  // Equals of the k-th largest stay.
+  // Tokens that equal the k-th largest are kept.
   void keep_top_k(int64_t k) {
     float bound = -INFINITY;
     if (k <= blocks_) {
@@ -86,12 +87,12 @@ class Row {
     float* reach = reinterpret_cast<float*>(candidates_);
     int64_t count = 0;
     each_left(bound, [&](int64_t i) { reach[count++] = scores_[i]; });
-    k = std::min(k, count);  // of logits that are -inf there may be any number
+    k = std::min(k, count);  // there may be fewer logits that are not -inf
     std::nth_element(reach, reach + k - 1, reach + count, std::greater<float>());
     drop([threshold = reach[k - 1]](Floats x) { return x < threshold; });
   }
 
-  // What goes are the least likely tokens that together have no more than `rest` of the probability, never the last of all.
+  // Drop the least likely tokens whose total probability is at most `rest`, but never the most likely token.
   void keep_top_p(float rest) {
     double mass[kIntervals] = {};
     for (int64_t block = 0; block < blocks_; ++block) {
@@ -124,7 +125,7 @@ class Row {
     drop([this, min_p](Floats x) { return (Ints)(exp_floats(x - top_) < min_p) & (Ints)(x < top_); });
   }
 
-  // The winner of scores plus noise, the first of equals.
+  // The first token with the largest sum of score and noise.
   int32_t race(uint64_t seed, uint32_t position) const {
     float best = -INFINITY;
     int32_t winner = 0;
@@ -158,13 +159,13 @@ class Row {
     return most;
   }
 
-  Ints interval(Floats x) const {  // of the distance under the largest score
+  Ints interval(Floats x) const {  // of the distance to the largest score
     Floats at = (top_ - x) * kIntervalsPerUnit;
     at = at < float(kIntervals - 1) ? at : splat(kIntervals - 1);
     return __builtin_convertvector(at, Ints);
   }
 
-  // f(i) for the tokens that are left and reach a bound.
+  // Call f(i) for the remaining tokens whose score reaches a bound.
   template <class F> void each_left(float bound, F f) const {
     for (int64_t block = 0; block < blocks_; ++block) {
       if (!(maxima_[block] >= bound) || maxima_[block] == -INFINITY) continue;
@@ -206,7 +207,8 @@ class Row {
     low = (Words)((even & 0xffffffffull) | odd << 32);
   }
 
-  // Gumbel noise -log(e), e = -log(1 - u), u = (word + 1/2) / 2^32: word w of counter q + lane is that of token 4 (q + lane) + w.
+  // Gumbel noise -log(e), e = -log(1 - u), u = (word + 1/2) / 2^32: word w of counter q + lane is that of token 4 (q + lane) +
+  // w.
   static void make_noise(float* noise, uint32_t quad, uint64_t seed, uint32_t position) {
     for (int from = 0; from < kBlock / 4; from += kWidth, quad += kWidth) {
       Words c[4] = {Words{}, position + Words{}, Words{}, Words{}};
@@ -256,7 +258,7 @@ void draw_rows(const void* job, int64_t begin, int64_t end) {
 }  // namespace
 }  // namespace qk
 
-// Floats of scratch memory that a row of n logits takes.
+// Scratch memory for a row of n logits, in floats.
 QK_EXPORT int64_t qk_draw_scratch(int64_t n) { return qk::scratch_floats(n); }
 
 QK_EXPORT int32_t qk_draw(const void* logits, const float* temperature, const int32_t* top_k, const float* rest,

@@ -25,7 +25,8 @@ inline Floats exp_floats(Floats x) {
 inline Floats load(const float* p) { return *reinterpret_cast<const FloatsAnywhere*>(p); }
 inline void store(float* p, Floats value) { *reinterpret_cast<FloatsAnywhere*>(p) = value; }
 
-// ln(x) for normal x > 0: x = 2^n m with m between sqrt(1/2) and sqrt(2), ln m = 2 artanh((m - 1) / (m + 1)), its series to s^9.
+// ln(x) for normal x > 0: x = 2^n m with m between sqrt(1/2) and sqrt(2), ln m = 2 artanh((m - 1) / (m + 1)), its series to
+// s^9.
 inline Floats log_floats(Floats x) {
   const Ints n = ((Ints)x - 0x3f3504f3) >> 23;
   const Floats m = (Floats)((Ints)x - (n << 23)), s = (m - 1.0f) / (m + 1.0f), square = s * s;

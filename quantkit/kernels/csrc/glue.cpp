@@ -1,4 +1,4 @@
-// The small functions between matmuls: exponential, norms, activations.
+// The functions between matrix products: exponential, norms, activations.
 #include <cmath>
 
 #include "decoder.h"
@@ -13,7 +13,7 @@ float sum(Floats v) {
   return total;
 }
 
-// Call f(offset, x) for every whole register of a row and f on a zero-padded copy for the tail.
+// Call f(offset, x) for every whole register of a row, and for a zero-padded copy of the rest.
 template <typename F>
 void each(const float* x, int64_t width, F f) {
   int64_t i = 0;

@@ -1,7 +1,7 @@
-// Learning scales: the gradient of a KL divergence by logits, and the two passes over a weight that every step needs.
+// Learning scales and codes: the gradient of a KL divergence by logits, and element-wise passes over a weight.
 //
-// The algorithms are those of quantkit/numerics/divergence.py and quantkit/nn/tuned.py; here each of them goes through memory
-// once. A group never shares its sum with another thread, so results do not depend on the number of threads.
+// The algorithms are those of quantkit/numerics/divergence.py and quantkit/nn/learned.py; here each of them passes through
+// memory once. Every group is summed by a single thread, so results do not depend on the number of threads.
 #include <algorithm>
 #include <cmath>
 #include <memory>
@@ -17,7 +17,7 @@ namespace {
 typedef int8_t SignedBytesAnywhere __attribute__((vector_size(kWidth), aligned(1)));
 typedef int32_t Ints __attribute__((vector_size(kWidth * 4)));
 
-constexpr float kLowest = -1e30f;  // stands for minus infinity, but differences of two are numbers
+constexpr float kLowest = -1e30f;  // used as minus infinity; differences of two are finite
 
 inline float sum(Floats x) {
   float total = 0;
@@ -27,7 +27,8 @@ inline float sum(Floats x) {
 
 inline Floats larger(Floats x, Floats y) { return x < y ? y : x; }
 
-// e^x for x <= 0, relative error below 2e-7: x = n ln 2 + r with |r| <= ln 2 / 2, a polynomial in r, and n added to the exponent.
+// e^x for x <= 0, relative error below 2e-7: x = n ln 2 + r with |r| <= ln 2 / 2, a polynomial in r, and n added to the
+// exponent.
 inline Floats exp_negative(Floats x) {
   x = larger(x, splat(-87.0f));
   const Floats n = (x * 1.44269504f + 0x1.8p23f) - 0x1.8p23f;
@@ -44,7 +45,7 @@ inline Floats exp_negative(Floats x) {
 
 struct Divergence {
   const void* logits;  // (rows, vocabulary)
-  const void* wanted;  // (rows, vocabulary)
+  const void* teacher; // (rows, vocabulary)
   void* gradient;      // (rows, vocabulary), may be logits
   double* total;       // (rows,)
   int64_t vocabulary;
@@ -75,9 +76,9 @@ void divergence_rows(const void* job, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     const int64_t at = row * d.vocabulary;
     const Floats top_q = splat(read_row(d.logits, at, d.vocabulary, d.dtype, q));
-    const Floats top_p = splat(read_row(d.wanted, at, d.vocabulary, d.dtype, p));
+    const Floats top_p = splat(read_row(d.teacher, at, d.vocabulary, d.dtype, p));
     double sum_q = 0, sum_p = 0, cross = 0;
-    for (int64_t first = 0; first < padded; first += 256 * kWidth) {  // float sums of short stretches, doubles for the rest
+    for (int64_t first = 0; first < padded; first += 256 * kWidth) {  // sums of short stretches in float, their sum in double
       Floats part_q{}, part_p{}, part{};
       for (int64_t i = first; i < std::min(padded, first + 256 * kWidth); i += kWidth) {
         FloatsAnywhere& at_q = *reinterpret_cast<FloatsAnywhere*>(q + i);
@@ -137,7 +138,7 @@ void reduce_groups(const void* job, int64_t begin, int64_t end) {
 }
 
 struct Drift {
-  void* drift;        // float16 (groups, size): how far each level wants to be from where it is
+  void* drift;        // float16 (groups, size): offset of the learned value from the level
   const void* slope;  // (groups, size), only its sign counts; null to settle
   int8_t* levels;     // (groups, size)
   const int8_t* low;  // (groups,) lowest level
@@ -205,9 +206,9 @@ QK_EXPORT int32_t qk_settle(int8_t* levels, void* drift, const int8_t* low, int3
   return 0;
 }
 
-QK_EXPORT int32_t qk_divergence(const void* logits, const void* wanted, void* gradient, double* total, int64_t rows,
+QK_EXPORT int32_t qk_divergence(const void* logits, const void* teacher, void* gradient, double* total, int64_t rows,
                                 int64_t vocabulary, int32_t dtype, int32_t threads) {
-  qk::Divergence job{logits, wanted, gradient, total, vocabulary, dtype};
+  qk::Divergence job{logits, teacher, gradient, total, vocabulary, dtype};
   qk::parallel_for(rows, 4, threads, qk::divergence_rows, &job);
   return 0;
 }

@@ -1,4 +1,4 @@
-// Rows of activations made ready, and the choice of the path that reads them.
+// Rounding rows of activations, and the choice of the code path for a product.
 #include "linear.h"
 
 #include "dot.h"
@@ -45,7 +45,7 @@ inline Ints nearest(Floats x, float inverse) {
 #endif
 }
 
-// Columns [0, count) of x to q, and zeros up to `padded`; returns the scale.
+// Round columns [0, count) of x to q, and set q to zero up to `padded`; return the scale.
 inline float quantize_block(const float* x, int64_t count, int64_t padded, int8_t* q, int32_t* sum) {
   Ints top_lanes{}, sum_lanes{};
   int64_t k = 0;
@@ -81,7 +81,7 @@ inline float quantize_block(const float* x, int64_t count, int64_t padded, int8_
   return largest / 127.0f;
 }
 
-// Columns [begin, end) of x to bfloat16.
+// Round columns [begin, end) of x to bfloat16.
 inline void narrow(const float* x, int64_t begin, int64_t end, uint16_t* to) {
   for (; begin + kWidth <= end; begin += kWidth)
     store_floats(to, begin, kBFloat16, *reinterpret_cast<const FloatsAnywhere*>(x + begin));

@@ -1,19 +1,19 @@
-// The float-activation path: float32 activations, products and sums; weights are (code - zero) exactly, a chunk's sum times
-// the scale is added to the total.
+// Products with float activations: activations, products and sums are float32, weights are exactly (code - zero), and the sum
+// of a chunk times its scale is added to the total.
 //
-// Codes to floats with one logic instruction: OR-ing a code's bits, standing at bit p of the word, into the bits of 2^(23-p)
-// gives the float 2^(23-p) + code; subtracting 2^(23-p) + zero is exact and leaves code - zero. That serves every p up to 16
-// (the code must stay in the mantissa), so one shift by 16 serves half a word.
+// A code becomes a float with one logic instruction: OR-ing its bits, at bit p of the word, into the bits of 2^(23-p)
+// gives the float 2^(23-p) + code; subtracting 2^(23-p) + zero is exact and leaves code - zero. That works for every p up to
+// 16 (the code must stay in the mantissa), so one shift by 16 is enough for a word.
 //
-// Bfloat16 weights that meet bfloat16 activations go the same way, two columns at a time: where a word of the weight would be
-// decoded to two floats, it is multiplied as it is by a word of the activations.
+// Products of bfloat16 weights and bfloat16 activations use the same code, two columns at a time: a word of the weight is not
+// decoded to two floats but multiplied directly by a word of the activations.
 #include "dot.h"
 #include "tile.h"
 
 namespace qk {
 namespace {
 
-constexpr int64_t kChunk = 256;          // columns of a long group that are summed by themselves
+constexpr int64_t kChunk = 256;          // columns of a long group that are summed separately
 constexpr int64_t kAliasFloats = 1024;
 
 // packed weights, kPairs those of kBFloats, and panels: (code - zero) unpacked, or pairs as they are
@@ -30,7 +30,7 @@ constexpr int kColumns =  // per word
 template <int SOURCE>
 constexpr int kSteps = kPaired<SOURCE> ? 1 : kColumns<SOURCE>;  // multiplications, and words of x, per word of the weight
 
-// Where a column's code stands: its bit in the word, or in the word shifted right by 16.
+// Position of a column's code: its bit in the word, or in the word shifted right by 16.
 struct Place {
   int bit;
   bool high;
@@ -51,7 +51,7 @@ inline void load_offsets(const Linear& l, int64_t at, Floats* offsets) {
   for (int i = 0; i < (SOURCE == kNibbles ? 5 : 3); ++i) offsets[i] = zero + static_cast<float>(1 << (23 - 4 * i));
 }
 
-// A packed word, and what it holds from bit 16 on; two where it is split.
+// A packed word, and the word shifted right by 16; two of each if it is split.
 template <int SOURCE>
 struct Packed {
   Words word[kSplit<SOURCE> ? 2 : 1], high[kSplit<SOURCE> ? 2 : 1];
@@ -91,17 +91,18 @@ inline Floats accumulate(Floats weight, const float* x, Floats sum) {
   return dot_pairs((Words)weight, (Words)splat_int(pair), sum);
 }
 
-// Sums of UNITS registers of outputs for M rows of x, over STRANDS chunks of columns at once: independent sums hide the latency
-// of a multiply-add, and chunks of one block of rows are one stream of memory, which other rows would not be.
+// Sums of UNITS registers of outputs for M rows of x, over STRANDS chunks of columns at the same time. Independent sums hide
+// the latency of a multiply-add; chunks of one block of rows are a single stream of memory, whereas other rows would not be.
 template <int SOURCE, int M, int UNITS, int STRANDS>
 struct Sums {
   static constexpr int kStep = SOURCE >= kPanel ? UNITS * kWidth : kLanes;
   const uint32_t* words[UNITS];
   const float* x[STRANDS];
-  int64_t low_plane;  // words from the high plane to it
+  int64_t low_plane;  // words from the high plane to the low plane
   Floats sum[STRANDS][UNITS][M], offsets[STRANDS][UNITS][5];
 
-  // One word of every unit and strand. `apart`: words from one strand to the next; `stride`: floats from one row of x to the next.
+  // One word of every unit and strand. `apart`: words from one strand to the next; `stride`: floats from one row of x to the
+  // next.
   inline void add(int64_t apart, int64_t stride) {
 #pragma GCC unroll 8
     for (int s = 0; s < STRANDS; ++s) {
@@ -145,7 +146,7 @@ inline Columns columns_of(const Rows& r, int64_t row) {
   return {reinterpret_cast<const float*>(r.pairs) + row * stride, stride, 0};
 }
 
-// STRANDS chunks from where `walk` stands; it moves past them. Several only where all chunks are alike.
+// Process STRANDS chunks from `walk` on, which moves past them. Several are possible only if all chunks have the same size.
 template <int SOURCE, int M, int UNITS, int STRANDS>
 inline void multiply(const Linear& l, const Columns& from, float* totals, Walk& walk, const uint32_t** words, const int64_t* at) {
   Sums<SOURCE, M, UNITS, STRANDS> sums;
@@ -233,7 +234,7 @@ struct FloatPath {
     for (Walk walk(chunks, t.first); walk.chunk < t.last;) multiply<kPanelSource, M, kPanelUnits, 1>(l, x, t.totals, walk, words, at);
   }
 
-  // Rows a multiple of 4096 bytes apart fall into one set of the level-1 cache and throw each other out; a copy does not.
+  // Rows at a distance of a multiple of 4096 bytes share one set of the level-1 cache and evict each other; a copy does not.
   template <int M>
   static Columns gather(const Linear& l, const Columns& x, const Chunks& chunks, const Tile& t) {
     const Walk first(chunks, t.first), end(chunks, t.last);

@@ -1,4 +1,4 @@
-// The int8-activation path: unsigned codes times int8 activations, summed exactly in int32 over a block of the activations,
+// Products with int8 activations: unsigned codes times int8 activations, summed exactly in int32 over a block of activations,
 // then total += (sum - zero * sum(q)) * (weight scale * activation scale) in float32, block after block.
 #include "dot.h"
 #include "tile.h"
@@ -84,7 +84,7 @@ inline void multiply(const Linear& l, const Rows& r, const Chunks& chunks, const
       }
     }
     float* totals = t.totals;
-    asm("" : "+r"(totals));  // keeps the compiler from holding the totals of every chunk in registers it does not have
+    asm("" : "+r"(totals));  // prevents the compiler from keeping the totals of all chunks in registers, of which there are too few
 #pragma GCC unroll 8
     for (int u = 0; u < UNITS; ++u) {
       const int64_t place = at[u] + walk.group * kLanes;
@@ -148,14 +148,15 @@ struct Int8Path {
 };
 
 #if defined(QK_HAS_TILES)
-// Columns of a chunk that tiles multiply at once; 0 where chunks differ, which is left to vectors.
+// Columns of a chunk that tiles multiply at the same time; 0 if chunks differ in size, then vectors are used.
 inline int64_t tile_columns(const Chunks& chunks) {
   const int64_t length = chunks.length;
   if (chunks.padded % length || (length > kTileBytes && length % kTileBytes)) return 0;
   return length < kTileBytes ? length : kTileBytes;
 }
 
-// The panel's product for 16 rows of x, on tiles. The sums are whole numbers: the same as those of vectors, and so are the totals.
+// The product of a panel with 16 rows of x, with tiles. The sums are integers, so they equal those of vectors, and so do the
+// totals.
 template <int SOURCE>
 inline void multiply_tiles(const Linear& l, const Rows& r, const Chunks& chunks, const Tile& t) {
   const int64_t stride = rows_q_stride(r), piece = tile_columns(chunks);

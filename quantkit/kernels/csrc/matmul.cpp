@@ -13,13 +13,13 @@
 namespace qk {
 namespace {
 
-constexpr int64_t kBatch = 1020;  // rows of x that are made ready at a time
+constexpr int64_t kBatch = 1020;  // rows of x that are rounded at a time
 
 struct Free {
   void operator()(char* p) const { free(p); }
 };
 
-// Grow-only memory of one thread, aligned to a cache line and freed when the thread ends; null where there is none.
+// Memory of one thread that can only grow, aligned to a cache line and freed when the thread ends; null if out of memory.
 struct Scratch {
   std::unique_ptr<char, Free> memory;
   int64_t size = 0;
@@ -84,7 +84,7 @@ bool run(Call call, int64_t m, int32_t threads) {
   std::atomic<bool> starved{false};
   call.starved = &starved;
   parallel_for(m, 16, threads, prepare, &call);
-  // Few blocks: one range per thread. Many: four, so that a thread the system puts aside is waited for less.
+  // Few blocks: one range per thread. Many blocks: four, so that a thread that the system suspends delays the others less.
   const int64_t blocks = linear_blocks(call.linear), ranges = blocks < 32 * threads ? threads : 4 * threads;
   parallel_for(blocks, round_up((blocks + ranges - 1) / ranges, 2), threads, multiply, &call);
   return !starved;
@@ -95,7 +95,7 @@ bool run(Call call, int64_t m, int32_t threads) {
 
 QK_EXPORT int32_t qk_abi_version() { return 4; }
 
-// Whether products of bfloat16 numbers are there and faster than those of floats. AMD's cores make twice as many of them a
+// Whether the machine multiplies bfloat16 numbers, and faster than floats. AMD's cores make twice as many of them a
 // cycle; Intel's, which leave them to the tile unit, half as many (measured on Emerald Rapids).
 QK_EXPORT int32_t qk_multiplies_bfloat16() {
 #if defined(__x86_64__)
@@ -118,7 +118,7 @@ QK_EXPORT const char* qk_isa() {
 }
 
 // y (m, rows) = x (m, columns) @ w.T + bias, x and y of `dtype`, bias float32 or null. block: columns per int8 activation
-// scale, 0 for float activations; bfloat16 ones meet bfloat16 weights as they are. Returns 0, or 2 where there is no memory.
+// scale, 0 for float activations. Returns 0, or 2 if out of memory.
 QK_EXPORT int32_t qk_linear(const qk::Linear* linear, const float* bias, const void* x, void* y, int64_t m, int64_t block,
                             int32_t dtype, int32_t threads) {
   using namespace qk;

@@ -1,8 +1,9 @@
 // Sums of outer products over tokens, left^T right, of rows rounded to bfloat16 and added in float32.
 //
-// Rows come as they are and are packed into panels of kPanel columns, two rows to a word, which is what one instruction
-// multiplies: 16 columns x 2 rows. A tile of 4 x 64 sums stays in registers while it walks down a panel. A product of
-// two bfloat16 numbers is exact in float32. Every tile is summed by one thread, in order: threads do not change results.
+// Rows are packed into panels of kPanel columns with two rows per word, which is the operand of one instruction: 16 columns x 2
+// rows. A tile of 4 x 64 sums stays in registers while it moves down a panel. A product of
+// two bfloat16 numbers is exact in float32. Every tile is summed by one thread in order, so the
+// number of threads does not change results.
 #include <algorithm>
 #include <memory>
 
@@ -87,7 +88,7 @@ void add_panels(const void* job, int64_t begin, int64_t end) {
   const Moment& m = *static_cast<const Moment*>(job);
   const bool symmetric = m.left_panels == m.right_panels;
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t panel = m.panels - 1 - task, column = panel * kPanel;  // the longest first
+    const int64_t panel = m.panels - 1 - task, column = panel * kPanel;  // the largest one first
     const int64_t last = symmetric ? panel + 1 : m.panels;
     for (int64_t i = 0; i < std::min(last * kPanel, m.columns); i += kTile) {
       const uint32_t* left = m.left_panels + i / kPanel * kPairs * kPanel + i % kPanel;
@@ -101,8 +102,8 @@ void add_panels(const void* job, int64_t begin, int64_t end) {
 }  // namespace qk
 #endif
 
-// total += left^T right; with left == right only what lies on and above the diagonal is sure to be added. Returns 1 and does
-// nothing where the machine does not multiply bfloat16.
+// total += left^T right; with left == right only the upper triangle is valid. Returns 1 and does nothing if the machine
+// does not multiply bfloat16.
 QK_EXPORT int32_t qk_moment(const void* left, const void* right, float* total, int64_t rows, int64_t columns, int32_t dtype,
                             int32_t threads) {
 #if defined(__AVX512BF16__)

@@ -1,4 +1,4 @@
-// A loop split over a team. Ranges are claimed one by one: a thread that the system has put aside delays only its own.
+// A loop that is distributed over a team. Ranges are claimed one by one, so a suspended thread delays only its current range.
 #include "parallel.h"
 
 #include <atomic>

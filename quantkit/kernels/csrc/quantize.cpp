@@ -1,7 +1,7 @@
 // Choosing codes: the search for scales and zero points, the column sweep of GPTQ, and coordinate descent after it.
 //
-// They are the algorithms of quantkit/numerics/search.py, sweep.py and descent.py, which say what is computed; this
-// file is about doing it without a trip through memory for every step. Results do not depend on the number of threads.
+// quantkit/numerics/search.py, sweep.py and descent.py define the algorithms; here they do not pass through memory in every
+// step. Results do not depend on the number of threads.
 #include <algorithm>
 #include <cmath>
 #include <memory>
@@ -15,8 +15,8 @@
 namespace qk {
 namespace {
 
-constexpr int kRows = 4 * kWidth;  // rows of w that a sweep carries along, one per lane
-constexpr int64_t kColumns = 64;   // columns whose updates of the later columns are put off and applied together
+constexpr int kRows = 4 * kWidth;  // rows of w in a sweep, one per lane
+constexpr int64_t kColumns = 64;   // columns whose updates of the later columns are collected and applied together
 
 // Adding and subtracting 1.5 * 2^23 rounds to the nearest integer, ties to even, for |x| < 2^22.
 inline Floats nearest(Floats x) { return (x + 0x1.8p23f) - 0x1.8p23f; }
@@ -72,7 +72,7 @@ void search_group(const Search& s, const float* w, const float* hw, const float*
   const bool symmetric = s.zero_code >= 0;
   const float base = symmetric ? std::max(-low, high) * (2.0f / s.top) : (high - low) / s.top;
   float best = INFINITY;
-  *scale = round_to(base, s.scale_dtype), *zero = 0;  // stands if no candidate has a finite loss, for the caller to refuse
+  *scale = round_to(base, s.scale_dtype), *zero = 0;  // kept if no candidate has a finite loss; the caller refuses it
   for (int64_t r = 0; r < (symmetric ? 2 : 1) * s.ratio_count; ++r) {  // symmetric: once with either sign
     const float ratio = r < s.ratio_count ? s.ratios[r] : -s.ratios[r - s.ratio_count];
     float tried = round_to(base * ratio, s.scale_dtype);
@@ -80,7 +80,7 @@ void search_group(const Search& s, const float* w, const float* hw, const float*
                                    : std::min(std::max(std::nearbyint(-low * ratio / tried), 0.0f), float(s.top));
     for (int attempt = 0; attempt <= s.refit; ++attempt) {
       const Fit f = fit(w, hw, h, size, tried, offset, s.top);
-      // sum h (w - s l)^2 less sum h w^2, which is the same for all
+      // sum h (w - s l)^2 minus sum h w^2, which is the same for all candidates
       const float loss = tried * (tried * f.norm - 2 * f.cross);
       if (loss < best) best = loss, *scale = tried, *zero = static_cast<uint8_t>(offset);
       if (!(f.norm > 0 && f.cross * tried > 0)) break;
@@ -168,7 +168,7 @@ void sweep_rows(const void* job, int64_t begin, int64_t end) {
 }
 
 struct Descent {
-  float* residual;        // (columns, rows): (W - Q) H transposed, in the order of the descent; used up
+  float* residual;        // (columns, rows): (W - Q) H transposed, in the order of the descent; overwritten
   const float* scale;     // (columns, rows)
   const float* zero;      // (columns, rows), or null
   const float* hessian;   // (columns, columns)
@@ -178,7 +178,7 @@ struct Descent {
   float zero_code;
 };
 
-// Move one column to the codes that are best with all others fixed; `moves` gets by how much the weights changed.
+// Set one column to the best codes with all others fixed; `moves` receives the changes of the weights.
 void improve_column(const Descent& d, const float* column, int64_t at, float inverse_diagonal, float* moves) {
   for (int i = 0; i < 4; ++i, at += kWidth, moves += kWidth) {
     const Floats scale = *reinterpret_cast<const FloatsAnywhere*>(d.scale + at);

@@ -1,13 +1,13 @@
-// Where the threads come from.
+// The threads of a team.
 //
-// torch's OpenMP workers spin for milliseconds after every parallel op. A second pool fights them for the cores: on two
-// cores, a decode step of 210 matmuls between torch ops was slower with a private spinning pool than on one thread. So where
-// the process has an OpenMP runtime (libgomp, or LLVM's and Intel's, which export the same entries) its team is borrowed: one
-// region per call, with barriers of our own inside. The entries are handed over by the caller; this library links to no
-// OpenMP.
+// torch's OpenMP workers spin for milliseconds after every parallel operation, and a second pool competes with them for the
+// cores: on two cores, a decode step of 210 products between torch operations was slower with a private spinning pool than on
+// one thread. If the process has an OpenMP runtime (libgomp, or LLVM's and Intel's, which export the same functions), its team
+// is used: one parallel region per call, with barriers of our own. The caller passes pointers to the functions; this library
+// does not link to OpenMP.
 //
-// Without a runtime, and in a forked child (whose workers are gone, which the runtime does not know), a pool of our own
-// stands in; calls from several threads take turns.
+// Without a runtime, and in a forked child (whose workers no longer exist, unknown to the runtime), a pool of our own is used;
+// calls from several threads run one after another.
 #include "team.h"
 
 #include <pthread.h>
@@ -26,7 +26,7 @@
 namespace qk {
 namespace {
 
-constexpr int kLooks = 1000;  // before sleeping: ten to forty microseconds
+constexpr int kLooks = 1000;  // iterations before sleeping: ten to forty microseconds
 
 inline void relax() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -49,12 +49,12 @@ struct Job {
 
 void run_in_region(void* argument) {
   Job& job = *static_cast<Job*>(argument);
-  // The runtime may have started fewer threads than were asked for.
+  // The runtime may have started fewer threads than requested.
   const Member me{region_index.load(std::memory_order_relaxed)(), region_size.load(std::memory_order_relaxed)(), &job.barrier};
   job.body(me, job.argument);
 }
 
-// Threads of our own.
+// A pool of our own threads.
 class Pool {
  public:
   void run(int32_t threads, Job& job) {
@@ -62,7 +62,7 @@ class Pool {
     while (workers_ < threads - 1 && start(workers_ + 1)) ++workers_;
     job_ = &job;
     count_ = workers_ + 1 < threads ? workers_ + 1 : threads;
-    busy_.store(workers_, std::memory_order_relaxed);  // idle ones report as well: no one may look at an old job later
+    busy_.store(workers_, std::memory_order_relaxed);  // idle workers report too, so that none reads an old job later
     const uint32_t before = done_.now();
     called_.advance();
     job.body(Member{0, count_, &job.barrier}, job.argument);
@@ -75,13 +75,13 @@ class Pool {
     try {
       std::thread([this, index, seen] { work(index, seen); }).detach();
     } catch (const std::system_error&) {
-      return false;  // as many as there are will do
+      return false;  // continue with the threads that could be started
     }
     return true;
   }
 
   void work(int32_t index, uint32_t seen) {
-    for (;; ++seen) {  // the next call cannot begin before this one is reported
+    for (;; ++seen) {  // the next call cannot start before this one is reported
       called_.wait(seen);
       if (index < count_) job_->body(Member{index, count_, &job_->barrier}, job_->argument);
       if (busy_.fetch_sub(1, std::memory_order_acq_rel) == 1) done_.advance();
@@ -129,7 +129,7 @@ void Signal::wait(uint32_t old) {
 #if defined(__linux__)
   sleepers_.fetch_add(1, std::memory_order_seq_cst);
   while (value_.load(std::memory_order_seq_cst) == old)
-    syscall(SYS_futex, &value_, FUTEX_WAIT_PRIVATE, old, nullptr, nullptr, 0);  // returns at once if it has moved
+    syscall(SYS_futex, &value_, FUTEX_WAIT_PRIVATE, old, nullptr, nullptr, 0);  // returns immediately if the value has changed
   sleepers_.fetch_sub(1, std::memory_order_relaxed);
 #else
   while (now() == old) sched_yield();
@@ -159,7 +159,7 @@ void run_team(int32_t threads, TeamBody body, void* argument) {
 
 }  // namespace qk
 
-// Borrow the OpenMP team behind these entries (GOMP_parallel, omp_get_num_threads, omp_get_thread_num); null for our own pool.
+// Use the OpenMP team of these functions (GOMP_parallel, omp_get_num_threads, omp_get_thread_num); null for our own pool.
 extern "C" __attribute__((visibility("default"))) void qk_use_openmp(void* gomp_parallel, void* num_threads, void* thread_num) {
   qk::region_size.store(reinterpret_cast<qk::Number>(num_threads));
   qk::region_index.store(reinterpret_cast<qk::Number>(thread_num));

@@ -1,24 +1,24 @@
-// A team of threads that runs one body, and the barrier its members meet at.
+// A team of threads that run one function, and a barrier for them.
 #pragma once
 #include <atomic>
 #include <cstdint>
 
 namespace qk {
 
-// A number that threads wait on: looking at it for some microseconds, then asleep. Sleeping matters on a busy machine: the
-// system moves a thread that it has put aside to a core that falls idle, not to one that spins or yields.
+// A number whose change threads can wait for: they spin for some microseconds and then sleep. Sleeping matters on a busy
+// machine: the system moves a suspended thread to a core that becomes idle, not to one whose thread spins or yields.
 class Signal {
  public:
   uint32_t now() const { return value_.load(std::memory_order_acquire); }
-  void advance();              // by one, and wake who sleeps
-  void wait(uint32_t old);     // until it is no longer `old`
+  void advance();              // add one, and wake sleeping threads
+  void wait(uint32_t old);     // until the value is no longer `old`
 
  private:
   alignas(64) std::atomic<uint32_t> value_{0};
   std::atomic<uint32_t> sleepers_{0};
 };
 
-// Members wait here for each other.
+// Members wait for each other.
 class Barrier {
  public:
   void wait(int32_t members);
@@ -38,7 +38,8 @@ struct Member {
 
 typedef void (*TeamBody)(const Member& me, void* job);
 
-// Run body on up to `threads` members at once and return when all are done. How many they are is settled before any starts.
+// Run body on up to `threads` members at the same time and return when all have finished. Their number is fixed before any
+// starts.
 void run_team(int32_t threads, TeamBody body, void* job);
 
 // A member's share [begin, end) of [0, total), split evenly in multiples of `unit`.

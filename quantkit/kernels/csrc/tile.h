@@ -1,9 +1,9 @@
-// How a thread's share of a product is cut into tiles, for the int8 and the float path alike.
+// How a thread's share of a product is split into tiles, for int8 and for float activations.
 //
-// A tile is a few registers ("units") of output rows times a few rows of x. With few rows of x a tile reads the packed weight
-// itself, once, along all of K. With many, the weights of a tile are unpacked, a panel of columns at a time, into scratch that
-// stays in the level-2 cache while every row of x passes. Sums are made in the same order both ways: a chunk of columns by
-// itself, then scaled and added to the total.
+// A tile is a few registers ("units") of output rows times a few rows of x. With few rows of x, a tile reads the packed weight
+// directly, once, along all of K. With many, the weights of a tile are unpacked, a panel of columns at a time, to scratch
+// memory that stays in the level-2 cache while all rows of x are processed. Sums have the same order in both cases: the sum of
+// a chunk of columns is scaled and added to the total.
 #pragma once
 #include "linear.h"
 #include "vector.h"
@@ -13,7 +13,7 @@ namespace qk {
 constexpr int kPanelUnits = 2;                             // units of a tile that reads a panel
 constexpr int kPanelWidth = kPanelUnits * kWidth;          // its output rows
 constexpr int kPanelRows = kManyRegisters ? 12 : 4;        // its rows of x, at most, where they are vectors
-constexpr int kFewRows = kManyRegisters ? 8 : 4;            // up to so many rows of x, the packed weight is read directly
+constexpr int kFewRows = kManyRegisters ? 8 : 4;            // up to this many rows of x, the packed weight is read directly
 constexpr int kDirectUnits = kParts < 2 ? kParts : 2;       // units of a tile that reads the packed weight: one stream
 constexpr int64_t kAhead = 1024;                           // words of the packed weight that are fetched ahead of their use
 constexpr int64_t kPanelBytes = kWidth == 4 ? 1 << 15 : 1 << 16;
@@ -66,8 +66,8 @@ inline int64_t words_per_block(const Linear& l, int columns_per_word) {
 // Words from a code's high plane to its low one.
 inline int64_t words_per_plane(const Linear& l) { return linear_blocks(l) * words_per_block(l, 8); }
 
-// Eight columns of 8-bit codes, four a word, of their planes; without the low one the middle of what it could add counts as
-// part of the zero point (kHighPlaneMiddle).
+// Eight columns of 8-bit codes, four per word, from their planes. Without the low plane, the mean of what it could add is
+// subtracted from the zero point (kHighPlaneMiddle).
 struct Bytes {
   Words word[2];
 };
@@ -78,7 +78,7 @@ inline Bytes join_planes(Words high, Words low) {
   return {{coarse.word[0] | (low & 0x0f0f0f0fu), coarse.word[1] | ((low >> 4) & 0x0f0f0f0fu)}};
 }
 
-// Units past the last one are taken to be the last one; nobody stores what they make.
+// Units past the last one read the last one; their results are not stored.
 inline int64_t unit_of(const Tile& t, int u) { return t.unit + u < t.last_unit ? t.unit + u : t.last_unit - 1; }
 
 // Scales and zero points of a unit's first group; a group further is kLanes further.
@@ -86,7 +86,7 @@ inline int64_t scale_of(const Linear& l, int64_t unit) {
   return unit / kParts * (l.columns / l.group) * kLanes + unit % kParts * kWidth;
 }
 
-// Zero points of a unit by group: the stored ones, or the one that serves all over and over.
+// Zero points of a unit by group: the stored ones, or always the same one.
 struct Zeros {
   alignas(16) uint8_t code[kWidth];
   const uint8_t* stored;
@@ -142,7 +142,7 @@ void panel_rows(const Linear& l, const Rows& r, const Chunks& chunks, Tile& t, i
     panel_rows<Path, M / 2>(l, r, chunks, t, last_row);
 }
 
-// The totals of a slab, in the order that panel_rows made them.
+// Store the totals of a slab, in the order of panel_rows.
 template <int M>
 void store_rows(const Linear& l, Tile& t, float* y, int64_t y_stride, int64_t last_row) {
   for (; t.row + M <= last_row; t.row += M, t.totals += M * kPanelWidth) store_tile(l, t, kPanelUnits, M, y, y_stride);
@@ -185,7 +185,7 @@ void share(const Linear& l, const Rows& r, float* y, int64_t y_stride, int64_t b
   panel_share<Path>(l, r, y, y_stride, begin * kParts, end * kParts, scratch);
 }
 
-// The two paths, each in a file of its own so that they compile side by side.
+// The two kinds of products, in separate files so that they compile in parallel.
 void int8_share(const Linear&, const Rows&, float* y, int64_t y_stride, int64_t begin, int64_t end, void* scratch);
 void float_share(const Linear&, const Rows&, float* y, int64_t y_stride, int64_t begin, int64_t end, void* scratch);
 

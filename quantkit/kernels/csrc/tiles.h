@@ -1,8 +1,8 @@
 // The tile registers of AMX: eight, each of up to 16 rows of 64 bytes, and products of whole tiles.
 //
-// A library built for a processor that has them asks the system for leave once per process; where it is refused, or the
-// processor turns out to be another, nothing changes but the speed. Unproven on hardware: what is tested is the same source on
-// plain C++ in the place of the intrinsics (tests/kernels/tiles.h).
+// A library that was built for a processor with tiles requests permission from the system once per process. Without permission,
+// or on another processor, only the speed changes. Not tested on hardware: tests replace the intrinsics by plain C++
+// (tests/kernels/tiles.h).
 #pragma once
 #include "vector.h"
 #if defined(__AMX_TILE__) && defined(__AMX_INT8__) && defined(__AVX512F__) && defined(__linux__)
@@ -35,7 +35,7 @@ inline bool tiles_granted() {
 }
 
 // Tiles 0 and 1 hold sums, 16 x 16 int32; 2 holds 16 rows of `columns` bytes; 3 and 4 hold what these are multiplied with,
-// columns / 4 rows of 16 words. Given back at the end, so that nobody saves them when threads change.
+// columns / 4 rows of 16 words. Released at the end, so that the system need not save them when it switches threads.
 struct Tiles {
   explicit Tiles(int64_t columns) {
     struct alignas(64) {

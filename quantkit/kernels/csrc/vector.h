@@ -1,8 +1,7 @@
-// One vector register, on any machine.
+// A vector register, on any machine.
 //
-// GCC and Clang vector types turn into the target's instructions, so one source is the fast path and the portable path.
-// The width is the target's: types wider than a register compile too, but to memory traffic. Only half-float conversion
-// needs the target's name.
+// Vector types of GCC and Clang compile to the target's instructions, so one source is both fast and portable. The width is the
+// target's: types wider than a register also compile, but use memory. Only the conversion of half floats depends on the target.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -14,7 +13,7 @@
 
 namespace qk {
 
-constexpr int kLanes = 16;  // rows per block of the weight layout, whatever the machine
+constexpr int kLanes = 16;  // rows per block of the weight layout, on every machine
 #if defined(__AVX512F__)
 constexpr int kWidth = 16;  // rows per register
 #elif defined(__AVX2__)
@@ -56,8 +55,8 @@ inline uint32_t float_to_bits(float value) {
 inline Floats splat(float value) { return value - Floats{}; }
 inline Ints splat_int(int32_t value) { return value + Ints{}; }
 
-// a * b + c, rounded once where the machine can. Left to itself the compiler fuses here and not there (for some CPUs it avoids
-// chains of fused operations), and a row's bits would depend on the tile that computed it.
+// a * b + c, rounded once if the machine can. The compiler would fuse some of them only (for some CPUs it avoids chains of
+// fused operations), and the bits of a row would depend on the tile that computed it.
 inline Floats multiply_add(Floats a, Floats b, Floats c) {
 #if defined(__AVX512F__)
   return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -70,7 +69,7 @@ inline Floats multiply_add(Floats a, Floats b, Floats c) {
 #endif
 }
 
-// Widening by name where the generic conversion goes lane by lane (GCC 12).
+// Explicit widening, where the generic conversion works lane by lane (GCC 12).
 inline Ints load_bytes(const uint8_t* p) {
 #if defined(__AVX512F__)
   return (Ints)_mm512_maskz_cvtepu8_epi32(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));

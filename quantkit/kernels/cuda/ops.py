@@ -114,7 +114,7 @@ def multiply_head(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def _multiply_head_plain(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    weight, y = Fragments(*arguments[:8]), _multiply_plain(x, *arguments)
+    weight, y = Fragments(*arguments[:8]), multiply_plain(x, *arguments)
     wide = torch.where(y < torch.inf, y.float(), torch.inf)
     tiles = F.pad(wide, (0, weight.tiles * layout.TILE_ROWS - weight.rows), value=-torch.inf).unflatten(-1, (weight.tiles, -1))
     values, index = tiles.max(-1)
@@ -139,7 +139,8 @@ def _multiply_dense(x: Tensor, weight: Fragments, bias: Tensor | None, form: str
     return y if activation is None else norms.activate(y, activation, interleaved=True)
 
 
-def _multiply_plain(x: Tensor, *arguments: Any) -> Tensor:
+def multiply_plain(x: Tensor, *arguments: Any) -> Tensor:
+    """Compute ``fragment_matmul`` in plain torch; this is its definition."""
     weight, bias, form, activation = _split(arguments)
     if form in ROUNDED:
         _, codes, scales = norms.norm_plain(x, None, None, None, kind=norms.NONE, rounding=ROUNDED[form])
@@ -239,7 +240,7 @@ def _attend_prompt(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]] = {
-    "fragment_matmul": (_multiply_plain, multiply, _multiply_fake),
+    "fragment_matmul": (multiply_plain, multiply, _multiply_fake),
     "rounded_matmul": (_multiply_rounded_plain, multiply_rounded, _multiply_rounded_fake),
     "head_matmul": (
         _multiply_head_plain,
