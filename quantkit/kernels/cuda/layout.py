@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from quantkit.dtypes import DTYPES, SCALE_DTYPES, table
+from quantkit.dtypes import SCALE_DTYPES, table
 from quantkit.numerics import grid
 from quantkit.qtensor import GridTensor
 from quantkit.spec import QuantSpec
@@ -161,8 +161,3 @@ def _read_grid(values: Tensor, rows: int) -> Tensor:
     """Convert (experts, tiles, groups, 8, 4, 2) back to one value per row, (experts, rows, groups)."""
     inverse = [0, *(_GRID.index(axis) + 1 for axis in range(5))]
     return values.permute(inverse).flatten(1, 4)[:, :rows].contiguous()
-
-
-def largest_magnitude(dtype: str) -> float:
-    """Return the largest value of an 8-bit activation dtype: what a token's largest element is mapped to."""
-    return 127.0 if dtype == "int8" else DTYPES[dtype].largest
