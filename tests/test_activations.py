@@ -161,8 +161,8 @@ def test_a_rotated_layer_is_the_layer_on_turned_inputs() -> None:
 def test_no_native_engine_runs_rotated_inputs_unrotated() -> None:
     model = tiny.FAMILIES["llama"]()
     quantize(model, "w8a8-rotated", method="rtn")
-    assert "inputs of layers are rounded to int8 channel rotated, which modules do" in str(native_decoder(model))
-    with pytest.raises(QuantkitError, match="which modules do"):
+    assert "inputs of layers are rounded to int8 channel rotated, which only modules do" in str(native_decoder(model))
+    with pytest.raises(QuantkitError, match="which only modules do"):
         make_backend(model, engine="native")
 
 

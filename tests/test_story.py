@@ -17,7 +17,7 @@ from quantkit.system.progress import Progress
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 FEW = {"calibration.samples": 4, "calibration.length": 128, "evaluate.windows": 1, "evaluate.length": 128}
-FEW_STEPS = {"w3a16-distill": {"distill.steps": 2}}
+FEW_STEPS = {"w3a16-distill": {"steps": [{"name": "distill", "options": {"steps": 2, "windows": 2}}]}}
 
 
 def test_the_promised_recipes_are_there():
@@ -55,7 +55,7 @@ def test_the_model_is_read_once_and_the_base_is_what_it_was(transforms, tiny_flo
         "dtype": "float32",
         "evaluate.latency": False,
     }
-    outcome = run_recipe(load_recipe(RECIPES[-1].with_name("w4a16-gptq.yaml"), {**changes, "transforms": transforms}))
+    outcome = run_recipe(load_recipe(RECIPES[-1].with_name("w4a16-gptq.yaml"), {**changes, "steps": transforms}))
     assert len(opened) == 1
     assert outcome.report is not None
     scoring = {"windows": 1, "length": 128, "latency": False, "tokenizer": outcome.result.tokenizer}

@@ -30,8 +30,8 @@ def console(stderr: bool = False) -> "Console":
 
 
 def say(text: str, stderr: bool = False) -> None:
-    """Print a line as it is."""
-    console(stderr).print(text, markup=False, highlight=False)
+    """Print a line as it is; a terminal may wrap it, but a path in it stays whole."""
+    console(stderr).print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

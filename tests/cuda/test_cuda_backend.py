@@ -313,13 +313,13 @@ def test_what_it_cannot_run_goes_through_modules_and_is_counted(monkeypatch, cap
         for model, kv, reason in (
             (tiny.FAMILIES["llama"](head_dim=64), "float", "its dtype is torch.float32"),
             (tiny.FAMILIES["llama"]().half(), "float", "heads have 16 channels"),
-            (tiny.FAMILIES["llama"](head_dim=64).half(), "int4", "int4 of 32 channels, not as keys int4"),
+            (tiny.FAMILIES["llama"](head_dim=64).half(), "int4", "int4 in groups of 32, not keys int4"),
         ):
             assert make_backend(model, kv).engine == "modules"
             assert reason in caplog.records[-1].getMessage()
         assert list(chooser.FALLBACKS.values()) == [1, 1, 1]
         model = tiny.FAMILIES["llama"](head_dim=64).half()
-        with pytest.raises(QuantkitError, match="modules compute as loaded"):
+        with pytest.raises(QuantkitError, match="needs the native CPU engine, and this model runs through its modules"):
             make_backend(model, compute="int8")
         assert make_backend(model, KVScheme(W4, W4)).bytes_for(Memory(3, 32, 1)) > 0
         with pytest.raises(QuantkitError, match="the CUDA engine has pages of 32"):
