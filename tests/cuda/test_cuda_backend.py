@@ -322,7 +322,7 @@ def test_what_it_cannot_run_goes_through_modules_and_is_counted(monkeypatch, cap
         with pytest.raises(QuantkitError, match="needs the native CPU engine, and this model runs through its modules"):
             make_backend(model, compute="int8")
         assert make_backend(model, KVScheme(W4, W4)).bytes_for(Memory(3, 32, 1)) > 0
-        with pytest.raises(QuantkitError, match="the CUDA engine has pages of 32"):
+        with pytest.raises(QuantkitError, match="the CUDA engine supports 32 only"):
             make_backend(model).reserve(Memory(4, 16, 1))
 
 
