@@ -40,6 +40,7 @@ from torch import Tensor
 
 from quantkit.kernels.cpu import huge_pages, layout
 from quantkit.kernels.cpu.layout import Prepacked
+from quantkit.numerics.pack import as_bytes
 from quantkit.system.files import atomic_path, cache_dir, known_sha256, remember_sha256, write_atomic
 from quantkit.version import __version__
 
@@ -186,7 +187,7 @@ class _Out:
         """Write a tensor and return where and what it is."""
         self.pad(huge_pages.ALIGNMENT)
         where = {"at": self.position, "dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
-        content: Any = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+        content: Any = as_bytes(tensor).numpy()
         self.write(memoryview(content))
         return where
 

@@ -22,13 +22,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from quantkit.errors import FormatError
 from quantkit.formats.containers.base import UNFINISHED
+from quantkit.numerics.pack import as_bytes
 from quantkit.system.files import atomic_path, read_json, remove_temporaries, sync_directory, write_atomic, write_json
 
 INCOMPLETE = "INCOMPLETE.json"
@@ -60,7 +60,7 @@ class Digest:
         """Add CPU tensors."""
         for name, tensor in tensors.items():
             self._hash.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            content: Any = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+            content: Any = as_bytes(tensor).numpy()
             self._hash.update(memoryview(content))
 
     def hexdigest(self) -> str:

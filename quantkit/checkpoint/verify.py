@@ -11,6 +11,7 @@ from quantkit.checkpoint.read import open_checkpoint
 from quantkit.checkpoint.staging import mark_incomplete
 from quantkit.errors import FormatError, SpecError
 from quantkit.nn.linear import QuantModule
+from quantkit.numerics.pack import as_bytes
 from quantkit.qtensor import GridTensor, QTensor, as_grid
 from quantkit.spec import QuantSpec, Scheme
 
@@ -78,12 +79,7 @@ def same_bits(a: Tensor | None, b: Tensor | None) -> bool:
     if a is None or b is None:
         return a is b
     b = b.cpu()
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(_bits(a), _bits(b))
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    """View as bytes: NaN equals itself, and minus zero does not equal zero."""
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(as_bytes(a), as_bytes(b))  # so NaN equals itself
 
 
 def _same_qtensor(a: QTensor, b: QTensor) -> bool:

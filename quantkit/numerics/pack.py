@@ -87,3 +87,9 @@ def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
         codes[..., i] = value & mask
     flat: Tensor = codes.flatten(-2)[..., :columns].contiguous()
     return flat
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """Return the bytes of ``tensor``, uint8 (nbytes,), sharing its memory where that is contiguous."""
+    flat = tensor.detach().contiguous().reshape(-1)
+    return flat.as_strided(flat.shape, (1,)).view(torch.uint8)  # a single number may have any stride, which view refuses

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantkit.errors import SpecError
-from quantkit.numerics.pack import pack, packed_words, unpack
+from quantkit.numerics.pack import as_bytes, pack, packed_words, unpack
 
 
 @settings(deadline=None, max_examples=150)
@@ -43,3 +43,11 @@ def test_wrong_length_is_refused() -> None:
         unpack(torch.zeros(1, 3, dtype=torch.int32), 4, 4)
     with pytest.raises(SpecError, match="int32 words"):
         unpack(torch.zeros(1, 3), 4, 24)
+
+
+def test_bytes_of_any_strides() -> None:
+    single = torch.zeros(1, 16, dtype=torch.float16)[:, 3:4].transpose(0, 1)  # one number, with the stride of its row
+    assert single.stride() == (1, 16)
+    assert as_bytes(single).tolist() == [0, 0]
+    assert as_bytes(torch.tensor([[1, 2], [3, 4]], dtype=torch.int16).T).tolist() == [1, 0, 3, 0, 2, 0, 4, 0]
+    assert as_bytes(torch.empty(0, 3)).tolist() == []

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from quantkit.errors import FormatError
 from quantkit.formats.containers.base import Layout
+from quantkit.numerics.pack import as_bytes
 
 DTYPES: dict[str, torch.dtype] = {
     "I64": torch.int64,
@@ -79,7 +80,7 @@ class TensorFile:
         dtype, shape = self.layout[name]
         if tensor.dtype != dtype or tuple(tensor.shape) != shape:
             raise FormatError(f"{self.path}: {name} is {tensor.dtype} {tuple(tensor.shape)}, its place is for {dtype} {shape}")
-        content: Any = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+        content: Any = as_bytes(tensor).numpy()
         try:
             with self.path.open("r+b") as file:
                 file.seek(self._begins[name])
