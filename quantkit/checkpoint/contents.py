@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from quantkit.errors import FormatError, QuantkitError, SpecError
 from quantkit.formats.base import Stored
+from quantkit.hf.guard import names_source
 from quantkit.hf.load import PretrainedConfig, PreTrainedModel, empty_model
 from quantkit.hf.names import CheckpointTensor, Piece, checkpoint_names
 from quantkit.hf.structure import describe
@@ -62,6 +63,7 @@ class Contents:
         return {site.name: site for site in (*self.structure.sites, *self.structure.after)}
 
 
+@names_source("cannot follow the layout of")
 def contents_of(config: PretrainedConfig, *, most_weights: int | None = None) -> Contents:
     """Work out the contents of a checkpoint of the model that ``config`` describes.
 

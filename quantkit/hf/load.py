@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from quantkit.errors import QuantkitError
+from quantkit.hf.guard import names_source
 from quantkit.hf.source import locate, read_gguf
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 
+@names_source("cannot load a model from")
 def load_float(
     source: str | Path | PreTrainedModel,
     dtype: torch.dtype | None = None,
@@ -108,12 +110,14 @@ def read_config(values: Mapping[str, Any], source: str | Path) -> PretrainedConf
     return config
 
 
+@names_source("cannot read the generation config of")
 def read_generation_config(path: str | Path) -> GenerationConfig:
     """Return the generation config in a directory."""
     config: GenerationConfig = GenerationConfig.from_pretrained(path)
     return config
 
 
+@names_source("cannot build the model of")
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     """Build a model from its config, with parameters on the meta device and real buffers.
 

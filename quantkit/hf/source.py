@@ -13,6 +13,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from quantkit.errors import QuantkitError
 from quantkit.hf.demo_model import DEMO_MODEL, demo_model_path
+from quantkit.hf.guard import names_source
 
 
 def locate(source: str | Path) -> str | Path:
@@ -23,6 +24,7 @@ def locate(source: str | Path) -> str | Path:
     return demo_model_path() if str(source) == DEMO_MODEL else source
 
 
+@names_source("cannot read the config of")
 def load_config(source: str | Path) -> PretrainedConfig:
     """Return the config of a hub id, directory, GGUF file or the demo model. No weights are read.
 
