@@ -22,7 +22,8 @@ from transformers import (
 )
 
 from quantkit.errors import QuantkitError
-from quantkit.hf.source import locate, read_gguf
+from quantkit.hf.gguf import load_gguf
+from quantkit.hf.source import locate
 
 __all__ = [
     "PreTrainedModel",
@@ -137,33 +138,20 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
 
 
 def _load_gguf(path: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """Dequantize a GGUF file into a plain model, and read its tokenizer."""
-    if not path.is_file():
-        raise QuantkitError(f"no such file: {path}")
-    options: dict[str, Any] = {"dtype": dtype} if dtype is not None else {}
-    if hasattr(transformers, "GgufConfig"):  # newer releases can keep GGUF blocks in memory, which is not wanted here
-        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    try:
-        config = read_gguf(AutoConfig, path)
-        loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, config=config, **options)
-        tokenizer: PreTrainedTokenizerBase = read_gguf(AutoTokenizer, path)
-    except ImportError as error:
-        raise QuantkitError(f"reading {path.name} needs the gguf package: pip install 'quantkit[demo]' ({error})") from error
-    except (OSError, ValueError, KeyError, NotImplementedError) as error:
-        raise QuantkitError(f"cannot read {path}: {error}") from error
-    # transformers marks a model loaded from GGUF as quantized and then refuses to save it, so its weights are moved to a
-    # new model.
-    loaded.config.architectures = [type(loaded).__name__]
-    model = empty_model(loaded.config)
-    model.config.dtype = loaded.dtype
-    state = {name: tensor for name, tensor in loaded.state_dict().items() if name in model.state_dict()}
-    missing, _ = model.load_state_dict(state, strict=False, assign=True)
+    """Make a plain model of what a GGUF file holds: transformers refuses to save one that it loaded from there."""
+    config, state, tokenizer = load_gguf(path, dtype)
+    model = empty_model(config)
+    model.config.architectures = [type(model).__name__]
+    model.config.name_or_path = str(path)
+    missing, _ = model.load_state_dict(
+        {name: state[name] for name in state if name in model.state_dict()}, strict=False, assign=True
+    )
     model.tie_weights()
     left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if left:
         raise QuantkitError(
             f"{path}: {len(missing)} parameters are missing, such as {', '.join(left[:5])}; the file does not fit its config"
         )
-    model.generation_config = loaded.generation_config
+    model.config.dtype = model.dtype
     model.train(False)
     return model, tokenizer
