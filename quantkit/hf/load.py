@@ -26,6 +26,7 @@ from transformers import (
 from quantkit.errors import FormatError, QuantkitError
 from quantkit.hf.account import account
 from quantkit.hf.ledger import keep_ledger
+from quantkit.hf.mend import mend
 from quantkit.hf.source import directory_of, locate, read_gguf
 from quantkit.hf.ties import settle_ties
 
@@ -71,6 +72,7 @@ def load_float(
         if dtype is not None and source.dtype != dtype:
             raise QuantkitError(f"the model is {source.dtype}, want dtype={dtype}; convert it with model.to first")
         source.train(False)
+        mend(source)
         return source, tokenizer
     source = locate(source)
     path = Path(source)
@@ -88,6 +90,7 @@ def load_float(
     except (OSError, ValueError, RuntimeError) as error:
         raise QuantkitError(f"cannot load a model from {source}: {error}") from error
     model.train(False)
+    mend(model)
     settle_ties(model, model.config)
     return model, tokenizer or load_tokenizer(directory, trust_remote_code=trust_remote_code)
 
@@ -192,6 +195,7 @@ def empty_model(config: PretrainedConfig, *, trust_remote_code: bool = False) ->
             raise QuantkitError(f"cannot build a {names[0] if names else plain.model_type} from its config: {error}") from error
     model.tie_weights()
     model.train(False)
+    mend(model)
     return model
 
 

@@ -26,6 +26,7 @@ from quantkit.evaluation.coverage import coverage_after, coverage_before, remark
 from quantkit.evaluation.sanity import SanityCheck
 from quantkit.hf.ledger import ledger_of
 from quantkit.hf.load import PreTrainedModel, load_float
+from quantkit.hf.mend import mend
 from quantkit.hf.source import load_config, locate
 from quantkit.hf.structure import describe
 from quantkit.hf.ties import settle_ties
@@ -281,6 +282,7 @@ def collect(
 def _resolve_model(model: nn.Module | str | Path, tokenizer: Any) -> tuple[PreTrainedModel, Any]:
     if isinstance(model, nn.Module):
         given = cast(PreTrainedModel, model.eval())
+        mend(given)
         settle_ties(given, given.config)
         return given, tokenizer
     loaded, found = load_float(locate(model))
