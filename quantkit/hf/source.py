@@ -1,12 +1,18 @@
 """Resolve the names by which users refer to models, and read configs without weights."""
 
 from pathlib import Path
+from typing import Final
 
+from huggingface_hub import snapshot_download
 from transformers import AutoConfig, PretrainedConfig
 
 from quantkit.errors import QuantkitError
 from quantkit.hf.demo_model import DEMO_MODEL, demo_model_path
 from quantkit.hf.gguf import read_gguf
+
+MODEL_FILES: Final = ("*.json", "*.safetensors", "*.model", "*.tiktoken", "*.spm", "*.txt", "*.jinja", "LICENSE*", "NOTICE*")
+"""What is fetched from the hub."""
+OTHER_FORMATS: Final = ("consolidated*", "original/*", "onnx/*", "*.fp16.safetensors")
 
 
 def locate(source: str | Path) -> str | Path:
@@ -15,6 +21,26 @@ def locate(source: str | Path) -> str | Path:
     A directory named demo can be given as ``./demo``.
     """
     return demo_model_path() if str(source) == DEMO_MODEL else source
+
+
+def directory_of(source: str | Path, *, trust_remote_code: bool = False) -> Path:
+    """Return the directory of a model: itself, or of a hub id the cached snapshot, downloaded if need be.
+
+    Only the files of a float model are fetched: no copies of the weights in other formats, and code only if it is trusted.
+
+    Raises:
+        QuantkitError: there is no such directory, and nothing of that name on the hub or in its cache.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    wanted = [*MODEL_FILES, *(["*.py"] if trust_remote_code else [])]
+    try:
+        found = Path(snapshot_download(str(source), allow_patterns=wanted, ignore_patterns=[*OTHER_FORMATS]))
+        if not any(found.glob("*.safetensors")):
+            snapshot_download(str(source), allow_patterns=["pytorch_model*.bin"])
+    except (OSError, ValueError) as error:
+        raise QuantkitError(f"cannot load a model from {source}: {error}") from error
+    return found
 
 
 def load_config(source: str | Path) -> PretrainedConfig:

@@ -21,12 +21,15 @@ from quantkit.calibrate.chain import collect_statistics
 from quantkit.calibrate.data import Batch, Calibration, unpadded
 from quantkit.calibrate.data import fingerprint as data_fingerprint
 from quantkit.calibrate.statistics import load_statistics
-from quantkit.checkpoint.contents import contents_of
+from quantkit.checkpoint.contents import carried_layout, contents_of
 from quantkit.evaluation.coverage import coverage_after, coverage_before, remark
 from quantkit.evaluation.sanity import SanityCheck
+from quantkit.hf.ledger import ledger_of
 from quantkit.hf.load import PreTrainedModel, load_float
+from quantkit.hf.mend import mend
 from quantkit.hf.source import load_config, locate
 from quantkit.hf.structure import describe
+from quantkit.hf.ties import settle_ties
 from quantkit.nn.quantized import Quantized
 from quantkit.nn.sites import SiteStatistics, Structure
 from quantkit.pipeline.blocks import BlockRun, calibration_chain, needs_of, quantize_blocks
@@ -162,6 +165,8 @@ class _Job:
         if output.path is None:
             return None
         methods = (*self.steps.all, self.method, self.compute)
+        carried = carried_layout(ledger_of(self.model))
+        methods = (*methods, carried) if carried else methods
         key = run_key(self.model, self.plan, methods, batches, statistics=self.statistics, format=output.format)
         resumed = key if self.run.resume else None
         checkpoint.check_output(
@@ -245,7 +250,7 @@ def plan(
         SpecError: a rule matches nothing, or a group size does not divide a layer.
     """
     if not isinstance(model, nn.Module):
-        model = contents_of(load_config(model)).model
+        model = contents_of(load_config(model), source=model).model
     return make_plan(describe(model), scheme, rules, scale_dtype=_scale_dtype(model))
 
 
@@ -276,7 +281,10 @@ def collect(
 
 def _resolve_model(model: nn.Module | str | Path, tokenizer: Any) -> tuple[PreTrainedModel, Any]:
     if isinstance(model, nn.Module):
-        return cast(PreTrainedModel, model.eval()), tokenizer
+        given = cast(PreTrainedModel, model.eval())
+        mend(given)
+        settle_ties(given, given.config)
+        return given, tokenizer
     loaded, found = load_float(locate(model))
     return loaded, tokenizer if tokenizer is not None else found
 
