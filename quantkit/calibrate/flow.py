@@ -15,6 +15,7 @@ A run that was interrupted sends the text again through the blocks that are fini
 """
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
@@ -130,7 +131,7 @@ class _Stream:
         if self.batches and self._stop == index:
             return
         self.end()
-        self.batches = [Batch(lambda ids=ids: self._forward(ids)) for ids in self._ids]
+        self.batches = [Batch(functools.partial(self._forward, ids)) for ids in self._ids]
         self.run(index, _switch)
 
     def run(self, stop: int, work: Callable[[list[Batch]], None]) -> None:

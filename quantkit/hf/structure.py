@@ -113,7 +113,7 @@ def find_stack(model: nn.Module) -> str:
     Raises:
         SpecError: there is no ModuleList with parameters.
     """
-    sizes = {
+    sizes: dict[str, int] = {
         name: size for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and (size := _weights(module))
     }
     if not sizes:

@@ -36,8 +36,8 @@ _OUTPUT_FORMS: tuple[Callable[[Tensor], Any], ...] = (lambda h: h, lambda h: (h,
 CANNOT_RUN = (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError, AssertionError)
 """What a model raises that is not run as it expects."""
 
-_SHARED = (type(None), bool, int, float, str, bytes, torch.dtype, torch.device, nn.Module, Callable)
-"""Arguments of blocks that hold no state of theirs, and are handed on as they are."""
+_SHARED = (type(None), bool, int, float, str, bytes, torch.dtype, torch.device)
+"""Arguments of blocks that hold no state, and are handed on as they are, like functions and modules."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +142,7 @@ def _rebuilt(
             other = copy.copy(value)
             other.update({key: rebuild(item) for key, item in value.items()})
             return other
-        return value if isinstance(value, _SHARED) else copy.deepcopy(value)
+        return value if callable(value) or isinstance(value, _SHARED) else copy.deepcopy(value)
 
     return tuple(rebuild(value) for value in args), {key: rebuild(value) for key, value in kwargs.items()}
 

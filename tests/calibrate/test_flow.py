@@ -187,8 +187,7 @@ def test_layers_see_what_the_quantized_blocks_before_them_make(kind: str) -> Non
         ("stream", torch.float32, "gptaq", ("smoothquant",)),
         ("loop", torch.float32, AutoRound(iters=2), ("awq",)),
         ("backwards", torch.bfloat16, "gptaq", (Distill(steps=2, windows=2),)),
-        ("stream", torch.bfloat16, AutoRound(iters=2), ("awq",)),
-        ("sharing", torch.float32, "gptq", (Distill(steps=2, windows=2),)),
+        ("sharing", torch.bfloat16, AutoRound(iters=2), (Distill(steps=2, windows=2),)),
     ],
 )
 def test_every_calibrated_method_takes_them(kind: str, dtype: torch.dtype, method: Any, steps: tuple[Any, ...]) -> None:
