@@ -96,9 +96,17 @@ def _key(ids: Tensor) -> bytes:
 
 def _windows(model: nn.Module, tokenizer: Any) -> tuple[Windows, str]:
     config: Any = getattr(model, "config", None)
-    length = min(LENGTH, getattr(config, "max_position_embeddings", None) or LENGTH)
+    longest = getattr(config, "max_position_embeddings", None) or LENGTH
+    length = min(LENGTH, longest) if longest > 0 else LENGTH  # some configs say -1 for any length
     if tokenizer is not None:
         batches = token_batches(text_default()[1], encoder(tokenizer), samples=WINDOWS, length=length, batch_size=WINDOWS)
         return from_batches(batches), "held-out Python documentation"
-    ids = torch.randint(input_table(model)[0], (WINDOWS, length), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(_vocabulary(model), (WINDOWS, length), generator=torch.Generator().manual_seed(0))
     return from_batches([Batch(ids, None)]), "random tokens"
+
+
+def _vocabulary(model: nn.Module) -> int:
+    """Return how many tokens a model both reads and predicts; some embed tokens, as those of images, that none predicts."""
+    with evaluation_mode(model):
+        predicted = run_model(model, torch.zeros(1, 1, dtype=torch.int64)).shape[-1]
+    return min(input_table(model)[0], predicted)

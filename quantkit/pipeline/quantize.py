@@ -8,7 +8,7 @@ block is on the disk, so a killed run continues where it stopped.
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -33,7 +33,7 @@ from quantkit.hf.ties import settle_ties
 from quantkit.nn.quantized import Quantized
 from quantkit.nn.sites import SiteStatistics, Structure
 from quantkit.pipeline.blocks import BlockRun, calibration_chain, needs_of, quantize_blocks
-from quantkit.pipeline.checks import check_model, refuse_combinations, refuse_gaps, report_fallen
+from quantkit.pipeline.checks import check_model, prepare_blocks, refuse_combinations, refuse_gaps, report_fallen
 from quantkit.pipeline.plan import Resolution, check_plan, make_plan, resolve
 from quantkit.pipeline.result import QuantizeResult
 from quantkit.pipeline.resume import ResumeStore, run_key, versions
@@ -105,8 +105,8 @@ def quantize(
     )
     job.refuse()
     batches = calibration.batches(tokenizer) if job.reads_text else []
-    check_model(model, structure)
-    return _carry_out(job, batches)
+    check_model(model)
+    return _carry_out(job.prepared(), batches)
 
 
 @dataclass(frozen=True)
@@ -149,6 +149,19 @@ class _Job:
     @property
     def reads_text(self) -> bool:
         return self.walks or bool(self.steps.after) or any(step.needs for step in self.steps.before)
+
+    @property
+    def runs_blocks(self) -> bool:
+        """Whether blocks are run at all: with text, or on a few tokens to see what reads what."""
+        shared = any(scheme.weight.has_global_scale for scheme in self.plan.values())
+        return self.reads_text or bool(self.steps.before) or shared
+
+    def prepared(self) -> "_Job":
+        """Return the job with what is known of how its blocks can run, if they have to."""
+        if not self.runs_blocks:
+            return self
+        structure, compute = prepare_blocks(self.model, self.structure, self.compute)
+        return replace(self, structure=structure, run=replace(self.run, compute=compute))
 
     def refuse(self) -> None:
         """Raise what is wrong with the run as far as can be seen without working."""
@@ -273,8 +286,8 @@ def collect(
     model, tokenizer = _resolve_model(model, tokenizer)
     structure = describe(model)
     batches = calibration.batches(tokenizer)
-    check_model(model, structure)
-    compute = run.compute or Compute.default(model)
+    check_model(model)
+    structure, compute = prepare_blocks(model, structure, run.compute or Compute.default(model))
     found = collect_statistics(model, structure, unpadded(batches), collectors, compute=compute, progress=run.report)
     return found, data_fingerprint(batches)
 
