@@ -26,6 +26,7 @@ from transformers import (
 from quantkit.errors import FormatError, QuantkitError
 from quantkit.hf.account import account
 from quantkit.hf.gguf import load_gguf
+from quantkit.hf.guard import names_source
 from quantkit.hf.ledger import keep_ledger
 from quantkit.hf.mend import mend
 from quantkit.hf.source import directory_of, locate
@@ -44,6 +45,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 
+@names_source("cannot load a model from")
 def load_float(
     source: str | Path | PreTrainedModel,
     dtype: torch.dtype | None = None,
@@ -158,6 +160,7 @@ def read_config(values: Mapping[str, Any], source: str | Path) -> PretrainedConf
     return config
 
 
+@names_source("cannot read the generation config of")
 def read_generation_config(path: str | Path) -> GenerationConfig:
     """Return the generation config in a directory."""
     config: GenerationConfig = GenerationConfig.from_pretrained(path)
@@ -171,6 +174,7 @@ def architectures_of(model: PreTrainedModel) -> list[str]:
     return list(names) if foreign else [type(model).__name__]
 
 
+@names_source("cannot build the model of")
 def empty_model(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """Build a model from its config, with parameters on the meta device and real buffers.
 

@@ -9,6 +9,7 @@ from transformers import AutoConfig, PretrainedConfig
 from quantkit.errors import QuantkitError
 from quantkit.hf.demo_model import DEMO_MODEL, demo_model_path
 from quantkit.hf.gguf import read_gguf
+from quantkit.hf.guard import names_source
 
 MODEL_FILES: Final = ("*.json", "*.safetensors", "*.model", "*.tiktoken", "*.spm", "*.txt", "*.jinja", "LICENSE*", "NOTICE*")
 """What is fetched from the hub."""
@@ -43,6 +44,7 @@ def directory_of(source: str | Path, *, trust_remote_code: bool = False) -> Path
     return found
 
 
+@names_source("cannot read the config of")
 def load_config(source: str | Path) -> PretrainedConfig:
     """Return the config of a hub id, directory, GGUF file or the demo model. No weights are read.
 

@@ -13,6 +13,7 @@ from quantkit.errors import CalibrationError, QuantkitError, SpecError
 from quantkit.hf.experts import enable_experts
 from quantkit.nn.block_calls import CANNOT_RUN, why_entangled
 from quantkit.nn.embedding import input_table
+from quantkit.nn.quantized import LARGE_ERROR, Quantized
 from quantkit.nn.sites import Site, SiteStatistics, Structure
 from quantkit.pipeline.blocks import needs_of
 from quantkit.pipeline.plan import Resolution
@@ -174,3 +175,19 @@ def report_fallen(names: list[str]) -> None:
     """Warn of layers that were rounded to nearest for want of inputs."""
     if names:
         log.warning("%d layers fell back to plain rounding: %s ...", len(names), names[0])
+
+
+def report_lossy(results: Mapping[str, Quantized]) -> None:
+    """Warn of layers whose output is hardly that of the float layer."""
+    lossy = {name: one for name, one in results.items() if one.warnings}
+    if lossy:
+        worst = sorted(lossy, key=lambda name: -lossy[name].loss)
+        shown = ", ".join(f"{name} ({lossy[name].loss ** 0.5:.2f})" for name in worst[:5])
+        more = f" and {len(lossy) - 5} more" if len(lossy) > 5 else ""
+        log.warning(
+            "%d layers have a relative error above %g: %s%s; give them more bits, or leave them in float by a rule",
+            len(lossy),
+            LARGE_ERROR,
+            shown,
+            more,
+        )
