@@ -105,7 +105,7 @@ def _key(ids: Tensor) -> bytes:
 def _windows(model: nn.Module, tokenizer: Any, bos: bool | None) -> tuple[Windows, str]:
     length = min(LENGTH, max_positions(model) or LENGTH)
     if tokenizer is None:
-        ids = torch.randint(input_table(model)[0], (WINDOWS, length), generator=torch.Generator().manual_seed(0))
+        ids = torch.randint(_vocabulary(model), (WINDOWS, length), generator=torch.Generator().manual_seed(0))
         return from_batches([Batch(ids, None)]), "random tokens"
     batches = cut_batches(
         encode_passages([Passage(text, "the default text") for text in text_default()[1]], tokenizer),
@@ -118,3 +118,10 @@ def _windows(model: nn.Module, tokenizer: Any, bos: bool | None) -> tuple[Window
     )
     check_fit(batches, model)
     return from_batches(batches), "held-out Python documentation"
+
+
+def _vocabulary(model: nn.Module) -> int:
+    """Return how many tokens a model both reads and predicts; some embed tokens, as those of images, that none predicts."""
+    with evaluation_mode(model):
+        predicted = run_model(model, torch.zeros(1, 1, dtype=torch.int64)).shape[-1]
+    return min(input_table(model)[0], predicted)

@@ -21,16 +21,26 @@ from quantkit.calibrate.chain import collect_statistics
 from quantkit.calibrate.data import Batch, Calibration, check_fit, unpadded
 from quantkit.calibrate.data import fingerprint as data_fingerprint
 from quantkit.calibrate.statistics import load_statistics
-from quantkit.checkpoint.contents import contents_of
+from quantkit.checkpoint.contents import carried_layout, contents_of
 from quantkit.evaluation.coverage import coverage_after, coverage_before, remark
 from quantkit.evaluation.sanity import SanityCheck
+from quantkit.hf.ledger import ledger_of
 from quantkit.hf.load import PreTrainedModel, load_float
+from quantkit.hf.mend import mend
 from quantkit.hf.source import load_config, locate
 from quantkit.hf.structure import describe
+from quantkit.hf.ties import settle_ties
 from quantkit.nn.quantized import Quantized
 from quantkit.nn.sites import SiteStatistics, Structure
 from quantkit.pipeline.blocks import BlockRun, calibration_chain, needs_of, quantize_blocks
-from quantkit.pipeline.checks import check_model, refuse_combinations, refuse_gaps, report_fallen, report_lossy
+from quantkit.pipeline.checks import (
+    check_model,
+    prepare_blocks,
+    refuse_combinations,
+    refuse_gaps,
+    report_fallen,
+    report_lossy,
+)
 from quantkit.pipeline.plan import Resolution, check_plan, make_plan, resolve
 from quantkit.pipeline.result import QuantizeResult
 from quantkit.pipeline.resume import ResumeStore, run_key, versions
@@ -104,8 +114,8 @@ def quantize(
     job.refuse()
     batches, read = calibration.read(tokenizer) if job.reads_text else ([], {})
     check_fit(batches, model)
-    check_model(model, structure)
-    return _carry_out(job.with_fitting_scales(), batches, read)
+    check_model(model)
+    return _carry_out(job.prepared().with_fitting_scales(), batches, read)
 
 
 @dataclass(frozen=True)
@@ -149,6 +159,19 @@ class _Job:
     def reads_text(self) -> bool:
         return self.walks or bool(self.steps.after) or any(step.needs for step in self.steps.before)
 
+    @property
+    def runs_blocks(self) -> bool:
+        """Whether blocks are run at all: with text, or on a few tokens to see what reads what."""
+        shared = any(scheme.weight.has_global_scale for scheme in self.plan.values())
+        return self.reads_text or bool(self.steps.before) or shared
+
+    def prepared(self) -> "_Job":
+        """Return the job with what is known of how its blocks can run, if they have to."""
+        if not self.runs_blocks:
+            return self
+        structure, compute = prepare_blocks(self.model, self.structure, self.compute)
+        return replace(self, structure=structure, run=replace(self.run, compute=compute))
+
     def refuse(self) -> None:
         """Raise what is wrong with the run as far as can be seen without working."""
         for note in self.resolution.notes:
@@ -170,6 +193,8 @@ class _Job:
         if output.path is None:
             return None
         methods = (*self.steps.all, self.method, self.compute)
+        carried = carried_layout(ledger_of(self.model))
+        methods = (*methods, carried) if carried else methods
         key = run_key(self.model, self.plan, methods, batches, statistics=self.statistics, format=output.format)
         resumed = key if self.run.resume else None
         checkpoint.check_output(
@@ -254,7 +279,7 @@ def plan(
         SpecError: a rule matches nothing, or a group size does not divide a layer.
     """
     if not isinstance(model, nn.Module):
-        model = contents_of(load_config(model)).model
+        model = contents_of(load_config(model), source=model).model
     return make_plan(describe(model), scheme, rules, scale_dtype=_scale_dtype(model))
 
 
@@ -278,15 +303,18 @@ def collect(
     structure = describe(model)
     batches = calibration.batches(tokenizer)
     check_fit(batches, model)
-    check_model(model, structure)
-    compute = run.compute or Compute.default(model)
+    check_model(model)
+    structure, compute = prepare_blocks(model, structure, run.compute or Compute.default(model))
     found = collect_statistics(model, structure, unpadded(batches), collectors, compute=compute, progress=run.report)
     return found, data_fingerprint(batches)
 
 
 def _resolve_model(model: nn.Module | str | Path, tokenizer: Any) -> tuple[PreTrainedModel, Any]:
     if isinstance(model, nn.Module):
-        return cast(PreTrainedModel, model.eval()), tokenizer
+        given = cast(PreTrainedModel, model.eval())
+        mend(given)
+        settle_ties(given, given.config)
+        return given, tokenizer
     loaded, found = load_float(locate(model))
     return loaded, tokenizer if tokenizer is not None else found
 

@@ -394,7 +394,12 @@ def test_failed_check_leaves_the_directory_incomplete(tmp_path) -> None:
         checkpoint.load(tmp_path)
     checkpoint.save(model, tmp_path, check=lambda stage: {"kl": 0.25})
     assert read_json(tmp_path / "config.json")["quantkit"]["quality"] == {"kl": 0.25}
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["config.json", "generation_config.json", "model.safetensors"]
+    assert sorted(f.name for f in tmp_path.iterdir()) == [
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    ]
 
 
 def test_another_model_is_only_replaced_when_asked_and_only_by_a_whole_one(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
