@@ -19,6 +19,7 @@ from quantkit.errors import CalibrationError
 from quantkit.nn.install import install
 from quantkit.nn.quantized import Quantized
 from quantkit.nn.sites import Block, Site, SiteStatistics, Structure, read_weight, write_weight
+from quantkit.numerics import grid
 from quantkit.numerics.inputs import InputQuantizer, static_scale
 from quantkit.pipeline.resume import ResumeStore
 from quantkit.quantizers.base import QuantizedBlock, Quantizer, quantize_site
@@ -147,10 +148,18 @@ def calibrated_scale(site: Site, activation: ActivationSpec, statistics: SiteSta
     """Return the scale (..., 1) that covers every input of a layer seen in calibration.
 
     Raises:
-        CalibrationError: no input was seen.
+        CalibrationError: no input was seen, or inputs so large or small that the stored dtype cannot hold their scale.
     """
     if statistics is None or "abs_max" not in statistics.results:
         raise CalibrationError(f"{site.name}: its static input scale needs calibration inputs; use more text, or w8a8")
+    largest = float(statistics.results["abs_max"].amax())
+    wanted = grid.wanted_scales(torch.tensor([[largest]]), activation.grid).item()
+    low, high = grid.scale_bounds(activation.grid.scale_dtype)
+    if largest and not low <= wanted <= high:
+        raise CalibrationError(
+            f"{site.name}: its inputs reach {largest:.3g}, and {activation.grid.scale_dtype} cannot hold their static scale "
+            f"{wanted:.3g}; use dynamic activations (w8a8, fp8-dynamic), or a scheme with float32 scales"
+        )
     return static_scale(activation, statistics.results["abs_max"])
 
 
@@ -278,6 +287,8 @@ def _quantize_outside(run: BlockRun, results: dict[str, Quantized]) -> dict[str,
         method = RTN("mse" if scheme.weight.bits < 8 else "absmax") if ends else run.method
         one = quantize_site(method, site.name, weight, scheme.weight, None)
         results[site.name] = replace(one, qtensor=one.qtensor.to("cpu"))
+        for note in one.notes:
+            log.warning("%s: %s", site.name, note)
         install(run.model, site, results[site.name].qtensor, scheme.activation)
         run.progress(Progress("quantize", len(results), len(run.plan), site.name, one.loss))
     return results

@@ -13,13 +13,14 @@ from quantkit.errors import CalibrationError, QuantkitError, SpecError
 from quantkit.hf.experts import enable_experts
 from quantkit.nn.block_calls import CANNOT_RUN, why_entangled
 from quantkit.nn.embedding import input_table
+from quantkit.nn.quantized import LARGE_ERROR, Quantized
 from quantkit.nn.sites import Site, SiteStatistics, Structure
 from quantkit.pipeline.blocks import needs_of
 from quantkit.pipeline.plan import Resolution
 from quantkit.quantizers.base import Quantizer, quantizer_name
 from quantkit.spec import Plan
 from quantkit.system.compute import Compute
-from quantkit.transforms.base import Setup, Step
+from quantkit.transforms.base import Setup, Step, step_name
 
 log = logging.getLogger(__name__)
 
@@ -53,8 +54,19 @@ def refuse_combinations(
     setup = Setup(plan, structure, tuple(steps), method.refines_blocks, statistics is not None)
     for step in steps:
         step.check(setup)
+    _refuse_shared(structure, steps)
     if statistics is not None:
         _check_statistics(plan, blocks, method, statistics)
+
+
+def _refuse_shared(structure: Structure, steps: Sequence[Step]) -> None:
+    """Refuse rewriting weights that several blocks share: it fits one of them and not the others."""
+    inside = sorted(name for name in structure.shared for block in structure.blocks if name.startswith(f"{block.name}."))
+    if inside and (step := next((one for one in steps if one.stage == "before"), None)) is not None:
+        raise SpecError(
+            f"{inside[0]} is {structure.skipped[inside[0]]}: {step_name(step)} would rewrite it for one block and spoil it for "
+            "the other; leave this step out"
+        )
 
 
 def _check_statistics(
@@ -145,10 +157,14 @@ def _failure(model: nn.Module, structure: Structure, compute: Compute) -> str | 
 
 
 def refuse_gaps(structure: Structure, resolution: Resolution) -> None:
-    """With strict=True, every linear layer and expert must be in the plan or skipped by a rule."""
+    """With strict=True, every linear layer and expert must be in the plan or skipped by a rule.
+
+    Also every matrix that the model's class does not know, and which is carried over in float.
+    """
     decided = resolution.plan.keys() | resolution.skipped.keys()
     gaps = [site.name for site in structure.sites if site.name not in decided]
     reasons = {name: structure.skipped[name] for name in sorted(structure.unreachable) if name not in decided}
+    reasons |= {name: "the model's class does not know it" for name in sorted(structure.carried) if name not in decided}
     if gaps or reasons:
         first = next(iter([*(f"{name} ({reason})" for name, reason in reasons.items()), *gaps]))
         more = f" and {len(gaps) + len(reasons) - 1} more" if len(gaps) + len(reasons) > 1 else ""
@@ -159,3 +175,19 @@ def report_fallen(names: list[str]) -> None:
     """Warn of layers that were rounded to nearest for want of inputs."""
     if names:
         log.warning("%d layers fell back to plain rounding: %s ...", len(names), names[0])
+
+
+def report_lossy(results: Mapping[str, Quantized]) -> None:
+    """Warn of layers whose output is hardly that of the float layer."""
+    lossy = {name: one for name, one in results.items() if one.warnings}
+    if lossy:
+        worst = sorted(lossy, key=lambda name: -lossy[name].loss)
+        shown = ", ".join(f"{name} ({lossy[name].loss ** 0.5:.2f})" for name in worst[:5])
+        more = f" and {len(lossy) - 5} more" if len(lossy) > 5 else ""
+        log.warning(
+            "%d layers have a relative error above %g: %s%s; give them more bits, or leave them in float by a rule",
+            len(lossy),
+            LARGE_ERROR,
+            shown,
+            more,
+        )
