@@ -21,7 +21,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from quantkit.dtypes import float_dtype
 from quantkit.errors import QuantkitError
+from quantkit.hf.sizes import check_config_of, check_sizes
 from quantkit.hf.source import locate, read_gguf
 
 __all__ = [
@@ -39,7 +41,7 @@ log = logging.getLogger(__name__)
 
 def load_float(
     source: str | Path | PreTrainedModel,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     trust_remote_code: bool = False,
@@ -49,7 +51,7 @@ def load_float(
     Args:
         source: hub id, directory, ``.gguf`` file (dequantized), ``"demo"`` (the demo model), or a model, which is returned
             unchanged except that it is put in eval mode.
-        dtype: dtype of the weights; None keeps the checkpoint's dtype (float32 for GGUF files that do not name one).
+        dtype: dtype of the weights, or its name; None keeps the checkpoint's (float32 for GGUF files that do not name one).
         tokenizer: returned instead of the source's own.
         trust_remote_code: run code from the hub repository.
 
@@ -59,6 +61,7 @@ def load_float(
     Raises:
         QuantkitError: the source does not exist, cannot be read, is already quantized, or has another dtype.
     """
+    dtype = float_dtype(dtype)
     if isinstance(source, PreTrainedModel):
         if dtype is not None and source.dtype != dtype:
             raise QuantkitError(f"the model is {source.dtype}, want dtype={dtype}; convert it with model.to first")
@@ -70,6 +73,7 @@ def load_float(
         model, found = _load_gguf(path, dtype)
         return model, tokenizer or found
     try:
+        check_config_of(source)
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         if getattr(config, "quantization_config", None):
             raise QuantkitError(
@@ -101,6 +105,7 @@ def read_config(values: Mapping[str, Any], source: str | Path) -> PretrainedConf
         values: what config.json would hold.
         source: where they come from; recorded in the config.
     """
+    check_sizes(values, source)
     with tempfile.TemporaryDirectory() as directory:  # transformers corrects configs only as it reads them from a file
         Path(directory, "config.json").write_text(json.dumps(values), encoding="utf-8")
         config: PretrainedConfig = AutoConfig.from_pretrained(directory)

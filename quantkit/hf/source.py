@@ -13,6 +13,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from quantkit.errors import QuantkitError
 from quantkit.hf.demo_model import DEMO_MODEL, demo_model_path
+from quantkit.hf.sizes import check_config_of
 
 
 def locate(source: str | Path) -> str | Path:
@@ -32,6 +33,8 @@ def load_config(source: str | Path) -> PretrainedConfig:
     place = locate(source)
     gguf = Path(place).suffix == ".gguf"
     try:
+        if not gguf:
+            check_config_of(place)
         config: PretrainedConfig = read_gguf(AutoConfig, Path(place)) if gguf else AutoConfig.from_pretrained(place)
     except ImportError as error:
         raise QuantkitError(
