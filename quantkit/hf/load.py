@@ -134,7 +134,10 @@ def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> Pr
     """Return the tokenizer of a hub id or directory; None, with a log message, if it has no usable one."""
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except ImportError as error:
+        log.warning("the tokenizer of %s cannot be loaded: %s", source, error)
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # TypeError: a file that is not there
         log.info("%s has no usable tokenizer: %s", source, error)
         return None
     if not tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens):  # what transformers makes of a directory without

@@ -78,7 +78,7 @@ def test_the_sources_own_class_reads_the_result(made) -> None:
     mend(model)
     theirs = loaded
     if name != "llama4":  # whose experts in float transformers takes apart when it reads compressed-tensors, and does not find
-        theirs = getattr(transformers, config["architectures"][0]).from_pretrained(out)
+        theirs = getattr(transformers, config["architectures"][0]).from_pretrained(out).float()  # 5.17 leaves halves
     assert kl(logits(theirs, name), logits(loaded, name)) < 1e-5
     if "vision_config" not in config:
         return

@@ -14,6 +14,7 @@ from quantkit.errors import FormatError
 from quantkit.hf.ledger import ledger_of
 from quantkit.hf.load import load_float
 from quantkit.pipeline.quantize import quantize
+from tests.hf import fuzz_sources
 from tests.tiny import FAMILIES
 
 Tensors = dict[str, Tensor]
@@ -224,3 +225,11 @@ def _native():
     from quantkit.pipeline.settings import Output
 
     return Output(format="native")
+
+
+@pytest.mark.parametrize("seed", range(0, 42, 7))
+def test_damage_at_random(seed: int) -> None:
+    """A part of the 500 cases of ``python -m tests.hf.fuzz_sources 500``."""
+    for one in range(seed, seed + 7):
+        _, complaint = fuzz_sources.judge(fuzz_sources.MODELS[one % 7], one)
+        assert complaint is None
