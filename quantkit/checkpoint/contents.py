@@ -14,6 +14,7 @@ from quantkit.errors import FormatError, QuantkitError, SpecError
 from quantkit.formats.base import Stored
 from quantkit.formats.containers.base import Layout
 from quantkit.hf.account import account
+from quantkit.hf.guard import names_source
 from quantkit.hf.ledger import Ledger, keep_ledger
 from quantkit.hf.load import PretrainedConfig, PreTrainedModel, empty_model
 from quantkit.hf.names import CheckpointTensor, Piece, checkpoint_names
@@ -68,6 +69,7 @@ class Contents:
         return {site.name: site for site in (*self.structure.sites, *self.structure.after)}
 
 
+@names_source("cannot follow the layout of")
 def contents_of(config: PretrainedConfig, *, most_weights: int | None = None, source: str | Path | None = None) -> Contents:
     """Work out the contents of a checkpoint of the model that ``config`` describes.
 

@@ -157,7 +157,7 @@ def coverage_after(rows: Iterable[CoverageRow], results: Mapping[str, Quantized]
         one = results.get(row.name)
         if one is not None:
             kind = "fell back" if one.fell_back else "quantized"
-            scheme, reason = one.qtensor.spec.describe(), "; ".join(one.notes) or None
+            scheme, reason = one.qtensor.spec.describe(), "; ".join((*one.notes, *one.warnings)) or None
             row = CoverageRow(
                 kind, row.name, row.module_type, row.parameters, row.bytes_before, one.qtensor.nbytes, scheme, reason
             )

@@ -25,9 +25,11 @@ from transformers import (
 
 from quantkit.errors import FormatError, QuantkitError
 from quantkit.hf.account import account
+from quantkit.hf.gguf import load_gguf
+from quantkit.hf.guard import names_source
 from quantkit.hf.ledger import keep_ledger
 from quantkit.hf.mend import mend
-from quantkit.hf.source import directory_of, locate, read_gguf
+from quantkit.hf.source import directory_of, locate
 from quantkit.hf.ties import settle_ties
 
 __all__ = [
@@ -43,6 +45,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 
+@names_source("cannot load a model from")
 def load_float(
     source: str | Path | PreTrainedModel,
     dtype: torch.dtype | None = None,
@@ -160,6 +163,7 @@ def read_config(values: Mapping[str, Any], source: str | Path) -> PretrainedConf
     return config
 
 
+@names_source("cannot read the generation config of")
 def read_generation_config(path: str | Path) -> GenerationConfig:
     """Return the generation config in a directory."""
     config: GenerationConfig = GenerationConfig.from_pretrained(path)
@@ -173,6 +177,7 @@ def architectures_of(model: PreTrainedModel) -> list[str]:
     return list(names) if foreign else [type(model).__name__]
 
 
+@names_source("cannot build the model of")
 def empty_model(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """Build a model from its config, with parameters on the meta device and real buffers.
 
@@ -203,33 +208,20 @@ def empty_model(config: PretrainedConfig, *, trust_remote_code: bool = False) ->
 
 
 def _load_gguf(path: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """Dequantize a GGUF file into a plain model, and read its tokenizer."""
-    if not path.is_file():
-        raise QuantkitError(f"no such file: {path}")
-    options: dict[str, Any] = {"dtype": dtype} if dtype is not None else {}
-    if hasattr(transformers, "GgufConfig"):  # newer releases can keep GGUF blocks in memory, which is not wanted here
-        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    try:
-        config = read_gguf(AutoConfig, path)
-        loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, config=config, **options)
-        tokenizer: PreTrainedTokenizerBase = read_gguf(AutoTokenizer, path)
-    except ImportError as error:
-        raise QuantkitError(f"reading {path.name} needs the gguf package: pip install 'quantkit[demo]' ({error})") from error
-    except (OSError, ValueError, KeyError, NotImplementedError) as error:
-        raise QuantkitError(f"cannot read {path}: {error}") from error
-    # transformers marks a model loaded from GGUF as quantized and then refuses to save it, so its weights are moved to a
-    # new model.
-    loaded.config.architectures = [type(loaded).__name__]
-    model = empty_model(loaded.config)
-    model.config.dtype = loaded.dtype
-    state = {name: tensor for name, tensor in loaded.state_dict().items() if name in model.state_dict()}
-    missing, _ = model.load_state_dict(state, strict=False, assign=True)
+    """Make a plain model of what a GGUF file holds: transformers refuses to save one that it loaded from there."""
+    config, state, tokenizer = load_gguf(path, dtype)
+    model = empty_model(config)
+    model.config.architectures = [type(model).__name__]
+    model.config.name_or_path = str(path)
+    missing, _ = model.load_state_dict(
+        {name: state[name] for name in state if name in model.state_dict()}, strict=False, assign=True
+    )
     model.tie_weights()
     left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if left:
         raise QuantkitError(
             f"{path}: {len(missing)} parameters are missing, such as {', '.join(left[:5])}; the file does not fit its config"
         )
-    model.generation_config = loaded.generation_config
+    model.config.dtype = model.dtype
     model.train(False)
     return model, tokenizer

@@ -1,19 +1,15 @@
-"""Resolve the names by which users refer to models, and read configs without weights.
+"""Resolve the names by which users refer to models, and read configs without weights."""
 
-The header of a GGUF file contains the whole vocabulary, and transformers needs seconds to parse it, for the config and for the
-tokenizer alike. Both are therefore cached for the last file, until its size or modification time changes.
-"""
-
-import copy
-import functools
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from huggingface_hub import snapshot_download
-from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, PretrainedConfig
 
 from quantkit.errors import QuantkitError
 from quantkit.hf.demo_model import DEMO_MODEL, demo_model_path
+from quantkit.hf.gguf import read_gguf
+from quantkit.hf.guard import names_source
 
 MODEL_FILES: Final = ("*.json", "*.safetensors", "*.model", "*.tiktoken", "*.spm", "*.txt", "*.jinja", "LICENSE*", "NOTICE*")
 """What is fetched from the hub."""
@@ -48,6 +44,7 @@ def directory_of(source: str | Path, *, trust_remote_code: bool = False) -> Path
     return found
 
 
+@names_source("cannot read the config of")
 def load_config(source: str | Path) -> PretrainedConfig:
     """Return the config of a hub id, directory, GGUF file or the demo model. No weights are read.
 
@@ -67,20 +64,3 @@ def load_config(source: str | Path) -> PretrainedConfig:
     if getattr(config, "quantization_config", None):
         raise QuantkitError(f"{source} is already quantized, want a float model; give the model that it was made from")
     return config
-
-
-def read_gguf(what: Any, path: Path) -> Any:
-    """Return the config or tokenizer of a GGUF file, as a copy that the caller may change.
-
-    Args:
-        what: ``AutoConfig`` or ``AutoTokenizer``; their errors are not caught.
-        path: the file.
-    """
-    stat = path.stat()
-    return copy.deepcopy(_read_gguf(what, path.absolute(), stat.st_size, stat.st_mtime_ns))
-
-
-@functools.lru_cache(maxsize=2)
-def _read_gguf(what: Any, path: Path, size: int, written_ns: int) -> PretrainedConfig | PreTrainedTokenizerBase:
-    found: PretrainedConfig | PreTrainedTokenizerBase = what.from_pretrained(path.parent, gguf_file=path.name)
-    return found

@@ -31,6 +31,7 @@ from transformers.pytorch_utils import Conv1D
 from quantkit.errors import SpecError
 from quantkit.hf.experts import expert_parameters, uses_experts_interface
 from quantkit.hf.ledger import ledger_of
+from quantkit.nn.linear import QuantModule
 from quantkit.nn.sites import Block, Site, Structure
 
 logger = logging.getLogger(__name__)
@@ -117,9 +118,7 @@ def find_stack(model: nn.Module) -> str:
         SpecError: there is no ModuleList with parameters.
     """
     sizes: dict[str, int] = {
-        name: sum(parameter.numel() for parameter in module.parameters())
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and any(True for _ in module.parameters())
+        name: size for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and (size := _weights(module))
     }
     if not sizes:
         raise SpecError(f"{type(model).__name__}: no repeated layers; want an nn.ModuleList of decoder layers")
@@ -128,6 +127,12 @@ def find_stack(model: nn.Module) -> str:
     within = {id(module) for module in decoder.modules()} if isinstance(decoder, nn.Module) else set()
     text = {name: size for name, size in sizes.items() if id(model.get_submodule(name)) in within}
     return max(text or sizes, key=lambda name: sizes[name])
+
+
+def _weights(module: nn.Module) -> int:
+    """Return how many weights a module has, float or quantized."""
+    quantized = sum(part.numel for part in module.modules() if isinstance(part, QuantModule))
+    return quantized + sum(parameter.numel() for parameter in module.parameters())
 
 
 @dataclass(frozen=True, slots=True)

@@ -192,7 +192,10 @@ def _refuse_misfits(scheme: Scheme, sites: Sequence[Site], label: str) -> None:
     bad = [(site, reason) for site in sites if (reason := scheme.weight.rejects(site.shape))]
     if bad:
         more = f" (and {len(bad) - 1} more layers)" if len(bad) > 1 else ""
-        raise SpecError(f"{bad[0][0].name}: {bad[0][1]}{more}; set by {label}; or leave group_size out to have one chosen")
+        raise SpecError(
+            f"{bad[0][0].name}: {bad[0][1]}{more}; set by {label}; or leave group_size out to have one chosen, or give "
+            "these layers another scheme by a rule, such as w8a16"
+        )
 
 
 def _closest(pattern: str, names: list[str]) -> str:

@@ -116,6 +116,8 @@ def run_recipe(recipe: Recipe, progress: ProgressCallback = ignore) -> Outcome:
         result.model,
         base,
         data=measure.data,
+        column=measure.column,
+        template=measure.template,
         tokenizer=tokenizer,
         windows=measure.windows,
         length=measure.length,

@@ -555,7 +555,7 @@ UP = "model.layers.0.mlp.up_proj"
     [
         (f"{UP}.weight_packed", lambda t: t.to(torch.int64), "int64.*promises.*int32"),
         (f"{UP}.weight_packed", lambda t: t[:-1], "promises"),
-        (f"{UP}.weight_scale", lambda t: t.half(), "several dtypes"),
+        (f"{UP}.weight_scale", lambda t: t.half(), "the config promises"),
         (f"{UP}.weight_scale", lambda t: t[:, :1], "promises"),
         (f"{UP}.weight_shape", lambda t: t.flip(0), "weight_shape says"),
         ("model.norm.weight", lambda t: t.to(torch.int32), "promises.*float16"),
