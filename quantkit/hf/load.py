@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate import init_empty_weights
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -27,7 +28,7 @@ from quantkit.errors import FormatError, QuantkitError
 from quantkit.hf.account import account
 from quantkit.hf.gguf import load_gguf
 from quantkit.hf.guard import names_source
-from quantkit.hf.ledger import keep_ledger
+from quantkit.hf.ledger import Ledger, keep_ledger
 from quantkit.hf.mend import mend
 from quantkit.hf.source import directory_of, locate
 from quantkit.hf.ties import settle_ties
@@ -114,8 +115,21 @@ def _load_directory(
         raise FormatError(
             f"{path}: transformers filled {', '.join(random[:5])} with random numbers; the files do not hold them"
         )
+    _restore_padding(model, ledger)
     keep_ledger(model, ledger)
     return model
+
+
+def _restore_padding(model: nn.Module, ledger: Ledger) -> None:
+    """Give embeddings back the row of the padding token, which some classes set to zero after they have loaded it."""
+    with ledger.open() as opened:
+        for name, module in model.named_modules():
+            if not isinstance(module, nn.Embedding) or module.padding_idx is None:
+                continue
+            sources, weight = ledger.fills.get(f"{name}.weight", ()), module.weight.data
+            stored = opened.read(sources[0], copy=False) if len(sources) == 1 else None
+            if stored is not None and stored.shape == weight.shape:
+                weight[module.padding_idx] = stored[module.padding_idx].to(weight.dtype)
 
 
 def class_of(config: PretrainedConfig, *, trust_remote_code: bool = False) -> Any:
