@@ -94,6 +94,7 @@ def load_float(
     except (OSError, ValueError, RuntimeError) as error:
         raise QuantkitError(f"cannot load a model from {source}: {error}") from error
     model.train(False)
+    model.config.name_or_path = str(source)
     mend(model)
     settle_ties(model, model.config)
     return model, tokenizer or load_tokenizer(directory, trust_remote_code=trust_remote_code)
