@@ -1,6 +1,7 @@
 """Load float models from a hub id, a directory or a GGUF file."""
 
 import copy
+import dataclasses
 import functools
 import json
 import logging
@@ -117,7 +118,7 @@ def _load_directory(
             f"{path}: transformers filled {', '.join(random[:5])} with random numbers; the files do not hold them"
         )
     _restore_padding(model, ledger)
-    keep_ledger(model, ledger)
+    keep_ledger(model, dataclasses.replace(ledger, trusts_code=trust_remote_code))
     return model
 
 
