@@ -148,7 +148,7 @@ def test_blocks_that_share_their_weights_are_quantized_once(format: str, zamba, 
     if format == "native":  # calibrated, with the inputs of the first block that has them
         calibration = Calibration([TEXT * 4], samples=4, length=64, batch_size=2)
         again = quantize(zamba, "w8a16", method="gptq", calibration=calibration)
-        assert {row.name for row in again.coverage if row.kind == "quantized"} == names
+        assert {row.name for row in again.coverage if row.kind in ("quantized", "fell back")} == names
     with pytest.raises(SpecError, match=r"tied to .*would rewrite it for one block"):
         quantize(zamba, method="rtn", steps=["awq"])
 
