@@ -25,12 +25,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from quantkit.dtypes import float_dtype
 from quantkit.errors import FormatError, QuantkitError
 from quantkit.hf.account import account
 from quantkit.hf.gguf import load_gguf
 from quantkit.hf.guard import names_source
 from quantkit.hf.ledger import Ledger, keep_ledger, ledger_of
 from quantkit.hf.mend import mend
+from quantkit.hf.sizes import check_config_of, check_sizes
 from quantkit.hf.source import directory_of, locate
 from quantkit.hf.ties import settle_ties
 from quantkit.hf.weight_files import has_weights
@@ -51,7 +53,7 @@ log = logging.getLogger(__name__)
 @names_source("cannot load a model from")
 def load_float(
     source: str | Path | PreTrainedModel,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     trust_remote_code: bool = False,
@@ -63,7 +65,7 @@ def load_float(
     Args:
         source: hub id, directory, ``.gguf`` file (dequantized), ``"demo"`` (the demo model), or a model, which is returned
             unchanged except that it is put in eval mode.
-        dtype: dtype of the weights; None keeps the checkpoint's dtype (float32 for GGUF files that do not name one).
+        dtype: dtype of the weights, or its name; None keeps the checkpoint's (float32 for GGUF files that do not name one).
         tokenizer: returned instead of the source's own.
         trust_remote_code: run code from the hub repository.
 
@@ -74,6 +76,7 @@ def load_float(
         QuantkitError: the source does not exist, cannot be read, is already quantized, or has another dtype.
         FormatError: its tensors are not those of the model that its config describes.
     """
+    dtype = float_dtype(dtype)
     if isinstance(source, PreTrainedModel):
         if dtype is not None and source.dtype != dtype:
             raise QuantkitError(f"the model is {source.dtype}, want dtype={dtype}; convert it with model.to first")
@@ -87,6 +90,7 @@ def load_float(
         return model, tokenizer or found
     directory = directory_of(source, trust_remote_code=trust_remote_code)
     try:
+        check_config_of(directory)
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
         if getattr(config, "quantization_config", None):
             raise QuantkitError(
@@ -197,6 +201,7 @@ def read_config(values: Mapping[str, Any], source: str | Path) -> PretrainedConf
         values: what config.json would hold.
         source: where they come from; recorded in the config.
     """
+    check_sizes(values, source)
     with tempfile.TemporaryDirectory() as directory:  # transformers corrects configs only as it reads them from a file
         Path(directory, "config.json").write_text(json.dumps(values), encoding="utf-8")
         config: PretrainedConfig = AutoConfig.from_pretrained(directory)
