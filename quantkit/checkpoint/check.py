@@ -115,7 +115,11 @@ def check(contents: Contents, path: Path, model: PreTrainedModel, plan: Plan, fo
     """Do what :func:`check_output` says, given the contents."""
     _refuse(_rejections(contents, plan, format, dtype_name(model)), format)
     _refuse_ties(contents, model, plan)
-    carried = carried_layout(ledger_of(model))
+    ledger = ledger_of(model)
+    carried = carried_layout(ledger)
+    if ledger is not None:
+        with ledger.tensors():  # opens the source's files: are they still there?
+            log.debug("%d tensors of %s are carried over", len(carried), ledger.path)
     if odd := sorted(carried.keys() & {entry.name for entry in contents.entries}):
         raise FormatError(f"{odd[0]} is carried over from the source, but the checkpoint has a tensor of this name already")
     total = sum(layout_bytes(layout_of(contents, model, plan, format, entry)) for entry in contents.entries)

@@ -64,6 +64,7 @@ def inspect(path: Path, as_json: AsJson = False) -> None:
             "parameters": f"{found['parameters']:,} ({found['quantized_parameters']:,} quantized)",
             "bits per quantized weight": f"{found['quantized_bits_per_weight']:.3f}",
             "bits per parameter": f"{found['bits_per_weight']:.3f}",
+            "carried over": f"{found['carried_over']['tensors']} tensors, {size(found['carried_over']['bytes'])}",
             "size": f"{size(found['bytes'])} in {len(found['shards'])} file(s)",
         }
     )

@@ -119,8 +119,15 @@ def coverage_before(model: nn.Module, structure: Structure, plan: Plan, reasons:
             )
             continue
         before = _source_bytes(ledger, name, parameter)
+        dtype = ledger.source_dtype(name) if ledger is not None else None
+        if dtype is not None and dtype != parameter.dtype:
+            reason = f"{reason}; {_short(dtype)} in the source, {_short(parameter.dtype)} in the model"
         rows.append(CoverageRow("skipped", name, kind, parameter.numel(), before, parameter.nbytes, None, reason))
     return [*rows, *_buffers(model, ledger), *(_carried(ledger) if ledger is not None else ())]
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _source_bytes(ledger: Ledger | None, name: str, tensor: Tensor) -> int:

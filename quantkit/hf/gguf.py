@@ -138,6 +138,13 @@ def _dequantize(path: Path, config: Any, dtype: torch.dtype | None) -> dict[str,
     options: dict[str, Any] = {"dtype": dtype} if dtype is not None else {}
     if hasattr(transformers, "GgufConfig"):  # newer releases can keep GGUF blocks in memory, which is not wanted here
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, config=config, **options)
+    load: Any = AutoModelForCausalLM.from_pretrained
+    loaded: PreTrainedModel
+    loaded, info = load(path.parent, gguf_file=path.name, config=config, output_loading_info=True, **options)
+    if random := sorted(name for name, _ in loaded.named_parameters() if name in info["missing_keys"]):
+        more = f" and {len(random) - 5} more" if len(random) > 5 else ""
+        raise QuantkitError(
+            f"{path}: {len(random)} missing: {', '.join(random[:5])}{more}; the file does not fit its config: download it again"
+        )
     tied = loaded.all_tied_weights_keys
     return {name: tensor.contiguous() for name, tensor in loaded.state_dict().items() if name not in tied}

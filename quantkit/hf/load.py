@@ -1,6 +1,7 @@
 """Load float models from a hub id, a directory or a GGUF file."""
 
 import copy
+import dataclasses
 import functools
 import json
 import logging
@@ -29,11 +30,12 @@ from quantkit.errors import FormatError, QuantkitError
 from quantkit.hf.account import account
 from quantkit.hf.gguf import load_gguf
 from quantkit.hf.guard import names_source
-from quantkit.hf.ledger import Ledger, keep_ledger
+from quantkit.hf.ledger import Ledger, keep_ledger, ledger_of
 from quantkit.hf.mend import mend
 from quantkit.hf.sizes import check_config_of, check_sizes
 from quantkit.hf.source import directory_of, locate
 from quantkit.hf.ties import settle_ties
+from quantkit.hf.weight_files import has_weights
 
 __all__ = [
     "PreTrainedModel",
@@ -121,7 +123,7 @@ def _load_directory(
             f"{path}: transformers filled {', '.join(random[:5])} with random numbers; the files do not hold them"
         )
     _restore_padding(model, ledger)
-    keep_ledger(model, ledger)
+    keep_ledger(model, dataclasses.replace(ledger, trusts_code=trust_remote_code))
     return model
 
 
@@ -135,6 +137,30 @@ def _restore_padding(model: nn.Module, ledger: Ledger) -> None:
             stored = opened.read(sources[0], copy=False) if len(sources) == 1 else None
             if stored is not None and stored.shape == weight.shape:
                 weight[module.padding_idx] = stored[module.padding_idx].to(weight.dtype)
+
+
+def warn_of_lost(model: PreTrainedModel) -> None:
+    """Say which tensors are in the directory that a model was loaded from and not in the model: by transformers, not by us.
+
+    They cannot be carried over, since the model may have become another since; whoever wants that gives the directory.
+    """
+    path = Path(getattr(getattr(model, "config", None), "name_or_path", None) or "/")  # a plain module has no config
+    if ledger_of(model) is not None or not has_weights(path):
+        return
+    try:
+        lost = account(path, model).carried
+    except QuantkitError as error:
+        log.info("%s is no longer what the model was loaded from: %s", path, error)
+        return
+    if lost:
+        log.warning(
+            "%s holds %d tensors that a %s does not know (%s ...): they will not be in a checkpoint of this model; give "
+            "quantize the directory to have them carried over",
+            path,
+            len(lost),
+            type(model).__name__,
+            lost[0],
+        )
 
 
 def class_of(config: PretrainedConfig, *, trust_remote_code: bool = False) -> Any:

@@ -86,12 +86,13 @@ def checkpoint_names(model: PreTrainedModel, transposed: Collection[str] = ()) -
             f"{type(model).__name__}: transformers cannot convert its weights to checkpoint tensors: {error}"
         ) from error
     starts = torch.tensor(bases) // 2
+    heights = torch.tensor([_height(shape, name in transposed) for name, shape in shapes.items()])
     found = {}
     for stored_name, tensor in converted.items():
         rows, swapped = _decode(stored_name, tensor)
         owners = torch.searchsorted(starts, rows, right=True) - 1
         local = rows - starts[owners]
-        pieces = _pieces(stored_name, owners, local, names, shapes, transposed, stacked=tensor.ndim > 2)
+        pieces = _pieces(stored_name, owners, local, names, shapes, transposed, None if tensor.ndim > 2 else heights)
         found[stored_name] = CheckpointTensor(pieces, swapped)
     return found
 
@@ -134,19 +135,20 @@ def _pieces(
     names: list[str],
     shapes: dict[str, tuple[int, ...]],
     transposed: Collection[str],
-    *,
-    stacked: bool,
+    heights: Tensor | None,
 ) -> tuple[Piece, ...]:
-    """Merge consecutive rows of one parameter and expert into pieces; a 3-D checkpoint tensor must be one whole parameter."""
-    involved = [names[i] for i in sorted(set(owners.tolist()))]
-    if stacked:
+    """Merge consecutive rows of one parameter and expert into pieces; a 3-D checkpoint tensor must be one whole parameter.
+
+    ``heights`` are the rows of one matrix of each parameter; None for a 3-D tensor.
+    """
+    if heights is None:
+        involved = [names[i] for i in sorted(set(owners.tolist()))]
         name, shape = involved[0], shapes[involved[0]]
         if len(involved) > 1 or not torch.equal(local, torch.arange(_row_count(shape, name in transposed))):
             raise FormatError(
                 f"{stored_name}: transformers reorders the rows of {name} when it saves it; quantkit cannot write this model"
             )
         return (Piece(name, None, 0, shape[-1 if name in transposed else -2]),)
-    heights = torch.tensor([_height(shape, name in transposed) for name, shape in shapes.items()])
     experts, rows = local // heights[owners], local % heights[owners]
     breaks = (owners.diff() != 0) | (experts.diff() != 0) | (rows.diff() != 1)
     edges = [0, *(breaks.nonzero().flatten() + 1).tolist(), len(owners)]

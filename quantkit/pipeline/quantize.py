@@ -25,7 +25,7 @@ from quantkit.checkpoint.contents import carried_layout, contents_of
 from quantkit.evaluation.coverage import coverage_after, coverage_before, remark
 from quantkit.evaluation.sanity import SanityCheck
 from quantkit.hf.ledger import ledger_of
-from quantkit.hf.load import PreTrainedModel, load_float
+from quantkit.hf.load import PreTrainedModel, load_float, warn_of_lost
 from quantkit.hf.mend import mend
 from quantkit.hf.source import load_config, locate
 from quantkit.hf.structure import describe
@@ -328,6 +328,7 @@ def _resolve_model(model: nn.Module | str | Path, tokenizer: Any) -> tuple[PreTr
         given = cast(PreTrainedModel, model.eval())
         mend(given)
         settle_ties(given, given.config)
+        warn_of_lost(given)
         return given, tokenizer
     loaded, found = load_float(locate(model))
     return loaded, tokenizer if tokenizer is not None else found
