@@ -204,7 +204,8 @@ def check_chain(model: nn.Module, structure: Structure, ids: Tensor | None = Non
                 raise SpecError(
                     f"{block.name} cannot run by itself; does it need what another block leaves? {error}"
                 ) from error
-        worst = max((finish(model, structure, h) - want).abs().max().item() for h, want in zip(hidden, wanted, strict=True))
+        finished = [finish(model, structure, h, h.dtype) for h in hidden]  # a bfloat16 model may add its blocks up in float32
+        worst = max((got - want).abs().max().item() for got, want in zip(finished, wanted, strict=True))
     limit = 1e-3 * max(want.abs().max().item() for want in wanted)
     if not worst <= limit:
         raise SpecError(
