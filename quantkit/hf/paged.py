@@ -27,6 +27,7 @@ from quantkit.engine.backend import Copy, Memory, Span
 from quantkit.engine.kvstore import Pool, make_pool, pool_bytes
 from quantkit.errors import QuantkitError
 from quantkit.hf.cache import LENGTH_DEPENDENT_ROPE, rope_types
+from quantkit.nn.block_calls import running_alone
 from quantkit.nn.embedding import input_table
 from quantkit.spec import KVScheme
 from quantkit.system.turns import turn
@@ -234,7 +235,7 @@ def _verify(model: PreTrainedModel, kinds: list[str]) -> tuple[LayerShape, ...]:
     """
     size, device = input_table(model)
     ids = (torch.arange(11, device=device) * 7919 + 3) % size
-    with torch.inference_mode():
+    with torch.inference_mode(), running_alone(model):
         plain = model(input_ids=ids[None], use_cache=False, return_dict=True)
     if getattr(plain, "logits", None) is None:
         raise QuantkitError(
