@@ -9,11 +9,12 @@ cores too, the waiting threads take the time away from the very thread that they
 microseconds here, unless the user's environment says otherwise.
 
 Both are settings of the environment that the runtime reads when it is loaded, so :func:`prepare_openmp` is called when quantkit
-is imported. A program that imports torch before quantkit sets ``OMP_WAIT_POLICY=passive`` itself.
+is imported. If torch was imported before, waits are shortened when the kernels are loaded (:mod:`quantkit.kernels.build`), and
+the number of threads is left to the program.
 """
 
 import os
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 
 SPINS = "1000"
@@ -38,13 +39,18 @@ def cpu_quota(root: Path = Path("/sys/fs/cgroup"), group: Path = Path("/proc/sel
     return min(found, default=None)
 
 
+def waits_are_chosen(environment: Mapping[str, str]) -> bool:
+    """Return whether the environment says how long OpenMP's threads look before they sleep."""
+    return bool({"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & environment.keys())
+
+
 def prepare_openmp(environment: MutableMapping[str, str]) -> None:
     """Complete the environment of an OpenMP runtime that is not loaded yet; what the user has set stays.
 
     Args:
         environment: ``os.environ``.
     """
-    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & environment.keys():
+    if not waits_are_chosen(environment):
         environment["GOMP_SPINCOUNT"] = SPINS
     if "OMP_NUM_THREADS" not in environment and (cores := usable_cores()) < _visible_cores():
         environment["OMP_NUM_THREADS"] = str(cores)
