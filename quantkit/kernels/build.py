@@ -34,7 +34,7 @@ import torch
 
 from quantkit.errors import KernelError
 from quantkit.kernels import build
-from quantkit.system.cores import usable_cores, waits_are_chosen
+from quantkit.system.cores import fewer_threads, usable_cores, waits_are_chosen
 from quantkit.system.files import atomic_path, cache_dir
 
 logger = logging.getLogger(__name__)
@@ -301,6 +301,9 @@ def _open(path: Path) -> ctypes.CDLL:
     lib = open_library(path, _SIGNATURES, ABI_VERSION)
     lib.qk_use_openmp(*(_openmp() or (None, None, None)))
     _shorten_waits()
+    if (cores := fewer_threads(os.environ, torch.get_num_threads())) is not None:
+        logger.info("%d threads instead of %d: the quota of this process's control group", cores, torch.get_num_threads())
+        torch.set_num_threads(cores)
     return lib
 
 

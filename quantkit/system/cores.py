@@ -9,8 +9,7 @@ cores too, the waiting threads take the time away from the very thread that they
 microseconds here, unless the user's environment says otherwise.
 
 Both are settings of the environment that the runtime reads when it is loaded, so :func:`prepare_openmp` is called when quantkit
-is imported. If torch was imported before, waits are shortened when the kernels are loaded (:mod:`quantkit.kernels.build`), and
-the number of threads is left to the program.
+is imported. If torch was imported before, both are made up for when the kernels are loaded (:mod:`quantkit.kernels.build`).
 """
 
 import os
@@ -52,8 +51,19 @@ def prepare_openmp(environment: MutableMapping[str, str]) -> None:
     """
     if not waits_are_chosen(environment):
         environment["GOMP_SPINCOUNT"] = SPINS
-    if "OMP_NUM_THREADS" not in environment and (cores := usable_cores()) < _visible_cores():
+    if (cores := fewer_threads(environment, _visible_cores())) is not None:
         environment["OMP_NUM_THREADS"] = str(cores)
+
+
+def fewer_threads(environment: Mapping[str, str], threads: int) -> int | None:
+    """Return how many threads a quota leaves if ``threads`` are too many; None if they are not, or the user chose.
+
+    Args:
+        environment: of the process.
+        threads: how many there are, or would be.
+    """
+    cores = usable_cores()
+    return cores if "OMP_NUM_THREADS" not in environment and cores < min(threads, _visible_cores()) else None
 
 
 def _visible_cores() -> int:
