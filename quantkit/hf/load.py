@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate import init_empty_weights
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -28,7 +29,7 @@ from quantkit.errors import FormatError, QuantkitError
 from quantkit.hf.account import account
 from quantkit.hf.gguf import load_gguf
 from quantkit.hf.guard import names_source
-from quantkit.hf.ledger import keep_ledger
+from quantkit.hf.ledger import Ledger, keep_ledger
 from quantkit.hf.mend import mend
 from quantkit.hf.sizes import check_config_of, check_sizes
 from quantkit.hf.source import directory_of, locate
@@ -97,6 +98,7 @@ def load_float(
     except (OSError, ValueError, RuntimeError) as error:
         raise QuantkitError(f"cannot load a model from {source}: {error}") from error
     model.train(False)
+    model.config.name_or_path = str(source)
     mend(model)
     settle_ties(model, model.config)
     return model, tokenizer or load_tokenizer(directory, trust_remote_code=trust_remote_code)
@@ -118,8 +120,21 @@ def _load_directory(
         raise FormatError(
             f"{path}: transformers filled {', '.join(random[:5])} with random numbers; the files do not hold them"
         )
+    _restore_padding(model, ledger)
     keep_ledger(model, ledger)
     return model
+
+
+def _restore_padding(model: nn.Module, ledger: Ledger) -> None:
+    """Give embeddings back the row of the padding token, which some classes set to zero after they have loaded it."""
+    with ledger.open() as opened:
+        for name, module in model.named_modules():
+            if not isinstance(module, nn.Embedding) or module.padding_idx is None:
+                continue
+            sources, weight = ledger.fills.get(f"{name}.weight", ()), module.weight.data
+            stored = opened.read(sources[0], copy=False) if len(sources) == 1 else None
+            if stored is not None and stored.shape == weight.shape:
+                weight[module.padding_idx] = stored[module.padding_idx].to(weight.dtype)
 
 
 def class_of(config: PretrainedConfig, *, trust_remote_code: bool = False) -> Any:
@@ -141,7 +156,10 @@ def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> Pr
     """Return the tokenizer of a hub id or directory; None, with a log message, if it has no usable one."""
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except ImportError as error:
+        log.warning("the tokenizer of %s cannot be loaded: %s", source, error)
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # TypeError: a file that is not there
         log.info("%s has no usable tokenizer: %s", source, error)
         return None
     if not tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens):  # what transformers makes of a directory without
