@@ -110,6 +110,8 @@ def _contents(path: Path, where: Path, values: Mapping[str, Any], reader: Reader
     try:
         config = read_config(values, path)
         layers = getattr(config.get_text_config(), "num_hidden_layers", None) or 0
+    except QuantkitError as error:
+        raise FormatError(f"{where}: {error}") from error
     except Exception as error:  # transformers validates with exceptions of many libraries; none of them may pass for ours
         raise FormatError(f"{where}: transformers cannot read it: {error}") from error
     if layers > len(reader.headers):

@@ -201,7 +201,7 @@ def read_config(values: Mapping[str, Any], source: str | Path) -> PretrainedConf
         values: what config.json would hold.
         source: where they come from; recorded in the config.
     """
-    check_sizes(values, source)
+    check_sizes(values, f"config of {source}")
     with tempfile.TemporaryDirectory() as directory:  # transformers corrects configs only as it reads them from a file
         Path(directory, "config.json").write_text(json.dumps(values), encoding="utf-8")
         config: PretrainedConfig = AutoConfig.from_pretrained(directory)

@@ -24,6 +24,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -33,7 +34,7 @@ import torch
 
 from quantkit.errors import KernelError
 from quantkit.kernels import build
-from quantkit.system.cores import usable_cores
+from quantkit.system.cores import fewer_threads, usable_cores, waits_are_chosen
 from quantkit.system.files import atomic_path, cache_dir
 
 logger = logging.getLogger(__name__)
@@ -299,6 +300,10 @@ def damage(path: Path) -> str | None:
 def _open(path: Path) -> ctypes.CDLL:
     lib = open_library(path, _SIGNATURES, ABI_VERSION)
     lib.qk_use_openmp(*(_openmp() or (None, None, None)))
+    _shorten_waits()
+    if (cores := fewer_threads(os.environ, torch.get_num_threads())) is not None:
+        logger.info("%d threads instead of %d: the quota of this process's control group", cores, torch.get_num_threads())
+        torch.set_num_threads(cores)
     return lib
 
 
@@ -333,6 +338,24 @@ def _openmp() -> tuple[int | None, ...] | None:
     except AttributeError:
         return None
     return tuple(ctypes.cast(entry, ctypes.c_void_p).value for entry in entries)
+
+
+@functools.cache
+def _shorten_waits() -> None:
+    """Let the threads of a GNU OpenMP runtime that was loaded before quantkit sleep soon while they wait.
+
+    See :mod:`quantkit.system.cores`. The runtime no longer reads the environment then, but it also lets threads sleep soon if
+    it has more of them than there are cores (its manual, on GOMP_SPINCOUNT). So it gets a second team, which does nothing.
+    """
+    process = ctypes.CDLL(None)
+    if waits_are_chosen(os.environ) or _openmp() is None or hasattr(process, "__kmpc_fork_call"):  # the last one is LLVM's
+        return
+
+    def idle() -> None:
+        process.GOMP_parallel(process.omp_get_num_threads, None, 2, 0)  # any function will do
+        threading.Event().wait()
+
+    threading.Thread(target=idle, name="quantkit-second-team", daemon=True).start()
 
 
 def compiled(what: str) -> bool:
