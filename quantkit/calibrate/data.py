@@ -27,7 +27,7 @@ from torch import Tensor
 
 from quantkit.errors import CalibrationError
 from quantkit.nn.block_calls import stack_by_length
-from quantkit.system.settings import AtLeastTwo, Positive, settings
+from quantkit.system.settings import AtLeastTwo, Flag, Positive, settings
 
 logger = logging.getLogger(__name__)
 
@@ -329,6 +329,8 @@ class Calibration:
             so there is never any padding).
         statistics: from :func:`quantkit.collect` or a file of :func:`quantkit.save_statistics`, used instead of text; layers
             then do not see the rounding of those before them.
+        all_experts: let every expert of a mixture see every token while statistics are taken, not only those the router sends
+            to it: no expert is left without, at the cost of running all of them. The model computes what it always computes.
 
     Raises:
         CalibrationError: a value of the wrong type or out of range.
@@ -340,6 +342,7 @@ class Calibration:
     batch_size: Positive = 8
     mode: Literal["packed", "ragged"] = "packed"
     statistics: Any = None
+    all_experts: Flag = False
 
     def batches(self, tokenizer: Any) -> list[Batch]:
         """Tokenize and cut the text.

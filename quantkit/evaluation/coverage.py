@@ -4,6 +4,7 @@ A quantized model whose report does not list what was *not* quantized cannot be 
 memory without a word, and a site that fell back to rounding costs accuracy.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
@@ -29,6 +30,8 @@ class CoverageRow:
         bytes_before, bytes_after: stored size; equal when skipped.
         scheme: the grid, e.g. ``"int4 g64"``; None when skipped.
         reason: why it was skipped or fell back, or a note.
+        tokens: calibration tokens that it multiplied, for a stack one number per expert; empty where none were counted.
+        missed: a linear layer or expert that stays in float though no rule says so.
     """
 
     kind: str
@@ -39,6 +42,8 @@ class CoverageRow:
     bytes_after: int
     scheme: str | None = None
     reason: str | None = None
+    tokens: tuple[int, ...] = ()
+    missed: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -47,7 +52,10 @@ class CoverageRow:
 
 @dataclass(frozen=True, slots=True)
 class CoverageSummary:
-    """Totals of rows that share kind, module type, scheme and reason."""
+    """Totals of rows that share kind, module type, scheme and reason.
+
+    ``tokens`` is the smallest and the largest number of calibration tokens of any layer or expert; None if none were counted.
+    """
 
     kind: str
     module_type: str
@@ -57,6 +65,7 @@ class CoverageSummary:
     parameters: int
     bytes_before: int
     bytes_after: int
+    tokens: tuple[int, int] | None = None
 
 
 def summarise(rows: Iterable[CoverageRow]) -> list[CoverageSummary]:
@@ -74,10 +83,36 @@ def summarise(rows: Iterable[CoverageRow]) -> list[CoverageSummary]:
             parameters=sum(row.parameters for row in members),
             bytes_before=sum(row.bytes_before for row in members),
             bytes_after=sum(row.bytes_after for row in members),
+            tokens=_range(tokens for row in members for tokens in row.tokens),
         )
         for key, members in groups.items()
     ]
     return sorted(summary, key=lambda s: (KINDS.index(s.kind), -s.parameters))
+
+
+def _range(values: Iterable[int]) -> tuple[int, int] | None:
+    found = list(values)
+    return (min(found), max(found)) if found else None
+
+
+def shortfall(rows: Iterable[CoverageRow]) -> str | None:
+    """Say in a sentence if most of the weights that could be expected to be quantized are not; None if all is well.
+
+    Counted are linear layers and experts that no rule leaves in float.
+    """
+    quantized, missed = 0, Counter[str]()
+    for row in rows:
+        quantized += row.parameters if row.kind != "skipped" else 0
+        if row.missed:
+            missed[row.reason or "no reason"] += row.parameters
+    total = quantized + missed.total()
+    if not total or missed.total() <= total / 2:
+        return None
+    reason, count = missed.most_common(1)[0]
+    return (
+        f"only {quantized / total:.0%} of the weights of linear layers and experts are quantized; "
+        f"the rest stays in float, {count / total:.0%} because: {reason}"
+    )
 
 
 def coverage_before(model: nn.Module, structure: Structure, plan: Plan, reasons: Mapping[str, str]) -> list[CoverageRow]:
@@ -106,7 +141,8 @@ def coverage_before(model: nn.Module, structure: Structure, plan: Plan, reasons:
         kind = type(model.get_submodule(name.rpartition(".")[0])).__name__
         # A tied parameter is stored, and counted, where it is tied to.
         count, size = (0, 0) if name in structure.shared else (parameter.numel(), parameter.nbytes)
-        rows.append(CoverageRow("skipped", name, kind, count, size, size, None, reason))
+        missed = name in structure.unreachable and name not in reasons
+        rows.append(CoverageRow("skipped", name, kind, count, size, size, None, reason, missed=missed))
     return rows
 
 
@@ -118,8 +154,8 @@ def coverage_after(rows: Iterable[CoverageRow], results: Mapping[str, Quantized]
         if one is not None:
             kind = "fell back" if one.fell_back else "quantized"
             scheme, reason = one.qtensor.spec.describe(), "; ".join(one.notes) or None
-            row = CoverageRow(
-                kind, row.name, row.module_type, row.parameters, row.bytes_before, one.qtensor.nbytes, scheme, reason
+            row = replace(
+                row, kind=kind, bytes_after=one.qtensor.nbytes, scheme=scheme, reason=reason, tokens=one.tokens, missed=False
             )
         done.append(row)
     return done

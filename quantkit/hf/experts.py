@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from quantkit.nn.probes import probe_of
+from quantkit.nn.probes import probe_of, shows_all_experts
 
 NAME = "quantkit"
 """Name of the experts function in transformers' registry."""
@@ -71,6 +71,9 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
     tokens, k = top_k_index.shape
     up_name, down_name = expert_parameters(module)
     experts = getattr(module, up_name).shape[0]
+    if shows_all_experts(module):
+        top_k_index, top_k_weights = _everyone(top_k_index, top_k_weights, experts)
+        k = experts
     flat = top_k_index.reshape(-1)
     kept = ((flat >= 0) & (flat < experts)).nonzero().squeeze(-1)  # rows of (tokens * k,) that have a real expert
     order = kept[torch.argsort(flat[kept], stable=True)]
@@ -83,10 +86,19 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
     if getattr(module, "has_post_expert_norm", False):
         rows = module.post_expert_norm(rows)
     exact = torch.promote_types(rows.dtype, torch.float32)
-    rows = rows.to(exact) * top_k_weights.reshape(-1)[order].to(exact).unsqueeze(-1)
+    chosen = top_k_weights.reshape(-1)[order].to(exact).unsqueeze(-1)
+    rows = torch.where(chosen == 0, 0.0, rows.to(exact) * chosen)  # an expert that was not chosen may well overflow
 
     placed = rows.new_zeros(tokens * k, rows.shape[-1]).index_copy(0, order, rows)
     return placed.view(tokens, k, rows.shape[-1]).sum(1).to(hidden_states.dtype)
+
+
+def _everyone(index: Tensor, weights: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """Return (tokens, experts) indices and weights that choose every expert, those that were not chosen with weight 0."""
+    real = (index >= 0) & (index < experts)
+    spread = weights.new_zeros(len(index), experts)
+    spread.scatter_add_(1, index.clamp(0, experts - 1), torch.where(real, weights, 0))
+    return torch.arange(experts, device=index.device).expand(len(index), experts), spread
 
 
 def _multiply(module: Any, name: str, x: Tensor, ids: Tensor, counts: list[int]) -> Tensor:

@@ -2,7 +2,8 @@
 
 A linear layer's whole module is replaced by a :class:`~quantkit.nn.linear.QuantLinear` that keeps its bias, an embedding's by a
 :class:`~quantkit.nn.embedding.QuantEmbedding`; of an experts module only the 3-D parameter is replaced, by a
-:class:`~quantkit.nn.linear.QuantWeight` of the same name. The float weight is freed as soon as nobody else holds it.
+:class:`~quantkit.nn.linear.QuantWeight` of the same name, and of a module that reads its parameter in its own way by a
+:class:`~quantkit.nn.parameter.QuantParameter`. The float weight is freed as soon as nobody else holds it.
 """
 
 from typing import Any
@@ -14,6 +15,7 @@ from quantkit.kernels import ComputeMode
 from quantkit.kernels.select import check_compute
 from quantkit.nn.embedding import QuantEmbedding
 from quantkit.nn.linear import QuantLinear, QuantWeight
+from quantkit.nn.parameter import QuantParameter
 from quantkit.nn.sites import Site
 from quantkit.numerics import grid
 from quantkit.qtensor import GridTensor, QTensor
@@ -45,9 +47,12 @@ def install(model: nn.Module, site: Site, qtensor: QTensor, activation: Activati
     sharing = [name for name, p in model.named_parameters(remove_duplicate=False) if p is weight and name != own]
     if sharing:
         raise SpecError(f"{site.name}: its weight is shared with {', '.join(sharing)}; leave both in float or untie them")
-    if len(site.shape) == 3:
+    if site.read or len(site.shape) == 3:
+        if site.read and activation is not None:
+            raise SpecError(f"{site.name}: its inputs cannot be rounded, because its module multiplies by it in its own way")
+        stands_in = QuantParameter(qtensor, weight.dtype) if site.read else QuantWeight(qtensor, activation=activation)
         del module._parameters[site.parameter]
-        module.add_module(site.parameter, QuantWeight(qtensor, activation=activation).train(module.training))
+        module.add_module(site.parameter, stands_in.train(module.training))
         return
     _replace(model, site.module, QuantLinear(qtensor, getattr(module, "bias", None), activation=activation))
 

@@ -22,15 +22,17 @@ from quantkit.calibrate.data import Batch, Calibration, unpadded
 from quantkit.calibrate.data import fingerprint as data_fingerprint
 from quantkit.calibrate.statistics import load_statistics
 from quantkit.checkpoint.contents import contents_of
-from quantkit.evaluation.coverage import coverage_after, coverage_before, remark
+from quantkit.evaluation.coverage import coverage_after, coverage_before, remark, shortfall
 from quantkit.evaluation.sanity import SanityCheck
 from quantkit.hf.load import PreTrainedModel, load_float
 from quantkit.hf.source import load_config, locate
 from quantkit.hf.structure import describe
+from quantkit.nn.probes import all_experts_shown
 from quantkit.nn.quantized import Quantized
 from quantkit.nn.sites import SiteStatistics, Structure
 from quantkit.pipeline.blocks import BlockRun, calibration_chain, needs_of, quantize_blocks
 from quantkit.pipeline.checks import check_model, refuse_combinations, refuse_gaps, report_fallen
+from quantkit.pipeline.fused import refuse_parted
 from quantkit.pipeline.plan import Resolution, check_plan, make_plan, resolve
 from quantkit.pipeline.result import QuantizeResult
 from quantkit.pipeline.resume import ResumeStore, run_key, versions
@@ -152,6 +154,8 @@ class _Job:
         for note in self.resolution.notes:
             log.info(note)
         check_plan(self.plan, self.structure, self.output.format if self.output.path is not None else None)
+        if self.output.path is not None and self.output.keeps_together:
+            refuse_parted(self.structure, self.plan, self.resolution.skipped)
         if self.run.strict:
             refuse_gaps(self.structure, self.resolution)
         refuse_combinations(self.plan, self.structure, self.method, self.steps.all, self.statistics)
@@ -161,7 +165,7 @@ class _Job:
         output = self.output
         if output.path is None:
             return None
-        methods = (*self.steps.all, self.method, self.compute)
+        methods = (*self.steps.all, self.method, self.compute, *(("all experts",) if self.calibration.all_experts else ()))
         key = run_key(self.model, self.plan, methods, batches, statistics=self.statistics, format=output.format)
         resumed = key if self.run.resume else None
         checkpoint.check_output(
@@ -196,24 +200,26 @@ def _carry_out(job: _Job, batches: Sequence[Batch]) -> QuantizeResult:
     rows = coverage_before(model, structure, job.plan, job.resolution.skipped)
     store = job.open_store(key)
     learning = Learning.record(job.steps.after, store, model, structure, texts, compute=compute, progress=progress)
-    results = quantize_blocks(
-        BlockRun(
-            model,
-            structure,
-            job.plan,
-            job.method,
-            compute,
-            chain,
-            job.statistics or {},
-            job.corrections,
-            store,
-            progress,
-            job.run.strict,
-        )
+    blocks = BlockRun(
+        model,
+        structure,
+        job.plan,
+        job.method,
+        compute,
+        chain,
+        job.statistics or {},
+        job.corrections,
+        store,
+        progress,
+        job.run.strict,
     )
+    with all_experts_shown(model, job.calibration.all_experts):
+        results = quantize_blocks(blocks)
     results, facts = learning.finish(model, structure, results)
     coverage = remark(coverage_after(rows, results), job.resolution.remarks)
     report_fallen([row.name for row in coverage if row.kind == "fell back"])
+    if warning := shortfall(coverage):
+        log.warning("%s", warning)
     metadata = _metadata(job, batches, results, sanity.measure(model)) | job.steps.metadata(facts)
 
     def check(stage: Path) -> dict[str, Any]:
@@ -270,7 +276,8 @@ def collect(
     batches = calibration.batches(tokenizer)
     check_model(model, structure)
     compute = run.compute or Compute.default(model)
-    found = collect_statistics(model, structure, unpadded(batches), collectors, compute=compute, progress=run.report)
+    with all_experts_shown(model, calibration.all_experts):
+        found = collect_statistics(model, structure, unpadded(batches), collectors, compute=compute, progress=run.report)
     return found, data_fingerprint(batches)
 
 
