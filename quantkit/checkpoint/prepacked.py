@@ -41,7 +41,7 @@ from torch import Tensor
 from quantkit.kernels.cpu import huge_pages, layout
 from quantkit.kernels.cpu.layout import Prepacked
 from quantkit.numerics.pack import as_bytes
-from quantkit.system.files import atomic_path, cache_dir, known_sha256, remember_sha256, write_atomic
+from quantkit.system.files import atomic_path, cache_dir, cache_switch, known_sha256, remember_sha256, write_atomic
 from quantkit.version import __version__
 
 log = logging.getLogger(__name__)
@@ -77,19 +77,15 @@ def directory() -> Path:
 
 def enabled() -> bool:
     """Say whether the cache is in use."""
-    return not _off().exists()
+    return not cache_switch().exists()
 
 
 def switch(on: bool) -> None:
     """Turn the cache on or off, for every later process too; what it holds stays."""
     if on:
-        _off().unlink(missing_ok=True)
+        cache_switch().unlink(missing_ok=True)
     else:
-        write_atomic(_off(), "`quantkit cache --on` removes this file and keeps prepacked weights again\n")
-
-
-def _off() -> Path:
-    return cache_dir() / "prepacked.off"
+        write_atomic(cache_switch(), "`quantkit cache --on` removes this file and keeps prepacked weights again\n")
 
 
 def files() -> list[Path]:

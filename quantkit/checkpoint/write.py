@@ -7,10 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
-from quantkit.checkpoint.check import check, config_of, dtype_name, layout_of, model_files
+from quantkit.checkpoint.card import write_card
+from quantkit.checkpoint.check import check, config_of, dtype_name, layout_bytes, layout_of, model_files
 from quantkit.checkpoint.contents import (
     Entry,
     aliases,
+    carried_layout,
+    carried_linears,
     contents_of,
     float_tensor,
     linear_modules,
@@ -18,16 +21,19 @@ from quantkit.checkpoint.contents import (
     quantized_slice,
     read_floats,
     read_site,
+    same_bits,
 )
+from quantkit.checkpoint.extras import write_extras
+from quantkit.checkpoint.read import RECORD
 from quantkit.checkpoint.staging import INCOMPLETE, Digest, Key, Stage, mark_incomplete
-from quantkit.checkpoint.verify import installed, installed_plan, same_bits, verify
+from quantkit.checkpoint.verify import installed, installed_plan, verify
 from quantkit.errors import FormatError
 from quantkit.formats.base import FORMATS, Stored
+from quantkit.hf.ledger import ledger_of
 from quantkit.hf.load import PreTrainedModel
 from quantkit.nn.sites import Structure
 from quantkit.qtensor import GridTensor
 from quantkit.spec import Plan
-from quantkit.system.files import write_atomic
 from quantkit.version import __version__
 
 Check = Callable[[Path], Mapping[str, Any]]
@@ -76,8 +82,10 @@ class CheckpointWriter:
             if entry.site and entry.site.name in self.plan
         }
         self._layouts = {e.name: layout_of(self._contents, model, plan, format, e) for e in self._contents.entries}
+        self._ledger = ledger_of(model)
+        carried = [{name: what} for name, what in carried_layout(self._ledger).items()]
         self._stage = Stage(self.path, key, resume=resume)
-        self._files = self._rule.container.writer(self._stage.path, list(self._layouts.values()))
+        self._files = self._rule.container.writer(self._stage.path, [*self._layouts.values(), *carried])
         self._stage.begin()
         self._written = set(range(self._stage.finished))
         self._carry_out_changes()
@@ -213,7 +221,8 @@ class CheckpointWriter:
         last = len(self.structure.blocks)
         if last not in self._written:
             self.write_block(last, outside or {})
-        _write_extras(self._stage.path, self.model, tokenizer)
+        self._carry_over()
+        write_extras(self._stage.path, self.model, tokenizer)
         facts = dict(metadata or {})
         self._files.finish(self._config(facts))
         (self._stage.path / INCOMPLETE).unlink()
@@ -227,8 +236,27 @@ class CheckpointWriter:
             if found:
                 facts["quality"] = {**facts.get("quality", {}), **found}
                 self._files.finish(self._config(facts))
+        self._write_card(self._config(facts))
         self._stage.publish((*model_files(), "generation_config.json"), self._rule.container.key_file)
         return self.path
+
+    def _write_card(self, config: Mapping[str, Any]) -> None:
+        carried = carried_layout(self._ledger)
+        own = sum(layout_bytes(layout) for layout in self._layouts.values())
+        facts = {"tensors": f"{own + layout_bytes(carried):,} bytes"}
+        if carried:
+            facts["carried over unchanged"] = (
+                f"{len(carried)} tensors that this class does not run, {layout_bytes(carried):,} bytes"
+            )
+        write_card(self._stage.path, self.path, config, facts)
+
+    def _carry_over(self) -> None:
+        """Copy what the model's class does not know from the source's files, one tensor at a time."""
+        if self._ledger is None:
+            return
+        with self._ledger.tensors() as read:
+            for name in self._ledger.carried:
+                self._files.write({name: read(name)})
 
     def _entries(self, index: int) -> list[Entry]:
         return [entry for entry in self._contents.entries if entry.block == index]
@@ -258,23 +286,16 @@ class CheckpointWriter:
             self._stage.record_changes()
 
     def _config(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
-        config: dict[str, Any] = json.loads(self.model.config.to_json_string(use_diff=True))
+        config: dict[str, Any] = json.loads(config_of(self.model).to_json_string(use_diff=True))
         quantized = {e.name: e for e in self._contents.entries if e.name in self._stored}
         plan = {name: self._stored[e.name].scheme for e in quantized.values() for name in aliases(e)}
         dtype = dtype_name(self.model)
-        config["architectures"] = [type(self.model).__name__]
         config["dtype"] = dtype
-        config["quantization_config"] = self._rule.dialect.dump_config(plan, linear_modules(self._contents, quantized), dtype)
-        config["quantkit"] = {"version": __version__, "format": self.format, **metadata}
+        ignore = sorted({*linear_modules(self._contents, quantized), *carried_linears(self._ledger)})
+        config["quantization_config"] = self._rule.dialect.dump_config(plan, ignore, dtype)
+        carried = {"carried_over": list(self._ledger.carried)} if self._ledger and self._ledger.carried else {}
+        config[RECORD] = {"version": __version__, "format": self.format, **metadata, **carried}
         return config
-
-
-def _write_extras(path: Path, model: PreTrainedModel, tokenizer: Any) -> None:
-    generation = getattr(model, "generation_config", None)
-    if generation is not None:
-        write_atomic(path / "generation_config.json", generation.to_json_string(use_diff=True))
-    if tokenizer is not None:
-        tokenizer.save_pretrained(path)
 
 
 def save(

@@ -30,6 +30,11 @@ def cache_dir() -> Path:
     return (Path(root) if root else Path.home() / ".cache") / "quantkit"
 
 
+def cache_switch() -> Path:
+    """Return the file whose presence says that nothing large is to be kept in the cache."""
+    return cache_dir() / "prepacked.off"
+
+
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success sync it and rename it to ``path``, on any error remove it."""
@@ -87,7 +92,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise FormatError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):
         raise FormatError(f"{path}: holds a JSON {type(value).__name__}, want an object")
