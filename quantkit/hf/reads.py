@@ -4,7 +4,8 @@ Some models multiply by ``self.dt_proj.weight`` themselves, or ask for ``self.we
 no such tensor, so such a layer cannot be replaced. Whether a model does this shows in its source: the methods that a module's
 ``forward`` reaches are read, and every ``<layer>.weight`` in them is noted. Branches that this module cannot take (``if
 self.training``, ``if self.config.pretraining_tp > 1``) are left out, which is decided by evaluating their conditions as far as
-they consist of the module's own plain attributes. A condition that cannot be evaluated counts as possible.
+they consist of the module's own plain attributes that only its constructor sets. A condition that cannot be evaluated counts as
+possible, so the answer is the same before and after a model has run.
 
 Nothing is run, so the model may be on the meta device. Source that is not to be had (a class made at run time) says nothing.
 Cost: parsing a family's file once, some tens of milliseconds.
@@ -99,6 +100,12 @@ class _Reader:
     module: nn.Module
     found: dict[str, str] = field(default_factory=dict)
     _seen: set[str] = field(default_factory=set)
+    _changing: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        trees = [tree for name, (_, tree) in _methods(type(self.module)).items() if name != "__init__"]
+        stored = (node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute))
+        self._changing = frozenset(node.attr for node in stored if isinstance(node.ctx, ast.Store))
 
     def method(self, name: str) -> None:
         """Read a method, unless it was read already or is not the model's own."""
@@ -172,6 +179,8 @@ class _Reader:
             raise _Unknown
         if chain[1:] == ["training"]:
             return False
+        if chain[1] in self._changing:
+            raise _Unknown
         value: Any = self.module
         for name in chain[1:]:
             value = vars(value).get(name, _Unknown)

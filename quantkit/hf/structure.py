@@ -65,7 +65,8 @@ def describe(model: nn.Module) -> Structure:
     stack = find_stack(model)
     sorted_out = _sort_parameters(model, stack)
     skipped = sorted_out.skipped
-    names = [f"{stack}.{name}" for name, _ in model.get_submodule(stack).named_children()]
+    stacks = [stack, *_equal_stacks(model, stack)]
+    names = [f"{path}.{name}" for path in stacks for name, _ in model.get_submodule(path).named_children()]
     inside: dict[str, list[Site]] = {name: [] for name in names}
     outside: list[Site] = []
     for site in sorted_out.sites:
@@ -136,6 +137,17 @@ def find_stack(model: nn.Module) -> str:
     return max(text or own, key=sizes.__getitem__)
 
 
+def _equal_stacks(model: nn.Module, stack: str) -> list[str]:
+    """Return the paths of other lists of as many layers of the same classes: some models alternate between two stacks."""
+    layers, towers = [type(layer) for layer in model.get_submodule(stack).children()], tuple(_towers(model))
+    lists = ((name, part) for name, part in model.named_modules() if isinstance(part, nn.ModuleList) and name != stack)
+    return [
+        name
+        for name, part in lists
+        if [type(layer) for layer in part.children()] == layers and not f"{name}.".startswith((f"{stack}.", *towers))
+    ]
+
+
 def _towers(model: nn.Module) -> list[str]:
     """Return the paths, each with a dot, of models inside the model whose config is neither its own nor its text's kind."""
     if not isinstance(model, PreTrainedModel):
@@ -164,7 +176,8 @@ class _Sorted:
 def _sort_parameters(model: nn.Module, stack: str) -> _Sorted:
     """Decide for every parameter name whether it is a site, or why not."""
     owners = owners_of(model)
-    routers = set(_routers(model, stack))
+    stacks = tuple(f"{path}." for path in (stack, *_equal_stacks(model, stack)))
+    routers = {name for path in stacks for name in _routers(model, path[:-1])}
     readers = weights_read_elsewhere(model)
     odd: _Odd = {}
     found = _Sorted()
@@ -180,7 +193,7 @@ def _sort_parameters(model: nn.Module, stack: str) -> _Sorted:
             verdict = _as_site(path, module, attribute, parameter, odd)
             if isinstance(verdict, Site) and path in readers and attribute == "weight":
                 verdict = f"{readers[path]} reads its weight"
-            if isinstance(verdict, Site) and verdict.read and not name.startswith(f"{stack}."):
+            if isinstance(verdict, Site) and verdict.read and not name.startswith(stacks):
                 verdict = "its module multiplies by it in its own way"
             if isinstance(verdict, Site):
                 found.sites.append(verdict)

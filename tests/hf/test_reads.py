@@ -13,24 +13,12 @@ class Reads(nn.Module):
 
     def __init__(self, extra: bool = False) -> None:
         super().__init__()
-        names = [
-            "plain",
-            "called",
-            "dtype",
-            "shape",
-            "alias",
-            "trained",
-            "configured",
-            "helper",
-            "both",
-            "never",
-            "early",
-            "late",
-        ]
+        first, second = ["plain", "called", "dtype", "shape", "alias", "trained"], ["helper", "both", "never", "early", "late"]
+        names = [*first, *second, "configured", "once"]
         for name in names:
             setattr(self, name, nn.Linear(4, 4))
         self.members = nn.ModuleList(nn.ModuleDict({"inner": nn.Linear(4, 4)}) for _ in range(2))
-        self.extra, self.threshold = extra, 3
+        self.extra, self.threshold, self.ran = extra, 3, False
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.plain(x) + self.called.weight @ x.to(self.dtype.weight.dtype)
@@ -43,6 +31,8 @@ class Reads(nn.Module):
             x = x @ self.configured.weight
         if self.extra and self.early.weight.sum() > 0:
             x = x + 1
+        if not self.ran and self.once.weight.sum() > 0:
+            self.ran = True
         if x.sum() > 0 or self.late.weight.sum() > 0:
             x = x + 1
         for index, member in enumerate(self.members):
@@ -57,11 +47,17 @@ class Reads(nn.Module):
 
 
 def test_every_way_in_which_forward_reads_a_weight_is_found_and_no_other() -> None:
-    always = {"called", "dtype", "shape", "alias", "helper", "both", "late", "members.0.inner", "members.1.inner"}
+    always = {"called", "dtype", "shape", "alias", "helper", "both", "late", "once", "members.0.inner", "members.1.inner"}
     found = weights_read_elsewhere(Reads())
     assert set(found) == always
     assert found["helper"] == "Reads._more"
     assert set(weights_read_elsewhere(Reads(extra=True))) == always | {"configured", "early"}
+
+
+def test_a_model_that_has_run_is_read_as_one_that_has_not() -> None:
+    fresh, used = Reads(), Reads()
+    used.ran = True
+    assert weights_read_elsewhere(used) == weights_read_elsewhere(fresh)
 
 
 def test_a_layer_inside_a_model_has_its_whole_path() -> None:

@@ -217,3 +217,18 @@ def test_an_encoder_decoder_is_refused() -> None:
 
 def test_a_single_layer_is_a_stack() -> None:
     assert len(describe(build("llama", num_hidden_layers=1)).blocks) == 1
+
+
+def test_two_stacks_of_the_same_layers_are_both_the_decoder() -> None:
+    with torch.device("meta"):
+        model = _meta("hrm_text", head_dim=16)
+    structure = describe(model)
+    assert {block.name.split(".")[1] for block in structure.blocks} == {"H_module", "L_module"}
+    assert [site.name for site in structure.outside if site.name != structure.head] == []
+
+
+def test_a_tower_with_a_config_of_its_own_is_not_the_decoder() -> None:
+    vision = {"hidden_size": 96, "num_hidden_layers": 6, "intermediate_size": 256, "num_attention_heads": 4, "image_size": 32}
+    with torch.device("meta"):
+        model = _meta("git", vision_config={**vision, "patch_size": 16})
+    assert {block.name.rpartition(".")[0] for block in describe(model).blocks} == {"git.encoder.layer"}

@@ -44,16 +44,16 @@ _MLA = "axk1 axk2 deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa
 _SIZE_OF: dict[str, dict[str, int | None]] = {
     **{name: {"num_key_value_heads": 4} for name in (_MLA + "minicpm3 sarvam_mla youtu").split()},
     "bailing_hybrid": {"num_key_value_heads": 4, "num_experts": 8},
-    "falcon_mamba": {"time_step_rank": 32},
+    "falcon_mamba": {"time_step_rank": 4},
     "gemma4_assistant": {"hidden_size_per_layer_input": None},
     "gemma4_unified_assistant": {"hidden_size_per_layer_input": None},
     "hunyuan_v1_dense": {"head_dim": None},
     "hunyuan_v1_moe": {"head_dim": None},
     "jamba": {"mamba_dt_rank": 32},
     "kimi_linear": {"num_key_value_heads": 4, "num_experts": 8},
-    "mamba": {"time_step_rank": 32},
+    "mamba": {"time_step_rank": 4},
     "mamba2": {"num_heads": 8},
-    "recurrent_gemma": {"num_hidden_layers": 3},
+    "recurrent_gemma": {"num_hidden_layers": 3, "num_attention_heads": 2},
     "zamba": {"layer_types": None},
     "zaya": {"num_experts_per_tok": 1},
 }
@@ -78,6 +78,7 @@ _QWEN4 = {
     "split_ngram_parts": 4,
     "heads_per_ngram": 2,
 }
+_ADAPTER: dict[str, Any] = {"per_layer_config": {}, "adapter_in_dim": 64, "adapter_out_dim": 64}
 _SLIDING = {
     "swa_num_attention_heads": 4,
     "swa_num_key_value_heads": 4,
@@ -107,7 +108,10 @@ _ALSO: dict[str, dict[str, Any]] = {
     "gemma3n": {"text_config.activation_sparsity_pattern": [0.95, 0.0]},
     "gemma4_assistant": {"text_config.hidden_size_per_layer_input": 0},
     "gemma4_unified_assistant": {"text_config.hidden_size_per_layer_input": 0},
-    "dots3_note": {"vision_config.per_layer_config": {}, **{f"text_config.{key}": size for key, size in _SLIDING.items()}},
+    "dots3_note": {
+        **{f"vision_config.{key}": value for key, value in _ADAPTER.items()},
+        **{f"text_config.{key}": size for key, size in _SLIDING.items()},
+    },
     "dots3_note_text": _SLIDING,
     "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]], "window_size": 8},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
