@@ -91,7 +91,8 @@ def _rejections(contents: Contents, plan: Plan, format: str, dtype: str) -> dict
 
 def _readers_faults(contents: Contents, plan: Plan) -> dict[str, str]:
     """Return what keeps transformers from reading a checkpoint, by layer or tensor, and warn of what only others read."""
-    stored = {entry.name: (entry.source.pieces[0].parameter, entry.source) for entry in contents.entries}
+    known = [e for e in contents.entries if not (e.site and e.site.read and e.site.name not in plan)]  # those stand alone there
+    stored = {entry.name: (entry.source.pieces[0].parameter, entry.source) for entry in known}
     chosen = {e.name: plan[e.site.name] for e in contents.entries if e.site and e.site.name in plan}
     if text := transformers_warning(chosen, stored):
         log.warning("%s", text)

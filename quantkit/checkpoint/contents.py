@@ -14,6 +14,7 @@ from quantkit.errors import FormatError, QuantkitError, SpecError
 from quantkit.formats.base import Stored
 from quantkit.formats.containers.base import Layout
 from quantkit.hf.account import account
+from quantkit.hf.experts import linears_in_place
 from quantkit.hf.guard import names_source
 from quantkit.hf.ledger import Ledger, keep_ledger
 from quantkit.hf.load import PretrainedConfig, PreTrainedModel, empty_model
@@ -94,7 +95,7 @@ def contents_of(config: PretrainedConfig, *, most_weights: int | None = None, so
     blocks = [f"{block.name}." for block in structure.blocks]
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     entries = []
-    for name, content in _parted(checkpoint_names(model, transposed), sites.keys()):
+    for name, content in _taken_apart(model, dict(_parted(checkpoint_names(model, transposed), sites.keys())), sites):
         first = content.pieces[0].parameter
         block = next((i for i, prefix in enumerate(blocks) if first.startswith(prefix)), len(blocks))
         entries.append(Entry(name, content, _shape(content, shapes, transposed), block, sites.get(first)))
@@ -116,6 +117,26 @@ def _parted(names: Mapping[str, CheckpointTensor], sites: Collection[str]) -> It
         for owner in owners:
             pieces = tuple(piece for piece in source.pieces if piece.parameter == owner)
             yield owner, CheckpointTensor(pieces, source.transposed)
+
+
+def _taken_apart(
+    model: PreTrainedModel, names: Mapping[str, CheckpointTensor], sites: Mapping[str, Site]
+) -> Iterator[tuple[str, CheckpointTensor]]:
+    """Yield name and content of every tensor, stacks that transformers looks for expert by expert one by one."""
+    for name, source in names.items():
+        site = sites.get(source.pieces[0].parameter)
+        module = model.get_submodule(site.module) if site is not None and site.read else None
+        config = model.config.get_text_config(decoder=True)
+        linears = linears_in_place(module, site.parameter, config) if site is not None and module is not None else {}
+        if not linears or site is None:
+            yield name, source
+            continue
+        for expert in range(site.shape[0]):
+            start = 0
+            for linear, rows in linears.items():
+                piece = Piece(parameter_of(site), expert, start, start + rows)
+                yield f"{name.rpartition('.')[0]}.{expert}.{linear}.weight", CheckpointTensor((piece,), False)
+                start += rows
 
 
 def parameter_of(site: Site) -> str:

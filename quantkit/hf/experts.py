@@ -19,6 +19,7 @@ Calibration observes the inputs of each expert through :mod:`quantkit.nn.probes`
 from typing import Any
 
 import torch
+import transformers.quantizers.base
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -37,6 +38,33 @@ def uses_experts_interface(module: nn.Module) -> bool:
 def expert_parameters(module: nn.Module) -> tuple[str, str]:
     """Return the names of a module's two expert stacks, in the order in which they are used."""
     return ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
+
+
+def linears_in_place(module: nn.Module, attribute: str, config: Any) -> dict[str, int]:
+    """Return what transformers puts in place of one expert's part of a stack when it loads a quantized checkpoint of the model.
+
+    It takes some modules of experts apart into linear layers then, and looks for their weights one by one.
+
+    Args:
+        module: experts that transformers does not run through its interface.
+        attribute: name of the stack, (experts, in, out).
+        config: of the text model.
+
+    Returns:
+        Name of a linear layer to the number of its rows, in the order in which the stack holds them; empty if there is no such
+        thing, or it does not fit.
+    """
+    patch = getattr(transformers.quantizers.base, "MODULES_TO_PATCH_FOR_QUANTIZATION", {}).get(type(module).__name__)
+    parameter = module._parameters.get(attribute)
+    if patch is None or parameter is None or parameter.ndim != 3:
+        return {}
+    with torch.device("meta"):
+        first = next(patch["module_name"](config).children())
+    wanted = ("gate_proj", "up_proj") if attribute == "gate_up_proj" else (attribute,)
+    linears = {name: part for name, part in first.named_children() if isinstance(part, nn.Linear) and name in wanted}
+    rows = {name: linears[name].out_features for name in wanted if name in linears}
+    fits = {part.in_features for part in linears.values()} == {parameter.shape[1]} and sum(rows.values()) == parameter.shape[2]
+    return rows if fits else {}
 
 
 def enable_experts(model: nn.Module) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from quantkit.errors import SpecError
-from quantkit.hf.experts import expert_parameters, uses_experts_interface
+from quantkit.hf.experts import expert_parameters, linears_in_place, uses_experts_interface
 from quantkit.hf.ledger import ledger_of
 from quantkit.hf.reads import weights_read_elsewhere
 from quantkit.nn.linear import QuantModule
@@ -179,6 +180,7 @@ def _sort_parameters(model: nn.Module, stack: str) -> _Sorted:
     stacks = tuple(f"{path}." for path in (stack, *_equal_stacks(model, stack)))
     routers = {name for path in stacks for name in _routers(model, path[:-1])}
     readers = weights_read_elsewhere(model)
+    config = model.config.get_text_config(decoder=True) if isinstance(model, PreTrainedModel) else None
     odd: _Odd = {}
     found = _Sorted()
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -190,7 +192,7 @@ def _sort_parameters(model: nn.Module, stack: str) -> _Sorted:
         elif name in routers:
             found.skipped[name] = "router"
         else:
-            verdict = _as_site(path, module, attribute, parameter, odd)
+            verdict = _as_site(path, module, attribute, parameter, odd, config)
             if isinstance(verdict, Site) and path in readers and attribute == "weight":
                 verdict = f"{readers[path]} reads its weight"
             if isinstance(verdict, Site) and verdict.read and not name.startswith(stacks):
@@ -221,7 +223,7 @@ def owners_of(model: nn.Module) -> dict[str, str]:
     return owners
 
 
-def _as_site(path: str, module: nn.Module, attribute: str, parameter: Tensor, seen: _Odd) -> Site | str | None:
+def _as_site(path: str, module: nn.Module, attribute: str, parameter: Tensor, seen: _Odd, config: Any) -> Site | str | None:
     """Return the site of a parameter, the reason why a linear layer's weight is none, or None for any other parameter."""
     shape = tuple(parameter.shape)
     if isinstance(module, nn.Linear | Conv1D) and attribute == "weight":
@@ -238,7 +240,9 @@ def _as_site(path: str, module: nn.Module, attribute: str, parameter: Tensor, se
         shape = (shape[0], shape[2], shape[1]) if transposed else shape
         return Site(f"{path}.{attribute}", path, attribute, shape, transposed)
     if _is_matrix_of_its_own(module, parameter):
-        return Site(f"{path}.{attribute}", path, attribute, shape, read=True)
+        transposed = config is not None and bool(linears_in_place(module, attribute, config))
+        shape = (shape[0], shape[2], shape[1]) if transposed else shape
+        return Site(f"{path}.{attribute}", path, attribute, shape, transposed, read=True)
     return None
 
 

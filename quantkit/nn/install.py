@@ -55,7 +55,11 @@ def install(model: nn.Module, site: Site, qtensor: QTensor, activation: Activati
     if site.read or len(site.shape) == 3:
         if site.read and activation is not None:
             raise SpecError(f"{site.name}: its inputs cannot be rounded, because its module multiplies by it in its own way")
-        stack = QuantParameter(qtensor, weight.dtype) if site.read else QuantWeight(qtensor, activation=activation)
+        stack: QuantParameter | QuantWeight = (
+            QuantWeight(qtensor, activation=activation)
+            if not site.read
+            else (QuantParameter(qtensor, weight.dtype, transposed=site.transposed))
+        )
         for holder in {id(part): part for part in map(model.get_submodule, _paths(sharing))}.values():
             del holder._parameters[site.parameter]
             holder.add_module(site.parameter, stack.train(module.training))

@@ -24,15 +24,17 @@ class QuantParameter(QuantModule):
     Args:
         qtensor: the weight as the parameter was stored: (out, in), or (experts, rows, columns) for a stack.
         dtype: of what a reader sees; follows ``to(dtype)``, which codes and scales do not.
+        transposed: the parameter was stored with its last two axes the other way round.
 
     Attributes:
-        shape: the parameter's.
+        shape: of the quantized weight; :meth:`size` and what readers see is the parameter's.
     """
 
     like: Tensor
 
-    def __init__(self, qtensor: QTensor, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, qtensor: QTensor, dtype: torch.dtype = torch.float32, *, transposed: bool = False) -> None:
         super().__init__(qtensor)
+        self.transposed = transposed
         self.register_buffer("like", torch.empty(0, dtype=dtype, device=qtensor.device), persistent=False)
 
     @property
@@ -50,13 +52,16 @@ class QuantParameter(QuantModule):
 
     def tensor(self) -> Tensor:
         """Return the whole weight in the dtype that readers see."""
-        return self.dequantize(self.like.dtype)
+        return self._turned(self.dequantize(self.like.dtype))
+
+    def _turned(self, weight: Tensor) -> Tensor:
+        return weight.transpose(-1, -2) if self.transposed else weight
 
     def __getitem__(self, index: Any) -> Tensor:
         """Return a part of the weight; a whole number picks one matrix of a stack, which is dequantized alone."""
         one = isinstance(index, int) or (isinstance(index, Tensor) and index.ndim == 0 and index.dtype != torch.bool)
         if one and len(self.shape) == 3:
-            return self.qtensor[int(index)].dequantize(self.like.dtype)
+            return self._turned(self.qtensor[int(index)].dequantize(self.like.dtype))
         return self.tensor()[index]
 
     def __len__(self) -> int:

@@ -82,7 +82,8 @@ def test_experts_that_their_module_runs_itself_are_quantized_and_come_back(tmp_p
     model = build("llama4_text", **LLAMA4)
     reference, ids = copy.deepcopy(model), torch.arange(3, 19).unsqueeze(0)
     for site in describe(reference).sites:
-        read_weight(reference, site).copy_(rounded(read_weight(reference, site)).dequantize())
+        weight = read_weight(reference, site)
+        weight.copy_(rounded(weight.contiguous()).dequantize())
     data = Calibration(data=[torch.randint(3, 90, (2, 16))])
     result = quantize(
         model, "w4a16-g32", method="rtn", out=tmp_path / "native", output=Output(format="native"), calibration=data
@@ -98,14 +99,41 @@ def test_experts_that_their_module_runs_itself_are_quantized_and_come_back(tmp_p
     assert fallen == {"gate_up_proj", "down_proj"}, "nobody sees what they are multiplied by"
 
 
+@torch.no_grad()
+def test_transformers_reads_llama_4s_experts_one_by_one(tmp_path) -> None:
+    result = quantize(build("llama4_text", **LLAMA4), "w4a16-g32", method="rtn", out=tmp_path / "ct")
+    ids = torch.arange(3, 19).unsqueeze(0)
+    assert {row.kind for row in result.coverage if "experts" in row.name} == {"quantized"}
+    assert torch.equal(load(tmp_path / "ct")(ids).logits, result.model(ids).logits)
+    theirs, found = type(result.model).from_pretrained(tmp_path / "ct", dtype=torch.float32, output_loading_info=True)
+    assert not found["missing_keys"]
+    torch.testing.assert_close(theirs(ids).logits, result.model(ids).logits, rtol=1e-2, atol=1e-2)
+    kept = quantize(
+        build("llama4_text", **LLAMA4), "w8a8", method="rtn", out=tmp_path / "f", rules=[Rule("*.experts.*", skip=True)]
+    )
+    theirs = type(kept.model).from_pretrained(tmp_path / "f", dtype=torch.float32)
+    assert torch.equal(theirs.model.layers[0].feed_forward.experts[1].down_proj.weight, float_expert(kept.model))
+
+
+def float_expert(model: nn.Module) -> Tensor:
+    return model.model.layers[0].feed_forward.experts.down_proj[1].T
+
+
+DBRX = {
+    "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8},
+    "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size", "intermediate_size")),
+    **{"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 128},
+    "num_hidden_layers": None,
+    "max_position_embeddings": None,
+}
+
+
 def test_what_cannot_be_done_with_it_is_said_before_any_work(tmp_path) -> None:
-    model = build("llama4_text", **LLAMA4)
-    with pytest.raises(FormatError, match=r"experts\.gate_up_proj: it is a parameter of its module .* use native"):
-        quantize(model, "w4a16-g32", method="rtn", out=tmp_path / "ct")
-    with pytest.raises(SpecError, match=r"experts\.gate_up_proj: its module multiplies by it in its own way"):
-        quantize(model, "w8a8", method="rtn")
-    kept = quantize(build("llama4_text", **LLAMA4), "w8a8", method="rtn", rules=[Rule("*.experts.*", skip=True)])
-    assert not any(row.kind == "quantized" and "feed_forward.experts" in row.name for row in kept.coverage)
+    with pytest.raises(FormatError, match=r"experts\.mlp\.w1: it is a parameter of its module .* use native"):
+        quantize(build("dbrx", **DBRX), "w4a16-g32", method="rtn", out=tmp_path / "ct")
+    with pytest.raises(SpecError, match=r"experts\.mlp\.w1: its module multiplies by it in its own way"):
+        quantize(build("dbrx", **DBRX), "w8a8", method="rtn")
 
 
 def test_a_linear_layer_with_a_forward_of_its_own_keeps_it() -> None:
