@@ -248,7 +248,7 @@ class CheckpointWriter:
             facts["carried over unchanged"] = (
                 f"{len(carried)} tensors that this class does not run, {layout_bytes(carried):,} bytes"
             )
-        write_card(self._stage.path, self.path, config, facts)
+        write_card(self._stage.path, self.path, config, facts, str(self.model.config.name_or_path))
 
     def _carry_over(self) -> None:
         """Copy what the model's class does not know from the source's files, one tensor at a time."""

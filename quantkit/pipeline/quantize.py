@@ -18,7 +18,7 @@ from torch import nn
 
 from quantkit import checkpoint
 from quantkit.calibrate.chain import collect_statistics
-from quantkit.calibrate.data import Batch, Calibration, check_fit, unpadded
+from quantkit.calibrate.data import Batch, Calibration, check_fit, unpadded, unpadded_counts
 from quantkit.calibrate.data import fingerprint as data_fingerprint
 from quantkit.calibrate.statistics import load_statistics
 from quantkit.checkpoint.contents import carried_layout, contents_of
@@ -39,6 +39,7 @@ from quantkit.pipeline.checks import (
     prepare_blocks,
     refuse_combinations,
     refuse_gaps,
+    refuse_uncounted,
     report_fallen,
     report_lossy,
 )
@@ -184,6 +185,8 @@ class _Job:
         if self.run.strict:
             refuse_gaps(self.structure, self.resolution)
         refuse_combinations(self.plan, self.structure, self.method, self.steps.all, self.statistics)
+        if self.calibration.answers_only:
+            refuse_uncounted(self.plan, self.method, self.steps.all)
 
     def with_fitting_scales(self) -> "_Job":
         """Return the run with a plan whose scales hold the weights as they are."""
@@ -228,8 +231,11 @@ def _carry_out(job: _Job, batches: Sequence[Batch], read: Mapping[str, Any]) -> 
     model, compute, progress = job.model, job.compute, job.run.report
     key, texts = job.writer_key(batches), unpadded(batches)
     sanity = SanityCheck.start(model, job.tokenizer, job.calibration.bos or None)
-    structure = apply_transforms(model, job.structure, job.plan, job.steps.before, texts, compute=compute, progress=progress)
-    chain = calibration_chain(model, structure, texts, job.method, compute) if job.walks else None
+    counted = unpadded_counts(batches)
+    structure = apply_transforms(
+        model, job.structure, job.plan, job.steps.before, texts, counted=counted, compute=compute, progress=progress
+    )
+    chain = calibration_chain(model, structure, texts, job.method, compute, counted) if job.walks else None
     rows = coverage_before(model, structure, job.plan, job.resolution.skipped)
     store = job.open_store(key)
     learning = Learning.record(job.steps.after, store, model, structure, texts, compute=compute, progress=progress)
@@ -285,7 +291,7 @@ def plan(
         SpecError: a rule matches nothing, or a group size does not divide a layer.
     """
     if not isinstance(model, nn.Module):
-        model = contents_of(load_config(model), source=model).model
+        model = contents_of(load_config(model), weights=model).model
     return make_plan(describe(model), scheme, rules, scale_dtype=_scale_dtype(model))
 
 
@@ -312,7 +318,15 @@ def collect(
     check_model(model)
     structure, compute = prepare_blocks(model, structure, run.compute or Compute.default(model))
     with all_experts_shown(model, calibration.all_experts):
-        found = collect_statistics(model, structure, unpadded(batches), collectors, compute=compute, progress=run.report)
+        found = collect_statistics(
+            model,
+            structure,
+            unpadded(batches),
+            collectors,
+            counted=unpadded_counts(batches),
+            compute=compute,
+            progress=run.report,
+        )
     return found, data_fingerprint(batches)
 
 
