@@ -20,8 +20,13 @@ def pytest_xdist_make_scheduler(config, log):
     return WorkStealingScheduling(config, log)
 
 
-def pytest_collection_modifyitems(items):
-    """Begin with what takes a minute: at the end of a parallel run there is little left that one worker could wait for."""
+def pytest_collection_modifyitems(config, items):
+    """Leave the sweep out unless it is asked for, and begin with what takes a minute: at the end of a parallel run there is
+    little left that one worker could wait for."""
+    if "sweep" not in (config.option.markexpr or ""):
+        left_out = [item for item in items if item.get_closest_marker("sweep")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("sweep")]
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 

@@ -268,6 +268,8 @@ class Calibration:
             so there is never any padding).
         statistics: from :func:`quantkit.collect` or a file of :func:`quantkit.save_statistics`, used instead of text; layers
             then do not see the rounding of those before them.
+        all_experts: let every expert of a mixture see every token while statistics are taken, not only those the router sends
+            to it: no expert is left without, at the cost of running all of them. The model computes what it always computes.
         column: which column of rows is read where that is not clear: a text, a list of messages (which goes through the chat
             template), or question and answer joined by ``+`` (``"prompt+response"``).
         template: chat template of conversations instead of the tokenizer's: the name of one of its own, a file, or the
@@ -286,6 +288,7 @@ class Calibration:
     batch_size: Positive = 8
     mode: Literal["packed", "ragged"] = "packed"
     statistics: Any = None
+    all_experts: Flag = False
     column: Annotated[str, Strict()] | None = None
     template: Annotated[str, Strict()] | None = None
     bos: Flag | None = None

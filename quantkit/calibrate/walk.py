@@ -309,6 +309,8 @@ def attach(
     undo: list[Callable[[], None]] = []
     experts: dict[str, dict[str, Site]] = {}
     for site in sites:
+        if site.read:  # what it is multiplied by is known to its module alone
+            continue
         if len(site.shape) == 3:
             experts.setdefault(site.module, {})[site.parameter] = site
             continue

@@ -25,9 +25,11 @@ from quantkit.errors import FormatError, SpecError, nearest
 from quantkit.formats.base import FORMATS
 from quantkit.formats.containers.base import Layout
 from quantkit.hf.ledger import ledger_of
-from quantkit.hf.load import PreTrainedModel, architectures_of
+from quantkit.hf.load import PreTrainedModel, architectures_of, empty_model
+from quantkit.hf.reader import transformers_fault, transformers_warning
 from quantkit.hf.structure import owners_of
 from quantkit.hf.ties import settle_ties
+from quantkit.nn.sites import Site
 from quantkit.spec import Plan
 from quantkit.system.files import write_atomic
 
@@ -64,6 +66,8 @@ def _rejections(contents: Contents, plan: Plan, format: str, dtype: str) -> dict
         site = contents.sites[name]
         if not rule.dialect.conv1d and site.transposed and len(site.shape) == 2:
             return "it is a Conv1D, which other readers of this format leave uninitialised without an error; use native"
+        if site.read and not rule.dialect.embeddings and not _is_linear(contents, site) and len(shape) == len(site.shape):
+            return "it is a parameter of its module and no linear layer, which other readers of this format know; use native"
         if site == contents.structure.embedding and not rule.dialect.embeddings:
             return "it is an embedding table, which readers of this format expect in float; use native"
         if reason := rule.rejects(scheme, shape, dtype):
@@ -82,7 +86,23 @@ def _rejections(contents: Contents, plan: Plan, format: str, dtype: str) -> dict
         block = height if rows == -1 else rows
         if name not in refused and any(p.start % block or p.stop % block for p in cuts):
             refused[name] = f"the checkpoint cuts it in rows that split a block of {block}; use channel or a group size"
-    return refused
+    return refused or (_readers_faults(contents, plan) if rule.foreign else {})
+
+
+def _readers_faults(contents: Contents, plan: Plan) -> dict[str, str]:
+    """Return what keeps transformers from reading a checkpoint, by layer or tensor, and warn of what only others read."""
+    known = [e for e in contents.entries if not (e.site and e.site.read and e.site.name not in plan)]  # those stand alone there
+    stored = {entry.name: (entry.source.pieces[0].parameter, entry.source) for entry in known}
+    chosen = {e.name: plan[e.site.name] for e in contents.entries if e.site and e.site.name in plan}
+    if text := transformers_warning(chosen, stored):
+        log.warning("%s", text)
+    fault = transformers_fault(empty_model(contents.model.config), chosen, stored) if chosen else None
+    return dict([fault]) if fault else {}
+
+
+def _is_linear(contents: Contents, site: Site) -> bool:
+    """Return whether a site's parameter is the weight of a linear layer, whatever that makes of it."""
+    return isinstance(contents.model.get_submodule(site.module), nn.Linear) and site.parameter == "weight"
 
 
 def check_output(

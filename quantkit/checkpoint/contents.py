@@ -3,7 +3,7 @@
 Derived from the model's config alone (through an empty model), so writer and reader cannot disagree.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from quantkit.errors import FormatError, QuantkitError, SpecError
 from quantkit.formats.base import Stored
 from quantkit.formats.containers.base import Layout
 from quantkit.hf.account import account
+from quantkit.hf.experts import linears_in_place
 from quantkit.hf.guard import names_source
 from quantkit.hf.ledger import Ledger, keep_ledger
 from quantkit.hf.load import PretrainedConfig, PreTrainedModel, empty_model
@@ -94,12 +95,48 @@ def contents_of(config: PretrainedConfig, *, most_weights: int | None = None, we
     blocks = [f"{block.name}." for block in structure.blocks]
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     entries = []
-    for name, content in checkpoint_names(model, transposed).items():
+    for name, content in _taken_apart(model, dict(_parted(checkpoint_names(model, transposed), sites.keys())), sites):
         first = content.pieces[0].parameter
         block = next((i for i, prefix in enumerate(blocks) if first.startswith(prefix)), len(blocks))
         entries.append(Entry(name, content, _shape(content, shapes, transposed), block, sites.get(first)))
     entries.sort(key=lambda entry: entry.block)  # stable: the model's order within a block
     return Contents(model, structure, tuple(entries), transposed)
+
+
+def _parted(names: Mapping[str, CheckpointTensor], sites: Collection[str]) -> Iterator[tuple[str, CheckpointTensor]]:
+    """Yield name and content of every tensor, where several layers' weights are joined those of the layers instead.
+
+    Codes and scales of several layers cannot be joined in one tensor. Each goes under its name in the model, which transformers
+    knows as well when it loads.
+    """
+    for name, source in names.items():
+        owners = list(dict.fromkeys(piece.parameter for piece in source.pieces))
+        if len(owners) == 1 or not any(owner in sites for owner in owners):
+            yield name, source
+            continue
+        for owner in owners:
+            pieces = tuple(piece for piece in source.pieces if piece.parameter == owner)
+            yield owner, CheckpointTensor(pieces, source.transposed)
+
+
+def _taken_apart(
+    model: PreTrainedModel, names: Mapping[str, CheckpointTensor], sites: Mapping[str, Site]
+) -> Iterator[tuple[str, CheckpointTensor]]:
+    """Yield name and content of every tensor, stacks that transformers looks for expert by expert one by one."""
+    for name, source in names.items():
+        site = sites.get(source.pieces[0].parameter)
+        module = model.get_submodule(site.module) if site is not None and site.read else None
+        config = model.config.get_text_config(decoder=True)
+        linears = linears_in_place(module, site.parameter, config) if site is not None and module is not None else {}
+        if not linears or site is None:
+            yield name, source
+            continue
+        for expert in range(site.shape[0]):
+            start = 0
+            for linear, rows in linears.items():
+                piece = Piece(parameter_of(site), expert, start, start + rows)
+                yield f"{name.rpartition('.')[0]}.{expert}.{linear}.weight", CheckpointTensor((piece,), False)
+                start += rows
 
 
 def parameter_of(site: Site) -> str:
@@ -114,6 +151,8 @@ def _shape(source: CheckpointTensor, shapes: Mapping[str, tuple[int, ...]], tran
         return (sum(p.stop - p.start for p in source.pieces),) if shape else ()
     if first.parameter in transposed:
         shape = (*shape[:-2], shape[-1], shape[-2])
+    if first.matrices is not None:
+        return (sum(p.matrices[1] - p.matrices[0] for p in source.pieces if p.matrices), *shape[-2:])
     whole = first.expert is None
     rows = shape[-2] if whole and len(source.pieces) == 1 and len(shape) > 2 else sum(p.stop - p.start for p in source.pieces)
     oriented = (*(shape[:-2] if whole else ()), rows, shape[-1])
@@ -129,9 +168,8 @@ def rejections_of(
     for entry in contents.entries:
         if entry.site is None or entry.site.name not in chosen:
             continue
-        owners = {piece.parameter for piece in entry.source.pieces}
-        if owners != {parameter_of(entry.site)}:
-            reason: str | None = f"the checkpoint joins {', '.join(sorted(owners))} in {entry.name}; leave them unquantized"
+        if any(piece.matrices for piece in entry.source.pieces):
+            reason: str | None = f"the checkpoint holds a part of its stack in {entry.name}; leave it unquantized"
         else:
             reason = check(entry.site.name, entry.weight_shape)
         if reason is not None:
@@ -212,6 +250,7 @@ def float_tensor(model: nn.Module, entry: Entry, transposed: frozenset[str]) -> 
 
 def _slice(tensor: Tensor, piece: Piece) -> Tensor:
     tensor = tensor if piece.expert is None else tensor[piece.expert]
+    tensor = tensor if piece.matrices is None else tensor[piece.matrices[0] : piece.matrices[1]]
     if tensor.ndim < 2:
         return tensor if tensor.ndim == 0 else tensor[piece.start : piece.stop]
     return tensor[..., piece.start : piece.stop, :]
@@ -296,11 +335,12 @@ def restore(name: str, shape: tuple[int, ...], stored: Iterable[tuple[Entry, Ten
             result = torch.empty(oriented, dtype=tensor.dtype)
         offset = 0
         for piece in entry.source.pieces:
-            height = piece.stop - piece.start
+            first, last = piece.matrices or (piece.start, piece.stop)
+            taken = (offset, offset + last - first)
             if piece.parameter == name:
-                target = _slice(result, piece)
-                target.copy_(_slice(rows, Piece(name, None, offset, offset + height)))
-            offset += height
+                part = Piece(name, None, *taken) if piece.matrices is None else Piece(name, None, 0, piece.stop, taken)
+                _slice(result, piece).copy_(_slice(rows, part))
+            offset += last - first
     if result is None:
         raise FormatError(f"{name}: no tensor of the checkpoint holds it")
     return result.transpose(-1, -2).contiguous() if transposed else result

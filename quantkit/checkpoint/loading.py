@@ -28,6 +28,7 @@ from quantkit.kernels.select import Problem, check_compute, select
 from quantkit.nn.embedding import QuantEmbedding
 from quantkit.nn.install import install, set_compute
 from quantkit.nn.linear import QuantModule, QuantWeight
+from quantkit.nn.parameter import QuantParameter
 from quantkit.nn.sites import Site
 from quantkit.qtensor import GridTensor
 from quantkit.system.compute import known_device
@@ -99,8 +100,8 @@ def load(
     if not on_cpu:
         loaded = model.to(device)
     for part in loaded.modules():
-        if isinstance(part, QuantEmbedding) and dtype is not None:
-            part.to(dtype)  # of what a look-up returns
+        if isinstance(part, QuantEmbedding | QuantParameter) and dtype is not None:
+            part.like = part.like.to(dtype)  # of what a look-up returns, or a reader sees
     set_compute(loaded, compute)
     return loaded
 
@@ -130,12 +131,12 @@ def _kernels(opened: Opened, sites: dict[str, Site]) -> dict[str, CpuKernel]:
     """Return the compiled kernel of every site that one runs; the rest keeps its codes as they are.
 
     So does a site with a static grid for its inputs: kernels' layouts have no place for an input scale. And an embedding, whose
-    rows are looked up.
+    rows are looked up, or a parameter that is read.
     """
     found = {}
     for name, site in sites.items():
         activation = opened.schemes[name].activation
-        if (activation is not None and activation.static) or site == opened.contents.structure.embedding:
+        if site.read or (activation is not None and activation.static) or site == opened.contents.structure.embedding:
             continue
         kernel = select(Problem(opened.schemes[name].weight, (site.shape[-2], site.shape[-1]), "cpu", torch.float32))
         if isinstance(kernel, CpuKernel):

@@ -4,6 +4,7 @@ A quantized model whose report does not list what was *not* quantized cannot be 
 memory without a word, and a site that fell back to rounding costs accuracy.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
@@ -37,6 +38,8 @@ class CoverageRow:
             tensor twice or in another dtype.
         scheme: the grid, e.g. ``"int4 g64"``; None when skipped.
         reason: why it was skipped or fell back, or a note.
+        tokens: calibration tokens that it multiplied, for a stack one number per expert; empty where none were counted.
+        missed: a linear layer or expert that stays in float though no rule says so.
     """
 
     kind: str
@@ -47,6 +50,8 @@ class CoverageRow:
     bytes_after: int
     scheme: str | None = None
     reason: str | None = None
+    tokens: tuple[int, ...] = ()
+    missed: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -55,7 +60,10 @@ class CoverageRow:
 
 @dataclass(frozen=True, slots=True)
 class CoverageSummary:
-    """Totals of rows that share kind, module type, scheme and reason."""
+    """Totals of rows that share kind, module type, scheme and reason.
+
+    ``tokens`` is the smallest and the largest number of calibration tokens of any layer or expert; None if none were counted.
+    """
 
     kind: str
     module_type: str
@@ -65,6 +73,7 @@ class CoverageSummary:
     parameters: int
     bytes_before: int
     bytes_after: int
+    tokens: tuple[int, int] | None = None
 
 
 def summarise(rows: Iterable[CoverageRow]) -> list[CoverageSummary]:
@@ -82,10 +91,36 @@ def summarise(rows: Iterable[CoverageRow]) -> list[CoverageSummary]:
             parameters=sum(row.parameters for row in members),
             bytes_before=sum(row.bytes_before for row in members),
             bytes_after=sum(row.bytes_after for row in members),
+            tokens=_range(tokens for row in members for tokens in row.tokens),
         )
         for key, members in groups.items()
     ]
     return sorted(summary, key=lambda s: (KINDS.index(s.kind), -s.parameters))
+
+
+def _range(values: Iterable[int]) -> tuple[int, int] | None:
+    found = list(values)
+    return (min(found), max(found)) if found else None
+
+
+def shortfall(rows: Iterable[CoverageRow]) -> str | None:
+    """Say in a sentence if most of the weights that could be expected to be quantized are not; None if all is well.
+
+    Counted are linear layers and experts that no rule leaves in float.
+    """
+    quantized, missed = 0, Counter[str]()
+    for row in rows:
+        quantized += row.parameters if row.kind != "skipped" else 0
+        if row.missed:
+            missed[row.reason or "no reason"] += row.parameters
+    total = quantized + missed.total()
+    if not total or missed.total() <= total / 2:
+        return None
+    reason, count = missed.most_common(1)[0]
+    return (
+        f"only {quantized / total:.0%} of the weights of linear layers and experts are quantized; "
+        f"the rest stays in float, {count / total:.0%} because: {reason}"
+    )
 
 
 def coverage_before(model: nn.Module, structure: Structure, plan: Plan, reasons: Mapping[str, str]) -> list[CoverageRow]:
@@ -118,11 +153,12 @@ def coverage_before(model: nn.Module, structure: Structure, plan: Plan, reasons:
                 CoverageRow("skipped", name, kind, 0, _source_bytes(ledger, name, parameter) if twice else 0, 0, None, reason)
             )
             continue
-        before = _source_bytes(ledger, name, parameter)
+        before, missed = _source_bytes(ledger, name, parameter), name in structure.unreachable and name not in reasons
         dtype = ledger.source_dtype(name) if ledger is not None else None
         if dtype is not None and dtype != parameter.dtype:
             reason = f"{reason}; {_short(dtype)} in the source, {_short(parameter.dtype)} in the model"
-        rows.append(CoverageRow("skipped", name, kind, parameter.numel(), before, parameter.nbytes, None, reason))
+        row = CoverageRow("skipped", name, kind, parameter.numel(), before, parameter.nbytes, None, reason, missed=missed)
+        rows.append(row)
     return [*rows, *_buffers(model, ledger), *(_carried(ledger) if ledger is not None else ())]
 
 
@@ -165,8 +201,8 @@ def coverage_after(rows: Iterable[CoverageRow], results: Mapping[str, Quantized]
         if one is not None:
             kind = "fell back" if one.fell_back else "quantized"
             scheme, reason = one.qtensor.spec.describe(), "; ".join((*one.notes, *one.warnings)) or None
-            row = CoverageRow(
-                kind, row.name, row.module_type, row.parameters, row.bytes_before, one.qtensor.nbytes, scheme, reason
+            row = replace(
+                row, kind=kind, bytes_after=one.qtensor.nbytes, scheme=scheme, reason=reason, tokens=one.tokens, missed=False
             )
         done.append(row)
     return done

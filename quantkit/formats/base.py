@@ -60,7 +60,7 @@ class Dialect(Protocol):
     Attributes:
         quant_method: value of ``quantization_config.quant_method`` that announces this dialect.
         conv1d: its readers know transformers' Conv1D layers (GPT-2), not only Linear ones.
-        embeddings: its readers know quantized embedding tables.
+        embeddings: its readers know quantized weights that are no linear layer's: embedding tables, parameters that are read.
     """
 
     quant_method: str
@@ -109,11 +109,14 @@ class Format:
         codec: the codec of a scheme that :meth:`rejects` accepts.
         container: the files.
         dialect: the config.
+        foreign: others read it, too: transformers (:mod:`quantkit.hf.reader`), and engines that run several layers as one
+            (:mod:`quantkit.pipeline.fused`).
     """
 
     codec: Callable[[Scheme], Codec]
     container: Container
     dialect: Dialect
+    foreign: bool = False
 
     def rejects(self, scheme: Scheme, shape: tuple[int, ...], dtype: str | None = None) -> str | None:
         """Say why a weight of ``shape`` (..., out, in) cannot be stored; see :meth:`Dialect.rejects`."""

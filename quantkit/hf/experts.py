@@ -19,11 +19,12 @@ Calibration observes the inputs of each expert through :mod:`quantkit.nn.probes`
 from typing import Any
 
 import torch
+import transformers.quantizers.base
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from quantkit.nn.probes import probe_of
+from quantkit.nn.probes import probe_of, shows_all_experts
 
 NAME = "quantkit"
 """Name of the experts function in transformers' registry."""
@@ -37,6 +38,33 @@ def uses_experts_interface(module: nn.Module) -> bool:
 def expert_parameters(module: nn.Module) -> tuple[str, str]:
     """Return the names of a module's two expert stacks, in the order in which they are used."""
     return ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
+
+
+def linears_in_place(module: nn.Module, attribute: str, config: Any) -> dict[str, int]:
+    """Return what transformers puts in place of one expert's part of a stack when it loads a quantized checkpoint of the model.
+
+    It takes some modules of experts apart into linear layers then, and looks for their weights one by one.
+
+    Args:
+        module: experts that transformers does not run through its interface.
+        attribute: name of the stack, (experts, in, out).
+        config: of the text model.
+
+    Returns:
+        Name of a linear layer to the number of its rows, in the order in which the stack holds them; empty if there is no such
+        thing, or it does not fit.
+    """
+    patch = getattr(transformers.quantizers.base, "MODULES_TO_PATCH_FOR_QUANTIZATION", {}).get(type(module).__name__)
+    parameter = module._parameters.get(attribute)
+    if patch is None or parameter is None or parameter.ndim != 3:
+        return {}
+    with torch.device("meta"):
+        first = next(patch["module_name"](config).children())
+    wanted = ("gate_proj", "up_proj") if attribute == "gate_up_proj" else (attribute,)
+    linears = {name: part for name, part in first.named_children() if isinstance(part, nn.Linear) and name in wanted}
+    rows = {name: linears[name].out_features for name in wanted if name in linears}
+    fits = {part.in_features for part in linears.values()} == {parameter.shape[1]} and sum(rows.values()) == parameter.shape[2]
+    return rows if fits else {}
 
 
 def enable_experts(model: nn.Module) -> tuple[str, ...]:
@@ -71,6 +99,9 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
     tokens, k = top_k_index.shape
     up_name, down_name = expert_parameters(module)
     experts = getattr(module, up_name).shape[0]
+    if shows_all_experts(module):
+        top_k_index, top_k_weights = _everyone(top_k_index, top_k_weights, experts)
+        k = experts
     flat = top_k_index.reshape(-1)
     kept = ((flat >= 0) & (flat < experts)).nonzero().squeeze(-1)  # rows of (tokens * k,) that have a real expert
     order = kept[torch.argsort(flat[kept], stable=True)]
@@ -83,10 +114,19 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
     if getattr(module, "has_post_expert_norm", False):
         rows = module.post_expert_norm(rows)
     exact = torch.promote_types(rows.dtype, torch.float32)
-    rows = rows.to(exact) * top_k_weights.reshape(-1)[order].to(exact).unsqueeze(-1)
+    chosen = top_k_weights.reshape(-1)[order].to(exact).unsqueeze(-1)
+    rows = torch.where(chosen == 0, 0.0, rows.to(exact) * chosen)  # an expert that was not chosen may well overflow
 
     placed = rows.new_zeros(tokens * k, rows.shape[-1]).index_copy(0, order, rows)
     return placed.view(tokens, k, rows.shape[-1]).sum(1).to(hidden_states.dtype)
+
+
+def _everyone(index: Tensor, weights: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """Return (tokens, experts) indices and weights that choose every expert, those that were not chosen with weight 0."""
+    real = (index >= 0) & (index < experts)
+    spread = weights.new_zeros(len(index), experts)
+    spread.scatter_add_(1, index.clamp(0, experts - 1), torch.where(real, weights, 0))
+    return torch.arange(experts, device=index.device).expand(len(index), experts), spread
 
 
 def _multiply(module: Any, name: str, x: Tensor, ids: Tensor, counts: list[int]) -> Tensor:

@@ -12,8 +12,8 @@ Memory: two int64 per output row of the model, a few megabytes for a billion par
 """
 
 import itertools
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,14 +29,16 @@ class Piece:
 
     Attributes:
         parameter: name of the parameter (or persistent buffer) in the model.
-        expert: index along the leading axis of a 3-D parameter; None for other parameters, or for the whole stack.
+        expert: index along the leading axis of a 3-D parameter; None for other parameters, or for several matrices of one.
         start, stop: range along the output axis (the only axis of a 1-D parameter).
+        matrices: range along the leading axis, for a piece that has one itself; None for all other pieces.
     """
 
     parameter: str
     expert: int | None
     start: int
     stop: int
+    matrices: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +46,7 @@ class CheckpointTensor:
     """The content of one checkpoint tensor.
 
     Attributes:
-        pieces: joined along the output axis.
+        pieces: joined along the output axis, or along the leading one where they have one.
         transposed: whether the joined tensor is stored transposed, (in, out).
     """
 
@@ -137,18 +139,12 @@ def _pieces(
     transposed: Collection[str],
     heights: Tensor | None,
 ) -> tuple[Piece, ...]:
-    """Merge consecutive rows of one parameter and expert into pieces; a 3-D checkpoint tensor must be one whole parameter.
+    """Merge consecutive rows of one parameter and expert into pieces; a 3-D checkpoint tensor consists of whole matrices.
 
     ``heights`` are the rows of one matrix of each parameter; None for a 3-D tensor.
     """
     if heights is None:
-        involved = [names[i] for i in sorted(set(owners.tolist()))]
-        name, shape = involved[0], shapes[involved[0]]
-        if len(involved) > 1 or not torch.equal(local, torch.arange(_row_count(shape, name in transposed))):
-            raise FormatError(
-                f"{stored_name}: transformers reorders the rows of {name} when it saves it; quantkit cannot write this model"
-            )
-        return (Piece(name, None, 0, shape[-1 if name in transposed else -2]),)
+        return _stacks(stored_name, owners, local, names, shapes, transposed)
     experts, rows = local // heights[owners], local % heights[owners]
     breaks = (owners.diff() != 0) | (experts.diff() != 0) | (rows.diff() != 1)
     edges = [0, *(breaks.nonzero().flatten() + 1).tolist(), len(owners)]
@@ -158,6 +154,39 @@ def _pieces(
         expert = int(experts[first]) if len(shapes[name]) == 3 else None
         pieces.append(Piece(name, expert, int(rows[first]), int(rows[last - 1]) + 1))
     return tuple(pieces)
+
+
+def _stacks(
+    stored_name: str,
+    owners: Tensor,
+    local: Tensor,
+    names: list[str],
+    shapes: dict[str, tuple[int, ...]],
+    transposed: Collection[str],
+) -> tuple[Piece, ...]:
+    """Return the ranges of whole matrices, consecutive along the leading axis of their parameter, that a tensor consists of."""
+    pieces = []
+    for part, rows in _runs(owners, local):
+        name = names[int(owners[part])]
+        shape = shapes[name]
+        height = shape[-1 if name in transposed else -2]
+        first, last = int(rows[0]), int(rows[-1]) + 1
+        whole = (first, last) == (0, _row_count(shape, name in transposed))
+        if len(shape) < 3 or (len(shape) > 3 and not whole) or first % height or last % height:
+            raise FormatError(
+                f"{stored_name}: transformers reorders the rows of {name} when it saves it; quantkit cannot write this model"
+            )
+        pieces.append(Piece(name, None, 0, height, (first // height, last // height)))
+    # A tensor that is one whole parameter has all of its matrices, which goes without saying.
+    return (replace(pieces[0], matrices=None),) if len(pieces) == 1 and whole else tuple(pieces)
+
+
+def _runs(owners: Tensor, rows: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Yield the consecutive rows of one parameter: where they begin, and the rows."""
+    breaks = (owners.diff() != 0) | (rows.diff() != 1)
+    edges = [0, *(breaks.nonzero().flatten() + 1).tolist(), len(owners)]
+    for first, last in itertools.pairwise(edges):
+        yield first, rows[first:last]
 
 
 def _height(shape: tuple[int, ...], transposed: bool) -> int:

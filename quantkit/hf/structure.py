@@ -6,7 +6,9 @@
   the model has other towers). Its children are the blocks, in order of execution.
 * **Is it a weight that multiplies activations?** These are the weights of ``nn.Linear`` and of transformers' ``Conv1D`` (stored
   transposed), and the 3-D stacks of experts that transformers runs through its experts interface. They become sites: inside
-  the blocks, or ``outside`` (an untied output head, projections around the stack, other towers).
+  the blocks, or ``outside`` (an untied output head, projections around the stack, other towers). So do, inside the blocks,
+  weights that their module multiplies by in its own way (experts off that interface, linear layers with another forward): they
+  are read there, and marked so.
 * **If not, why?** Every other parameter is listed with a reason, so nothing is skipped silently.
 
 Routers choose experts, and an error there sends a token to the wrong expert, so routers are never quantized. A router is
@@ -21,26 +23,29 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from quantkit.errors import SpecError
-from quantkit.hf.experts import expert_parameters, uses_experts_interface
+from quantkit.hf.experts import expert_parameters, linears_in_place, uses_experts_interface
 from quantkit.hf.ledger import ledger_of
+from quantkit.hf.reads import weights_read_elsewhere
 from quantkit.nn.linear import QuantModule
 from quantkit.nn.sites import Block, Site, Structure
 
 logger = logging.getLogger(__name__)
 
-NO_INTERFACE = "experts module does not use transformers' experts interface"
-"""Reason for expert weights that cannot be run by another experts function."""
+SMALLEST = 32
+"""Rows and columns below which the matrices of a stack are taken for something other than weights."""
 
-_Odd = dict[type, str | None]
-"""Class of a linear layer to the reason why its modules cannot be replaced, or None if they can."""
+_Odd = dict[type, bool]
+"""Class of a linear layer to whether it multiplies in its own way, and not as ``x @ weight.T + bias``."""
 
 
 def describe(model: nn.Module) -> Structure:
@@ -61,7 +66,8 @@ def describe(model: nn.Module) -> Structure:
     stack = find_stack(model)
     sorted_out = _sort_parameters(model, stack)
     skipped = sorted_out.skipped
-    names = [f"{stack}.{name}" for name, _ in model.get_submodule(stack).named_children()]
+    stacks = [stack, *_equal_stacks(model, stack)]
+    names = [f"{path}.{name}" for path in stacks for name, _ in model.get_submodule(path).named_children()]
     inside: dict[str, list[Site]] = {name: [] for name in names}
     outside: list[Site] = []
     for site in sorted_out.sites:
@@ -114,6 +120,8 @@ def _ends(model: nn.Module) -> tuple[Site | None, str | None, bool]:
 def find_stack(model: nn.Module) -> str:
     """Return the path of the ModuleList with the most parameters, inside the text decoder if the model names one.
 
+    A list inside a model with a kind of config of its own, as towers for images and sound have, counts only without another.
+
     Raises:
         SpecError: there is no ModuleList with parameters.
     """
@@ -125,8 +133,29 @@ def find_stack(model: nn.Module) -> str:
     get_decoder = getattr(model, "get_decoder", None)
     decoder = get_decoder() if get_decoder is not None else None
     within = {id(module) for module in decoder.modules()} if isinstance(decoder, nn.Module) else set()
-    text = {name: size for name, size in sizes.items() if id(model.get_submodule(name)) in within}
-    return max(text or sizes, key=lambda name: sizes[name])
+    own = [name for name in sizes if not any(f"{name}.".startswith(tower) for tower in _towers(model))] or list(sizes)
+    text = [name for name in own if id(model.get_submodule(name)) in within]
+    return max(text or own, key=sizes.__getitem__)
+
+
+def _equal_stacks(model: nn.Module, stack: str) -> list[str]:
+    """Return the paths of other lists of as many layers of the same classes: some models alternate between two stacks."""
+    layers, towers = [type(layer) for layer in model.get_submodule(stack).children()], tuple(_towers(model))
+    lists = ((name, part) for name, part in model.named_modules() if isinstance(part, nn.ModuleList) and name != stack)
+    return [
+        name
+        for name, part in lists
+        if [type(layer) for layer in part.children()] == layers and not f"{name}.".startswith((f"{stack}.", *towers))
+    ]
+
+
+def _towers(model: nn.Module) -> list[str]:
+    """Return the paths, each with a dot, of models inside the model whose config is neither its own nor its text's kind."""
+    if not isinstance(model, PreTrainedModel):
+        return []
+    kinds = (type(model.config), type(model.config.get_text_config(decoder=True)))
+    parts = ((name, part) for name, part in model.named_modules() if name and isinstance(part, PreTrainedModel))
+    return [f"{name}." for name, part in parts if type(part.config) not in kinds]
 
 
 def _weights(module: nn.Module) -> int:
@@ -148,7 +177,10 @@ class _Sorted:
 def _sort_parameters(model: nn.Module, stack: str) -> _Sorted:
     """Decide for every parameter name whether it is a site, or why not."""
     owners = owners_of(model)
-    routers = set(_routers(model, stack))
+    stacks = tuple(f"{path}." for path in (stack, *_equal_stacks(model, stack)))
+    routers = {name for path in stacks for name in _routers(model, path[:-1])}
+    readers = weights_read_elsewhere(model)
+    config = model.config.get_text_config(decoder=True) if isinstance(model, PreTrainedModel) else None
     odd: _Odd = {}
     found = _Sorted()
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -160,13 +192,16 @@ def _sort_parameters(model: nn.Module, stack: str) -> _Sorted:
         elif name in routers:
             found.skipped[name] = "router"
         else:
-            verdict = _as_site(path, module, attribute, parameter, odd)
-            reason = _reason(module, attribute, parameter)
+            verdict = _as_site(path, module, attribute, parameter, odd, config)
+            if isinstance(verdict, Site) and path in readers and attribute == "weight":
+                verdict = f"{readers[path]} reads its weight"
+            if isinstance(verdict, Site) and verdict.read and not name.startswith(stacks):
+                verdict = "its module multiplies by it in its own way"
             if isinstance(verdict, Site):
                 found.sites.append(verdict)
                 continue
-            found.skipped[name] = verdict or reason
-            if verdict or reason == NO_INTERFACE:
+            found.skipped[name] = verdict or _reason(module, attribute, parameter)
+            if verdict:
                 found.unreachable.append(name)
     return found
 
@@ -188,27 +223,41 @@ def owners_of(model: nn.Module) -> dict[str, str]:
     return owners
 
 
-def _as_site(path: str, module: nn.Module, attribute: str, parameter: Tensor, seen: _Odd) -> Site | str | None:
+def _as_site(path: str, module: nn.Module, attribute: str, parameter: Tensor, seen: _Odd, config: Any) -> Site | str | None:
     """Return the site of a parameter, the reason why a linear layer's weight is none, or None for any other parameter."""
     shape = tuple(parameter.shape)
     if isinstance(module, nn.Linear | Conv1D) and attribute == "weight":
         if not parameter.is_floating_point():
             return f"weight is {parameter.dtype}, not floating point"
         if type(module) not in seen:
-            seen[type(module)] = None if type(module) in (nn.Linear, Conv1D) else _forward_differs(module)
-        if reason := seen[type(module)]:
-            return reason
+            seen[type(module)] = type(module) not in (nn.Linear, Conv1D) and _forward_differs(module)
+        if seen[type(module)]:
+            return Site(f"{path}.{attribute}", path, attribute, shape, read=True)
         transposed = isinstance(module, Conv1D)
         return Site(path, path, attribute, shape[::-1] if transposed else shape, transposed)
     if parameter.ndim == 3 and uses_experts_interface(module) and attribute in expert_parameters(module):
         transposed = bool(getattr(module, "is_transposed", False))
         shape = (shape[0], shape[2], shape[1]) if transposed else shape
         return Site(f"{path}.{attribute}", path, attribute, shape, transposed)
+    if _is_matrix_of_its_own(module, parameter):
+        transposed = config is not None and bool(linears_in_place(module, attribute, config))
+        shape = (shape[0], shape[2], shape[1]) if transposed else shape
+        return Site(f"{path}.{attribute}", path, attribute, shape, transposed, read=True)
     return None
 
 
-def _forward_differs(module: nn.Module) -> str | None:
-    """Return why a subclass of nn.Linear or Conv1D cannot be replaced: its output is not x @ weight.T + bias; else None."""
+def _is_matrix_of_its_own(module: nn.Module, parameter: Tensor) -> bool:
+    """Return whether a parameter is a weight that its module multiplies by: a matrix of an expert, or a stack of matrices."""
+    kind = type(module).__name__.lower()
+    if isinstance(module, nn.Embedding | _ConvNd) or "norm" in kind or not parameter.is_floating_point():
+        return False
+    if parameter.ndim not in (2, 3) or (parameter.ndim == 2 and "expert" not in kind):
+        return False
+    return min(parameter.shape[-2:]) >= SMALLEST and parameter.shape[0] > 1
+
+
+def _forward_differs(module: nn.Module) -> bool:
+    """Return whether a subclass of nn.Linear or Conv1D multiplies in its own way: its output is not x @ weight.T + bias."""
     trial = copy.copy(module)
     generator = torch.Generator().manual_seed(0)
     fresh = {name: p if p is None else torch.randn(p.shape, generator=generator) for name, p in module._parameters.items()}
@@ -223,10 +272,10 @@ def _forward_differs(module: nn.Module) -> str | None:
             got = type(module).forward(trial, x)
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
         logger.debug("%s is not a plain linear layer: %s", name, error)
-        return f"{name} is not a plain linear layer"
+        return True
     want = functional.linear(x, weight, fresh.get("bias"))
     same = isinstance(got, Tensor) and got.shape == want.shape and torch.allclose(got, want, rtol=1e-3, atol=1e-3)
-    return None if same else f"{name} is not a plain linear layer"
+    return not same
 
 
 def _reason(module: nn.Module, attribute: str, parameter: Tensor) -> str:
@@ -240,8 +289,6 @@ def _reason(module: nn.Module, attribute: str, parameter: Tensor) -> str:
         return "norm"
     if isinstance(module, _ConvNd):
         return "convolution"
-    if parameter.ndim > 1 and "expert" in kind.lower():
-        return NO_INTERFACE
     return f"{parameter.ndim}-D parameter" + ("" if parameter.ndim < 2 else f" of {kind}, which is not a linear layer")
 
 

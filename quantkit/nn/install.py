@@ -2,7 +2,8 @@
 
 A linear layer's whole module is replaced by a :class:`~quantkit.nn.linear.QuantLinear` that keeps its bias, an embedding's by a
 :class:`~quantkit.nn.embedding.QuantEmbedding`; of an experts module only the 3-D parameter is replaced, by a
-:class:`~quantkit.nn.linear.QuantWeight` of the same name. The float weight is freed as soon as nobody else holds it.
+:class:`~quantkit.nn.linear.QuantWeight` of the same name, and of a module that reads its parameter in its own way by a
+:class:`~quantkit.nn.parameter.QuantParameter`. The float weight is freed as soon as nobody else holds it.
 """
 
 from typing import Any, Final, NoReturn
@@ -14,6 +15,7 @@ from quantkit.kernels import ComputeMode
 from quantkit.kernels.select import check_compute
 from quantkit.nn.embedding import QuantEmbedding
 from quantkit.nn.linear import QuantLinear, QuantWeight
+from quantkit.nn.parameter import QuantParameter
 from quantkit.nn.sites import Site
 from quantkit.numerics import grid
 from quantkit.qtensor import GridTensor, QTensor
@@ -50,11 +52,17 @@ def install(model: nn.Module, site: Site, qtensor: QTensor, activation: Activati
     if odd := [name for name in sharing if type(model.get_submodule(name.rpartition(".")[0])) is not kind]:
         raise SpecError(f"{site.name}: its weight is shared with {odd[0]}, which is no {kind.__name__}; leave both in float")
     _forget_ties(model, sharing)
-    if len(site.shape) == 3:
-        stack = QuantWeight(qtensor, activation=activation).train(module.training)
+    if site.read or len(site.shape) == 3:
+        if site.read and activation is not None:
+            raise SpecError(f"{site.name}: its inputs cannot be rounded, because its module multiplies by it in its own way")
+        stack: QuantParameter | QuantWeight = (
+            QuantWeight(qtensor, activation=activation)
+            if not site.read
+            else (QuantParameter(qtensor, weight.dtype, transposed=site.transposed))
+        )
         for holder in {id(part): part for part in map(model.get_submodule, _paths(sharing))}.values():
             del holder._parameters[site.parameter]
-            holder.add_module(site.parameter, stack)
+            holder.add_module(site.parameter, stack.train(module.training))
         return
     replaced: dict[Any, QuantLinear] = {}
     for path in [site.module, *_paths(sharing)]:

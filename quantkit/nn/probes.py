@@ -3,8 +3,9 @@
 The function that runs experts (``quantkit/hf/experts.py``) calls the probe of a module just before each of its two products.
 """
 
+import contextlib
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from torch import Tensor, nn
 
@@ -16,6 +17,7 @@ each row, int64 (rows,).
 """
 
 _probes: weakref.WeakKeyDictionary[nn.Module, Probe] = weakref.WeakKeyDictionary()
+_shown: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def attach_probe(module: nn.Module, probe: Probe) -> Callable[[], None]:
@@ -35,3 +37,24 @@ def attach_probe(module: nn.Module, probe: Probe) -> Callable[[], None]:
 def probe_of(module: nn.Module) -> Probe | None:
     """Return the probe of an experts module, or None."""
     return _probes.get(module)
+
+
+@contextlib.contextmanager
+def all_experts_shown(model: nn.Module, shown: bool = True) -> Iterator[None]:
+    """Let probes see every token at every expert of ``model`` meanwhile, whatever the router chooses; outputs stay the same.
+
+    Args:
+        model: holds the experts.
+        shown: False changes nothing.
+    """
+    mine = list(model.modules()) if shown else []
+    _shown.update(mine)
+    try:
+        yield
+    finally:
+        _shown.difference_update(mine)
+
+
+def shows_all_experts(module: nn.Module) -> bool:
+    """Return whether the probe of an experts module wants to see every token at every expert."""
+    return module in _probes and module in _shown

@@ -20,6 +20,7 @@ class Quantized:
             weight itself where no statistics exist; of its block's output where the block was learned as a whole.
         notes: what was unusual.
         fell_back: the quantizer wanted statistics and there were none.
+        tokens: calibration tokens that the weight multiplied, for a stack one number per expert; empty without statistics.
         bias: (out,), the layer's bias corrected for the rounding of the weight; None leaves it alone.
     """
 
@@ -28,6 +29,7 @@ class Quantized:
     notes: tuple[str, ...] = ()
     fell_back: bool = False
     bias: Tensor | None = None
+    tokens: tuple[int, ...] = ()
 
     @property
     def warnings(self) -> tuple[str, ...]:

@@ -27,6 +27,7 @@ class Site:
         parameter: attribute of the parameter on that module.
         shape: (out, in) or (experts, out, in).
         transposed: the parameter is stored with its last two axes swapped (Conv1D, some expert stacks).
+        read: its module multiplies by it in its own way and must find something to read in its place; nobody sees its inputs.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Site:
     parameter: str
     shape: tuple[int, ...]
     transposed: bool = False
+    read: bool = False
 
     @property
     def in_features(self) -> int:

@@ -225,8 +225,11 @@ def _quantize_block(
     def visit(site: Site, gather: Gather) -> None:
         choose(site, gather(run.needs(site.name), InputQuantizer(run.plan[site.name].activation)))
 
+    for site in sites:  # what is read in place is seen by nobody, and so comes first, for the others to see its rounding
+        if site.read:
+            choose(site, run.known.get(site.name))
     if chain is not None:
-        chain.advance(index, sites, visit)
+        chain.advance(index, [site for site in sites if not site.read], visit)
     for site in sites:
         if site.name not in quantized:
             choose(site, run.known.get(site.name))
@@ -272,7 +275,9 @@ def _refine(
         again: batch number to what the block makes of its inputs now.
     """
     before = relative_distance(chain.hidden, chain.float_hidden)
-    layers = {site: (start[site.name].qtensor, origin[site.name], run.plan[site.name].activation) for site in sites}
+    layers = {
+        site: (start[site.name].qtensor, origin[site.name], run.plan[site.name].activation) for site in sites if not site.read
+    }
     block = QuantizedBlock(run.model, layers, again, chain.float_hidden, run.compute)
     refined = run.method.refine_block(block)
     for site, qtensor in refined.items():

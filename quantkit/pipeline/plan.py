@@ -5,7 +5,8 @@ makes plans in another way (a search under a budget) gives :func:`quantkit.quant
 
 **The group size of a preset that names none** is the largest of 128, 64 and 32 that divides the input size of every layer the
 scheme applies to. Where none does, the largest that divides the most layers is kept for those, and each of the others gets
-the largest that divides it, or one scale per channel; the notes and the coverage table say which.
+the largest that divides it, or one scale per channel; layers that serving engines run as one get one that divides them all. The
+notes and the coverage table say which.
 """
 
 import difflib
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from quantkit.errors import SpecError, nearest
 from quantkit.formats.base import FORMATS
 from quantkit.nn.sites import Site, Structure
+from quantkit.pipeline.fused import fused_groups
 from quantkit.pipeline.rules import EMBEDDING, HEAD, Rule, SchemeChoice, choice_of
 from quantkit.spec import AUTO_GROUP_SIZES, Plan, Scheme
 
@@ -114,9 +116,9 @@ def _owners(structure: Structure, rules: Sequence[Rule]) -> dict[str, int]:
             hits = [_end(structure, rule.match)]
             ends[rule.match] = rule
         else:
-            hits = [name for name in inside if rule.fits(name)] + [name for name in after if name == rule.match]
+            hits = [name for name in inside if _fits(rule, name)] + [name for name in after if name == rule.match]
         others = sorted(structure.unreachable | structure.carried)
-        unreachable = [name for name in others if rule.skip and rule.fits(name.removesuffix(".weight"))]
+        unreachable = [name for name in others if rule.skip and _fits(rule, name)]
         owner.update(dict.fromkeys(unreachable, index))
         if not hits and not unreachable:
             raise SpecError(
@@ -126,6 +128,11 @@ def _owners(structure: Structure, rules: Sequence[Rule]) -> dict[str, int]:
     if structure.tied and len(ends) == 2 and len({(rule.scheme, rule.group_size, rule.skip) for rule in ends.values()}) > 1:
         raise SpecError("rules embedding and head: the two are one tied table; give one of them, or the same twice")
     return owner
+
+
+def _fits(rule: Rule, name: str) -> bool:
+    """Return whether a rule speaks of a layer: by its name, or by its module's where that reads its weight in its own way."""
+    return rule.fits(name) or (name.endswith(".weight") and rule.fits(name.removesuffix(".weight")))
 
 
 def _end(structure: Structure, what: str) -> str:
@@ -149,10 +156,16 @@ def _schemes_for(default: SchemeChoice, rule: Rule | None, sites: list[Site], la
         _refuse_misfits(scheme, sites, label)
         return Resolution({site.name: scheme for site in sites})
     groups = automatic_groups(site.in_features for site in sites)
-    plan = {site.name: choice.resolve([site.in_features], groups[site.in_features], scale_dtype) for site in sites}
+    of_site = {site.name: groups[site.in_features] for site in sites}
+    for together in fused_groups(sites):
+        if len({of_site[site.name] for site in together}) > 1:
+            sizes = [site.in_features for site in together]
+            common = next((group for group in AUTO_GROUP_SIZES if not any(size % group for size in sizes)), -1)
+            of_site |= {site.name: common for site in together}
+    plan = {site.name: choice.resolve([site.in_features], of_site[site.name], scale_dtype) for site in sites}
     for site in sites:
         _refuse_misfits(plan[site.name], [site], label)
-    return Resolution(plan, {}, *_explain_groups(groups, sites, label))
+    return Resolution(plan, {}, *_explain_groups(of_site, sites, label))
 
 
 def automatic_groups(in_features: Iterable[int]) -> dict[int, int]:
@@ -167,11 +180,11 @@ def automatic_groups(in_features: Iterable[int]) -> dict[int, int]:
     }
 
 
-def _explain_groups(groups: Mapping[int, int], sites: list[Site], label: str) -> tuple[tuple[str, ...], dict[str, str]]:
+def _explain_groups(groups: Mapping[str, int], sites: list[Site], label: str) -> tuple[tuple[str, ...], dict[str, str]]:
     """Return the note about automatic group sizes, and a remark for every layer that differs from the most."""
-    counts = Counter(groups[site.in_features] for site in sites)
+    counts = Counter(groups.values())
     usual = counts.most_common(1)[0][0]
-    sizes = ", ".join(map(str, sorted(groups)[:6]))
+    sizes = ", ".join(map(str, sorted({site.in_features for site in sites})[:6]))
     if len(counts) == 1:
         fits = f"group size {usual}: the largest of 128, 64, 32 that divides"
         chosen = fits if usual > 0 else "one scale per channel: none of 128, 64, 32 divides"
@@ -179,10 +192,12 @@ def _explain_groups(groups: Mapping[int, int], sites: list[Site], label: str) ->
         return (f"{label}: {chosen} {every}",), {}
     remarks = {}
     for site in sites:
-        own = groups[site.in_features]
+        own = groups[site.name]
         if own != usual:
             got = f"group size {own}" if own > 0 else "one scale per channel"
-            remarks[site.name] = f"{got}, because {usual} does not divide its input size {site.in_features}"
+            alone = usual <= 0 or site.in_features % usual != 0
+            why = f"{usual} does not divide its input size {site.in_features}" if alone else "layers that run with it need that"
+            remarks[site.name] = f"{got}, because {why}"
     first = next(iter(remarks))
     most = f"{label}: group size {usual} for {counts[usual]} of its {len(sites)} layers"
     return (f"{most}; {len(remarks)} others differ: {first} has {remarks[first]}",), remarks
@@ -224,6 +239,8 @@ def check_plan(plan: Plan, structure: Structure, format_name: str | None) -> Non
         reason = scheme.weight.rejects(known[name].shape)
         if known[name] == structure.embedding and (scheme.activation is not None or scheme.weight.block[0] != 1):
             reason = f"an embedding table wants float activations and a scale per row or group, not {scheme.describe()}"
+        if known[name].read and scheme.activation is not None:
+            reason = "its module multiplies by it in its own way, so its inputs cannot be rounded; give it a weight-only scheme"
         if reason is None and scheme.static and known[name] in structure.after:
             reason = "it stands outside the blocks, where no inputs are calibrated; use a scheme with dynamic activations"
         if reason is None and format_name is not None:

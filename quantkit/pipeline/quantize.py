@@ -22,7 +22,7 @@ from quantkit.calibrate.data import Batch, Calibration, check_fit, unpadded, unp
 from quantkit.calibrate.data import fingerprint as data_fingerprint
 from quantkit.calibrate.statistics import load_statistics
 from quantkit.checkpoint.contents import carried_layout, contents_of
-from quantkit.evaluation.coverage import coverage_after, coverage_before, remark
+from quantkit.evaluation.coverage import coverage_after, coverage_before, remark, shortfall
 from quantkit.evaluation.sanity import SanityCheck
 from quantkit.hf.ledger import ledger_of
 from quantkit.hf.load import PreTrainedModel, load_float, warn_of_lost
@@ -30,6 +30,7 @@ from quantkit.hf.mend import mend
 from quantkit.hf.source import load_config, locate
 from quantkit.hf.structure import describe
 from quantkit.hf.ties import settle_ties
+from quantkit.nn.probes import all_experts_shown
 from quantkit.nn.quantized import Quantized
 from quantkit.nn.sites import SiteStatistics, Structure
 from quantkit.pipeline.blocks import BlockRun, calibration_chain, needs_of, quantize_blocks
@@ -42,6 +43,7 @@ from quantkit.pipeline.checks import (
     report_fallen,
     report_lossy,
 )
+from quantkit.pipeline.fused import refuse_parted
 from quantkit.pipeline.plan import Resolution, check_plan, make_plan, resolve
 from quantkit.pipeline.result import QuantizeResult
 from quantkit.pipeline.resume import ResumeStore, run_key, versions
@@ -178,6 +180,8 @@ class _Job:
         for note in self.resolution.notes:
             log.info(note)
         check_plan(self.plan, self.structure, self.output.format if self.output.path is not None else None)
+        if self.output.path is not None and self.output.keeps_together:
+            refuse_parted(self.structure, self.plan, self.resolution.skipped)
         if self.run.strict:
             refuse_gaps(self.structure, self.resolution)
         refuse_combinations(self.plan, self.structure, self.method, self.steps.all, self.statistics)
@@ -195,7 +199,7 @@ class _Job:
         output = self.output
         if output.path is None:
             return None
-        methods = (*self.steps.all, self.method, self.compute)
+        methods = (*self.steps.all, self.method, self.compute, *(("all experts",) if self.calibration.all_experts else ()))
         carried = carried_layout(ledger_of(self.model))
         methods = (*methods, carried) if carried else methods
         key = run_key(self.model, self.plan, methods, batches, statistics=self.statistics, format=output.format)
@@ -235,25 +239,27 @@ def _carry_out(job: _Job, batches: Sequence[Batch], read: Mapping[str, Any]) -> 
     rows = coverage_before(model, structure, job.plan, job.resolution.skipped)
     store = job.open_store(key)
     learning = Learning.record(job.steps.after, store, model, structure, texts, compute=compute, progress=progress)
-    results = quantize_blocks(
-        BlockRun(
-            model,
-            structure,
-            job.plan,
-            job.method,
-            compute,
-            chain,
-            job.statistics or {},
-            job.corrections,
-            store,
-            progress,
-            job.run.strict,
-        )
+    blocks = BlockRun(
+        model,
+        structure,
+        job.plan,
+        job.method,
+        compute,
+        chain,
+        job.statistics or {},
+        job.corrections,
+        store,
+        progress,
+        job.run.strict,
     )
+    with all_experts_shown(model, job.calibration.all_experts):
+        results = quantize_blocks(blocks)
     results, facts = learning.finish(model, structure, results)
     coverage = remark(coverage_after(rows, results), job.resolution.remarks)
     report_lossy(results)
     report_fallen([row.name for row in coverage if row.kind == "fell back"])
+    if warning := shortfall(coverage):
+        log.warning("%s", warning)
     metadata = _metadata(job, batches, read, results, sanity.measure(model)) | job.steps.metadata(facts)
 
     def check(stage: Path) -> dict[str, Any]:
@@ -311,15 +317,16 @@ def collect(
     check_fit(batches, model)
     check_model(model)
     structure, compute = prepare_blocks(model, structure, run.compute or Compute.default(model))
-    found = collect_statistics(
-        model,
-        structure,
-        unpadded(batches),
-        collectors,
-        counted=unpadded_counts(batches),
-        compute=compute,
-        progress=run.report,
-    )
+    with all_experts_shown(model, calibration.all_experts):
+        found = collect_statistics(
+            model,
+            structure,
+            unpadded(batches),
+            collectors,
+            counted=unpadded_counts(batches),
+            compute=compute,
+            progress=run.report,
+        )
     return found, data_fingerprint(batches)
 
 

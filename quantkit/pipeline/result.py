@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from quantkit.evaluation.coverage import CoverageRow
+from quantkit.evaluation.coverage import CoverageRow, shortfall
 from quantkit.spec import Scheme
 
 
@@ -39,7 +39,9 @@ class QuantizeResult:
         kinds = Counter(row.kind for row in self.coverage)
         before, after = (sum(getattr(row, name) for row in self.coverage) for name in ("bytes_before", "bytes_after"))
         quality = self.metadata.get("quality", {})
-        found = {
+        warning = shortfall(self.coverage)
+        found = {"WARNING": warning} if warning else {}
+        found |= {
             "model": type(self.model).__name__,
             "layers": ", ".join(f"{count} {kind}" for kind, count in kinds.items()),
             "schemes": ", ".join(f"{count} x {name}" for name, count in self.metadata.get("schemes", {}).items()),

@@ -22,6 +22,7 @@ from quantkit.checkpoint import CheckpointWriter, Key
 from quantkit.formats.base import FORMATS
 from quantkit.nn.quantized import Quantized
 from quantkit.nn.sites import SiteStatistics
+from quantkit.qtensor import GridTensor
 from quantkit.spec import Plan
 from quantkit.version import __version__
 
@@ -106,6 +107,12 @@ def _tensors_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     return digest.hexdigest()
 
 
+def _restored(qtensor: GridTensor, facts: Mapping[str, Any]) -> Quantized:
+    """Return a layer as it was when its block was finished; its bias is in the model."""
+    notes, tokens = tuple(facts["notes"]), tuple(facts.get("tokens", ()))
+    return Quantized(qtensor, facts["loss"], notes, facts["fell_back"], tokens=tokens)
+
+
 class ResumeStore:
     """Finished blocks of one run, kept in its checkpoint as it is written.
 
@@ -122,17 +129,17 @@ class ResumeStore:
 
     def save(self, index: int, quantized: Mapping[str, Quantized], chain: Sequence[Tensor]) -> None:
         """Write block ``index``, which is as it shall be in the model, with its outputs (one (B, T, H) per batch)."""
-        facts = {name: {"loss": one.loss, "notes": one.notes, "fell_back": one.fell_back} for name, one in quantized.items()}
+        facts = {
+            name: {"loss": one.loss, "notes": one.notes, "fell_back": one.fell_back, "tokens": one.tokens}
+            for name, one in quantized.items()
+        }
         qtensors = {name: one.qtensor for name, one in quantized.items()}
         self.writer.write_block(index, qtensors, facts=facts, chain=chain)
 
     def load(self, index: int) -> dict[str, Quantized]:
         """Return the quantized sites of finished block ``index``; its other tensors, such as biases, go into the model."""
         qtensors, facts = self.writer.restore_block(index)
-        return {
-            name: Quantized(qtensor, facts[name]["loss"], tuple(facts[name]["notes"]), facts[name]["fell_back"])
-            for name, qtensor in qtensors.items()
-        }
+        return {name: _restored(qtensor, facts[name]) for name, qtensor in qtensors.items()}
 
     def load_chain(self) -> list[Tensor]:
         """Return the outputs of the last of the finished blocks."""

@@ -29,6 +29,8 @@ class Output:
         path: directory; None writes nothing.
         format: name in the registry of formats, ``"compressed-tensors"`` or ``"native"``.
         overwrite: replace a checkpoint that is already there, at the very end.
+        fused: layers that serving engines run as one (query, key and value; gate and up; the experts of a layer) must have one
+            scheme; False allows rules that part them, in a checkpoint for readers that do not join layers.
 
     Raises:
         FormatError: an unknown format, naming the nearest.
@@ -37,6 +39,12 @@ class Output:
     path: Annotated[str, Strict()] | Path | None = None
     format: Annotated[str, Strict(), AfterValidator(_known_format)] = "compressed-tensors"
     overwrite: Flag = False
+    fused: Flag = True
+
+    @property
+    def keeps_together(self) -> bool:
+        """Whether layers that engines run as one must have one scheme."""
+        return self.fused and FORMATS.get(self.format).foreign
 
     def to(self, out: str | Path | None) -> "Output":
         """Return these settings with the path that ``out=`` gives, if it gives one.

@@ -143,18 +143,32 @@ def quantize_site(
         raise SpecError(f"{name}: {reason}")
     if not bool(torch.isfinite(weight).all()):
         raise CalibrationError(f"{name}: the weight holds NaN or infinity; repair or reload the model")
+    seen = statistics.tokens if statistics is not None else ()
     try:
         if weight.dim() == 2:
-            return _quantize_matrix(quantizer, weight, spec, statistics, global_scale)
+            return dataclasses.replace(_quantize_matrix(quantizer, weight, spec, statistics, global_scale), tokens=seen)
         parts = [
             _quantize_matrix(quantizer, matrix, spec, statistics.expert(i) if statistics and statistics.tokens[i] else None)
             for i, matrix in enumerate(weight)
         ]
     except QuantkitError as error:
         raise type(error)(f"{name}: {error}") from error
-    notes = [f"expert {i}: {note}" for i, part in enumerate(parts) for note in (*part.notes, *part.warnings)]
     loss = sum(part.loss for part in parts) / len(parts)
-    return Quantized(GridTensor.stack([p.qtensor for p in parts]), loss, tuple(notes), any(p.fell_back for p in parts))
+    fell_back = any(part.fell_back for part in parts)
+    return Quantized(GridTensor.stack([p.qtensor for p in parts]), loss, _notes(parts), fell_back, tokens=seen)
+
+
+def _notes(parts: Sequence[Quantized]) -> tuple[str, ...]:
+    """Return what is unusual about experts, each note with the numbers of all experts that it is true of."""
+    of: dict[str, list[int]] = {}
+    for index, part in enumerate(parts):
+        for note in (*part.notes, *part.warnings):
+            of.setdefault(note, []).append(index)
+    counted = f" of {len(parts)}"
+    return tuple(
+        f"expert{'s' * (len(found) > 1)} {', '.join(map(str, found))}{counted * (len(found) > 1)}: {note}"
+        for note, found in of.items()
+    )
 
 
 def _quantize_matrix(

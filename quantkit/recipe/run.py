@@ -16,6 +16,7 @@ from quantkit.hf.source import load_config
 from quantkit.nn.sites import sharing_copy
 from quantkit.pipeline.checks import refuse_combinations
 from quantkit.pipeline.estimate import Estimate, estimate
+from quantkit.pipeline.fused import refuse_parted
 from quantkit.pipeline.plan import Resolution, check_plan
 from quantkit.pipeline.quantize import quantize
 from quantkit.pipeline.result import QuantizeResult
@@ -57,6 +58,8 @@ def plan_recipe(recipe: Recipe) -> Preview:
     contents = contents_of(config, weights=recipe.model)
     resolution = recipe.resolve(contents.structure, "bfloat16" if dtype == torch.bfloat16 else "float16")
     check_plan(resolution.plan, contents.structure, None)
+    if recipe.output.keeps_together:
+        refuse_parted(contents.structure, resolution.plan, resolution.skipped)
     steps, method = make_steps([one.build() for one in recipe.steps]).all, recipe.method.build()
     refuse_combinations(resolution.plan, contents.structure, method, steps, None)
     refused = checkpoint.rejections(contents.model, resolution.plan, recipe.output.format)

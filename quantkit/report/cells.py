@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from quantkit.evaluation.coverage import CoverageSummary
 from quantkit.evaluation.latency import Latency
 from quantkit.evaluation.quality import Divergence
 from quantkit.evaluation.record import EvalReport
@@ -59,6 +60,14 @@ def plus_minus(value: float, error: float | None, least: int = 0) -> str:
 def mib(size: float) -> str:
     """Format bytes as MiB, with one decimal below 1000 MiB."""
     return f"{size / MIB:,.1f}" if size < 1000 * MIB else f"{size / MIB:,.0f}"
+
+
+def token_range(group: CoverageSummary) -> str:
+    """Format the fewest and the most calibration tokens of a group's layers and experts."""
+    if group.tokens is None:
+        return DASH
+    fewest, most = group.tokens
+    return f"{fewest:,}" if fewest == most else f"{fewest:,} to {most:,}"
 
 
 def ppl_increase(report: EvalReport) -> tuple[float, float | None] | None:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.errors import CalibrationError
-from quantkit.evaluation.coverage import KINDS, CoverageRow, CoverageSummary, summarise
+from quantkit.evaluation.coverage import KINDS, CoverageRow, CoverageSummary, shortfall, summarise
 from quantkit.evaluation.record import EvalReport
 from quantkit.report import plots
-from quantkit.report.cells import DASH, columns, mib, protocol_lines, significant
+from quantkit.report.cells import DASH, columns, mib, protocol_lines, significant, token_range
 from quantkit.report.findings import findings, headline
 from quantkit.system.files import write_atomic
 
@@ -66,7 +66,7 @@ def render_html(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    rows = site_losses(losses or {})
+    rows, weights = site_losses(losses or {}), list(coverage or ())
     shown = columns(reports)
     loss_map = plots.losses_by_block([(kind, block, loss) for _, kind, block, loss in rows])
     return environment.get_template("report.html").render(
@@ -80,7 +80,7 @@ def render_html(
         figures=_figures(reports),
         losses=loss_map and Markup(loss_map),
         worst=[(site, significant(loss)) for site, _, _, loss in sorted(rows, key=lambda row: -row[3])[:8]],
-        coverage=_coverage(summarise(coverage)) if coverage is not None else None,
+        coverage=_coverage(summarise(weights), shortfall(weights)) if coverage is not None else None,
     )
 
 
@@ -122,17 +122,21 @@ def _figures(reports: Sequence[EvalReport]) -> list[tuple[str, str, str, bool]]:
     return [(Markup(svg), name, text, wide) for svg, name, text, wide in drawn if svg is not None]
 
 
-def _coverage(groups: Sequence[CoverageSummary]) -> dict[str, Any]:
+def _coverage(groups: Sequence[CoverageSummary], warning: str | None) -> dict[str, Any]:
     """Return the data of the coverage section: a bar with the share of the original bytes by kind, a table and its totals."""
     before = sum(group.bytes_before for group in groups) or 1
     percent = {kind: 100 * sum(g.bytes_before for g in groups if g.kind == kind) / before for kind in KINDS}
     rows = [
-        (g.kind, g.module_type, g.scheme or DASH, f"{g.count:,}", f"{g.parameters:,}", mib(g.bytes_before), mib(g.bytes_after))
+        (
+            *(g.kind, g.module_type, g.scheme or DASH, f"{g.count:,}", f"{g.parameters:,}"),
+            *(mib(g.bytes_before), mib(g.bytes_after), token_range(g)),
+        )
         for g in groups
     ]
     total = [sum(getattr(g, name) for g in groups) for name in ("count", "parameters", "bytes_before", "bytes_after")]
     return {
         "shares": [(kind, kind.replace(" ", "-"), f"{p:.3f}", f"{p:.1f}") for kind, p in percent.items() if p],
         "rows": [(*row, group.reason or "") for row, group in zip(rows, groups, strict=True)],
-        "total": ("total", "", "", f"{total[0]:,}", f"{total[1]:,}", mib(total[2]), mib(total[3]), ""),
+        "total": ("total", "", "", f"{total[0]:,}", f"{total[1]:,}", mib(total[2]), mib(total[3]), "", ""),
+        "warning": warning,
     }

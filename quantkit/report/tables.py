@@ -7,9 +7,9 @@ from rich.table import Table
 from rich.text import Text
 
 from quantkit.errors import CalibrationError
-from quantkit.evaluation.coverage import CoverageRow, summarise
+from quantkit.evaluation.coverage import CoverageRow, shortfall, summarise
 from quantkit.evaluation.record import EvalReport
-from quantkit.report.cells import DASH, columns, mib, protocol_lines
+from quantkit.report.cells import DASH, columns, mib, protocol_lines, token_range
 
 
 def comparison_table(reports: Sequence[EvalReport], title: str | None = None) -> Table:
@@ -32,12 +32,19 @@ def comparison_table(reports: Sequence[EvalReport], title: str | None = None) ->
 
 
 def coverage_table(rows: Iterable[CoverageRow], title: str | None = "Coverage") -> Table:
-    """Return a table of what was quantized, what fell back and what was skipped, with totals."""
+    """Return a table of what was quantized, what fell back and what was skipped, with totals.
+
+    "tokens" is the smallest and largest number of calibration tokens that one layer, or one expert, has seen. Where most of the
+    weights that could be quantized are not, the title says so.
+    """
+    rows = list(rows)
     groups = summarise(rows)
+    if warning := shortfall(rows):
+        title = f"{title or 'Coverage'}: {warning}"
     table = Table(title=title and Text(title), box=box.SIMPLE_HEAD, show_footer=True, collapse_padding=True, pad_edge=False)
     totals = [sum(getattr(group, name) for group in groups) for name in ("count", "parameters", "bytes_before", "bytes_after")]
-    feet = ["total", "", "", f"{totals[0]:,}", f"{totals[1]:,}", mib(totals[2]), mib(totals[3]), ""]
-    heads = ["", "module", "scheme", "tensors", "weights", "MiB before", "MiB after", "reason"]
+    feet = ["total", "", "", f"{totals[0]:,}", f"{totals[1]:,}", mib(totals[2]), mib(totals[3]), "", ""]
+    heads = ["", "module", "scheme", "tensors", "weights", "MiB before", "MiB after", "tokens", "reason"]
     for head, foot in zip(heads, feet, strict=True):
         left = head in ("", "module", "scheme", "reason")
         table.add_column(head, footer=foot, justify="left" if left else "right", no_wrap=head != "reason")
@@ -51,6 +58,7 @@ def coverage_table(rows: Iterable[CoverageRow], title: str | None = "Coverage") 
             f"{g.parameters:,}",
             mib(g.bytes_before),
             mib(g.bytes_after),
+            token_range(g),
         ]
         table.add_row(*(Text(cell) for cell in (*cells, g.reason or "")), style=styles[g.kind])
     return table

@@ -39,7 +39,7 @@ class BiasCorrection(Correction):
 
     def layers(self, model: nn.Module, structure: Structure, plan: Plan) -> list[str]:
         """Return the planned linear layers of the blocks that have a bias."""
-        sites = [site for site in structure.sites if site.name in plan and len(site.shape) == 2]
+        sites = [site for site in structure.sites if site.name in plan and len(site.shape) == 2 and not site.read]
         biased = [site.name for site in sites if getattr(model.get_submodule(site.module), "bias", None) is not None]
         if not biased:
             raise CalibrationError("bias-correction: none of the planned layers has a bias; leave it out")

@@ -177,7 +177,7 @@ class Distillation:
                 activation=_quantized_module(model, site).activation,
             )
             for site in structure.sites
-            if site.name in results
+            if site.name in results and not site.read
         }
         schedule = Schedule(settings.steps, settings.rate, "distill: the KL is not finite; use a lower rate, or dtype float32")
         with self._placed(model), substituted(model, tuned):

@@ -85,10 +85,8 @@ def rotate(model: nn.Module, structure: Structure, transform: Rotate) -> int:
     Raises:
         CalibrationError: the model cannot be rotated; nothing has changed then.
     """
-    if stack := next((site for site in structure.sites if len(site.shape) == 3), None):
-        raise CalibrationError(
-            f"rotate: {stack.name} is a stack of experts, whose router reads the stream too; leave rotate out"
-        )
+    if stack := next((site for site in structure.sites if len(site.shape) == 3 or site.read), None):
+        raise CalibrationError(f"rotate: {stack.name} belongs to experts, whose router reads the stream too; leave rotate out")
     if structure.head is None or structure.embedding is None:
         raise CalibrationError("rotate: the model has no plain embedding and linear head; leave rotate out")
     undo = _remember(model, structure.head)

@@ -207,7 +207,7 @@ def watch_readers(
 
         hooks.append(child.register_forward_hook(after))
     for site in block.sites:
-        if len(site.shape) != 2:
+        if site.read or len(site.shape) != 2:
             continue
         child = module.get_submodule(site.module.removeprefix(block.name).removeprefix("."))
 

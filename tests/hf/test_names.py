@@ -89,7 +89,7 @@ def test_joins_reorderings_and_transpositions(monkeypatch: pytest.MonkeyPatch) -
     [
         lambda state: {"a": state["a"].reshape(3, -1)},
         lambda state: {"a": state["a"].flip(-1)},
-        lambda state: {"e": state["e"].flip(0)},
+        lambda state: {"e": state["e"].flip(1)},
         lambda state: {"e": state["missing"]},
     ],
 )

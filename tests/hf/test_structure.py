@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.pytorch_utils import Conv1D
 
 from quantkit.errors import SpecError
-from quantkit.hf.structure import NO_INTERFACE, describe
+from quantkit.hf.structure import describe
 from quantkit.nn.sites import Structure, read_weight
 from tests.tiny import FAMILIES, MOE_FAMILIES, build, tiny_llama
 
@@ -111,13 +111,12 @@ def _meta(model_type: str, **config: object) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**values, "intermediate_size": 64, **config}))
 
 
-def test_experts_off_the_interface_are_listed_not_dropped() -> None:
+def test_experts_off_the_interface_are_sites_that_their_module_reads() -> None:
     with torch.device("meta"):
         model = _meta("llama4_text", num_local_experts=4, intermediate_size_mlp=64, interleave_moe_layer_step=1, head_dim=16)
     structure = describe(model)
-    off = [name for name, reason in structure.skipped.items() if reason == NO_INTERFACE]
-    assert set(off) <= structure.unreachable
-    assert sorted({name.split(".")[-1] for name in off}) == ["down_proj", "gate_up_proj"]
+    off = [site for site in structure.sites if site.read]
+    assert sorted({site.parameter for site in off}) == ["down_proj", "gate_up_proj"]
     assert len(off) == 4
     assert sum(reason == "router" for reason in structure.skipped.values()) == 2
     assert any(site.name.endswith("shared_expert.down_proj") for site in structure.sites)
@@ -175,14 +174,13 @@ class Raising(nn.Linear):
         return super().forward(x) * scale
 
 
-def test_a_linear_subclass_is_a_site_only_if_it_computes_what_a_linear_layer_does() -> None:
+def test_a_linear_subclass_that_multiplies_in_its_own_way_goes_on_reading_its_weight() -> None:
     model = tiny_llama()
     for layer in model.model.layers:
         layer.mlp.up_proj, layer.mlp.down_proj, layer.mlp.gate_proj = Doubled(64, 96), Renamed(96, 64), Raising(64, 96)
     structure = describe(model)
-    assert structure.skipped["model.layers.0.mlp.gate_proj.weight"] == "Raising is not a plain linear layer"
-    assert structure.skipped["model.layers.1.mlp.up_proj.weight"] == "Doubled is not a plain linear layer"
-    assert {"model.layers.0.mlp.gate_proj.weight", "model.layers.1.mlp.up_proj.weight"} <= structure.unreachable
+    read = {site.name for site in structure.sites if site.read}
+    assert read == {f"model.layers.{layer}.mlp.{name}.weight" for layer in (0, 1) for name in ("gate_proj", "up_proj")}
     assert "model.layers.1.mlp.down_proj" in {site.name for site in structure.sites}
 
 
@@ -219,3 +217,18 @@ def test_an_encoder_decoder_is_refused() -> None:
 
 def test_a_single_layer_is_a_stack() -> None:
     assert len(describe(build("llama", num_hidden_layers=1)).blocks) == 1
+
+
+def test_two_stacks_of_the_same_layers_are_both_the_decoder() -> None:
+    with torch.device("meta"):
+        model = _meta("hrm_text", head_dim=16)
+    structure = describe(model)
+    assert {block.name.split(".")[1] for block in structure.blocks} == {"H_module", "L_module"}
+    assert [site.name for site in structure.outside if site.name != structure.head] == []
+
+
+def test_a_tower_with_a_config_of_its_own_is_not_the_decoder() -> None:
+    vision = {"hidden_size": 96, "num_hidden_layers": 6, "intermediate_size": 256, "num_attention_heads": 4, "image_size": 32}
+    with torch.device("meta"):
+        model = _meta("git", vision_config={**vision, "patch_size": 16})
+    assert {block.name.rpartition(".")[0] for block in describe(model).blocks} == {"git.encoder.layer"}

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from quantkit import checkpoint
 from quantkit.calibrate.data import Calibration, from_ids, unpadded
@@ -35,8 +36,8 @@ def logits(model: nn.Module) -> Tensor:
 def test_quantize_save_load_gives_the_same_logits(family: str, tmp_path: Path) -> None:
     model = FAMILIES[family]()
     before = logits(model)
-    # Neither the expert stacks of gpt_oss, which transformers does not take apart, nor Conv1D fit compressed-tensors' readers.
-    format = "native" if family in ("gpt_oss", "gpt2") else "compressed-tensors"
+    # Readers of compressed-tensors know no stack of experts, no Conv1D, and no layer that is initialised by its weight.
+    format = "native" if family in ("gpt_oss", "gpt2", "falcon") else "compressed-tensors"
     result = quantize(
         model,
         "w4a16-asym",
@@ -214,14 +215,16 @@ def test_strict_looks_at_every_layer_whatever_a_rule_skips() -> None:
         quantize(FAMILIES["llama"](), partial, method="rtn", run=Run(strict=True))
 
 
-def test_strict_names_linear_layers_that_cannot_be_replaced() -> None:
-    class Doubled(nn.Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            return 2 * super().forward(x)
+class ReadsAWeight(LlamaMLP):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * (x @ self.up_proj.weight.T))
 
+
+def test_strict_names_linear_layers_that_cannot_be_replaced() -> None:
     model = FAMILIES["llama"]()
-    model.model.layers[0].mlp.up_proj.__class__ = Doubled
-    with pytest.raises(SpecError, match=r"layers\.0\.mlp\.up_proj\.weight \(Doubled is not a plain linear layer\) would stay"):
+    model.model.layers[0].mlp.__class__ = ReadsAWeight
+    reason = r"layers\.0\.mlp\.up_proj\.weight \(ReadsAWeight\.forward reads its weight\) would stay"
+    with pytest.raises(SpecError, match=reason):
         quantize(model, method="rtn", run=Run(strict=True))
     quantize(model, method="rtn", rules=[Rule("model.layers.0.mlp.up_proj", skip=True)], run=Run(strict=True))
 
