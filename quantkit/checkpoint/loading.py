@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from quantkit.checkpoint import prepacked
 from quantkit.checkpoint.contents import read_floats
 from quantkit.checkpoint.read import Opened, open_checkpoint
+from quantkit.checkpoint.record import check_sums
 from quantkit.errors import FormatError
 from quantkit.hf.experts import enable_experts
 from quantkit.hf.load import PreTrainedModel, read_generation_config
@@ -42,6 +43,7 @@ def load(
     ignore_activations: bool = False,
     compute: ComputeMode = "float",
     cache: bool = True,
+    verify: bool = False,
 ) -> PreTrainedModel:
     """Load a quantized checkpoint, ready to run, in evaluation mode.
 
@@ -57,15 +59,19 @@ def load(
         compute: what quantized layers make of their inputs on a CPU: ``"float"``, nothing, or ``"int8"``, rounded block by
             block, which is faster and has an error of its own (:mod:`quantkit.kernels.cpu.matmul`).
         cache: keep the kernels' layout of this checkpoint on the disk, and use what is kept; False does neither.
+        verify: first read every tensor and compare it with the checksum that was noted when the checkpoint was written.
 
     Raises:
         KernelError: ``compute`` is neither.
-        FormatError: the checkpoint is unfinished, damaged, contradicts itself, or cannot be represented exactly.
+        FormatError: the checkpoint is unfinished, damaged, contradicts itself, or cannot be represented exactly; with
+            ``verify`` also, a tensor differs from its checksum, or there are none.
     """
     check_compute(compute)
     on_cpu = torch.device(device).type == "cpu"
     with open_checkpoint(path) as opened:
         contents = opened.contents
+        if verify:
+            check_sums(opened.path, opened.reader)
         model: Any = contents.model  # Any: transformers types neither eval nor to
         quantized = {name: contents.sites[name] for name in opened.schemes}
         kernels = _kernels(opened, quantized) if on_cpu else {}

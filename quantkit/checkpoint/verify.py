@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.checkpoint.contents import float_tensor
+from quantkit.checkpoint.publish import mark_incomplete
 from quantkit.checkpoint.read import open_checkpoint
-from quantkit.checkpoint.staging import mark_incomplete
 from quantkit.errors import FormatError, SpecError
 from quantkit.nn.linear import QuantModule
 from quantkit.numerics.pack import as_bytes

@@ -15,7 +15,7 @@ import zipfile
 from pathlib import Path
 
 from quantkit.errors import QuantkitError
-from quantkit.system.files import atomic_path, cache_dir, sha256_file
+from quantkit.system.files import atomic_path, private_directory, sha256_file
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ def demo_model_path() -> Path:
     Raises:
         QuantkitError: the file cannot be downloaded or stored, or has another SHA-256.
     """
-    target = cache_dir() / "models" / Path(MEMBER).name
+    target = private_directory("models") / Path(MEMBER).name
     if _is_expected(target):
         return target
     if target.exists():

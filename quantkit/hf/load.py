@@ -4,13 +4,16 @@ import copy
 import json
 import logging
 import tempfile
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from accelerate import init_empty_weights
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -22,7 +25,7 @@ from transformers import (
 )
 
 from quantkit.errors import QuantkitError
-from quantkit.hf.source import locate, read_gguf
+from quantkit.hf.source import locate, own_code, read_gguf
 
 __all__ = [
     "PreTrainedModel",
@@ -35,6 +38,40 @@ __all__ = [
 ]
 
 log = logging.getLogger(__name__)
+
+_building = threading.Lock()
+"""Held while transformers builds a model, for which it changes torch's default dtype and more, in the whole process."""
+
+
+class _Thread(threading.local):
+    """What is so in one thread only."""
+
+    on_meta = False
+
+
+_thread = _Thread()
+
+
+def _onto_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
+    """Replace a parameter that a thread in :func:`_parameters_on_meta` gives to a module; leave those of others alone."""
+    if not _thread.on_meta or parameter is None or parameter.is_meta:
+        return None
+    made = type(parameter)(parameter.to("meta"), requires_grad=parameter.requires_grad)
+    made.__dict__.update(parameter.__dict__)
+    return made
+
+
+register_module_parameter_registration_hook(_onto_meta)  # type: ignore[arg-type]  # it may return a parameter
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Give modules that this thread makes parameters on the meta device, and real buffers."""
+    _thread.on_meta = True
+    try:
+        yield
+    finally:
+        _thread.on_meta = False
 
 
 def load_float(
@@ -75,11 +112,12 @@ def load_float(
             raise QuantkitError(
                 f"{source} is already quantized, want a float model; load it with quantkit.load, or give the float model"
             )
-        model = AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=dtype or "auto", trust_remote_code=trust_remote_code
-        )
+        with _building:
+            model = AutoModelForCausalLM.from_pretrained(
+                source, config=config, dtype=dtype or "auto", trust_remote_code=trust_remote_code
+            )
     except (OSError, ValueError) as error:
-        raise QuantkitError(f"cannot load a model from {source}: {error}") from error
+        raise QuantkitError(own_code(source, error) or f"cannot load a model from {source}: {error}") from error
     model.train(False)
     return model, tokenizer or load_tokenizer(source, trust_remote_code=trust_remote_code)
 
@@ -100,10 +138,18 @@ def read_config(values: Mapping[str, Any], source: str | Path) -> PretrainedConf
     Args:
         values: what config.json would hold.
         source: where they come from; recorded in the config.
+
+    Raises:
+        QuantkitError: it wants code of its own to be run.
     """
     with tempfile.TemporaryDirectory() as directory:  # transformers corrects configs only as it reads them from a file
         Path(directory, "config.json").write_text(json.dumps(values), encoding="utf-8")
-        config: PretrainedConfig = AutoConfig.from_pretrained(directory)
+        try:
+            config: PretrainedConfig = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        except ValueError as error:
+            if reason := own_code(source, error):
+                raise QuantkitError(reason) from error
+            raise
     config.name_or_path = str(source)
     return config
 
@@ -125,8 +171,8 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     names = plain.architectures or []
     named = getattr(transformers, names[0], None) if names else None
     known = isinstance(named, type) and issubclass(named, PreTrainedModel)
-    build: Any = named._from_config if known else AutoModelForCausalLM.from_config  # type: ignore[union-attr]
-    with init_empty_weights(include_buffers=False):
+    build: Any = named._from_config if known else _from_config  # type: ignore[union-attr]
+    with _building, _parameters_on_meta():
         try:
             model: PreTrainedModel = build(plain)
         except (ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
@@ -134,6 +180,10 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     model.tie_weights()
     model.train(False)
     return model
+
+
+def _from_config(config: PretrainedConfig) -> Any:
+    return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def _load_gguf(path: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
@@ -145,7 +195,10 @@ def _load_gguf(path: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, 
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
         config = read_gguf(AutoConfig, path)
-        loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, config=config, **options)
+        with _building:
+            loaded = AutoModelForCausalLM.from_pretrained(
+                path.parent, gguf_file=path.name, config=config, trust_remote_code=False, **options
+            )
         tokenizer: PreTrainedTokenizerBase = read_gguf(AutoTokenizer, path)
     except ImportError as error:
         raise QuantkitError(f"reading {path.name} needs the gguf package: pip install 'quantkit[demo]' ({error})") from error

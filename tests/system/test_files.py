@@ -8,7 +8,7 @@ import pytest
 
 from quantkit.errors import QuantkitError
 from quantkit.registry import Registry
-from quantkit.system.files import atomic_path, remove_temporaries, sha256_file, write_atomic, write_json
+from quantkit.system.files import TEMPORARY, atomic_path, remove_temporaries, sha256_file, write_atomic, write_json
 
 
 def test_a_failure_leaves_the_previous_file_and_no_litter(tmp_path: Path) -> None:
@@ -57,10 +57,13 @@ def test_json_and_hash(tmp_path: Path) -> None:
 
 
 def test_leftovers_of_a_kill_are_swept(tmp_path: Path) -> None:
-    (tmp_path / ".config.json.abc.tmp").write_text("")
-    (tmp_path / "kept.tmp").write_text("")
+    """And nothing else: a user's own temporary file is not ours."""
+    (tmp_path / f".config.json.abc{TEMPORARY}").write_text("")
+    others = {"kept.tmp", ".config.json.abc.tmp", ".notes.tmp"}
+    for name in others:
+        (tmp_path / name).write_text("")
     remove_temporaries(tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == ["kept.tmp"]
+    assert {p.name for p in tmp_path.iterdir()} == others
 
 
 def test_a_name_is_registered_once() -> None:
