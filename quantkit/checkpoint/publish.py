@@ -108,7 +108,11 @@ def recover(out: Path) -> bool:
         Whether there was something to be done.
     """
     stage = out / STAGE
-    if stage.is_symlink() or not has_state(stage):
+    if stage.is_symlink() or not stage.is_dir():
+        return False
+    if not has_state(stage):
+        if (stage / INCOMPLETE).is_file() or not any(path.is_file() for path in stage.rglob("*")):
+            clear(stage)  # the state goes last, and comes first: what is left is nobody's
         return False
     try:
         state = read_state(stage)

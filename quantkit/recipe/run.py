@@ -128,13 +128,13 @@ def _measure(
 ) -> EvalReport:
     """Evaluate a result and note the report beside its checkpoint, unless the same measurement is noted there."""
     path, base_label = Path(str(recipe.output.path)), recipe.model if measure.against == "base" else None
-    if measure.against == "base" and base is None:
-        log.warning("%s: the float model was replaced by this checkpoint, so there is nothing to compare it with", path)
     known = _known_report(path / EVALUATION) if result.already_done else None
     asked: dict[str, Any] = {"data": measure.data, "windows": measure.windows, "length": measure.length}
     tokenizer, latency = result.tokenizer, measure.latency
     if known and is_answer(known, result.model, tokenizer=tokenizer, latency=latency, base=base_label, **asked):
         return known
+    if measure.against == "base" and base is None:
+        log.warning("%s: the float model was replaced by this checkpoint, so there is nothing to compare it with", path)
     report = evaluate(
         result.model,
         base,

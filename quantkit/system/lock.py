@@ -45,13 +45,12 @@ _PAUSE_S = 0.02  # between attempts, and for a holder to write who it is
 class _Held:
     """A lock of this process: who has it, how often, and what to undo."""
 
-    def __init__(self, handle: int | None, files: list[Path]) -> None:
-        self.thread, self.depth, self.handle, self.files = threading.get_ident(), 1, handle, files
+    def __init__(self, handle: int | None, file: Path) -> None:
+        self.thread, self.depth, self.handle, self.file = threading.get_ident(), 1, handle, file
 
     def free(self) -> None:
-        for file in self.files:  # before the lock is let go: whoever waits notices that the file is not the one it opened
-            with contextlib.suppress(OSError):
-                file.unlink()
+        with contextlib.suppress(OSError):
+            self.file.unlink()  # before the lock is let go: whoever waits notices that the file is not the one it opened
         self.forget()
 
     def forget(self) -> None:
@@ -122,7 +121,7 @@ def _take(path: Path, doing: str) -> None:
             one.depth += 1
             return
         if one is not None:
-            raise _busy(path, path)
+            raise _busy(path, one.file)
         record = json.dumps({**_this_process(), "since": time.time(), "doing": doing})
         with clear_errors(f"write to {path.parent}"):
             _held[path] = _flock(path, record) or _link(path.with_name(f"{NAME}.owner"), record)
@@ -139,7 +138,7 @@ def _flock(path: Path, record: str) -> _Held | None:
             if _is_at(handle, path):  # and was not removed by a holder that has just finished
                 os.ftruncate(handle, 0)
                 os.pwrite(handle, record.encode(), 0)
-                return _Held(handle, [path])
+                return _Held(handle, path)
         except BlockingIOError:
             os.close(handle)
             raise _busy(path, path) from None
@@ -170,7 +169,7 @@ def _link(path: Path, record: str) -> _Held:
         for _ in range(_ATTEMPTS):
             try:
                 path.hardlink_to(own)
-                return _Held(None, [path])
+                return _Held(None, path)
             except FileExistsError:
                 found = _read(path)
                 if found and _is_alive(found):
