@@ -104,8 +104,8 @@ def check_sums(path: Path, reader: Reader) -> None:
     found = tensor_sums(reader)
     wrong = sorted(name for name in {*found, *record.tensors} if found.get(name) != record.tensors.get(name))
     if wrong:
-        more = f" and {len(wrong) - 1} more tensors" if len(wrong) > 1 else ""
-        raise FormatError(f"{path}: {wrong[0]}{more} do not have the checksum in {RECORD}; copy it again")
+        more = f" (and {len(wrong) - 1} more tensors)" if len(wrong) > 1 else ""
+        raise FormatError(f"{path}: {wrong[0]}{more} does not have the checksum in {RECORD}; copy the checkpoint again")
 
 
 def matches(key: Mapping[str, str], record: Record, ignore: tuple[str, ...]) -> bool:

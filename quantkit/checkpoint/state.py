@@ -90,7 +90,10 @@ def read_state(stage: Path) -> State | None:
     Raises:
         FormatError: it is damaged.
     """
-    values = read_json(_file(stage))
+    try:
+        values = read_json(_file(stage))
+    except FormatError as error:
+        raise FormatError(f"{error}; {start_over(stage)}") from error
     if values.pop("layout", None) != LAYOUT:
         return None
     try:

@@ -21,6 +21,7 @@ from quantkit.hf.load import PreTrainedModel, empty_model, load_tokenizer, read_
 from quantkit.pipeline.result import QuantizeResult
 from quantkit.pipeline.settings import Output, Run
 from quantkit.spec import Plan
+from quantkit.system.files import clear_errors
 
 log = logging.getLogger(__name__)
 
@@ -101,9 +102,12 @@ def replaced_model(source: str | Path, output: Output) -> tuple[PreTrainedModel,
     Returns:
         None if ``source`` is something else.
     """
-    path = Path(source)
-    if output.path is None or not path.is_dir() or not path.samefile(output.path) or not _is_complete(path):
+    if output.path is None:
         return None
+    path, out = Path(source), Path(output.path)
+    with clear_errors(f"compare {path} with {out}"):
+        if not (path.is_dir() and out.is_dir() and path.samefile(out) and _is_complete(path)):
+            return None
     with open_checkpoint(path) as opened:
         config = {name: value for name, value in opened.config.items() if name not in ("quantization_config", "quantkit")}
     return empty_model(read_config(config, path)), load_tokenizer(path)

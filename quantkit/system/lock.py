@@ -12,13 +12,14 @@ A thread may hold the same lock several times; it is free again after the last.
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import secrets
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -101,17 +102,25 @@ def lock(directory: Path, doing: str) -> Iterator[None]:
                     del _held[path]
                     one.free()
     finally:
-        for folder in made:
-            with contextlib.suppress(OSError):  # it is in use
-                folder.rmdir()
+        _remove_empty(made)
 
 
 def _make(directory: Path) -> list[Path]:
     """Make a directory and return what had to be made, innermost first."""
     with clear_errors(f"make the directory {directory}"):
-        missing = [folder for folder in (directory, *directory.parents) if not folder.exists()]
-        directory.mkdir(parents=True, exist_ok=True)
+        missing = list(itertools.takewhile(lambda folder: not folder.exists(), (directory, *directory.parents)))
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            _remove_empty(missing)
+            raise
     return missing
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        with contextlib.suppress(OSError):  # it is in use, or was never made
+            folder.rmdir()
 
 
 def _take(path: Path, doing: str) -> None:

@@ -60,8 +60,8 @@ def test_the_second_is_told_who_is_first(tmp_path: Path, kind: str) -> None:
         thread = threading.Thread(target=other)
         thread.start()
         thread.join()
-        want = f"{out}: another quantkit process is at work there (quantizing, process {os.getpid()} on {socket.gethostname()}, since "
-        assert found[0].startswith(want)
+        who = f"(quantizing, process {os.getpid()} on {socket.gethostname()}, since "
+        assert found[0].startswith(f"{out}: another quantkit process is at work there {who}")
     assert not (tmp_path / "a").exists(), "what it made for itself goes, as long as it is empty"
     assert in_child(out) == 0
 
