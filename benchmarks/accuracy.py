@@ -205,7 +205,7 @@ def run_scores(first: dict) -> None:
     import torch
 
     import quantkit
-    from quantkit.calibrate.data import encoder, load_texts, text_default
+    from quantkit.calibrate.texts import encoder, load_texts, text_default
     from quantkit.evaluation import BaseLogits, cut_windows, score
     from quantkit.hf.load import load_float
 

@@ -14,7 +14,7 @@ import copy
 import torch
 
 from quantkit import Calibration, quantize
-from quantkit.calibrate.data import encoder, load_texts, text_default
+from quantkit.calibrate.texts import encoder, load_texts, text_default
 from quantkit.checkpoint.open import open_model
 from quantkit.evaluation import BaseLogits, score
 from quantkit.evaluation.windows import cut_windows

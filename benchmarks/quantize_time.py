@@ -76,7 +76,8 @@ def prepare(arguments: argparse.Namespace, work: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from quantkit.calibrate.data import encoder, load_texts, text_default, token_batches
+    from quantkit.calibrate.data import token_batches
+    from quantkit.calibrate.texts import encoder, load_texts, text_default
     from quantkit.hf.demo_model import demo_model_path
     from quantkit.hf.load import load_float
 
@@ -164,7 +165,7 @@ def run_score(arguments: argparse.Namespace) -> dict:
     import torch
 
     import quantkit
-    from quantkit.calibrate.data import encoder, load_texts, text_default
+    from quantkit.calibrate.texts import encoder, load_texts, text_default
     from quantkit.evaluation.quality import score
     from quantkit.evaluation.windows import cut_windows
     from quantkit.hf.load import load_float

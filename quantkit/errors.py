@@ -4,11 +4,35 @@ Every message says what is wrong, where (site, file, key), what was found, what 
 """
 
 import difflib
+import re
 from collections.abc import Iterable
+
+MOST_CHARACTERS = 1600
+"""Longest message of an error."""
+
+_LONG_WORD = re.compile(r"\S{241,}")
 
 
 class QuantkitError(Exception):
-    """Base of every error that quantkit raises about its input or environment."""
+    """Base of every error that quantkit raises about its input or environment.
+
+    What a message quotes may be of any length (a path, a number of thousands of digits, another library's error), so a message
+    is shortened in its middle to :data:`MOST_CHARACTERS`: what and where stand at its start, the way out at its end.
+    """
+
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*(shorten(one) if isinstance(one, str) else one for one in arguments))
+
+
+def shorten(text: str, limit: int = MOST_CHARACTERS) -> str:
+    """Return ``text`` with long words, then a long whole, cut in the middle; says how many characters are left out."""
+    text = _LONG_WORD.sub(lambda found: _cut(found[0], 160), text)
+    return _cut(text, limit - 40) if len(text) > limit else text
+
+
+def _cut(text: str, limit: int) -> str:
+    tail = limit // 3
+    return f"{text[: limit - tail]} ...({len(text) - limit} characters)... {text[-tail:]}"
 
 
 class SpecError(QuantkitError):

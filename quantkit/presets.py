@@ -68,20 +68,26 @@ def preset(
         scale_dtype: dtype of the stored scales.
 
     Raises:
-        SpecError: for a name that is no preset, naming the nearest one, or for two contradicting group sizes.
+        SpecError: for a name that is no preset, naming the nearest one, for two contradicting group sizes, or for something
+            else than names and sizes.
     """
+    in_features = _sizes(in_features)
+    if not isinstance(name, str):
+        raise SpecError(f"scheme is a {type(name).__name__}; want the name of a preset such as 'w4a16'")
+    if group_size is not None and type(group_size) is not int:
+        raise SpecError(f"group_size={group_size!r}: want a positive size, or -1 for one scale per channel")
     if name in NAMED:
         dtype, block, fixed, rounded = NAMED[name]
         if group_size is not None or symmetric is False:
             raise SpecError(f"scheme {name!r} fixes its block and is symmetric; leave group_size and symmetric out")
         activation = _activation(dtype, -1, rounded, scale_dtype) if rounded else None
         return Scheme(QuantSpec(dtype, block, True, fixed or scale_dtype), activation)
-    match = _PRESET.fullmatch(name)
+    match = _PRESET.fullmatch(name) if len(name) < 64 else None  # int() refuses numbers of thousands of digits
     if match is None:
         made = SCHEMES.get(name)
         if group_size is not None or symmetric is not None:
             raise SpecError(f"scheme {name!r} says itself what its group size and zero points are; leave the two out")
-        return made if isinstance(made, Scheme) else made(list(in_features), scale_dtype)
+        return made if isinstance(made, Scheme) else made(in_features, scale_dtype)
     named = -1 if match["channel"] else int(match["group"]) if match["group"] else None
     if named is not None and group_size is not None and named != group_size:
         raise SpecError(f"scheme {name!r} and group_size={group_size} disagree; give one of them")
@@ -96,6 +102,14 @@ def preset(
     if eight:
         activation = _activation("int8", group if bits == 8 else -1, (match["how"] or "").removeprefix("-"), scale_dtype)
     return Scheme(QuantSpec(f"int{bits}", (1, group), symmetric, scale_dtype), activation)
+
+
+def _sizes(in_features: Iterable[int]) -> list[int]:
+    """Return input sizes as a list, having checked that they are some."""
+    listed = list(in_features) if isinstance(in_features, Iterable) and not isinstance(in_features, str | bytes) else None
+    if listed is None or any(type(size) is not int or size < 1 for size in listed):
+        raise SpecError(f"in_features={in_features!r}: want the input sizes of the layers, such as [4096, 11008]")
+    return listed
 
 
 def _activation(dtype: str, group: int, how: str, scale_dtype: str) -> ActivationSpec:

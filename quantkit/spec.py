@@ -17,6 +17,13 @@ AUTO_GROUP_SIZES = (128, 64, 32)
 """Group sizes a preset tries, largest first."""
 
 
+def _want(value: object, /, **kinds: type) -> None:
+    """Raise SpecError for a field of ``value`` that is not of its kind; annotations alone check nothing."""
+    for name, kind in kinds.items():
+        if not isinstance(found := getattr(value, name), kind):
+            raise SpecError(f"{type(value).__name__}: {name}={found!r} is a {type(found).__name__}, want a {kind.__name__}")
+
+
 class WeightSpec(Protocol):
     """Which numbers a weight can have: a grid, :class:`QuantSpec`, is the only kind so far. Equal specs are equal values."""
 
@@ -47,6 +54,7 @@ class QuantSpec:
     scale_dtype: str = "float16"
 
     def __post_init__(self) -> None:
+        _want(self, dtype=str, block=tuple, symmetric=bool, scale_dtype=str)
         if self.dtype not in DTYPES:
             raise SpecError(f"unknown dtype {self.dtype!r}; {nearest(self.dtype, DTYPES)}")
         if self.scale_dtype not in SCALE_DTYPES:
@@ -57,7 +65,7 @@ class QuantSpec:
             raise SpecError(f"scale_dtype float8_e8m0fnu goes with fp4_e2m1, fp8_e4m3 and nf4, not {self.dtype}; use float16")
         if self.has_global_scale and self.dtype != "fp4_e2m1":
             raise SpecError(f"scale_dtype float8_e4m3fn goes with fp4_e2m1 (NVFP4), not {self.dtype}; use float16")
-        if len(self.block) != 2 or any(b == 0 or b < -1 for b in self.block):
+        if len(self.block) != 2 or any(type(b) is not int or b == 0 or b < -1 for b in self.block):
             raise SpecError(f"block={self.block!r}: want two sizes, each positive or -1 for all")
 
     @property
@@ -110,13 +118,16 @@ class QuantSpec:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "QuantSpec":
         """Build a spec from :meth:`to_dict` output; an unknown key is a :class:`SpecError`."""
+        if not isinstance(data, Mapping):
+            raise SpecError(f"QuantSpec: {data!r} is a {type(data).__name__}, want what to_dict returned")
         known = {f.name for f in dataclasses.fields(cls)}
         for key in data:
             if key not in known:
-                raise SpecError(f"unknown QuantSpec key {key!r}; {nearest(key, known)}")
+                raise SpecError(f"unknown QuantSpec key {key!r}; {nearest(str(key), known)}")
         if "dtype" not in data:
             raise SpecError("QuantSpec: 'dtype' is missing")
-        return cls(**{**data, "block": tuple(data.get("block", (1, -1)))})
+        block = data.get("block", (1, -1))
+        return cls(**{**data, "block": tuple(block) if isinstance(block, list | tuple) else block})
 
 
 _ACTIVATION_KEYS = ("dynamic", "rotated")
@@ -143,6 +154,7 @@ class ActivationSpec:
     rotated: bool = False
 
     def __post_init__(self) -> None:
+        _want(self, grid=QuantSpec, dynamic=bool, rotated=bool)
         if not self.dynamic and (self.grid.block != (-1, -1) or not self.grid.symmetric):
             raise SpecError(f"static activations {self.grid.describe()}: want a symmetric grid with one scale per tensor")
         if self.grid.strategy == "block":
@@ -189,6 +201,9 @@ class Scheme:
     activation: ActivationSpec | None = None
 
     def __post_init__(self) -> None:
+        _want(self, weight=QuantSpec)
+        if self.activation is not None:
+            _want(self, activation=ActivationSpec)
         if self.rotated and self.weight.has_global_scale:
             raise SpecError(f"{self.describe()}: inputs of NVFP4 weights cannot be rotated; use another scheme")
 
@@ -219,6 +234,8 @@ class Scheme:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Scheme":
         """Build a scheme from :meth:`to_dict` output."""
+        if not isinstance(data, Mapping) or not isinstance(data.get("weight"), Mapping):
+            raise SpecError(f"Scheme: {data!r} has no weight; want what to_dict returned")
         weight, activation = dict(data["weight"]), data.get("activation")
         if odd := [key for key in _ACTIVATION_KEYS if weight.pop(key, False)]:
             raise SpecError(f"a weight cannot be {' and '.join(odd)}, only activations can")
@@ -249,6 +266,10 @@ class KVScheme:
     rotate: bool = False
 
     def __post_init__(self) -> None:
+        _want(self, recent=int, rotate=bool)
+        for name in ("key", "value"):
+            if getattr(self, name) is not None:
+                _want(self, **{name: QuantSpec})
         if self.recent < 0 or (self.quantized is False and (self.recent or self.rotate)):
             raise SpecError(f"recent={self.recent}, rotate={self.rotate}: they need a grid for keys or values, and recent >= 0")
         for spec in (self.key, self.value):
@@ -290,8 +311,8 @@ def kv_preset(name: str | KVScheme) -> KVScheme:
     """
     if isinstance(name, KVScheme):
         return name
-    if name not in KV_PRESETS:
-        raise SpecError(f"unknown key/value scheme {name!r}; {nearest(name, KV_PRESETS)}")
+    if not isinstance(name, str) or name not in KV_PRESETS:
+        raise SpecError(f"unknown key/value scheme {name!r}; {nearest(str(name), KV_PRESETS)}")
     return KV_PRESETS[name]
 
 

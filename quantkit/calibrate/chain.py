@@ -1,11 +1,14 @@
 """The calibration text on its way through a model's blocks, and statistics of a float model in one pass."""
 
+import contextlib
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from quantkit.calibrate.collectors import COLLECTORS
+from quantkit.calibrate.flow import Flow, Passes, run_order
 from quantkit.calibrate.walk import Gather, record_inputs, walk_block
 from quantkit.errors import CalibrationError
 from quantkit.nn.block_calls import call_block, cast_call, record_block_calls
@@ -16,8 +19,53 @@ from quantkit.system.progress import Progress, ProgressCallback
 Visit = Callable[[Site, Gather], None]
 
 
+class BlockWalk(Protocol):
+    """The calibration batches on their way through a model, one block after the other.
+
+    Attributes:
+        hidden: output of the last block, one (B, T, H) per batch.
+        float_hidden: the same in the float model; empty if not asked for.
+        state: what an interrupted run must find again.
+    """
+
+    hidden: list[Tensor]
+    float_hidden: list[Tensor]
+    state: list[Tensor]
+
+    def placed(self, index: int) -> contextlib.AbstractContextManager[object]:
+        """Return the context in which block ``index`` is where it runs."""
+
+    def advance(self, index: int, sites: Sequence[Site], visit: Visit) -> None:
+        """Run block ``index``, which is placed, over all batches and visit ``sites``."""
+
+    def rerunner(self, index: int) -> Callable[[int], Tensor]:
+        """Return what runs block ``index`` again on a batch, given by its number; to be asked for before :meth:`advance`."""
+
+    def replace(self, outputs: Sequence[Tensor]) -> None:
+        """Go on with other outputs of the last block, whose weights have changed since."""
+
+
+def block_walk(
+    model: nn.Module, structure: Structure, batches: Sequence[Tensor], compute: Compute, *, with_float: bool = False
+) -> BlockWalk:
+    """Return ``batches`` (int64 (B, T), without padding) before the first block.
+
+    Args:
+        model: the float model.
+        structure: its blocks; where they are entangled, the whole model runs.
+        batches: the tokens.
+        compute: where blocks run, if they run one by one.
+        with_float: also run the float model, for quantizers that compare.
+    """
+    if structure.entangled is None:
+        return Chain(model, structure, batches, compute, with_float=with_float)
+    order = run_order(model, structure, batches[0][:1, :8].to(next(model.parameters()).device))
+    whole = Flow if order == list(range(len(structure.blocks))) else Passes
+    return whole(model, structure, batches, with_float=with_float)
+
+
 class Chain:
-    """The calibration batches on their way through the blocks.
+    """The calibration batches on their way through blocks that run one by one.
 
     Args:
         model: the float model.
@@ -48,6 +96,19 @@ class Chain:
     @state.setter
     def state(self, tensors: list[Tensor]) -> None:
         self.hidden, self.float_hidden = tensors[: len(self.calls)], tensors[len(self.calls) :]
+
+    def placed(self, index: int) -> contextlib.AbstractContextManager[object]:
+        """Return the context in which block ``index`` is on the compute device."""
+        return on_device(self.model.get_submodule(self.structure.blocks[index].name), self.compute)
+
+    def rerunner(self, index: int) -> Callable[[int], Tensor]:
+        """Return what runs block ``index`` again on the present inputs."""
+        inputs = list(self.hidden)
+        return lambda batch: self.call(index, batch, inputs[batch])
+
+    def replace(self, outputs: Sequence[Tensor]) -> None:
+        """Go on with other outputs of the last block."""
+        self.hidden = list(outputs)
 
     def call(self, index: int, batch: int, hidden: Tensor) -> Tensor:
         """Return what block ``index``, which is on the compute device, makes of ``hidden`` (B, T, H) of one batch."""
@@ -127,9 +188,9 @@ def visit_statistics(
             f"{paired[0]} compares inputs behind quantized layers with the float model's, and can only be collected while "
             "quantizing; leave it out"
         )
-    chain = Chain(model, structure, batches, compute)
+    chain = block_walk(model, structure, batches, compute)
     for index, block in enumerate(structure.blocks):
-        with torch.no_grad(), on_device(model.get_submodule(block.name), compute):
+        with torch.no_grad(), chain.placed(index):
             chain.advance(index, block.sites, lambda site, gather: visit(site, gather(needs)))
         progress(Progress("calibrate", index + 1, len(structure.blocks), block.name))
 

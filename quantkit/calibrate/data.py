@@ -2,43 +2,30 @@
 
 Two layouts. *Packed*: all texts become one long stream of tokens, cut into windows of ``length``; every row is full and
 nothing is padding. *Ragged*: one text per row, padded on the right, with a mask, so that padding never enters a statistic.
+Either way a row begins with what the model sees before every text in use (:func:`quantkit.calibrate.texts.opening`).
 
 Windows are spread over the whole stream rather than taken from its start, because text drifts: a calibration set of the
 first pages knows one topic.
-
-Without data of the user's own there is :func:`text_default`: the language reference that every CPython carries
-(``pydoc_data.topics``). It is technical English with code, about 0.4 million characters: enough to calibrate a small
-model, too narrow to judge a general one by.
 """
 
 import hashlib
-import importlib
 import logging
-import os
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import AfterValidator
-from torch import Tensor
+from pydantic import AfterValidator, Strict
+from torch import Tensor, nn
 
+from quantkit.calibrate.columns import Passage
+from quantkit.calibrate.texts import Encode, chosen_opening, encode_one, encode_passages, read_texts, text_default
 from quantkit.errors import CalibrationError
 from quantkit.nn.block_calls import stack_by_length
-from quantkit.system.settings import AtLeastTwo, Positive, settings
+from quantkit.nn.embedding import input_table, max_positions
+from quantkit.system.settings import AtLeastTwo, Flag, Positive, settings
 
 logger = logging.getLogger(__name__)
-
-Encode = Callable[[str], Sequence[int]]
-"""Text to token ids, without special tokens."""
-
-TEXT_SUFFIXES = (".txt", ".md", ".rst")
-"""Files that :func:`load_texts` reads from a folder."""
-
-_EVALUATION_SHARE = 48  # of 256: 3/16 of the topics by hash, about a quarter of the text, leave 128 x 512 tokens to calibrate
-_RULE = re.compile(r"""\s*([*=\-~^"])\1{2,}\s*""")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,130 +65,6 @@ class Batch:
         return [row[: int(mask.sum())] for row, mask in zip(self.ids, self.mask, strict=True)]
 
 
-def text_default() -> tuple[list[str], list[str]]:
-    """Return (calibration texts, evaluation texts) from the language reference inside this Python.
-
-    One text per topic. A topic's half depends on a hash of its name alone, so other Python versions, whose wording
-    differs, keep the split. Topics repeat parts of each other: every paragraph is kept once, in the alphabetically first
-    topic that has it, so no paragraph is in both halves. Underlines of headings are removed. About 272 thousand
-    characters to calibrate and 96 thousand to evaluate with Python 3.11; later versions have more.
-
-    Raises:
-        CalibrationError: this Python comes without the topics.
-    """
-    try:
-        topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
-    except (ImportError, AttributeError) as error:
-        raise CalibrationError(
-            f"the default text is missing: this Python has no pydoc_data.topics ({error}); "
-            "name a text file, a folder or a dataset"
-        ) from error
-    seen: set[str] = set()
-    halves: tuple[list[str], list[str]] = ([], [])
-    for name in sorted(topics):
-        fresh = []
-        for paragraph in _paragraphs(topics[name]):
-            words = " ".join(paragraph.split())
-            if words not in seen:
-                seen.add(words)
-                fresh.append(paragraph)
-        if fresh:
-            evaluates = hashlib.sha256(name.encode()).digest()[0] < _EVALUATION_SHARE
-            halves[evaluates].append("\n\n".join(fresh) + "\n")
-    return halves
-
-
-def _paragraphs(text: str) -> list[str]:
-    lines = [line.rstrip() for line in text.splitlines()]
-    kept = "\n".join(line for line in lines if not _RULE.fullmatch(line))
-    return [paragraph.strip("\n") for paragraph in re.split(r"\n{2,}", kept) if paragraph.strip()]
-
-
-def load_texts(source: str | os.PathLike[str] | Sequence[str]) -> list[str]:
-    """Return texts from a list of strings, a text file, a folder of text files, or a ``datasets`` name.
-
-    Args:
-        source: a list is taken as it is. A path wins over a name. A folder gives its .txt, .md and .rst files at any depth,
-            sorted by path. A name is ``"name[:config[:split[:column]]]"``; parts left empty mean the default config, split
-            ``train``, and the column ``text`` or else the only column of strings.
-
-    Raises:
-        CalibrationError: nothing there, not UTF-8, no text in it, ``datasets`` not installed or the dataset not reachable.
-    """
-    if isinstance(source, str | os.PathLike):
-        if isinstance(source, str) and ("\n" in source or len(source) > 1000):
-            raise CalibrationError(f"{source[:40]!r}...: this looks like text itself; give it in a list: [text]")
-        path = Path(source)
-        if os.path.isdir(path):
-            texts = _read_folder(path)
-        elif os.path.exists(path):
-            texts = [_read_file(path)]
-        elif isinstance(source, str) and path.suffix not in TEXT_SUFFIXES:
-            texts = _read_dataset(source)
-        else:
-            raise CalibrationError(f"{path}: no such file or folder")
-    else:
-        texts = list(source)
-        if not all(isinstance(text, str) for text in texts):
-            raise CalibrationError("texts: want a list of strings; use from_ids for token ids")
-    texts = [text for text in texts if text.strip()]
-    if not texts:
-        where = source if isinstance(source, str | os.PathLike) else "the list of texts"
-        raise CalibrationError(f"{where}: there is no text in it")
-    return texts
-
-
-def _read_file(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise CalibrationError(
-            f"{path}: not UTF-8 text (byte {error.start} is {error.object[error.start]:#04x}); convert it first"
-        ) from error
-    except OSError as error:
-        raise CalibrationError(f"{path}: cannot be read: {error.strerror}") from error
-
-
-def _read_folder(path: Path) -> list[str]:
-    files = sorted(
-        (f for f in path.rglob("*") if f.suffix in TEXT_SUFFIXES and f.is_file()), key=lambda f: f.relative_to(path).as_posix()
-    )
-    if not files:
-        raise CalibrationError(f"{path}: no {', '.join(TEXT_SUFFIXES)} file in this folder")
-    return [_read_file(file) for file in files]
-
-
-def _read_dataset(source: str) -> list[str]:
-    parts = re.split(r":(?![^\[]*\])", source, maxsplit=3)  # a split may hold a slice: train[:1000]
-    name, config, split, column = (*parts, "", "", "")[:4]
-    try:
-        datasets: Any = importlib.import_module("datasets")
-    except ImportError as error:
-        raise CalibrationError(
-            f"{source!r} is neither a file nor a folder, and to read it as a dataset needs `pip install datasets`"
-        ) from error
-    try:
-        rows = datasets.load_dataset(name, config or None, split=split or "train")
-    except Exception as error:  # the library raises many kinds; all mean that the data could not be had
-        raise CalibrationError(
-            f"{source!r} is neither a file nor a folder, and the dataset {name!r} (config {config or 'default'}, split "
-            f"{split or 'train'}) could not be loaded: {type(error).__name__}: {error}"
-        ) from error
-    strings = [key for key, feature in rows.features.items() if getattr(feature, "dtype", None) in ("string", "large_string")]
-    chosen = column or ("text" if "text" in strings else strings[0] if len(strings) == 1 else "")
-    if chosen not in strings:
-        raise CalibrationError(
-            f"{source!r}: {f'no text column {column!r}' if column else 'which column is the text is not clear'}; "
-            f"columns of strings: {', '.join(strings) or 'none'}; name one as {name}:{config}:{split or 'train'}:<column>"
-        )
-    return [text for text in rows[chosen] if text]
-
-
-def encoder(tokenizer: Any) -> Encode:
-    """Return ``tokenizer``'s text -> ids without special tokens, as :func:`token_batches` wants it."""
-    return lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
-
 def token_batches(
     texts: Sequence[str],
     encode: Encode,
@@ -211,6 +74,7 @@ def token_batches(
     mode: Literal["packed", "ragged"] = "packed",
     batch_size: int = 8,
     shortfall: Literal["error", "warn"] = "error",
+    prefix: Sequence[int] = (),
 ) -> list[Batch]:
     """Cut texts into ``samples`` rows of token ids.
 
@@ -218,32 +82,65 @@ def token_batches(
     not full is left out. Ragged: one text per row, cut off after ``length`` tokens; texts without a token are left out.
 
     Args:
-        texts: see :func:`load_texts` and :func:`text_default`.
-        encode: text to token ids, without special tokens; see :func:`encoder`.
+        texts: see :func:`quantkit.calibrate.texts.load_texts` and :func:`quantkit.calibrate.texts.text_default`.
+        encode: text to token ids, without special tokens; see :func:`quantkit.calibrate.texts.encoder`.
         samples: number of rows, spread evenly over those there are, in their order; None takes all.
         length: tokens per row (packed), or at most so many (ragged).
         batch_size: rows per batch; the last may be smaller.
         shortfall: with fewer rows than ``samples``: an error, or a warning in the log and all there are.
+        prefix: ids at the start of every row, which its length includes; see :func:`quantkit.calibrate.texts.opening`.
 
     Raises:
         CalibrationError: no text, too little of it (says how much there is and how much would be enough), or an argument
             out of range.
     """
-    _check_cut(samples, length, mode, batch_size, shortfall)
-    encoded = [torch.as_tensor(encode(text), dtype=torch.int64).flatten() for text in texts]
+    rows = [encode_one(text, encode, f"text {number}") for number, text in enumerate(texts, start=1)]
+    return cut_batches(
+        rows, samples=samples, length=length, mode=mode, batch_size=batch_size, shortfall=shortfall, prefix=prefix
+    )
+
+
+def cut_batches(
+    encoded: Sequence[Tensor],
+    *,
+    samples: int | None,
+    length: int,
+    mode: str,
+    batch_size: int,
+    shortfall: str,
+    prefix: Sequence[int] = (),
+) -> list[Batch]:
+    """Cut encoded texts, int64 ids (tokens,) each; the rest as for :func:`token_batches`."""
+    _check_cut(samples, length - len(prefix), mode, batch_size, shortfall)
     tokens = sum(len(ids) for ids in encoded)
-    if mode == "packed":
-        stream = torch.cat(encoded) if encoded else torch.empty(0, dtype=torch.int64)
-        rows = list(stream[: tokens // length * length].view(-1, length))
-    else:
-        rows = [ids[:length] for ids in encoded if len(ids)]
+    start = torch.tensor(prefix, dtype=torch.int64)
+    rows = _packed(encoded, length, start) if mode == "packed" else [_opened(ids, length, start) for ids in encoded if len(ids)]
     if not rows or (samples is not None and len(rows) < samples):
-        message = _too_short(len(texts), tokens, len(rows), samples or 1, length, mode)
+        message = _too_short(len(encoded), tokens, len(rows), samples or 1, length, mode)
         if shortfall == "error" or not rows:
             raise CalibrationError(message)
         logger.warning("%s; going on with the %d there are", message, len(rows))
     count = min(samples or len(rows), len(rows))
     return from_ids([rows[i * len(rows) // count] for i in range(count)], batch_size=batch_size)
+
+
+def _opened(ids: Tensor, length: int, start: Tensor) -> Tensor:
+    """Return the first ``length`` tokens of a text, which begins with ``start``; a chat template may have put it there."""
+    if torch.equal(ids[: len(start)], start):
+        return ids[:length]
+    return torch.cat([start, ids[: length - len(start)]])
+
+
+def _packed(encoded: Sequence[Tensor], length: int, start: Tensor) -> list[Tensor]:
+    """Return the windows (length,) of the texts' stream, one after the other, each beginning with ``start``."""
+    stream = torch.cat(list(encoded)) if encoded else torch.empty(0, dtype=torch.int64)
+    if not len(start):
+        return list(stream[: len(stream) // length * length].view(-1, length))
+    rows, at = [], 0
+    while len(row := _opened(stream[at : at + length], length, start)) == length:
+        rows.append(row)
+        at += length if torch.equal(row, stream[at : at + length]) else length - len(start)
+    return rows
 
 
 def from_ids(rows: Iterable[Sequence[int] | Tensor], *, batch_size: int = 8, pad_id: int = 0) -> list[Batch]:
@@ -309,9 +206,36 @@ def _check_cut(samples: int | None, length: int, mode: str, batch_size: int, sho
             raise CalibrationError(f"{name}={value!r}: want {want}")
 
 
+def check_fit(batches: Iterable[Batch], model: nn.Module) -> None:
+    """Refuse token ids that the model's embedding does not have, and rows longer than its positions, by name.
+
+    Raises:
+        CalibrationError: an id or a length out of range.
+    """
+    known, _ = input_table(model)
+    positions = max_positions(model)
+    for batch in batches:
+        refuse_ids(batch.ids, known)
+        if positions is not None and batch.ids.shape[1] > positions:
+            raise CalibrationError(
+                f"a row of {batch.ids.shape[1]} tokens is longer than the {positions} positions of the model; "
+                f"use length={positions}"
+            )
+
+
+def refuse_ids(ids: Tensor, known: int) -> None:
+    """Raise CalibrationError for token ids (...) outside 0 to ``known - 1``."""
+    low, high = (int(bound) for bound in torch.aminmax(ids))
+    if low < 0 or high >= known:
+        raise CalibrationError(
+            f"token id {high if high >= known else low}: the model's embedding knows ids 0 to {known - 1}; is the tokenizer "
+            "another model's? give the one that belongs to this model"
+        )
+
+
 def _check_data(data: Any) -> Any:
-    if isinstance(data, bool | int | float | Mapping):
-        raise ValueError("want a file, folder, dataset name, list of texts, or batches of token ids")
+    if isinstance(data, bool | int | float | complex | bytes | set | Mapping):
+        raise ValueError("want a file, folder, dataset name, list of texts or rows, or batches of token ids")
     return data
 
 
@@ -320,8 +244,9 @@ class Calibration:
     """Which text calibrates: ``samples`` windows of ``length`` tokens of ``data``, run ``batch_size`` at a time.
 
     Args:
-        data: see :func:`quantkit.calibrate.data.load_texts`; a list of batches or of int64 tensors (B, T) is used as it is;
-            None is the text that every Python carries.
+        data: a file or folder of text, JSON, JSON lines, CSV, TSV or Parquet (also compressed), a name of ``datasets``
+            (``"name:config:split:column"``), or a list of texts or of rows (mappings of column names to values); a list of
+            batches or of int64 tensors (B, T) is used as it is; None is the text that every Python carries.
         samples: number of windows (packed) or of texts (ragged).
         length: tokens per window, or the longest a text may be.
         batch_size: windows per forward.
@@ -329,6 +254,11 @@ class Calibration:
             so there is never any padding).
         statistics: from :func:`quantkit.collect` or a file of :func:`quantkit.save_statistics`, used instead of text; layers
             then do not see the rounding of those before them.
+        column: which column of rows is read where that is not clear: a text, a list of messages (which goes through the chat
+            template), or question and answer joined by ``+`` (``"prompt+response"``).
+        template: chat template of conversations instead of the tokenizer's: the name of one of its own, a file, or the
+            template itself.
+        bos: whether windows begin with the tokenizer's BOS; None does what the tokenizer does itself with a text.
 
     Raises:
         CalibrationError: a value of the wrong type or out of range.
@@ -340,29 +270,63 @@ class Calibration:
     batch_size: Positive = 8
     mode: Literal["packed", "ragged"] = "packed"
     statistics: Any = None
+    column: Annotated[str, Strict()] | None = None
+    template: Annotated[str, Strict()] | None = None
+    bos: Flag | None = None
 
     def batches(self, tokenizer: Any) -> list[Batch]:
+        """Tokenize and cut the text; see :meth:`read`."""
+        return self.read(tokenizer)[0]
+
+    def read(self, tokenizer: Any) -> tuple[list[Batch], dict[str, Any]]:
         """Tokenize and cut the text.
+
+        Returns:
+            The batches, and what a checkpoint records of them beside their fingerprint, for JSON.
 
         Raises:
             CalibrationError: if there is no tokenizer for text, or too little text.
         """
-        if isinstance(self.data, Sequence) and self.data and isinstance(self.data[0], Batch | Tensor):
-            return [item if isinstance(item, Batch) else Batch(item, None) for item in self.data]
+        if (given := _given_batches(self.data)) is not None:
+            return given, {"data": "token ids given"}
         if tokenizer is None:
             raise CalibrationError(
                 "calibration text needs a tokenizer; pass tokenizer=, or data= as tensors of token ids (B, T)"
             )
-        texts = text_default()[0] if self.data is None else load_texts(self.data)
-        return token_batches(
-            texts,
-            encoder(tokenizer),
+        if self.data is None:
+            passages = [Passage(text, "the default text") for text in text_default()[0]]
+            facts: dict[str, Any] = {"data": "language reference of Python"}
+        else:
+            texts = read_texts(self.data, column=self.column, template=self.template, tokenizer=tokenizer)
+            passages, facts = texts.passages, texts.facts()
+        prefix = chosen_opening(tokenizer, self.bos)
+        batches = cut_batches(
+            encode_passages(passages, tokenizer),
             samples=self.samples,
             length=self.length,
             batch_size=self.batch_size,
             mode=self.mode,
             shortfall="warn" if self.data is None else "error",
+            prefix=prefix,
         )
+        shape = {"rows": sum(len(batch.ids) for batch in batches), "length": self.length, "mode": self.mode}
+        return batches, {**facts, **shape, "begins_with": list(prefix)}
+
+
+def _given_batches(data: Any) -> list[Batch] | None:
+    """Return data that is token ids already as batches; None for data that is text.
+
+    Raises:
+        CalibrationError: a list that is only partly token ids.
+    """
+    items = [data] if isinstance(data, Batch | Tensor) else data
+    if not isinstance(items, list | tuple) or not any(isinstance(item, Batch | Tensor) for item in items):
+        return None
+    if odd := [item for item in items if not isinstance(item, Batch | Tensor)]:
+        raise CalibrationError(
+            f"data is a list of token ids with a {type(odd[0]).__name__} in it; want batches or tensors (B, T) only"
+        )
+    return [item if isinstance(item, Batch) else Batch(item) for item in items]
 
 
 def unpadded(batches: Sequence[Batch]) -> list[Tensor]:

@@ -12,6 +12,9 @@ seen from the tensors themselves, not from names.
 
 Data-dependent control flow is allowed: batches may wait at different sites, then the earliest in the block's order is
 served first with the batches that reached it.
+
+A batch need not end with the block: where a model can only run as a whole (:mod:`quantkit.calibrate.flow`), its batches are
+:meth:`parked <Batch.park>` before the next block and go on from there.
 """
 
 import weakref
@@ -113,14 +116,27 @@ class Gather(Protocol):
         """Return the statistics called ``needs`` of the inputs, or of the inputs after a Hadamard transform."""
 
 
-class _Batch(greenlet.greenlet):
-    """One calibration batch inside a block; ``waiting`` is the site it is suspended at, ``output`` its result."""
+class Batch(greenlet.greenlet):
+    """One calibration batch inside a block; ``waiting`` is the site it is suspended at, ``output`` its result.
+
+    Args:
+        run: runs the block, or the model, and returns the output (B, T, H).
+    """
 
     waiting: str | None = None
+    parked: bool = False  # suspended until the next walk, outside of the blocks of this one
     inputs: Inputs | None = None
     output: Tensor | None = None
     float_inputs: dict[str, Tensor] | None = None
     rounded: tuple[weakref.ref[Tensor], Tensor] | None = None  # the last input that was rounded, and what became of it
+
+    def __init__(self, run: Callable[[], Tensor | None]) -> None:
+        super().__init__(lambda: setattr(greenlet.getcurrent(), "output", run()))
+
+    def park(self) -> None:
+        """Suspend this batch, which is the one running, until the next walk."""
+        self.parked = True
+        self.parent.switch()
 
     def rounds(self, x: Tensor, dtype: torch.dtype | None) -> Tensor:
         """Return ``x`` in what products round it to; sites that read one tensor share one result."""
@@ -148,7 +164,7 @@ def record_inputs(
             if inputs.expert_ids is None:
                 batch[site.name] = inputs.x
 
-        hooks = _attach(block, block_name, sites, keep)
+        hooks = attach(block, block_name, sites, keep)
         try:
             outputs.append(run())
         finally:
@@ -183,6 +199,32 @@ def walk_block(
     Returns:
         The outputs of ``forwards``, in order.
     """
+    batches = [Batch(run) for run in forwards]
+    for batch, float_x in zip(batches, float_inputs, strict=False):
+        batch.float_inputs = float_x
+    try:
+        walk_batches(batches, block, block_name, sites, visit, products)
+    finally:
+        end_batches(batches)
+    return [batch.output for batch in batches if batch.output is not None]
+
+
+def end_batches(batches: Sequence[Batch]) -> None:
+    """Unwind the forwards of suspended batches, so that nothing keeps their tensors alive."""
+    for batch in batches:
+        if not batch.dead:
+            batch.throw()
+
+
+def walk_batches(
+    batches: Sequence[Batch],
+    block: nn.Module,
+    block_name: str,
+    sites: Sequence[Site],
+    visit: Callable[[Site, Gather], None],
+    products: torch.dtype | None = None,
+) -> None:
+    """Let ``batches`` go on until each has ended or is parked; arguments as for :func:`walk_block`."""
     order = {site.name: i for i, site in enumerate(sites)}
     done: set[str] = set()
     # The inputs of the site before, weakly: they must not be kept from being freed, and a dead one equals nothing.
@@ -191,7 +233,7 @@ def walk_block(
 
     def suspend(site: Site, inputs: Inputs) -> None:
         batch = greenlet.getcurrent()
-        if not isinstance(batch, _Batch):
+        if not isinstance(batch, Batch):
             return
         if inputs.expert_ids is None:
             inputs.x = batch.rounds(inputs.x, products)
@@ -200,18 +242,17 @@ def walk_block(
             batch.waiting, batch.inputs = site.name, inputs
             batch.parent.switch()
 
-    batches = [_Batch(lambda run=run: setattr(greenlet.getcurrent(), "output", run())) for run in forwards]
-    for batch, float_x in zip(batches, float_inputs, strict=False):
-        batch.float_inputs = float_x
-    hooks = _attach(block, block_name, sites, suspend)
+    hooks = attach(block, block_name, sites, suspend)
     try:
-        running, heap = batches, HeapWatch()
+        running, heap = [batch for batch in batches if not batch.dead], HeapWatch()
+        for batch in running:
+            batch.parked = False
         while running:
             for batch in running:
                 batch.waiting = None
                 batch.switch()
                 heap.check()
-            waiting = [batch for batch in batches if not batch.dead]
+            waiting = [batch for batch in batches if not batch.dead and not batch.parked]
             if not waiting:
                 break
             name = min({batch.waiting or "" for batch in waiting}, key=lambda n: order[n])
@@ -220,7 +261,7 @@ def walk_block(
             inputs = [batch.inputs for batch in running if batch.inputs is not None]
             if len(inputs) != len(previous) or any(one.x is not ref() for one, ref in zip(inputs, previous, strict=True)):
                 known = {}
-            visit(site, _memoised(site, inputs, known, products))
+            visit(site, gatherer(site, inputs, known, products))
             done.add(name)
             previous = [weakref.ref(one.x) for one in inputs]
             for batch in running:
@@ -230,13 +271,11 @@ def walk_block(
     finally:
         for hook in hooks:
             hook()
-        for batch in batches:
-            if not batch.dead:
-                batch.throw()  # unwinds a suspended forward, so that nothing keeps its tensors alive
-    return [batch.output for batch in batches if batch.output is not None]
 
 
-def _memoised(site: Site, inputs: list[Inputs], known: dict[str, SiteStatistics], products: torch.dtype | None) -> Gather:
+def gatherer(site: Site, inputs: list[Inputs], known: dict[str, SiteStatistics], products: torch.dtype | None = None) -> Gather:
+    """Return what runs collectors over ``inputs``; ``known`` remembers what has been computed of them."""
+
     def gather(needs: Sequence[str], quantizer: InputQuantizer = UNCHANGED) -> SiteStatistics:
         key = ",".join([*sorted(needs), *(["rotated"] if quantizer.rotated else [])])
         if key not in known:
@@ -246,7 +285,7 @@ def _memoised(site: Site, inputs: list[Inputs], known: dict[str, SiteStatistics]
     return gather
 
 
-def _attach(
+def attach(
     block: nn.Module, block_name: str, sites: Sequence[Site], suspend: Callable[[Site, Inputs], None]
 ) -> list[Callable[[], None]]:
     """Make every site's module call ``suspend`` before it multiplies; returns functions that undo it."""

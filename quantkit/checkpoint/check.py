@@ -10,7 +10,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantkit.checkpoint.contents import Contents, Entry, contents_of, lookup, rejections_of
+from quantkit.checkpoint.contents import (
+    Contents,
+    Entry,
+    carried_layout,
+    contents_of,
+    lookup,
+    parameter_of,
+    rejections_of,
+    same_bits,
+)
 from quantkit.checkpoint.publish import INCOMPLETE, container_files, owner_of_new_files, refuse_foreign
 from quantkit.checkpoint.record import RECORD, read_record
 from quantkit.checkpoint.staging import find_state, stage_bytes
@@ -18,7 +27,10 @@ from quantkit.checkpoint.state import STAGE, Key
 from quantkit.errors import FormatError, SpecError, nearest
 from quantkit.formats.base import FORMATS
 from quantkit.formats.containers.base import Layout
-from quantkit.hf.load import PreTrainedModel
+from quantkit.hf.ledger import ledger_of
+from quantkit.hf.load import PreTrainedModel, architectures_of
+from quantkit.hf.structure import owners_of
+from quantkit.hf.ties import settle_ties
 from quantkit.spec import Plan
 from quantkit.system.files import clear_errors, read_json, usable_path
 
@@ -136,7 +148,12 @@ def check(
 ) -> int:
     """Do what :func:`check_output` says, given the contents."""
     _refuse(_rejections(contents, plan, format, dtype_name(model)), format)
+    _refuse_ties(contents, model, plan)
+    carried = carried_layout(ledger_of(model))
+    if odd := sorted(carried.keys() & {entry.name for entry in contents.entries}):
+        raise FormatError(f"{odd[0]} is carried over from the source, but the checkpoint has a tensor of this name already")
     total = sum(layout_bytes(layout_of(contents, model, plan, format, entry)) for entry in contents.entries)
+    total += layout_bytes(carried)
     _check_directory(path, total + scratch, overwrite)
     for text in converted_buffers(model, contents.model):
         log.warning("%s", text)
@@ -185,10 +202,30 @@ def _check_directory(path: Path, total: int, overwrite: bool) -> None:
         )
 
 
+def _refuse_ties(contents: Contents, model: nn.Module, plan: Plan) -> None:
+    """Refuse what the model ties and a reader of its config would not, or the other way round."""
+    owners, tied = owners_of(model), contents.model.all_tied_weights_keys
+    kind = type(model).__name__
+    for target, source in tied.items():
+        if owners.get(target) != owners.get(source) and not same_bits(lookup(model, target).cpu(), lookup(model, source)):
+            raise FormatError(
+                f"{target} and {source} are one tensor in every {kind} of this config, but differ in this model; a checkpoint "
+                "has place for one of them. Tie them, or use a config that does not"
+            )
+    sites = {parameter_of(site): name for name, site in contents.sites.items()}
+    for name, owner in owners.items():
+        if name != owner and name not in tied and sites.get(owner) in plan:
+            raise FormatError(
+                f"{name} and {owner} are one tensor in this model, but two in every {kind} loaded from its config; give "
+                "each layer its own before quantizing (copy.deepcopy), or leave both in float (a rule with skip)"
+            )
+
+
 def config_of(model: PreTrainedModel) -> Any:
-    """Return a copy of the model's config with its class recorded."""
+    """Return a copy of the model's config that says what the model is: its class, and whether its head is tied."""
     config = copy.deepcopy(model.config)
-    config.architectures = [type(model).__name__]
+    config.architectures = architectures_of(model)
+    settle_ties(model, config)
     return config
 
 

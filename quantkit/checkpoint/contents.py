@@ -5,16 +5,23 @@ Derived from the model's config alone (through an empty model), so writer and re
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from quantkit.errors import FormatError, QuantkitError, SpecError
 from quantkit.formats.base import Stored
+from quantkit.formats.containers.base import Layout
+from quantkit.hf.account import account
+from quantkit.hf.guard import names_source
+from quantkit.hf.ledger import Ledger, keep_ledger
 from quantkit.hf.load import PretrainedConfig, PreTrainedModel, empty_model
 from quantkit.hf.names import CheckpointTensor, Piece, checkpoint_names
 from quantkit.hf.structure import describe
+from quantkit.hf.weight_files import has_weights
 from quantkit.nn.sites import Site, Structure
+from quantkit.numerics.pack import as_bytes
 from quantkit.qtensor import GridTensor, concatenate
 
 
@@ -62,30 +69,35 @@ class Contents:
         return {site.name: site for site in (*self.structure.sites, *self.structure.after)}
 
 
-def contents_of(config: PretrainedConfig, *, most_weights: int | None = None) -> Contents:
+@names_source("cannot follow the layout of")
+def contents_of(config: PretrainedConfig, *, most_weights: int | None = None, source: str | Path | None = None) -> Contents:
     """Work out the contents of a checkpoint of the model that ``config`` describes.
 
     Args:
         config: config of the model.
         most_weights: more weights than this are refused before anything of their size is allocated.
+        source: where the model's weights are. If it is a directory with weight files, the tensors in them are accounted for,
+            and what is carried over counts.
 
     Raises:
-        FormatError: too many weights, or a layout that cannot be followed.
+        FormatError: too many weights, a layout that cannot be followed, or files that do not hold this model.
     """
     model = empty_model(config)
     count = sum(parameter.numel() for parameter in model.parameters())
     if most_weights is not None and count > most_weights:
         raise FormatError(f"it describes a model of {count} weights, but the files can hold at most {most_weights}")
+    if source is not None and has_weights(Path(source)):
+        keep_ledger(model, account(Path(source), model))
     structure = describe(model)
     sites = {parameter_of(site): site for site in (*structure.sites, *structure.after)}
     transposed = frozenset(name for name, site in sites.items() if site.transposed)
     blocks = [f"{block.name}." for block in structure.blocks]
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     entries = []
-    for name, source in checkpoint_names(model, transposed).items():
-        first = source.pieces[0].parameter
+    for name, content in checkpoint_names(model, transposed).items():
+        first = content.pieces[0].parameter
         block = next((i for i, prefix in enumerate(blocks) if first.startswith(prefix)), len(blocks))
-        entries.append(Entry(name, source, _shape(source, shapes, transposed), block, sites.get(first)))
+        entries.append(Entry(name, content, _shape(content, shapes, transposed), block, sites.get(first)))
     entries.sort(key=lambda entry: entry.block)  # stable: the model's order within a block
     return Contents(model, structure, tuple(entries), transposed)
 
@@ -127,6 +139,17 @@ def rejections_of(
     return refused
 
 
+def carried_linears(ledger: Ledger | None) -> list[str]:
+    """Return the names of the modules that a reader may take for linear layers, of what is carried over."""
+    kept = ledger.carried_headers if ledger is not None else {}
+    return [n.removesuffix(".weight") for n, header in kept.items() if n.endswith(".weight") and len(header.shape) == 2]
+
+
+def carried_layout(ledger: Ledger | None) -> Layout:
+    """Return name to dtype and shape of everything that is carried over from a source."""
+    return {name: (header.dtype, header.shape) for name, header in (ledger.carried_headers if ledger else {}).items()}
+
+
 def linear_modules(contents: Contents, quantized: Iterable[str]) -> list[str]:
     """Return the names of modules that a reader may take for linear layers and that are not quantized.
 
@@ -164,6 +187,14 @@ def lookup(model: nn.Module, name: str) -> Tensor:
     if not isinstance(tensor, Tensor):
         raise FormatError(f"the model has no float tensor {name}; it does not match its config, or the layer is quantized")
     return tensor.detach()
+
+
+def same_bits(a: Tensor | None, b: Tensor | None) -> bool:
+    """Say whether two tensors have the same dtype, shape and bytes; None is only the same as None."""
+    if a is None or b is None:
+        return a is b
+    b = b.cpu()
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(as_bytes(a), as_bytes(b))  # so NaN equals itself
 
 
 def float_tensor(model: nn.Module, entry: Entry, transposed: frozenset[str]) -> Tensor:

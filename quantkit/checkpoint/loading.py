@@ -1,5 +1,6 @@
 """Loading: a checkpoint becomes a model that runs; each quantized weight is held once, in its kernel's layout."""
 
+import functools
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,7 +15,9 @@ from quantkit.checkpoint.contents import read_floats
 from quantkit.checkpoint.read import Opened, open_checkpoint
 from quantkit.checkpoint.record import check_sums
 from quantkit.errors import FormatError
+from quantkit.formats.base import FORMATS
 from quantkit.hf.experts import enable_experts
+from quantkit.hf.ledger import Ledger, keep_ledger
 from quantkit.hf.load import PreTrainedModel, read_generation_config
 from quantkit.kernels import ComputeMode
 from quantkit.kernels.cpu import layout
@@ -88,9 +91,12 @@ def load(
                 continue
             parts = found.sites[name] if found else [part.moved(arena.copy) for part in _prepack(opened, site, heap)]
             install(model, site, GridTensor.empty(scheme.weight, site.shape, "meta"), activation)
-            module: Any = model.get_submodule(name)
-            module.adopt(kernels[name], [State(part, part.struct()) for part in parts])
+            states = [State(part, part.struct()) for part in parts]
+            for module in _holders(model, name):
+                module.adopt(kernels[name], states)
         _finish(model, path)
+        reopen = functools.partial(FORMATS.get(opened.format_name).container.reader, opened.path)
+        keep_ledger(model, Ledger(opened.path, opened.reader.headers, {}, opened.carried, reopen, is_source=False))
     loaded: PreTrainedModel = model.requires_grad_(False).eval()
     if not on_cpu:
         loaded = model.to(device)
@@ -101,11 +107,16 @@ def load(
     return loaded
 
 
+def _holders(model: Any, name: str) -> list[Any]:
+    """Return the modules that run a weight: the one of this name, and others that share it and have a bias of their own."""
+    tied = [part for part in model.modules() if isinstance(part, QuantModule) and part.tied_to == name]
+    return [model.get_submodule(name), *tied]
+
+
 def _finish(model: Any, path: str | Path) -> None:
     """Tie, check that nothing is missing, and set what the files say beside the weights."""
     quantized = {name: part for name, part in model.named_modules() if isinstance(part, QuantModule)}
-    if not any(part.tied_to for part in quantized.values()):  # its table is one already
-        model.tie_weights()
+    model.tie_weights(recompute_mapping=False)  # what is quantized is not on its list any more
     tensors = [*model.named_parameters(), *model.named_buffers(), *quantized.items()]
     left = [name for name, tensor in tensors if tensor.device.type == "meta"]
     if left:

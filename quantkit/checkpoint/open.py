@@ -1,5 +1,6 @@
 """Open any model that a user may name."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from quantkit.hf.load import load_float, load_tokenizer
 from quantkit.hf.source import locate
 from quantkit.kernels import ComputeMode
 from quantkit.nn.install import quantize_head
-from quantkit.system.files import clear_errors, read_json
+from quantkit.system.files import read_json
 
 HEADS = ("float", "int8")
 """What :func:`open_model` can make of an output head."""
@@ -49,10 +50,7 @@ def open_model(
 
 def _is_quantized(path: Path) -> bool:
     """Whether a directory is for :func:`quantkit.checkpoint.load`: also an unfinished one, so that it can say what is wrong."""
+    if os.path.exists(path / checkpoint.INCOMPLETE):  # which, unlike Path.exists, is False for names that cannot be
+        return True
     config = path / "config.json"
-    with clear_errors(f"look into {path}"):
-        if (path / checkpoint.INCOMPLETE).exists():
-            return True
-        if not config.is_file():
-            return False
-    return "quantization_config" in read_json(config)
+    return os.path.isfile(config) and "quantization_config" in read_json(config)

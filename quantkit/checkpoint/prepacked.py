@@ -47,6 +47,7 @@ from quantkit.numerics.pack import as_bytes
 from quantkit.system.files import (
     atomic_path,
     cache_dir,
+    cache_switch,
     known_sha256,
     private_directory,
     remember_sha256,
@@ -88,19 +89,15 @@ def directory() -> Path:
 
 def enabled() -> bool:
     """Say whether the cache is in use."""
-    return not _off().exists()
+    return not cache_switch().exists()
 
 
 def switch(on: bool) -> None:
     """Turn the cache on or off, for every later process too; what it holds stays."""
     if on:
-        _off().unlink(missing_ok=True)
+        cache_switch().unlink(missing_ok=True)
     else:
-        write_atomic(_off(), "`quantkit cache --on` removes this file and keeps prepacked weights again\n")
-
-
-def _off() -> Path:
-    return cache_dir() / "prepacked.off"
+        write_atomic(cache_switch(), "`quantkit cache --on` removes this file and keeps prepacked weights again\n")
 
 
 def files() -> list[Path]:

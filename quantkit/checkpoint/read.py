@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit.checkpoint.contents import Contents, contents_of, read_site
+from quantkit.checkpoint.contents import Contents, contents_of, read_site, same_bits
 from quantkit.checkpoint.publish import is_marked
 from quantkit.checkpoint.record import check_sums
 from quantkit.errors import FormatError, QuantkitError
@@ -20,6 +20,9 @@ from quantkit.hf.load import read_config
 from quantkit.nn.sites import Site
 from quantkit.qtensor import GridTensor
 from quantkit.spec import Scheme
+
+RECORD = "quantkit"
+"""Section of the config with what the writer recorded."""
 
 MIN_BITS = 2
 """Bits of the narrowest weight that any format stores."""
@@ -38,6 +41,7 @@ class Opened:
         contents: what the model's config says a checkpoint holds.
         stored: entry name to how it is stored, for every quantized tensor.
         reader: the tensors.
+        carried: names of the tensors that the model's class does not know, as the writer recorded them.
     """
 
     path: Path
@@ -46,6 +50,7 @@ class Opened:
     contents: Contents
     stored: dict[str, Stored]
     reader: Reader
+    carried: tuple[str, ...] = ()
 
     @property
     def schemes(self) -> dict[str, Scheme]:
@@ -86,8 +91,9 @@ def open_checkpoint(path: str | Path) -> Iterator[Opened]:
         contents = _contents(path, where, config, reader)
         matcher = _matcher(where, rule, config, reader)
         stored = _match_entries(where, contents, matcher, rule.dialect.embeddings)
-        _check_tensors(path, contents, stored, reader)
-        yield Opened(path, config, name, contents, stored, reader)
+        carried = _carried(where, config)
+        _check_tensors(path, contents, stored, reader, carried)
+        yield Opened(path, config, name, contents, stored, reader, carried)
 
 
 def _find_format(path: Path) -> tuple[str, Format, dict[str, Any]]:
@@ -155,7 +161,18 @@ def _match_entries(where: Path, contents: Contents, matcher: Matcher, embeddings
     return stored
 
 
-def _check_tensors(path: Path, contents: Contents, stored: Mapping[str, Stored], reader: Reader) -> None:
+def _carried(where: Path, config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the names of the tensors that our writer recorded as carried over from the source."""
+    section = config.get(RECORD)
+    names = section.get("carried_over", []) if isinstance(section, dict) else []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+        raise FormatError(f"{where}: {RECORD}.carried_over is no list of different names; copy the whole checkpoint again")
+    return tuple(names)
+
+
+def _check_tensors(
+    path: Path, contents: Contents, stored: Mapping[str, Stored], reader: Reader, carried: tuple[str, ...]
+) -> None:
     """Compare the names, dtypes and shapes in the files with what the config promises."""
     expected: set[str] = set()
     dtypes = {name: tensor.dtype for name, tensor in contents.model.state_dict().items()}
@@ -173,6 +190,14 @@ def _check_tensors(path: Path, contents: Contents, stored: Mapping[str, Stored],
             expected.add(entry.name)
             own = dtypes[entry.source.pieces[0].parameter]
             _check_tensor(path, reader, entry.name, entry.shape, _FLOATS if own.is_floating_point else (own,))
+    if odd := sorted(expected & set(carried)):
+        raise FormatError(f"{path}: {odd[0]} is recorded as carried over, but belongs to the model")
+    if lost := [name for name in carried if name not in reader.headers]:
+        raise FormatError(
+            f"{path}: tensor {lost[0]}, carried over from the source, is missing; copy the whole checkpoint again"
+        )
+    expected |= set(carried)
+    _check_ties(path, contents, reader)
     ignorable = getattr(contents.model, "_keys_to_ignore_on_load_unexpected", None) or []
     extra = [
         name
@@ -184,6 +209,20 @@ def _check_tensors(path: Path, contents: Contents, stored: Mapping[str, Stored],
     if extra:
         hint = "; permuted groups (weight_g_idx) are not supported" if any(n.endswith("weight_g_idx") for n in extra) else ""
         raise FormatError(f"{path}: {len(extra)} tensors that the config does not account for: {', '.join(extra[:3])}{hint}")
+
+
+def _check_ties(path: Path, contents: Contents, reader: Reader) -> None:
+    """Refuse a tensor of its own in the place of one that the config calls tied: it would be passed over."""
+    for target, source in contents.model.all_tied_weights_keys.items():
+        if target not in reader.headers:
+            continue
+        same = source in reader.headers and same_bits(reader.read(target), reader.read(source, copy=False))
+        if not same:
+            raise FormatError(
+                f"{path}: the config ties {target} to {source}, but the files hold another {target}; set tie_word_embeddings "
+                "to false in config.json if the tensor is meant"
+            )
+    reader.release()
 
 
 def _check_tensor(path: Path, reader: Reader, name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
@@ -220,7 +259,9 @@ def inspect(path: str | Path, *, verify: bool = False) -> dict[str, Any]:
         quantized_bytes = sum(
             h.nbytes for n, h in opened.reader.headers.items() if n.rpartition(".")[0] in prefixes and n not in _bias(prefixes)
         )
+        kept = {name: opened.reader.headers[name] for name in opened.carried}
         every = sum(torch.Size(e.shape).numel() for e in opened.contents.entries)
+        every += sum(torch.Size(header.shape).numel() for header in kept.values())
         files = {f: (opened.path / f).stat().st_size for f in sorted({h.file for h in opened.reader.headers.values()})}
         return {
             "path": str(path),
@@ -233,10 +274,16 @@ def inspect(path: str | Path, *, verify: bool = False) -> dict[str, Any]:
             "quantized_parameters": sum(weights.values()),
             "quantized_bytes": quantized_bytes,
             "quantized_bits_per_weight": quantized_bytes * 8 / sum(weights.values()),
+            "carried_over": {
+                "tensors": len(kept),
+                "bytes": sum(header.nbytes for header in kept.values()),
+                "names": list(kept),
+            },
+            "tensor_bytes": sum(header.nbytes for header in opened.reader.headers.values()),
             "bytes": sum(files.values()),
             "bits_per_weight": sum(files.values()) * 8 / every,
             "shards": files,
-            "metadata": opened.config.get("quantkit", {}),
+            "metadata": {key: value for key, value in opened.config.get(RECORD, {}).items() if key != "carried_over"},
         }
 
 

@@ -3,15 +3,14 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from quantkit.checkpoint.contents import float_tensor
+from quantkit.checkpoint.contents import float_tensor, same_bits
 from quantkit.checkpoint.publish import mark_incomplete
-from quantkit.checkpoint.read import open_checkpoint
+from quantkit.checkpoint.read import Opened, open_checkpoint
 from quantkit.errors import FormatError, SpecError
+from quantkit.hf.ledger import Ledger, ledger_of
 from quantkit.nn.linear import QuantModule
-from quantkit.numerics.pack import as_bytes
 from quantkit.qtensor import GridTensor, QTensor, as_grid
 from quantkit.spec import QuantSpec, Scheme
 
@@ -72,14 +71,22 @@ def _compare(path: Path, model: nn.Module) -> None:
                 continue
             if not same_bits(opened.reader.read(entry.name), float_tensor(model, entry, opened.contents.transposed)):
                 raise FormatError(f"{path}: {entry.name} differs from the model in memory; the disk lost bits")
+        _compare_carried(path, opened, ledger_of(model))
 
 
-def same_bits(a: Tensor | None, b: Tensor | None) -> bool:
-    """Say whether two tensors have the same dtype, shape and bytes; None is only the same as None."""
-    if a is None or b is None:
-        return a is b
-    b = b.cpu()
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(as_bytes(a), as_bytes(b))  # so NaN equals itself
+def _compare_carried(path: Path, opened: Opened, ledger: Ledger | None) -> None:
+    """Compare the tensors that were carried over with the files that they come from."""
+    wanted = ledger.carried if ledger is not None else ()
+    if set(wanted) != set(opened.carried):
+        odd = sorted(set(wanted) ^ set(opened.carried))
+        raise FormatError(f"{path}: {odd[0]} of the source is {'lost' if odd[0] in wanted else 'not one that is carried over'}")
+    if ledger is None:
+        return
+    with ledger.tensors() as read:
+        for name in wanted:
+            if not same_bits(opened.reader.read(name, copy=False), read(name)):
+                raise FormatError(f"{path}: {name} differs from the source in {ledger.path}; the disk lost bits")
+            opened.reader.release()
 
 
 def _same_qtensor(a: QTensor, b: QTensor) -> bool:

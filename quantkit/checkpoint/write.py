@@ -7,10 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
-from quantkit.checkpoint.check import check, config_of, dtype_name, layout_of, replaced_files
+from quantkit.checkpoint.card import write_card
+from quantkit.checkpoint.check import check, config_of, dtype_name, layout_bytes, layout_of, replaced_files
 from quantkit.checkpoint.contents import (
     Entry,
     aliases,
+    carried_layout,
+    carried_linears,
     contents_of,
     float_tensor,
     linear_modules,
@@ -18,15 +21,19 @@ from quantkit.checkpoint.contents import (
     quantized_slice,
     read_floats,
     read_site,
+    same_bits,
 )
 from quantkit.checkpoint.digests import Digest
+from quantkit.checkpoint.extras import write_extras
 from quantkit.checkpoint.publish import INCOMPLETE, container_files, mark_incomplete
+from quantkit.checkpoint.read import RECORD as SECTION
 from quantkit.checkpoint.record import RECORD, Record, tensor_sums
 from quantkit.checkpoint.staging import Stage, claim
 from quantkit.checkpoint.state import Key
-from quantkit.checkpoint.verify import installed, installed_plan, same_bits, verify
+from quantkit.checkpoint.verify import installed, installed_plan, verify
 from quantkit.errors import FormatError
 from quantkit.formats.base import FORMATS, Stored
+from quantkit.hf.ledger import ledger_of
 from quantkit.hf.load import PreTrainedModel
 from quantkit.nn.sites import Structure
 from quantkit.qtensor import GridTensor
@@ -81,8 +88,10 @@ class CheckpointWriter:
             if entry.site and entry.site.name in self.plan
         }
         self._layouts = {e.name: layout_of(self._contents, model, plan, format, e) for e in self._contents.entries}
+        self._ledger = ledger_of(model)
+        carried = [{name: what} for name, what in carried_layout(self._ledger).items()]
         self._stage = Stage(self.path, key, resume=resume)
-        self._files = self._rule.container.writer(self._stage.path, list(self._layouts.values()))
+        self._files = self._rule.container.writer(self._stage.path, [*self._layouts.values(), *carried])
         self._stage.begin()
         self._written = set(range(self._stage.finished))
         self._carry_out_changes()
@@ -220,6 +229,7 @@ class CheckpointWriter:
         last = len(self.structure.blocks)
         if last not in self._written:
             self.write_block(last, outside or {})
+        self._carry_over()
         with self._stage.extras() as folder:
             write_extras(folder, self.model, tokenizer)
         facts = dict(metadata or {})
@@ -237,6 +247,7 @@ class CheckpointWriter:
             if found:
                 facts["quality"] = {**facts.get("quality", {}), **found}
                 self._files.finish(self._config(facts))
+        self._write_card(self._config(facts))
         self._stage.publish(replaced_files(self.path), self._rule.container.key_file)
         return self.path
 
@@ -248,6 +259,25 @@ class CheckpointWriter:
         record = Record(__version__, self.format, sorted(files), tensors, dict(self._stage.key or {}), dict(run))
         with self._stage.extras() as folder:
             write_atomic(folder / RECORD, record.text())
+
+    def _write_card(self, config: Mapping[str, Any]) -> None:
+        carried = carried_layout(self._ledger)
+        own = sum(layout_bytes(layout) for layout in self._layouts.values())
+        facts = {"tensors": f"{own + layout_bytes(carried):,} bytes"}
+        if carried:
+            facts["carried over unchanged"] = (
+                f"{len(carried)} tensors that this class does not run, {layout_bytes(carried):,} bytes"
+            )
+        with self._stage.extras() as folder:
+            write_card(folder, self.path, config, facts)
+
+    def _carry_over(self) -> None:
+        """Copy what the model's class does not know from the source's files, one tensor at a time."""
+        if self._ledger is None:
+            return
+        with self._ledger.tensors() as read:
+            for name in self._ledger.carried:
+                self._files.write({name: read(name)})
 
     def _entries(self, index: int) -> list[Entry]:
         return [entry for entry in self._contents.entries if entry.block == index]
@@ -277,24 +307,16 @@ class CheckpointWriter:
             self._stage.record_changes()
 
     def _config(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
-        config: dict[str, Any] = json.loads(self.model.config.to_json_string(use_diff=True))
+        config: dict[str, Any] = json.loads(config_of(self.model).to_json_string(use_diff=True))
         quantized = {e.name: e for e in self._contents.entries if e.name in self._stored}
         plan = {name: self._stored[e.name].scheme for e in quantized.values() for name in aliases(e)}
         dtype = dtype_name(self.model)
-        config["architectures"] = [type(self.model).__name__]
         config["dtype"] = dtype
-        config["quantization_config"] = self._rule.dialect.dump_config(plan, linear_modules(self._contents, quantized), dtype)
-        config["quantkit"] = {"version": __version__, "format": self.format, **metadata}
+        ignore = sorted({*linear_modules(self._contents, quantized), *carried_linears(self._ledger)})
+        config["quantization_config"] = self._rule.dialect.dump_config(plan, ignore, dtype)
+        carried = {"carried_over": list(self._ledger.carried)} if self._ledger and self._ledger.carried else {}
+        config[SECTION] = {"version": __version__, "format": self.format, **metadata, **carried}
         return config
-
-
-def write_extras(path: Path, model: PreTrainedModel, tokenizer: Any) -> None:
-    """Write what a checkpoint carries along beside its tensors into a directory."""
-    generation = getattr(model, "generation_config", None)
-    if generation is not None:
-        write_atomic(path / "generation_config.json", generation.to_json_string(use_diff=True))
-    if tokenizer is not None:
-        tokenizer.save_pretrained(path)
 
 
 def save(

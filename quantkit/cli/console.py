@@ -70,17 +70,14 @@ def size(nbytes: float) -> str:
 
 def parse_settings(settings: Sequence[str] | None) -> dict[str, Any]:
     """Turn ``["calibration.samples=8"]`` into ``{"calibration.samples": 8}``; values are YAML."""
-    import yaml
+    from quantkit.recipe.yaml import read_value
 
     found: dict[str, Any] = {}
     for setting in settings or ():
         key, separator, value = setting.partition("=")
         if not separator or not key:
             raise RecipeError(f"--set {setting}: want KEY=VALUE, e.g. --set calibration.samples=8")
-        try:
-            found[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise RecipeError(f"--set {setting}: the value is not valid YAML: {error}") from None
+        found[key] = read_value(value, f"--set {key}")
     return found
 
 

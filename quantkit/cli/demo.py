@@ -46,6 +46,7 @@ class DemoSettings:
         model: hub id, directory, GGUF file, or ``"demo"``, the embedded default.
         data: text to calibrate with (None: text that every Python carries); the evaluation always uses the held-out half of
             the default text.
+        column, template: which column of it is read, and the chat template of conversations.
         out: directory for checkpoints and reports; checkpoints of an earlier demo there are replaced.
         samples, length: calibration windows, and tokens of one.
         windows, window_length: evaluation windows, and tokens of one.
@@ -54,12 +55,19 @@ class DemoSettings:
 
     model: str = DEMO_MODEL
     data: str | None = None
+    column: str | None = None
+    template: str | None = None
     out: str | Path = "quantkit-demo"
     samples: int = 128
     length: int = 512
     windows: int = 16
     window_length: int = 512
     rounds: int = 5
+
+    @property
+    def calibration(self) -> Calibration:
+        """The calibration of every row that needs one."""
+        return Calibration(self.data, self.samples, self.length, column=self.column, template=self.template)
 
     def quick(self) -> "DemoSettings":
         """Return the same with little data: enough to see that everything works, not enough to judge a scheme."""
@@ -99,8 +107,7 @@ def plan_demo(settings: DemoSettings) -> list[Variant]:
         spec = next(iter(plan.values())).weight
         group = f"g{spec.group_size}" if spec.group_size > 0 else "channel"
         label = "W8" if bits == 8 else f"W4 {quantizer.upper()} {group}"
-        calibration = Calibration(samples=settings.samples, length=settings.length)
-        predicted = estimate(contents, plan, QUANTIZERS.get(quantizer)(), calibration=calibration)
+        predicted = estimate(contents, plan, QUANTIZERS.get(quantizer)(), calibration=settings.calibration)
         variants.append(Variant(label, label.lower().replace(" ", "-"), quantizer, plan, predicted))
     return variants
 
@@ -127,7 +134,7 @@ def run_demo(settings: DemoSettings, variants: list[Variant] | None = None, prog
             sharing_copy(plain),
             variant.plan,
             method=variant.quantizer,
-            calibration=Calibration(settings.data, settings.samples, settings.length),
+            calibration=settings.calibration,
             output=Output(out / variant.folder, overwrite=True),
             run=Run(progress=_labelled(progress, variant.label)),
             tokenizer=tokenizer,

@@ -113,16 +113,18 @@ def doctor(as_json: AsJson = False) -> None:
 @app.command()
 def cache(
     clear: Annotated[bool, typer.Option("--clear", help="Remove what it holds.")] = False,
-    on: Annotated[bool | None, typer.Option("--on/--off", help="Keep prepacked weights from now on, or no more.")] = None,
+    on: Annotated[bool | None, typer.Option("--on/--off", help="Keep weights from now on, or no more.")] = None,
 ) -> None:
-    """Show the weights kept in the kernels' layout, which make a second load fast; clear them, or turn this off."""
+    """Show the weights kept in the kernels' layout and from GGUF files, which make a second load fast; clear or turn it off."""
     from quantkit.checkpoint import prepacked
+    from quantkit.hf import gguf
 
     if on is not None:
         prepacked.switch(on)
     if clear:
-        say(f"removed {size(prepacked.clear())}")
+        say(f"removed {size(prepacked.clear() + gguf.clear())}")
     say(prepacked.describe())
+    say(f"{size(gguf.used_bytes())} read from GGUF files")
 
 
 def _flat(value: Any, name: str = "recorded") -> dict[str, str]:

@@ -14,6 +14,15 @@ ComputeMode = Annotated[
 ]
 Head = Annotated[str, typer.Option(help="float, or int8: round the output head in memory, which is faster.")]
 KeysAndValues = Annotated[str, typer.Option("--kv", help="How keys and values are stored: float, int8 or int4.")]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        help="File or folder of text, JSON, JSON lines, CSV, TSV or Parquet, or a name of datasets; default: text that every "
+        "Python carries."
+    ),
+]
+Column = Annotated[str | None, typer.Option(help="Column of the data that is read: a text, messages, or prompt+response.")]
+Template = Annotated[str | None, typer.Option(help="Chat template of conversations: a name of the tokenizer's, or a file.")]
 DrafterName = Annotated[
     str | None,
     typer.Option(

@@ -8,13 +8,26 @@ import typer
 from quantkit.cli import app
 from quantkit.cli.console import console, facts, parse_settings, progress_bars, say, size, table
 from quantkit.cli.inspect import Settings
-from quantkit.cli.options import ComputeMode, DrafterName, Engine, Head, KeysAndValues, Model, read_drafter
+from quantkit.cli.options import (
+    Column,
+    ComputeMode,
+    Data,
+    DrafterName,
+    Engine,
+    Head,
+    KeysAndValues,
+    Model,
+    Template,
+    read_drafter,
+)
 
 
 @app.command()
 def demo(
     model: Annotated[str, typer.Option(help="Hub id, directory, or demo for the embedded SmolLM2-135M-Instruct.")] = "demo",
-    data: Annotated[str | None, typer.Option(help="Calibration text: file, folder or datasets name.")] = None,
+    data: Data = None,
+    column: Column = None,
+    template: Template = None,
     out: Annotated[Path, typer.Option(help="Where checkpoints and reports go; those of an earlier demo are replaced.")] = Path(
         "quantkit-demo"
     ),
@@ -27,7 +40,9 @@ def demo(
     from quantkit.cli.demo import DemoSettings, plan_demo, run_demo
     from quantkit.report import comparison_table, coverage_table
 
-    settings = DemoSettings(model=model, data=data, out=out, samples=samples, length=length, windows=windows)
+    settings = DemoSettings(
+        model=model, data=data, column=column, template=template, out=out, samples=samples, length=length, windows=windows
+    )
     settings = settings.quick() if quick else settings
     variants = plan_demo(settings)
     rows = [
@@ -82,9 +97,9 @@ def run(recipe: Path, settings: Settings = None) -> None:
 def evaluate(
     model: Model,
     base: Annotated[str | None, typer.Option(help="The model it should agree with, for KL and agreement.")] = None,
-    data: Annotated[
-        str | None, typer.Option(help="Text file, folder or datasets name; default: text every Python carries.")
-    ] = None,
+    data: Data = None,
+    column: Column = None,
+    template: Template = None,
     windows: int = 20,
     length: Annotated[int, typer.Option(help="Tokens of a window.")] = 1024,
     latency: Annotated[bool, typer.Option(help="Measure speed too.")] = True,
@@ -104,6 +119,8 @@ def evaluate(
             opened,
             open_model(base)[0] if base else None,
             data=data,
+            column=column,
+            template=template,
             tokenizer=tokenizer,
             windows=windows,
             length=length,

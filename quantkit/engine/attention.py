@@ -128,7 +128,7 @@ def attend(
         key, value = keys.read(group.reading).to(query.dtype), values.read(group.reading).to(query.dtype)
         (sequences, _, shared, _), heads = key.shape, query.shape[1]
         length, stacked = (group.last - group.first) // sequences, heads // shared
-        grouped = query[group.first : group.last].view(sequences, length, shared, stacked, -1)
+        grouped = query[group.first : group.last].reshape(sequences, length, shared, stacked, -1)
         grouped = grouped.permute(0, 2, 3, 1, 4).flatten(2, 3)  # (S, kv_heads, stacked * length, dim)
         mask = group.mask if length == 1 else group.mask.repeat(1, 1, stacked, 1)
         key, value = key.transpose(1, 2), value.transpose(1, 2)  # (S, kv_heads, keys, dim)

@@ -8,23 +8,26 @@ simulated requests). Nothing here is random: the same model, text and machine gi
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from quantkit.calibrate.data import Batch, encoder, load_texts, text_default
+from quantkit.calibrate.columns import Passage
+from quantkit.calibrate.data import Batch, refuse_ids
+from quantkit.calibrate.texts import chosen_opening, encode_passages, read_texts, text_default
 from quantkit.errors import CalibrationError
 from quantkit.evaluation.coverage import CoverageRow, summarise
 from quantkit.evaluation.footprint import Footprint, footprint
-from quantkit.evaluation.latency import Latency, compare_latency, max_positions, measure_latency
+from quantkit.evaluation.latency import Latency, compare_latency, measure_latency
 from quantkit.evaluation.quality import Divergence, Quality, score
 from quantkit.evaluation.record import Environment, EvalReport, Protocol, describe_environment
 from quantkit.evaluation.reference import BaseLogits
 from quantkit.evaluation.through_cache import ThroughCache
 from quantkit.evaluation.windows import Windows, cut_windows, from_batches
+from quantkit.nn.embedding import input_table, max_positions
 from quantkit.nn.linear import QuantLinear, QuantWeight
 from quantkit.spec import KVScheme
 from quantkit.system.keywords import check_names, take
@@ -45,14 +48,19 @@ class EvaluationOptions(TypedDict, total=False):
     windows: int | None
     length: int
     stride: int | None
-    bos: bool
+    bos: bool | None
+    column: str | None
+    template: str | None
     kl_windows: int | None
     batch_size: int
     base_label: str | None
     path: str | Path | None
 
 
-_WINDOWS, _SCORING = frozenset({"windows", "length", "stride", "bos"}), frozenset({"kl_windows", "batch_size"})
+_WINDOWS, _SCORING = (
+    frozenset({"windows", "length", "stride", "bos", "column", "template"}),
+    frozenset({"kl_windows", "batch_size"}),
+)
 
 
 def evaluate(
@@ -73,8 +81,9 @@ def evaluate(
         model: a transformers model; or the path of a quantized checkpoint; or the directory, hub id or GGUF file of a float
             model.
         base: the reference model for the divergence; a :class:`BaseLogits` to share its logits between several evaluations.
-        data: text to score: a file, folder, dataset name or list of texts (:func:`quantkit.calibrate.data.load_texts`); token
-            ids (n,) or (windows, length); batches; :class:`Windows`; None for the held-out half of the default text.
+        data: text to score: a file, folder, dataset name or list of texts or rows, as for calibration
+            (:class:`quantkit.Calibration`); token ids (n,) or (windows, length); batches; :class:`Windows`; None for the
+            held-out half of the default text.
         tokenizer: tokenizer for text; a model that is given as a path has its own.
         latency: whether to measure speed; or earlier timings, for instance of :func:`compare_latency`, for the report.
         kv: score the model while it reads its keys and values from a memory that stores them this way (``"int8"``, ``"int4"``,
@@ -85,7 +94,9 @@ def evaluate(
             ``windows`` (20): number of windows to score, spread evenly over the text; None for all.
             ``length`` (1024): tokens per window, at most the number of positions of the model; the report has the length used.
             ``stride`` (None): tokens between the starts of windows; None for adjacent windows.
-            ``bos`` (False): start every window with the tokenizer's BOS token.
+            ``bos`` (None): start every window with the tokenizer's BOS token; None for what the tokenizer does with a text.
+            ``column``, ``template`` (None): which column of rows is read, and the chat template of conversations, as for
+            calibration.
             ``kl_windows`` (None): compare with the base on the first windows only, this many; None for all.
             ``batch_size`` (1): windows per forward pass.
             ``base_label``: name of the base, by default like ``label``.
@@ -104,6 +115,7 @@ def evaluate(
     base_name = options.get("base_label") or (None if base is None else _label(base))
     base = _load(base)[0] if isinstance(base, str | Path) else base
     cut, source = _cut(data, tokenizer or own_tokenizer, max_positions(model), **take(options, _WINDOWS))
+    _check_fit(cut, model)
     scored = model if kv is None else ThroughCache(model, kv)
     quality = score(scored, cut, base, progress=progress, **take(options, _SCORING))
     if latency is True:
@@ -180,9 +192,10 @@ def _cut(
     windows: int | None = 20,
     length: int = 1024,
     stride: int | None = None,
-    bos: bool = False,
+    bos: bool | None = None,
+    **columns: str | None,
 ) -> tuple[Windows, str]:
-    """Return the windows for the given data, and a description of the data."""
+    """Return the windows for the given data, and a description of the data; ``columns`` say how rows are read."""
     length = min(length, positions or length)
     if isinstance(data, Windows):
         return data, "given windows"
@@ -190,28 +203,42 @@ def _cut(
         return from_batches(data), "given batches"
     if isinstance(data, Tensor) and data.ndim == 2:
         return from_batches([Batch(data.to(torch.int64))]), "given token ids"
-    bos_id = getattr(tokenizer, "bos_token_id", None) if bos else None
-    if bos and bos_id is None:
-        raise CalibrationError("bos=True needs a tokenizer with a BOS token; use bos=False")
     if isinstance(data, Tensor):
-        tokens, source = data, "token ids"
+        tokens, source, begin = data, "token ids", chosen_opening(tokenizer, bos) if bos else ()
     else:
-        tokens, source = _tokens(data, tokenizer)
-    cut = cut_windows(tokens, length=length, count=windows, stride=stride, bos_id=bos_id)
+        tokens, source, begin = _tokens(data, tokenizer, bos, columns)
+    cut = cut_windows(tokens, length=length, count=windows, stride=stride, bos_id=begin or None)
     if windows is not None and len(cut) < windows:
         logger.warning("windows=%d: %s has only %d of length %d, all are used", windows, source, len(cut), length)
     return cut, source
 
 
-def _tokens(data: Any, tokenizer: Any) -> tuple[Tensor, str]:
+def _check_fit(windows: Windows, model: Any) -> None:
+    """Refuse ids that the model's embedding does not have, and windows longer than its positions."""
+    if not hasattr(model, "get_input_embeddings"):
+        return
+    refuse_ids(windows.ids, input_table(model)[0])
+    positions = max_positions(model)
+    if positions is not None and windows.length > positions:
+        raise CalibrationError(
+            f"windows of {windows.length} tokens are longer than the {positions} positions of the model; give shorter ones"
+        )
+
+
+def _tokens(
+    data: Any, tokenizer: Any, bos: bool | None, columns: Mapping[str, str | None]
+) -> tuple[Tensor, str, tuple[int, ...]]:
+    """Return the ids of a text, a description of it, and what windows begin with."""
     if tokenizer is None:
         raise CalibrationError("text needs a tokenizer: give tokenizer=, or token ids as data")
-    texts = text_default()[1] if data is None else load_texts(data)
     if data is None:
         source = f"language reference of Python {sys.version_info.major}.{sys.version_info.minor}, held-out topics"
-    elif isinstance(data, str | Path):
-        source = Path(data).name if Path(data).exists() else str(data)
+        passages = [Passage(text, source) for text in text_default()[1]]
     else:
-        source = f"{len(texts)} texts"
-    encode = encoder(tokenizer)
-    return torch.cat([torch.as_tensor(encode(text), dtype=torch.int64) for text in texts]), source
+        texts = read_texts(data, tokenizer=tokenizer, **columns)
+        passages, source = texts.passages, ", ".join([texts.name, *(f"column {name}" for name in texts.columns)])
+    begin = chosen_opening(tokenizer, bos)
+    tokens = torch.cat(encode_passages(passages, tokenizer))
+    if begin and tuple(tokens[: len(begin)].tolist()) == begin:  # a chat template has put it there
+        tokens = tokens[len(begin) :]
+    return tokens, source, begin

@@ -7,14 +7,20 @@ memory without a word, and a site that fell back to rounding costs accuracy.
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from quantkit.errors import SpecError
+from quantkit.hf.ledger import Ledger, ledger_of
 from quantkit.nn.quantized import Quantized
 from quantkit.nn.sites import Structure, read_weight
 from quantkit.spec import Plan
 
-KINDS = ("quantized", "fell back", "skipped")
+KINDS = ("quantized", "fell back", "skipped", "carried over")
+
+
+UNKNOWN = "none"
+"""Stands for the module of a tensor that no module of the model holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,11 +28,13 @@ class CoverageRow:
     """One weight.
 
     Attributes:
-        kind: ``"quantized"`` as planned; ``"fell back"``: quantized by a simpler method than planned; ``"skipped"``: kept.
+        kind: ``"quantized"`` as planned; ``"fell back"``: quantized by a simpler method than planned; ``"skipped"``: kept;
+            ``"carried over"``: a tensor of the source that the model's class does not know, copied as it is.
         name: site or parameter name.
         module_type: class name of the module that owns it, e.g. ``"Linear"``.
         parameters: number of weights.
-        bytes_before, bytes_after: stored size; equal when skipped.
+        bytes_before, bytes_after: stored size, in the source and in a checkpoint; equal when skipped, unless the source holds a
+            tensor twice or in another dtype.
         scheme: the grid, e.g. ``"int4 g64"``; None when skipped.
         reason: why it was skipped or fell back, or a note.
     """
@@ -81,33 +89,65 @@ def summarise(rows: Iterable[CoverageRow]) -> list[CoverageSummary]:
 
 
 def coverage_before(model: nn.Module, structure: Structure, plan: Plan, reasons: Mapping[str, str]) -> list[CoverageRow]:
-    """Return a row for every weight of the float model, as if all were skipped.
+    """Return a row for every weight of the float model, as if all were skipped, and for every other tensor of its source.
+
+    The rows' ``bytes_before`` add up to the bytes of all tensors in the source, if the model was loaded from one.
 
     Args:
         model, structure: the model and its layers.
         plan: layer name to scheme.
         reasons: layer name to why the plan leaves it alone, where that is known.
     """
-    rows = []
+    ledger, rows = ledger_of(model), []
     ends = [site for site in structure.after if site in structure.outside or site.name in plan]
     for site in (*structure.sites, *ends):
         weight = read_weight(model, site)
         kind = type(model.get_submodule(site.module)).__name__
         where = reasons.get(site.name, "outside the blocks" if site in structure.outside else "left out of the plan")
-        rows.append(
-            CoverageRow(
-                "skipped", site.name, kind, site.numel, weight.nbytes, weight.nbytes, None, None if site.name in plan else where
-            )
-        )
+        before = _source_bytes(ledger, f"{site.module}.{site.parameter}", weight)
+        reason = None if site.name in plan else where
+        rows.append(CoverageRow("skipped", site.name, kind, site.numel, before, weight.nbytes, None, reason))
     for name, reason in structure.skipped.items():
         if name.removesuffix(".weight") in {site.name for site in ends}:
             continue
         parameter = model.get_parameter(name)
         kind = type(model.get_submodule(name.rpartition(".")[0])).__name__
-        # A tied parameter is stored, and counted, where it is tied to.
-        count, size = (0, 0) if name in structure.shared else (parameter.numel(), parameter.nbytes)
-        rows.append(CoverageRow("skipped", name, kind, count, size, size, None, reason))
+        if name in structure.shared:  # stored, and counted, where it is tied to
+            twice = ledger is not None and ledger.stored_twice(name, structure.skipped[name].removeprefix("tied to "))
+            rows.append(
+                CoverageRow("skipped", name, kind, 0, _source_bytes(ledger, name, parameter) if twice else 0, 0, None, reason)
+            )
+            continue
+        before = _source_bytes(ledger, name, parameter)
+        rows.append(CoverageRow("skipped", name, kind, parameter.numel(), before, parameter.nbytes, None, reason))
+    return [*rows, *_buffers(model, ledger), *(_carried(ledger) if ledger is not None else ())]
+
+
+def _source_bytes(ledger: Ledger | None, name: str, tensor: Tensor) -> int:
+    """Return the bytes of a parameter in the source; in the model's dtype if there is none."""
+    dtype = ledger.source_dtype(name) if ledger is not None else None
+    return tensor.numel() * (dtype or tensor.dtype).itemsize
+
+
+def _buffers(model: nn.Module, ledger: Ledger | None) -> list[CoverageRow]:
+    """Return a row for every buffer that a checkpoint holds."""
+    rows = []
+    stored = model.state_dict().keys() - {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for name, buffer in model.named_buffers():
+        if name in stored:
+            kind = type(model.get_submodule(name.rpartition(".")[0])).__name__
+            before = 0 if ledger is not None and name not in ledger.fills else _source_bytes(ledger, name, buffer)
+            rows.append(CoverageRow("skipped", name, kind, buffer.numel(), before, buffer.nbytes, None, "buffer"))
     return rows
+
+
+def _carried(ledger: Ledger) -> list[CoverageRow]:
+    """Return a row for every tensor that is copied from the source as it is."""
+    reason = "the model's class does not know it"
+    return [
+        CoverageRow("carried over", name, UNKNOWN, torch.Size(h.shape).numel(), h.nbytes, h.nbytes, None, reason)
+        for name, h in ledger.carried_headers.items()
+    ]
 
 
 def coverage_after(rows: Iterable[CoverageRow], results: Mapping[str, Quantized]) -> list[CoverageRow]:
@@ -117,7 +157,7 @@ def coverage_after(rows: Iterable[CoverageRow], results: Mapping[str, Quantized]
         one = results.get(row.name)
         if one is not None:
             kind = "fell back" if one.fell_back else "quantized"
-            scheme, reason = one.qtensor.spec.describe(), "; ".join(one.notes) or None
+            scheme, reason = one.qtensor.spec.describe(), "; ".join((*one.notes, *one.warnings)) or None
             row = CoverageRow(
                 kind, row.name, row.module_type, row.parameters, row.bytes_before, one.qtensor.nbytes, scheme, reason
             )

@@ -12,7 +12,6 @@ import itertools
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from quantkit.engine.backend import OneSequence
 from quantkit.errors import CalibrationError
 from quantkit.evaluation.footprint import peak_memory_bytes, reset_peak_memory
-from quantkit.nn.embedding import input_table
+from quantkit.nn.embedding import input_table, max_positions
 from quantkit.system.compute import evaluation_mode
 from quantkit.system.progress import Progress, ProgressCallback, ignore
 
@@ -223,11 +222,3 @@ def _prompt(model: nn.Module, prompt: Tensor | None, context: int) -> Tensor:
     words, device = input_table(model)
     ids = torch.arange(context) if prompt is None else prompt.flatten().repeat(-(-context // prompt.numel()))
     return (ids[:context].long() % words).to(device)
-
-
-def max_positions(model: object) -> int | None:
-    """Return the longest sequence that a model supports, or None if its config does not name one."""
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-    limit = getattr(text, "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else None

@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantkit.calibrate.data import Batch, encoder, text_default, token_batches
+from quantkit.calibrate.columns import Passage
+from quantkit.calibrate.data import Batch, check_fit, cut_batches
+from quantkit.calibrate.texts import chosen_opening, encode_passages, text_default
 from quantkit.checkpoint.check import converted_buffers
 from quantkit.errors import CalibrationError, FormatError
 from quantkit.evaluation.quality import score
 from quantkit.evaluation.reference import run_model
 from quantkit.evaluation.windows import Windows, from_batches
-from quantkit.nn.embedding import input_table
+from quantkit.nn.embedding import input_table, max_positions
 from quantkit.system.compute import evaluation_mode
 
 WINDOWS, LENGTH = 2, 128
@@ -43,9 +45,15 @@ class SanityCheck:
     logits: Mapping[bytes, Tensor]
 
     @classmethod
-    def start(cls, model: nn.Module, tokenizer: Any) -> "SanityCheck":
-        """Record the logits of ``model`` on held-out text, or on fixed random tokens without a tokenizer."""
-        windows, text = _windows(model, tokenizer)
+    def start(cls, model: nn.Module, tokenizer: Any, bos: bool | None = None) -> "SanityCheck":
+        """Record the logits of ``model`` on held-out text, or on fixed random tokens without a tokenizer.
+
+        Args:
+            model: the float model.
+            tokenizer: its tokenizer, or None.
+            bos: whether windows begin with BOS; None does what the tokenizer does with a text, as the model is used.
+        """
+        windows, text = _windows(model, tokenizer, bos)
         return cls(windows, text, _logits(model, windows))
 
     def measure(self, model: nn.Module) -> dict[str, Any]:
@@ -94,11 +102,26 @@ def _key(ids: Tensor) -> bytes:
     return bytes(ids.cpu().numpy().tobytes())
 
 
-def _windows(model: nn.Module, tokenizer: Any) -> tuple[Windows, str]:
-    config: Any = getattr(model, "config", None)
-    length = min(LENGTH, getattr(config, "max_position_embeddings", None) or LENGTH)
-    if tokenizer is not None:
-        batches = token_batches(text_default()[1], encoder(tokenizer), samples=WINDOWS, length=length, batch_size=WINDOWS)
-        return from_batches(batches), "held-out Python documentation"
-    ids = torch.randint(input_table(model)[0], (WINDOWS, length), generator=torch.Generator().manual_seed(0))
-    return from_batches([Batch(ids, None)]), "random tokens"
+def _windows(model: nn.Module, tokenizer: Any, bos: bool | None) -> tuple[Windows, str]:
+    length = min(LENGTH, max_positions(model) or LENGTH)
+    if tokenizer is None:
+        ids = torch.randint(_vocabulary(model), (WINDOWS, length), generator=torch.Generator().manual_seed(0))
+        return from_batches([Batch(ids, None)]), "random tokens"
+    batches = cut_batches(
+        encode_passages([Passage(text, "the default text") for text in text_default()[1]], tokenizer),
+        samples=WINDOWS,
+        length=length,
+        mode="packed",
+        batch_size=WINDOWS,
+        shortfall="error",
+        prefix=chosen_opening(tokenizer, bos),
+    )
+    check_fit(batches, model)
+    return from_batches(batches), "held-out Python documentation"
+
+
+def _vocabulary(model: nn.Module) -> int:
+    """Return how many tokens a model both reads and predicts; some embed tokens, as those of images, that none predicts."""
+    with evaluation_mode(model):
+        predicted = run_model(model, torch.zeros(1, 1, dtype=torch.int64)).shape[-1]
+    return min(input_table(model)[0], predicted)

@@ -86,7 +86,12 @@ class Windows:
 
 
 def cut_windows(
-    tokens: Tensor, *, length: int, count: int | None = None, stride: int | None = None, bos_id: int | None = None
+    tokens: Tensor,
+    *,
+    length: int,
+    count: int | None = None,
+    stride: int | None = None,
+    bos_id: int | Sequence[int] | None = None,
 ) -> Windows:
     """Cut a text into windows. The end of the text is left out if it is shorter than a window.
 
@@ -96,12 +101,13 @@ def cut_windows(
         count: number of windows to keep, spread evenly over the text, including the first and the last; None, or more than
             there are, keeps all.
         stride: tokens between the starts of windows, at most the text tokens of a window; None for adjacent windows.
-        bos_id: token at the start of every window; None for none.
+        bos_id: token, or several, at the start of every window; None for none.
 
     Raises:
         CalibrationError: an invalid number, or a text shorter than one window.
     """
-    body = length - (bos_id is not None)  # tokens of text in a window
+    opening = [] if bos_id is None else [bos_id] if isinstance(bos_id, int) else list(bos_id)
+    body = length - len(opening)  # tokens of text in a window
     stride = body if stride is None else stride
     if body < 1 or length < 2 or not 1 <= stride <= body:
         raise CalibrationError(f"length={length}, stride={stride}: want length >= 2 and a stride from 1 to {max(body, 1)}")
@@ -118,12 +124,12 @@ def cut_windows(
     ids = tokens.to(torch.int64)[index[:, None] * stride + torch.arange(body)]  # (kept, body)
     scored = torch.arange(body).expand(kept, body) >= body - stride
     scored = scored | (index[:, None] == 0)
-    if bos_id is None:
-        scored[:, 0] = False
+    if opening:
+        ids = torch.cat([torch.tensor(opening).expand(kept, -1), ids], 1)
+        scored = torch.cat([torch.zeros(kept, len(opening), dtype=torch.bool), scored], 1)
     else:
-        ids = torch.cat([torch.full((kept, 1), bos_id), ids], 1)
-        scored = torch.cat([torch.zeros(kept, 1, dtype=torch.bool), scored], 1)
-    return Windows(ids, scored, stride, bos_id is not None, available)
+        scored[:, 0] = False
+    return Windows(ids, scored, stride, bool(opening), available)
 
 
 def from_batches(batches: Sequence[Batch]) -> Windows:

@@ -54,7 +54,7 @@ class SequentialBackend:
     def __init__(self, model: PreTrainedModel, notice: str) -> None:
         self._model, self.notice = model, notice
         self.device, self.context_tokens = input_table(model)[1], context_tokens(model)
-        self._steps: list[TransformersStep] = []
+        self._steps = [TransformersStep(model)]  # finds out now whether and how the model runs step by step
 
     def reserve(self, memory: Memory) -> None:
         """Prepare for ``memory.slots`` sequences, whose caches grow as needed."""

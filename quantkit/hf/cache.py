@@ -1,18 +1,22 @@
 """Run a transformers model on transformers' own cache, for one sequence. The only file that uses the cache API.
 
 The cache is a ``DynamicCache`` built from the model's config, so sliding-window, hybrid and recurrent layers each get the kind
-of state they need. There are three cases:
+of state they need. Models differ in what they want to be told: some restart at position 0 unless they are given positions, some
+count positions in a way of their own, some take one token at a time once they have begun, and the state of some is no
+transformers ``Cache``. So nothing is assumed: the first time a model is used, every :class:`_Way` of running it is tried on a
+few tokens, and the one whose logits are those of plain forwards is taken. There is always a last one, to run the whole sequence
+again at every step, which is correct but slow, and is logged once per model class.
 
-* usually only the new tokens are run;
-* LongRoPE (``rope_type`` "longrope", whose frequencies change beyond a certain length): when the sequence grows past that
-  length, the cached keys have the wrong frequencies, so the whole sequence is run again, once;
-* models whose state is not a transformers ``Cache``: the whole sequence is run again at every step. This is correct but slow,
-  and is logged once per model class.
+LongRoPE (``rope_type`` "longrope", whose frequencies change beyond a certain length) is a case of its own: when the sequence
+grows past that length, the cached keys have the wrong frequencies, so the whole sequence is run again, once.
 """
 
 import functools
 import inspect
+import itertools
 import logging
+import weakref
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,8 +24,31 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from quantkit.errors import QuantkitError
+from quantkit.nn.block_calls import CANNOT_RUN
+from quantkit.nn.embedding import input_table
 
 logger = logging.getLogger(__name__)
+
+LENGTH_DEPENDENT_ROPE = {"longrope", "dynamic"}
+"""Kinds of rotary embedding whose frequencies change with the length of a sequence."""
+
+_PIECES = (5, 1, 1, 3, 2)
+"""Numbers of tokens per step that a way of running a model is tried on: a prompt, single tokens, and several at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """How a model is run step by step.
+
+    Attributes:
+        cached: on transformers' cache; else the whole sequence is run at every step.
+        positions: positions are given.
+        single: after the first step, tokens are run one at a time.
+    """
+
+    cached: bool = True
+    positions: bool = False
+    single: bool = False
 
 
 class TransformersStep:
@@ -32,32 +59,41 @@ class TransformersStep:
 
     Args:
         model: a causal language model.
+        way: how to run it; None finds out.
 
     Attributes:
-        cached: whether a cache is used; False if every step runs the whole sequence.
+        name: of the model's class.
 
     Raises:
-        QuantkitError: an encoder-decoder model, or (at the first call) one that returns no logits.
+        QuantkitError: an encoder-decoder model, one that returns no logits, or one whose predictions depend on later tokens.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, way: _Way | None = None) -> None:
         require_decoder(model)
-        self._name, self._model = type(model).__name__, model
+        self.name, self._model = type(model).__name__, model
+        self._way = way or _way_of(model)
         accepted = inspect.signature(model.forward).parameters
         self._options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
         self._options["return_dict"] = True
-        self._cache_argument = _cache_argument(model, accepted)
-        self.cached = self._cache_argument is not None
-        if not self.cached:
-            _warn_uncached(self._name)
+        self._cache_argument = _cache_argument(model, accepted) if self._way.cached else None
         self._rope_switch = _rope_switch(model.config)
         self.reset()
+
+    @property
+    def cached(self) -> bool:
+        """Whether a cache is used; False if every step runs the whole sequence."""
+        return self._way.cached
 
     def reset(self) -> None:
         """Start a new sequence."""
         self._cache: DynamicCache | None = None
         self._seen: list[Tensor] = []
         self._tokens = 0
+
+    def restarted(self, ids: Tensor) -> Tensor:
+        """Start a new sequence with ``ids`` (1, T) and return the logits (1, V) after them."""
+        self.reset()
+        return self(ids, 0)
 
     def __call__(self, ids: Tensor, position: int) -> Tensor:
         """Run tokens and return the logits after the last one.
@@ -80,28 +116,100 @@ class TransformersStep:
             raise QuantkitError(
                 f"position {position}: want {self._tokens}, the number of tokens run so far, or call reset() first"
             )
+        if self._way.single and position and ids.shape[1] > 1:
+            return [self(one, position + i) for i, one in enumerate(ids.split(1, dim=1))][-1]
         self._tokens += ids.shape[1]
         switching = self._rope_switch is not None and position <= self._rope_switch < self._tokens
         if not self.cached or self._rope_switch is not None:
             self._seen.append(ids)
         if not self.cached or switching:
-            ids = torch.cat(self._seen, dim=1)
+            ids, position = torch.cat(self._seen, dim=1), 0
         with torch.inference_mode():
             if self.cached and (self._cache is None or switching):
                 self._cache = DynamicCache(config=self._model.config.get_text_config(decoder=True))
-            return self._forward(ids)[:, -1].clone()  # a view could keep the logits of the whole prompt alive
+            return self._forward(ids, position)[:, -1].clone()  # a view could keep the logits of the whole prompt alive
 
-    def _forward(self, ids: Tensor) -> Tensor:
-        memory = (
-            {"use_cache": False} if self._cache_argument is None else {"use_cache": True, self._cache_argument: self._cache}
-        )
-        output = self._model(input_ids=ids, **memory, **self._options)
-        logits: Tensor | None = getattr(output, "logits", None)
+    def _forward(self, ids: Tensor, position: int) -> Tensor:
+        options = dict(self._options)
+        if self._cache_argument is None:
+            options["use_cache"] = False
+        else:
+            options |= {"use_cache": True, self._cache_argument: self._cache}
+        if self._way.positions:
+            options["position_ids"] = torch.arange(position, position + ids.shape[1], device=ids.device)[None]
+        logits: Tensor | None = getattr(self._model(input_ids=ids, **options), "logits", None)
         if logits is None:
             raise QuantkitError(
-                f"{self._name} returns no logits; load the model with its language-modelling head (AutoModelForCausalLM)"
+                f"{self.name} returns no logits; load the model with its language-modelling head (AutoModelForCausalLM)"
             )
         return logits
+
+
+_ways: weakref.WeakKeyDictionary[PreTrainedModel, _Way] = weakref.WeakKeyDictionary()
+
+
+def _way_of(model: PreTrainedModel) -> _Way:
+    """Return how ``model`` runs step by step; it is tried once per model.
+
+    Raises:
+        QuantkitError: it returns no logits, or its predictions depend on later tokens.
+    """
+    if model not in _ways:
+        _ways[model] = _find_way(model)
+    return _ways[model]
+
+
+def _find_way(model: PreTrainedModel) -> _Way:
+    size, device = input_table(model)
+    ids = (torch.arange(sum(_PIECES), device=device) * 7 + 3)[None] % size
+    plain = _plain_logits(model, ids)
+    scale = max(float(logits.abs().max()) for logits in plain.values()) or 1.0
+    limit = (2e-3 if model.dtype == torch.float32 else 0.1) * scale
+    accepted = inspect.signature(model.forward).parameters
+    if _cache_argument(model, accepted) is not None:
+        told = (True, False) if "position_ids" in accepted else (False,)
+        for single in (False, True):
+            ways = [_Way(True, positions, single) for positions in told]
+            errors = [_error(TransformersStep(model, way), ids, plain) for way in ways]
+            if min(errors) <= limit:
+                return ways[errors.index(min(errors))]
+    _warn_uncached(type(model).__name__)
+    return _Way(cached=False)
+
+
+def _plain_logits(model: PreTrainedModel, ids: Tensor) -> dict[int, Tensor]:
+    """Return the logits (1, V) that plain forwards give after so many of ``ids`` (1, T), in float32.
+
+    Raises:
+        QuantkitError: the model returns no logits, or they depend on later tokens.
+    """
+    step = TransformersStep(model, _Way(cached=False))
+    ends = list(itertools.accumulate(_PIECES))
+    if rope_types(model.config.get_text_config(decoder=True)) & LENGTH_DEPENDENT_ROPE:
+        return {end: step.restarted(ids[:, :end]).float() for end in ends}
+    first = step.restarted(ids[:, : ends[0]]).float()
+    with torch.inference_mode():
+        logits = model(input_ids=ids, use_cache=False, return_dict=True).logits[0].float()
+    changed = float((logits[ends[0] - 1] - first[0]).abs().max())
+    if not changed <= (2e-3 if model.dtype == torch.float32 else 0.1) * float(first.abs().max()):
+        raise QuantkitError(
+            f"{type(model).__name__}: its logits after a token change by {changed:.2g} with the tokens that follow, so that it "
+            "cannot continue a text token by token; use a causal language model (some encoders want is_decoder=True)"
+        )
+    return {end: logits[end - 1 : end] for end in ends}
+
+
+def _error(step: TransformersStep, ids: Tensor, plain: dict[int, Tensor]) -> float:
+    """Return how far the logits of steps are from those of plain forwards; infinite if the model cannot run so."""
+    worst, start = 0.0, 0
+    try:
+        for end, want in plain.items():
+            difference = float((step(ids[:, start:end], start).float() - want).abs().max())
+            worst, start = max(worst, difference if difference == difference else float("inf")), end
+    except CANNOT_RUN as error:
+        logger.debug("%s cannot be run in this way: %s", step.name, error)
+        return float("inf")
+    return worst
 
 
 @functools.cache  # once per class

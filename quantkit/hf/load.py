@@ -1,22 +1,20 @@
 """Load float models from a hub id, a directory or a GGUF file."""
 
 import copy
+import functools
 import json
 import logging
 import tempfile
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     GenerationConfig,
     PretrainedConfig,
@@ -24,8 +22,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from quantkit.errors import QuantkitError
-from quantkit.hf.source import locate, own_code, read_gguf
+from quantkit.errors import FormatError, QuantkitError
+from quantkit.hf.account import account
+from quantkit.hf.building import building, parameters_on_meta
+from quantkit.hf.gguf import load_gguf
+from quantkit.hf.guard import names_source
+from quantkit.hf.ledger import keep_ledger
+from quantkit.hf.mend import mend
+from quantkit.hf.source import directory_of, locate, own_code
+from quantkit.hf.ties import settle_ties
 
 __all__ = [
     "PreTrainedModel",
@@ -39,41 +44,8 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-_building = threading.Lock()
-"""Held while transformers builds a model, for which it changes torch's default dtype and more, in the whole process."""
 
-
-class _Thread(threading.local):
-    """What is so in one thread only."""
-
-    on_meta = False
-
-
-_thread = _Thread()
-
-
-def _onto_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
-    """Replace a parameter that a thread in :func:`_parameters_on_meta` gives to a module; leave those of others alone."""
-    if not _thread.on_meta or parameter is None or parameter.is_meta:
-        return None
-    made = type(parameter)(parameter.to("meta"), requires_grad=parameter.requires_grad)
-    made.__dict__.update(parameter.__dict__)
-    return made
-
-
-register_module_parameter_registration_hook(_onto_meta)  # type: ignore[arg-type]  # it may return a parameter
-
-
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Give modules that this thread makes parameters on the meta device, and real buffers."""
-    _thread.on_meta = True
-    try:
-        yield
-    finally:
-        _thread.on_meta = False
-
-
+@names_source("cannot load a model from")
 def load_float(
     source: str | Path | PreTrainedModel,
     dtype: torch.dtype | None = None,
@@ -81,7 +53,9 @@ def load_float(
     tokenizer: PreTrainedTokenizerBase | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """Load an unquantized causal language model in evaluation mode on the CPU.
+    """Load an unquantized language model, as the class that its config names, in evaluation mode on the CPU.
+
+    Every tensor in the files is accounted for before any is read (:mod:`quantkit.hf.account`); the account goes with the model.
 
     Args:
         source: hub id, directory, ``.gguf`` file (dequantized), ``"demo"`` (the demo model), or a model, which is returned
@@ -95,31 +69,69 @@ def load_float(
 
     Raises:
         QuantkitError: the source does not exist, cannot be read, is already quantized, or has another dtype.
+        FormatError: its tensors are not those of the model that its config describes.
     """
     if isinstance(source, PreTrainedModel):
         if dtype is not None and source.dtype != dtype:
             raise QuantkitError(f"the model is {source.dtype}, want dtype={dtype}; convert it with model.to first")
         source.train(False)
+        mend(source)
         return source, tokenizer
     source = locate(source)
     path = Path(source)
     if path.suffix == ".gguf":
         model, found = _load_gguf(path, dtype)
         return model, tokenizer or found
+    directory = directory_of(source, trust_remote_code=trust_remote_code)
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
         if getattr(config, "quantization_config", None):
             raise QuantkitError(
                 f"{source} is already quantized, want a float model; load it with quantkit.load, or give the float model"
             )
-        with _building:
-            model = AutoModelForCausalLM.from_pretrained(
-                source, config=config, dtype=dtype or "auto", trust_remote_code=trust_remote_code
-            )
-    except (OSError, ValueError) as error:
+        model = _load_directory(directory, config, dtype, trust_remote_code)
+    except (OSError, ValueError, RuntimeError) as error:
         raise QuantkitError(own_code(source, error) or f"cannot load a model from {source}: {error}") from error
     model.train(False)
-    return model, tokenizer or load_tokenizer(source, trust_remote_code=trust_remote_code)
+    mend(model)
+    settle_ties(model, model.config)
+    return model, tokenizer or load_tokenizer(directory, trust_remote_code=trust_remote_code)
+
+
+def _load_directory(
+    path: Path, config: PretrainedConfig, dtype: torch.dtype | None, trust_remote_code: bool
+) -> PreTrainedModel:
+    """Account for the tensors in a directory, and then load them."""
+    if (path / "adapter_config.json").is_file():
+        raise QuantkitError(f"{path} holds an adapter (adapter_config.json); merge it into its model and give that")
+    ledger = account(path, empty_model(config, trust_remote_code=trust_remote_code))
+    load: Any = class_of(config, trust_remote_code=trust_remote_code)
+    options = {"trust_remote_code": trust_remote_code} if trust_remote_code else {}
+    model: PreTrainedModel
+    with building:
+        model, info = load.from_pretrained(path, config=config, dtype=dtype or "auto", output_loading_info=True, **options)
+    parameters = {name for name, _ in model.named_parameters()}
+    if random := sorted(parameters & set(info["missing_keys"])):
+        raise FormatError(
+            f"{path}: transformers filled {', '.join(random[:5])} with random numbers; the files do not hold them"
+        )
+    keep_ledger(model, ledger)
+    return model
+
+
+def class_of(config: PretrainedConfig, *, trust_remote_code: bool = False) -> Any:
+    """Return the class of the model that a config describes: the one it names, or what transformers takes for its type.
+
+    A class that cannot generate (a bare decoder, a classifier) is passed over: what is quantized is a language model. Where
+    code of the source's own is trusted, and there is some, it is that of a causal language model.
+    """
+    if trust_remote_code and getattr(config, "auto_map", None):
+        return AutoModelForCausalLM
+    names = config.architectures or []
+    named = getattr(transformers, names[0], None) if names and isinstance(names[0], str) else None
+    if isinstance(named, type) and issubclass(named, PreTrainedModel) and named.can_generate():
+        return named
+    return AutoModelForImageTextToText if type(config) in AutoModelForImageTextToText._model_mapping else AutoModelForCausalLM
 
 
 def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
@@ -128,6 +140,9 @@ def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> Pr
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         log.info("%s has no usable tokenizer: %s", source, error)
+        return None
+    if not tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens):  # what transformers makes of a directory without
+        log.info("%s has no tokenizer", source)
         return None
     return tokenizer
 
@@ -154,14 +169,27 @@ def read_config(values: Mapping[str, Any], source: str | Path) -> PretrainedConf
     return config
 
 
+@names_source("cannot read the generation config of")
 def read_generation_config(path: str | Path) -> GenerationConfig:
     """Return the generation config in a directory."""
     config: GenerationConfig = GenerationConfig.from_pretrained(path)
     return config
 
 
-def empty_model(config: PretrainedConfig) -> PreTrainedModel:
+def architectures_of(model: PreTrainedModel) -> list[str]:
+    """Return what a config says of a model's class: its name, or a name that only the source's own readers know."""
+    names = model.config.architectures or []
+    foreign = names and isinstance(names[0], str) and not hasattr(transformers, names[0])
+    return list(names) if foreign else [type(model).__name__]
+
+
+@names_source("cannot build the model of")
+def empty_model(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """Build a model from its config, with parameters on the meta device and real buffers.
+
+    Args:
+        config: of the model.
+        trust_remote_code: run the code that the config names.
 
     Raises:
         QuantkitError: transformers cannot build a model from this config.
@@ -169,54 +197,37 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     plain = copy.deepcopy(config)
     plain.__dict__.pop("quantization_config", None)
     names = plain.architectures or []
-    named = getattr(transformers, names[0], None) if names else None
-    known = isinstance(named, type) and issubclass(named, PreTrainedModel)
-    build: Any = named._from_config if known else _from_config  # type: ignore[union-attr]
-    with _building, _parameters_on_meta():
+    chosen = class_of(plain, trust_remote_code=trust_remote_code)
+    if isinstance(chosen, type) and issubclass(chosen, PreTrainedModel):
+        build: Any = chosen._from_config
+    else:
+        build = functools.partial(chosen.from_config, trust_remote_code=trust_remote_code)
+    with building, parameters_on_meta():
         try:
             model: PreTrainedModel = build(plain)
         except (ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
             raise QuantkitError(f"cannot build a {names[0] if names else plain.model_type} from its config: {error}") from error
     model.tie_weights()
     model.train(False)
+    mend(model)
     return model
 
 
-def _from_config(config: PretrainedConfig) -> Any:
-    return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-
-
 def _load_gguf(path: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """Dequantize a GGUF file into a plain model, and read its tokenizer."""
-    if not path.is_file():
-        raise QuantkitError(f"no such file: {path}")
-    options: dict[str, Any] = {"dtype": dtype} if dtype is not None else {}
-    if hasattr(transformers, "GgufConfig"):  # newer releases can keep GGUF blocks in memory, which is not wanted here
-        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    try:
-        config = read_gguf(AutoConfig, path)
-        with _building:
-            loaded = AutoModelForCausalLM.from_pretrained(
-                path.parent, gguf_file=path.name, config=config, trust_remote_code=False, **options
-            )
-        tokenizer: PreTrainedTokenizerBase = read_gguf(AutoTokenizer, path)
-    except ImportError as error:
-        raise QuantkitError(f"reading {path.name} needs the gguf package: pip install 'quantkit[demo]' ({error})") from error
-    except (OSError, ValueError, KeyError, NotImplementedError) as error:
-        raise QuantkitError(f"cannot read {path}: {error}") from error
-    # transformers marks a model loaded from GGUF as quantized and then refuses to save it, so its weights are moved to a
-    # new model.
-    loaded.config.architectures = [type(loaded).__name__]
-    model = empty_model(loaded.config)
-    model.config.dtype = loaded.dtype
-    state = {name: tensor for name, tensor in loaded.state_dict().items() if name in model.state_dict()}
-    missing, _ = model.load_state_dict(state, strict=False, assign=True)
+    """Make a plain model of what a GGUF file holds: transformers refuses to save one that it loaded from there."""
+    config, state, tokenizer = load_gguf(path, dtype)
+    model = empty_model(config)
+    model.config.architectures = [type(model).__name__]
+    model.config.name_or_path = str(path)
+    missing, _ = model.load_state_dict(
+        {name: state[name] for name in state if name in model.state_dict()}, strict=False, assign=True
+    )
     model.tie_weights()
     left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if left:
         raise QuantkitError(
             f"{path}: {len(missing)} parameters are missing, such as {', '.join(left[:5])}; the file does not fit its config"
         )
-    model.generation_config = loaded.generation_config
+    model.config.dtype = model.dtype
     model.train(False)
     return model, tokenizer

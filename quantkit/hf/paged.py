@@ -26,13 +26,12 @@ from quantkit.engine.attention import Layout, attend, by_length
 from quantkit.engine.backend import Copy, Memory, Span
 from quantkit.engine.kvstore import Pool, make_pool, pool_bytes
 from quantkit.errors import QuantkitError
-from quantkit.hf.cache import rope_types
+from quantkit.hf.cache import LENGTH_DEPENDENT_ROPE, rope_types
 from quantkit.nn.embedding import input_table
 from quantkit.spec import KVScheme
 
 _ATTENTION = "quantkit"
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
-_LENGTH_DEPENDENT_ROPE = {"longrope", "dynamic"}
 
 
 class _CannotPage(Exception):
@@ -62,7 +61,8 @@ def _attention(
         raise _CannotPage("its attention uses a mask or a bias that does not follow from positions")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     queries, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (M, heads, dim)
-    return _current.get().attend(queries, keys, values, scale, options)[None], None
+    # contiguous, as transformers' own functions return it: models view it in other shapes
+    return _current.get().attend(queries, keys, values, scale, options)[None].contiguous(), None
 
 
 ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, _attention)
@@ -203,7 +203,7 @@ def _describe(model: PreTrainedModel) -> tuple[LayerShape, ...] | str:
     name = type(model).__name__
     try:
         config = model.config.get_text_config(decoder=True)
-        if types := rope_types(config) & _LENGTH_DEPENDENT_ROPE:
+        if types := rope_types(config) & LENGTH_DEPENDENT_ROPE:
             raise _CannotPage(f"its rotary frequencies change with the length of a sequence ({', '.join(types)})")
         kinds = list(getattr(config, "layer_types", None) or [])
         if unknown := set(kinds) - _KNOWN_LAYERS:

@@ -1,18 +1,19 @@
-"""Resolve the names by which users refer to models, and read configs without weights.
+"""Resolve the names by which users refer to models, and read configs without weights."""
 
-The header of a GGUF file contains the whole vocabulary, and transformers needs seconds to parse it, for the config and for the
-tokenizer alike. Both are therefore cached for the last file, until its size or modification time changes.
-"""
-
-import copy
-import functools
 from pathlib import Path
-from typing import Any
+from typing import Final
 
-from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
+from huggingface_hub import snapshot_download
+from transformers import AutoConfig, PretrainedConfig
 
 from quantkit.errors import QuantkitError
 from quantkit.hf.demo_model import DEMO_MODEL, demo_model_path
+from quantkit.hf.gguf import read_gguf
+from quantkit.hf.guard import names_source
+
+MODEL_FILES: Final = ("*.json", "*.safetensors", "*.model", "*.tiktoken", "*.spm", "*.txt", "*.jinja", "LICENSE*", "NOTICE*")
+"""What is fetched from the hub."""
+OTHER_FORMATS: Final = ("consolidated*", "original/*", "onnx/*", "*.fp16.safetensors")
 
 
 def locate(source: str | Path) -> str | Path:
@@ -23,6 +24,27 @@ def locate(source: str | Path) -> str | Path:
     return demo_model_path() if str(source) == DEMO_MODEL else source
 
 
+def directory_of(source: str | Path, *, trust_remote_code: bool = False) -> Path:
+    """Return the directory of a model: itself, or of a hub id the cached snapshot, downloaded if need be.
+
+    Only the files of a float model are fetched: no copies of the weights in other formats, and code only if it is trusted.
+
+    Raises:
+        QuantkitError: there is no such directory, and nothing of that name on the hub or in its cache.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    wanted = [*MODEL_FILES, *(["*.py"] if trust_remote_code else [])]
+    try:
+        found = Path(snapshot_download(str(source), allow_patterns=wanted, ignore_patterns=[*OTHER_FORMATS]))
+        if not any(found.glob("*.safetensors")):
+            snapshot_download(str(source), allow_patterns=["pytorch_model*.bin"])
+    except (OSError, ValueError) as error:
+        raise QuantkitError(f"cannot load a model from {source}: {error}") from error
+    return found
+
+
+@names_source("cannot read the config of")
 def load_config(source: str | Path) -> PretrainedConfig:
     """Return the config of a hub id, directory, GGUF file or the demo model. No weights are read.
 
@@ -58,22 +80,3 @@ def own_code(source: str | Path, error: Exception) -> str | None:
         f"{source} brings code of its own, which is not run unasked; if you trust it, load the model with transformers and "
         "trust_remote_code=True, and give the model itself in place of its name"
     )
-
-
-def read_gguf(what: Any, path: Path) -> Any:
-    """Return the config or tokenizer of a GGUF file, as a copy that the caller may change.
-
-    Args:
-        what: ``AutoConfig`` or ``AutoTokenizer``; their errors are not caught.
-        path: the file.
-    """
-    stat = path.stat()
-    return copy.deepcopy(_read_gguf(what, path.absolute(), stat.st_size, stat.st_mtime_ns))
-
-
-@functools.lru_cache(maxsize=2)
-def _read_gguf(what: Any, path: Path, size: int, written_ns: int) -> PretrainedConfig | PreTrainedTokenizerBase:
-    found: PretrainedConfig | PreTrainedTokenizerBase = what.from_pretrained(
-        path.parent, gguf_file=path.name, trust_remote_code=False
-    )
-    return found

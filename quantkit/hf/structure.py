@@ -30,6 +30,8 @@ from transformers.pytorch_utils import Conv1D
 
 from quantkit.errors import SpecError
 from quantkit.hf.experts import expert_parameters, uses_experts_interface
+from quantkit.hf.ledger import ledger_of
+from quantkit.nn.linear import QuantModule
 from quantkit.nn.sites import Block, Site, Structure
 
 logger = logging.getLogger(__name__)
@@ -72,6 +74,8 @@ def describe(model: nn.Module) -> Structure:
         )
     blocks = tuple(Block(name, tuple(sites)) for name, sites in inside.items())
     embedding, head, tied = _ends(model)
+    ledger = ledger_of(model)
+    kept = ledger.carried_headers if ledger is not None else {}
     return Structure(
         blocks,
         tuple(outside),
@@ -81,6 +85,7 @@ def describe(model: nn.Module) -> Structure:
         tied,
         shared=frozenset(sorted_out.shared),
         unreachable=frozenset(sorted_out.unreachable),
+        carried=frozenset(name for name, header in kept.items() if len(header.shape) > 1),
     )
 
 
@@ -113,9 +118,7 @@ def find_stack(model: nn.Module) -> str:
         SpecError: there is no ModuleList with parameters.
     """
     sizes: dict[str, int] = {
-        name: sum(parameter.numel() for parameter in module.parameters())
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and any(True for _ in module.parameters())
+        name: size for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and (size := _weights(module))
     }
     if not sizes:
         raise SpecError(f"{type(model).__name__}: no repeated layers; want an nn.ModuleList of decoder layers")
@@ -124,6 +127,12 @@ def find_stack(model: nn.Module) -> str:
     within = {id(module) for module in decoder.modules()} if isinstance(decoder, nn.Module) else set()
     text = {name: size for name, size in sizes.items() if id(model.get_submodule(name)) in within}
     return max(text or sizes, key=lambda name: sizes[name])
+
+
+def _weights(module: nn.Module) -> int:
+    """Return how many weights a module has, float or quantized."""
+    quantized = sum(part.numel for part in module.modules() if isinstance(part, QuantModule))
+    return quantized + sum(parameter.numel() for parameter in module.parameters())
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,22 +147,18 @@ class _Sorted:
 
 def _sort_parameters(model: nn.Module, stack: str) -> _Sorted:
     """Decide for every parameter name whether it is a site, or why not."""
-    names_of: dict[int, list[str]] = defaultdict(list)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names_of[id(parameter)].append(name)
+    owners = owners_of(model)
     routers = set(_routers(model, stack))
     odd: _Odd = {}
     found = _Sorted()
     for name, parameter in model.named_parameters(remove_duplicate=False):
         path, _, attribute = name.rpartition(".")
         module = model.get_submodule(path)
-        others = [other for other in names_of[id(parameter)] if other != name]
-        if name in routers:
-            found.skipped[name] = "router"
-        elif others and not isinstance(module, nn.Embedding):
-            embeddings = (o for o in others if isinstance(model.get_submodule(o.rpartition(".")[0]), nn.Embedding))
-            found.skipped[name] = f"tied to {next(embeddings, others[0])}"
+        if owners[name] != name:
+            found.skipped[name] = f"tied to {owners[name]}"
             found.shared.append(name)
+        elif name in routers:
+            found.skipped[name] = "router"
         else:
             verdict = _as_site(path, module, attribute, parameter, odd)
             reason = _reason(module, attribute, parameter)
@@ -164,6 +169,23 @@ def _sort_parameters(model: nn.Module, stack: str) -> _Sorted:
             if verdict or reason == NO_INTERFACE:
                 found.unreachable.append(name)
     return found
+
+
+def owners_of(model: nn.Module) -> dict[str, str]:
+    """Return parameter name to the name under which the parameter is stored, which is another where several names share it.
+
+    That is the embedding's if one of them is an embedding, else the first that transformers does not call tied to another.
+    """
+    names_of: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names_of[id(parameter)].append(name)
+    tied = getattr(model, "all_tied_weights_keys", {})  # a module that is not transformers' own declares none
+    owners: dict[str, str] = {}
+    for names in names_of.values():
+        tables = (name for name in names if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Embedding))
+        owner = next(tables, next((name for name in names if name not in tied), names[0]))
+        owners |= dict.fromkeys(names, owner)
+    return owners
 
 
 def _as_site(path: str, module: nn.Module, attribute: str, parameter: Tensor, seen: _Odd) -> Site | str | None:

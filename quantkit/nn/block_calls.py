@@ -8,10 +8,16 @@ replaced by one that hands its input on, and writes down the calls. No block com
 norm and head make logits of it.
 
 This is exact only if blocks pass nothing but the hidden state, unchanged, to each other. What can be seen while recording
-(a layer that is skipped or repeated, a hidden state changed on the way, a cache or another container handed to the blocks) is
-an error at once; :func:`check_chain` compares the chain with the real forward and catches the rest.
+(a layer that is skipped or repeated, a hidden state changed on the way) is an error at once; :func:`check_chain` compares the
+chain with the real forward and catches the rest. A container that the model hands to its blocks (a cache, a shared dictionary)
+is copied for every call, so that nothing can be exchanged through it without :func:`check_chain` noticing.
+
+Where blocks do exchange more, :func:`why_entangled` says so, and the model is run as a whole instead: see
+:mod:`quantkit.nn.probing` and :mod:`quantkit.calibrate.flow`.
 """
 
+import copy
+from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -27,7 +33,11 @@ from quantkit.nn.sites import Structure
 _OUTPUT_FORMS: tuple[Callable[[Tensor], Any], ...] = (lambda h: h, lambda h: (h,), lambda h: (h, None))
 """What a model may expect a block to return: the hidden state, or a tuple that begins with it."""
 
-_PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
+CANNOT_RUN = (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError, AssertionError)
+"""What a model raises that is not run as it expects."""
+
+_SHARED = (type(None), bool, int, float, str, bytes, torch.dtype, torch.device)
+"""Arguments of blocks that hold no state, and are handed on as they are, like functions and modules."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,19 +68,15 @@ def record_block_calls(model: nn.Module, structure: Structure, ids: Tensor, mask
         mask: bool (B, T), False for padding on either side; None for none.
 
     Raises:
-        SpecError: if blocks are not called one after the other on each other's unchanged output, or are handed a container
-            (a cache, a shared dict) through which they could exchange state.
+        SpecError: if blocks are not called one after the other on each other's unchanged output.
         CalibrationError: if the model is in training mode.
     """
     inputs: list[Tensor] = []
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def visit(index: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        name = structure.blocks[index].name
-        for key, value in (*enumerate(args, start=1), *kwargs.items()):
-            _reject_state(value, f"{name}: argument {key}")
         inputs.append(hidden)
-        calls.append((args, kwargs))
+        calls.append(own_containers(args, kwargs))
         if len(calls) == len(structure.blocks):
             raise _StackDone
         return hidden
@@ -107,23 +113,38 @@ def cast_call(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Move a recorded call to ``device`` and its floating tensors to ``dtype``; nothing else changes type.
 
-    A tensor that needs no change is not copied, one that occurs twice is copied once. Additive masks are clamped to the
-    range of a narrower dtype: minus infinity would make NaN of a row that is masked completely.
+    A tensor that needs no change is not copied, one that occurs twice is copied once; containers are copied. Additive masks are
+    clamped to the range of a narrower dtype: minus infinity would make NaN of a row that is masked completely.
     """
+    return _rebuilt(args, kwargs, lambda tensor: _cast_tensor(tensor, dtype, device))
+
+
+def own_containers(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return a call whose containers are copies of their own, while tensors are the same."""
+    return _rebuilt(args, kwargs, lambda tensor: tensor)
+
+
+def _rebuilt(
+    args: tuple[Any, ...], kwargs: dict[str, Any], change: Callable[[Tensor], Tensor]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     done: dict[int, Tensor] = {}
 
-    def cast(value: Any) -> Any:
+    def rebuild(value: Any) -> Any:
         if isinstance(value, Tensor):
             if id(value) not in done:
-                done[id(value)] = _cast_tensor(value, dtype, device)
+                done[id(value)] = change(value)
             return done[id(value)]
-        if isinstance(value, list | tuple):
-            return type(value)(cast(item) for item in value)
-        if isinstance(value, dict):
-            return {key: cast(item) for key, item in value.items()}
-        return value
+        if type(value) in (tuple, list):
+            return type(value)(rebuild(item) for item in value)
+        if isinstance(value, tuple) and hasattr(value, "_fields"):  # a named tuple
+            return type(value)(*(rebuild(item) for item in value))
+        if isinstance(value, dict | UserDict):
+            other = copy.copy(value)
+            other.update({key: rebuild(item) for key, item in value.items()})
+            return other
+        return value if callable(value) or isinstance(value, _SHARED) else copy.deepcopy(value)
 
-    return tuple(cast(value) for value in args), {key: cast(value) for key, value in kwargs.items()}
+    return tuple(rebuild(value) for value in args), {key: rebuild(value) for key, value in kwargs.items()}
 
 
 def finish(model: nn.Module, structure: Structure, hidden: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -157,7 +178,8 @@ def check_chain(model: nn.Module, structure: Structure, ids: Tensor | None = Non
         mask: bool (B, T) or None.
 
     Raises:
-        SpecError: if the chain's logits are not the model's, or a block cannot run by itself: blocks exchange state.
+        SpecError: if the chain's logits are not the model's, or a block cannot run by itself: blocks exchange state. Or if
+            the hidden state is not (B, T, ...).
         CalibrationError: if the model's own logits are not finite.
     """
     if ids is None:
@@ -168,12 +190,17 @@ def check_chain(model: nn.Module, structure: Structure, ids: Tensor | None = Non
         if not all(bool(torch.isfinite(want).all()) for want in wanted):
             raise CalibrationError(f"{type(model).__name__}: logits are not finite; a weight is NaN or infinite, or overflows")
         recorded = [record_block_calls(model, structure, *batch) for batch in batches]
+        if recorded[0].hidden.shape[:2] != ids.shape:
+            raise SpecError(
+                f"its blocks hand on {tuple(recorded[0].hidden.shape)} for tokens {tuple(ids.shape)}; want (B, T, ...)"
+            )
         hidden = [calls.hidden for calls in recorded]
         for index, block in enumerate(structure.blocks):
             module = model.get_submodule(block.name)
             try:
-                hidden = [call_block(module, h, *calls.calls[index]) for h, calls in zip(hidden, recorded, strict=True)]
-            except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
+                calls = [own_containers(*one.calls[index]) for one in recorded]
+                hidden = [call_block(module, h, *call) for h, call in zip(hidden, calls, strict=True)]
+            except CANNOT_RUN as error:
                 raise SpecError(
                     f"{block.name} cannot run by itself; does it need what another block leaves? {error}"
                 ) from error
@@ -182,8 +209,21 @@ def check_chain(model: nn.Module, structure: Structure, ids: Tensor | None = Non
     if not worst <= limit:
         raise SpecError(
             f"{type(model).__name__}: running the {len(structure.blocks)} blocks one by one changes the logits by {worst:.3g} "
-            f"(limit {limit:.3g}); its blocks exchange more than the hidden state, so it cannot be quantized block by block"
+            f"(limit {limit:.3g}); its blocks exchange more than the hidden state"
         )
+
+
+def why_entangled(model: nn.Module, structure: Structure) -> str | None:
+    """Say why the blocks cannot be run one by one, so that the whole model has to run; None if they can.
+
+    Raises:
+        CalibrationError: if the model's own logits are not finite, or it is in training mode.
+    """
+    try:
+        check_chain(model, structure)
+    except SpecError as error:
+        return str(error)
+    return None
 
 
 Visit = Callable[[int, Tensor, tuple[Any, ...], dict[str, Any]], Tensor]
@@ -259,7 +299,7 @@ def _output_form(model: nn.Module, structure: Structure) -> Callable[[Tensor], A
             logits = _drive(model, structure, ids, None, visit, form).logits
         except _StackDone:
             return form
-        except (SpecError, TypeError, ValueError, IndexError, AttributeError, KeyError, RuntimeError) as error:
+        except (SpecError, *CANNOT_RUN) as error:
             reasons.append(f"{type(error).__name__}: {error}")
             continue
         if logits.shape[:-1] == ids.shape:  # a model of one block: what comes after it decides
@@ -287,17 +327,3 @@ def _cast_tensor(value: Tensor, dtype: torch.dtype, device: torch.device | str) 
     if torch.finfo(dtype).max < torch.finfo(value.dtype).max:
         value = value.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max)
     return value.to(device, dtype)
-
-
-def _reject_state(value: Any, where: str) -> None:
-    """Raise SpecError for an argument through which blocks could exchange state, or which cannot be moved."""
-    if isinstance(value, (Tensor, *_PLAIN)):
-        return
-    if type(value) in (tuple, list, dict) and value:
-        for item in value.values() if isinstance(value, dict) else value:
-            _reject_state(item, where)
-        return
-    raise SpecError(
-        f"{where} is {'an empty' if type(value) in (list, dict) else 'a'} {type(value).__name__}; blocks that share a cache "
-        "or another container cannot be run one by one"
-    )

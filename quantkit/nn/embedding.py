@@ -58,3 +58,11 @@ def input_table(model: Any) -> tuple[int, torch.device]:
     if isinstance(table, QuantEmbedding):
         return table.num_embeddings, table.device
     return table.weight.shape[0], table.weight.device
+
+
+def max_positions(model: object) -> int | None:
+    """Return the longest sequence that a model supports, or None if its config does not name one."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    limit = getattr(text, "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None

@@ -5,11 +5,11 @@ A linear layer's whole module is replaced by a :class:`~quantkit.nn.linear.Quant
 :class:`~quantkit.nn.linear.QuantWeight` of the same name. The float weight is freed as soon as nobody else holds it.
 """
 
-from typing import Any
+from typing import Any, Final, NoReturn
 
 from torch import Tensor, nn
 
-from quantkit.errors import SpecError
+from quantkit.errors import QuantkitError, SpecError
 from quantkit.kernels import ComputeMode
 from quantkit.kernels.select import check_compute
 from quantkit.nn.embedding import QuantEmbedding
@@ -18,6 +18,9 @@ from quantkit.nn.sites import Site
 from quantkit.numerics import grid
 from quantkit.qtensor import GridTensor, QTensor
 from quantkit.spec import ActivationSpec, QuantSpec
+
+SAVING: Final = ("save_pretrained", "push_to_hub")
+"""Methods of transformers' models that write float checkpoints."""
 
 
 def install(model: nn.Module, site: Site, qtensor: QTensor, activation: ActivationSpec | None = None) -> None:
@@ -32,24 +35,73 @@ def install(model: nn.Module, site: Site, qtensor: QTensor, activation: Activati
         activation: what the layer's inputs are rounded to; None leaves them alone.
 
     Raises:
-        SpecError: if the site is not there, shapes differ, or another module shares the weight (replacing it here would
-            silently part the two; a head that shares an embedding's table is replaced together with it).
+        SpecError: if the site is not there, shapes differ, or a module of another class shares the weight. All others that
+            share it are replaced together with it, also a head that shares an embedding's table.
     """
     module, weight = _find(model, site)
     if tuple(qtensor.shape) != site.shape:
         raise SpecError(f"{site.name}: quantized weight has shape {tuple(qtensor.shape)}, want {site.shape}")
+    forbid_saving(model, site.module)
     if isinstance(module, nn.Embedding):
         _install_table(model, site, weight, qtensor, activation)
         return
-    own = f"{site.module}.{site.parameter}"
-    sharing = [name for name, p in model.named_parameters(remove_duplicate=False) if p is weight and name != own]
-    if sharing:
-        raise SpecError(f"{site.name}: its weight is shared with {', '.join(sharing)}; leave both in float or untie them")
+    sharing = [name for name, p in model.named_parameters(remove_duplicate=False) if p is weight]
+    kind = type(module)
+    if odd := [name for name in sharing if type(model.get_submodule(name.rpartition(".")[0])) is not kind]:
+        raise SpecError(f"{site.name}: its weight is shared with {odd[0]}, which is no {kind.__name__}; leave both in float")
+    _forget_ties(model, sharing)
     if len(site.shape) == 3:
-        del module._parameters[site.parameter]
-        module.add_module(site.parameter, QuantWeight(qtensor, activation=activation).train(module.training))
+        stack = QuantWeight(qtensor, activation=activation).train(module.training)
+        for holder in {id(part): part for part in map(model.get_submodule, _paths(sharing))}.values():
+            del holder._parameters[site.parameter]
+            holder.add_module(site.parameter, stack)
         return
-    _replace(model, site.module, QuantLinear(qtensor, getattr(module, "bias", None), activation=activation))
+    replaced: dict[Any, QuantLinear] = {}
+    for path in [site.module, *_paths(sharing)]:
+        holder = model.get_submodule(path)
+        if isinstance(holder, QuantLinear):
+            continue  # it stands in a part that itself stands in several places
+        bias = getattr(holder, "bias", None)
+        known = replaced.get(id(bias))
+        linear = known or replaced.setdefault(id(bias), QuantLinear(qtensor, bias, activation=activation))
+        linear.tied_to = None if id(bias) == next(iter(replaced)) else site.name
+        _replace(model, path, linear)
+
+
+def forbid_saving(model: nn.Module, path: str) -> None:
+    """Let transformers' own way of saving raise an error, in ``model`` and in every part of it that holds ``path``.
+
+    It would write the parts of quantized weights under names that no reader knows, without a word in the config, and readers
+    would fill those layers with random numbers.
+    """
+    names = path.split(".")
+    for part in (model.get_submodule(".".join(names[:end])) for end in range(len(names) + 1)):
+        for method in SAVING:
+            if hasattr(type(part), method):
+                setattr(part, method, refuse_saving)
+
+
+def refuse_saving(*_arguments: Any, **_options: Any) -> NoReturn:
+    """Stand in for ``save_pretrained`` and ``push_to_hub`` of a quantized model.
+
+    Raises:
+        QuantkitError: always.
+    """
+    raise QuantkitError(
+        "save_pretrained and push_to_hub would write files of a quantized model that nothing can load; write a checkpoint with "
+        "quantkit.save(model, path), and push that directory (huggingface_hub.upload_folder)"
+    )
+
+
+def _paths(parameters: list[str]) -> list[str]:
+    return [name.rpartition(".")[0] for name in parameters]
+
+
+def _forget_ties(model: nn.Module, names: list[str]) -> None:
+    """Strike parameters that are no more from the list of tied ones, which transformers would look for."""
+    tied = getattr(model, "all_tied_weights_keys", {})
+    for name in names:
+        tied.pop(name, None)
 
 
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
@@ -70,7 +122,7 @@ def _install_table(model: nn.Module, site: Site, weight: Tensor, qtensor: QTenso
         head = QuantLinear(qtensor, getattr(model.get_submodule(path), "bias", None))
         head.tied_to = site.name
         _replace(model, path, head)
-    getattr(model, "all_tied_weights_keys", {}).clear()  # what was tied there is one GridTensor now
+    _forget_ties(model, sharing)  # they are one GridTensor now
 
 
 def set_compute(model: nn.Module, compute: ComputeMode) -> None:
@@ -127,5 +179,6 @@ def quantize_head(model: Any, spec: QuantSpec = HEAD_SPEC) -> None:
     name = next(name for name, module in model.named_modules() if module is head)
     parent, _, own = name.rpartition(".")
     rounded = QuantLinear(qtensor, head.bias).train(head.training)
+    forbid_saving(model, parent)
     setattr(model.get_submodule(parent), own, rounded)
     model.config.tie_word_embeddings = False

@@ -11,6 +11,7 @@ the kernel's layout bit for bit, and can be assigned. Saving, copying and moving
 
 import contextlib
 import dataclasses
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
@@ -24,6 +25,9 @@ from quantkit.nn.packed import Packed
 from quantkit.numerics.inputs import InputQuantizer
 from quantkit.qtensor import QTensor
 from quantkit.spec import ActivationSpec, QuantSpec
+
+_packing = threading.RLock()
+"""Held while a weight is packed: threads that run a model for the first time pack each layer once."""
 
 
 class QuantModule(nn.Module):
@@ -187,7 +191,8 @@ class _Multiplier(QuantModule):
     def pack(self, dtype: torch.dtype = torch.float32) -> Packed:
         """Hold the layout of the kernel that multiplies activations of ``dtype``, from now on, and return it.
 
-        A thread that reads the weight meanwhile sees it before or after; two that pack it at once do it twice.
+        A thread that reads the weight meanwhile sees it before or after; of several that want it packed, one does it and the
+        others wait.
 
         Raises:
             KernelError: if no kernel, or not the one forced by ``QUANTKIT_KERNEL``, can run this.
@@ -195,9 +200,13 @@ class _Multiplier(QuantModule):
         value = self.value
         if isinstance(value, Packed) and value.dtype is dtype:
             return value
-        kernel = select(Problem(self.spec, (self.shape[-2], self.shape[-1]), value.device.type, dtype), self._compute)
-        packed = value.run_by(kernel, dtype) if isinstance(value, Packed) else Packed.of(value, kernel, dtype)
-        self.value = packed
+        with _packing:
+            value = self.value
+            if isinstance(value, Packed) and value.dtype is dtype:
+                return value
+            kernel = select(Problem(self.spec, (self.shape[-2], self.shape[-1]), value.device.type, dtype), self._compute)
+            packed = value.run_by(kernel, dtype) if isinstance(value, Packed) else Packed.of(value, kernel, dtype)
+            self.value = packed
         return packed
 
     def unpack(self) -> QTensor:

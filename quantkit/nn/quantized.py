@@ -6,6 +6,9 @@ from torch import Tensor
 
 from quantkit.qtensor import GridTensor
 
+LARGE_ERROR = 0.5
+"""A layer whose output is off by more than this share of its size is named."""
+
 
 @dataclass(frozen=True, slots=True)
 class Quantized:
@@ -25,3 +28,10 @@ class Quantized:
     notes: tuple[str, ...] = ()
     fell_back: bool = False
     bias: Tensor | None = None
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What its user must know, because the layer is hardly what it was."""
+        if self.loss <= LARGE_ERROR**2:
+            return ()
+        return (f"relative error {self.loss**0.5:.2f}: give it more bits, or leave it in float by a rule",)

@@ -68,6 +68,9 @@ class Structure:
         tied: the head is the embedding's own table.
         shared: names in ``skipped`` that are stored, and counted, under another name.
         unreachable: names in ``skipped`` of linear layers and experts that would be quantized if they could be replaced.
+        carried: names of matrices in the source's files that the model's class does not know; they are copied as they are.
+        entangled: why blocks cannot be run one by one, so that the whole model has to run; None if they can, or if nobody has
+            tried yet (:func:`quantkit.nn.block_calls.why_entangled` does).
     """
 
     blocks: tuple[Block, ...]
@@ -78,6 +81,8 @@ class Structure:
     tied: bool = False
     shared: frozenset[str] = frozenset()
     unreachable: frozenset[str] = frozenset()
+    carried: frozenset[str] = frozenset()
+    entangled: str | None = None
 
     @property
     def sites(self) -> tuple[Site, ...]:

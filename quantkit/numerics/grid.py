@@ -26,6 +26,9 @@ from quantkit.spec import QuantSpec
 FP8_LARGEST = 448.0
 """Largest number of FP8 e4m3."""
 
+_LEAST_EXPONENT = 120
+"""Blocks smaller than 2 to the minus this count as zero where scales are powers of two; E8M0 ends at -127."""
+
 
 def block_size(spec: QuantSpec, shape: tuple[int, ...]) -> tuple[int, int]:
     """Return the block of ``spec`` with -1 resolved for a weight of ``shape`` (..., out, in).
@@ -67,6 +70,46 @@ def round_scale(scale: Tensor, scale_dtype: str) -> Tensor:
     return stored
 
 
+def wanted_scales(weight: Tensor, spec: QuantSpec) -> Tensor:
+    """Return the scale (..., out_blocks, in_blocks) that covers each block, in float32 and not rounded to any dtype."""
+    blocks: Tensor = to_blocks(weight.float(), spec)
+    largest: Tensor = blocks.abs().amax(-1)
+    if not spec.is_integer:
+        return largest.div(DTYPES[spec.dtype].largest)
+    if spec.symmetric:
+        return largest.div((2**spec.bits - 1) / 2)
+    covered: Tensor = blocks.amax(-1).clamp(min=0) - blocks.amin(-1).clamp(max=0)
+    return covered.div(2**spec.bits - 1)
+
+
+def scale_bounds(scale_dtype: str) -> tuple[float, float]:
+    """Return the smallest and the largest scale that a dtype holds well enough to choose codes by.
+
+    Near its lower end a float has few digits left; down to eight of its smallest steps a scale is off by at most a sixteenth.
+    The upper end leaves room for searches, which try ranges a little wider than the weights'.
+    """
+    dtype = SCALE_DTYPES[scale_dtype]
+    if dtype == torch.float8_e8m0fnu:
+        return 2.0**-_LEAST_EXPONENT, 2.0**_LEAST_EXPONENT
+    if dtype == torch.float8_e4m3fn:
+        return 2.0**-9, 1.01 * FP8_LARGEST  # saturates; the global scale brings the largest to the end, but for rounding
+    info = torch.finfo(dtype)
+    return max(8 * info.tiny * info.eps, 2.0**-126), info.max / 1.25
+
+
+def exponent_shift(values: Tensor) -> int:
+    """Return k so that ``values * 2^k`` can be squared and summed in float32 without loss; 0 for numbers of usual size."""
+    largest = float(values.abs().amax()) if values.numel() else 0.0
+    if largest == 0 or not math.isfinite(largest) or 2.0**-40 <= largest <= 2.0**40:
+        return 0
+    return -math.frexp(largest)[1]
+
+
+def shifted(values: Tensor, exponent: int) -> Tensor:
+    """Return ``values * 2^exponent``, exactly as long as the result is a normal number, in the dtype of ``values``."""
+    return values if exponent == 0 else (values.double() * 2.0**exponent).to(values.dtype)
+
+
 def choose_qparams(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
     """Choose scale and zero point of every block from its absolute maximum (symmetric) or its range (asymmetric).
 
@@ -81,7 +124,7 @@ def choose_qparams(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | No
     if not spec.is_integer:
         largest, most = DTYPES[spec.dtype].largest, blocks.abs().amax(-1)
         if spec.scale_dtype == "float8_e8m0fnu":
-            exponent = most.clamp(min=2.0**-100).log2().floor() - math.floor(math.log2(largest))
+            exponent = most.clamp(min=2.0**-_LEAST_EXPONENT).log2().floor() - math.floor(math.log2(largest))
             return round_scale(torch.where(most > 0, torch.exp2(exponent), most), spec.scale_dtype), None
         return round_scale(most / largest, spec.scale_dtype), None
     if spec.symmetric:

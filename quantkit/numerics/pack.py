@@ -74,7 +74,7 @@ def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
     period = 8 // math.gcd(8, bits)
     span = period * bits // 8
     groups = -(-columns // period)
-    stream = packed.contiguous().view(torch.uint8)
+    stream = as_bytes(packed).view(*packed.shape[:-1], 4 * packed.shape[-1])
     stream = torch.nn.functional.pad(stream, (0, max(0, groups * span - stream.shape[-1])))[..., : groups * span]
     stream = stream.unflatten(-1, (groups, span))
     codes = stream.new_empty((*stream.shape[:-1], period))

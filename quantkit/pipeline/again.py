@@ -20,13 +20,12 @@ from quantkit.evaluation.coverage import CoverageRow
 from quantkit.hf.load import PreTrainedModel, empty_model, load_tokenizer, read_config
 from quantkit.pipeline.result import QuantizeResult
 from quantkit.pipeline.settings import Output, Run
-from quantkit.spec import Plan
 from quantkit.system.files import clear_errors
 
 log = logging.getLogger(__name__)
 
 
-_OF_THE_INPUT = ("model", "config", "tokenizer and generation settings")
+_OF_THE_INPUT = ("model", "config", "carried over", "tokenizer and generation settings")
 """Topics of a key that are not known any more where the output has replaced the input."""
 
 
@@ -47,7 +46,7 @@ def record_of(coverage: Sequence[CoverageRow], losses: Mapping[str, float]) -> d
 
 
 def finished_result(
-    model: PreTrainedModel, tokenizer: Any, output: Output, run: Run, key: checkpoint.Key, plan: Plan
+    model: PreTrainedModel, tokenizer: Any, output: Output, run: Run, key: checkpoint.Key
 ) -> QuantizeResult | None:
     """Return the result of an earlier run with the same key, read back from where it was written; None if there is none.
 
@@ -57,7 +56,6 @@ def finished_result(
         output: where the checkpoint goes; one that may be overwritten is still not made twice by the same code.
         run: without ``resume`` nothing is read back.
         key: of the run.
-        plan: of the run.
 
     Raises:
         FormatError: the output holds a checkpoint of other settings that may not be replaced, or a damaged one.
@@ -87,9 +85,9 @@ def finished_result(
     log.info("%s: already done", path)
     model.__dict__ = loaded.__dict__  # the caller's model becomes the quantized one, as if it had been quantized now
     with open_checkpoint(path) as opened:
-        metadata = dict(opened.config.get("quantkit", {}))
-    metadata = {name: value for name, value in metadata.items() if name not in ("version", "format")}
-    return QuantizeResult(model, tokenizer, dict(plan), facts.coverage, facts.losses, path, metadata, already_done=True)
+        metadata, plan = dict(opened.config.get("quantkit", {})), opened.schemes
+    metadata = {name: value for name, value in metadata.items() if name not in ("version", "format", "carried_over")}
+    return QuantizeResult(model, tokenizer, plan, facts.coverage, facts.losses, path, metadata, already_done=True)
 
 
 def _is_complete(path: Path) -> bool:

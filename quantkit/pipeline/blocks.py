@@ -4,6 +4,7 @@ Only the block at work is on the device and in the compute dtype; the rest of th
 activations between blocks (tokens x hidden) are kept in the compute dtype.
 """
 
+import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,13 +12,14 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from quantkit.calibrate.chain import Chain, relative_distance
+from quantkit.calibrate.chain import BlockWalk, block_walk, relative_distance
 from quantkit.calibrate.collectors import COLLECTORS
 from quantkit.calibrate.walk import Gather, block_sites
 from quantkit.errors import CalibrationError
 from quantkit.nn.install import install
 from quantkit.nn.quantized import Quantized
 from quantkit.nn.sites import Block, Site, SiteStatistics, Structure, read_weight, write_weight
+from quantkit.numerics import grid
 from quantkit.numerics.inputs import InputQuantizer, static_scale
 from quantkit.pipeline.resume import ResumeStore
 from quantkit.quantizers.base import QuantizedBlock, Quantizer, quantize_site
@@ -55,7 +57,7 @@ class BlockRun:
     plan: Plan
     method: Quantizer
     compute: Compute
-    chain: Chain | None = None
+    chain: BlockWalk | None = None
     known: Mapping[str, SiteStatistics] = field(default_factory=dict)
     corrections: Mapping[str, Sequence[Correction]] = field(default_factory=dict)
     store: ResumeStore | None = None
@@ -78,7 +80,7 @@ def quantize_blocks(run: BlockRun) -> dict[str, Quantized]:
     finished = store.finished() if store else 0
     if finished:
         log.info("continuing after %d finished blocks", finished)
-        if run.chain is not None and store is not None:
+        if run.chain is not None and run.chain.state and store is not None:
             run.chain.state = store.load_chain()
     results: dict[str, Quantized] = {}
     global_scales = shared_global_scales(model, structure, plan)
@@ -89,9 +91,10 @@ def quantize_blocks(run: BlockRun) -> dict[str, Quantized]:
         if index < finished and store is not None:
             loaded = store.load(index)
             quantized = {site.name: loaded[site.name] for site in sites}
+            _catch_up(run, index, quantized)
         else:
             report = _reporter(run, len(results))
-            with torch.no_grad(), on_device(model.get_submodule(block.name), run.compute):
+            with torch.no_grad(), _placed(run, index):
                 quantized = _quantize_block(run, index, sites, global_scales, report)
         for site in sites:
             _write_bias(model, site, quantized[site.name])
@@ -107,12 +110,33 @@ def quantize_blocks(run: BlockRun) -> dict[str, Quantized]:
 
 def calibration_chain(
     model: nn.Module, structure: Structure, batches: Sequence[Tensor], method: Quantizer, compute: Compute
-) -> Chain:
+) -> BlockWalk:
     """Return the calibration batches (int64 (B, T), without padding) before the first block, as a quantizer wants them."""
     if method.batch_size is not None:
         batches = [part for ids in batches for part in ids.split(method.batch_size)]
     compares = method.refines_blocks or any(COLLECTORS.get(name).paired for name in method.needs)
-    return Chain(model, structure, batches, compute, with_float=compares)
+    return block_walk(model, structure, batches, compute, with_float=compares)
+
+
+def _catch_up(run: BlockRun, index: int, quantized: Mapping[str, Quantized]) -> None:
+    """Send the calibration text through a finished block again, as it was when it was finished, if its outputs are not stored.
+
+    A method that learns blocks starts anew after each of them anyway.
+    """
+    if run.chain is None or run.chain.state or run.method.refines_blocks:
+        return
+    for site in block_sites(run.structure.blocks[index], quantized):
+        _write_stored(run.model, site, run.plan[site.name], quantized[site.name].qtensor.dequantize())
+        _write_bias(run.model, site, quantized[site.name])
+    with torch.no_grad(), run.chain.placed(index):
+        run.chain.advance(index, (), lambda site, gather: None)
+
+
+def _placed(run: BlockRun, index: int) -> contextlib.AbstractContextManager[object]:
+    """Return the context in which a block is where it is quantized."""
+    if run.chain is not None:
+        return run.chain.placed(index)
+    return on_device(run.model.get_submodule(run.structure.blocks[index].name), run.compute)
 
 
 def needs_of(method: Quantizer, scheme: Scheme) -> tuple[str, ...]:
@@ -124,10 +148,18 @@ def calibrated_scale(site: Site, activation: ActivationSpec, statistics: SiteSta
     """Return the scale (..., 1) that covers every input of a layer seen in calibration.
 
     Raises:
-        CalibrationError: no input was seen.
+        CalibrationError: no input was seen, or inputs so large or small that the stored dtype cannot hold their scale.
     """
     if statistics is None or "abs_max" not in statistics.results:
         raise CalibrationError(f"{site.name}: its static input scale needs calibration inputs; use more text, or w8a8")
+    largest = float(statistics.results["abs_max"].amax())
+    wanted = grid.wanted_scales(torch.tensor([[largest]]), activation.grid).item()
+    low, high = grid.scale_bounds(activation.grid.scale_dtype)
+    if largest and not low <= wanted <= high:
+        raise CalibrationError(
+            f"{site.name}: its inputs reach {largest:.3g}, and {activation.grid.scale_dtype} cannot hold their static scale "
+            f"{wanted:.3g}; use dynamic activations (w8a8, fp8-dynamic), or a scheme with float32 scales"
+        )
     return static_scale(activation, statistics.results["abs_max"])
 
 
@@ -169,7 +201,7 @@ def _quantize_block(
 ) -> dict[str, Quantized]:
     chain = run.chain
     refined = chain if run.method.refines_blocks and sites else None
-    inputs = list(refined.hidden) if refined is not None else []
+    again = refined.rerunner(index) if refined is not None else None
     origin = {site.name: _weight_to_store(run.model, site, run.plan[site.name]) for site in sites} if refined else {}
     quantized: dict[str, Quantized] = {}
 
@@ -185,8 +217,8 @@ def _quantize_block(
     for site in sites:
         if site.name not in quantized:
             choose(site, run.known.get(site.name))
-    if refined is not None:
-        quantized = _refine(run, refined, index, sites, quantized, origin, inputs)
+    if refined is not None and again is not None:
+        quantized = _refine(run, refined, sites, quantized, origin, again)
     return {site.name: quantized[site.name] for site in sites}
 
 
@@ -208,12 +240,11 @@ def _quantize_layer(run: BlockRun, site: Site, statistics: SiteStatistics | None
 
 def _refine(
     run: BlockRun,
-    chain: Chain,
-    index: int,
+    chain: BlockWalk,
     sites: Sequence[Site],
     start: dict[str, Quantized],
     origin: Mapping[str, Tensor],
-    inputs: Sequence[Tensor],
+    again: Callable[[int], Tensor],
 ) -> dict[str, Quantized]:
     """Let the quantizer refine a block as a whole, and keep what it started with if that is better.
 
@@ -222,27 +253,25 @@ def _refine(
     Args:
         run: the chain has passed the block.
         chain: its chain.
-        index: number of the block.
-        sites: its planned layers.
+        sites: the block's planned layers.
         start: the quantized layers, which are in the model already.
         origin: layer name to float weight.
-        inputs: what the chain held before the block.
+        again: batch number to what the block makes of its inputs now.
     """
     before = relative_distance(chain.hidden, chain.float_hidden)
     layers = {site: (start[site.name].qtensor, origin[site.name], run.plan[site.name].activation) for site in sites}
-    block = QuantizedBlock(
-        run.model, layers, lambda batch: chain.call(index, batch, inputs[batch]), chain.float_hidden, chain.compute
-    )
+    block = QuantizedBlock(run.model, layers, again, chain.float_hidden, run.compute)
     refined = run.method.refine_block(block)
     for site, qtensor in refined.items():
         _write_stored(run.model, site, run.plan[site.name], qtensor.dequantize())
-    with chain.compute.rounding_products():
-        outputs = [chain.call(index, batch, x).to("cpu", chain.compute.dtype) for batch, x in enumerate(inputs)]
+    with run.compute.rounding_products():
+        outputs = [again(batch).to(output) for batch, output in enumerate(chain.hidden)]
     after = relative_distance(outputs, chain.float_hidden)
-    log.info("%s: output error %.3e before learning, %.3e after", run.structure.blocks[index].name, before, after)
-    if not after < before:
+    log.info("%s: output error %.3e before learning, %.3e after", sites[0].name.rpartition(".")[0], before, after)
+    better = after < before
+    chain.replace(outputs if better else chain.hidden)
+    if not better:
         return start
-    chain.hidden = outputs
     return start | {site.name: replace(start[site.name], qtensor=q.to("cpu"), loss=after) for site, q in refined.items()}
 
 
@@ -258,6 +287,8 @@ def _quantize_outside(run: BlockRun, results: dict[str, Quantized]) -> dict[str,
         method = RTN("mse" if scheme.weight.bits < 8 else "absmax") if ends else run.method
         one = quantize_site(method, site.name, weight, scheme.weight, None)
         results[site.name] = replace(one, qtensor=one.qtensor.to("cpu"))
+        for note in one.notes:
+            log.warning("%s: %s", site.name, note)
         install(run.model, site, results[site.name].qtensor, scheme.activation)
         run.progress(Progress("quantize", len(results), len(run.plan), site.name, one.loss))
     return results

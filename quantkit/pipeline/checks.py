@@ -2,20 +2,25 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
 
+from quantkit.calibrate.chain import block_walk
 from quantkit.calibrate.collectors import COLLECTORS
-from quantkit.errors import CalibrationError, SpecError
+from quantkit.errors import CalibrationError, QuantkitError, SpecError
 from quantkit.hf.experts import enable_experts
-from quantkit.nn.block_calls import check_chain
+from quantkit.nn.block_calls import CANNOT_RUN, why_entangled
+from quantkit.nn.embedding import input_table
+from quantkit.nn.quantized import LARGE_ERROR, Quantized
 from quantkit.nn.sites import Site, SiteStatistics, Structure
 from quantkit.pipeline.blocks import needs_of
 from quantkit.pipeline.plan import Resolution
 from quantkit.quantizers.base import Quantizer, quantizer_name
 from quantkit.spec import Plan
-from quantkit.transforms.base import Setup, Step
+from quantkit.system.compute import Compute
+from quantkit.transforms.base import Setup, Step, step_name
 
 log = logging.getLogger(__name__)
 
@@ -49,8 +54,19 @@ def refuse_combinations(
     setup = Setup(plan, structure, tuple(steps), method.refines_blocks, statistics is not None)
     for step in steps:
         step.check(setup)
+    _refuse_shared(structure, steps)
     if statistics is not None:
         _check_statistics(plan, blocks, method, statistics)
+
+
+def _refuse_shared(structure: Structure, steps: Sequence[Step]) -> None:
+    """Refuse rewriting weights that several blocks share: it fits one of them and not the others."""
+    inside = sorted(name for name in structure.shared for block in structure.blocks if name.startswith(f"{block.name}."))
+    if inside and (step := next((one for one in steps if one.stage == "before"), None)) is not None:
+        raise SpecError(
+            f"{inside[0]} is {structure.skipped[inside[0]]}: {step_name(step)} would rewrite it for one block and spoil it for "
+            "the other; leave this step out"
+        )
 
 
 def _check_statistics(
@@ -98,20 +114,57 @@ def _misfit(site: Site, method: Quantizer, needs: Sequence[str], statistics: Map
     return None
 
 
-def check_model(model: nn.Module, structure: Structure) -> None:
-    """Make sure that the model's numbers are sound and that its blocks can be run one by one, before hours are spent."""
+def check_model(model: nn.Module) -> None:
+    """Make sure that the model's numbers are sound, before hours are spent."""
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter.detach().abs().amax())):
             raise CalibrationError(f"{name}: the weight holds NaN or infinity; repair or reload the model")
     enable_experts(model)
-    check_chain(model, structure)
+
+
+def prepare_blocks(model: nn.Module, structure: Structure, compute: Compute) -> tuple[Structure, Compute]:
+    """Find out how the model's blocks can run: one by one with ``compute``, or only all together.
+
+    Returns:
+        The structure, which says so if blocks are entangled, and what blocks can be computed with: a whole model runs where it
+        is, in its own dtype; and products are not rounded where a block cannot do with what they return.
+    """
+    name = type(model).__name__
+    reason = why_entangled(model, structure)
+    if reason is None and (failed := _failure(model, structure, compute)) is not None:
+        exact = replace(compute, products=None)
+        reason = failed if exact == compute else _failure(model, structure, exact)
+        if reason is None:
+            log.warning("%s: products are not rounded to %s, which is slower: %s", name, compute.products, failed)
+            compute = exact
+    if reason is None:
+        return structure, compute
+    log.warning("%s cannot be run block by block; the whole model stays in memory and runs where it is: %s", name, reason)
+    weight = next(model.parameters())
+    return replace(structure, entangled=reason), Compute(weight.device, weight.dtype)
+
+
+def _failure(model: nn.Module, structure: Structure, compute: Compute) -> str | None:
+    """Say why blocks cannot run one by one with these dtypes, on a few tokens; None if they can."""
+    chain = block_walk(model, structure, [torch.arange(8).unsqueeze(0).to(input_table(model)[1])], compute)
+    for index, block in enumerate(structure.blocks):
+        try:
+            with torch.no_grad(), chain.placed(index):
+                chain.advance(index, (), lambda site, gather: None)
+        except (QuantkitError, *CANNOT_RUN) as error:
+            return f"{block.name}: {error}"
+    return None
 
 
 def refuse_gaps(structure: Structure, resolution: Resolution) -> None:
-    """With strict=True, every linear layer and expert must be in the plan or skipped by a rule."""
+    """With strict=True, every linear layer and expert must be in the plan or skipped by a rule.
+
+    Also every matrix that the model's class does not know, and which is carried over in float.
+    """
     decided = resolution.plan.keys() | resolution.skipped.keys()
     gaps = [site.name for site in structure.sites if site.name not in decided]
     reasons = {name: structure.skipped[name] for name in sorted(structure.unreachable) if name not in decided}
+    reasons |= {name: "the model's class does not know it" for name in sorted(structure.carried) if name not in decided}
     if gaps or reasons:
         first = next(iter([*(f"{name} ({reason})" for name, reason in reasons.items()), *gaps]))
         more = f" and {len(gaps) + len(reasons) - 1} more" if len(gaps) + len(reasons) > 1 else ""
@@ -122,3 +175,19 @@ def report_fallen(names: list[str]) -> None:
     """Warn of layers that were rounded to nearest for want of inputs."""
     if names:
         log.warning("%d layers fell back to plain rounding: %s ...", len(names), names[0])
+
+
+def report_lossy(results: Mapping[str, Quantized]) -> None:
+    """Warn of layers whose output is hardly that of the float layer."""
+    lossy = {name: one for name, one in results.items() if one.warnings}
+    if lossy:
+        worst = sorted(lossy, key=lambda name: -lossy[name].loss)
+        shown = ", ".join(f"{name} ({lossy[name].loss ** 0.5:.2f})" for name in worst[:5])
+        more = f" and {len(lossy) - 5} more" if len(lossy) > 5 else ""
+        log.warning(
+            "%d layers have a relative error above %g: %s%s; give them more bits, or leave them in float by a rule",
+            len(lossy),
+            LARGE_ERROR,
+            shown,
+            more,
+        )

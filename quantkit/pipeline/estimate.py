@@ -15,11 +15,13 @@ headers, config and tokenizer. Peak memory is an estimate: the sum of what is al
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from quantkit.calibrate.data import Calibration
 from quantkit.checkpoint.check import layout_bytes, layout_of
-from quantkit.checkpoint.contents import Contents, Entry
+from quantkit.checkpoint.contents import Contents, Entry, carried_layout
+from quantkit.hf.ledger import ledger_of
 from quantkit.nn.sites import Site, Structure
 from quantkit.nn.sizes import WINDOW, RunSize
 from quantkit.pipeline.blocks import needs_of
@@ -41,8 +43,8 @@ class Estimate:
         schemes: description of a scheme to (sites, weights).
         weights: number of weights that will be quantized.
         quantized_bytes: what they take in the checkpoint.
-        kept_bytes: every other parameter, in the checkpoint's dtype.
-        float_bytes: the whole model in the checkpoint's dtype, unquantized.
+        kept_bytes: every other parameter, in the checkpoint's dtype, and what is carried over from the source as it is.
+        float_bytes: the whole model in the checkpoint's dtype, unquantized, with what is carried over.
         bits_per_weight: stored bits per quantized weight: codes, scales, zero points and row padding.
         peak_bytes: estimated peak memory of the run.
         passes: what will be run through the model, in order.
@@ -96,6 +98,7 @@ def estimate(
     def nbytes(entries: Iterable[Entry], plan: Plan) -> int:
         return sum(layout_bytes(layout_of(contents, model, plan, format, entry)) for entry in entries)
 
+    carried = layout_bytes(carried_layout(ledger_of(model)))
     float_bytes = nbytes(contents.entries, {})
     calibrates = any(needs_of(method, scheme) for scheme in plan.values()) or any(step.needs for step in steps)
     size = _size(model, structure, sites, calibration, calibrates)
@@ -111,8 +114,8 @@ def estimate(
         schemes=_tally((plan[site.name].weight.describe(), site.numel) for site in sites),
         weights=weights,
         quantized_bytes=nbytes(chosen, plan),
-        kept_bytes=nbytes(kept, plan),
-        float_bytes=float_bytes,
+        kept_bytes=nbytes(kept, plan) + carried,
+        float_bytes=float_bytes + carried,
         bits_per_weight=codes * 8 / weights,
         peak_bytes=float_bytes + codes + working + RUNTIME_BYTES,
         passes=tuple(passes),
@@ -124,7 +127,10 @@ def _kept(model: nn.Module, structure: Structure, plan: Plan, reasons: Mapping[s
     sites = [site for site in (*structure.sites, *structure.outside) if site.name not in plan]
     own = {name for name, _ in model.named_parameters()}  # a tied name shares another's memory and takes none of its own
     skipped = {name: reason for name, reason in structure.skipped.items() if name.removesuffix(".weight") not in plan}
-    rest = ((reason, model.get_parameter(name).numel() if name in own else 0) for name, reason in skipped.items())
+    rest = [(reason, model.get_parameter(name).numel() if name in own else 0) for name, reason in skipped.items()]
+    ledger = ledger_of(model)
+    carried = ledger.carried_headers.values() if ledger is not None else ()
+    rest = [*rest, *(("carried over: the model's class does not know it", torch.Size(h.shape).numel()) for h in carried)]
     return _tally([*((reasons.get(site.name, "not in the plan"), site.numel) for site in sites), *rest])
 
 

@@ -77,7 +77,7 @@ def make_plan(
             notes += assigned.notes
         elif rule:
             notes.append(f"{label} has no effect: later rules decide every layer it matches")
-    named = {name: owner[name] for name in sorted(structure.unreachable) if owner.get(name, -1) >= 0}
+    named = {name: owner[name] for name in sorted(structure.unreachable | structure.carried) if owner.get(name, -1) >= 0}
     found.skipped.update({name: f"skipped by rule {index + 1} ({rules[index].match!r})" for name, index in named.items()})
     found.skipped.update({site.name: OUTSIDE for site in structure.outside if owner[site.name] < 0})
     found.plan.update({site.name: schemes[site.name] for site in sites if site.name in schemes})
@@ -115,7 +115,8 @@ def _owners(structure: Structure, rules: Sequence[Rule]) -> dict[str, int]:
             ends[rule.match] = rule
         else:
             hits = [name for name in inside if rule.fits(name)] + [name for name in after if name == rule.match]
-        unreachable = [name for name in sorted(structure.unreachable) if rule.skip and rule.fits(name.removesuffix(".weight"))]
+        others = sorted(structure.unreachable | structure.carried)
+        unreachable = [name for name in others if rule.skip and rule.fits(name.removesuffix(".weight"))]
         owner.update(dict.fromkeys(unreachable, index))
         if not hits and not unreachable:
             raise SpecError(
@@ -191,7 +192,10 @@ def _refuse_misfits(scheme: Scheme, sites: Sequence[Site], label: str) -> None:
     bad = [(site, reason) for site in sites if (reason := scheme.weight.rejects(site.shape))]
     if bad:
         more = f" (and {len(bad) - 1} more layers)" if len(bad) > 1 else ""
-        raise SpecError(f"{bad[0][0].name}: {bad[0][1]}{more}; set by {label}; or leave group_size out to have one chosen")
+        raise SpecError(
+            f"{bad[0][0].name}: {bad[0][1]}{more}; set by {label}; or leave group_size out to have one chosen, or give "
+            "these layers another scheme by a rule, such as w8a16"
+        )
 
 
 def _closest(pattern: str, names: list[str]) -> str:

@@ -8,7 +8,7 @@ block is on the disk, so a killed run continues where it stopped.
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -18,24 +18,34 @@ from torch import nn
 
 from quantkit import checkpoint
 from quantkit.calibrate.chain import collect_statistics
-from quantkit.calibrate.data import Batch, Calibration, unpadded
+from quantkit.calibrate.data import Batch, Calibration, check_fit, unpadded
 from quantkit.calibrate.data import fingerprint as data_fingerprint
 from quantkit.calibrate.statistics import load_statistics
 from quantkit.checkpoint.contents import contents_of
 from quantkit.evaluation.coverage import coverage_after, coverage_before, remark
 from quantkit.evaluation.sanity import SanityCheck
 from quantkit.hf.load import PreTrainedModel, load_float
+from quantkit.hf.mend import mend
 from quantkit.hf.source import load_config, locate
 from quantkit.hf.structure import describe
+from quantkit.hf.ties import settle_ties
 from quantkit.nn.quantized import Quantized
 from quantkit.nn.sites import SiteStatistics, Structure
 from quantkit.pipeline.again import finished_result, record_of, replaced_model
 from quantkit.pipeline.blocks import BlockRun, calibration_chain, needs_of, quantize_blocks
-from quantkit.pipeline.checks import check_model, refuse_combinations, refuse_gaps, report_fallen
+from quantkit.pipeline.checks import (
+    check_model,
+    prepare_blocks,
+    refuse_combinations,
+    refuse_gaps,
+    report_fallen,
+    report_lossy,
+)
 from quantkit.pipeline.plan import Resolution, check_plan, make_plan, resolve
 from quantkit.pipeline.result import QuantizeResult
 from quantkit.pipeline.resume import ResumeStore, run_key, versions
 from quantkit.pipeline.rules import Rule, SchemeChoice
+from quantkit.pipeline.scales import fit_scales
 from quantkit.pipeline.settings import Output, Run
 from quantkit.pipeline.steps import Learning, Steps, apply_transforms, corrections_of, make_steps
 from quantkit.quantizers.base import QUANTIZERS, Quantizer
@@ -105,13 +115,15 @@ def quantize(
             run=run,
         )
         job.refuse()
-        batches = calibration.batches(tokenizer) if job.reads_text else []
+        batches, read = calibration.read(tokenizer) if job.reads_text else ([], {})
+        check_fit(batches, model)
         key = job.key(batches)
-        if key is not None and (done := finished_result(model, tokenizer, target, run, key, job.plan)):
+        if key is not None and (done := finished_result(model, tokenizer, target, run, key)):
             return done
-        check_model(model, structure)
+        check_model(model)
+        job = job.prepared().with_fitting_scales()
         job.check_output(key, batches)
-        return _carry_out(job, key, batches)
+        return _carry_out(job, key, batches, read)
 
 
 @dataclass(frozen=True)
@@ -155,6 +167,19 @@ class _Job:
     def reads_text(self) -> bool:
         return self.walks or bool(self.steps.after) or any(step.needs for step in self.steps.before)
 
+    @property
+    def runs_blocks(self) -> bool:
+        """Whether blocks are run at all: with text, or on a few tokens to see what reads what."""
+        shared = any(scheme.weight.has_global_scale for scheme in self.plan.values())
+        return self.reads_text or bool(self.steps.before) or shared
+
+    def prepared(self) -> "_Job":
+        """Return the job with what is known of how its blocks can run, if they have to."""
+        if not self.runs_blocks:
+            return self
+        structure, compute = prepare_blocks(self.model, self.structure, self.compute)
+        return replace(self, structure=structure, run=replace(self.run, compute=compute))
+
     def refuse(self) -> None:
         """Raise what is wrong with the run as far as can be seen without working."""
         for note in self.resolution.notes:
@@ -163,6 +188,12 @@ class _Job:
         if self.run.strict:
             refuse_gaps(self.structure, self.resolution)
         refuse_combinations(self.plan, self.structure, self.method, self.steps.all, self.statistics)
+
+    def with_fitting_scales(self) -> "_Job":
+        """Return the run with a plan whose scales hold the weights as they are."""
+        format = self.output.format if self.output.path is not None else None
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        return replace(self, resolution=fit_scales(self.model, self.structure, self.resolution, format, dtype))
 
     def key(self, batches: Sequence[Batch]) -> checkpoint.Key | None:
         """Return what decides the files; None if nothing is to be written."""
@@ -211,10 +242,10 @@ class _Job:
         return ResumeStore(writer)
 
 
-def _carry_out(job: _Job, key: checkpoint.Key | None, batches: Sequence[Batch]) -> QuantizeResult:
-    """Transform, quantize, learn, measure and write."""
+def _carry_out(job: _Job, key: checkpoint.Key | None, batches: Sequence[Batch], read: Mapping[str, Any]) -> QuantizeResult:
+    """Transform, quantize, learn, measure and write; ``read`` is what is recorded of the calibration text."""
     model, compute, progress, texts = job.model, job.compute, job.run.report, unpadded(batches)
-    sanity = SanityCheck.start(model, job.tokenizer)
+    sanity = SanityCheck.start(model, job.tokenizer, job.calibration.bos or None)
     structure = apply_transforms(model, job.structure, job.plan, job.steps.before, texts, compute=compute, progress=progress)
     chain = calibration_chain(model, structure, texts, job.method, compute) if job.walks else None
     rows = coverage_before(model, structure, job.plan, job.resolution.skipped)
@@ -237,8 +268,9 @@ def _carry_out(job: _Job, key: checkpoint.Key | None, batches: Sequence[Batch]) 
     )
     results, facts = learning.finish(model, structure, results)
     coverage = remark(coverage_after(rows, results), job.resolution.remarks)
+    report_lossy(results)
     report_fallen([row.name for row in coverage if row.kind == "fell back"])
-    metadata = _metadata(job, batches, results, sanity.measure(model)) | job.steps.metadata(facts)
+    metadata = _metadata(job, batches, read, results, sanity.measure(model)) | job.steps.metadata(facts)
 
     def check(stage: Path) -> dict[str, Any]:
         checkpoint.verify(stage, model)
@@ -269,7 +301,7 @@ def plan(
         SpecError: a rule matches nothing, or a group size does not divide a layer.
     """
     if not isinstance(model, nn.Module):
-        model = contents_of(load_config(model)).model
+        model = contents_of(load_config(model), source=model).model
     return make_plan(describe(model), scheme, rules, scale_dtype=_scale_dtype(model))
 
 
@@ -292,8 +324,9 @@ def collect(
     model, tokenizer = _resolve_model(model, tokenizer)
     structure = describe(model)
     batches = calibration.batches(tokenizer)
-    check_model(model, structure)
-    compute = run.compute or Compute.default(model)
+    check_fit(batches, model)
+    check_model(model)
+    structure, compute = prepare_blocks(model, structure, run.compute or Compute.default(model))
     found = collect_statistics(model, structure, unpadded(batches), collectors, compute=compute, progress=run.report)
     return found, data_fingerprint(batches)
 
@@ -302,7 +335,10 @@ def _resolve_model(
     model: nn.Module | str | Path, tokenizer: Any, output: Output = DEFAULT_OUTPUT
 ) -> tuple[PreTrainedModel, Any]:
     if isinstance(model, nn.Module):
-        return cast(PreTrainedModel, model.eval()), tokenizer
+        given = cast(PreTrainedModel, model.eval())
+        mend(given)
+        settle_ties(given, given.config)
+        return given, tokenizer
     place = locate(model)
     loaded, found = replaced_model(place, output) or load_float(place)
     return loaded, tokenizer if tokenizer is not None else found
@@ -314,7 +350,9 @@ def _scale_dtype(model: nn.Module) -> str:
     return "bfloat16" if dtype == torch.bfloat16 else "float16"
 
 
-def _metadata(job: _Job, batches: Sequence[Batch], results: Mapping[str, Quantized], quality: dict[str, Any]) -> dict[str, Any]:
+def _metadata(
+    job: _Job, batches: Sequence[Batch], read: Mapping[str, Any], results: Mapping[str, Quantized], quality: dict[str, Any]
+) -> dict[str, Any]:
     losses = [one.loss for one in results.values()]
     return {
         "schemes": dict(Counter(scheme.weight.describe() for scheme in job.plan.values())),
@@ -322,6 +360,7 @@ def _metadata(job: _Job, batches: Sequence[Batch], results: Mapping[str, Quantiz
         "calibration": {
             "fingerprint": data_fingerprint(batches) if batches else "none",
             "tokens": sum(batch.tokens for batch in batches),
+            **read,
         },
         "bits_per_weight": bits_per_weight(results),
         "output_error": {"mean": sum(losses) / len(losses), "max": max(losses)},

@@ -22,8 +22,9 @@ from quantkit.calibrate.data import Batch
 from quantkit.calibrate.data import fingerprint as data_fingerprint
 from quantkit.checkpoint import CheckpointWriter, Key
 from quantkit.checkpoint.digests import sums
-from quantkit.checkpoint.write import write_extras
+from quantkit.checkpoint.extras import write_extras
 from quantkit.formats.base import FORMATS
+from quantkit.hf.ledger import ledger_of
 from quantkit.hf.load import PreTrainedModel
 from quantkit.nn.quantized import Quantized
 from quantkit.nn.sites import SiteStatistics
@@ -80,8 +81,12 @@ def weights_key(model: PreTrainedModel) -> Key:
     config = model.config.to_dict()
     for name in ("_name_or_path", "transformers_version"):
         config.pop(name, None)
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    return {"config": _text_digest([type(model).__name__, config]), "model": _tensors_digest(tensors)}
+    tensors, ledger = [*model.named_parameters(), *model.named_buffers()], ledger_of(model)
+    carried: Key = {}
+    if ledger is not None and ledger.carried:
+        with ledger.tensors() as read:
+            carried = {"carried over": _text_digest(dict(sums((name, read(name)) for name in ledger.carried)))}
+    return {"config": _text_digest([type(model).__name__, config]), "model": _tensors_digest(tensors), **carried}
 
 
 def versions() -> dict[str, str]:

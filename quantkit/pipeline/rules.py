@@ -32,7 +32,7 @@ EMBEDDING, HEAD = "embedding", "head"
 """What a rule calls the two ends of any model."""
 
 Text = Annotated[str, Strict()]
-GroupSize = Annotated[int, Strict()]
+GroupSize = Annotated[int, Strict(), Field(le=10**9)]
 
 
 @settings(SpecError)

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -83,7 +83,7 @@ def apply_transforms(
             collect_statistics(model, structure, batches, one.needs, compute=compute, progress=progress) if one.needs else {}
         )
         one.apply(model, structure, plan, found)
-        structure = describe(model)  # a tied head may stand alone now
+        structure = replace(describe(model), entangled=structure.entangled)  # a tied head may stand alone now
     return structure
 
 

@@ -8,7 +8,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from quantkit.errors import CalibrationError, SpecError
+from quantkit.errors import CalibrationError, QuantkitError, SpecError
 from quantkit.nn.quantized import Quantized
 from quantkit.nn.sites import Site, SiteStatistics
 from quantkit.nn.sizes import RunSize
@@ -143,13 +143,16 @@ def quantize_site(
         raise SpecError(f"{name}: {reason}")
     if not bool(torch.isfinite(weight).all()):
         raise CalibrationError(f"{name}: the weight holds NaN or infinity; repair or reload the model")
-    if weight.dim() == 2:
-        return _quantize_matrix(quantizer, weight, spec, statistics, global_scale)
-    parts = [
-        _quantize_matrix(quantizer, matrix, spec, statistics.expert(i) if statistics and statistics.tokens[i] else None)
-        for i, matrix in enumerate(weight)
-    ]
-    notes = [f"expert {i}: {note}" for i, part in enumerate(parts) for note in part.notes]
+    try:
+        if weight.dim() == 2:
+            return _quantize_matrix(quantizer, weight, spec, statistics, global_scale)
+        parts = [
+            _quantize_matrix(quantizer, matrix, spec, statistics.expert(i) if statistics and statistics.tokens[i] else None)
+            for i, matrix in enumerate(weight)
+        ]
+    except QuantkitError as error:
+        raise type(error)(f"{name}: {error}") from error
+    notes = [f"expert {i}: {note}" for i, part in enumerate(parts) for note in (*part.notes, *part.warnings)]
     loss = sum(part.loss for part in parts) / len(parts)
     return Quantized(GridTensor.stack([p.qtensor for p in parts]), loss, tuple(notes), any(p.fell_back for p in parts))
 
@@ -157,25 +160,49 @@ def quantize_site(
 def _quantize_matrix(
     quantizer: Quantizer, weight: Tensor, spec: QuantSpec, statistics: SiteStatistics | None, global_scale: Tensor | None = None
 ) -> Quantized:
+    """Quantize one matrix; one of extreme numbers is brought to a usual size first, by a power of two, and its scales back."""
     weight = weight.float()
+    shift = grid.exponent_shift(weight)
+    usual = grid.shifted(weight, shift)
     if spec.has_global_scale:
-        own = global_scale if global_scale is not None else grid.choose_global_scale(weight.abs().amax().view(1), spec)
-        qtensor, notes = quantizer.quantize(weight * own.to(weight), spec, statistics)
-        qtensor = dataclasses.replace(qtensor, global_scale=own.to(weight))
+        shared = None if global_scale is None else grid.shifted(global_scale.to(weight), -shift)
+        own = shared if shared is not None else grid.choose_global_scale(usual.abs().amax().view(1), spec).to(weight)
+        qtensor, notes = quantizer.quantize(usual * own, spec, statistics)
+        qtensor = dataclasses.replace(qtensor, global_scale=grid.shifted(own, shift))
+        _refuse_lost_scales(qtensor.global_scale, spec)
     else:
-        qtensor, notes = quantizer.quantize(weight, spec, statistics)
+        qtensor, notes = quantizer.quantize(usual, spec, statistics)
+        if shift:
+            scale = grid.shifted(qtensor.scale.float(), -shift).to(qtensor.scale.dtype)
+            qtensor = dataclasses.replace(qtensor, scale=scale)
+    _refuse_lost_scales(qtensor.scale, spec)
     fell_back = bool(quantizer.needs) and statistics is None
     return Quantized(qtensor, relative_error(weight, qtensor.dequantize(), statistics), notes, fell_back)
 
 
+def _refuse_lost_scales(scale: Tensor | None, spec: QuantSpec) -> None:
+    if scale is not None and not bool((torch.isfinite(scale.float()) & (scale.float() != 0)).all()):
+        raise SpecError(
+            f"a scale is zero or not finite in {spec.scale_dtype}; use scale_dtype float32, or skip the layer by a rule"
+        )
+
+
 def relative_error(weight: Tensor, approximation: Tensor, statistics: SiteStatistics | None) -> float:
     """Return ||(W - Q) x||^2 / ||W x||^2 in expectation over the calibration inputs (plain weights without statistics)."""
-    error = weight - approximation
-    if statistics is not None and "hessian" in statistics.results:
-        hessian = statistics.results["hessian"]
+    shift = grid.exponent_shift(weight)
+    weight = grid.shifted(weight, shift)
+    error = weight - grid.shifted(approximation, shift)
+    results = {} if statistics is None else statistics.results
+    if "hessian" in results:
+        hessian = usual_size(results["hessian"])
         noise, signal = ((e @ hessian) * e for e in (error, weight))
-    elif statistics is not None and "mean_square" in statistics.results:
-        noise, signal = (e.double().square() * statistics.results["mean_square"] for e in (error, weight))
+    elif "mean_square" in results:
+        noise, signal = (e.double().square() * usual_size(results["mean_square"]) for e in (error, weight))
     else:
         noise, signal = error.square(), weight.square()
     return float(noise.sum(dtype=torch.float64) / signal.sum(dtype=torch.float64).clamp(min=1e-30))
+
+
+def usual_size(moments: Tensor) -> Tensor:
+    """Return second moments, multiplied by a power of two if they are so large or small that products of them get lost."""
+    return grid.shifted(moments, grid.exponent_shift(moments))

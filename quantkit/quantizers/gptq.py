@@ -33,7 +33,7 @@ from quantkit.kernels.functions import rounding
 from quantkit.nn.sites import SiteStatistics
 from quantkit.numerics import descent, grid
 from quantkit.qtensor import GridTensor
-from quantkit.quantizers.base import QUANTIZERS, Quantizer
+from quantkit.quantizers.base import QUANTIZERS, Quantizer, usual_size
 from quantkit.quantizers.rtn import nearest
 from quantkit.spec import QuantSpec
 
@@ -67,7 +67,7 @@ class GPTQ(Quantizer):
         """
         if statistics is None:
             return nearest(weight, grid.choose_qparams(weight, spec), spec), ("no calibration input: rounded to nearest",)
-        hessian = statistics.results["hessian"].to(weight.device)
+        hessian = usual_size(statistics.results["hessian"].to(weight.device))
         weight = self._target(weight, statistics)
         qparams = self._grid(weight, spec, hessian.diagonal())
         inverse = statistics.derived(_Factorise(self.damping, self.act_order, weight.device))
@@ -118,7 +118,7 @@ class _Factorise:
     device: torch.device
 
     def __call__(self, statistics: SiteStatistics) -> InverseHessian:
-        hessian = statistics.results["hessian"].to(self.device)
+        hessian = usual_size(statistics.results["hessian"].to(self.device))
         importance = hessian.diagonal()
         order = torch.arange(len(importance), device=hessian.device)
         if self.act_order:

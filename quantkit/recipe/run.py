@@ -60,7 +60,7 @@ def plan_recipe(recipe: Recipe) -> Preview:
     config: Any = replaced[0].config if replaced else load_config(recipe.model)
     dtype = getattr(torch, recipe.dtype) if recipe.dtype != "auto" else getattr(config, "dtype", None) or torch.float32
     config.dtype = dtype
-    contents = contents_of(config)
+    contents = contents_of(config, source=recipe.model)
     resolution = recipe.resolve(contents.structure, "bfloat16" if dtype == torch.bfloat16 else "float16")
     check_plan(resolution.plan, contents.structure, None)
     steps, method = make_steps([one.build() for one in recipe.steps]).all, recipe.method.build()
@@ -129,7 +129,7 @@ def _measure(
     """Evaluate a result and note the report beside its checkpoint, unless the same measurement is noted there."""
     path, base_label = Path(str(recipe.output.path)), recipe.model if measure.against == "base" else None
     known = _known_report(path / EVALUATION) if result.already_done else None
-    asked: dict[str, Any] = {"data": measure.data, "windows": measure.windows, "length": measure.length}
+    asked: dict[str, Any] = measure.model_dump(include={"data", "column", "template", "windows", "length"})
     tokenizer, latency = result.tokenizer, measure.latency
     if known and is_answer(known, result.model, tokenizer=tokenizer, latency=latency, base=base_label, **asked):
         return known

@@ -32,7 +32,7 @@ from quantkit.pipeline.plan import Resolution, make_plan
 from quantkit.pipeline.rules import Rule, SchemeChoice, SchemeLike
 from quantkit.pipeline.settings import Output, Run
 from quantkit.recipe.choices import MethodChoice, Section, StepChoice, by_name
-from quantkit.recipe.yaml import Located, read_located
+from quantkit.recipe.yaml import MOST_DEPTH, Located, read_located
 from quantkit.system.settings import AtLeastTwo, Positive
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -41,7 +41,9 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 class Evaluation(Section):
     """Measurement after quantizing: ``windows`` of ``length`` tokens; ``against: base`` adds KL to the original model."""
 
-    data: str | list[str] | None = None
+    data: str | list[str] | list[dict[str, Any]] | None = None
+    column: str | None = None
+    template: str | None = None
     windows: Positive = 16
     length: AtLeastTwo = 512
     against: Literal["base", "none"] = "base"
@@ -87,6 +89,10 @@ MOVED = {
 """Keys that other tools and older recipes use at the top, and how to say it."""
 
 
+MOST_MISTAKES = 12
+"""So many mistakes are listed at once."""
+
+
 def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """Read and check a recipe file.
 
@@ -108,6 +114,8 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
 
 def _override(data: dict[str, Any], key: str, value: Any) -> None:
     *parents, last = key.split(".")
+    if len(parents) > MOST_DEPTH:
+        raise RecipeError(f"--set {key}: {len(parents)} levels; a recipe has at most {MOST_DEPTH}")
     for parent in parents:
         if isinstance(data.get(parent), str):
             data[parent] = {"name": data[parent]}
@@ -120,7 +128,8 @@ def _override(data: dict[str, Any], key: str, value: Any) -> None:
 def _explain(error: ValidationError, source: Located, overrides: Mapping[str, Any]) -> str:
     """Return one line per mistake: place, dotted key, what is wrong, what was given."""
     lines = []
-    for item in error.errors(include_url=False):
+    found = error.errors(include_url=False)
+    for item in found[:MOST_MISTAKES]:
         keys, message = item["loc"], item["msg"].removeprefix("Value error, ")
         dotted = ".".join(map(str, keys)) or "recipe"
         if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
@@ -134,6 +143,7 @@ def _explain(error: ValidationError, source: Located, overrides: Mapping[str, An
         blamed = [key for key in overrides if f"{key}.".startswith(f"{dotted}.") or f"{dotted}.".startswith(f"{key}.")]
         place = f"--set {blamed[0]}" if blamed else source.place(keys)
         lines.append(f"{place}: {dotted}: {message}")
+    lines += [f"and {len(found) - MOST_MISTAKES} more mistakes"] if len(found) > MOST_MISTAKES else []
     return "\n".join(lines)
 
 

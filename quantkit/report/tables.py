@@ -41,7 +41,7 @@ def coverage_table(rows: Iterable[CoverageRow], title: str | None = "Coverage") 
     for head, foot in zip(heads, feet, strict=True):
         left = head in ("", "module", "scheme", "reason")
         table.add_column(head, footer=foot, justify="left" if left else "right", no_wrap=head != "reason")
-    styles = {"quantized": "", "fell back": "bold yellow", "skipped": "dim"}
+    styles = {"quantized": "", "fell back": "bold yellow", "skipped": "dim", "carried over": "dim"}
     for g in groups:
         cells = [
             g.kind,

@@ -45,6 +45,11 @@ def cache_dir() -> Path:
     return (Path(root) if root else Path.home() / ".cache") / "quantkit"
 
 
+def cache_switch() -> Path:
+    """Return the file whose presence says that nothing large is to be kept in the cache."""
+    return cache_dir() / "prepacked.off"
+
+
 def private_directory(name: str) -> Path:
     """Return directory ``name`` of the cache, made if need be, if nobody else can have put anything there.
 

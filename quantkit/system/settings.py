@@ -16,8 +16,8 @@ from quantkit.errors import QuantkitError, nearest
 
 T = TypeVar("T")
 
-Positive = Annotated[int, Strict(), Field(gt=0)]
-AtLeastTwo = Annotated[int, Strict(), Field(gt=1)]
+Positive = Annotated[int, Strict(), Field(gt=0, le=10**9)]
+AtLeastTwo = Annotated[int, Strict(), Field(gt=1, le=10**9)]
 Flag = Annotated[bool, Strict()]
 
 _CONFIG = ConfigDict(extra="forbid", strict=False, arbitrary_types_allowed=True)  # strict would refuse a recipe's mapping

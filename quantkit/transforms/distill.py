@@ -14,7 +14,8 @@ Adam over relative changes of the scales, a learning rate that rises for a few s
 
 Cost: the float model forward and three forwards' worth of products for each token of ``steps x windows`` windows, half of it
 where bfloat16 is fast. Memory: the model, one byte per weight for codes, one copy of the weights in the compute dtype, the
-activations of ``windows`` windows through all blocks, the logits of one window, and the teacher's last hidden states.
+activations of ``windows`` windows through all blocks, the logits of one window, and the teacher's last hidden states. Of a
+model whose blocks cannot run one by one the float model itself is kept, in its own dtype, and runs beside the quantized one.
 """
 
 import contextlib
@@ -32,7 +33,7 @@ from quantkit.nn.block_calls import call_block, cast_call, finish, record_block_
 from quantkit.nn.learned import TunedWeight, substituted
 from quantkit.nn.linear import QuantLinear, QuantWeight
 from quantkit.nn.quantized import Quantized
-from quantkit.nn.sites import Site, Structure
+from quantkit.nn.sites import Site, Structure, sharing_copy
 from quantkit.nn.sizes import RunSize
 from quantkit.nn.training import Schedule, train
 from quantkit.spec import Scheme
@@ -91,12 +92,18 @@ class Distill(Learner):
         compute: Compute,
         progress: ProgressCallback,
     ) -> "Distillation":
-        """Run the float model over as many windows as will be learned from, and keep its last hidden states and its head."""
-        compute = Compute(compute.device, self._compute_dtype(compute.device))
+        """Run the float model over as many windows as will be learned from, and keep its last hidden states and its head.
+
+        Of a model that can only run as a whole, keep the float model.
+        """
         rows = [row for batch in batches for row in batch]
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.seed)).tolist()
         chosen = [rows[i] for i in order[: self.steps * self.windows]]
         by_step = [stack_by_length(chosen[i : i + self.windows]) for i in range(0, len(chosen), self.windows)]
+        if structure.entangled is not None:
+            windows = tuple(tuple(TeacherOutput(ids, None) for ids in step) for step in by_step)
+            return Distillation(self, windows, None, compute, progress, sharing_copy(model))
+        compute = Compute(compute.device, self._compute_dtype(compute.device))
         hidden = iter(_run_blocks(model, structure, [ids for step in by_step for ids in step], compute, progress))
         outputs = tuple(tuple(TeacherOutput(ids, next(hidden)) for ids in step) for step in by_step)
         head = model.get_submodule(structure.head) if structure.head else None
@@ -124,10 +131,10 @@ class Distill(Learner):
 
 @dataclass(frozen=True, slots=True)
 class TeacherOutput:
-    """Windows of one forward and backward: token ids (B, T) and the float model's output of the last block (B, T, H)."""
+    """Windows of one forward and backward: token ids (B, T) and, if kept, the float model's last block's output (B, T, H)."""
 
     ids: Tensor
-    hidden: Tensor
+    hidden: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +147,7 @@ class Distillation:
         head: the float model's output head, which stays the teacher's if the model's own is quantized.
         compute: device and dtype of forward and backward.
         progress: gets one event per step, with the KL of that step's windows as its loss.
+        teacher: the float model, if its last hidden states are not enough to know its predictions.
     """
 
     settings: Distill
@@ -147,6 +155,7 @@ class Distillation:
     head: nn.Module | None
     compute: Compute
     progress: ProgressCallback
+    teacher: nn.Module | None = None
 
     def finish(
         self, model: nn.Module, structure: Structure, results: Mapping[str, Quantized]
@@ -171,7 +180,7 @@ class Distillation:
             if site.name in results
         }
         schedule = Schedule(settings.steps, settings.rate, "distill: the KL is not finite; use a lower rate, or dtype float32")
-        with on_device(model, compute), on_device(self.head or nn.Module(), compute), substituted(model, tuned):
+        with self._placed(model), substituted(model, tuned):
             losses = train(
                 model,
                 tuned.values(),
@@ -188,11 +197,35 @@ class Distillation:
         log.info("distillation: KL %.4f in the first step, %.4f in the last", losses[0], losses[-1])
         return done, {"kl": losses}
 
+    @contextlib.contextmanager
+    def _placed(self, model: nn.Module) -> Iterator[None]:
+        """Put models where they learn; one that runs as a whole stays where and what it is."""
+        if self.teacher is not None:
+            yield
+            return
+        with on_device(model, self.compute), on_device(self.head or nn.Module(), self.compute):
+            yield
+
+    def _whole_divergence(self, model: nn.Module, teacher: nn.Module, outputs: Sequence[TeacherOutput]) -> float:
+        """Do what :meth:`_divergence` does by running both models as a whole, window by window."""
+        total, tokens = 0.0, sum(target.ids.numel() for target in outputs)
+        for window in (row.unsqueeze(0).to(self.compute.device) for target in outputs for row in target.ids):
+            logits = model(input_ids=window, use_cache=False).logits
+            with torch.no_grad():
+                wanted = teacher(input_ids=window, use_cache=False).logits
+            divergence, by_logits = divergence_gradient(logits.detach().flatten(0, 1), wanted.flatten(0, 1))
+            logits.backward(by_logits.view_as(logits) / tokens)
+            total += divergence
+        return total / tokens
+
     def _divergence(self, model: nn.Module, structure: Structure, outputs: Sequence[TeacherOutput]) -> float:
         """Add the gradient of the mean KL over one step's windows to the scales; return that mean."""
+        if self.teacher is not None:
+            return self._whole_divergence(model, self.teacher, outputs)
         compute = self.compute
         total, tokens = 0.0, sum(target.ids.numel() for target in outputs)
         for target in outputs:
+            assert target.hidden is not None
             recorded = record_block_calls(model, structure, target.ids.to(compute.device))
             first = recorded.hidden.to(compute.dtype).requires_grad_()  # makes torch build a graph through the blocks
             hidden = first

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.errors import CalibrationError, SpecError
-from quantkit.nn.block_calls import call_block, record_block_calls
+from quantkit.nn.probing import try_blocks
 from quantkit.nn.sites import Block, Site, SiteStatistics, Structure, read_weight, write_weight
 from quantkit.numerics.hadamard import random_hadamard
 from quantkit.spec import Plan
@@ -211,22 +211,19 @@ def _rotate_values(model: nn.Module, structure: Structure, transform: Rotate) ->
     size = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
     if not size:
         return 0
-    recorded = record_block_calls(model, structure, probe_ids(model))
-    hidden, rotation, count = recorded.hidden, transform.rotation(size), 0
-    for block, call in zip(structure.blocks, recorded.calls, strict=True):
-        module = model.get_submodule(block.name)
-        after = call_block(module, hidden, *call)
-        limit = TOLERANCE * float((after - hidden).abs().max())
-        for value, out in _pairs(block, size):
+    rotation, count = transform.rotation(size), 0
+    for trial in try_blocks(model, structure, probe_ids(model)):
+        limit = TOLERANCE * float(trial.update.abs().max())
+        for value, out in _pairs(trial.block, size):
             parts = [p for site in (value, out) for p in model.get_submodule(site.module).parameters(recurse=False)]
             kept = [part.data for part in parts]
             _rotate_heads(model, value, out, rotation)
-            if float((call_block(module, hidden, *call) - after).abs().max()) <= limit:
+            now = trial.run()
+            if float((now[0] - trial.before[0]).abs().max()) <= limit and not trial.rest_changed(now, TOLERANCE):
                 count += 1
                 break
             for part, data in zip(parts, kept, strict=True):
                 part.data = data
-        hidden = after
     return count
 
 

@@ -17,7 +17,6 @@ itself out. Experts, and values shared by several query heads, are not rescaled.
 """
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -26,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.errors import CalibrationError
-from quantkit.nn.block_calls import call_block, record_block_calls
+from quantkit.nn.probing import try_blocks
 from quantkit.nn.sites import Block, Site, SiteStatistics, Structure, read_weight, write_weight
 from quantkit.numerics.grid import choose_global_scale, powers_of_two
 from quantkit.spec import Plan, Scheme
@@ -60,25 +59,20 @@ def probe_ids(model: nn.Module) -> Tensor:
 
 def find_groups(model: nn.Module, structure: Structure, chosen: Mapping[str, object]) -> list[ScalingGroup]:
     """Return every group whose readers are all in ``chosen``, in model order; the model is as before afterwards."""
-    recorded = record_block_calls(model, structure, probe_ids(model))
-    hidden, groups = recorded.hidden, []
-    with torch.no_grad():
-        for block, call in zip(structure.blocks, recorded.calls, strict=True):
-            module = model.get_submodule(block.name)
-            readers, makers = watch_readers(module, block, functools.partial(call_block, module, hidden, *call))
-            after = call_block(module, hidden, *call)
-            for sites, maker in zip(readers, makers, strict=True):
-                if not all(site.name in chosen for site in sites):
-                    continue
-                for candidate in _candidates(model, block, sites, maker):
-                    factors = torch.exp2(torch.arange(sites[0].in_features) % 3 - 1.0)
-                    with _undone(model, candidate):
-                        rescale(model, candidate, factors)
-                        changed = call_block(module, hidden, *call) - after
-                    if _negligible(changed, after - hidden):
-                        groups.append(candidate)
-                        break
-            hidden = after
+    groups = []
+    for trial in try_blocks(model, structure, probe_ids(model)):
+        readers, makers = watch_readers(trial.module, trial.block, trial.run)
+        for sites, maker in zip(readers, makers, strict=True):
+            if not all(site.name in chosen for site in sites):
+                continue
+            for candidate in _candidates(model, trial.block, sites, maker):
+                factors = torch.exp2(torch.arange(sites[0].in_features) % 3 - 1.0)
+                with _undone(model, candidate):
+                    rescale(model, candidate, factors)
+                    now = trial.run()
+                if _negligible(now[0] - trial.before[0], trial.update) and not trial.rest_changed(now, TOLERANCE):
+                    groups.append(candidate)
+                    break
     return groups
 
 
@@ -98,15 +92,10 @@ def layers_that_share_inputs(model: nn.Module, structure: Structure) -> list[tup
     Serving engines join such layers into one product, so that they want one scheme. A stack of experts stands alone.
     """
     groups: list[tuple[Site, ...]] = []
-    recorded = record_block_calls(model, structure, probe_ids(model))
-    hidden = recorded.hidden
-    with torch.no_grad():
-        for block, call in zip(structure.blocks, recorded.calls, strict=True):
-            run = functools.partial(call_block, model.get_submodule(block.name), hidden, *call)
-            readers, _ = watch_readers(model.get_submodule(block.name), block, run)
-            together = {site.name: sites for sites in readers for site in sites}
-            groups += dict.fromkeys(together.get(site.name, (site,)) for site in block.sites)
-            hidden = run()
+    for trial in try_blocks(model, structure, probe_ids(model)):
+        readers, _ = watch_readers(trial.module, trial.block, trial.run)
+        together = {site.name: sites for sites in readers for site in sites}
+        groups += dict.fromkeys(together.get(site.name, (site,)) for site in trial.block.sites)
     return groups
 
 
@@ -200,9 +189,13 @@ def _undone(model: nn.Module, group: ScalingGroup) -> Iterator[None]:
 def watch_readers(
     module: nn.Module, block: Block, run: Callable[[], object]
 ) -> tuple[list[tuple[Site, ...]], list[str | None]]:
-    """Run a block; return the 2-D sites grouped by the tensor they read, and for each the module that returned it."""
+    """Run a block; return the 2-D sites grouped by the tensor they read, and for each the module that returned it.
+
+    Of a layer that runs several times the first time counts.
+    """
     made: list[tuple[Tensor, str]] = []
     read: list[tuple[Tensor, list[Site]]] = []
+    seen: set[str] = set()
     hooks = []
     for name, child in module.named_modules():
         path = f"{block.name}.{name}" if name else block.name
@@ -218,6 +211,9 @@ def watch_readers(
         child = module.get_submodule(site.module.removeprefix(block.name).removeprefix("."))
 
         def before(_module: nn.Module, args: tuple[Tensor, ...], site: Site = site) -> None:
+            if site.name in seen:
+                return
+            seen.add(site.name)
             for x, sites in read:
                 if x is args[0]:
                     sites.append(site)

@@ -12,7 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantkit.calibrate.data import Batch, encoder, fingerprint, from_ids, load_texts, text_default, token_batches
+from quantkit.calibrate.data import Batch, fingerprint, from_ids, token_batches
+from quantkit.calibrate.texts import encoder, load_texts, text_default
 from quantkit.errors import CalibrationError
 from tests.tiny import TEXT, tiny_tokenizer
 
@@ -81,7 +82,7 @@ def test_load_errors_name_the_place(tmp_path):
         load_texts(str(tmp_path / "nowhere.txt"))
     with pytest.raises(CalibrationError, match="no such file or folder"):
         load_texts(tmp_path / "nowhere")
-    with pytest.raises(CalibrationError, match=r"no \.txt, \.md, \.rst file in this folder"):
+    with pytest.raises(CalibrationError, match=r"no \.txt, \.md, \.rst, \.jsonl, .* file in this folder"):
         load_texts(tmp_path)
     (tmp_path / "bad.txt").write_bytes(b"good \xff bad")
     with pytest.raises(CalibrationError, match=r"bad\.txt: not UTF-8 text \(byte 5 is 0xff\)"):
@@ -112,7 +113,7 @@ def test_dataset_names(monkeypatch):
     assert load_texts("org/corpus:raw:test[:10]:title") == ["a", "b", "c", "d"]
     assert load_texts("org/corpus::validation") == ["one", "two"]
     assert asked == [("corpus", None, "train"), ("org/corpus", "raw", "test[:10]"), ("org/corpus", None, "validation")]
-    with pytest.raises(CalibrationError, match="no text column 'label'; columns of strings: text, title"):
+    with pytest.raises(CalibrationError, match="no column of text 'label'; known: text, title"):
         load_texts("corpus:::label")
     del rows["text"]
     assert load_texts("corpus") == ["a", "b", "c", "d"]

@@ -395,7 +395,7 @@ def test_failed_check_leaves_the_directory_incomplete(tmp_path) -> None:
         checkpoint.load(tmp_path)
     checkpoint.save(model, tmp_path, check=lambda stage: {"kl": 0.25})
     assert read_json(tmp_path / "config.json")["quantkit"]["quality"] == {"kl": 0.25}
-    written = ["config.json", "generation_config.json", "model.safetensors", "quantkit.json"]
+    written = ["README.md", "config.json", "generation_config.json", "model.safetensors", "quantkit.json"]
     assert sorted(f.name for f in tmp_path.iterdir()) == written
 
 
@@ -550,7 +550,7 @@ UP = "model.layers.0.mlp.up_proj"
     [
         (f"{UP}.weight_packed", lambda t: t.to(torch.int64), "int64.*promises.*int32"),
         (f"{UP}.weight_packed", lambda t: t[:-1], "promises"),
-        (f"{UP}.weight_scale", lambda t: t.half(), "several dtypes"),
+        (f"{UP}.weight_scale", lambda t: t.half(), "the config promises"),
         (f"{UP}.weight_scale", lambda t: t[:, :1], "promises"),
         (f"{UP}.weight_shape", lambda t: t.flip(0), "weight_shape says"),
         ("model.norm.weight", lambda t: t.to(torch.int32), "promises.*float16"),

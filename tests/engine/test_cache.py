@@ -1,5 +1,6 @@
 """The cached step against transformers' own generate and against uncached forward passes, on every tiny family."""
 
+import functools
 import logging
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from transformers import PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 from quantkit.errors import QuantkitError
+from quantkit.generation.generate import generate
 from quantkit.hf.cache import TransformersStep
 from tests.tiny import FAMILIES, VOCAB, build, tiny_llama
 
@@ -64,8 +66,9 @@ def test_two_sequences_do_not_mix():
 
 def test_prefill_computes_one_row_of_logits():
     model, shapes = tiny_llama(), []
+    step = TransformersStep(model)
     model.lm_head.register_forward_hook(lambda module, args, output: shapes.append(output.shape[1]))
-    logits = TransformersStep(model)(prompt_of(16)[None], 0)
+    logits = step(prompt_of(16)[None], 0)
     assert shapes == [1]
     assert logits.untyped_storage().nbytes() == VOCAB * 4
 
@@ -109,6 +112,72 @@ def test_other_kinds_of_memory(model_type, config, caplog):
             token = model(sequence[None], use_cache=False).logits[0, -1].argmax()
             sequence = torch.cat([sequence, token[None]])
     assert found == sequence[9:].tolist()
+
+
+def test_a_hybrid_model_is_told_its_positions():
+    """Bamba counts from 0 again at every step unless it is given positions."""
+    layers = {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_chunk_size": 8}
+    model, prompt = build("bamba", **layers), prompt_of(16)
+    step = TransformersStep(model)
+    assert step.cached
+    got = torch.cat([step(prompt[None, a:b], a) for a, b in [(0, 10), (10, 11), (11, 12), (12, 15), (15, 16)]])
+    with torch.inference_mode():
+        want = model(prompt[None], use_cache=False).logits[0, [9, 10, 11, 14, 15]]
+    torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-4)
+
+
+def altered(change):
+    """Return a tiny llama whose logits are ``change(logits, ids, past, position_ids)``; past is the number of cached tokens."""
+    model = tiny_llama()
+    plain = model.forward
+
+    @functools.wraps(plain)
+    def forward(input_ids, position_ids=None, **options):
+        cache = next((options[name] for name in ("cache", "past_key_values") if options.get(name) is not None), None)
+        past = 0 if cache is None else cache.get_seq_length()
+        output = plain(input_ids=input_ids, position_ids=position_ids, **options)
+        output.logits = change(output.logits, input_ids, past, position_ids)
+        return output
+
+    model.forward = forward
+    return model
+
+
+@pytest.mark.parametrize(
+    ("change", "cached"),
+    [
+        (lambda logits, ids, past, positions: logits * (1 + past), False),  # nothing that is cached is right
+        (lambda logits, ids, past, positions: logits * (1 + (past > 0 and ids.shape[1] > 1)), True),  # one at a time is
+        (lambda logits, ids, past, positions: logits * (1 + (positions is not None)), True),  # positions do harm
+        (lambda logits, ids, past, positions: logits * (1 + (past > 0 and positions is None)), True),  # or their absence
+        (lambda logits, ids, past, positions: logits * (1 if past == 0 else float("nan")), False),
+    ],
+)
+def test_steps_equal_full_forwards_or_are_not_taken(change, cached):
+    model, prompt = altered(change), prompt_of(14)
+    step = TransformersStep(model)
+    assert step.cached == cached
+    got = torch.cat([step(prompt[None, a:b], a) for a, b in [(0, 9), (9, 10), (10, 13), (13, 14)]])
+    with torch.inference_mode():
+        want = tiny_llama()(prompt[None], use_cache=False).logits[0, [8, 9, 12, 13]]
+    torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-4)
+
+
+def test_a_model_is_tried_once():
+    model, calls = tiny_llama(), []
+    TransformersStep(model)
+    model.register_forward_hook(lambda *_: calls.append(1))
+    TransformersStep(model)
+    assert not calls
+
+
+def test_a_model_that_sees_later_tokens_is_refused():
+    model = altered(lambda logits, ids, past, positions: logits + ids.float().mean())
+    with pytest.raises(QuantkitError, match=r"LlamaForCausalLM: its logits after a token change by .* cannot continue a text"):
+        TransformersStep(model)
+    encoder = build("bert", num_key_value_heads=None, head_dim=None)
+    with pytest.raises(QuantkitError, match="some encoders want is_decoder=True"):
+        generate(encoder, [3, 4, 5], max_new_tokens=2)
 
 
 def test_misuse_is_named():

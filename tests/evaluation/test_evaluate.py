@@ -22,7 +22,8 @@ from quantkit.evaluation import (
     score,
 )
 from quantkit.evaluation.coverage import CoverageRow, summarise
-from quantkit.evaluation.latency import Spread, max_positions
+from quantkit.evaluation.latency import Spread
+from quantkit.nn.embedding import max_positions
 from quantkit.nn.linear import QuantLinear
 from quantkit.numerics import grid
 from quantkit.qtensor import GridTensor

@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoTokenizer
 
 from quantkit.errors import QuantkitError
+from quantkit.hf import gguf as gguf_cache
 from quantkit.hf.load import empty_model, load_float
 from quantkit.hf.source import load_config
 from tests.tiny import FAMILIES, tiny_llama, tiny_tokenizer
@@ -116,6 +116,7 @@ def write_gguf(path, hidden: int = 32, vocab: int = 20) -> dict[str, torch.Tenso
     return tensors
 
 
+@pytest.mark.usefixtures("own_cache")
 def test_gguf_becomes_a_plain_model(tmp_path) -> None:
     tensors = write_gguf(tmp_path / "toy.gguf")
     model, tokenizer = load_float(tmp_path / "toy.gguf", torch.float32)
@@ -129,27 +130,70 @@ def test_gguf_becomes_a_plain_model(tmp_path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
 
 
+@pytest.mark.usefixtures("own_cache")
 def test_damaged_gguf(tmp_path) -> None:
     (tmp_path / "bad.gguf").write_bytes(b"GGUF" + b"\xff" * 100)
     with pytest.raises(QuantkitError, match=r"bad\.gguf"):
         load_float(tmp_path / "bad.gguf")
 
 
-def test_a_gguf_header_is_parsed_once_while_the_file_stays_what_it_is(tmp_path, monkeypatch) -> None:
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "quantkit" / "gguf"
+
+
+def refuse(*_args, **_kwargs):
+    raise AssertionError("the GGUF file is read again")
+
+
+def test_a_gguf_file_is_read_once_while_it_stays_what_it_is(tmp_path, monkeypatch, own_cache) -> None:
     write_gguf(tmp_path / "toy.gguf")
     config = load_config(tmp_path / "toy.gguf")
     model, tokenizer = load_float(tmp_path / "toy.gguf", torch.float32)
     assert tokenizer is not None
     config.hidden_size = 8  # whoever changes what is one's own changes nobody else's
     tokenizer.add_tokens(["never seen"])
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.model.norm.weight.data.zero_()
     with monkeypatch.context() as patch:
-        patch.setattr(AutoConfig, "from_pretrained", None)
-        patch.setattr(AutoTokenizer, "from_pretrained", None)
+        patch.setattr("gguf.GGUFReader", refuse)
         again, other = load_float(tmp_path / "toy.gguf", torch.float32)
         assert load_config(tmp_path / "toy.gguf").hidden_size == 32
         assert len(other.get_vocab()) == len(tokenizer.get_vocab()) - 1
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(again.state_dict()[name], tensor)
+    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in before.items())
+    assert again.config.to_dict() == model.config.to_dict()
     write_gguf(tmp_path / "toy.gguf", hidden=64)
     assert load_config(tmp_path / "toy.gguf").hidden_size == 64
     assert load_float(tmp_path / "toy.gguf")[0].config.hidden_size == 64
+    assert gguf_cache.clear() > 0
+    assert not own_cache.exists()
+
+
+def test_damaged_weights_from_a_gguf_file_are_not_used(tmp_path, own_cache) -> None:
+    tensors = write_gguf(tmp_path / "toy.gguf")
+    load_float(tmp_path / "toy.gguf")
+    kept = next(own_cache.rglob("*-*.safetensors"))
+    content = bytearray(kept.read_bytes())
+    content[-1] ^= 1
+    kept.write_bytes(content)
+    model, _ = load_float(tmp_path / "toy.gguf")
+    assert torch.equal(model.model.layers[0].mlp.down_proj.weight, tensors["blk.0.ffn_down.weight"])
+    assert [path.stat().st_size for path in own_cache.rglob("*-*.safetensors")] == [len(content)]
+
+
+@pytest.mark.parametrize("obstacle", ["off", "file", "large"])
+def test_a_gguf_file_is_read_where_nothing_can_be_kept(obstacle, tmp_path, monkeypatch, own_cache) -> None:
+    tensors = write_gguf(tmp_path / "toy.gguf")
+    own_cache.parent.mkdir(parents=True)
+    if obstacle == "off":
+        (own_cache.parent / "prepacked.off").touch()
+    elif obstacle == "file":
+        own_cache.write_text("in the way")
+    else:
+        monkeypatch.setattr(gguf_cache, "LIMIT_BYTES", 10)
+    for _ in range(2):
+        model, tokenizer = load_float(tmp_path / "toy.gguf")
+        assert torch.equal(model.model.norm.weight, tensors["output_norm.weight"])
+        assert tokenizer("cab", add_special_tokens=False)["input_ids"] == [4, 18]
+    assert not list(own_cache.rglob("*.safetensors"))

@@ -1,13 +1,16 @@
 """record, call and finish: a model taken apart at its blocks computes what it computes whole."""
 
+from collections import UserDict
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from quantkit.errors import CalibrationError, SpecError
 from quantkit.hf.structure import describe
-from quantkit.nn.block_calls import BlockCalls, call_block, cast_call, check_chain, finish, record_block_calls
+from quantkit.nn.block_calls import BlockCalls, call_block, cast_call, check_chain, finish, record_block_calls, why_entangled
 from quantkit.nn.sites import Structure
 from tests.tiny import FAMILIES, VOCAB, tiny_llama
 
@@ -189,14 +192,16 @@ def changed(layers: list[nn.Module], hidden: Tensor, kwargs: dict[str, object]) 
     return layers[1](layers[0](hidden, **kwargs) * 2, **kwargs)
 
 
-def cached(layers: list[nn.Module], hidden: Tensor, kwargs: dict[str, object]) -> Tensor:
-    kwargs = {**kwargs, "past_key_values": DynamicCache()}
-    return layers[1](layers[0](hidden, **kwargs), **kwargs)
+class Sharing:
+    """A block's forward that leaves its input in a container and, unless ``unused``, adds what it finds there."""
 
+    def __init__(self, inner: Callable[..., Tensor], unused: bool) -> None:
+        self.inner, self.unused = inner, unused
 
-def dictionary(layers: list[nn.Module], hidden: Tensor, kwargs: dict[str, object]) -> Tensor:
-    kwargs = {**kwargs, "shared": {}}
-    return layers[1](layers[0](hidden, **kwargs), **kwargs)
+    def __call__(self, hidden: Tensor, shared: UserDict[str, Tensor], **kwargs: object) -> Tensor:
+        found = 0 if self.unused else shared.get("left", 0)
+        shared["left"] = hidden
+        return self.inner(hidden, **kwargs) + found
 
 
 def residual(layers: list[nn.Module], hidden: Tensor, kwargs: dict[str, object]) -> Tensor:
@@ -210,8 +215,6 @@ def residual(layers: list[nn.Module], hidden: Tensor, kwargs: dict[str, object])
         (skipping, r"layers\.1 is never called"),
         (backwards, r"layers\.1 is called as number 0 of the blocks"),
         (changed, r"layers\.1: its input is not the output of model\.layers\.0"),
-        (cached, r"layers\.0: argument past_key_values is a DynamicCache; blocks that share a cache"),
-        (dictionary, r"layers\.0: argument shared is an empty dict"),
         (residual, r"running the 2 blocks one by one changes the logits by"),
     ],
 )
@@ -219,6 +222,23 @@ def test_models_whose_blocks_are_no_chain_are_refused(change: object, message: s
     model = _broken(change)
     with pytest.raises(SpecError, match=message):
         check_chain(model, describe(model))
+
+
+def test_what_is_exchanged_through_a_container_shows() -> None:
+    model = tiny_llama()
+    first, second = model.model.layers
+    structure = describe(model)
+    plain = model.model.forward
+
+    def forward(*args: object, **kwargs: object) -> object:
+        return plain(*args, shared=UserDict(), **kwargs)
+
+    model.model.forward = forward
+    for unused in (False, True):
+        inner = [type(layer).forward.__get__(layer) for layer in (first, second)]
+        first.forward, second.forward = (Sharing(one, unused) for one in inner)
+        reason = why_entangled(model, structure)
+        assert (reason is None) == unused
 
 
 def test_state_left_behind_by_one_batch_for_another_shows() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from quantkit.errors import SpecError
+from quantkit.errors import QuantkitError, SpecError
 from quantkit.hf.experts import enable_experts
 from quantkit.hf.structure import describe
 from quantkit.nn.install import install
@@ -69,17 +69,44 @@ def test_a_wrong_shape_or_place_is_refused() -> None:
         install(model, site, good)
 
 
-def test_a_shared_weight_is_refused() -> None:
+def test_a_weight_shared_with_another_kind_of_module_is_refused() -> None:
     model = FAMILIES["llama_tied"]()
     head = Site("lm_head", "lm_head", "weight", (VOCAB, 64))
-    with pytest.raises(SpecError, match=r"lm_head: its weight is shared with model\.embed_tokens\.weight"):
+    with pytest.raises(SpecError, match=r"lm_head: its weight is shared with model\.embed_tokens\.weight, which is no Linear"):
         install(model, head, round_to_nearest(read_weight(model, head)))
-    model = tiny_llama()
+
+
+@pytest.mark.parametrize("what", ["weight", "layer", "mlp"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_all_that_share_a_weight_are_replaced_together(what: str, bias: bool) -> None:
+    model = tiny_llama(mlp_bias=bias)
     first, second = model.model.layers
-    second.mlp.up_proj = first.mlp.up_proj
+    match what:
+        case "weight":
+            second.mlp.up_proj.weight = first.mlp.up_proj.weight
+        case "layer":
+            second.mlp.up_proj = first.mlp.up_proj
+        case "mlp":
+            second.mlp = first.mlp
     site = Site("model.layers.0.mlp.up_proj", "model.layers.0.mlp.up_proj", "weight", (96, 64))
-    with pytest.raises(SpecError, match=r"shared with model\.layers\.1\.mlp\.up_proj\.weight"):
-        install(model, site, round_to_nearest(read_weight(model, site)))
+    qtensor = round_to_nearest(read_weight(model, site))
+    install(model, site, qtensor)
+    new = [layer.mlp.up_proj for layer in (first, second)]
+    assert all(type(one) is QuantLinear and one.qtensor is qtensor for one in new)
+    assert (new[0] is new[1]) == (what != "weight" or not bias), "biases of their own need modules of their own"
+    assert [one.tied_to for one in new] == [None, None if new[0] is new[1] else site.name]
+
+
+def test_saving_as_a_float_model_is_refused(tmp_path) -> None:
+    model = tiny_llama()
+    site = describe(model).sites[0]
+    install(model, site, round_to_nearest(read_weight(model, site)))
+    for part in (model, model.model, copy.deepcopy(model)):
+        for method in ("save_pretrained", "push_to_hub"):
+            with pytest.raises(QuantkitError, match=r"quantkit\.save"):
+                getattr(part, method)(tmp_path)
+    assert not list(tmp_path.iterdir())
+    model.config.save_pretrained(tmp_path)
 
 
 def test_training_flag_and_bias_dtype_are_kept() -> None:

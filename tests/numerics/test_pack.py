@@ -22,6 +22,14 @@ def test_pack_is_the_little_endian_bit_stream_and_unpack_reverses_it(bits: int, 
     assert torch.equal(unpack(packed, bits, columns), codes)
 
 
+def test_rows_of_a_single_word_may_have_any_stride() -> None:
+    codes = torch.randint(0, 16, (4, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    words = torch.zeros(4, 16, dtype=torch.int32)
+    words[:, 0] = pack(codes, 4)[:, 0]
+    odd = words[:, 0].clone().as_strided((4, 1), (1, 16))
+    assert torch.equal(unpack(odd, 4, 8), codes)
+
+
 def test_golden_words() -> None:
     codes = torch.arange(8, dtype=torch.uint8).unsqueeze(0)
     assert pack(codes, 4).tolist() == [[0x76543210]]

@@ -34,7 +34,7 @@ from quantkit.errors import FormatError
 from quantkit.formats.base import Codec, check_layout
 from quantkit.formats.containers.base import Layout
 from quantkit.numerics import grid
-from quantkit.numerics.pack import pack, packed_words, unpack
+from quantkit.numerics.pack import as_bytes, pack, packed_words, unpack
 from quantkit.qtensor import GridTensor
 from quantkit.spec import QuantSpec, Scheme
 
@@ -178,7 +178,7 @@ class Fp4Packed:
         """See :class:`quantkit.formats.base.Codec`."""
         stored = self.layout(qtensor.spec, qtensor.shape)["weight_scale"][0]
         tensors = {
-            "weight_packed": qtensor.packed.contiguous().view(torch.uint8),
+            "weight_packed": as_bytes(qtensor.packed).view(*qtensor.packed.shape[:-1], -1),
             "weight_scale": qtensor.scale.contiguous().view(stored),
         }
         if qtensor.global_scale is not None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from quantkit.errors import QuantkitError
+from quantkit.errors import QuantkitError, SpecError
 from quantkit.hf.lowering import facts
 from quantkit.hf.lowering.read_layer import LayerReader, Rotaries, clear_rows, linear_of
 from quantkit.hf.lowering.trace import FAR, TOKENS, CannotWatch, Trace, flat, watch
@@ -62,7 +62,7 @@ def lower(model: PreTrainedModel) -> Program:
     try:
         with _float_activations(model):
             return _lower(model)
-    except CannotWatch as error:
+    except (CannotWatch, SpecError) as error:
         raise CannotLower(str(error)) from error
     except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError, StopIteration) as error:
         raise CannotLower(f"recording its forward pass failed: {type(error).__name__}: {error}") from error

@@ -1,0 +1,105 @@
+"""The model card: a README.md beside the weights that says what they are, what was measured, and how to load them.
+
+It is made of what config.json records, so it says the same on every machine: no dates, no paths.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from quantkit.system.files import write_atomic
+
+CARD: Final = "README.md"
+_MARK: Final = "<!-- This card is quantkit's: it is written anew with the model. Remove this line to keep your changes. -->"
+
+_FACTS: Final = (
+    ("quantizer", ("quantizer",), ""),
+    ("calibration", ("calibration", "tokens"), " tokens"),
+    ("bits per quantized weight", ("bits_per_weight",), ""),
+    ("measured on", ("quality", "text"), ""),
+    ("measured over", ("quality", "tokens"), " tokens"),
+    ("KL to the float model, mean", ("quality", "kl_mean"), " nats per token"),
+    ("KL to the float model, 99th percentile", ("quality", "kl_p99"), " nats per token"),
+    ("most likely token is the float model's", ("quality", "same_top1"), " of all tokens"),
+    ("perplexity", ("quality", "perplexity"), ""),
+    ("perplexity of the float model", ("quality", "base_perplexity"), ""),
+)
+"""Label, place in what config.json records, and unit."""
+
+
+def write_card(stage: Path, out: Path, config: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    """Write the card into ``stage``, unless it would replace a README.md that somebody has written.
+
+    Args:
+        stage: directory of the checkpoint before it is published.
+        out: where it will be published. What is there stays, unless it is a card of ours.
+        config: what config.json holds.
+        facts: label to text, what else is known of the files.
+    """
+    if not (out / CARD).exists() or _MARK in (out / CARD).read_text(encoding="utf-8", errors="replace"):
+        write_atomic(stage / CARD, card(config, facts))
+
+
+def card(config: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
+    """Return the text of the card; see :func:`write_card`."""
+    record = config["quantkit"]
+    method, kind = config["quantization_config"]["quant_method"], config["architectures"][0]
+    base = str(config.get("_name_or_path") or "")
+    named = base if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists() else None
+    head = ["---", *([f"base_model: {named}"] if named else []), "tags:", "- quantkit", f"- {method}", "---", ""]
+    title = f"# {named or kind}, quantized by quantkit"
+    rows = [("model class", f"`{kind}`"), *_rows(record), *((label, str(text)) for label, text in facts.items())]
+    table = ["| | |", "|---|---|", *(f"| {label} | {_cell(text)} |" for label, text in rows)]
+    return "\n".join([*head, _MARK, "", title, "", *table, "", *_how_to_load(method, kind)]) + "\n"
+
+
+def _rows(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return label and text of what was recorded, as far as it was: users may record what they like."""
+    rows = [("format", f"{record['format']}, written by quantkit {record['version']}")]
+    schemes = record.get("schemes")
+    if isinstance(schemes, dict):
+        rows.append(("schemes", ", ".join(f"{name} ({count} layers)" for name, count in schemes.items())))
+    for label, path, unit in _FACTS:
+        value: Any = record
+        for key in path:
+            value = value.get(key) if isinstance(value, dict) else None
+        if isinstance(value, str | int | float):
+            text = f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
+            rows.append((label, f"{text}{unit}"))
+    return rows
+
+
+def _how_to_load(method: str, kind: str) -> list[str]:
+    own = [
+        "## How to load it",
+        "",
+        "```python",
+        "import quantkit",
+        "",
+        'model = quantkit.load("path/to/this/directory")',
+        "```",
+        "",
+    ]
+    if method != "compressed-tensors":
+        return [*own, f"The format `{method}` is read by quantkit alone."]
+    return [
+        *own,
+        "With transformers (and `pip install compressed-tensors`):",
+        "",
+        "```python",
+        f"from transformers import {kind}",
+        "",
+        f'model = {kind}.from_pretrained("path/to/this/directory")',
+        "```",
+        "",
+        "With vLLM:",
+        "",
+        "```sh",
+        "vllm serve path/to/this/directory",
+        "```",
+    ]
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
