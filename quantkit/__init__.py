@@ -4,10 +4,13 @@
 >>> result = quantkit.quantize("HuggingFaceTB/SmolLM2-135M-Instruct", "w4a16", out="smollm2-w4")  # doctest: +SKIP
 >>> model = quantkit.load("smollm2-w4")  # doctest: +SKIP
 
-Names are resolved on first use, so that importing quantkit is quick and loads no model library.
+Names are resolved on first use, so that importing quantkit is quick and loads no model library. Only the environment of the
+OpenMP runtime is completed at once (:mod:`quantkit.system.cores`), since the runtime reads it when torch is imported.
 """
 
 import importlib
+import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 from quantkit.version import __version__
@@ -169,6 +172,9 @@ __all__ = [
     "save_statistics",
     "write_html",
 ]
+
+if "torch" not in sys.modules:
+    importlib.import_module("quantkit.system.cores").prepare_openmp(os.environ)
 
 
 def __getattr__(name: str) -> Any:

@@ -17,6 +17,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from quantkit.errors import SpecError, nearest
+
 
 @dataclass(frozen=True, slots=True)
 class CodeDtype:
@@ -80,6 +82,28 @@ SCALE_DTYPES: Final[dict[str, torch.dtype]] = {
 }
 """Every dtype a scale may be stored in. The last two go with table dtypes: powers of two (MXFP4), and FP8 under one global
 scale of the whole tensor (NVFP4)."""
+
+FLOAT_DTYPES: Final[dict[str, torch.dtype]] = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+"""Dtypes of unquantized weights by name."""
+
+
+def float_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """Return the dtype of weights that a caller names: ``"bfloat16"``, ``"torch.bfloat16"``, a torch dtype, None or ``"auto"``.
+
+    Raises:
+        SpecError: another name, or a dtype that is no float.
+    """
+    name = str(dtype).removeprefix("torch.")
+    if dtype is None or name == "auto":
+        return None
+    if name not in FLOAT_DTYPES:
+        raise SpecError(f"dtype={dtype!r}: want a float dtype of torch or its name; {nearest(name, FLOAT_DTYPES)}")
+    return FLOAT_DTYPES[name]
 
 
 @functools.cache

@@ -3,8 +3,8 @@
 Preset names follow the field's habit, ``w<bits>a<16|8>[-asym][-g<size>|-channel]``: ``w4a16`` is 4-bit symmetric
 weights with 16-bit activations, ``w8a8`` 8-bit weights with activations that are rounded to 8 bits at run time, a scale per
 token (``-static``: one scale per layer, found in calibration; ``-rotated``: rounded in a rotated basis, in which no channel
-sticks out). A preset without a group takes the largest of 128, 64 and 32 that divides every layer; ``w8a8`` has one scale per
-channel, which is what integer products can use. With ``-g<size>`` the activations of ``w8a8`` have a scale per token and
+sticks out). A preset without a group takes the largest of 128, 64 and 32 that divides the most layers; ``w8a8`` has one scale
+per channel, which is what integer products can use. With ``-g<size>`` the activations of ``w8a8`` have a scale per token and
 group, too. ``fp8``, ``nf4``, ``mxfp4``, ``nvfp4`` are formats of their own (:data:`NAMED`).
 """
 
@@ -44,9 +44,14 @@ _PRESET = re.compile(
 
 
 def largest_group_size(in_features: Iterable[int]) -> int:
-    """Return the largest of 128, 64, 32 that divides every value, or -1 (one scale per channel) if none does."""
+    """Return the largest of 128, 64, 32 that divides the most values, or -1 (one scale per channel) if none divides any.
+
+    One odd layer does not cost all others their groups: a scheme made for it is refused for that layer, by name.
+    """
     sizes = list(in_features)
-    return next((g for g in AUTO_GROUP_SIZES if all(size % g == 0 for size in sizes)), -1)
+    fitting = {group: sum(size % group == 0 for size in sizes) for group in AUTO_GROUP_SIZES}
+    best = max(AUTO_GROUP_SIZES, key=lambda group: (fitting[group], group))
+    return best if fitting[best] or not sizes else -1
 
 
 def preset(
@@ -61,7 +66,8 @@ def preset(
 
     Args:
         name: e.g. ``"w4a16"``, ``"w4a16-asym"``, ``"w4a16-asym-g64"``, ``"w8a16-channel"``.
-        in_features: input size of every site the scheme will apply to; decides the automatic group size.
+        in_features: input size of every site the scheme will apply to; decides the automatic group size, which is the largest
+            of 128, 64 and 32 that divides the most of them.
         group_size: overrides the automatic choice; -1 is one scale per channel. Not checked here: a size that does
             not divide a site is reported by :meth:`QuantSpec.rejects`.
         symmetric: overrides the name.

@@ -18,6 +18,9 @@ from quantkit.system.progress import Progress, ProgressCallback
 
 Visit = Callable[[Site, Gather], None]
 
+Counted = Sequence[Tensor | None]
+"""For every batch which of its tokens enter statistics, bool (B, T); None for all. An empty sequence: all of all."""
+
 
 class BlockWalk(Protocol):
     """The calibration batches on their way through a model, one block after the other.
@@ -46,7 +49,13 @@ class BlockWalk(Protocol):
 
 
 def block_walk(
-    model: nn.Module, structure: Structure, batches: Sequence[Tensor], compute: Compute, *, with_float: bool = False
+    model: nn.Module,
+    structure: Structure,
+    batches: Sequence[Tensor],
+    compute: Compute,
+    *,
+    with_float: bool = False,
+    counted: Counted = (),
 ) -> BlockWalk:
     """Return ``batches`` (int64 (B, T), without padding) before the first block.
 
@@ -56,9 +65,15 @@ def block_walk(
         batches: the tokens.
         compute: where blocks run, if they run one by one.
         with_float: also run the float model, for quantizers that compare.
+        counted: which tokens enter statistics.
+
+    Raises:
+        CalibrationError: some tokens do not count, and blocks are entangled.
     """
     if structure.entangled is None:
-        return Chain(model, structure, batches, compute, with_float=with_float)
+        return Chain(model, structure, batches, compute, with_float=with_float, counted=counted)
+    if any(marks is not None for marks in counted):
+        raise CalibrationError("answers_only=True: the model can only run as a whole, where every token counts; leave it out")
     order = run_order(model, structure, batches[0][:1, :8].to(next(model.parameters()).device))
     whole = Flow if order == list(range(len(structure.blocks))) else Passes
     return whole(model, structure, batches, with_float=with_float)
@@ -73,6 +88,7 @@ class Chain:
         batches: int64 token ids (B, T), without padding.
         compute: where blocks run.
         with_float: also run the float blocks over what the float blocks before them produce, for quantizers that compare.
+        counted: which tokens enter statistics.
 
     Attributes:
         hidden: current input of the next block, one (B, T, H) per batch.
@@ -80,8 +96,16 @@ class Chain:
     """
 
     def __init__(
-        self, model: nn.Module, structure: Structure, batches: Sequence[Tensor], compute: Compute, *, with_float: bool = False
+        self,
+        model: nn.Module,
+        structure: Structure,
+        batches: Sequence[Tensor],
+        compute: Compute,
+        *,
+        with_float: bool = False,
+        counted: Counted = (),
     ) -> None:
+        self.counted = counted
         self.model, self.structure, self.compute = model, structure, compute
         recorded = [record_block_calls(model, structure, ids) for ids in batches]
         self.hidden: list[Tensor] = [one.hidden.to(compute.dtype) for one in recorded]
@@ -140,7 +164,8 @@ class Chain:
                 self.float_hidden, float_inputs = record_inputs(module, block.name, sites, runs)
             pending, self.hidden = self.hidden, []
             runs = [forward(pending, i) for i in range(len(self.calls))]
-            outputs = walk_block(module, block.name, sites, runs, visit_exactly, float_inputs, products=self.compute.products)
+            products, counted = self.compute.products, self.counted
+            outputs = walk_block(module, block.name, sites, runs, visit_exactly, float_inputs, products, counted)
         if any(not bool(torch.isfinite(out.sum())) for out in outputs):
             raise CalibrationError(f"{block.name}: its output holds NaN or infinity; check the model and its dtype")
         self.hidden = outputs
@@ -163,6 +188,7 @@ def visit_statistics(
     needs: Sequence[str],
     visit: Callable[[Site, SiteStatistics], None],
     *,
+    counted: Counted = (),
     compute: Compute,
     progress: ProgressCallback,
 ) -> None:
@@ -177,6 +203,7 @@ def visit_statistics(
         batches: int64 token ids (B, T), without padding.
         needs: names of collectors.
         visit: called once per layer; layers that read the same tensor get the same object.
+        counted: which tokens enter the statistics.
         compute: where blocks run.
         progress: gets one event per block.
 
@@ -188,7 +215,7 @@ def visit_statistics(
             f"{paired[0]} compares inputs behind quantized layers with the float model's, and can only be collected while "
             "quantizing; leave it out"
         )
-    chain = block_walk(model, structure, batches, compute)
+    chain = block_walk(model, structure, batches, compute, counted=counted)
     for index, block in enumerate(structure.blocks):
         with torch.no_grad(), chain.placed(index):
             chain.advance(index, block.sites, lambda site, gather: visit(site, gather(needs)))
@@ -201,6 +228,7 @@ def collect_statistics(
     batches: Sequence[Tensor],
     needs: Sequence[str],
     *,
+    counted: Counted = (),
     compute: Compute,
     progress: ProgressCallback,
 ) -> dict[str, SiteStatistics]:
@@ -210,5 +238,5 @@ def collect_statistics(
     def keep(site: Site, statistics: SiteStatistics) -> None:
         found[site.name] = statistics
 
-    visit_statistics(model, structure, batches, needs, keep, compute=compute, progress=progress)
+    visit_statistics(model, structure, batches, needs, keep, counted=counted, compute=compute, progress=progress)
     return found

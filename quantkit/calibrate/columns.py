@@ -41,17 +41,17 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """A text.
+    """A text, and where in it the assistant speaks.
 
     Attributes:
         text: what the model reads.
         place: where it comes from, for messages.
-        templated: a chat template made it, of a conversation.
+        answers: (first, last) in characters of every answer; None for a text that is no conversation.
     """
 
     text: str
     place: str
-    templated: bool = False
+    answers: tuple[tuple[int, int], ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +118,20 @@ class Chat:
                 f"{place}: the chat template refuses the conversation ({', '.join(str(m['role']) for m in messages)}): "
                 f"{type(error).__name__}: {error}; mend the row, or give another template="
             ) from error
-        return Passage(text, place, templated=True)
+        return Passage(text, place, _answers(text, messages))
+
+
+def _answers(text: str, messages: Sequence[Message]) -> tuple[tuple[int, int], ...]:
+    """Return where the assistant's words stand in the rendered text; the messages' contents stand there in order."""
+    found, cursor = [], 0
+    for message in messages:
+        content = message.get("content")
+        words = content.strip() if isinstance(content, str) else ""
+        start = text.find(words, cursor) if words else -1
+        if start >= 0:
+            cursor = start + len(words)
+            found += [(start, cursor)] if message["role"] == "assistant" else []
+    return tuple(found)
 
 
 def passages_of(part: Part, column: str | None, chat: Chat) -> tuple[list[Passage], str]:

@@ -19,7 +19,7 @@ from pydantic import AfterValidator, Strict
 from torch import Tensor, nn
 
 from quantkit.calibrate.columns import Passage
-from quantkit.calibrate.texts import Encode, chosen_opening, encode_one, encode_passages, read_texts, text_default
+from quantkit.calibrate.texts import UNCOUNTED, Encode, chosen_opening, encode_one, encode_passages, read_texts, text_default
 from quantkit.errors import CalibrationError
 from quantkit.nn.block_calls import stack_by_length
 from quantkit.nn.embedding import input_table, max_positions
@@ -35,6 +35,7 @@ class Batch:
     Attributes:
         ids: int64 (B, T).
         mask: bool (B, T), True for real tokens, padding on the right; None when every token is real.
+        counted: bool (B, T), True for tokens whose inputs enter the statistics of layers; None when all real ones do.
 
     Raises:
         CalibrationError: shapes or dtypes differ from these, a row has no token, or padding stands before a token.
@@ -42,14 +43,16 @@ class Batch:
 
     ids: Tensor
     mask: Tensor | None = None
+    counted: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.ids.ndim != 2 or self.ids.dtype != torch.int64 or not self.ids.numel():
             raise CalibrationError(f"batch ids: {self.ids.dtype} {tuple(self.ids.shape)}, want int64 (B, T), not empty")
+        for name, marks in (("mask", self.mask), ("counted", self.counted)):
+            if marks is not None and (marks.dtype != torch.bool or marks.shape != self.ids.shape):
+                raise CalibrationError(f"batch {name}: {marks.dtype} {tuple(marks.shape)}, want bool {tuple(self.ids.shape)}")
         if self.mask is None:
             return
-        if self.mask.dtype != torch.bool or self.mask.shape != self.ids.shape:
-            raise CalibrationError(f"batch mask: {self.mask.dtype} {tuple(self.mask.shape)}, want bool {tuple(self.ids.shape)}")
         if not self.mask[:, 0].all() or (self.mask[:, 1:] & ~self.mask[:, :-1]).any():
             raise CalibrationError("batch mask: every row must begin with real tokens and end with its padding")
 
@@ -58,11 +61,12 @@ class Batch:
         """Number of real tokens."""
         return self.ids.numel() if self.mask is None else int(self.mask.sum())
 
-    def rows(self) -> list[Tensor]:
-        """Return each row without its padding, int64 (T_row,)."""
+    def rows(self, of: Tensor | None = None) -> list[Tensor]:
+        """Return each row of the ids, or of another tensor (B, T), without its padding: (T_row,)."""
+        whole = self.ids if of is None else of
         if self.mask is None:
-            return list(self.ids)
-        return [row[: int(mask.sum())] for row, mask in zip(self.ids, self.mask, strict=True)]
+            return list(whole)
+        return [row[: int(mask.sum())] for row, mask in zip(whole, self.mask, strict=True)]
 
 
 def token_batches(
@@ -110,10 +114,11 @@ def cut_batches(
     shortfall: str,
     prefix: Sequence[int] = (),
 ) -> list[Batch]:
-    """Cut encoded texts, int64 ids (tokens,) each; the rest as for :func:`token_batches`."""
+    """Cut encoded texts, as :func:`quantkit.calibrate.texts.encode_passages` returns them; the rest as for
+    :func:`token_batches`."""
     _check_cut(samples, length - len(prefix), mode, batch_size, shortfall)
     tokens = sum(len(ids) for ids in encoded)
-    start = torch.tensor(prefix, dtype=torch.int64)
+    start = torch.tensor(prefix, dtype=torch.int64) + UNCOUNTED * any(bool((ids >= UNCOUNTED).any()) for ids in encoded)
     rows = _packed(encoded, length, start) if mode == "packed" else [_opened(ids, length, start) for ids in encoded if len(ids)]
     if not rows or (samples is not None and len(rows) < samples):
         message = _too_short(len(encoded), tokens, len(rows), samples or 1, length, mode)
@@ -121,12 +126,19 @@ def cut_batches(
             raise CalibrationError(message)
         logger.warning("%s; going on with the %d there are", message, len(rows))
     count = min(samples or len(rows), len(rows))
-    return from_ids([rows[i * len(rows) // count] for i in range(count)], batch_size=batch_size)
+    chosen = [rows[i * len(rows) // count] for i in range(count)]
+    batches = from_ids([row % UNCOUNTED for row in chosen], batch_size=batch_size)
+    if all(bool((row < UNCOUNTED).all()) for row in chosen):
+        return batches
+    counted = from_ids([(row < UNCOUNTED).long() for row in chosen], batch_size=batch_size)
+    if not any(bool(marks.ids.any()) for marks in counted):
+        raise CalibrationError("answers_only=True: no token of an answer is in the windows; use more samples or longer ones")
+    return [Batch(batch.ids, batch.mask, marks.ids.bool()) for batch, marks in zip(batches, counted, strict=True)]
 
 
 def _opened(ids: Tensor, length: int, start: Tensor) -> Tensor:
     """Return the first ``length`` tokens of a text, which begins with ``start``; a chat template may have put it there."""
-    if torch.equal(ids[: len(start)], start):
+    if torch.equal(ids[: len(start)] % UNCOUNTED, start % UNCOUNTED):
         return ids[:length]
     return torch.cat([start, ids[: length - len(start)]])
 
@@ -177,6 +189,8 @@ def fingerprint(batches: Iterable[Batch]) -> str:
         for row in batch.rows():
             digest.update(len(row).to_bytes(8, "little"))
             digest.update(row.cpu().numpy().astype("<i8").tobytes())
+        for marks in [] if batch.counted is None else batch.rows(batch.counted):
+            digest.update(marks.cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -259,6 +273,8 @@ class Calibration:
         template: chat template of conversations instead of the tokenizer's: the name of one of its own, a file, or the
             template itself.
         bos: whether windows begin with the tokenizer's BOS; None does what the tokenizer does itself with a text.
+        answers_only: of conversations, only tokens of the assistant's messages enter the statistics of layers; layers of
+            experts count every token.
 
     Raises:
         CalibrationError: a value of the wrong type or out of range.
@@ -273,6 +289,7 @@ class Calibration:
     column: Annotated[str, Strict()] | None = None
     template: Annotated[str, Strict()] | None = None
     bos: Flag | None = None
+    answers_only: Flag = False
 
     def batches(self, tokenizer: Any) -> list[Batch]:
         """Tokenize and cut the text; see :meth:`read`."""
@@ -301,7 +318,7 @@ class Calibration:
             passages, facts = texts.passages, texts.facts()
         prefix = chosen_opening(tokenizer, self.bos)
         batches = cut_batches(
-            encode_passages(passages, tokenizer),
+            encode_passages(passages, tokenizer, answers_only=self.answers_only),
             samples=self.samples,
             length=self.length,
             batch_size=self.batch_size,
@@ -310,7 +327,8 @@ class Calibration:
             prefix=prefix,
         )
         shape = {"rows": sum(len(batch.ids) for batch in batches), "length": self.length, "mode": self.mode}
-        return batches, {**facts, **shape, "begins_with": list(prefix)}
+        counted = {"answers_only": True} if self.answers_only else {}
+        return batches, {**facts, **shape, "begins_with": list(prefix), **counted}
 
 
 def _given_batches(data: Any) -> list[Batch] | None:
@@ -335,3 +353,12 @@ def unpadded(batches: Sequence[Batch]) -> list[Tensor]:
     Running sequences without padding keeps it out of every statistic, wherever in a block it is taken.
     """
     return [ids for batch in batches for ids in stack_by_length(batch.rows())]
+
+
+def unpadded_counts(batches: Sequence[Batch]) -> list[Tensor | None]:
+    """Return for every tensor of :func:`unpadded` which of its tokens count, bool (B, T); None where all do."""
+    found: list[Tensor | None] = []
+    for batch in batches:
+        none = [None] * len(stack_by_length(batch.rows()))
+        found += none if batch.counted is None else stack_by_length(batch.rows(batch.counted))
+    return found

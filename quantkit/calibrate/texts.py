@@ -28,6 +28,9 @@ from quantkit.errors import CalibrationError
 Encode = Callable[[str], Sequence[int]]
 """Text to token ids, without special tokens."""
 
+UNCOUNTED = 1 << 40
+"""Added to ids of tokens that do not enter statistics, while texts are cut; far above any vocabulary."""
+
 _EVALUATION_SHARE = 48  # of 256: 3/16 of the topics by hash, about a quarter of the text, leave 128 x 512 tokens to calibrate
 _RULE = re.compile(r"""\s*([*=\-~^"])\1{2,}\s*""")
 
@@ -119,7 +122,7 @@ def read_texts(source: Any, *, column: str | None = None, template: str | None =
         what = "column" if column is not None else "template"
         raise CalibrationError(f"{what}={column or template!r}: the data is plain text, without columns; leave {what} out")
     name = (Path(source).name if os.path.exists(source) else str(source)) if placed else f"{len(source)} texts"
-    chats = any(passage.templated for passage in passages)
+    chats = any(passage.answers is not None for passage in passages)
     return Texts(passages, name, tuple(dict.fromkeys(columns)), _template_name(chat) if chats else None)
 
 
@@ -165,18 +168,23 @@ def chosen_opening(tokenizer: Any, bos: bool | None) -> tuple[int, ...]:
     return (token,)
 
 
-def encode_passages(passages: Sequence[Passage], tokenizer: Any) -> list[Tensor]:
+def encode_passages(passages: Sequence[Passage], tokenizer: Any, *, answers_only: bool = False) -> list[Tensor]:
     """Return every passage as int64 ids (tokens,).
 
     Args:
         passages: texts; the template has written the special tokens of a conversation already.
         tokenizer: whose ids.
+        answers_only: mark tokens that are not of the assistant's words: their ids are :data:`UNCOUNTED` larger.
 
     Raises:
-        CalibrationError: half a surrogate pair, or a tokenizer that knows none of the text.
+        CalibrationError: half a surrogate pair, a tokenizer that knows none of the text, or, for ``answers_only``, text that is
+            no conversation and a tokenizer that does not know where its tokens stand.
     """
-    encode = encoder(tokenizer)
-    encoded = [encode_one(passage.text, encode, passage.place) for passage in passages]
+    if answers_only:
+        encoded = [_encode_answers(passage, tokenizer) for passage in passages]
+    else:
+        encode = encoder(tokenizer)
+        encoded = [encode_one(passage.text, encode, passage.place) for passage in passages]
     _refuse_empty_tokenizer(encoded, tokenizer)
     return encoded
 
@@ -200,11 +208,24 @@ def _refuse_surrogates(text: str, place: str) -> None:
         ) from None
 
 
+def _encode_answers(passage: Passage, tokenizer: Any) -> Tensor:
+    """Return a conversation's ids, marked outside of :attr:`Passage.answers`."""
+    if passage.answers is None:
+        raise CalibrationError(f"{passage.place}: answers_only=True wants conversations, and this is text; leave it out")
+    if not getattr(tokenizer, "is_fast", False):
+        raise CalibrationError("answers_only=True needs a fast tokenizer, which knows where its tokens stand; leave it out")
+    _refuse_surrogates(passage.text, passage.place)
+    found = tokenizer(passage.text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
+    spans = found["offset_mapping"]
+    outside = [not any(start < last and first < end for first, last in passage.answers) for start, end in spans]
+    return torch.as_tensor(found["input_ids"], dtype=torch.int64).flatten() + UNCOUNTED * torch.tensor(outside).long()
+
+
 def _refuse_empty_tokenizer(encoded: Sequence[Tensor], tokenizer: Any) -> None:
     """Refuse a tokenizer without a vocabulary: libraries make one of a directory that has no tokenizer files."""
     ids = torch.cat(list(encoded)) if encoded else torch.empty(0, dtype=torch.int64)
     unknown = getattr(tokenizer, "unk_token_id", None)
-    if not len(ids) or (unknown is not None and bool((ids == unknown).all())):
+    if not len(ids) or (unknown is not None and bool((ids % UNCOUNTED == unknown).all())):
         raise CalibrationError(
             f"the tokenizer knows nothing of the text (its vocabulary has {len(tokenizer)} tokens): were its files missing "
             "beside the model? pass tokenizer=, or data= as tensors of token ids (B, T)"

@@ -42,11 +42,21 @@ class Inputs:
         x: (..., in) as the module received it.
         expert_ids: int64 (rows,) expert of every row, for a 3-D site; None otherwise.
         float_x: what the float model multiplies at the same place, of x's shape, if that is known.
+        counted: bool (B, T), the tokens of the batch whose rows enter statistics; None for all. Where x has other rows than
+            the batch has tokens (experts), all count.
     """
 
     x: Tensor
     expert_ids: Tensor | None = None
     float_x: Tensor | None = None
+    counted: Tensor | None = None
+
+    def rows(self, of: Tensor) -> Tensor:
+        """Return ``of``, which has x's shape, as the rows (n, in) that count."""
+        rows = of.detach().reshape(-1, of.shape[-1])
+        if self.counted is None or self.counted.numel() != rows.shape[0]:
+            return rows
+        return rows[self.counted.reshape(-1).to(rows.device)]
 
 
 def collect(
@@ -85,7 +95,7 @@ def collect(
             for collector in collectors[expert].values():
                 if collector.paired:
                     assert one.float_x is not None
-                    float_x = one.float_x.detach().reshape(rows.shape)
+                    float_x = one.rows(one.float_x)
                     collector.update(torch.cat([rows, quantizer.prepare_input(float_x).to(rows)], 1))
                 else:
                     collector.update(rows)
@@ -93,9 +103,10 @@ def collect(
 
 
 def _rows_by_expert(inputs: Inputs, experts: int) -> list[tuple[int, Tensor]]:
-    rows = inputs.x.detach().reshape(-1, inputs.x.shape[-1])
     if inputs.expert_ids is None:
+        rows = inputs.rows(inputs.x)
         return [(0, rows)] if rows.shape[0] else []
+    rows = inputs.x.detach().reshape(-1, inputs.x.shape[-1])
     return [(e, rows[inputs.expert_ids == e]) for e in range(experts) if bool((inputs.expert_ids == e).any())]
 
 
@@ -128,6 +139,7 @@ class Batch(greenlet.greenlet):
     inputs: Inputs | None = None
     output: Tensor | None = None
     float_inputs: dict[str, Tensor] | None = None
+    counted: Tensor | None = None  # bool (B, T): which of its tokens enter statistics
     rounded: tuple[weakref.ref[Tensor], Tensor] | None = None  # the last input that was rounded, and what became of it
 
     def __init__(self, run: Callable[[], Tensor | None]) -> None:
@@ -181,6 +193,7 @@ def walk_block(
     visit: Callable[[Site, Gather], None],
     float_inputs: Sequence[dict[str, Tensor]] = (),
     products: torch.dtype | None = None,
+    counted: Sequence[Tensor | None] = (),
 ) -> list[Tensor]:
     """Run ``block`` once over all batches, visiting each site when all its inputs are known.
 
@@ -195,6 +208,7 @@ def walk_block(
         float_inputs: for every batch the inputs that the float model has at the sites (:func:`record_inputs`), if they are
             needed; emptied on the way.
         products: what the products of ``forwards`` round their inputs to, if they do; see :func:`collect`.
+        counted: for every batch which of its tokens enter statistics, bool (B, T); None, or nothing, for all.
 
     Returns:
         The outputs of ``forwards``, in order.
@@ -202,6 +216,8 @@ def walk_block(
     batches = [Batch(run) for run in forwards]
     for batch, float_x in zip(batches, float_inputs, strict=False):
         batch.float_inputs = float_x
+    for batch, marks in zip(batches, counted, strict=False):
+        batch.counted = marks
     try:
         walk_batches(batches, block, block_name, sites, visit, products)
     finally:
@@ -239,6 +255,7 @@ def walk_batches(
             inputs.x = batch.rounds(inputs.x, products)
         if site.name not in done:
             inputs.float_x = batch.float_inputs.pop(site.name, None) if batch.float_inputs else None
+            inputs.counted = batch.counted
             batch.waiting, batch.inputs = site.name, inputs
             batch.parent.switch()
 

@@ -28,7 +28,7 @@ _FACTS: Final = (
 """Label, place in what config.json records, and unit."""
 
 
-def write_card(stage: Path, out: Path, config: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+def write_card(stage: Path, out: Path, config: Mapping[str, Any], facts: Mapping[str, Any], base: str) -> None:
     """Write the card into ``stage``, unless it would replace a README.md that somebody has written.
 
     Args:
@@ -36,16 +36,16 @@ def write_card(stage: Path, out: Path, config: Mapping[str, Any], facts: Mapping
         out: where it will be published. What is there stays, unless it is a card of ours.
         config: what config.json holds.
         facts: label to text, what else is known of the files.
+        base: where the float model came from; named if it is the hub.
     """
     if not (out / CARD).exists() or _MARK in (out / CARD).read_text(encoding="utf-8", errors="replace"):
-        write_atomic(stage / CARD, card(config, facts))
+        write_atomic(stage / CARD, card(config, facts, base))
 
 
-def card(config: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
+def card(config: Mapping[str, Any], facts: Mapping[str, Any], base: str) -> str:
     """Return the text of the card; see :func:`write_card`."""
     record = config["quantkit"]
     method, kind = config["quantization_config"]["quant_method"], config["architectures"][0]
-    base = str(config.get("_name_or_path") or "")
     named = base if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists() else None
     head = ["---", *([f"base_model: {named}"] if named else []), "tags:", "- quantkit", f"- {method}", "---", ""]
     title = f"# {named or kind}, quantized by quantkit"

@@ -70,13 +70,13 @@ class Contents:
 
 
 @names_source("cannot follow the layout of")
-def contents_of(config: PretrainedConfig, *, most_weights: int | None = None, source: str | Path | None = None) -> Contents:
+def contents_of(config: PretrainedConfig, *, most_weights: int | None = None, weights: str | Path | None = None) -> Contents:
     """Work out the contents of a checkpoint of the model that ``config`` describes.
 
     Args:
         config: config of the model.
         most_weights: more weights than this are refused before anything of their size is allocated.
-        source: where the model's weights are. If it is a directory with weight files, the tensors in them are accounted for,
+        weights: where they are. If it is a directory with weight files, the tensors in them are accounted for,
             and what is carried over counts.
 
     Raises:
@@ -86,8 +86,8 @@ def contents_of(config: PretrainedConfig, *, most_weights: int | None = None, so
     count = sum(parameter.numel() for parameter in model.parameters())
     if most_weights is not None and count > most_weights:
         raise FormatError(f"it describes a model of {count} weights, but the files can hold at most {most_weights}")
-    if source is not None and has_weights(Path(source)):
-        keep_ledger(model, account(Path(source), model))
+    if weights is not None and has_weights(Path(weights)):
+        keep_ledger(model, account(Path(weights), model))
     structure = describe(model)
     sites = {parameter_of(site): site for site in (*structure.sites, *structure.after)}
     transposed = frozenset(name for name, site in sites.items() if site.transposed)

@@ -1,7 +1,6 @@
 """SHA-256 of tensors: of each alone, and of many in order."""
 
 import hashlib
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -10,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from quantkit.numerics.pack import as_bytes
+from quantkit.system.cores import usable_cores
 
 
 class Digest:
@@ -42,7 +42,7 @@ def sums(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, str]]:
     Args:
         tensors: name and tensor, on any device; taken a few at a time, so that they may be read as they are asked for.
     """
-    workers, waiting = os.cpu_count() or 1, iter(tensors)
+    workers, waiting = usable_cores(), iter(tensors)
     with ThreadPoolExecutor(workers) as pool:
         while some := list(islice(waiting, 2 * workers)):
             yield from zip((name for name, _ in some), pool.map(_sum, (tensor for _, tensor in some)), strict=True)

@@ -14,6 +14,7 @@ from quantkit.checkpoint import prepacked
 from quantkit.checkpoint.contents import read_floats
 from quantkit.checkpoint.read import Opened, open_checkpoint
 from quantkit.checkpoint.record import check_sums
+from quantkit.dtypes import float_dtype
 from quantkit.errors import FormatError
 from quantkit.formats.base import FORMATS
 from quantkit.hf.experts import enable_experts
@@ -30,6 +31,7 @@ from quantkit.nn.install import install, set_compute
 from quantkit.nn.linear import QuantModule, QuantWeight
 from quantkit.nn.sites import Site
 from quantkit.qtensor import GridTensor
+from quantkit.system.compute import known_device
 from quantkit.system.memory import HeapWatch
 
 log = logging.getLogger(__name__)
@@ -41,7 +43,7 @@ _HEAP_BYTES = 16 << 20
 def load(
     path: str | Path,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device: torch.device | str = "cpu",
     ignore_activations: bool = False,
     compute: ComputeMode = "float",
@@ -56,7 +58,7 @@ def load(
 
     Args:
         path: directory written by quantkit (any format) or by another writer of compressed-tensors integer weights.
-        dtype: dtype of the unquantized tensors; None keeps what the files hold.
+        dtype: dtype of the unquantized tensors, or its name (``"bfloat16"``); None keeps what the files hold.
         device: where the model goes.
         ignore_activations: run a checkpoint that asks for quantized activations (W8A8) with float ones.
         compute: what quantized layers make of their inputs on a CPU: ``"float"``, nothing, or ``"int8"``, rounded block by
@@ -66,11 +68,13 @@ def load(
 
     Raises:
         KernelError: ``compute`` is neither.
+        SpecError: ``dtype`` is no float dtype, or ``device`` is none of this machine.
         FormatError: the checkpoint is unfinished, damaged, contradicts itself, or cannot be represented exactly; with
             ``verify`` also, a tensor differs from its checksum, or there are none.
     """
     check_compute(compute)
-    on_cpu = torch.device(device).type == "cpu"
+    dtype, device = float_dtype(dtype), known_device(device)
+    on_cpu = device.type == "cpu"
     with open_checkpoint(path) as opened:
         contents = opened.contents
         if verify:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from quantkit import checkpoint
+from quantkit.dtypes import float_dtype
 from quantkit.errors import SpecError
 from quantkit.hf.load import load_float, load_tokenizer
 from quantkit.hf.source import locate
@@ -20,13 +21,13 @@ HEADS = ("float", "int8")
 
 
 def open_model(
-    source: str | Path, dtype: torch.dtype | None = None, *, compute: ComputeMode = "float", head: str = "float"
+    source: str | Path, dtype: torch.dtype | str | None = None, *, compute: ComputeMode = "float", head: str = "float"
 ) -> tuple[nn.Module, Any]:
     """Open a quantized checkpoint, a float directory, a hub id, a GGUF file, or ``"demo"``, the embedded default.
 
     Args:
         source: what to open.
-        dtype: dtype of the unquantized weights; None keeps what the files hold.
+        dtype: dtype of the unquantized weights, or its name; None keeps what the files hold.
         compute: what quantized layers make of their inputs; see :func:`quantkit.checkpoint.load`.
         head: ``"int8"`` rounds a float output head in memory, see :func:`quantkit.nn.install.quantize_head`.
 
@@ -38,7 +39,7 @@ def open_model(
     """
     if head not in HEADS:
         raise SpecError(f"head={head!r}: want one of {', '.join(HEADS)}")
-    place = locate(source)
+    dtype, place = float_dtype(dtype), locate(source)
     if _is_quantized(Path(place)):
         model, tokenizer = checkpoint.load(place, dtype=dtype, compute=compute), load_tokenizer(place)
     else:

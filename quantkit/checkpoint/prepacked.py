@@ -28,7 +28,6 @@ import importlib.metadata
 import json
 import logging
 import mmap
-import os
 import shutil
 import struct
 import time
@@ -44,6 +43,7 @@ from torch import Tensor
 from quantkit.kernels.cpu import huge_pages, layout
 from quantkit.kernels.cpu.layout import Prepacked
 from quantkit.numerics.pack import as_bytes
+from quantkit.system.cores import usable_cores
 from quantkit.system.files import (
     atomic_path,
     cache_dir,
@@ -243,7 +243,7 @@ def _fill(path: Path, memory: Tensor) -> None:
                     raise OSError("it is shorter than its index says")
                 done += count
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(usable_cores()) as pool:
         list(pool.map(read, range(0, len(view), _READ_BYTES)))
 
 

@@ -269,7 +269,7 @@ class CheckpointWriter:
                 f"{len(carried)} tensors that this class does not run, {layout_bytes(carried):,} bytes"
             )
         with self._stage.extras() as folder:
-            write_card(folder, self.path, config, facts)
+            write_card(folder, self.path, config, facts, str(self.model.config.name_or_path))
 
     def _carry_over(self) -> None:
         """Copy what the model's class does not know from the source's files, one tensor at a time."""

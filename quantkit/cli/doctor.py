@@ -13,6 +13,7 @@ from quantkit.engine.drafters import DRAFTERS
 from quantkit.errors import KernelError
 from quantkit.kernels import build
 from quantkit.kernels.cuda import nvcc
+from quantkit.system.cores import usable_cores
 from quantkit.system.files import cache_dir
 from quantkit.version import __version__
 
@@ -25,7 +26,7 @@ def examine() -> dict[str, Any]:
         "quantkit": __version__,
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         "packages": {name: _version(name) for name in PACKAGES},
-        "processor": f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads, {_capability()}",
+        "processor": f"{usable_cores()} of {os.cpu_count()} cores usable, {torch.get_num_threads()} threads, {_capability()}",
         "cuda": _cuda(),
         "nvcc": _nvcc(),
         "cache": str(cache_dir()),

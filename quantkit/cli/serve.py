@@ -1,7 +1,7 @@
 """Commands that serve requests: serve, and trace, which simulates them."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -9,6 +9,9 @@ from quantkit.cli import app
 from quantkit.cli.console import console, facts, progress_bars, say, size, table
 from quantkit.cli.options import ComputeMode, DrafterName, Engine, KeysAndValues, Model, read_drafter
 from quantkit.errors import QuantkitError, nearest
+
+if TYPE_CHECKING:
+    from quantkit.serve.run import Server
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 BATCHING = ("padded", "static", "continuous")
@@ -23,6 +26,10 @@ def serve(
         str | None, typer.Option(envvar="QUANTKIT_SERVE_TOKEN", help="Bearer token that clients must send.")
     ] = None,
     name: Annotated[str | None, typer.Option(help="Name that clients see; default: MODEL.")] = None,
+    allow_origin: Annotated[
+        list[str] | None, typer.Option(help="Let web pages of this origin use the server (http://localhost:3000, or *).")
+    ] = None,
+    grace: Annotated[float, typer.Option(help="Seconds in which answers may go on after Ctrl-C or SIGTERM.")] = 5.0,
     kv: KeysAndValues = "float",
     drafter: DrafterName = None,
     running: Annotated[int, typer.Option(help="Requests that run at the same time; others wait.")] = 16,
@@ -37,8 +44,9 @@ def serve(
     """Serve a model to OpenAI clients, in one process and for a few users. For many users, use vLLM."""
     from quantkit.checkpoint.open import open_model
     from quantkit.engine.request import Limits
-    from quantkit.serve.run import open_server, run_server
+    from quantkit.serve.run import check_port, open_server, run_server
 
+    check_port(host, port)
     opened, tokenizer = open_model(model)
     limits = Limits(running=running, waiting=waiting, kv_tokens=kv_tokens, context_tokens=context)
     server = open_server(
@@ -53,13 +61,21 @@ def serve(
         limits=limits,
         engine=engine,
         compute=compute,
+        origins=allow_origin or (),
+        grace_s=grace,
     )
+    run_server(server, lambda: _introduce(server, model, name or model, host, guarded=token is not None))
+
+
+def _introduce(server: "Server", model: str, name: str, host: str, *, guarded: bool) -> None:
+    """Print where the server is and what it can do, as soon as it answers."""
     runner = server.engine
+    limits, shown = runner.limits, f"[{host}]" if ":" in host else host
     facts(
         {
-            "address": f"http://{host}:{server.port}/v1 (model {name or model})",
-            "memory": f"{runner.limits.kv_tokens} tokens of keys and values, {size(runner.backend.bytes_for(runner.memory))}",
-            "capacity": f"{running} requests of up to {runner.limits.context_tokens} tokens running, {waiting} waiting",
+            "address": f"http://{shown}:{server.port}/v1 (model {name})",
+            "memory": f"{limits.kv_tokens} tokens of keys and values, {size(runner.backend.bytes_for(runner.memory))}",
+            "capacity": f"{limits.running} requests of up to {limits.context_tokens} tokens running, {limits.waiting} waiting",
             "engine": runner.backend.engine,
             "monitoring": "/metrics, /health",
             "many users": f"this is one process on one machine; for many users: vllm serve {model}",
@@ -67,10 +83,9 @@ def serve(
     )
     if runner.backend.notice:
         say(f"note: {runner.backend.notice}; requests run one after another")
-    if host not in LOCAL and token is None:
+    if host not in LOCAL and not guarded:
         say(f"warning: {host} may be reachable from other machines, and no --token is set")
     console().file.flush()  # otherwise a pipe would not show the address while the server runs
-    run_server(server)
 
 
 @app.command()

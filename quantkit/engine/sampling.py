@@ -35,11 +35,13 @@ class Sampling:
     """How the next token is chosen. The default is greedy.
 
     Attributes:
-        temperature: 0 takes the most likely token; 1 samples from the model's own distribution; lower values sharpen it.
+        temperature: 0 takes the most likely token; 1 samples from the model's own distribution; lower values sharpen it. Below
+            1e-20 it is 1e-20, and above 1e20 it is 1e20, which draw the same tokens.
         top_k: sample from the k most likely tokens; None for all.
         top_p: sample from the smallest set of tokens whose total probability reaches p, in (0, 1]; None for all.
         min_p: sample from the tokens that are at least this fraction as likely as the most likely one, in [0, 1]; None for all.
         repetition_penalty: values above 1 make tokens of the prompt and the answer less likely to be repeated; 1 has no effect.
+            From 0.01 to 100.
         seed: equal seeds give equal tokens, as long as the logits are equal; None takes a random seed.
 
     Raises:
@@ -79,7 +81,12 @@ class Sampling:
             "a number in [0, 1], or None for all tokens",
         )
         penalty = self.repetition_penalty
-        _check("repetition_penalty", penalty, _is_number(penalty) and penalty > 0, "a positive number; 1 has no effect")
+        _check(
+            "repetition_penalty",
+            penalty,
+            _is_number(penalty) and 0.01 <= penalty <= 100,
+            "a number from 0.01 to 100; 1 has no effect",
+        )
         _check(
             "seed",
             self.seed,
@@ -171,7 +178,9 @@ def _check(name: str, value: object, good: bool, want: str) -> None:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return abs(value) < 2**1023  # larger ones do not fit a float
+    return isinstance(value, float) and math.isfinite(value)
 
 
 def _is_int(value: object) -> bool:

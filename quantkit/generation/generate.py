@@ -14,6 +14,7 @@ from quantkit.engine.sampling import Sampling
 from quantkit.errors import QuantkitError
 from quantkit.generation.engine import make_drafter
 from quantkit.generation.options import DrafterChoice, EngineOptions, GenerationOptions, SamplingOptions
+from quantkit.generation.stops import check_stops
 from quantkit.generation.text import Prompt, TextStream, encode_prompt, is_several
 from quantkit.hf.backend import make_backend
 from quantkit.nn.embedding import input_table
@@ -170,9 +171,11 @@ def _split_stops(stops: Sequence[str | int]) -> tuple[list[str], list[int]]:
     """Return stop strings and stop tokens.
 
     Raises:
-        QuantkitError: an element that is neither.
+        QuantkitError: an element that is neither, or strings beyond the limits of :mod:`quantkit.generation.stops`.
     """
     for stop in stops:
         if isinstance(stop, bool) or not isinstance(stop, str | int) or stop == "":
             raise QuantkitError(f"stop={stop!r}: want a non-empty string or a token id")
-    return [stop for stop in stops if isinstance(stop, str)], [stop for stop in stops if isinstance(stop, int)]
+    strings = [stop for stop in stops if isinstance(stop, str)]
+    check_stops(strings)
+    return strings, [stop for stop in stops if isinstance(stop, int)]

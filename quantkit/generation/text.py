@@ -5,13 +5,14 @@ can be the start of a stop string, which must not be shown. :class:`TextStream` 
 change, and never revises text that it has shown: the pieces, joined, are exactly the final text.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from quantkit.errors import QuantkitError
+from quantkit.generation.stops import stop_strings as automaton
 
 Message = dict[str, Any]
 """A chat message, for instance ``{"role": "user", "content": "Hello"}``."""
@@ -21,6 +22,11 @@ Prompt = str | Sequence[int] | Sequence[Message] | Tensor
 
 REPLACEMENT = "\ufffd"
 """The character that a tokenizer returns for an incomplete sequence of bytes."""
+
+MAX_PENDING_TOKENS = 64
+"""Most tokens that are decoded again with every new one. A character has a few; more are bytes that never become one."""
+
+_LARGEST_ID = 2**63 - 1
 
 
 def is_several(prompt: Any) -> bool:
@@ -40,7 +46,8 @@ def encode_prompt(prompt: Prompt, tokenizer: Any = None) -> Tensor:
         tokenizer: needed for text and messages.
 
     Raises:
-        QuantkitError: a prompt of another type or shape, a missing tokenizer, or a tokenizer without chat template.
+        QuantkitError: a prompt of another type or shape, text that is not Unicode, a missing tokenizer, a tokenizer without
+            chat template, or messages that its template refuses.
     """
     if isinstance(prompt, Tensor):
         ids = prompt[0] if prompt.ndim == 2 and prompt.shape[0] == 1 else prompt
@@ -51,17 +58,59 @@ def encode_prompt(prompt: Prompt, tokenizer: Any = None) -> Tensor:
             )
         return ids.long().cpu()
     if isinstance(prompt, Sequence) and not isinstance(prompt, str) and all(isinstance(item, int) for item in prompt):
+        if any(isinstance(item, int) and abs(item) > _LARGEST_ID for item in prompt):
+            raise QuantkitError(
+                "the prompt has a token id that does not fit 64 bits; use the tokenizer that belongs to the model"
+            )
         return torch.tensor(list(prompt), dtype=torch.int64)
     if tokenizer is None:
         raise QuantkitError("the prompt is text: give the model's tokenizer, or token ids instead of text")
     if isinstance(prompt, str):
+        check_unicode(prompt, "the prompt")
         return torch.tensor(tokenizer(prompt)["input_ids"], dtype=torch.int64)
     if not isinstance(prompt, Sequence) or not all(isinstance(item, dict) for item in prompt):
         raise QuantkitError(f"prompt is a {type(prompt).__name__}: want text, token ids, or messages (a list of dicts)")
     if not getattr(tokenizer, "chat_template", None):
         raise QuantkitError("the tokenizer has no chat template, which messages need; give text instead")
-    encoded = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=True, return_dict=True)
+    for text in _texts(prompt):
+        check_unicode(text, "a message")
+    try:
+        encoded = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=True, return_dict=True)
+    except Exception as error:  # a template is a program of the model's authors: it may raise anything
+        reason = str(error) or type(error).__name__
+        raise QuantkitError(
+            f"the model's chat template refuses these messages: {reason}; change their roles or order"
+        ) from error
     return torch.tensor(encoded["input_ids"], dtype=torch.int64)
+
+
+def check_unicode(text: str, where: str) -> None:
+    """Refuse text with half of a surrogate pair, which stands for no character.
+
+    Args:
+        text: the text.
+        where: what messages call it.
+
+    Raises:
+        QuantkitError: naming the position.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"U+{ord(text[error.start]):04X}"
+        raise QuantkitError(
+            f"{where} is not valid Unicode: character {error.start} is {half}, half of a surrogate pair (an emoji cut in two); "
+            "remove it, or give the whole character"
+        ) from None
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield every string in nested mappings and lists."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for one in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(one)
 
 
 class TextStream:
@@ -71,12 +120,13 @@ class TextStream:
 
     Args:
         tokenizer: a tokenizer with ``decode(ids, skip_special_tokens=...)``.
-        stop_strings: the text ends before the first occurrence of any of these.
+        stop_strings: the text ends before the first of these that is complete, the longest one of several.
         emit: called with each non-empty piece of text, in order.
     """
 
     def __init__(self, tokenizer: Any, stop_strings: Sequence[str] = (), emit: Callable[[str], None] | None = None) -> None:
-        self._tokenizer, self._stops, self._emit = tokenizer, tuple(stop_strings), emit
+        self._tokenizer, self._emit = tokenizer, emit
+        self._stops, self._state = automaton(tuple(stop_strings)), 0
         self._ids: list[int] = []
         self._shown_from, self._shown_to = 0, 0  # tokens of the last piece that was shown
         self._pieces: list[str] = []
@@ -88,7 +138,8 @@ class TextStream:
         self._ids.append(token)
         shown = self._decode(self._ids[self._shown_from : self._shown_to])
         text = self._decode(self._ids[self._shown_from :])
-        if len(text) > len(shown) and not text.endswith(REPLACEMENT):
+        whole = len(text) > len(shown) and not text.endswith(REPLACEMENT)
+        if whole or len(self._ids) - self._shown_to >= MAX_PENDING_TOKENS:
             self._shown_from, self._shown_to = self._shown_to, len(self._ids)
             self._push(text[len(shown) :])
         return self._stopped
@@ -106,15 +157,12 @@ class TextStream:
         return text
 
     def _push(self, text: str) -> None:
-        text = self._held + text
-        found = [start for stop in self._stops if (start := text.find(stop)) >= 0]
-        if found:
-            self._stopped = True
-            self._show(text[: min(found)])
-            return
-        keep = max((n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
-        self._held = text[len(text) - keep :]
-        self._show(text[: len(text) - keep])
+        self._state, read, found = self._stops.search(self._state, text)
+        self._stopped = found > 0
+        known = self._held + text[:read]
+        final = len(known) - (found or self._stops.pending(self._state))
+        self._held = known[final:]
+        self._show(known[:final])
 
     def _show(self, text: str) -> None:
         if not text:

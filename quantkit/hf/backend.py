@@ -27,6 +27,7 @@ from quantkit.kernels.cuda.decoder import CudaDecoder
 from quantkit.nn.embedding import input_table
 from quantkit.nn.linear import QuantLinear, QuantWeight
 from quantkit.spec import KVScheme, QuantSpec, kv_preset
+from quantkit.system.turns import turn
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +78,8 @@ class SequentialBackend:
             step = self._steps[span.slot]
             if span.fresh:
                 step.reset()
-            logits = step(torch.tensor([list(span.ids)], device=self.device), span.start)
+            with turn(self._model):
+                logits = step(torch.tensor([list(span.ids)], device=self.device), span.start)
             found.append(logits[: span.num_logits])
         return torch.cat(found)
 
@@ -112,6 +114,11 @@ def make_backend(
             raise QuantkitError(f"{option}={value!r}: want one of {', '.join(known)}")
     scheme = kv_preset(kv)
     require_decoder(model)
+    with turn(model):
+        return _make_backend(model, scheme, engine=engine, compute=compute, batch_invariant=batch_invariant)
+
+
+def _make_backend(model: PreTrainedModel, scheme: KVScheme, *, engine: str, compute: str, batch_invariant: bool) -> Backend:
     if engine != "modules":
         decoder = _native(model, scheme, compute)
         if isinstance(decoder, CudaDecoder):
@@ -140,7 +147,8 @@ def make_backend(
 
 def describe_engine(model: PreTrainedModel) -> str:
     """Return a sentence that says how ``model`` runs with ``engine="auto"``."""
-    decoder = _native(model, KVScheme())
+    with turn(model):
+        decoder = _native(model, KVScheme())
     if isinstance(decoder, CudaDecoder):
         return f"cuda: {len(decoder.program.layers)} layers in one recorded step"
     if isinstance(decoder, NativeDecoder):

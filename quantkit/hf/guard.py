@@ -24,7 +24,7 @@ def names_source(doing: str) -> Callable[[Callable[..., Result]], Callable[..., 
 
     def decorate(function: Callable[..., Result]) -> Callable[..., Result]:
         @functools.wraps(function)
-        def guarded(source: Any, *args: Any, **options: Any) -> Result:
+        def guarded(source: Any, /, *args: Any, **options: Any) -> Result:
             try:
                 return function(source, *args, **options)
             except (QuantkitError, MemoryError):

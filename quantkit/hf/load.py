@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -22,13 +23,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from quantkit.dtypes import float_dtype
 from quantkit.errors import FormatError, QuantkitError
 from quantkit.hf.account import account
 from quantkit.hf.building import building, parameters_on_meta
 from quantkit.hf.gguf import load_gguf
 from quantkit.hf.guard import names_source
-from quantkit.hf.ledger import keep_ledger
+from quantkit.hf.ledger import Ledger, keep_ledger
 from quantkit.hf.mend import mend
+from quantkit.hf.sizes import check_config_of, check_sizes
 from quantkit.hf.source import directory_of, locate, own_code
 from quantkit.hf.ties import settle_ties
 
@@ -48,7 +51,7 @@ log = logging.getLogger(__name__)
 @names_source("cannot load a model from")
 def load_float(
     source: str | Path | PreTrainedModel,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     trust_remote_code: bool = False,
@@ -60,7 +63,7 @@ def load_float(
     Args:
         source: hub id, directory, ``.gguf`` file (dequantized), ``"demo"`` (the demo model), or a model, which is returned
             unchanged except that it is put in eval mode.
-        dtype: dtype of the weights; None keeps the checkpoint's dtype (float32 for GGUF files that do not name one).
+        dtype: dtype of the weights, or its name; None keeps the checkpoint's (float32 for GGUF files that do not name one).
         tokenizer: returned instead of the source's own.
         trust_remote_code: run code from the hub repository.
 
@@ -71,6 +74,7 @@ def load_float(
         QuantkitError: the source does not exist, cannot be read, is already quantized, or has another dtype.
         FormatError: its tensors are not those of the model that its config describes.
     """
+    dtype = float_dtype(dtype)
     if isinstance(source, PreTrainedModel):
         if dtype is not None and source.dtype != dtype:
             raise QuantkitError(f"the model is {source.dtype}, want dtype={dtype}; convert it with model.to first")
@@ -84,6 +88,7 @@ def load_float(
         return model, tokenizer or found
     directory = directory_of(source, trust_remote_code=trust_remote_code)
     try:
+        check_config_of(directory)
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
         if getattr(config, "quantization_config", None):
             raise QuantkitError(
@@ -93,6 +98,7 @@ def load_float(
     except (OSError, ValueError, RuntimeError) as error:
         raise QuantkitError(own_code(source, error) or f"cannot load a model from {source}: {error}") from error
     model.train(False)
+    model.config.name_or_path = str(source)
     mend(model)
     settle_ties(model, model.config)
     return model, tokenizer or load_tokenizer(directory, trust_remote_code=trust_remote_code)
@@ -115,8 +121,21 @@ def _load_directory(
         raise FormatError(
             f"{path}: transformers filled {', '.join(random[:5])} with random numbers; the files do not hold them"
         )
+    _restore_padding(model, ledger)
     keep_ledger(model, ledger)
     return model
+
+
+def _restore_padding(model: nn.Module, ledger: Ledger) -> None:
+    """Give embeddings back the row of the padding token, which some classes set to zero after they have loaded it."""
+    with ledger.open() as opened:
+        for name, module in model.named_modules():
+            if not isinstance(module, nn.Embedding) or module.padding_idx is None:
+                continue
+            sources, weight = ledger.fills.get(f"{name}.weight", ()), module.weight.data
+            stored = opened.read(sources[0], copy=False) if len(sources) == 1 else None
+            if stored is not None and stored.shape == weight.shape:
+                weight[module.padding_idx] = stored[module.padding_idx].to(weight.dtype)
 
 
 def class_of(config: PretrainedConfig, *, trust_remote_code: bool = False) -> Any:
@@ -138,7 +157,10 @@ def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> Pr
     """Return the tokenizer of a hub id or directory; None, with a log message, if it has no usable one."""
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except ImportError as error:
+        log.warning("the tokenizer of %s cannot be loaded: %s", source, error)
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # TypeError: a file that is not there
         log.info("%s has no usable tokenizer: %s", source, error)
         return None
     if not tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens):  # what transformers makes of a directory without
@@ -157,6 +179,7 @@ def read_config(values: Mapping[str, Any], source: str | Path) -> PretrainedConf
     Raises:
         QuantkitError: it wants code of its own to be run.
     """
+    check_sizes(values, source)
     with tempfile.TemporaryDirectory() as directory:  # transformers corrects configs only as it reads them from a file
         Path(directory, "config.json").write_text(json.dumps(values), encoding="utf-8")
         try:

@@ -29,6 +29,7 @@ from quantkit.errors import QuantkitError
 from quantkit.hf.cache import LENGTH_DEPENDENT_ROPE, rope_types
 from quantkit.nn.embedding import input_table
 from quantkit.spec import KVScheme
+from quantkit.system.turns import turn
 
 _ATTENTION = "quantkit"
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
@@ -62,7 +63,13 @@ def _attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     queries, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (M, heads, dim)
     # contiguous, as transformers' own functions return it: models view it in other shapes
-    return _current.get().attend(queries, keys, values, scale, options)[None].contiguous(), None
+    memory = _current.get(None)
+    if memory is None:
+        raise QuantkitError(
+            "another thread generates with this model, whose attention is replaced meanwhile; run the model afterwards, or "
+            "generate with one quantkit.Engine for all requests"
+        )
+    return memory.attend(queries, keys, values, scale, options)[None].contiguous(), None
 
 
 ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, _attention)
@@ -147,7 +154,11 @@ class PagedBackend:
 
     @torch.inference_mode()
     def step(self, spans: Sequence[Span], copies: Sequence[Copy] = ()) -> Tensor:
-        """Run ``spans``; see :class:`~quantkit.engine.backend.Backend`."""
+        """Run ``spans``; see :class:`~quantkit.engine.backend.Backend`. Threads that share the model take turns."""
+        with turn(self._model):
+            return self._step(spans, copies)
+
+    def _step(self, spans: Sequence[Span], copies: Sequence[Copy]) -> Tensor:
         for pool in (pool for pools in self._pools for pool in pools):
             pool.copy(copies)
         ordered = [spans[i] for i in by_length(spans)]

@@ -10,6 +10,7 @@ from quantkit.errors import QuantkitError
 from quantkit.hf.demo_model import DEMO_MODEL, demo_model_path
 from quantkit.hf.gguf import read_gguf
 from quantkit.hf.guard import names_source
+from quantkit.hf.sizes import check_config_of
 
 MODEL_FILES: Final = ("*.json", "*.safetensors", "*.model", "*.tiktoken", "*.spm", "*.txt", "*.jinja", "LICENSE*", "NOTICE*")
 """What is fetched from the hub."""
@@ -54,6 +55,8 @@ def load_config(source: str | Path) -> PretrainedConfig:
     place = locate(source)
     gguf = Path(place).suffix == ".gguf"
     try:
+        if not gguf:
+            check_config_of(place)
         config: PretrainedConfig = (
             read_gguf(AutoConfig, Path(place)) if gguf else AutoConfig.from_pretrained(place, trust_remote_code=False)
         )

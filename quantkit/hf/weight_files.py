@@ -32,8 +32,8 @@ class Weights(Protocol):
         """Every tensor's file, dtype and shape."""
         ...
 
-    def read(self, name: str) -> Tensor:
-        """Return a copy of a tensor."""
+    def read(self, name: str, *, copy: bool = True) -> Tensor:
+        """Return a copy of a tensor; without ``copy``, it may be a view of the file."""
         ...
 
 
@@ -83,8 +83,9 @@ class _BinFiles:
     headers: Mapping[str, Header]
     maps: dict[str, Mapping[str, Tensor]] = field(repr=False)
 
-    def read(self, name: str) -> Tensor:
-        return self.maps[self.headers[name].file][name].clone()
+    def read(self, name: str, *, copy: bool = True) -> Tensor:
+        found = self.maps[self.headers[name].file][name]
+        return found.clone() if copy else found
 
 
 def _open_bin(path: Path) -> _BinFiles:

@@ -34,6 +34,7 @@ import torch
 
 from quantkit.errors import KernelError
 from quantkit.kernels import build
+from quantkit.system.cores import usable_cores
 from quantkit.system.files import atomic_path, private_directory, shared
 
 logger = logging.getLogger(__name__)
@@ -271,7 +272,7 @@ def compile_and_link(
             lines = [
                 [*command, *objects_only, "-c", str(source), "-o", made] for source, made in zip(files, objects, strict=True)
             ]
-            with ThreadPoolExecutor(os.cpu_count()) as pool:  # compilers are processes; the threads only wait
+            with ThreadPoolExecutor(usable_cores()) as pool:  # compilers are processes; the threads only wait
                 outputs = list(pool.map(lambda line: _run(line, way_out), lines))
             _run([*command, "-shared", *objects, "-o", str(temporary)], way_out)
             content = temporary.read_bytes()

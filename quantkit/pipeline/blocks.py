@@ -8,11 +8,12 @@ import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 
 import torch
 from torch import Tensor, nn
 
-from quantkit.calibrate.chain import BlockWalk, block_walk, relative_distance
+from quantkit.calibrate.chain import BlockWalk, Counted, block_walk, relative_distance
 from quantkit.calibrate.collectors import COLLECTORS
 from quantkit.calibrate.walk import Gather, block_sites
 from quantkit.errors import CalibrationError
@@ -109,13 +110,25 @@ def quantize_blocks(run: BlockRun) -> dict[str, Quantized]:
 
 
 def calibration_chain(
-    model: nn.Module, structure: Structure, batches: Sequence[Tensor], method: Quantizer, compute: Compute
+    model: nn.Module,
+    structure: Structure,
+    batches: Sequence[Tensor],
+    method: Quantizer,
+    compute: Compute,
+    counted: Counted = (),
 ) -> BlockWalk:
     """Return the calibration batches (int64 (B, T), without padding) before the first block, as a quantizer wants them."""
     if method.batch_size is not None:
-        batches = [part for ids in batches for part in ids.split(method.batch_size)]
+        size = method.batch_size
+        counted = [part for ids, marks in zip_longest(batches, counted) for part in _split(marks, size, len(ids))]
+        batches = [part for ids in batches for part in ids.split(size)]
     compares = method.refines_blocks or any(COLLECTORS.get(name).paired for name in method.needs)
-    return block_walk(model, structure, batches, compute, with_float=compares)
+    return block_walk(model, structure, batches, compute, with_float=compares, counted=counted)
+
+
+def _split(marks: Tensor | None, size: int, rows: int) -> Sequence[Tensor | None]:
+    """Return the parts of ``size`` rows of a batch's marks (rows, T), as its ids are split."""
+    return [None] * -(-rows // size) if marks is None else marks.split(size)
 
 
 def _catch_up(run: BlockRun, index: int, quantized: Mapping[str, Quantized]) -> None:

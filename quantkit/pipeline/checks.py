@@ -69,6 +69,20 @@ def _refuse_shared(structure: Structure, steps: Sequence[Step]) -> None:
         )
 
 
+def refuse_uncounted(plan: Plan, method: Quantizer, steps: Sequence[Step]) -> None:
+    """Refuse what sees every token of the calibration text, where only the answers shall count.
+
+    Raises:
+        CalibrationError: a step or quantizer that learns, or a static input scale.
+    """
+    learners = [step_name(step) for step in steps if step.stage == "after"]
+    learners += [quantizer_name(method)] if method.refines_blocks else []
+    if learners:
+        raise CalibrationError(f"answers_only=True: {learners[0]} learns from every token; leave one of the two out")
+    if static := next((name for name, scheme in plan.items() if scheme.static), None):
+        raise CalibrationError(f"answers_only=True: the static input scale of {static} must see every token; use dynamic ones")
+
+
 def _check_statistics(
     plan: Plan, sites: Mapping[str, Site], method: Quantizer, statistics: Mapping[str, SiteStatistics]
 ) -> None:

@@ -18,7 +18,7 @@ from torch import nn
 
 from quantkit import checkpoint
 from quantkit.calibrate.chain import collect_statistics
-from quantkit.calibrate.data import Batch, Calibration, check_fit, unpadded
+from quantkit.calibrate.data import Batch, Calibration, check_fit, unpadded, unpadded_counts
 from quantkit.calibrate.data import fingerprint as data_fingerprint
 from quantkit.calibrate.statistics import load_statistics
 from quantkit.checkpoint.contents import contents_of
@@ -38,6 +38,7 @@ from quantkit.pipeline.checks import (
     prepare_blocks,
     refuse_combinations,
     refuse_gaps,
+    refuse_uncounted,
     report_fallen,
     report_lossy,
 )
@@ -188,6 +189,8 @@ class _Job:
         if self.run.strict:
             refuse_gaps(self.structure, self.resolution)
         refuse_combinations(self.plan, self.structure, self.method, self.steps.all, self.statistics)
+        if self.calibration.answers_only:
+            refuse_uncounted(self.plan, self.method, self.steps.all)
 
     def with_fitting_scales(self) -> "_Job":
         """Return the run with a plan whose scales hold the weights as they are."""
@@ -246,8 +249,11 @@ def _carry_out(job: _Job, key: checkpoint.Key | None, batches: Sequence[Batch], 
     """Transform, quantize, learn, measure and write; ``read`` is what is recorded of the calibration text."""
     model, compute, progress, texts = job.model, job.compute, job.run.report, unpadded(batches)
     sanity = SanityCheck.start(model, job.tokenizer, job.calibration.bos or None)
-    structure = apply_transforms(model, job.structure, job.plan, job.steps.before, texts, compute=compute, progress=progress)
-    chain = calibration_chain(model, structure, texts, job.method, compute) if job.walks else None
+    counted = unpadded_counts(batches)
+    structure = apply_transforms(
+        model, job.structure, job.plan, job.steps.before, texts, counted=counted, compute=compute, progress=progress
+    )
+    chain = calibration_chain(model, structure, texts, job.method, compute, counted) if job.walks else None
     rows = coverage_before(model, structure, job.plan, job.resolution.skipped)
     store = job.open_store(key)
     learning = Learning.record(job.steps.after, store, model, structure, texts, compute=compute, progress=progress)
@@ -301,7 +307,7 @@ def plan(
         SpecError: a rule matches nothing, or a group size does not divide a layer.
     """
     if not isinstance(model, nn.Module):
-        model = contents_of(load_config(model), source=model).model
+        model = contents_of(load_config(model), weights=model).model
     return make_plan(describe(model), scheme, rules, scale_dtype=_scale_dtype(model))
 
 
@@ -327,7 +333,15 @@ def collect(
     check_fit(batches, model)
     check_model(model)
     structure, compute = prepare_blocks(model, structure, run.compute or Compute.default(model))
-    found = collect_statistics(model, structure, unpadded(batches), collectors, compute=compute, progress=run.report)
+    found = collect_statistics(
+        model,
+        structure,
+        unpadded(batches),
+        collectors,
+        counted=unpadded_counts(batches),
+        compute=compute,
+        progress=run.report,
+    )
     return found, data_fingerprint(batches)
 
 

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from quantkit.calibrate.chain import collect_statistics
+from quantkit.calibrate.chain import Counted, collect_statistics
 from quantkit.errors import SpecError
 from quantkit.hf.structure import describe
 from quantkit.nn.quantized import Quantized
@@ -70,6 +70,7 @@ def apply_transforms(
     transforms: Sequence[Transform],
     batches: Sequence[Tensor],
     *,
+    counted: Counted = (),
     compute: Compute,
     progress: ProgressCallback,
 ) -> Structure:
@@ -80,7 +81,9 @@ def apply_transforms(
     """
     for one in transforms:
         found = (
-            collect_statistics(model, structure, batches, one.needs, compute=compute, progress=progress) if one.needs else {}
+            collect_statistics(model, structure, batches, one.needs, counted=counted, compute=compute, progress=progress)
+            if one.needs
+            else {}
         )
         one.apply(model, structure, plan, found)
         structure = replace(describe(model), entangled=structure.entangled)  # a tied head may stand alone now

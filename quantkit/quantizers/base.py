@@ -177,7 +177,13 @@ def _quantize_matrix(
             qtensor = dataclasses.replace(qtensor, scale=scale)
     _refuse_lost_scales(qtensor.scale, spec)
     fell_back = bool(quantizer.needs) and statistics is None
-    return Quantized(qtensor, relative_error(weight, qtensor.dequantize(), statistics), notes, fell_back)
+    rounded = qtensor.dequantize()
+    if lost := int(((weight != 0).any(-1) & (rounded == 0).all(-1)).sum()):
+        notes = (
+            *notes,
+            f"{lost} of {len(weight)} output channels become zero: they are far smaller than what shares their scale",
+        )
+    return Quantized(qtensor, relative_error(weight, rounded, statistics), notes, fell_back)
 
 
 def _refuse_lost_scales(scale: Tensor | None, spec: QuantSpec) -> None:

@@ -4,12 +4,15 @@ import asyncio
 import contextlib
 import hmac
 import json
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import ValidationError
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -17,13 +20,17 @@ from starlette.routing import Route
 from quantkit.engine.engine import TokenEngine
 from quantkit.engine.request import QueueFull
 from quantkit.errors import QuantkitError
-from quantkit.generation.text import encode_prompt
+from quantkit.serve.guard import Guard
+from quantkit.serve.intake import Intake, Refused
 from quantkit.serve.metrics import counter, gauge
-from quantkit.serve.wire import Chat, Completion, Generating, Reply, explain, usage
-from quantkit.serve.worker import Answer, Piece, Worker
+from quantkit.serve.reply import Kind, Reply, failure, usage
+from quantkit.serve.wire import Chat, Completion, Generating
+from quantkit.serve.worker import Answer, Closed, Piece, Worker
 
-Kind = Literal["chat", "text"]
+logger = logging.getLogger(__name__)
+
 SHUTTING_DOWN = "the server is shutting down"
+UNCACHED = {"Cache-Control": "no-cache"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,27 +41,21 @@ class ServerSettings:
         model: name of the model for clients.
         end_tokens: token ids that end an answer, unless a request ignores them.
         token: bearer token that clients must send; None for none.
+        loopback: only this machine can reach the server; see :mod:`quantkit.serve.guard`.
+        origins: origins of web pages that may use the server; ``"*"`` for all.
         default_tokens: longest answer if a request does not set one, limited by the context.
         body_bytes: largest request body.
+        answers: most answers to one request, over all its prompts; never more than may wait.
     """
 
     model: str
     end_tokens: frozenset[int] = frozenset()
     token: str | None = None
+    loopback: bool = False
+    origins: tuple[str, ...] = ()
     default_tokens: int = 512
     body_bytes: int = 1 << 20
-
-
-class _Refused(Exception):
-    """An error that is reported to the client."""
-
-    def __init__(self, status: int, message: str, kind: str = "invalid_request_error", param: str | None = None) -> None:
-        super().__init__(message)
-        self.response = JSONResponse(
-            {"error": {"message": message, "type": kind, "param": param, "code": None}},
-            status,
-            {"WWW-Authenticate": "Bearer"} if status == 401 else None,
-        )
+    answers: int = 256
 
 
 def make_app(engine: TokenEngine, tokenizer: Any, settings: ServerSettings) -> Starlette:
@@ -70,18 +71,39 @@ def make_app(engine: TokenEngine, tokenizer: Any, settings: ServerSettings) -> S
         Route("/v1/completions", server.guard(server.complete), methods=["POST"]),
         Route("/v1/chat/completions", server.guard(server.chat), methods=["POST"]),
         Route("/v1/models", server.guard(server.models)),
+        Route("/v1/models/{name:path}", server.guard(server.model)),
         Route("/metrics", server.guard(server.metrics)),
         Route("/health", server.health),
     ]
+    guards = [Middleware(Guard, loopback=settings.loopback, origins=settings.origins)]
+    if settings.origins:
+        headers = ("Authorization", "Content-Type")
+        pages = Middleware(CORSMiddleware, allow_origins=settings.origins, allow_methods=("GET", "POST"), allow_headers=headers)
+        guards.insert(0, pages)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         yield
+        server.intake.close()
         await asyncio.to_thread(server.worker.close)
 
-    app = Starlette(routes=routes, lifespan=lifespan)
-    app.state.worker = server.worker
+    app = Starlette(routes=routes, middleware=guards, lifespan=lifespan, exception_handlers={HTTPException: _no_route})
+    app.state.worker, app.state.intake = server.worker, server.intake
     return app
+
+
+async def _no_route(request: Request, error: Exception) -> Response:
+    """Answer a request that no route takes."""
+    assert isinstance(error, HTTPException)
+    message = (
+        f"{request.method} {request.url.path[:200]}: {error.detail}; this server has /v1/completions, /v1/chat/completions,"
+    )
+    return JSONResponse(failure(f"{message} /v1/models, /health and /metrics"), error.status_code, error.headers)
+
+
+def _refuse(status: int, message: str, kind: str, param: str | None = None) -> Response:
+    headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}, 503: {"Retry-After": "5"}}.get(status)
+    return JSONResponse(failure(message, kind, param), status, headers)
 
 
 class _Server:
@@ -89,6 +111,10 @@ class _Server:
 
     def __init__(self, worker: Worker, settings: ServerSettings) -> None:
         self.worker, self.settings = worker, settings
+        limits = worker.engine.limits
+        assert limits.context_tokens is not None
+        self._context = limits.context_tokens
+        self.intake = Intake(worker.tokenizer, self._context, settings.body_bytes, min(settings.answers, limits.waiting))
 
     def guard(self, route: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
         """Return a handler that checks the token, calls ``route`` and converts its errors to responses."""
@@ -97,14 +123,19 @@ class _Server:
             try:
                 self._check_token(request)
                 return await route(request)
-            except _Refused as refused:
-                return refused.response
+            except Refused as refused:
+                return _refuse(refused.status, str(refused), refused.kind, refused.param)
             except QueueFull as error:
-                return _Refused(429, str(error), "rate_limit_error").response
+                return _refuse(429, str(error), "rate_limit_error")
+            except Closed as error:
+                return _refuse(503, str(error), "server_error")
             except QuantkitError as error:
-                return _Refused(400, str(error)).response
+                return _refuse(400, str(error), "invalid_request_error")
             except ClientDisconnect:
                 return Response(status_code=499)
+            except Exception as error:  # a fault of the server; the client hears of it in the form it expects
+                logger.exception("%s %s failed", request.method, request.url.path)
+                return _refuse(500, f"the server failed: {type(error).__name__}: {error}"[:500], "server_error")
 
         return guarded
 
@@ -113,27 +144,26 @@ class _Server:
             return
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not hmac.compare_digest(given.encode(), self.settings.token.encode()):
-            raise _Refused(
-                401, "this server needs a token: send the header Authorization: Bearer TOKEN", "authentication_error"
-            )
+            raise Refused(401, "this server needs a token: send the header Authorization: Bearer TOKEN", "authentication_error")
 
     async def complete(self, request: Request) -> Response:
         """POST /v1/completions."""
-        asked = await self._read(request, Completion)
-        tokenizer = self.worker.tokenizer
-        prompts = [one if isinstance(one, list) else encode_prompt(one, tokenizer).tolist() for one in asked.prompts]
+        asked, prompts = await self.intake.read(request, Completion)
         return await self._answer(request, asked, prompts, asked.max_tokens, "text")
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
-        asked = await self._read(request, Chat)
-        prompt = encode_prompt([message.plain() for message in asked.messages], self.worker.tokenizer).tolist()
-        return await self._answer(request, asked, [prompt], asked.max_completion_tokens or asked.max_tokens, "chat")
+        asked, prompts = await self.intake.read(request, Chat)
+        return await self._answer(request, asked, prompts, asked.max_completion_tokens or asked.max_tokens, "chat")
 
     async def models(self, request: Request) -> Response:
         """GET /v1/models."""
-        one = {"id": self.settings.model, "object": "model", "created": 0, "owned_by": "quantkit"}
-        return JSONResponse({"object": "list", "data": [{**one, "max_model_len": self.worker.engine.limits.context_tokens}]})
+        return JSONResponse({"object": "list", "data": [self._model()]})
+
+    async def model(self, request: Request) -> Response:
+        """GET /v1/models/NAME."""
+        self._check_model(request.path_params["name"])
+        return JSONResponse(self._model())
 
     async def health(self, request: Request) -> Response:
         """GET /health: 200 while the engine's thread runs."""
@@ -143,56 +173,41 @@ class _Server:
         """GET /metrics."""
         return PlainTextResponse("\n".join(metric_lines(self.worker)) + "\n", media_type="text/plain; version=0.0.4")
 
-    async def _read(self, request: Request, kind: type[Any]) -> Any:
-        """Return the validated body of a request.
+    def _model(self) -> dict[str, Any]:
+        one = {"id": self.settings.model, "object": "model", "created": 0, "owned_by": "quantkit"}
+        return {**one, "max_model_len": self._context}
 
-        Raises:
-            _Refused: the body is too large or invalid, or names another model.
-        """
-        limit, body = self.settings.body_bytes, bytearray()
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > limit:
-                raise _Refused(413, f"the body has more than {limit} bytes, which is the limit of this server")
-        try:
-            asked: Generating = kind.model_validate(json.loads(body))
-        except ValidationError as error:
-            param, message = explain(error, kind)
-            raise _Refused(400, message, param=param) from error
-        except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested too deeply
-            raise _Refused(400, f"the body is not JSON: {error}") from error
-        if asked.model not in (None, "", self.settings.model):
-            raise _Refused(404, f"model {asked.model!r} does not exist; this server has {self.settings.model!r}", param="model")
-        return asked
+    def _check_model(self, name: str | None) -> None:
+        if name not in (None, "", self.settings.model):
+            message = f"model {str(name)[:100]!r} does not exist; this server has {self.settings.model!r}"
+            raise Refused(404, message, param="model")
 
     async def _answer(
         self, request: Request, asked: Generating, prompts: list[list[int]], max_tokens: int | None, kind: Kind
     ) -> Response:
         """Submit the prompts and return the response, complete or streamed."""
+        self._check_model(asked.model)
         options = [self._options(asked, ids, max_tokens, choice) for ids in prompts for choice in range(asked.n)]
         ids = [ids for ids in prompts for _ in range(asked.n)]
-        answers = await self.worker.submit(ids, asked.stops, options)
+        answers = await self.worker.submit(ids, asked.stop, options)
         reply = Reply(kind, self.settings.model, self.worker.tokenizer)
         if asked.stream:
-            with_usage = asked.stream_options is not None and asked.stream_options.include_usage
-            events = self._stream(answers, reply, with_usage, prompts)
-            return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+            events = self._stream(answers, reply, asked.stream_options.include_usage, prompts)
+            return StreamingResponse(events, media_type="text/event-stream", headers=UNCACHED)
         choices = await self._collect(request, answers)
         for pieces in choices:
-            if pieces[-1].error is not None or pieces[-1].finish == "cancelled":
-                raise _Refused(500, pieces[-1].error or SHUTTING_DOWN, "server_error")
+            if pieces[-1].finish == "cancelled":
+                raise Refused(503, SHUTTING_DOWN, "server_error")
+            if pieces[-1].error is not None:
+                raise Refused(500, pieces[-1].error, "server_error")
         return JSONResponse(reply.whole(choices, _used(prompts, answers)))
 
     def _options(self, asked: Generating, ids: list[int], max_tokens: int | None, choice: int) -> dict[str, Any]:
         """Return the arguments of the engine's ``submit`` for one choice."""
-        context = self.worker.engine.limits.context_tokens
-        assert context is not None
-        room = max(
-            min(self.settings.default_tokens, context - len(ids)), 1
-        )  # with 1, the engine refuses the request and says why
+        room = min(self.settings.default_tokens, self._context - len(ids))
         ends = frozenset() if asked.ignore_eos else self.settings.end_tokens
         return {
-            "max_new_tokens": max_tokens or room,
+            "max_new_tokens": max_tokens or max(room, 1),  # with 1, the engine refuses the request and says why
             "min_new_tokens": asked.min_tokens,
             "sampling": asked.sampling(choice),
             "stop_tokens": ends,
@@ -240,7 +255,7 @@ class _Server:
                 unfinished -= piece.finish is not None
                 if piece.finish in ("error", "cancelled"):
                     message = piece.error or SHUTTING_DOWN
-                    yield _event({"error": {"message": message, "type": "server_error", "param": None, "code": None}})
+                    yield _event(failure(message, "server_error"))
                 elif piece.text or piece.finish or piece.logprob or index not in begun:
                     yield _event(reply.part(index, piece, index not in begun))
                 begun.add(index)

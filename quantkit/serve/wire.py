@@ -1,72 +1,134 @@
-"""The formats of requests and responses in OpenAI's API.
+"""The formats of requests in OpenAI's API.
 
-A field that quantkit does not know or does not support is an error that names the field. It is never ignored, because a client
-that requests a tool call or a penalty must not get something else. Fields for accounting only (``user``, ``metadata``) are
-accepted.
+Clients send every field they know, whether it is needed or not. So null means that a field is absent, and a field that quantkit
+does not support is accepted with the values that ask for nothing (``tools: []``, ``response_format: {"type": "text"}``,
+``logit_bias: {}``), and if it only concerns accounts, storage or caches (``user``, ``store``). Any other value, and a field
+that nobody knows, is an error that names it: a client that requests a tool call or a penalty must not get something else.
 """
 
-import time
-import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError, from_json
 
-from quantkit.engine.request import Logprob
 from quantkit.engine.sampling import Sampling
 from quantkit.errors import QuantkitError, nearest
-from quantkit.serve.worker import Piece
+from quantkit.generation.stops import check_stops
+
+MAX_VALUES = 32768
+"""Most values in a request, besides its prompt."""
+
+FOR_ACCOUNTS = frozenset(
+    (
+        *("cache_prompt", "cache_salt", "metadata", "parallel_tool_calls", "prediction", "priority", "prompt_cache_key"),
+        *("prompt_cache_options", "prompt_cache_retention", "request_id", "safety_identifier", "service_tier", "store", "user"),
+    )
+)
+"""Fields that do not change an answer, whatever their value is."""
+
+_NOTHING: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("tools", "functions", "stop_token_ids", "bad_words", "documents"), lambda value: value == []),
+    **dict.fromkeys(("tool_choice", "function_call"), lambda value: value in ("none", "auto")),
+    **dict.fromkeys(("presence_penalty", "frequency_penalty", "mirostat", "n_probs", "prompt_logprobs"), lambda v: v == 0),
+    **dict.fromkeys(("length_penalty", "typical_p", "best_of"), lambda value: value == 1),
+    **dict.fromkeys(
+        ("echo", "use_beam_search", "include_stop_str_in_output", "continue_final_message", "return_token_ids"),
+        lambda value: value is False,
+    ),
+    **dict.fromkeys(
+        ("skip_special_tokens", "spaces_between_special_tokens", "add_generation_prompt", "detokenize"),
+        lambda value: value is True,
+    ),
+    "response_format": lambda value: value == {"type": "text"},
+    "logit_bias": lambda value: isinstance(value, Mapping) and all(bias == 0 for bias in value.values()),
+    "modalities": lambda value: value == ["text"],
+    "suffix": lambda value: value == "",
+    "reasoning_effort": lambda value: value == "none",
+    "verbosity": lambda value: value == "medium",
+    "chat_template_kwargs": lambda value: value == {},
+}
+"""Unsupported fields, and whether a value asks for nothing."""
 
 
-class StreamOptions(BaseModel):
-    """Options of a streamed response."""
+class BadField(QuantkitError):
+    """A field of a request that is wrong.
 
+    Attributes:
+        name: the field.
+    """
+
+    def __init__(self, name: str, message: str) -> None:
+        super().__init__(f"{name}: {message}")
+        self.name = name
+
+
+class _Fields(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class StreamOptions(_Fields):
+    """Options of a streamed response. Padding against guesses from lengths (``include_obfuscation``) is never added."""
+
     include_usage: bool = False
+    include_obfuscation: bool = False
+    continuous_usage_stats: Literal[False] = False
 
 
-class Generating(BaseModel):
-    """The fields that both kinds of request have. Those after ``frequency_penalty`` are extensions of vLLM."""
+def _stops(value: Any) -> Any:
+    """Return stop strings as a list, checked before anything is done with them; an empty string alone is none."""
+    strings = [value] if isinstance(value, str) and value else value or []
+    if not isinstance(strings, list) or not all(isinstance(one, str) for one in strings):
+        raise PydanticCustomError("stop", "want a string or a list of strings")
+    try:
+        check_stops(strings)
+    except QuantkitError as error:
+        raise PydanticCustomError("stop", "{reason}", {"reason": str(error).removeprefix("stop: ")}) from error
+    return strings
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+
+def _prompts(value: Any) -> Any:
+    """Return prompts as a list of texts and of lists of token ids, in one pass over what may be a long list."""
+    if isinstance(value, str) or (isinstance(value, list) and _are_ids(value)):
+        return [value]
+    if isinstance(value, list) and (all(isinstance(one, str) for one in value) or all(map(_are_ids, value))):
+        return value
+    raise PydanticCustomError("prompt", "want text, a list of token ids, or a list of one of these")
+
+
+def _are_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(type(one) is int for one in value)
+
+
+class Generating(_Fields):
+    """The fields that both kinds of request have. Those after ``stream_options`` are extensions of vLLM."""
+
     model: str | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_p: Annotated[float, Field(ge=0, le=1)] = 1.0
     n: Annotated[int, Field(ge=1, le=16)] = 1
-    stop: str | list[str] | None = None
-    seed: Annotated[int, Field(ge=0)] | None = None
-    stream: bool | None = False
-    stream_options: StreamOptions | None = None
-    user: str | None = None
-    metadata: dict[str, str] | None = None
-    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = 0
-    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = 0
-    top_k: Annotated[int, Field(ge=1)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
+    stop: Annotated[list[str], BeforeValidator(_stops)] = []
+    seed: int | None = None
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    top_k: Annotated[int, Field(ge=-1)] = -1
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    repetition_penalty: float = 1.0
     min_tokens: Annotated[int, Field(ge=0)] = 0
     ignore_eos: bool = False
 
     def sampling(self, choice: int) -> Sampling:
-        """Return the sampling parameters of choice number ``choice``; each choice of a request has a seed of its own."""
-        seed = None if self.seed is None else (self.seed + choice) % 2**63
+        """Return the sampling parameters of choice number ``choice``; each choice of a request has a seed of its own.
+
+        As in vLLM, ``top_k`` 0 and -1 mean all tokens, and the seed -1 a random one.
+        """
+        seed = None if self.seed is None or self.seed == -1 else (self.seed + choice) % 2**63
         if self.temperature == 0:  # greedy decoding: filters have no effect
             return Sampling(repetition_penalty=self.repetition_penalty, seed=seed)
-        top_p = None if self.top_p == 1 else self.top_p
-        return Sampling(self.temperature, self.top_k, top_p, self.min_p, self.repetition_penalty, seed)
-
-    @property
-    def stops(self) -> list[str]:
-        """The stop strings.
-
-        Raises:
-            QuantkitError: one of them is empty.
-        """
-        found = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        if "" in found:
-            raise QuantkitError("stop: an empty string would end every answer; leave it out")
-        return found
+        top_k = 1 if self.top_p == 0 else self.top_k if self.top_k > 0 else None  # the smallest set has one token
+        top_p = self.top_p if 0 < self.top_p < 1 else None
+        return Sampling(self.temperature, top_k, top_p, self.min_p or None, self.repetition_penalty, seed)
 
     @property
     def num_logprobs(self) -> int | None:
@@ -77,45 +139,71 @@ class Generating(BaseModel):
 class Completion(Generating):
     """A request to /v1/completions."""
 
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompt: Annotated[list[Any], BeforeValidator(_prompts)]
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    echo: Literal[False] | None = False
-    suffix: None = None
-    best_of: Literal[1] | None = None
 
     @property
     def num_logprobs(self) -> int | None:
         """See :class:`Generating`."""
         return self.logprobs
 
-    @property
-    def prompts(self) -> list[str | list[int]]:
-        """The prompts as a list."""
-        if isinstance(self.prompt, str) or all(isinstance(one, int) for one in self.prompt):
-            return [self.prompt]  # type: ignore[list-item]
-        return list(self.prompt)  # type: ignore[arg-type]
+
+class Part(BaseModel):
+    """A part of a message; only text is supported. What else a client writes beside the text does not change it."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+    type: str = "text"
+    text: str = ""
+    refusal: str = ""
+
+    @model_validator(mode="after")
+    def _is_text(self) -> "Part":
+        if self.type not in ("text", "input_text", "output_text", "refusal"):
+            raise PydanticCustomError("part", "{type} parts are not supported, only text", {"type": self.type[:40]})
+        return self
 
 
-class TextPart(BaseModel):
-    """A part of a message; only text is supported."""
+class Message(_Fields):
+    """One message of a chat. Tool calls and their results go to the chat template as they are."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
-    type: Literal["text"]
-    text: str
-
-
-class Message(BaseModel):
-    """One message of a chat."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: str | list[Part] | None = None
     name: str | None = None
+    refusal: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[dict[str, Any]] = []
+    tool_call_id: str | None = None
+    id: str | None = None
+    annotations: list[Any] = []
 
-    def plain(self) -> dict[str, str]:
+    @model_validator(mode="after")
+    def _has_content(self) -> "Message":
+        if self.content is None and self.role in ("system", "developer", "user"):
+            raise PydanticCustomError("content", "a message of role {role} needs content", {"role": self.role})
+        return self
+
+    def plain(self) -> dict[str, Any]:
         """Return the message in the form that chat templates use."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+        content = self.content or self.refusal or ""
+        text = content if isinstance(content, str) else "".join(part.text or part.refusal for part in content)
+        known = {"name": self.name, "reasoning_content": self.reasoning_content, "tool_call_id": self.tool_call_id}
+        return {
+            "role": {"developer": "system", "function": "tool"}.get(self.role, self.role),
+            "content": text,
+            **{name: value for name, value in known.items() if value is not None},
+            **({"tool_calls": [_with_values(call) for call in self.tool_calls]} if self.tool_calls else {}),
+        }
+
+
+def _with_values(call: dict[str, Any]) -> dict[str, Any]:
+    """Return a tool call with its arguments as values instead of JSON, as chat templates want them."""
+    function = call.get("function")
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        return {**call, "function": {**function, "arguments": from_json(function["arguments"] or "{}")}}
+    except ValueError:  # a model can write anything; the template gets what it wrote
+        return call
 
 
 class Chat(Generating):
@@ -123,7 +211,7 @@ class Chat(Generating):
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    logprobs: bool | None = False
+    logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
     @property
@@ -132,90 +220,62 @@ class Chat(Generating):
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
-def explain(error: ValidationError, kind: type[Generating]) -> tuple[str, str]:
-    """Return the name of the first invalid field, and a sentence that says what is wrong."""
-    first = error.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in first["loc"]) or "body"
-    if first["type"] == "extra_forbidden":
-        return where, f"{where}: quantkit does not know this field; {nearest(where, kind.model_fields)}"
-    given = repr(first["input"])
-    return where, f"{where}: {first['msg']}; got {given if len(given) < 80 else given[:77] + '...'}"
-
-
-class Reply:
-    """Formats the response to one request, complete or streamed.
+def parse(body: Any, kind: type[Generating]) -> Any:
+    """Return the request that a decoded body is.
 
     Args:
-        kind: ``"chat"`` or ``"text"``.
-        model: name of the model.
-        tokenizer: converts tokens to text, for log probabilities.
+        body: the decoded JSON.
+        kind: :class:`Completion` or :class:`Chat`.
+
+    Raises:
+        BadField: a field is unknown, unsupported, missing or wrong.
     """
-
-    def __init__(self, kind: Literal["chat", "text"], model: str, tokenizer: Any) -> None:
-        self._kind, self._model, self._tokenizer = kind, model, tokenizer
-        self._id = f"{'chatcmpl' if kind == 'chat' else 'cmpl'}-{uuid.uuid4().hex}"
-        self._created = int(time.time())
-
-    def whole(self, choices: Sequence[Sequence[Piece]], usage: dict[str, Any]) -> dict[str, Any]:
-        """Return the complete response.
-
-        Args:
-            choices: the pieces of each choice.
-            usage: the object that :func:`usage` returns.
-        """
-        written = []
-        for index, pieces in enumerate(choices):
-            text = "".join(piece.text for piece in pieces)
-            content = {"message": {"role": "assistant", "content": text}} if self._kind == "chat" else {"text": text}
-            written.append({"index": index, **content, **self._ending(pieces)})
-        kind = "chat.completion" if self._kind == "chat" else "text_completion"
-        return {**self._frame(kind), "choices": written, "usage": usage}
-
-    def part(self, index: int, piece: Piece, first: bool) -> dict[str, Any]:
-        """Return the chunk of a streamed response for one piece of choice number ``index``."""
-        if self._kind == "chat":
-            delta = {**({"role": "assistant"} if first else {}), "content": piece.text}
-            choice = {"index": index, "delta": delta, **self._ending([piece])}
-            return {**self._frame("chat.completion.chunk"), "choices": [choice]}
-        return {**self._frame("text_completion"), "choices": [{"index": index, "text": piece.text, **self._ending([piece])}]}
-
-    def last(self, usage: dict[str, Any]) -> dict[str, Any]:
-        """Return the last chunk of a streamed response, which has the usage."""
-        return {
-            **self._frame("chat.completion.chunk" if self._kind == "chat" else "text_completion"),
-            "choices": [],
-            "usage": usage,
-        }
-
-    def _frame(self, kind: str) -> dict[str, Any]:
-        return {"id": self._id, "object": kind, "created": self._created, "model": self._model}
-
-    def _ending(self, pieces: Sequence[Piece]) -> dict[str, Any]:
-        found = [(piece.token, piece.logprob) for piece in pieces if piece.token is not None and piece.logprob is not None]
-        return {"finish_reason": pieces[-1].finish, "logprobs": self._logprobs(found) if found else None}
-
-    def _logprobs(self, known: Sequence[tuple[int, Logprob]]) -> dict[str, Any]:
-        spell = lambda token: self._tokenizer.decode([token])  # noqa: E731
-        if self._kind == "chat":
-            entry = lambda token, logprob: {  # noqa: E731
-                "token": spell(token), "logprob": logprob, "bytes": list(spell(token).encode()),
-            }  # fmt: skip
-            rows = [
-                {**entry(token, found.logprob), "top_logprobs": [entry(*pair) for pair in found.top]} for token, found in known
-            ]
-            return {"content": rows}
-        return {
-            "tokens": [spell(token) for token, _ in known],
-            "token_logprobs": [found.logprob for _, found in known],
-            "top_logprobs": [{spell(token): logprob for token, logprob in found.top} for _, found in known],
-        }
+    if not isinstance(body, dict):
+        raise BadField("body", f"want a JSON object, got {_shown(body)}")
+    _check_size(body)
+    fields = {name: _without_nulls(value) for name, value in body.items() if value is not None and name not in FOR_ACCOUNTS}
+    if fields.get("best_of") == fields.get("n", 1):
+        fields.pop("best_of", None)
+    for name, asks_nothing in _NOTHING.items():
+        if name in fields and not asks_nothing(fields.pop(name)):
+            raise BadField(name, f"this server does not support {_shown(body[name])}; leave the field out")
+    for name in fields:
+        if name not in kind.model_fields:
+            raise BadField(_cut(name), f"quantkit does not know this field; {nearest(_cut(name), kind.model_fields)}")
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        raise _explain(error) from error
 
 
-def usage(prompt_tokens: int, cached_tokens: int, answer_tokens: int) -> dict[str, Any]:
-    """Return the usage object of a response."""
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": answer_tokens,
-        "total_tokens": prompt_tokens + answer_tokens,
-        "prompt_tokens_details": {"cached_tokens": cached_tokens},
-    }
+def _check_size(body: dict[str, Any]) -> None:
+    """Refuse a body of very many values, since each may become a mistake to report. A prompt is checked in one pass."""
+    waiting = [value for name, value in body.items() if name != "prompt"]
+    for seen, value in enumerate(waiting):  # which grows meanwhile
+        if seen > MAX_VALUES:
+            raise BadField("body", f"more than {MAX_VALUES} values besides the prompt; send less at a time")
+        waiting += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
+def _without_nulls(value: Any) -> Any:
+    """Return a value without the fields that are null, at any depth."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(one) for name, one in value.items() if one is not None}
+    return [_without_nulls(one) for one in value] if isinstance(value, list) else value
+
+
+def _explain(error: ValidationError) -> BadField:
+    """Return the deepest mistake, which is the one in the variant of a field that fits best."""
+    mistakes = error.errors(include_url=False, include_context=False)
+    worst = max(mistakes, key=lambda mistake: len(mistake["loc"]))
+    place = [name for part in worst["loc"] if (name := str(part)) != "str" and not name.startswith("list[")]
+    return BadField(_cut(".".join(place) or "body"), f"{worst['msg']}; got {_shown(worst['input'])}")
+
+
+def _shown(value: Any) -> str:
+    """Return a value as messages show it, not longer than a line."""
+    return _cut(repr(value), 80)
+
+
+def _cut(text: str, length: int = 60) -> str:
+    return text if len(text) <= length else f"{text[: length - 3]}..."

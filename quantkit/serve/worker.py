@@ -25,6 +25,10 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
+class Closed(QuantkitError):
+    """The engine takes no more requests."""
+
+
 @dataclass(frozen=True, slots=True)
 class Piece:
     """The part of an answer that one token adds.
@@ -76,10 +80,12 @@ class Worker:
         first_token_s, token_s: histograms of the time to the first token and of the time between tokens, in seconds.
         prompt_tokens: tokens of all accepted prompts.
         failures: steps that raised an exception.
+        closing: no more requests are accepted.
     """
 
     def __init__(self, engine: TokenEngine, tokenizer: Any) -> None:
         self.engine, self.tokenizer = engine, tokenizer
+        self.closing = False
         self.first_token_s = Histogram(0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
         self.token_s = Histogram(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
         self.prompt_tokens = self.failures = 0
@@ -105,10 +111,20 @@ class Worker:
         self._calls.put(None)
         self._thread.join()
 
+    def finish_all(self, reason: str) -> None:
+        """End all answers at once, without waiting for the engine's step, and accept no more. Call it on the event loop.
+
+        Args:
+            reason: the error that their last piece has.
+        """
+        self.closing = True
+        for answer in self._answers.copy().values():
+            answer.inbox.put_nowait(Piece("", None, "cancelled", error=reason))
+
     def call(self, function: Callable[[], T]) -> "Future[T]":
         """Call ``function`` on the engine's thread between two steps; the future has its result or exception.
 
-        After :meth:`close` the future has a :class:`QuantkitError`.
+        After :meth:`close` the future has a :class:`Closed`.
         """
         future: Future[T] = Future()
 
@@ -117,7 +133,7 @@ class Worker:
                 return
             try:
                 if self._closed:
-                    raise QuantkitError("the engine is closed")
+                    raise Closed("the engine is closed")
                 future.set_result(function())
             except Exception as error:
                 future.set_exception(error)
@@ -144,6 +160,7 @@ class Worker:
 
         Raises:
             QuantkitError: the engine refuses one of the prompts.
+            Closed: it takes no more requests.
         """
         loop = asyncio.get_running_loop()
         future = self.call(lambda: self._admit(prompts, stops, options, loop))
@@ -174,6 +191,8 @@ class Worker:
         options: Sequence[dict[str, Any]],
         loop: asyncio.AbstractEventLoop,
     ) -> list[Answer]:
+        if self.closing:
+            raise Closed("the server is shutting down")
         admitted: list[Answer] = []
         try:
             for ids, one in zip(prompts, options, strict=True):
@@ -183,7 +202,7 @@ class Worker:
                 answer = Answer(request, text, loop, asyncio.Queue(), fresh, time.perf_counter())
                 self._answers[request] = answer
                 admitted.append(answer)
-        except QuantkitError:
+        except Exception:
             for answer in admitted:
                 self.engine.cancel(answer.request)
             raise

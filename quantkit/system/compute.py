@@ -8,6 +8,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import nn
 
+from quantkit.errors import SpecError
+
 
 @dataclass(frozen=True)
 class Compute:
@@ -41,6 +43,21 @@ class Compute:
         if self.products is None:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.products, enabled=enabled, cache_enabled=False)
+
+
+def known_device(device: torch.device | str) -> torch.device:
+    """Return a device of this machine.
+
+    Raises:
+        SpecError: torch does not know it, or this machine does not have it.
+    """
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise SpecError(f"device={device!r}: want cpu or cuda, or one of several as cuda:1") from error
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise SpecError(f"device={device!r}: torch sees {torch.cuda.device_count()} GPUs on this machine; use cpu")
+    return found
 
 
 @runtime_checkable

@@ -328,3 +328,50 @@ def test_token_ids_are_given_alone_or_in_lists():
     assert fingerprint(Calibration(ids).batches(None)) == fingerprint(Calibration([ids]).batches(None))
     with pytest.raises(CalibrationError, match="token ids with a str in it"):
         Calibration([ids, "text"]).batches(tiny_tokenizer())
+
+
+# answers only
+
+
+def test_only_answers_count_and_each_token_of_them():
+    rows = [{"messages": CHAT * 2}] * 8
+    (batch,) = Calibration(rows, samples=2, length=24, answers_only=True).batches(chatty(bos=True))
+    assert batch.counted is not None
+    tokenizer = tiny_tokenizer()
+    said = [tokenizer.decode(row[marks]) for row, marks in zip(batch.ids, batch.counted, strict=True)]
+    assert all(set(text.split()) == {"sat", "on", "a", "mat"} for text in said)
+    assert not batch.counted[:, 0].any()
+    assert fingerprint([batch]) != fingerprint(Calibration(rows, samples=2, length=24).batches(chatty(bos=True)))
+    ragged = Calibration(rows, samples=3, length=24, mode="ragged", answers_only=True).batches(chatty())
+    assert all(one.counted is not None and one.counted.any(1).all() for one in ragged)
+
+
+@pytest.mark.parametrize("method", ["gptq", "gptaq"])
+def test_statistics_are_those_of_the_answers_rows(method):
+    """What GPTQ sees of the first layer is the second moment of the answers' rows alone."""
+    calibration = Calibration([{"messages": CHAT}] * 8, samples=4, length=24, answers_only=True)
+    statistics, _ = collect(FAMILIES["llama"](), calibration=calibration, tokenizer=chatty())
+    batches = calibration.batches(chatty())
+    model = FAMILIES["llama"]()
+    hidden = torch.cat([batch.ids[batch.counted] for batch in batches])
+    rows = model.model.layers[0].input_layernorm(model.model.embed_tokens(hidden)).detach()
+    found = statistics["model.layers.0.self_attn.q_proj"]
+    assert found.tokens == (len(rows),)
+    torch.testing.assert_close(found.results["hessian"], rows.T @ rows / len(rows), rtol=0.02, atol=0.02)  # products may round
+    result = quantize(FAMILIES["llama"](), "w4a16", method=method, calibration=calibration, tokenizer=chatty())
+    assert result.metadata["calibration"]["answers_only"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "autoround"}, "autoround learns from every token"),
+        ({"steps": ["distill"]}, "distill learns from every token"),
+        ({"scheme": "w8a8-static"}, "the static input scale of .* must see every token"),
+        ({"calibration": Calibration([TEXT], samples=1, length=8, answers_only=True)}, "wants conversations, and this is text"),
+    ],
+)
+def test_what_sees_every_token_does_not_go_with_answers_only(options, message):
+    calibration = Calibration([{"messages": CHAT}] * 8, samples=4, length=24, answers_only=True)
+    with pytest.raises(CalibrationError, match=message):
+        quantize(FAMILIES["llama"](), **{"calibration": calibration, "tokenizer": chatty(), **options})

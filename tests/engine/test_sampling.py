@@ -139,12 +139,34 @@ def test_logits_that_are_not_finite_spoil_their_own_row_only(bad, sampling):
         ("temperature", math.inf),
         ("top_k", 0), ("top_k", 2.5), ("top_k", True),
         ("top_p", 0.0), ("top_p", 1.1), ("min_p", -0.1), ("min_p", 1.5),
-        ("repetition_penalty", 0.0), ("repetition_penalty", -1), ("seed", -1), ("seed", 1.5), ("seed", 2**63),
+        ("repetition_penalty", 0.0), ("repetition_penalty", -1), ("repetition_penalty", 1e-300), ("repetition_penalty", 1e300),
+        ("temperature", 10**400), ("repetition_penalty", 10**400), ("seed", -1), ("seed", 1.5), ("seed", 2**63),
     ],
 )  # fmt: skip
 def test_values_out_of_range_name_the_parameter(name, value):
     with pytest.raises(QuantkitError, match=f"{name}=.*want"):
         Sampling(**{"temperature": 1.0, name: value})
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("temperature", [5e-324, 1e-45, 1e-300, 1e-38, 1e-20])
+def test_at_the_coldest_temperatures_the_most_likely_token_is_drawn(temperature, plain, monkeypatch):
+    if plain:
+        monkeypatch.setattr("quantkit.kernels.functions.sampling.compiled", lambda what: False)
+    logits = random_logits(4) * 1000
+    logits[0, 3] = -math.inf
+    for filters in ({}, {"top_k": 5}, {"top_p": 0.5}, {"min_p": 0.1}, {"top_p": 1e-300}, {"min_p": 1e-300}):
+        sampling = Sampling(temperature, **filters)
+        assert choose(logits, [sampling] * 3, [1, 2, 3], [7] * 3) == logits.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("temperature", [1e20, 1e39, 1e300])
+def test_at_the_hottest_temperatures_every_token_is_as_likely(temperature):
+    logits = random_logits(4)
+    logits[:, ::2] = -math.inf
+    drawn = {token for seed in range(40) for token in choose(logits, [Sampling(temperature)] * 3, [seed] * 3, [7, 8, 9])}
+    assert len(drawn) > 5
+    assert all(token % 2 for token in drawn)
 
 
 def test_a_filter_that_could_do_nothing_is_an_error():

@@ -14,7 +14,8 @@ from quantkit.errors import FormatError
 from quantkit.hf.ledger import ledger_of
 from quantkit.hf.load import load_float
 from quantkit.pipeline.quantize import quantize
-from tests.tiny import FAMILIES
+from tests.hf import fuzz_sources
+from tests.tiny import FAMILIES, build
 
 Tensors = dict[str, Tensor]
 
@@ -224,3 +225,20 @@ def _native():
     from quantkit.pipeline.settings import Output
 
     return Output(format="native")
+
+
+@pytest.mark.parametrize("seed", range(0, 42, 7))
+def test_damage_at_random(seed: int) -> None:
+    """A part of the 500 cases of ``python -m tests.hf.fuzz_sources 500``."""
+    for one in range(seed, seed + 7):
+        _, complaint = fuzz_sources.judge(fuzz_sources.MODELS[one % 7], one)
+        assert complaint is None
+
+
+def test_the_padding_row_is_the_sources(tmp_path) -> None:
+    config = {"kv_lora_rank": 32, "q_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16}
+    model = build("youtu", tie_word_embeddings=True, num_key_value_heads=4, **config)  # zeroes the row when it is loaded
+    model.save_pretrained(tmp_path)
+    loaded, _ = load_float(tmp_path)
+    assert torch.equal(loaded.model.embed_tokens.weight, model.model.embed_tokens.weight)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight

@@ -9,6 +9,7 @@ from quantkit.errors import QuantkitError
 from quantkit.hf import gguf as gguf_cache
 from quantkit.hf.load import empty_model, load_float
 from quantkit.hf.source import load_config
+from quantkit.pipeline.quantize import quantize
 from tests.tiny import FAMILIES, tiny_llama, tiny_tokenizer
 
 
@@ -24,6 +25,26 @@ def test_directory_with_and_without_tokenizer(tmp_path) -> None:
     assert half.dtype == torch.bfloat16
     assert tokenizer is not None
     assert tokenizer.decode(tokenizer("the cat sat")["input_ids"]) == "the cat sat"
+
+
+def test_a_hub_id_is_the_directory_in_the_cache(tiny_float, tmp_path, monkeypatch) -> None:
+    repository = tmp_path / "cache" / "models--some--model"
+    snapshot = repository / "snapshots" / ("a" * 40)
+    for folder in (snapshot, repository / "blobs", repository / "refs"):
+        folder.mkdir(parents=True)
+    (repository / "refs" / "main").write_text("a" * 40)
+    for index, file in enumerate([*tiny_float.iterdir()]):
+        (repository / "blobs" / str(index)).write_bytes(file.read_bytes())
+        (snapshot / file.name).symlink_to(f"../../blobs/{index}")
+    (snapshot / "NOTICE").symlink_to(tiny_float / "config.json")  # leads out of the repository
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    quantize("some/model", method="rtn", out=tmp_path / "q")
+    assert (tmp_path / "q" / "tokenizer.json").read_bytes() == (tiny_float / "tokenizer.json").read_bytes()
+    assert not (tmp_path / "q" / "NOTICE").exists()
+    assert "base_model: some/model" in (tmp_path / "q" / "README.md").read_text()
+    with pytest.raises(QuantkitError, match="some/other"):
+        load_float("some/other")
 
 
 def test_a_model_is_returned_as_it_is() -> None:

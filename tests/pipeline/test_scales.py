@@ -49,9 +49,17 @@ def row_errors(weight: Tensor, approximation: Tensor) -> Tensor:
     return (weight - approximation).double().norm(dim=1) / weight.double().norm(dim=1)
 
 
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("format", ["native", "compressed-tensors"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("change", "format", "dtype"),
+    [
+        ("small", "native", torch.float32),
+        ("small", "compressed-tensors", torch.float32),
+        ("tiny", "compressed-tensors", torch.bfloat16),
+        ("large", "native", torch.float32),
+        ("rows", "compressed-tensors", torch.float32),
+        ("rows", "native", torch.bfloat16),
+    ],
+)
 def test_extreme_weights_get_scales_that_hold_them(change: str, format: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model, weight = odd_model(CHANGES[change], dtype)
     result = quantize(model, "w8a16", out=tmp_path / "q", method="rtn", output=Output(format=format))
@@ -124,6 +132,13 @@ def test_a_layer_that_is_hardly_what_it_was_is_named(caplog: pytest.LogCaptureFi
     assert f"layers have a relative error above 0.5: {UP}" in caplog.text
     fine = quantize(tiny_llama(), "w4a16", method="rtn")
     assert not any("relative error" in (row.reason or "") for row in fine.coverage)
+
+
+def test_channels_that_become_zero_are_counted() -> None:
+    model, _ = odd_model(halved)
+    result = quantize(model, "fp8-tensor", method="rtn")
+    row = next(row for row in result.coverage if row.name == UP)
+    assert "64 of 128 output channels become zero" in (row.reason or "")
 
 
 def test_errors_of_any_size_are_measured_alike() -> None:

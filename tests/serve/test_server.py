@@ -16,10 +16,11 @@ from quantkit.engine.request import Limits
 from quantkit.errors import QuantkitError
 from quantkit.generation.engine import Engine
 from quantkit.generation.generate import generate
-from quantkit.serve.run import open_server, run_server
+from quantkit.serve.run import check_port, open_server, run_server
 from quantkit.serve.worker import Worker
 from tests.tiny import tiny_llama, tiny_tokenizer
 
+JSON = {"Content-Type": "application/json"}
 LIMITS = Limits(running=8, kv_tokens=1024, waiting=300, step_tokens=64)
 
 
@@ -135,7 +136,7 @@ def test_seeds_choices_stops_and_logprobs(running):
         ({"max_tokens": 1000}, 400, "more than the limit of 128"),
         ({"max_tokens": 0}, 400, "max_tokens: .*greater than or equal to 1; got 0"),
         ({"temperature": "hot"}, 400, "temperature"),
-        ({"tools": []}, 400, "tools: quantkit does not know this field"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "tools: this server does not support"),
         ({"tempurature": 1.0}, 400, "did you mean 'temperature'"),
         ({"presence_penalty": 0.5}, 400, "presence_penalty"),
         ({"stop": [""]}, 400, "empty string"),
@@ -149,9 +150,9 @@ def test_bad_requests_are_answered_with_the_reason(running, change, status, mess
     assert re.search(message, answer.json()["error"]["message"])
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[1, 2]", b"null", b"\xff\xfe", b"[" * 100000])
+@pytest.mark.parametrize("body", [b"", b"{", b"[1, 2]", b"null", b"\xff\xfe", b"[" * 100000, b'{"a": "\\ud83d"}'])
 def test_malformed_bodies_are_refused(running, body):
-    answer = httpx.post(f"{running.url}/v1/chat/completions", content=body)
+    answer = httpx.post(f"{running.url}/v1/chat/completions", content=body, headers=JSON)
     assert answer.status_code == 400
     assert answer.json()["error"]["type"] == "invalid_request_error"
 
@@ -160,6 +161,11 @@ def test_health_models_and_metrics(running):
     running.client.completions.create(model="tiny", prompt="a", max_tokens=3)
     assert httpx.get(f"{running.url}/health").json() == {"status": "ok"}
     assert [model.id for model in running.client.models.list()] == ["tiny"]
+    assert running.client.models.retrieve("tiny").id == "tiny"
+    with pytest.raises(openai.NotFoundError, match="this server has 'tiny'"):
+        running.client.models.retrieve("someone/other")
+    with pytest.raises(openai.NotFoundError, match="this server has /v1/completions"):
+        running.client.embeddings.create(model="tiny", input="a")
     lines = httpx.get(f"{running.url}/metrics").text.splitlines()
     values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
     assert float(values["quantkit_tokens_total"]) >= 3
@@ -276,8 +282,18 @@ def test_what_cannot_be_served_is_named():
         taken.listen()
         with pytest.raises(QuantkitError, match="cannot listen on 127"):
             open_server(tiny_llama(), tiny_tokenizer(), port=taken.getsockname()[1])
+        with pytest.raises(QuantkitError, match="in use; give another"):
+            check_port("127.0.0.1", taken.getsockname()[1])
     with pytest.raises(QuantkitError, match="needs a tokenizer"):
         open_server(tiny_llama(), None)
+    for options, message in (
+        ({"port": 70000}, "0 to 65535"),
+        ({"host": "no.such.host.invalid"}, "cannot listen on no.such"),
+        ({"origins": ["localhost"]}, "want scheme, host and port"),
+        ({"origins": ["http://a/b"]}, "want scheme, host and port"),
+    ):
+        with pytest.raises(QuantkitError, match=message):
+            open_server(tiny_llama(), tiny_tokenizer(), **{"port": 0, **options})
 
 
 def test_what_comes_after_the_end_of_the_engine_hears_of_it() -> None:

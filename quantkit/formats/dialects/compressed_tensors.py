@@ -31,6 +31,7 @@ from quantkit.formats.codecs.compressed_tensors import (
     fp4_name,
     layout_name,
 )
+from quantkit.formats.patterns import ModulePatterns, SearchTime
 from quantkit.spec import ActivationSpec, QuantSpec, Scheme
 
 VERSION = "0.18.0"
@@ -99,7 +100,7 @@ class CompressedTensors:
         """
         try:
             return _read_config(config, _scale_dtype(tensors) or dtype)
-        except (KeyError, TypeError, AttributeError, ValueError, SpecError, re.error) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, SpecError) as error:
             raise FormatError(f"quantization_config is malformed: {error!r}") from error
 
 
@@ -157,7 +158,8 @@ def _read_config(config: Mapping[str, Any], scale_dtype: str) -> Matcher:
             raise FormatError(f"quantization_config.{key} is set, which quantkit cannot load yet; only weights are supported")
     if (status := config.get("quantization_status", "compressed")) != "compressed":
         raise FormatError(f"quantization_config.quantization_status is {status!r}, want 'compressed'; save it compressed")
-    groups: list[tuple[list[str], Stored]] = []
+    clock = SearchTime()
+    groups: list[tuple[ModulePatterns, Stored]] = []
     for name, group in config["config_groups"].items():
         how = group.get("format") or config.get("format")
         spec = _read_weight_args(group["weights"], scale_dtype, f"config_groups.{name}.weights", how)
@@ -167,23 +169,14 @@ def _read_config(config: Mapping[str, Any], scale_dtype: str) -> Matcher:
         codec = _read_codec(how, spec, config.get("version"), name)
         if activation is not None and activation.static:
             codec = WithInputScale(codec, activation.grid.scale_dtype)
-        groups.append((list(group["targets"]), Stored(Scheme(spec, activation), codec)))
-    ignore = list(config.get("ignore") or ())
-    for pattern in (*ignore, *(target for targets, _ in groups for target in targets)):
-        re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else "")
+        targets = ModulePatterns(group["targets"], clock, everything=frozenset(["Linear"]))
+        groups.append((targets, Stored(Scheme(spec, activation), codec)))
+    ignore = ModulePatterns(config.get("ignore") or (), clock, everything=frozenset(["Linear"]))
 
     def match(module: str) -> Stored | None:
-        if any(_matches(module, pattern) for pattern in ignore):
-            return None
-        return next((stored for targets, stored in groups if any(_matches(module, t) for t in targets)), None)
+        return None if ignore.match(module) else next((stored for targets, stored in groups if targets.match(module)), None)
 
     return match
-
-
-def _matches(module: str, pattern: str) -> bool:
-    if pattern.startswith("re:"):
-        return re.match(pattern.removeprefix("re:"), module) is not None
-    return pattern in ("Linear", module)
 
 
 def _read_weight_args(args: Mapping[str, Any], scale_dtype: str, where: str, format: str | None) -> QuantSpec:

@@ -7,6 +7,7 @@ The model is left as it was (hooks and attention function are removed). The cost
 """
 
 import itertools
+import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from quantkit.errors import QuantkitError
 from quantkit.hf.experts import uses_experts_interface
 from quantkit.nn.embedding import input_table
 
@@ -160,6 +162,7 @@ class _Recorder:
 
     def __init__(self, trace: Trace) -> None:
         self.trace = trace
+        self.thread = threading.get_ident()
         self.inside: LayerTrace | None = None
         self.windows: dict[int, int | None] = {}  # id of a mask to its window
         self.masks: list[Tensor] = []  # keeps the ids alive
@@ -179,12 +182,20 @@ class _Recorder:
             for handle in handles:
                 cleanup.callback(handle.remove)
 
+    def _foreign(self) -> bool:
+        """Return whether another thread than the recording one is running the model."""
+        return threading.get_ident() != self.thread
+
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self._foreign():
+            return
         x = next(value for value in (*args, kwargs.get("hidden_states")) if isinstance(value, Tensor))
         self.inside = LayerTrace(flat(x).clone())
         self.trace.layers.append(self.inside)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._foreign():
+            return
         assert self.inside is not None
         self.inside.y = flat(output if isinstance(output, Tensor) else output[0]).clone()
         self.inside = None
@@ -193,7 +204,7 @@ class _Recorder:
         def record(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             xs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
             ys = (output,) if isinstance(output, Tensor) else tuple(v for v in output or () if isinstance(v, Tensor))
-            if not xs or not ys:
+            if not xs or not ys or self._foreign():
                 return
             call = Call(path, module, xs[0].detach().clone(), ys[0].detach().clone(), ys, (args, kwargs))
             place = self.trace.before if not self.trace.layers else self.trace.after
@@ -214,6 +225,8 @@ class _Recorder:
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
     ) -> tuple[Tensor, None]:
         """Replace transformers' attention functions: record the call and compute it in plain torch."""
+        if self._foreign():
+            raise QuantkitError("another thread prepares to generate with this model; run the model afterwards")
         if attention_mask is None or id(attention_mask) not in self.windows or self.inside is None:
             raise CannotWatch("attention is not called with a mask of transformers' mask functions")
         if key.shape != value.shape or query.shape[-1] != key.shape[-1] or query.shape[1] % key.shape[1]:

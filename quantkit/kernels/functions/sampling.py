@@ -25,6 +25,7 @@ from quantkit.numerics.filters import keep_min_p, keep_top_k, keep_top_p
 from quantkit.numerics.noise import gumbel
 
 _ALL = (1 << 31) - 1
+_COLDEST, _HOTTEST = 1e-20, 1e20  # beyond these, logits divided by a temperature leave the range of float32
 
 
 class SamplingParameters(Protocol):
@@ -95,7 +96,7 @@ class Draw(NamedTuple):
             device: device of the tensors.
         """
         values: tuple[tuple[list[float], torch.dtype], ...] = (
-            ([sampling.temperature for sampling in samplings], torch.float32),
+            ([_clamped(sampling.temperature) for sampling in samplings], torch.float32),
             ([_ALL if sampling.top_k is None else min(sampling.top_k, _ALL) for sampling in samplings], torch.int32),
             ([0.0 if sampling.top_p is None else 1 - sampling.top_p for sampling in samplings], torch.float32),
             ([sampling.min_p or 0.0 for sampling in samplings], torch.float32),
@@ -116,6 +117,11 @@ class Draw(NamedTuple):
             raise KernelError("repetition_penalty cannot be applied on the device; want 1, or apply it to the logits before")
         for tensor, numbers in zip(self, Draw.of(samplings, [sampling.seed for sampling in samplings], "cpu"), strict=True):
             tensor.copy_(numbers)
+
+
+def _clamped(temperature: float) -> float:
+    """Return a temperature within the range where it makes a difference."""
+    return min(max(temperature, _COLDEST), _HOTTEST) if temperature else 0.0
 
 
 def draw_tokens(logits: Tensor, draw: Draw, positions: Tensor) -> Tensor:

@@ -1,0 +1,164 @@
+"""Sources with one tensor dropped, renamed, reshaped, retyped or truncated at random: an error, or a result that is right.
+
+    python -m tests.hf.fuzz_sources 500
+
+Right is a model in memory in which every tensor of the damaged source has its place, or is carried over, bit for bit. A success
+with a parameter that no tensor of the source holds is wrong, whatever it is filled with.
+"""
+
+import json
+import random
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from quantkit.errors import QuantkitError
+from quantkit.hf.ledger import ledger_of
+from quantkit.hf.load import load_float
+from tests import towers
+from tests.tiny import FAMILIES
+
+MODELS = ("llama", "llama_tied", "mixtral", "qwen3_moe", "gpt2", "gemma3 with a tower", "deepseek_v3 with more layers")
+DTYPES = (torch.int8, torch.uint8, torch.int64, torch.bool, torch.float8_e4m3fn, torch.float16, torch.bfloat16, torch.float64)
+
+
+@cache
+def original(name: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Return the other files and the tensors of a model's directory."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory)
+        if name in FAMILIES:
+            FAMILIES[name]().save_pretrained(path)
+        else:
+            towers.write(name.split()[0], path)
+        return {file.name: file.read_text() for file in path.glob("*.json")}, load_file(path / "model.safetensors")
+
+
+def rename(name: str, draw: random.Random) -> str:
+    """Return another name: a letter dropped or changed, a number changed, a part left out or put in front."""
+    parts = name.split(".")
+    spot = draw.randrange(len(parts))
+    numbers = [index for index, part in enumerate(parts) if part.isdigit()]
+    match draw.randrange(5):
+        case 0:
+            parts[spot] = parts[spot][:-1] or "x"
+        case 1:
+            parts[spot] += draw.choice(["x", "_inv", "2"])
+        case 2 if numbers:
+            parts[draw.choice(numbers)] = str(draw.randrange(9))
+        case 3 if len(parts) > 1:
+            del parts[spot]
+        case _:
+            parts.insert(0, draw.choice(["model", "module", "base"]))
+    return ".".join(parts)
+
+
+def reshape(tensor: Tensor, draw: random.Random) -> Tensor:
+    """Return a tensor of another shape, with most of the numbers."""
+    match draw.randrange(4):
+        case 0:
+            return tensor[: max(1, tensor.shape[0] - 1)]
+        case 1:
+            return torch.cat([tensor, tensor[:1]])
+        case 2 if tensor.ndim > 1:
+            return tensor.transpose(0, 1)
+        case _:
+            return tensor.reshape(-1) if tensor.ndim > 1 else tensor.unsqueeze(0)
+
+
+@contextmanager
+def damaged(name: str, seed: int) -> Iterator[tuple[str, Path, dict[str, Tensor]]]:
+    """Yield what was done, the damaged directory, and the tensors that its files hold."""
+    draw = random.Random(seed)
+    files, whole = original(name)
+    tensors = dict(whole)
+    victim = draw.choice(sorted(tensors))
+    what = draw.choice(["drop", "rename", "swap", "reshape", "retype", "truncate", "repeat"])
+    match what:
+        case "drop":
+            del tensors[victim]
+        case "rename":
+            tensors[new := rename(victim, draw)] = tensors.pop(victim)
+            what += f" to {new}"
+        case "swap":
+            other = draw.choice(sorted(tensors))
+            tensors[victim], tensors[other] = tensors[other], tensors[victim]
+            what += f" with {other}"
+        case "reshape":
+            tensors[victim] = reshape(tensors[victim], draw)
+        case "retype":
+            tensors[victim] = tensors[victim].to(dtype := draw.choice(DTYPES))
+            what += f" {dtype}"
+        case "repeat":
+            tensors[new := rename(victim, draw)] = tensors[victim]
+            what += f" as {new}"
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory)
+        for file, text in files.items():
+            (path / file).write_text(text)
+        weights = path / "model.safetensors"
+        save_file({key: value.clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}, weights)
+        if what == "truncate":
+            data = weights.read_bytes()
+            weights.write_bytes(data[: draw.randrange(len(data))])
+        yield f"{what} {victim}", path, tensors
+
+
+def judge(name: str, seed: int) -> tuple[str, str | None]:
+    """Load one damaged source; return what happened, and what is wrong with it if anything is."""
+    with damaged(name, seed) as (what, path, tensors):
+        label = f"{name} {seed}: {what}"
+        try:
+            model, _ = load_float(path)
+        except QuantkitError as error:
+            return "refused", None if str(path) in str(error) and len(str(error)) < 3000 else f"{label}: {error}"
+        except Exception as error:  # anything else is what this looks for
+            return "crashed", f"{label}: {error!r}"
+        if what.startswith("truncate"):
+            return "accepted", f"{label}: accepted"
+        ledger = ledger_of(model)
+        assert ledger is not None
+        placed = {source for sources in ledger.fills.values() for source in sources}
+        if placed | set(ledger.carried) != tensors.keys():
+            return "accepted", f"{label}: {(placed | set(ledger.carried)) ^ tensors.keys()} is not accounted for"
+        return "accepted", _wrong(label, model.state_dict(), ledger.fills, tensors)
+
+
+def _wrong(label: str, state: dict[str, Tensor], fills: dict[str, tuple[str, ...]], tensors: dict[str, Tensor]) -> str | None:
+    """Say what the model holds that the source does not: the multiset of its numbers, parameter by parameter."""
+    for parameter, sources in fills.items():
+        if parameter not in state:
+            continue
+        own = state[parameter]
+        stored = torch.cat([tensors[source].reshape(-1).to(own.dtype) for source in sources])
+        mine = torch.cat([state[p].reshape(-1) for p, others in fills.items() if others == sources and p in state])
+        if not torch.equal(mine.sort().values, stored.sort().values):
+            return f"{label}: {parameter} is not what {', '.join(sources[:3])} hold"
+    tied = {name for name in state if name not in fills}
+    known = {state[name].data_ptr() for name in fills if name in state}
+    loose = [name for name in tied if state[name].data_ptr() not in known and state[name].is_floating_point()]
+    return f"{label}: {loose[0]} comes from nowhere" if loose else None
+
+
+def main(count: int) -> int:
+    """Judge ``count`` damaged sources and print what was found."""
+    tally: Counter[str] = Counter()
+    wrong = []
+    for seed in range(count):
+        happened, complaint = judge(MODELS[seed % len(MODELS)], seed)
+        tally[happened] += 1
+        wrong += [complaint] if complaint else []
+    print(json.dumps(tally), *wrong, sep="\n")
+    return len(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1])))
