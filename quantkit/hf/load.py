@@ -112,7 +112,7 @@ def _load_directory(
         raise QuantkitError(f"{path} holds an adapter (adapter_config.json); merge it into its model and give that")
     ledger = account(path, empty_model(config, trust_remote_code=trust_remote_code))
     load: Any = class_of(config, trust_remote_code=trust_remote_code)
-    options = {"trust_remote_code": trust_remote_code} if trust_remote_code else {}
+    options = {"trust_remote_code": trust_remote_code}  # never left to a prompt
     model: PreTrainedModel
     with building:
         model, info = load.from_pretrained(path, config=config, dtype=dtype or "auto", output_loading_info=True, **options)

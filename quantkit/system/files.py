@@ -33,6 +33,7 @@ _WAYS_OUT = {
     errno.EROFS: "choose a place that you may write to",
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.ENOTDIR: "choose a path whose parents are directories",
+    errno.EEXIST: "choose a path whose parents are directories",
 }
 
 _SETTLED_NS = 2_000_000_000
@@ -63,7 +64,7 @@ def private_directory(name: str) -> Path:
         for folder in (root, root / name):
             with contextlib.suppress(FileExistsError):
                 folder.mkdir(mode=0o700)
-            if reason := shared(folder):
+            if reason := shared(folder) or (None if folder.is_dir() else "it is a file"):
                 raise DiskError(f"{folder} is not used: {reason}; remove it, or set XDG_CACHE_HOME to a directory of your own")
     return root / name
 
