@@ -17,6 +17,7 @@ from quantkit.checkpoint.record import check_sums
 from quantkit.dtypes import float_dtype
 from quantkit.errors import FormatError
 from quantkit.formats.base import FORMATS
+from quantkit.hf.building import building
 from quantkit.hf.experts import enable_experts
 from quantkit.hf.ledger import Ledger, keep_ledger
 from quantkit.hf.load import PreTrainedModel, read_generation_config
@@ -120,7 +121,8 @@ def _holders(model: Any, name: str) -> list[Any]:
 def _finish(model: Any, path: str | Path) -> None:
     """Tie, check that nothing is missing, and set what the files say beside the weights."""
     quantized = {name: part for name, part in model.named_modules() if isinstance(part, QuantModule)}
-    model.tie_weights(recompute_mapping=False)  # what is quantized is not on its list any more
+    with building:  # which, in another thread, is without ties for a while
+        model.tie_weights(recompute_mapping=False)  # what is quantized is not on its list any more
     tensors = [*model.named_parameters(), *model.named_buffers(), *quantized.items()]
     left = [name for name, tensor in tensors if tensor.device.type == "meta"]
     if left:

@@ -230,7 +230,7 @@ def empty_model(config: PretrainedConfig, *, trust_remote_code: bool = False) ->
             model: PreTrainedModel = build(plain)
         except (ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
             raise QuantkitError(f"cannot build a {names[0] if names else plain.model_type} from its config: {error}") from error
-    model.tie_weights()
+        model.tie_weights()
     model.train(False)
     mend(model)
     return model
@@ -245,7 +245,8 @@ def _load_gguf(path: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, 
     missing, _ = model.load_state_dict(
         {name: state[name] for name in state if name in model.state_dict()}, strict=False, assign=True
     )
-    model.tie_weights()
+    with building:
+        model.tie_weights()
     left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if left:
         raise QuantkitError(

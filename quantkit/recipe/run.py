@@ -60,7 +60,7 @@ def plan_recipe(recipe: Recipe) -> Preview:
     config: Any = replaced[0].config if replaced else load_config(recipe.model)
     dtype = getattr(torch, recipe.dtype) if recipe.dtype != "auto" else getattr(config, "dtype", None) or torch.float32
     config.dtype = dtype
-    contents = contents_of(config, weights=recipe.model)
+    contents = contents_of(config, weights=None if replaced else recipe.model)
     resolution = recipe.resolve(contents.structure, "bfloat16" if dtype == torch.bfloat16 else "float16")
     check_plan(resolution.plan, contents.structure, None)
     steps, method = make_steps([one.build() for one in recipe.steps]).all, recipe.method.build()
