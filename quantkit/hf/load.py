@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import transformers
-from accelerate import init_empty_weights
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -28,12 +27,13 @@ from transformers import (
 from quantkit.dtypes import float_dtype
 from quantkit.errors import FormatError, QuantkitError
 from quantkit.hf.account import account
+from quantkit.hf.building import building, parameters_on_meta
 from quantkit.hf.gguf import load_gguf
 from quantkit.hf.guard import names_source
 from quantkit.hf.ledger import Ledger, keep_ledger, ledger_of
 from quantkit.hf.mend import mend
 from quantkit.hf.sizes import check_config_of, check_sizes
-from quantkit.hf.source import directory_of, locate
+from quantkit.hf.source import directory_of, locate, own_code
 from quantkit.hf.ties import settle_ties
 from quantkit.hf.weight_files import has_weights
 
@@ -98,7 +98,7 @@ def load_float(
             )
         model = _load_directory(directory, config, dtype, trust_remote_code)
     except (OSError, ValueError, RuntimeError) as error:
-        raise QuantkitError(f"cannot load a model from {source}: {error}") from error
+        raise QuantkitError(own_code(source, error) or f"cannot load a model from {source}: {error}") from error
     model.train(False)
     model.config.name_or_path = str(source)
     mend(model)
@@ -114,9 +114,10 @@ def _load_directory(
         raise QuantkitError(f"{path} holds an adapter (adapter_config.json); merge it into its model and give that")
     ledger = account(path, empty_model(config, trust_remote_code=trust_remote_code))
     load: Any = class_of(config, trust_remote_code=trust_remote_code)
-    options = {"trust_remote_code": trust_remote_code} if trust_remote_code else {}
+    options = {"trust_remote_code": trust_remote_code}  # never left to a prompt
     model: PreTrainedModel
-    model, info = load.from_pretrained(path, config=config, dtype=dtype or "auto", output_loading_info=True, **options)
+    with building:
+        model, info = load.from_pretrained(path, config=config, dtype=dtype or "auto", output_loading_info=True, **options)
     parameters = {name for name, _ in model.named_parameters()}
     if random := sorted(parameters & set(info["missing_keys"])):
         raise FormatError(
@@ -200,11 +201,19 @@ def read_config(values: Mapping[str, Any], source: str | Path) -> PretrainedConf
     Args:
         values: what config.json would hold.
         source: where they come from; recorded in the config.
+
+    Raises:
+        QuantkitError: it wants code of its own to be run.
     """
     check_sizes(values, f"config of {source}")
     with tempfile.TemporaryDirectory() as directory:  # transformers corrects configs only as it reads them from a file
         Path(directory, "config.json").write_text(json.dumps(values), encoding="utf-8")
-        config: PretrainedConfig = AutoConfig.from_pretrained(directory)
+        try:
+            config: PretrainedConfig = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        except ValueError as error:
+            if reason := own_code(source, error):
+                raise QuantkitError(reason) from error
+            raise
     config.name_or_path = str(source)
     return config
 
@@ -242,12 +251,12 @@ def empty_model(config: PretrainedConfig, *, trust_remote_code: bool = False) ->
         build: Any = chosen._from_config
     else:
         build = functools.partial(chosen.from_config, trust_remote_code=trust_remote_code)
-    with init_empty_weights(include_buffers=False):
+    with building, parameters_on_meta():
         try:
             model: PreTrainedModel = build(plain)
         except (ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
             raise QuantkitError(f"cannot build a {names[0] if names else plain.model_type} from its config: {error}") from error
-    model.tie_weights()
+        model.tie_weights()
     model.train(False)
     mend(model)
     return model
@@ -262,7 +271,8 @@ def _load_gguf(path: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, 
     missing, _ = model.load_state_dict(
         {name: state[name] for name in state if name in model.state_dict()}, strict=False, assign=True
     )
-    model.tie_weights()
+    with building:
+        model.tie_weights()
     left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if left:
         raise QuantkitError(
