@@ -173,7 +173,7 @@ def _find_way(model: PreTrainedModel) -> _Way:
             errors = [_error(TransformersStep(model, way), ids, plain) for way in ways]
             if min(errors) <= limit:
                 return ways[errors.index(min(errors))]
-    _warn_uncached(type(model).__name__)
+    warn_uncached(type(model).__name__)
     return _Way(cached=False)
 
 
@@ -218,7 +218,8 @@ def _error(step: TransformersStep, ids: Tensor, plain: dict[int, Tensor]) -> flo
 
 
 @functools.cache  # once per class
-def _warn_uncached(name: str) -> None:
+def warn_uncached(name: str) -> None:
+    """Say, the first time, that models of a class run the whole sequence at every step."""
     logger.warning("%s has no cache that quantkit can use: every new token runs the whole sequence again, which is slow", name)
 
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 from quantkit.errors import QuantkitError
 from quantkit.generation.generate import generate
-from quantkit.hf.cache import TransformersStep
+from quantkit.hf.cache import TransformersStep, warn_uncached
 from tests.tiny import FAMILIES, VOCAB, build, tiny_llama
 
 
@@ -99,6 +99,7 @@ def test_longrope_switch_equals_a_full_forward():
 def test_other_kinds_of_memory(model_type, config, caplog):
     kept = {"num_key_value_heads": None, "head_dim": None, "max_position_embeddings": None}
     model = build(model_type, **kept, **config)
+    warn_uncached.cache_clear()  # another test may have heard it
     with caplog.at_level(logging.WARNING, logger="quantkit"):
         TransformersStep(model)
         step = TransformersStep(model)
