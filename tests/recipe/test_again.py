@@ -12,6 +12,7 @@ from quantkit.evaluation import EvalReport
 from quantkit.recipe import run as module
 from quantkit.recipe.run import run_recipe
 from quantkit.recipe.schema import Recipe
+from quantkit.system.files import TEMPORARY
 from quantkit.system.lock import lock
 from tests.tiny import tiny_llama, tiny_tokenizer
 
@@ -50,11 +51,13 @@ def test_a_run_that_was_stopped_while_it_measured_measures(
         assert call(text, *options)[0] == 130
     weights = (out / "model.safetensors").read_bytes()
     assert not (out / "evaluation.json").exists()
+    (out / f".evaluation.json.0{TEMPORARY}").write_text("{")  # what a kill leaves while the report is written
     code, output = call(text, *options)
     assert (code, f"already done: {out}" in output) == (0, True), output
     report = EvalReport.load(out / "evaluation.json")
     assert (report.base is None) == in_place, "where the float model was replaced there is nothing to compare with"
     assert (out / "model.safetensors").read_bytes() == weights
+    assert not list(out.glob(f".*{TEMPORARY}"))
     if not in_place:
         monkeypatch.setattr(module, "evaluate", interrupted)  # nothing is measured twice
         assert call(text)[0] == 0
