@@ -55,6 +55,7 @@ def claim(out: str | Path | None, doing: str = "writing a checkpoint") -> Iterat
             raise FormatError(f"{path} is a file; want a directory to write the checkpoint to")
     with lock(path, doing):
         publish.recover(path)
+        remove_temporaries(path)
         yield
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from quantkit.errors import FormatError
 from quantkit.formats.containers.base import UNFINISHED, Header, Layout, Reader, Writer
 from quantkit.formats.containers.tensor_file import DTYPES, TensorFile
-from quantkit.system.files import read_json, sync_directory, write_json
+from quantkit.system.files import clear_errors, read_json, sync_directory, write_json
 from quantkit.system.memory import drop_pages, mapped_pages
 
 CONFIG = "config.json"
@@ -152,6 +152,8 @@ class DirectoryReader:
     def _add(self, path: Path, file: str) -> None:
         if not path.is_file():
             raise FormatError(f"{path}: the file is missing; copy the whole checkpoint again")
+        with clear_errors(f"read {path}"), path.open("rb"):
+            pass  # the library says of any file that it cannot open that it is not there
         try:
             handle = self._open.enter_context(safe_open(path, "pt"))
             for name in handle.keys():  # noqa: SIM118 - not a mapping
