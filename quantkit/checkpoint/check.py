@@ -70,6 +70,8 @@ def _rejections(contents: Contents, plan: Plan, format: str, dtype: str) -> dict
             return "it is a parameter of its module and no linear layer, which other readers of this format know; use native"
         if site == contents.structure.embedding and not rule.dialect.embeddings:
             return "it is an embedding table, which readers of this format expect in float; use native"
+        if len(shape) > 2 and not rule.dialect.embeddings:
+            return "the checkpoint holds it as one stack, and other readers of this format know experts one by one; use native"
         if reason := rule.rejects(scheme, shape, dtype):
             return reason
         try:
