@@ -34,7 +34,16 @@ API = {
     "Recipes": ["load_recipe", "plan_recipe", "run_recipe", "Recipe"],
     "Statistics": ["save_statistics", "load_statistics"],
     "Numbers": ["preset", "QuantSpec", "ActivationSpec", "Scheme", "KVScheme", "Plan", "QTensor", "GridTensor"],
-    "Errors": ["QuantkitError", "SpecError", "CalibrationError", "FormatError", "KernelError", "RecipeError"],
+    "Errors": [
+        "QuantkitError",
+        "SpecError",
+        "CalibrationError",
+        "FormatError",
+        "KernelError",
+        "RecipeError",
+        "DiskError",
+        "BusyError",
+    ],
 }
 """Public names in the order of the reference; tests see to it that each stands here once."""
 

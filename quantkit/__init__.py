@@ -22,7 +22,16 @@ if TYPE_CHECKING:
     from quantkit.checkpoint.open import open_model
     from quantkit.engine.request import Limits
     from quantkit.engine.sampling import Sampling
-    from quantkit.errors import CalibrationError, FormatError, KernelError, QuantkitError, RecipeError, SpecError
+    from quantkit.errors import (
+        BusyError,
+        CalibrationError,
+        DiskError,
+        FormatError,
+        KernelError,
+        QuantkitError,
+        RecipeError,
+        SpecError,
+    )
     from quantkit.evaluation import BaseLogits, EvalReport, compare_latency, evaluate
     from quantkit.generation.engine import Engine
     from quantkit.generation.generate import Generation, generate
@@ -56,9 +65,11 @@ _HOME = {
     "AutoRound": "quantizers.autoround",
     "BaseLogits": "evaluation",
     "BiasCorrection": "transforms.bias",
+    "BusyError": "errors",
     "Calibration": "calibrate.data",
     "CalibrationError": "errors",
     "Compute": "system.compute",
+    "DiskError": "errors",
     "Distill": "transforms.distill",
     "Engine": "generation.engine",
     "EvalReport": "evaluation",
@@ -121,9 +132,11 @@ __all__ = [
     "AutoRound",
     "BaseLogits",
     "BiasCorrection",
+    "BusyError",
     "Calibration",
     "CalibrationError",
     "Compute",
+    "DiskError",
     "Distill",
     "Engine",
     "EvalReport",

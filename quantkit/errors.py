@@ -55,6 +55,14 @@ class KernelError(QuantkitError):
     """A kernel that cannot be built or does not support the problem it was asked to solve."""
 
 
+class BusyError(QuantkitError):
+    """Another process is at work where this one wants to write."""
+
+
+class DiskError(FormatError, OSError):
+    """A file or directory that the system refuses to read, write or make. Also an :class:`OSError`, for who expects one."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Phrase a suggestion for an unknown name: ``"did you mean 'gptq'? known: gptq, rtn"``."""
     names = sorted(known)

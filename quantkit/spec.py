@@ -176,6 +176,8 @@ class ActivationSpec:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "ActivationSpec":
         """Build a spec from :meth:`to_dict` output; an unknown key is a :class:`SpecError`."""
+        if not isinstance(data, Mapping):
+            raise SpecError(f"ActivationSpec: {data!r} is a {type(data).__name__}, want what to_dict returned")
         grid = {key: value for key, value in data.items() if key not in _ACTIVATION_KEYS}
         return cls(QuantSpec.from_dict(grid), bool(data.get("dynamic", False)), bool(data.get("rotated", False)))
 

@@ -9,12 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from quantkit.errors import FormatError
 from quantkit.nn.sites import SiteStatistics
-from quantkit.system.files import atomic_path
+from quantkit.system.tensors import write_tensors
 
 _VERSION = "1"
 
@@ -32,8 +31,7 @@ def save_statistics(path: str | Path, statistics: Mapping[str, SiteStatistics], 
             stored[collector] = owner
         sites[name] = {"results": stored, "tokens": one.tokens}
     metadata = {"quantkit_statistics": _VERSION, "fingerprint": fingerprint, "sites": json.dumps(sites)}
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
+    write_tensors(path, tensors, metadata)
 
 
 def load_statistics(path: str | Path) -> tuple[dict[str, SiteStatistics], str]:

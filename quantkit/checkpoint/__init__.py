@@ -9,9 +9,25 @@ the same bytes, in one go or continued (:mod:`quantkit.checkpoint.staging`).
 
 from quantkit.checkpoint.check import check_output, rejections
 from quantkit.checkpoint.loading import load
+from quantkit.checkpoint.publish import INCOMPLETE
 from quantkit.checkpoint.read import inspect
-from quantkit.checkpoint.staging import INCOMPLETE, Key
+from quantkit.checkpoint.record import Record, read_record
+from quantkit.checkpoint.staging import claim
+from quantkit.checkpoint.state import Key
 from quantkit.checkpoint.verify import verify
 from quantkit.checkpoint.write import CheckpointWriter, save
 
-__all__ = ["INCOMPLETE", "CheckpointWriter", "Key", "check_output", "inspect", "load", "rejections", "save", "verify"]
+__all__ = [
+    "INCOMPLETE",
+    "CheckpointWriter",
+    "Key",
+    "Record",
+    "check_output",
+    "claim",
+    "inspect",
+    "load",
+    "read_record",
+    "rejections",
+    "save",
+    "verify",
+]

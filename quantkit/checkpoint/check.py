@@ -20,7 +20,10 @@ from quantkit.checkpoint.contents import (
     rejections_of,
     same_bits,
 )
-from quantkit.checkpoint.staging import INCOMPLETE, Key, find_state, stage_bytes
+from quantkit.checkpoint.publish import INCOMPLETE, container_files, owner_of_new_files, refuse_foreign
+from quantkit.checkpoint.record import RECORD, read_record
+from quantkit.checkpoint.staging import find_state, stage_bytes
+from quantkit.checkpoint.state import STAGE, Key
 from quantkit.errors import FormatError, SpecError, nearest
 from quantkit.formats.base import FORMATS
 from quantkit.formats.containers.base import Layout
@@ -31,18 +34,45 @@ from quantkit.hf.structure import owners_of
 from quantkit.hf.ties import settle_ties
 from quantkit.nn.sites import Site
 from quantkit.spec import Plan
-from quantkit.system.files import write_atomic
+from quantkit.system.files import clear_errors, read_json, usable_path
 
 log = logging.getLogger(__name__)
 
-FOREIGN_FILES = ("pytorch_model*.bin",)
+FOREIGN_FILES = ("pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json")
 """Model files that no format here writes."""
 
+EVALUATION = "evaluation.json"
+"""Name of a measurement of the checkpoint that it lies beside."""
 
-def model_files() -> list[str]:
-    """Return globs of the files that make a directory a model, whatever its format."""
-    patterns = [pattern for _, rule in FORMATS for pattern in rule.container.patterns]
-    return list(dict.fromkeys((*patterns, *FOREIGN_FILES)))
+
+def model_files(path: Path) -> list[str]:
+    """Return the names of the files that make a directory a model, whatever its format."""
+    foreign = [file.name for pattern in FOREIGN_FILES for file in sorted(path.glob(pattern)) if file.is_file()]
+    return [*container_files(path), *foreign]
+
+
+def replaced_files(path: Path) -> list[str]:
+    """Return the names of the files in a directory that another checkpoint there takes the place of.
+
+    Those of a model, whoever wrote it; of the rest only what quantkit itself wrote. Everything else is the user's and stays.
+    """
+    try:
+        record = read_record(path)
+    except FormatError as error:
+        log.warning("%s", error)
+        record = None
+    known = {*model_files(path), "generation_config.json", RECORD, *(record.files if record else ())}
+    if _is_measurement(path / EVALUATION):
+        known.add(EVALUATION)
+    inside = [name for name in sorted(known) if not Path(name).is_absolute() and ".." not in Path(name).parts]
+    return [name for name in inside if (path / name).is_file()]
+
+
+def _is_measurement(file: Path) -> bool:
+    try:
+        return file.is_file() and str(read_json(file).get("schema", "")).startswith("quantkit.")
+    except FormatError:
+        return False
 
 
 def rejections(model: PreTrainedModel, plan: Plan, format: str = "compressed-tensors") -> dict[str, str]:
@@ -115,34 +145,42 @@ def check_output(
     format: str = "compressed-tensors",
     overwrite: bool = False,
     key: Key | None = None,
+    scratch: int = 0,
 ) -> int:
     """Make sure that a checkpoint of ``plan`` can be written to ``path``; return its predicted size in bytes.
 
     Args:
         path, model, plan, format, overwrite: as for :class:`CheckpointWriter`.
         key: of the run that is going to write; None for one that will not continue another.
+        scratch: bytes that are needed beside the checkpoint until it is finished.
 
     Raises:
         SpecError: the plan names a site that the model does not have.
         FormatError: the format cannot store a site, the directory holds another model (and ``overwrite`` is False) or the
             unfinished state of a run with another ``key``, cannot be written to, or the disk is too small.
     """
-    size = check(contents_of(config_of(model)), Path(path), model, plan, format, overwrite)
+    size = check(contents_of(config_of(model)), usable_path(path), model, plan, format, overwrite, scratch)
     if key is not None:
         find_state(Path(path), key)
     return size
 
 
-def check(contents: Contents, path: Path, model: PreTrainedModel, plan: Plan, format: str, overwrite: bool) -> int:
+def check(
+    contents: Contents, path: Path, model: PreTrainedModel, plan: Plan, format: str, overwrite: bool, scratch: int = 0
+) -> int:
     """Do what :func:`check_output` says, given the contents."""
     _refuse(_rejections(contents, plan, format, dtype_name(model)), format)
     _refuse_ties(contents, model, plan)
-    carried = carried_layout(ledger_of(model))
+    ledger = ledger_of(model)
+    carried = carried_layout(ledger)
+    if ledger is not None:
+        with ledger.tensors():  # opens the source's files: are they still there?
+            log.debug("%d tensors of %s are carried over", len(carried), ledger.path)
     if odd := sorted(carried.keys() & {entry.name for entry in contents.entries}):
         raise FormatError(f"{odd[0]} is carried over from the source, but the checkpoint has a tensor of this name already")
     total = sum(layout_bytes(layout_of(contents, model, plan, format, entry)) for entry in contents.entries)
     total += layout_bytes(carried)
-    _check_directory(path, total, overwrite)
+    _check_directory(path, total + scratch, overwrite)
     for text in converted_buffers(model, contents.model):
         log.warning("%s", text)
     return total
@@ -170,20 +208,24 @@ def _refuse(refused: Mapping[str, str], format: str) -> None:
 
 
 def _check_directory(path: Path, total: int, overwrite: bool) -> None:
-    if path.exists() and not path.is_dir():
-        raise FormatError(f"{path} is a file; want a directory to write the checkpoint to")
-    found = [file for pattern in model_files() for file in path.glob(pattern)]
-    if found and not (path / INCOMPLETE).exists() and not overwrite:
-        raise FormatError(f"{path} already holds a model ({found[0].name}); choose another directory or pass overwrite=True")
-    try:
+    with clear_errors(f"write to {path}"):
+        if path.exists() and not path.is_dir():
+            raise FormatError(f"{path} is a file; want a directory to write the checkpoint to")
+        found = model_files(path)
+        if found and not (path / INCOMPLETE).exists() and not overwrite:
+            raise FormatError(f"{path} already holds a model ({found[0]}); choose another directory or pass overwrite=True")
         path.mkdir(parents=True, exist_ok=True)
-        write_atomic(path / ".probe", "")
-        (path / ".probe").unlink()
+        refuse_foreign(path / STAGE, owner_of_new_files(path))
         free = shutil.disk_usage(path).free + stage_bytes(path)
-    except OSError as error:
-        raise FormatError(f"cannot write to {path}: {error}; choose a directory you may write to") from error
+        strangers = [file.name for file in path.glob("*.safetensors") if file.name not in found]
     if total > free:
-        raise FormatError(f"{path}: the checkpoint takes {total / 1e9:.2f} GB but only {free / 1e9:.2f} GB are free there")
+        raise FormatError(f"{path}: the run needs {total / 1e9:.2f} GB but only {free / 1e9:.2f} GB are free there")
+    if strangers:
+        log.warning(
+            "%s: %s is no file of this checkpoint and stays; some programs read every .safetensors file of a directory",
+            path,
+            strangers[0],
+        )
 
 
 def _refuse_ties(contents: Contents, model: nn.Module, plan: Plan) -> None:

@@ -2,7 +2,7 @@
 
 A model that was loaded from a directory keeps that directory's own files, byte for byte: what a library writes of a tokenizer
 is not always what it has read, and a processor's files it does not read at all. Copied is what is on a list of names; weights
-of other formats, hidden files and whatever a link outside the directory points at stay behind.
+of other formats, hidden files, code that was not trusted and whatever a link outside the directory points at stay behind.
 """
 
 import logging
@@ -41,6 +41,7 @@ OTHERS: Final = (
     "NOTICE*",
     "USE_POLICY*",
 )
+CODE: Final = ("*.py",)
 GENERATION: Final = "generation_config.json"
 
 log = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ def write_extras(path: Path, model: PreTrainedModel, tokenizer: Any) -> None:
     ledger = ledger_of(model)
     source = ledger.path if ledger is not None and ledger.is_source and ledger.path.is_dir() else None
     if source is not None:
-        for file in _found(source, OTHERS):
+        for file in _found(source, (*OTHERS, *CODE) if ledger is not None and ledger.trusts_code else OTHERS):
             _copy(file, path)
     if source is not None and (tokenizer is None or _is_the_sources(tokenizer, source)):
         for file in _found(source, TOKENIZER):

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from quantkit.checkpoint import prepacked
 from quantkit.checkpoint.contents import read_floats
 from quantkit.checkpoint.read import Opened, open_checkpoint
+from quantkit.checkpoint.record import check_sums
 from quantkit.dtypes import float_dtype
 from quantkit.errors import FormatError
 from quantkit.formats.base import FORMATS
+from quantkit.hf.building import building
 from quantkit.hf.experts import enable_experts
 from quantkit.hf.ledger import Ledger, keep_ledger
 from quantkit.hf.load import PreTrainedModel, read_generation_config
@@ -48,6 +50,7 @@ def load(
     ignore_activations: bool = False,
     compute: ComputeMode = "float",
     cache: bool = True,
+    verify: bool = False,
 ) -> PreTrainedModel:
     """Load a quantized checkpoint, ready to run, in evaluation mode.
 
@@ -63,17 +66,21 @@ def load(
         compute: what quantized layers make of their inputs on a CPU: ``"float"``, nothing, or ``"int8"``, rounded block by
             block, which is faster and has an error of its own (:mod:`quantkit.kernels.cpu.matmul`).
         cache: keep the kernels' layout of this checkpoint on the disk, and use what is kept; False does neither.
+        verify: first read every tensor and compare it with the checksum that was noted when the checkpoint was written.
 
     Raises:
         KernelError: ``compute`` is neither.
         SpecError: ``dtype`` is no float dtype, or ``device`` is none of this machine.
-        FormatError: the checkpoint is unfinished, damaged, contradicts itself, or cannot be represented exactly.
+        FormatError: the checkpoint is unfinished, damaged, contradicts itself, or cannot be represented exactly; with
+            ``verify`` also, a tensor differs from its checksum, or there are none.
     """
     check_compute(compute)
     dtype, device = float_dtype(dtype), known_device(device)
     on_cpu = device.type == "cpu"
     with open_checkpoint(path) as opened:
         contents = opened.contents
+        if verify:
+            check_sums(opened.path, opened.reader)
         model: Any = contents.model  # Any: transformers types neither eval nor to
         quantized = {name: contents.sites[name] for name in opened.schemes}
         kernels = _kernels(opened, quantized) if on_cpu else {}
@@ -115,7 +122,8 @@ def _holders(model: Any, name: str) -> list[Any]:
 def _finish(model: Any, path: str | Path) -> None:
     """Tie, check that nothing is missing, and set what the files say beside the weights."""
     quantized = {name: part for name, part in model.named_modules() if isinstance(part, QuantModule)}
-    model.tie_weights(recompute_mapping=False)  # what is quantized is not on its list any more
+    with building:  # which, in another thread, is without ties for a while
+        model.tie_weights(recompute_mapping=False)  # what is quantized is not on its list any more
     tensors = [*model.named_parameters(), *model.named_buffers(), *quantized.items()]
     left = [name for name, tensor in tensors if tensor.device.type == "meta"]
     if left:

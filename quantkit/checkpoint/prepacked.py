@@ -14,6 +14,9 @@ Files are written under a name of their own and renamed; what a killed process l
 at every token are read into memory rather than mapped, since files have no huge pages; the rest (an embedding is most of it) is
 mapped and costs memory only where it is touched.
 
+A file that others could have written (its directory or itself belongs to another user, is a symbolic link, or is writable by
+others) is not used, and said so.
+
 The cache holds at most :data:`LIMIT_BYTES`, the oldest files go first; a checkpoint that would take more is not kept.
 ``quantkit cache --clear`` empties it, ``--off`` turns it off for good (a file in quantkit's cache directory says so),
 ``load(..., cache=False)`` once.
@@ -41,7 +44,16 @@ from quantkit.kernels.cpu import huge_pages, layout
 from quantkit.kernels.cpu.layout import Prepacked
 from quantkit.numerics.pack import as_bytes
 from quantkit.system.cores import usable_cores
-from quantkit.system.files import atomic_path, cache_dir, cache_switch, known_sha256, remember_sha256, write_atomic
+from quantkit.system.files import (
+    atomic_path,
+    cache_dir,
+    cache_switch,
+    known_sha256,
+    private_directory,
+    remember_sha256,
+    shared,
+    write_atomic,
+)
 from quantkit.version import __version__
 
 log = logging.getLogger(__name__)
@@ -129,6 +141,9 @@ def find(key: str) -> Weights | None:
     """Return what the cache has for ``key``, or None. A damaged file is removed, and said so."""
     for path in directory().glob(f"{key}-*{_SUFFIX}"):
         try:
+            if reason := shared(directory()) or shared(path):
+                log.warning("%s is not used: %s; loading from the checkpoint", path, reason)
+                continue
             if known_sha256(path) == path.stem.partition("-")[2]:
                 return _read(path)
             log.warning("%s is damaged (its content does not have the digest of its name); made again", path)
@@ -144,7 +159,7 @@ def write(key: str, sites: Iterable[tuple[str, Sequence[Prepacked]]], floats: It
     Raises:
         OSError: the cache cannot be written to.
     """
-    target = directory() / f"{key}-{uuid.uuid4().hex}"  # others may be writing the same
+    target = private_directory("prepacked") / f"{key}-{uuid.uuid4().hex}"  # others may be writing the same
     with atomic_path(target) as temporary, temporary.open("wb") as file:
         out = _Out(file)
         index: dict[str, Any] = {"sites": {}, "floats": {}}

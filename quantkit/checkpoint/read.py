@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from quantkit.checkpoint.contents import Contents, contents_of, read_site, same_bits
-from quantkit.checkpoint.staging import INCOMPLETE
+from quantkit.checkpoint.publish import is_marked
+from quantkit.checkpoint.record import check_sums
 from quantkit.errors import FormatError, QuantkitError
 from quantkit.formats.base import FORMATS, Format, Matcher, Stored
 from quantkit.formats.containers.base import Reader
@@ -18,7 +20,6 @@ from quantkit.hf.load import read_config
 from quantkit.nn.sites import Site
 from quantkit.qtensor import GridTensor
 from quantkit.spec import Scheme
-from quantkit.system.files import read_json
 
 RECORD = "quantkit"
 """Section of the config with what the writer recorded."""
@@ -57,11 +58,21 @@ class Opened:
         return {e.site.name: self.stored[e.name].scheme for e in self.contents.entries if e.site and e.name in self.stored}
 
     def qtensor(self, site: Site, *, copy: bool = True) -> GridTensor:
-        """Read and decode one quantized site; without ``copy`` it may be views of the files, good while they are open."""
+        """Read and decode one quantized site; without ``copy`` it may be views of the files, good while they are open.
+
+        Raises:
+            FormatError: tensors contradict the scheme or each other, or a scale is NaN or infinite.
+        """
         try:
-            return read_site(site, self.contents.entries, self.stored, lambda name: self.reader.read(name, copy=copy))
+            found = read_site(site, self.contents.entries, self.stored, lambda name: self.reader.read(name, copy=copy))
         except QuantkitError as error:
             raise FormatError(f"{self.path}: {error}") from error
+        for name, tensor in found.parts().items():
+            if not _is_finite(tensor):
+                raise FormatError(
+                    f"{self.path}: {site.name}: {name} holds NaN or infinity, which no writer stores; copy it again"
+                )
+        return found
 
 
 @contextmanager
@@ -72,8 +83,7 @@ def open_checkpoint(path: str | Path) -> Iterator[Opened]:
         FormatError: it is unfinished, damaged, not quantized, or its config contradicts its tensors.
     """
     path = Path(path)
-    if (path / INCOMPLETE).exists():
-        reason = read_json(path / INCOMPLETE).get("incomplete", "unknown reason")
+    if reason := is_marked(path):
         raise FormatError(f"{path} is marked incomplete: {reason}")
     name, rule, config = _find_format(path)
     with rule.container.reader(path) as reader:
@@ -110,6 +120,8 @@ def _contents(path: Path, where: Path, values: Mapping[str, Any], reader: Reader
     try:
         config = read_config(values, path)
         layers = getattr(config.get_text_config(), "num_hidden_layers", None) or 0
+    except QuantkitError as error:
+        raise FormatError(f"{where}: {error}") from error
     except Exception as error:  # transformers validates with exceptions of many libraries; none of them may pass for ours
         raise FormatError(f"{where}: transformers cannot read it: {error}") from error
     if layers > len(reader.headers):
@@ -224,13 +236,26 @@ def _check_tensor(path: Path, reader: Reader, name: str, shape: tuple[int, ...],
         raise FormatError(f"{path}/{header.file}: {name} is {header.dtype} {header.shape}, the config promises {want}")
 
 
-def inspect(path: str | Path) -> dict[str, Any]:
+def _is_finite(tensor: Tensor) -> bool:
+    """Say whether all numbers are finite; narrow floats are widened, since torch does not ask them."""
+    if not tensor.is_floating_point():
+        return True
+    return bool(torch.isfinite(tensor.float() if tensor.element_size() == 1 else tensor).all())
+
+
+def inspect(path: str | Path, *, verify: bool = False) -> dict[str, Any]:
     """Describe a checkpoint without loading it: formats, schemes, bytes, shards, metadata. JSON-able.
+
+    Args:
+        path: its directory.
+        verify: read every tensor and compare it with its checksum.
 
     Raises:
         FormatError: as :func:`load`.
     """
     with open_checkpoint(path) as opened:
+        if verify:
+            check_sums(opened.path, opened.reader)
         weights = {e.name: torch.Size(e.shape).numel() for e in opened.contents.entries if e.name in opened.stored}
         prefixes = {e.module: e.name for e in opened.contents.entries if e.name in opened.stored}
         quantized_bytes = sum(

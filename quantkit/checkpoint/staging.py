@@ -11,61 +11,51 @@ A checkpoint is built in ``<out>/incomplete``::
 A block is recorded in state.json after its tensors and what it handed on are durable, so a block that is recorded can be
 continued from; one that is half written is written again. Steps that change finished blocks (scales learned after all of them)
 first write everything they change to ``changes.safetensors``; from then on the change is carried out, by this run or the next.
-Publishing moves the files to ``<out>`` one by one; a run that finds it half done moves them back and publishes again.
+How the files move to ``<out>``: :mod:`quantkit.checkpoint.publish`. One process at a time writes: :func:`claim`.
 """
 
-import hashlib
+import contextlib
 import json
 import logging
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from quantkit.checkpoint import publish
+from quantkit.checkpoint.digests import digest_of
+from quantkit.checkpoint.publish import mark_incomplete
+from quantkit.checkpoint.state import EXPECTED, RUN, STAGE, Block, Key, State, has_state, read_state, start_over
 from quantkit.errors import FormatError
-from quantkit.formats.containers.base import UNFINISHED
-from quantkit.numerics.pack import as_bytes
-from quantkit.system.files import atomic_path, read_json, remove_temporaries, sync_directory, write_atomic, write_json
-
-INCOMPLETE = "INCOMPLETE.json"
-"""Name of the marker: a directory that has it is not a checkpoint."""
-
-Key = Mapping[str, str]
-"""What decides the result of a run, by topic, as digests or versions: only state with the same key is continued."""
-
-STAGE = "incomplete"
-
-_EXPECTED = ("code", "versions")
-"""Topics that change without the user having asked for another result: then the run starts over."""
+from quantkit.system.files import clear_errors, remove_temporaries, usable_path
+from quantkit.system.lock import lock
+from quantkit.system.tensors import write_tensors
 
 log = logging.getLogger(__name__)
 
 
-def mark_incomplete(path: Path, reason: str) -> None:
-    """Put the marker into ``path``: from now on no quantkit loads it."""
-    write_json(path / INCOMPLETE, {"incomplete": reason})
+@contextlib.contextmanager
+def claim(out: str | Path | None, doing: str = "writing a checkpoint") -> Iterator[None]:
+    """Be the only one who writes a checkpoint to ``out``; what an earlier run was about to publish there is published first.
 
+    A thread may claim a directory it has claimed already. None is no directory, and nothing is done.
 
-class Digest:
-    """A SHA-256 over names, dtypes, shapes and bytes of tensors, in the order in which they are added."""
-
-    def __init__(self) -> None:
-        self._hash = hashlib.sha256()
-
-    def add(self, tensors: Mapping[str, Tensor]) -> None:
-        """Add CPU tensors."""
-        for name, tensor in tensors.items():
-            self._hash.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            content: Any = as_bytes(tensor).numpy()
-            self._hash.update(memoryview(content))
-
-    def hexdigest(self) -> str:
-        """Return the digest of what was added."""
-        return self._hash.hexdigest()
+    Raises:
+        BusyError: another process, or another thread, is at work there.
+        DiskError: it cannot be written to.
+    """
+    if out is None:
+        yield
+        return
+    path = usable_path(out)
+    with clear_errors(f"use {path}"):
+        if path.exists() and not path.is_dir():
+            raise FormatError(f"{path} is a file; want a directory to write the checkpoint to")
+    with lock(path, doing):
+        publish.recover(path)
+        yield
 
 
 def stage_bytes(out: Path) -> int:
@@ -73,30 +63,31 @@ def stage_bytes(out: Path) -> int:
     return sum(file.stat().st_blocks * 512 for file in (out / STAGE).rglob("*") if file.is_file())
 
 
-def find_state(out: Path, key: Key) -> tuple[dict[str, Any] | None, str | None]:
+def find_state(out: Path, key: Key) -> tuple[State | None, str | None]:
     """Look for an unfinished run at ``out`` that can be continued under ``key``.
 
     Returns:
         Its state, or None; and if there is one that cannot be continued, the reason.
 
     Raises:
-        FormatError: it is the state of a run with other settings, which the user may still want.
+        FormatError: it is the state of a run with other settings, which the user may still want, or it is damaged; what is
+            there is not quantkit's, or another user's.
     """
     stage = out / STAGE
-    if not (stage / "run" / "state.json").is_file():
+    if not out.is_dir():
         return None, None
-    state = read_json(stage / "run" / "state.json")
-    if state["publishing"] and not (out / INCOMPLETE).exists():  # published, and killed before the last files were removed
+    publish.refuse_foreign(stage, publish.owner_of_new_files(out))
+    if not has_state(stage):
         return None, None
-    other = sorted(topic for topic in {*key, *state["key"]} if key.get(topic) != state["key"].get(topic))
-    if asked := [topic for topic in other if topic not in _EXPECTED]:
-        raise FormatError(
-            f"{stage} holds the unfinished state of another run (other {', '.join(asked)}); "
-            "delete it, or pass resume=False to start over"
-        )
+    state = read_state(stage)
+    if state is None:
+        return None, f"{stage} was written by another version of quantkit"
+    other = sorted(topic for topic in {*key, *state.key} if key.get(topic) != state.key.get(topic))
+    if asked := [topic for topic in other if topic not in EXPECTED]:
+        raise FormatError(f"{stage} holds the unfinished state of another run (other {', '.join(asked)}); {start_over(stage)}")
     if other:
-        changed = "the source code of quantkit or a plug-in" if "code" in other else f"versions ({state['key']['versions']})"
-        count = len(state["blocks"])
+        changed = "the source code of quantkit or a plug-in" if "code" in other else f"versions ({state.key['versions']})"
+        count = len(state.blocks)
         return (
             None,
             f"{stage}: {changed} changed after its {count} finished blocks were written, which do not mix with new ones",
@@ -108,48 +99,49 @@ class Stage:
     """The directory of a checkpoint that is being written.
 
     Args:
-        out: where the checkpoint goes; an existing directory.
+        out: where the checkpoint goes; an existing directory, which this thread has claimed.
         key: what decides the result; None for a checkpoint that is written in one go.
         resume: continue a run of the same key.
 
     Raises:
         FormatError: see :func:`find_state`.
+        DiskError: the disk refuses, or is full; so do all methods.
     """
 
     def __init__(self, out: Path, key: Key | None, *, resume: bool) -> None:
-        self.out, self.path, self._run = out, out / STAGE, out / STAGE / "run"
+        self.out, self.path, self._run = out, out / STAGE, out / STAGE / RUN
         self.key = key
+        publish.refuse_foreign(self.path, publish.owner_of_new_files(out))
         found, obstacle = find_state(out, key) if key is not None and resume else (None, None)
         if obstacle is not None:
             log.warning("%s; starting over", obstacle)
-        self._state: dict[str, Any] = found or {"key": dict(key or {}), "blocks": {}, "changes": {}, "publishing": []}
-        if found is None and self.path.exists():
-            shutil.rmtree(self.path)
-        self._run.mkdir(parents=True, exist_ok=True)
-        for name in self._state["publishing"]:
-            if not (self.path / name).exists() and (self.out / name).exists():
-                (self.out / name).replace(self.path / name)
-        self._state["publishing"] = []
-        mark_incomplete(self.path, "a quantkit run has not finished writing this checkpoint; run it again")
+        self._state = found or State(dict(key or {}))
+        with clear_errors(f"write to {self.path}"):
+            if found is None:
+                publish.clear(self.path)
+            self.path.mkdir(exist_ok=True)
+            mark_incomplete(self.path, "a quantkit run has not finished writing this checkpoint; run it again")
+            self._run.mkdir(exist_ok=True)
 
     def begin(self) -> None:
         """Record that the container's files are laid out; what else an earlier attempt put beside them goes."""
-        for file in self.path.iterdir():
-            if file.is_file() and not file.name.endswith(UNFINISHED) and file.name != INCOMPLETE:
-                file.unlink()
-        for leftovers in (self.path, self._run):
-            remove_temporaries(leftovers)
-        self._save()
+        with clear_errors(f"write to {self.path}"):
+            for name in self._state.extras:
+                (self.path / name).unlink(missing_ok=True)
+            self._state.extras = []
+            for leftovers in (self.path, self._run):
+                remove_temporaries(leftovers)
+            self._save()
 
     @property
     def finished(self) -> int:
         """Number of leading blocks that are recorded."""
-        return next(i for i in range(len(self._state["blocks"]) + 1) if str(i) not in self._state["blocks"])
+        return next(i for i in range(len(self._state.blocks) + 1) if str(i) not in self._state.blocks)
 
     @property
     def changes(self) -> dict[str, Any]:
         """Facts about the steps that have changed finished blocks, by the name of the step."""
-        return dict(self._state["changes"])
+        return dict(self._state.changes)
 
     def record(self, index: int, digest: str, facts: Mapping[str, Any], chain: Sequence[Tensor]) -> None:
         """Record block ``index``, whose tensors are durable, as finished.
@@ -160,22 +152,30 @@ class Stage:
             facts: JSON-able; returned by :meth:`block`.
             chain: what the block hands on to the next one.
         """
-        if chain:
-            with atomic_path(self._chain(index)) as temporary:
-                save_file({f"{i:05d}": hidden.contiguous() for i, hidden in enumerate(chain)}, temporary)
-        self._state["blocks"][str(index)] = {"digest": digest, "facts": dict(facts)}
+        handed = {f"{i:05d}": hidden.contiguous() for i, hidden in enumerate(chain)}
+        if handed:
+            write_tensors(self._chain(index), handed)
+        self._state.blocks[str(index)] = Block(digest, dict(facts), digest_of(handed) if handed else None)
         self._save()
-        self._chain(index - 1).unlink(missing_ok=True)
+        with clear_errors(f"remove {self._chain(index - 1)}"):
+            self._chain(index - 1).unlink(missing_ok=True)
 
     def block(self, index: int) -> tuple[str, dict[str, Any]]:
         """Return digest and facts of a recorded block."""
-        block = self._state["blocks"][str(index)]
-        return block["digest"], block["facts"]
+        block = self._state.blocks[str(index)]
+        return block.digest, block.facts
 
     def chain(self) -> list[Tensor]:
-        """Return what the last of the finished blocks handed on."""
-        with safe_open(self._chain(self.finished - 1), "pt") as file:
-            return [file.get_tensor(key).clone() for key in sorted(file.keys())]
+        """Return what the last of the finished blocks handed on.
+
+        Raises:
+            FormatError: it is not what was written.
+        """
+        path, wanted = self._chain(self.finished - 1), self._state.blocks[str(self.finished - 1)].chain
+        found, _ = self._read(path)
+        if digest_of(found) != wanted:
+            raise FormatError(f"{path} is not what was written; the disk lost bits; {start_over(self.path)}")
+        return list(found.values())
 
     def plan_changes(self, step: str, facts: Any, tensors: Mapping[str, Tensor], digests: Mapping[int, str]) -> None:
         """Decide that finished blocks are changed.
@@ -186,53 +186,78 @@ class Stage:
             tensors: every tensor that changes.
             digests: of all blocks, after the change.
         """
-        text = json.dumps({"step": step, "facts": facts, "digests": digests})
-        with atomic_path(self._run / "changes.safetensors") as temporary:
-            save_file({name: _own(tensor) for name, tensor in tensors.items()}, temporary, metadata={"changes": text})
+        text = json.dumps({"step": step, "facts": facts, "digests": digests, "of": digest_of(tensors)})
+        own = {name: _own(tensor) for name, tensor in tensors.items()}
+        write_tensors(self._run / "changes.safetensors", own, {"changes": text})
 
     def planned_changes(self) -> dict[str, Tensor] | None:
         """Return the tensors of :meth:`plan_changes` until :meth:`record_changes`, else None."""
-        if not (self._run / "changes.safetensors").exists():
+        path = self._run / "changes.safetensors"
+        if not path.exists():
             return None
-        with safe_open(self._run / "changes.safetensors", "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        tensors, planned = self._read(path)
+        if set(planned.get("digests", {})) != set(self._state.blocks) or digest_of(tensors) != planned.get("of"):
+            raise FormatError(f"{path} is not what was written; the disk lost bits; {start_over(self.path)}")
+        return tensors
 
     def record_changes(self) -> None:
         """Record that the planned changes are carried out and durable."""
-        with safe_open(self._run / "changes.safetensors", "pt") as file:
-            planned = json.loads(file.metadata()["changes"])
+        path = self._run / "changes.safetensors"
+        _, planned = self._read(path)
         for index, digest in planned["digests"].items():
-            self._state["blocks"][index]["digest"] = digest
-        self._state["changes"][planned["step"]] = planned["facts"]
+            self._state.blocks[index].digest = digest
+        self._state.changes[planned["step"]] = planned["facts"]
         self._save()
-        (self._run / "changes.safetensors").unlink()
+        with clear_errors(f"remove {path}"):
+            path.unlink()
+
+    @contextlib.contextmanager
+    def extras(self) -> Iterator[Path]:
+        """Yield an empty directory for files that go beside the container's, and put them there afterwards."""
+        folder = self._run / "extras"
+        with clear_errors(f"write to {self.path}"):
+            folder.mkdir(exist_ok=True)
+            for leftover in (path for path in folder.rglob("*") if path.is_file()):
+                leftover.unlink()
+            yield folder
+            names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+            self._state.extras = sorted({*self._state.extras, *names})
+            self._save()
+            for name in names:
+                (self.path / name).parent.mkdir(parents=True, exist_ok=True)
+                (folder / name).replace(self.path / name)
+
+    @property
+    def extra_names(self) -> list[str]:
+        """Names of the files of :meth:`extras`, relative to the stage."""
+        return list(self._state.extras)
 
     def publish(self, replaced: Sequence[str], key_file: str) -> None:
         """Move the finished files into place.
 
         Args:
-            replaced: globs of the old checkpoint's files, which go.
+            replaced: names of files of the old checkpoint, which go.
             key_file: the file that is moved last.
         """
-        names = sorted(file.name for file in self.path.iterdir() if file.is_file() and file.name != key_file)
-        for place in (self.out, self.path):
-            mark_incomplete(place, "a quantkit run was stopped while it moved this checkpoint into place; run it again")
-        self._state["publishing"] = [*names, key_file]
-        self._save()
-        for old in {file for pattern in replaced for file in self.out.glob(pattern)}:
-            old.unlink()
-        for name in self._state["publishing"]:
-            (self.path / name).replace(self.out / name)
-        sync_directory(self.out)
-        remove_temporaries(self.out)
-        (self.out / INCOMPLETE).unlink()
-        shutil.rmtree(self.path)
+        names = [*publish.container_files(self.path), *self._state.extras]
+        publish.begin(self.out, self._state, key_file, names, replaced)
 
     def _chain(self, index: int) -> Path:
         return self._run / f"chain-{index:05d}.safetensors"
 
+    def _read(self, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return copies of the tensors in a file of this run, in the order of their names, and what it says of its changes."""
+        try:
+            with safe_open(path, "pt") as file:
+                names = sorted(file.keys())
+                return {name: file.get_tensor(name).clone() for name in names}, json.loads(
+                    (file.metadata() or {}).get("changes", "{}")
+                )
+        except (OSError, SafetensorError, ValueError) as error:
+            raise FormatError(f"{path} is damaged ({error}); {start_over(self.path)}") from error
+
     def _save(self) -> None:
-        write_atomic(self._run / "state.json", json.dumps(self._state))
+        self._state.write(self.path)
 
 
 def _own(tensor: Tensor) -> Tensor:

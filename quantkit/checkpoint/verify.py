@@ -6,8 +6,8 @@ from pathlib import Path
 from torch import nn
 
 from quantkit.checkpoint.contents import float_tensor, same_bits
+from quantkit.checkpoint.publish import mark_incomplete
 from quantkit.checkpoint.read import Opened, open_checkpoint
-from quantkit.checkpoint.staging import mark_incomplete
 from quantkit.errors import FormatError, SpecError
 from quantkit.hf.ledger import Ledger, ledger_of
 from quantkit.nn.linear import QuantModule

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from quantkit.checkpoint.card import write_card
-from quantkit.checkpoint.check import check, config_of, dtype_name, layout_bytes, layout_of, model_files
+from quantkit.checkpoint.check import check, config_of, dtype_name, layout_bytes, layout_of, replaced_files
 from quantkit.checkpoint.contents import (
     Entry,
     aliases,
@@ -23,9 +23,13 @@ from quantkit.checkpoint.contents import (
     read_site,
     same_bits,
 )
+from quantkit.checkpoint.digests import Digest
 from quantkit.checkpoint.extras import write_extras
-from quantkit.checkpoint.read import RECORD
-from quantkit.checkpoint.staging import INCOMPLETE, Digest, Key, Stage, mark_incomplete
+from quantkit.checkpoint.publish import INCOMPLETE, container_files, mark_incomplete
+from quantkit.checkpoint.read import RECORD as SECTION
+from quantkit.checkpoint.record import RECORD, Record, tensor_sums
+from quantkit.checkpoint.staging import Stage, claim
+from quantkit.checkpoint.state import Key
 from quantkit.checkpoint.verify import installed, installed_plan, verify
 from quantkit.errors import FormatError
 from quantkit.formats.base import FORMATS, Stored
@@ -34,6 +38,7 @@ from quantkit.hf.load import PreTrainedModel
 from quantkit.nn.sites import Structure
 from quantkit.qtensor import GridTensor
 from quantkit.spec import Plan
+from quantkit.system.files import clear_errors, write_atomic
 from quantkit.version import __version__
 
 Check = Callable[[Path], Mapping[str, Any]]
@@ -44,7 +49,8 @@ class CheckpointWriter:
     """Write a checkpoint block by block, and go on with one that was not finished.
 
     Names, sizes and places of all tensors follow from the plan, so each block goes once to its final place in
-    ``<path>/incomplete`` (:mod:`quantkit.checkpoint.staging`) and nothing is kept in memory. :meth:`finish` publishes.
+    ``<path>/incomplete`` (:mod:`quantkit.checkpoint.staging`) and nothing is kept in memory. :meth:`finish` publishes. Whoever
+    writes has claimed ``path`` (:func:`quantkit.checkpoint.claim`) until then, so that nobody else writes there.
 
     Args:
         path: directory, created if need be.
@@ -203,12 +209,14 @@ class CheckpointWriter:
         *,
         outside: Mapping[str, GridTensor] | None = None,
         tokenizer: Any = None,
+        run: Mapping[str, Any] | None = None,
         check: Check | None = None,
     ) -> Path:
         """Write what is left and move the checkpoint into place.
 
         Args:
             metadata: JSON-able facts for the ``quantkit`` section of the config.
+            run: JSON-able facts for :attr:`quantkit.checkpoint.record.Record.run`.
             outside: quantized sites outside every block.
             tokenizer: saved along.
             check: called with the complete but not yet published directory; what it returns is recorded as
@@ -222,10 +230,13 @@ class CheckpointWriter:
         if last not in self._written:
             self.write_block(last, outside or {})
         self._carry_over()
-        write_extras(self._stage.path, self.model, tokenizer)
+        with self._stage.extras() as folder:
+            write_extras(folder, self.model, tokenizer)
         facts = dict(metadata or {})
         self._files.finish(self._config(facts))
-        (self._stage.path / INCOMPLETE).unlink()
+        self._write_record(run or {})
+        with clear_errors(f"write to {self._stage.path}"):
+            (self._stage.path / INCOMPLETE).unlink()
         if check is not None:
             try:
                 found = check(self._stage.path)
@@ -237,8 +248,17 @@ class CheckpointWriter:
                 facts["quality"] = {**facts.get("quality", {}), **found}
                 self._files.finish(self._config(facts))
         self._write_card(self._config(facts))
-        self._stage.publish((*model_files(), "generation_config.json"), self._rule.container.key_file)
+        self._stage.publish(replaced_files(self.path), self._rule.container.key_file)
         return self.path
+
+    def _write_record(self, run: Mapping[str, Any]) -> None:
+        """Note the checksums of all tensors as they are on the disk, and what belongs to the checkpoint."""
+        files = {RECORD, *container_files(self._stage.path), *self._stage.extra_names}
+        with self._rule.container.reader(self._stage.path) as reader:
+            tensors = tensor_sums(reader)
+        record = Record(__version__, self.format, sorted(files), tensors, dict(self._stage.key or {}), dict(run))
+        with self._stage.extras() as folder:
+            write_atomic(folder / RECORD, record.text())
 
     def _write_card(self, config: Mapping[str, Any]) -> None:
         carried = carried_layout(self._ledger)
@@ -248,7 +268,8 @@ class CheckpointWriter:
             facts["carried over unchanged"] = (
                 f"{len(carried)} tensors that this class does not run, {layout_bytes(carried):,} bytes"
             )
-        write_card(self._stage.path, self.path, config, facts, str(self.model.config.name_or_path))
+        with self._stage.extras() as folder:
+            write_card(folder, self.path, config, facts, str(self.model.config.name_or_path))
 
     def _carry_over(self) -> None:
         """Copy what the model's class does not know from the source's files, one tensor at a time."""
@@ -294,7 +315,7 @@ class CheckpointWriter:
         ignore = sorted({*linear_modules(self._contents, quantized), *carried_linears(self._ledger)})
         config["quantization_config"] = self._rule.dialect.dump_config(plan, ignore, dtype)
         carried = {"carried_over": list(self._ledger.carried)} if self._ledger and self._ledger.carried else {}
-        config[RECORD] = {"version": __version__, "format": self.format, **metadata, **carried}
+        config[SECTION] = {"version": __version__, "format": self.format, **metadata, **carried}
         return config
 
 
@@ -329,13 +350,14 @@ def save(
     if found.keys() != plan.keys():
         odd = sorted(found.keys() ^ plan.keys())
         raise FormatError(f"{odd[0]} is {'quantized' if odd[0] in found else 'not quantized'} in the model, unlike in the plan")
-    writer = CheckpointWriter(path, model, plan=plan, format=format, overwrite=overwrite)
-    for i, block in enumerate(writer.structure.blocks):
-        writer.write_block(i, {site.name: found[site.name] for site in block.sites if site.name in found})
-    outside = {site.name: found[site.name] for site in writer.structure.after if site.name in found}
+    with claim(path):
+        writer = CheckpointWriter(path, model, plan=plan, format=format, overwrite=overwrite)
+        for i, block in enumerate(writer.structure.blocks):
+            writer.write_block(i, {site.name: found[site.name] for site in block.sites if site.name in found})
+        outside = {site.name: found[site.name] for site in writer.structure.after if site.name in found}
 
-    def check_all(stage: Path) -> Mapping[str, Any]:
-        verify(stage, model)
-        return check(stage) if check is not None else {}
+        def check_all(stage: Path) -> Mapping[str, Any]:
+            verify(stage, model)
+            return check(stage) if check is not None else {}
 
-    return writer.finish(metadata, outside=outside, tokenizer=tokenizer, check=check_all)
+        return writer.finish(metadata, outside=outside, tokenizer=tokenizer, check=check_all)

@@ -47,6 +47,16 @@ app = typer.Typer(
 )
 
 
+def _shown_by_nobody(record: logging.LogRecord) -> bool:
+    """Return whether no logger below the root shows a record itself, as some libraries do; it would appear twice."""
+    logger: logging.Logger | None = logging.getLogger(record.name)
+    while logger is not None and logger.parent is not None:
+        if logger.handlers:
+            return False
+        logger = logger.parent
+    return True
+
+
 def _show_version(value: bool) -> None:
     if value:
         typer.echo(f"quantkit {__version__}")
@@ -63,6 +73,8 @@ def _settings(
 ) -> None:
     level = logging.DEBUG if debug else logging.INFO if verbose else logging.WARNING
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_shown_by_nobody)
     logging.getLogger("quantkit").setLevel(level)
     os.environ.setdefault("TQDM_DISABLE", "1")  # bars of the libraries below would fight with ours
 

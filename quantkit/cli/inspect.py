@@ -48,11 +48,15 @@ def plan(recipe: Path, settings: Settings = None, as_json: AsJson = False) -> No
 
 
 @app.command()
-def inspect(path: Path, as_json: AsJson = False) -> None:
+def inspect(
+    path: Path,
+    verify: Annotated[bool, typer.Option("--verify", help="Compare every tensor with its checksum.")] = False,
+    as_json: AsJson = False,
+) -> None:
     """Describe a quantized checkpoint without loading it."""
     from quantkit.checkpoint import inspect as look
 
-    found = look(path)
+    found = look(path, verify=verify)
     if as_json:
         typer.echo(json.dumps(found, indent=2))
         return
@@ -64,7 +68,9 @@ def inspect(path: Path, as_json: AsJson = False) -> None:
             "parameters": f"{found['parameters']:,} ({found['quantized_parameters']:,} quantized)",
             "bits per quantized weight": f"{found['quantized_bits_per_weight']:.3f}",
             "bits per parameter": f"{found['bits_per_weight']:.3f}",
+            "carried over": f"{found['carried_over']['tensors']} tensors, {size(found['carried_over']['bytes'])}",
             "size": f"{size(found['bytes'])} in {len(found['shards'])} file(s)",
+            **({"verified": "every tensor has its checksum"} if verify else {}),
         }
     )
     facts(_flat(found["metadata"]))

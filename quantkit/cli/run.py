@@ -90,7 +90,7 @@ def run(recipe: Path, settings: Settings = None) -> None:
     console().print(coverage_table(outcome.result.coverage))
     if outcome.report is not None:
         console().print(comparison_table([outcome.report]))
-    say(f"written to {outcome.result.path}")
+    say(f"{'already done:' if outcome.result.already_done else 'written to'} {outcome.result.path}")
 
 
 @app.command("eval")

@@ -26,6 +26,9 @@ def serve(
         str | None, typer.Option(envvar="QUANTKIT_SERVE_TOKEN", help="Bearer token that clients must send.")
     ] = None,
     name: Annotated[str | None, typer.Option(help="Name that clients see; default: MODEL.")] = None,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(help="On a loopback address, answer to this name too, as behind a proxy.")
+    ] = None,
     allow_origin: Annotated[
         list[str] | None, typer.Option(help="Let web pages of this origin use the server (http://localhost:3000, or *).")
     ] = None,
@@ -61,6 +64,7 @@ def serve(
         limits=limits,
         engine=engine,
         compute=compute,
+        hosts=allow_host or (),
         origins=allow_origin or (),
         grace_s=grace,
     )

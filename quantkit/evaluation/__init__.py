@@ -35,8 +35,8 @@ from quantkit.system.progress import ProgressCallback, ignore
 
 __all__ = [
     "BaseLogits", "CoverageRow", "Divergence", "Environment", "EvalReport", "Footprint", "Latency", "Protocol", "Quality",
-    "Windows", "compare_latency", "cut_windows", "evaluate", "footprint", "from_batches", "measure_latency", "score",
-    "summarise",
+    "Windows", "compare_latency", "cut_windows", "evaluate", "footprint", "from_batches", "is_answer", "measure_latency",
+    "score", "summarise",
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)
@@ -143,6 +143,23 @@ def evaluate(
         latency=latency or None,
         base=base_name,
     )
+
+
+def is_answer(
+    report: EvalReport,
+    model: nn.Module,
+    *,
+    data: Any,
+    tokenizer: Any,
+    latency: bool,
+    base: str | None,
+    **options: Unpack[EvaluationOptions],
+) -> bool:
+    """Say whether a report is what :func:`evaluate` was asked for with these arguments: the same windows of the same text,
+    compared with the same base, and timed if timing is wanted.
+    """
+    cut, _ = _cut(data, tokenizer, max_positions(model), **take(options, _WINDOWS))
+    return (report.protocol.fingerprint, report.base) == (cut.fingerprint(), base) and (not latency or bool(report.latency))
 
 
 def _kv_name(kv: str | KVScheme) -> str:

@@ -154,9 +154,16 @@ def coverage_before(model: nn.Module, structure: Structure, plan: Plan, reasons:
             )
             continue
         before, missed = _source_bytes(ledger, name, parameter), name in structure.unreachable and name not in reasons
+        dtype = ledger.source_dtype(name) if ledger is not None else None
+        if dtype is not None and dtype != parameter.dtype:
+            reason = f"{reason}; {_short(dtype)} in the source, {_short(parameter.dtype)} in the model"
         row = CoverageRow("skipped", name, kind, parameter.numel(), before, parameter.nbytes, None, reason, missed=missed)
         rows.append(row)
     return [*rows, *_buffers(model, ledger), *(_carried(ledger) if ledger is not None else ())]
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _source_bytes(ledger: Ledger | None, name: str, tensor: Tensor) -> int:

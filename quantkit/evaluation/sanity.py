@@ -20,6 +20,7 @@ from quantkit.errors import CalibrationError, FormatError
 from quantkit.evaluation.quality import score
 from quantkit.evaluation.reference import run_model
 from quantkit.evaluation.windows import Windows, from_batches
+from quantkit.nn.block_calls import running_alone
 from quantkit.nn.embedding import input_table, max_positions
 from quantkit.system.compute import evaluation_mode
 
@@ -54,7 +55,8 @@ class SanityCheck:
             bos: whether windows begin with BOS; None does what the tokenizer does with a text, as the model is used.
         """
         windows, text = _windows(model, tokenizer, bos)
-        return cls(windows, text, _logits(model, windows))
+        with running_alone(model):
+            return cls(windows, text, _logits(model, windows))
 
     def measure(self, model: nn.Module) -> dict[str, Any]:
         """Compare ``model`` with the recorded model.
@@ -122,6 +124,6 @@ def _windows(model: nn.Module, tokenizer: Any, bos: bool | None) -> tuple[Window
 
 def _vocabulary(model: nn.Module) -> int:
     """Return how many tokens a model both reads and predicts; some embed tokens, as those of images, that none predicts."""
-    with evaluation_mode(model):
+    with evaluation_mode(model), running_alone(model):
         predicted = run_model(model, torch.zeros(1, 1, dtype=torch.int64)).shape[-1]
     return min(input_table(model)[0], predicted)

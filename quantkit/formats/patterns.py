@@ -14,8 +14,10 @@ from quantkit.errors import FormatError
 
 SEARCH_S = 0.25
 """Longest time for one name and one expression; usual ones take microseconds."""
-ALL_SEARCHES_S = 5.0
-"""Longest time for all searches of one config."""
+ALL_SEARCHES_S, PER_SEARCH_S = 5.0, 20e-6
+"""Longest time for all searches of one config: a fixed part, and one for every search."""
+MAX_EXPRESSIONS = 1000
+"""Most regular expressions of a list."""
 MAX_CHARACTERS = 100_000
 """Longest regular expression."""
 
@@ -37,7 +39,7 @@ class SearchTime:
             found = expression.match(name, timeout=SEARCH_S) is not None
         except TimeoutError:
             found, self._left_s = False, 0.0
-        self._left_s -= time.perf_counter() - started
+        self._left_s += PER_SEARCH_S - (time.perf_counter() - started)
         if self._left_s <= 0:
             raise FormatError(
                 f"the regular expression {expression.pattern[:100]!r} takes too long for module {name}; "
@@ -55,13 +57,18 @@ class ModulePatterns:
         everything: names that stand for every module.
 
     Raises:
-        FormatError: an expression that is wrong or too long.
+        FormatError: too many expressions, or one that is wrong or too long.
     """
 
     def __init__(self, patterns: Iterable[str], clock: SearchTime, everything: frozenset[str] = frozenset()) -> None:
         listed = list(patterns)
         self._names = frozenset(pattern for pattern in listed if not pattern.startswith("re:"))
-        self._expressions = [_compile(pattern.removeprefix("re:")) for pattern in listed if pattern.startswith("re:")]
+        expressions = [pattern.removeprefix("re:") for pattern in listed if pattern.startswith("re:")]
+        if len(expressions) > MAX_EXPRESSIONS:
+            raise FormatError(
+                f"{len(expressions)} regular expressions, want at most {MAX_EXPRESSIONS}; list the modules instead"
+            )
+        self._expressions = [_compile(expression) for expression in expressions]
         self._all, self._clock = bool(self._names & everything), clock
 
     def match(self, name: str) -> bool:

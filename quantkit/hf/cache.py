@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from quantkit.errors import QuantkitError
-from quantkit.nn.block_calls import CANNOT_RUN
+from quantkit.nn.block_calls import CANNOT_RUN, running_alone
 from quantkit.nn.embedding import input_table
 
 logger = logging.getLogger(__name__)
@@ -185,9 +185,10 @@ def _plain_logits(model: PreTrainedModel, ids: Tensor) -> dict[int, Tensor]:
     """
     step = TransformersStep(model, _Way(cached=False))
     ends = list(itertools.accumulate(_PIECES))
+    with running_alone(model):
+        step.restarted(ids[:, :1])  # names a model without logits
     if rope_types(model.config.get_text_config(decoder=True)) & LENGTH_DEPENDENT_ROPE:
         return {end: step.restarted(ids[:, :end]).float() for end in ends}
-    step.restarted(ids[:, :1])  # names a model without logits
     with torch.inference_mode():
         logits = model(input_ids=ids, use_cache=False, return_dict=True).logits[0].float()
     limit = (2e-3 if model.dtype == torch.float32 else 0.1) * float(logits.abs().max())

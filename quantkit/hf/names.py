@@ -88,15 +88,17 @@ def checkpoint_names(model: PreTrainedModel, transposed: Collection[str] = ()) -
             f"{type(model).__name__}: transformers cannot convert its weights to checkpoint tensors: {error}"
         ) from error
     starts = torch.tensor(bases) // 2
+    heights = torch.tensor([_height(shape, name in transposed) for name, shape in shapes.items()])
     found = {}
     for stored_name, tensor in converted.items():
         rows, swapped = _decode(stored_name, tensor)
         owners = torch.searchsorted(starts, rows, right=True) - 1
         local = rows - starts[owners]
-        if tensor.ndim > 2 and (whole := _shuffled(owners, local, names, shapes, transposed)) is not None:
-            stored_name, swapped, pieces = whole.parameter, whole.parameter in transposed, (whole,)
-        else:
-            pieces = _pieces(stored_name, owners, local, names, shapes, transposed, stacked=tensor.ndim > 2)
+        whole = _shuffled(owners, local, names, shapes, transposed) if tensor.ndim > 2 else None
+        if whole is not None:
+            found[whole.parameter] = CheckpointTensor((whole,), whole.parameter in transposed)
+            continue
+        pieces = _pieces(stored_name, owners, local, names, shapes, transposed, None if tensor.ndim > 2 else heights)
         found[stored_name] = CheckpointTensor(pieces, swapped)
     return found
 
@@ -139,13 +141,14 @@ def _pieces(
     names: list[str],
     shapes: dict[str, tuple[int, ...]],
     transposed: Collection[str],
-    *,
-    stacked: bool,
+    heights: Tensor | None,
 ) -> tuple[Piece, ...]:
-    """Merge consecutive rows of one parameter and expert into pieces; a 3-D checkpoint tensor consists of whole matrices."""
-    if stacked:
+    """Merge consecutive rows of one parameter and expert into pieces; a 3-D checkpoint tensor consists of whole matrices.
+
+    ``heights`` are the rows of one matrix of each parameter; None for a 3-D tensor.
+    """
+    if heights is None:
         return _stacks(stored_name, owners, local, names, shapes, transposed)
-    heights = torch.tensor([_height(shape, name in transposed) for name, shape in shapes.items()])
     experts, rows = local // heights[owners], local % heights[owners]
     breaks = (owners.diff() != 0) | (experts.diff() != 0) | (rows.diff() != 1)
     edges = [0, *(breaks.nonzero().flatten() + 1).tolist(), len(owners)]

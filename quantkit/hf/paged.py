@@ -12,6 +12,7 @@ chunks and together with another sequence, and their logits are compared with th
 import contextlib
 import contextvars
 import inspect
+import re
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -27,11 +28,13 @@ from quantkit.engine.backend import Copy, Memory, Span
 from quantkit.engine.kvstore import Pool, make_pool, pool_bytes
 from quantkit.errors import QuantkitError
 from quantkit.hf.cache import LENGTH_DEPENDENT_ROPE, rope_types
+from quantkit.nn.block_calls import running_alone
 from quantkit.nn.embedding import input_table
 from quantkit.spec import KVScheme
 from quantkit.system.turns import turn
 
 _ATTENTION = "quantkit"
+_POSITIONS = re.compile(r"(^|\.)(wpe|pos_emb\w*|position_emb\w*|embed_positions)$")
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 
 
@@ -234,7 +237,7 @@ def _verify(model: PreTrainedModel, kinds: list[str]) -> tuple[LayerShape, ...]:
     """
     size, device = input_table(model)
     ids = (torch.arange(11, device=device) * 7919 + 3) % size
-    with torch.inference_mode():
+    with torch.inference_mode(), running_alone(model):
         plain = model(input_ids=ids[None], use_cache=False, return_dict=True)
     if getattr(plain, "logits", None) is None:
         raise QuantkitError(
@@ -309,6 +312,15 @@ def _attention_configs(model: PreTrainedModel) -> list[Any]:
 
 
 def context_tokens(model: PreTrainedModel) -> int | None:
-    """Return the longest sequence that the model supports, or None if its config does not name one."""
-    longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return int(longest) if isinstance(longest, int) and longest > 0 else None
+    """Return the longest sequence that the model supports: what its config names, and no more than learned positions.
+
+    Returns:
+        None if the config names no length and no positions are learned.
+    """
+    named = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    tables = [
+        part.num_embeddings - getattr(part, "offset", 0)  # OPT and its like leave the first rows out
+        for name, part in model.named_modules()
+        if isinstance(part, nn.Embedding) and _POSITIONS.search(name)
+    ]
+    return min([*tables, *([named] if isinstance(named, int) and named > 0 else [])], default=None)

@@ -68,5 +68,7 @@ def _check(name: str, value: float, where: str | Path) -> None:
     for pattern, limit, what in _LIMITS:
         if pattern.search(last):
             if value > limit:
-                raise QuantkitError(f"{where}: {name} is {value:.6g}, more {what} than any model has (at most {limit})")
+                raise QuantkitError(
+                    f"{where}: {name} is {value:.6g}, more {what} than any model has (at most {limit}); correct its config"
+                )
             return

@@ -57,13 +57,29 @@ def load_config(source: str | Path) -> PretrainedConfig:
     try:
         if not gguf:
             check_config_of(place)
-        config: PretrainedConfig = read_gguf(AutoConfig, Path(place)) if gguf else AutoConfig.from_pretrained(place)
+        config: PretrainedConfig = (
+            read_gguf(AutoConfig, Path(place)) if gguf else AutoConfig.from_pretrained(place, trust_remote_code=False)
+        )
     except ImportError as error:
         raise QuantkitError(
             f"reading {Path(place).name} needs the gguf package: pip install 'quantkit[demo]' ({error})"
         ) from error
     except (OSError, ValueError, KeyError) as error:
-        raise QuantkitError(f"cannot read the config of {source}: {error}; give a directory, a hub id, or demo") from error
+        unreadable = f"cannot read the config of {source}: {error}; give a directory, a hub id, or demo"
+        raise QuantkitError(own_code(source, error) or unreadable) from error
     if getattr(config, "quantization_config", None):
         raise QuantkitError(f"{source} is already quantized, want a float model; give the model that it was made from")
     return config
+
+
+def own_code(source: str | Path, error: Exception) -> str | None:
+    """Say so if transformers refused a model because it wants code of its own to be run; None if it was for something else.
+
+    That code is never run because somebody asked at a prompt, only where a program says ``trust_remote_code=True``.
+    """
+    if "trust_remote_code" not in str(error):
+        return None
+    return (
+        f"{source} brings code of its own, which is not run unasked; if you trust it, load the model with transformers and "
+        "trust_remote_code=True, and give the model itself in place of its name"
+    )

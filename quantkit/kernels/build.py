@@ -9,8 +9,9 @@ everything it depends on: sources, flags, compiler and its version, and the feat
 it uses AVX2, AVX-512, VNNI and bfloat16 products, if the CPU has them; on 64-bit ARM, NEON with dotprod, i8mm and bf16 (tested
 under emulation; speed not measured). AMX tiles are tested with emulated instructions, but not on hardware.
 
-A library is written to a temporary file and renamed, so several processes can build at the same time. Its SHA-256 is appended
-to the file (loaders ignore trailing bytes), so a damaged file is detected before it is mapped, and rebuilt.
+A library is written to a temporary file and renamed, so several processes can build at the same time. The SHA-256 of its name
+and content is appended to the file (loaders ignore trailing bytes), so a damaged or exchanged file is detected before it is
+mapped, and rebuilt. A directory or file that others could have written to is not used.
 """
 
 import atexit
@@ -24,6 +25,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -33,8 +35,8 @@ import torch
 
 from quantkit.errors import KernelError
 from quantkit.kernels import build
-from quantkit.system.cores import usable_cores
-from quantkit.system.files import atomic_path, cache_dir
+from quantkit.system.cores import fewer_threads, usable_cores, waits_are_chosen
+from quantkit.system.files import atomic_path, private_directory, shared
 
 logger = logging.getLogger(__name__)
 
@@ -162,19 +164,18 @@ def compiler() -> list[str]:
 def cache_directory() -> Path:
     """Return the directory of the cached libraries, which is created if it does not exist.
 
-    If it is not writable, this is a temporary directory of the process instead, with a warning.
+    If it is not writable, or others could write to it, this is a temporary directory of the process instead, with a warning.
     """
-    directory = cache_dir() / "kernels"
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        directory = private_directory("kernels")
         with tempfile.TemporaryFile(dir=directory):
             return directory
     except OSError as error:
         temporary = Path(tempfile.mkdtemp(prefix="quantkit-kernels-"))
         atexit.register(shutil.rmtree, temporary, ignore_errors=True)
         warn_once(
-            f"cannot write to the kernel cache {directory} ({error}): compiling into {temporary} for this process only; "
-            "set XDG_CACHE_HOME to a writable directory"
+            f"cannot use the kernel cache ({error}): compiling into {temporary} for this process only; "
+            "set XDG_CACHE_HOME to a writable directory of your own"
         )
         return temporary
 
@@ -207,7 +208,7 @@ def sources() -> list[Path]:
 
 def library_key(command: list[str]) -> str:
     """Return a hash of everything that determines the library which ``command`` compiles."""
-    return digest(sources(), shlex.join(command), _version(tuple(command)), _cpu())
+    return digest(sources(), "sealed with its name", shlex.join(command), _version(tuple(command)), _cpu())
 
 
 def digest(files: list[Path], *facts: str) -> str:
@@ -276,7 +277,7 @@ def compile_and_link(
                 outputs = list(pool.map(lambda line: _run(line, way_out), lines))
             _run([*command, "-shared", *objects, "-o", str(temporary)], way_out)
             content = temporary.read_bytes()
-            temporary.write_bytes(content + hashlib.sha256(content).digest())
+            temporary.write_bytes(content + _seal(path, content))
             return outputs
     except (OSError, subprocess.TimeoutExpired) as error:
         raise KernelError(f"the kernels could not be compiled into {path} ({error}); {way_out}") from error
@@ -291,14 +292,25 @@ def _run(line: list[str], way_out: str) -> str:
 
 
 def damage(path: Path) -> str | None:
-    """Return what is wrong with the file of a library, or None if its checksum is right."""
+    """Return what is wrong with the file of a library; None if only this user can have written it and its checksum is right."""
+    if reason := shared(path):
+        return reason
     content = path.read_bytes()
-    return None if hashlib.sha256(content[:-32]).digest() == content[-32:] else "its checksum differs"
+    return None if _seal(path, content[:-32]) == content[-32:] else "its checksum differs"
+
+
+def _seal(path: Path, content: bytes) -> bytes:
+    """Return the SHA-256 of a library under its name, which says what it was made from."""
+    return hashlib.sha256(path.name.encode() + b"\0" + content).digest()
 
 
 def _open(path: Path) -> ctypes.CDLL:
     lib = open_library(path, _SIGNATURES, ABI_VERSION)
     lib.qk_use_openmp(*(_openmp() or (None, None, None)))
+    _shorten_waits()
+    if (cores := fewer_threads(os.environ, torch.get_num_threads())) is not None:
+        logger.info("%d threads instead of %d: the quota of this process's control group", cores, torch.get_num_threads())
+        torch.set_num_threads(cores)
     return lib
 
 
@@ -333,6 +345,24 @@ def _openmp() -> tuple[int | None, ...] | None:
     except AttributeError:
         return None
     return tuple(ctypes.cast(entry, ctypes.c_void_p).value for entry in entries)
+
+
+@functools.cache
+def _shorten_waits() -> None:
+    """Let the threads of a GNU OpenMP runtime that was loaded before quantkit sleep soon while they wait.
+
+    See :mod:`quantkit.system.cores`. The runtime no longer reads the environment then, but it also lets threads sleep soon if
+    it has more of them than there are cores (its manual, on GOMP_SPINCOUNT). So it gets a second team, which does nothing.
+    """
+    process = ctypes.CDLL(None)
+    if waits_are_chosen(os.environ) or _openmp() is None or hasattr(process, "__kmpc_fork_call"):  # the last one is LLVM's
+        return
+
+    def idle() -> None:
+        process.GOMP_parallel(process.omp_get_num_threads, None, 2, 0)  # any function will do
+        threading.Event().wait()
+
+    threading.Thread(target=idle, name="quantkit-second-team", daemon=True).start()
 
 
 def compiled(what: str) -> bool:

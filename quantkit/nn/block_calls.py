@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantkit.errors import CalibrationError, SpecError
+from quantkit.errors import CalibrationError, QuantkitError, SpecError
 from quantkit.nn.embedding import input_table
 from quantkit.nn.sites import Structure
 
@@ -52,6 +52,22 @@ class BlockCalls:
 
     hidden: Tensor
     calls: tuple[tuple[tuple[Any, ...], dict[str, Any]], ...]
+
+
+@contextmanager
+def running_alone(model: nn.Module) -> Iterator[None]:
+    """Name a model whose own forward fails on token ids: a part of another model, or one that wants more than tokens.
+
+    Raises:
+        QuantkitError: instead of what the model raises.
+    """
+    try:
+        yield
+    except CANNOT_RUN as error:
+        raise QuantkitError(
+            f"{type(model).__name__} cannot be run on token ids alone: {type(error).__name__}: {error}; give a causal language "
+            "model that can, or the whole that this one is a part of"
+        ) from error
 
 
 class _StackDone(Exception):
@@ -186,7 +202,8 @@ def check_chain(model: nn.Module, structure: Structure, ids: Tensor | None = Non
         ids = torch.arange(8, device=input_table(model)[1]).unsqueeze(0)
     batches = [(ids, mask), (ids.flip(1), None if mask is None else mask.flip(1))]
     with torch.no_grad():
-        wanted = [model(**_inputs(*batch), use_cache=False).logits for batch in batches]
+        with running_alone(model):
+            wanted = [model(**_inputs(*batch), use_cache=False).logits for batch in batches]
         if not all(bool(torch.isfinite(want).all()) for want in wanted):
             raise CalibrationError(f"{type(model).__name__}: logits are not finite; a weight is NaN or infinite, or overflows")
         recorded = [record_block_calls(model, structure, *batch) for batch in batches]
@@ -204,7 +221,8 @@ def check_chain(model: nn.Module, structure: Structure, ids: Tensor | None = Non
                 raise SpecError(
                     f"{block.name} cannot run by itself; does it need what another block leaves? {error}"
                 ) from error
-        worst = max((finish(model, structure, h) - want).abs().max().item() for h, want in zip(hidden, wanted, strict=True))
+        finished = [finish(model, structure, h, h.dtype) for h in hidden]  # a bfloat16 model may add its blocks up in float32
+        worst = max((got - want).abs().max().item() for got, want in zip(finished, wanted, strict=True))
     limit = 1e-3 * max(want.abs().max().item() for want in wanted)
     if not worst <= limit:
         raise SpecError(

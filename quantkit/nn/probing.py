@@ -28,6 +28,7 @@ class BlockTrial:
         module: its module.
         hidden: its input (B, T, H).
         before: what :meth:`run` returned before anything was changed.
+        noise: how much of the largest logit rounding alone may change; 0 where logits are not looked at.
         run: runs the block and returns its output (B, T, H); of a model that only runs as a whole, its logits (B, T, V), too.
     """
 
@@ -35,6 +36,7 @@ class BlockTrial:
     module: nn.Module
     hidden: Tensor
     before: tuple[Tensor, ...]
+    noise: float
     run: Callable[[], tuple[Tensor, ...]]
 
     @property
@@ -43,7 +45,8 @@ class BlockTrial:
         return self.before[0] - self.hidden
 
     def rest_changed(self, now: tuple[Tensor, ...], tolerance: float) -> bool:
-        """Say whether more than the block's output has changed: the model's logits, by ``tolerance`` of the largest."""
+        """Say whether more than the block's output has changed: the model's logits, by ``tolerance`` of the largest or more."""
+        tolerance = max(tolerance, self.noise)
         pairs = zip(now[1:], self.before[1:], strict=True)
         return not all(float((new - old).abs().max()) <= tolerance * float(old.abs().max()) for new, old in pairs)
 
@@ -66,11 +69,34 @@ def try_blocks(model: nn.Module, structure: Structure, ids: Tensor) -> Iterator[
                 return (call_block(module, hidden, *own_containers(*call)),)
 
         before = run()
-        yield BlockTrial(block, module, hidden, before, run)
+        yield BlockTrial(block, module, hidden, before, 0.0, run)
         hidden = before[0]
 
 
+def rounding_noise(model: Any, ids: Tensor) -> float:
+    """Return how much of the largest logit a model may change by rounding alone, on ``ids`` (B, T).
+
+    Some models amplify rounding, as those that run their layers several times. Four times the change is returned that the
+    logits show when every embedding is changed by up to one unit in its last place.
+    """
+
+    def shaken(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        factors = torch.rand(output.shape, generator=generator) * 2 - 1
+        return output * (1 + torch.finfo(output.dtype).eps * factors.to(output.device)).to(output.dtype)
+
+    with torch.no_grad():
+        before = model(input_ids=ids, use_cache=False).logits
+        hook = model.get_input_embeddings().register_forward_hook(shaken)
+        try:
+            changed = model(input_ids=ids, use_cache=False).logits
+        finally:
+            hook.remove()
+    return 4 * float((changed - before).abs().max()) / max(float(before.abs().max()), 1e-30)
+
+
 def _try_whole(model: nn.Module, structure: Structure, ids: Tensor) -> Iterator[BlockTrial]:
+    noise = rounding_noise(model, ids)
     for block in structure.blocks:
         module = model.get_submodule(block.name)
         entered: list[Tensor] = []
@@ -90,7 +116,7 @@ def _try_whole(model: nn.Module, structure: Structure, ids: Tensor) -> Iterator[
         except SpecError:  # a block that never runs has nothing to try
             continue
         hidden = entered[0] if entered and entered[0].shape == before[0].shape else torch.zeros_like(before[0])
-        yield BlockTrial(block, module, hidden, before, run)
+        yield BlockTrial(block, module, hidden, before, noise, run)
 
 
 def watch_block(module: nn.Module, entering: Callable[[Tensor], None], leaving: Callable[[Tensor], None]) -> Callable[[], None]:

@@ -21,11 +21,10 @@ from quantkit.calibrate.chain import collect_statistics
 from quantkit.calibrate.data import Batch, Calibration, check_fit, unpadded, unpadded_counts
 from quantkit.calibrate.data import fingerprint as data_fingerprint
 from quantkit.calibrate.statistics import load_statistics
-from quantkit.checkpoint.contents import carried_layout, contents_of
+from quantkit.checkpoint.contents import contents_of
 from quantkit.evaluation.coverage import coverage_after, coverage_before, remark, shortfall
 from quantkit.evaluation.sanity import SanityCheck
-from quantkit.hf.ledger import ledger_of
-from quantkit.hf.load import PreTrainedModel, load_float
+from quantkit.hf.load import PreTrainedModel, load_float, warn_of_lost
 from quantkit.hf.mend import mend
 from quantkit.hf.source import load_config, locate
 from quantkit.hf.structure import describe
@@ -33,6 +32,7 @@ from quantkit.hf.ties import settle_ties
 from quantkit.nn.probes import all_experts_shown
 from quantkit.nn.quantized import Quantized
 from quantkit.nn.sites import SiteStatistics, Structure
+from quantkit.pipeline.again import finished_result, record_of, replaced_model
 from quantkit.pipeline.blocks import BlockRun, calibration_chain, needs_of, quantize_blocks
 from quantkit.pipeline.checks import (
     check_model,
@@ -94,31 +94,39 @@ def quantize(
         tokenizer: needed for text; found by itself when ``model`` is a path.
 
     Returns:
-        A :class:`QuantizeResult`.
+        A :class:`QuantizeResult`. Where ``out`` already holds what the same call has written, it is read back, and the result
+        says ``already_done``.
 
     Raises:
         SpecError, CalibrationError, FormatError: before long work starts where that is possible.
+        BusyError: another process is writing to ``out``.
     """
     quantizer = QUANTIZERS.get(method)() if isinstance(method, str) else method
     todo, target = make_steps(steps), output.to(out)  # mistakes in names come before a model is loaded
-    model, tokenizer = _resolve_model(model, tokenizer)
-    structure = describe(model)
-    job = _Job(
-        model=model,
-        tokenizer=tokenizer,
-        structure=structure,
-        resolution=resolve(structure, scheme, rules, _scale_dtype(model)),
-        method=quantizer,
-        steps=todo,
-        calibration=calibration,
-        output=target,
-        run=run,
-    )
-    job.refuse()
-    batches, read = calibration.read(tokenizer) if job.reads_text else ([], {})
-    check_fit(batches, model)
-    check_model(model)
-    return _carry_out(job.prepared().with_fitting_scales(), batches, read)
+    with checkpoint.claim(target.path, "quantizing a model"):
+        model, tokenizer = _resolve_model(model, tokenizer, target)
+        structure = describe(model)
+        job = _Job(
+            model=model,
+            tokenizer=tokenizer,
+            structure=structure,
+            resolution=resolve(structure, scheme, rules, _scale_dtype(model)),
+            method=quantizer,
+            steps=todo,
+            calibration=calibration,
+            output=target,
+            run=run,
+        )
+        job.refuse()
+        batches, read = calibration.read(tokenizer) if job.reads_text else ([], {})
+        check_fit(batches, model)
+        key = job.key(batches)
+        if key is not None and (done := finished_result(model, tokenizer, target, run, key)):
+            return done
+        check_model(model)
+        job = job.prepared().with_fitting_scales()
+        job.check_output(key, batches)
+        return _carry_out(job, key, batches, read)
 
 
 @dataclass(frozen=True)
@@ -194,20 +202,36 @@ class _Job:
         dtype = str(self.model.dtype).removeprefix("torch.")
         return replace(self, resolution=fit_scales(self.model, self.structure, self.resolution, format, dtype))
 
-    def writer_key(self, batches: Sequence[Batch]) -> checkpoint.Key | None:
-        """Return what decides the files, having checked that they may be written; None if nothing is to be written."""
+    def key(self, batches: Sequence[Batch]) -> checkpoint.Key | None:
+        """Return what decides the files; None if nothing is to be written."""
         output = self.output
         if output.path is None:
             return None
         methods = (*self.steps.all, self.method, self.compute, *(("all experts",) if self.calibration.all_experts else ()))
-        carried = carried_layout(ledger_of(self.model))
-        methods = (*methods, carried) if carried else methods
-        key = run_key(self.model, self.plan, methods, batches, statistics=self.statistics, format=output.format)
-        resumed = key if self.run.resume else None
-        checkpoint.check_output(
-            output.path, self.model, self.plan, format=output.format, overwrite=output.overwrite, key=resumed
+        known = self.statistics
+        return run_key(
+            self.model, self.plan, methods, batches, tokenizer=self.tokenizer, statistics=known, format=output.format
         )
-        return key
+
+    def check_output(self, key: checkpoint.Key | None, batches: Sequence[Batch]) -> None:
+        """Make sure that the files may be written."""
+        output = self.output
+        if output.path is None:
+            return
+        checkpoint.check_output(
+            output.path,
+            self.model,
+            self.plan,
+            format=output.format,
+            overwrite=output.overwrite,
+            key=key if self.run.resume else None,
+            scratch=self.scratch_bytes(batches),
+        )
+
+    def scratch_bytes(self, batches: Sequence[Batch]) -> int:
+        """Return the size of what two blocks hand on, which is on the disk at the same time for a moment."""
+        hidden = getattr(self.model.config.get_text_config(), "hidden_size", 0) or 0
+        return 2 * sum(batch.ids.numel() for batch in batches) * hidden * self.compute.dtype.itemsize if self.walks else 0
 
     def open_store(self, key: checkpoint.Key | None) -> ResumeStore | None:
         """Open the checkpoint that finished blocks go to."""
@@ -226,10 +250,9 @@ class _Job:
         return ResumeStore(writer)
 
 
-def _carry_out(job: _Job, batches: Sequence[Batch], read: Mapping[str, Any]) -> QuantizeResult:
+def _carry_out(job: _Job, key: checkpoint.Key | None, batches: Sequence[Batch], read: Mapping[str, Any]) -> QuantizeResult:
     """Transform, quantize, learn, measure and write; ``read`` is what is recorded of the calibration text."""
-    model, compute, progress = job.model, job.compute, job.run.report
-    key, texts = job.writer_key(batches), unpadded(batches)
+    model, compute, progress, texts = job.model, job.compute, job.run.report, unpadded(batches)
     sanity = SanityCheck.start(model, job.tokenizer, job.calibration.bos or None)
     counted = unpadded_counts(batches)
     structure = apply_transforms(
@@ -266,11 +289,11 @@ def _carry_out(job: _Job, batches: Sequence[Batch], read: Mapping[str, Any]) -> 
         checkpoint.verify(stage, model)
         return {"reload_kl": sanity.check_reloaded(model, checkpoint.load(stage, cache=False))}
 
-    path = None
+    path, losses = None, {name: one.loss for name, one in results.items()}
     if store is not None:
         outside = {site.name: results[site.name].qtensor for site in structure.after if site.name in results}
-        path = store.writer.finish(metadata, outside=outside, tokenizer=job.tokenizer, check=check)
-    losses = {name: one.loss for name, one in results.items()}
+        facts = record_of(coverage, losses)
+        path = store.writer.finish(metadata, outside=outside, tokenizer=job.tokenizer, run=facts, check=check)
     return QuantizeResult(model, job.tokenizer, job.plan, coverage, losses, path, metadata)
 
 
@@ -330,13 +353,17 @@ def collect(
     return found, data_fingerprint(batches)
 
 
-def _resolve_model(model: nn.Module | str | Path, tokenizer: Any) -> tuple[PreTrainedModel, Any]:
+def _resolve_model(
+    model: nn.Module | str | Path, tokenizer: Any, output: Output = DEFAULT_OUTPUT
+) -> tuple[PreTrainedModel, Any]:
     if isinstance(model, nn.Module):
         given = cast(PreTrainedModel, model.eval())
         mend(given)
         settle_ties(given, given.config)
+        warn_of_lost(given)
         return given, tokenizer
-    loaded, found = load_float(locate(model))
+    place = locate(model)
+    loaded, found = replaced_model(place, output) or load_float(place)
     return loaded, tokenizer if tokenizer is not None else found
 
 

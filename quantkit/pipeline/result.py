@@ -24,6 +24,7 @@ class QuantizeResult:
         losses: layer name to relative squared output error over the calibration inputs.
         path: the checkpoint directory, or None if none was asked for.
         metadata: what was recorded in the checkpoint: scheme, quantizer, calibration, versions, measured quality.
+        already_done: the checkpoint was there already, written by the same run earlier, and was read back.
     """
 
     model: nn.Module
@@ -33,6 +34,7 @@ class QuantizeResult:
     losses: dict[str, float]
     path: Path | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
+    already_done: bool = False
 
     def facts(self) -> dict[str, str]:
         """Return what a reader wants to know first, label to value."""

@@ -1,8 +1,9 @@
 """What decides the result of a run, and finished blocks between the walk and the checkpoint that is being written.
 
 The state of an unfinished run lives in the checkpoint's own directory (:mod:`quantkit.checkpoint.staging`). It is continued
-only by a run whose :func:`run_key` is the same: same model, plan, methods, calibration, format, versions and source code, since
-blocks that were made differently must not end up in one checkpoint.
+only by a run whose :func:`run_key` is the same: same model to the last byte, config, tokenizer, plan, methods, calibration,
+format, versions and source code, since blocks that were made differently must not end up in one checkpoint. A finished
+checkpoint notes the same key, so that the run that is given again knows that it is done.
 """
 
 import functools
@@ -10,20 +11,26 @@ import hashlib
 import importlib.metadata
 import json
 import sys
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from quantkit.calibrate.data import Batch
 from quantkit.calibrate.data import fingerprint as data_fingerprint
 from quantkit.checkpoint import CheckpointWriter, Key
+from quantkit.checkpoint.digests import sums
+from quantkit.checkpoint.extras import write_extras
 from quantkit.formats.base import FORMATS
+from quantkit.hf.ledger import ledger_of
+from quantkit.hf.load import PreTrainedModel
 from quantkit.nn.quantized import Quantized
 from quantkit.nn.sites import SiteStatistics
 from quantkit.qtensor import GridTensor
 from quantkit.spec import Plan
+from quantkit.system.files import sha256_file
 from quantkit.version import __version__
 
 PACKAGE = Path(__file__).parents[1]
@@ -33,36 +40,54 @@ FACES = ("cli", "engine", "generation", "recipe", "report", "serve")
 
 
 def run_key(
-    model: nn.Module,
+    model: PreTrainedModel,
     plan: Plan,
     methods: Sequence[object],
     batches: Sequence[Batch],
     *,
+    tokenizer: Any = None,
     statistics: Mapping[str, SiteStatistics] | None = None,
     format: str = "compressed-tensors",
 ) -> Key:
     """Return what decides the result of a run, by topic.
 
+    Every byte of the model and of the statistics is hashed, which takes about as long as reading them.
+
     Args:
-        model: the float model, before anything is done to it.
+        model: the float model, before anything is done to it. Of an empty one (on the meta device) the weights are left out.
         plan: site name to scheme.
         methods: quantizer, transforms and other settings; their ``repr`` says what they do.
         batches: calibration text; batches count by size too, since what blocks hand on keeps them.
+        tokenizer: written along, and asked for text to compare with.
         statistics: used instead of calibration text.
         format: name of the checkpoint's format.
     """
     known = {f"{site}|{name}": value for site, one in (statistics or {}).items() for name, value in one.results.items()}
     rule = FORMATS.get(format)
     return {
-        "model": _tensors_digest(model.named_parameters()),
+        **({} if model.device.type == "meta" else weights_key(model)),
         "plan": _text_digest({name: scheme.to_dict() for name, scheme in plan.items()}),
-        "settings": _text_digest([repr(method) for method in methods]),
+        "settings": ", ".join(map(repr, methods)),
         "calibration": _text_digest([data_fingerprint(batches), *(tuple(batch.ids.shape) for batch in batches)]),
         "statistics": _tensors_digest(known.items()),
+        "tokenizer and generation settings": _extras_digest(model, tokenizer),
         "format": format,
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
         "code": code_digest([*methods, rule.codec, rule.container, rule.dialect]),
     }
+
+
+def weights_key(model: PreTrainedModel) -> Key:
+    """Return the topics of a key that a model's own numbers decide: its config, parameters and buffers."""
+    config = model.config.to_dict()
+    for name in ("_name_or_path", "transformers_version"):
+        config.pop(name, None)
+    tensors, ledger = [*model.named_parameters(), *model.named_buffers()], ledger_of(model)
+    carried: Key = {}
+    if ledger is not None and ledger.carried:
+        with ledger.tensors() as read:
+            carried = {"carried over": _text_digest(dict(sums((name, read(name)) for name in ledger.carried)))}
+    return {"config": _text_digest([type(model).__name__, config]), "model": _tensors_digest(tensors), **carried}
 
 
 def versions() -> dict[str, str]:
@@ -93,18 +118,23 @@ def _package_digest(package: Path) -> str:
 
 
 def _text_digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _tensors_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """Return a SHA-256 over names, shapes, dtypes and a spread of each tensor's numbers."""
-    digest = hashlib.sha256()
-    for name, tensor in tensors:
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        flat = tensor.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 4096)].float().cpu().contiguous()
-        digest.update(sample.numpy().tobytes())
-    return digest.hexdigest()
+    """Return a SHA-256 over names, shapes, dtypes and every byte."""
+    found = list(tensors)
+    facts = {name: f"{tuple(tensor.shape)} {tensor.dtype}" for name, tensor in found}
+    return _text_digest([[name, facts[name], digest] for name, digest in sums(found)])
+
+
+def _extras_digest(model: PreTrainedModel, tokenizer: Any) -> str:
+    """Return a SHA-256 over the files that are written beside the tensors."""
+    with tempfile.TemporaryDirectory(prefix="quantkit-") as scratch:
+        folder = Path(scratch)
+        write_extras(folder, model, tokenizer)
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        return _text_digest([[path.relative_to(folder).as_posix(), sha256_file(path)] for path in files])
 
 
 def _restored(qtensor: GridTensor, facts: Mapping[str, Any]) -> Quantized:

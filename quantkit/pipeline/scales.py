@@ -86,14 +86,15 @@ def fit_scales(model: nn.Module, structure: Structure, resolution: Resolution, f
 def _choose(weight: Tensor, site: Site, scheme: Scheme, format: str | None, dtype: str) -> tuple[Scheme, str | None]:
     """Return the scheme with scales that hold the weight, and what is to be said about it."""
     own = scheme.weight.scale_dtype
-    wanted, sizes = _wanted(weight, scheme)
-    first = _fit(wanted, sizes, own)
-    if first.whole:
+    wanted, used = _wanted(weight, scheme)
+    if _holds(wanted, used, own):
         return scheme, None
+    sizes = _sizes(weight, scheme)
+    first = _fit(wanted, used, sizes, own)
     for wider in WIDER[WIDER.index(own) + 1 :] if own in WIDER else ():
         candidate = replace(scheme, weight=replace(scheme.weight, scale_dtype=wider))
         refused = format is not None and FORMATS.get(format).rejects(candidate, site.shape[-2:], dtype)
-        fit = _fit(wanted, sizes, wider)
+        fit = _fit(wanted, used, sizes, wider)
         if not refused and (fit.whole or (fit.tolerable and not first.tolerable)):
             return candidate, f"scales are {wider}, because {own} cannot hold them ({_range(wanted)})"
     if first.tolerable:
@@ -106,29 +107,42 @@ def _choose(weight: Tensor, site: Site, scheme: Scheme, format: str | None, dtyp
     )
 
 
+def _matrices(weight: Tensor) -> Tensor:
+    """Return a weight as (experts, out, in), to be looked at one by one: a stack may be most of a model."""
+    return weight if weight.ndim == 3 else weight.unsqueeze(0)
+
+
 def _wanted(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
-    """Return the scales (n,) that a weight wants, and the squared size (n,) of its blocks relative to the largest weight."""
+    """Return the scales (n,) that a weight wants, and whether (n,) its blocks hold anything but zeros."""
     spec = scheme.weight
-    parts = weight if weight.ndim == 3 else weight.unsqueeze(0)  # experts one by one: a stack may be most of a model
-    wanted, sizes = [], []
-    most = float(weight.abs().amax()) or 1.0
-    for part in parts:
+    wanted, used = [], []
+    for part in _matrices(weight):
         one = grid.wanted_scales(part, spec)
+        used.append((one > 0).flatten())
         if spec.has_global_scale:
-            largest = part.float().abs().amax()
-            one = one * grid.choose_global_scale(largest, spec)
+            one = one * grid.choose_global_scale(part.float().abs().amax(), spec)
             one = torch.where(torch.isfinite(one), one, torch.zeros_like(one))  # smaller than any global scale can lift
         wanted.append(one.flatten())
-        sizes.append((grid.to_blocks(part.float(), spec) / most).double().square().sum(-1).flatten())
-    return torch.cat(wanted), torch.cat(sizes)
+    return torch.cat(wanted), torch.cat(used)
 
 
-def _fit(wanted: Tensor, sizes: Tensor, scale_dtype: str) -> _Fit:
+def _sizes(weight: Tensor, scheme: Scheme) -> Tensor:
+    """Return the squared size (n,) of a weight's blocks, relative to its largest number."""
+    most = float(weight.abs().amax()) or 1.0
+    blocks = (grid.to_blocks(part.float(), scheme.weight).div(most) for part in _matrices(weight))
+    return torch.cat([one.square_().sum(-1, dtype=torch.float64).flatten() for one in blocks])
+
+
+def _holds(wanted: Tensor, used: Tensor, scale_dtype: str) -> bool:
     low, high = grid.scale_bounds(scale_dtype)
-    used = sizes > 0
+    return bool(((wanted >= low) | ~used).all()) and float(wanted.max()) <= high
+
+
+def _fit(wanted: Tensor, used: Tensor, sizes: Tensor, scale_dtype: str) -> _Fit:
+    low, high = grid.scale_bounds(scale_dtype)
     small = used & (wanted < low)
     largest = float(wanted.max())
-    share = float(sizes[small].sum() / sizes.sum()) if bool(small.any()) else 0.0
+    share = float(sizes[small].sum() / sizes.sum().clamp(min=1e-300))
     return _Fit(int(small.sum()), int(used.sum()), share, largest if not largest <= high else None)
 
 

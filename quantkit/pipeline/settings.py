@@ -66,7 +66,7 @@ class Run:
     Args:
         strict: fail if a linear layer or expert would be left in float without a rule that says so, or falls back to plain
             rounding; the first is found before any work, the second when it happens.
-        resume: continue an interrupted run of the same settings; its state lies beside the checkpoint until it is done.
+        resume: continue an interrupted run of the same settings, or read back what it has finished; False starts over.
         compute: device and dtype of the block at work; None is the GPU if there is one, else the CPU in float32.
         progress: receives :class:`quantkit.Progress` events.
     """

@@ -6,14 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from quantkit import checkpoint
+from quantkit.checkpoint.check import EVALUATION
 from quantkit.checkpoint.contents import Contents, contents_of
 from quantkit.checkpoint.open import open_model
-from quantkit.errors import RecipeError
-from quantkit.evaluation import EvalReport, evaluate
-from quantkit.hf.source import load_config
+from quantkit.errors import FormatError, RecipeError
+from quantkit.evaluation import EvalReport, evaluate, is_answer
+from quantkit.hf.source import load_config, locate
 from quantkit.nn.sites import sharing_copy
+from quantkit.pipeline.again import replaced_model
 from quantkit.pipeline.checks import refuse_combinations
 from quantkit.pipeline.estimate import Estimate, estimate
 from quantkit.pipeline.fused import refuse_parted
@@ -21,7 +24,7 @@ from quantkit.pipeline.plan import Resolution, check_plan
 from quantkit.pipeline.quantize import quantize
 from quantkit.pipeline.result import QuantizeResult
 from quantkit.pipeline.steps import make_steps
-from quantkit.recipe.schema import Recipe
+from quantkit.recipe.schema import Evaluation, Recipe
 from quantkit.system.progress import ProgressCallback, ignore
 
 log = logging.getLogger(__name__)
@@ -49,13 +52,16 @@ class Preview:
 def plan_recipe(recipe: Recipe) -> Preview:
     """Apply a recipe to its model's config: every decision and every refusal, before a weight is read.
 
+    A model that a finished run of a recipe has replaced by its output is planned as the float model that it was made from.
+
     Raises:
         QuantkitError: the model's config cannot be read, a rule matches nothing, a grid or the format refuses a site.
     """
-    config: Any = load_config(recipe.model)
+    replaced = replaced_model(locate(recipe.model), recipe.output)
+    config: Any = replaced[0].config if replaced else load_config(recipe.model)
     dtype = getattr(torch, recipe.dtype) if recipe.dtype != "auto" else getattr(config, "dtype", None) or torch.float32
     config.dtype = dtype
-    contents = contents_of(config, weights=recipe.model)
+    contents = contents_of(config, weights=None if replaced else recipe.model)
     resolution = recipe.resolve(contents.structure, "bfloat16" if dtype == torch.bfloat16 else "float16")
     check_plan(resolution.plan, contents.structure, None)
     if recipe.output.keeps_together:
@@ -97,37 +103,59 @@ def run_recipe(recipe: Recipe, progress: ProgressCallback = ignore) -> Outcome:
     Raises:
         QuantkitError: before long work wherever that is possible; see :func:`plan_recipe`.
     """
-    preview = plan_recipe(recipe)
-    for note in preview.resolution.notes:
-        log.info(note)
-    model, tokenizer = open_model(recipe.model, preview.dtype)
-    output, measure = recipe.output, recipe.evaluate
-    base = sharing_copy(model) if measure and measure.against == "base" else None  # quantize changes the model itself
-    result = quantize(
-        model,
-        preview.resolution,
-        method=recipe.method.build(),
-        steps=[one.build() for one in recipe.steps],
-        calibration=recipe.calibration,
-        output=output,
-        run=replace(recipe.run, progress=progress),
-        tokenizer=tokenizer,
-    )
-    if measure is None:
-        return Outcome(preview, result, None)
+    with checkpoint.claim(recipe.output.path, "carrying out a recipe"):
+        preview = plan_recipe(recipe)
+        for note in preview.resolution.notes:
+            log.info(note)
+        model: Any
+        model, tokenizer = replaced_model(locate(recipe.model), recipe.output) or open_model(recipe.model, preview.dtype)
+        measure = recipe.evaluate
+        against = measure is not None and measure.against == "base" and model.device.type != "meta"
+        base = sharing_copy(model) if against else None  # quantize changes the model itself
+        result = quantize(
+            model,
+            preview.resolution,
+            method=recipe.method.build(),
+            steps=[one.build() for one in recipe.steps],
+            calibration=recipe.calibration,
+            output=recipe.output,
+            run=replace(recipe.run, progress=progress),
+            tokenizer=tokenizer,
+        )
+        report = None if measure is None else _measure(recipe, measure, result, base, progress)
+        return Outcome(preview, result, report)
+
+
+def _measure(
+    recipe: Recipe, measure: Evaluation, result: QuantizeResult, base: nn.Module | None, progress: ProgressCallback
+) -> EvalReport:
+    """Evaluate a result and note the report beside its checkpoint, unless the same measurement is noted there."""
+    path, base_label = Path(str(recipe.output.path)), recipe.model if measure.against == "base" else None
+    known = _known_report(path / EVALUATION) if result.already_done else None
+    asked: dict[str, Any] = measure.model_dump(include={"data", "column", "template", "windows", "length"})
+    tokenizer, latency = result.tokenizer, measure.latency
+    if known and is_answer(known, result.model, tokenizer=tokenizer, latency=latency, base=base_label, **asked):
+        return known
+    if measure.against == "base" and base is None:
+        log.warning("%s: the float model was replaced by this checkpoint, so there is nothing to compare it with", path)
     report = evaluate(
         result.model,
         base,
-        data=measure.data,
-        column=measure.column,
-        template=measure.template,
         tokenizer=tokenizer,
-        windows=measure.windows,
-        length=measure.length,
-        latency=measure.latency,
-        label=Path(str(output.path)).name,
-        base_label=recipe.model,
+        latency=latency,
+        label=path.name,
+        base_label=base_label if base is not None else None,
         progress=progress,
+        **asked,
     )
-    report.save(Path(str(output.path)) / "evaluation.json")
-    return Outcome(preview, result, report)
+    report.save(path / EVALUATION)
+    return report
+
+
+def _known_report(path: Path) -> EvalReport | None:
+    """Return a report that lies beside a checkpoint; None if there is none that can be read."""
+    try:
+        return EvalReport.load(path)
+    except FormatError as error:
+        log.info("measuring: %s", error)
+        return None

@@ -109,7 +109,7 @@ def _construct(root: yaml.Node | None, where: str) -> Any:
     loader = _Loader("")
     try:
         return loader.construct_document(root)
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
         raise RecipeError(
             f"{where}: a value cannot be read: {error}; leave tags (!!) out, and give numbers of usual size"
         ) from None

@@ -42,6 +42,7 @@ class ServerSettings:
         end_tokens: token ids that end an answer, unless a request ignores them.
         token: bearer token that clients must send; None for none.
         loopback: only this machine can reach the server; see :mod:`quantkit.serve.guard`.
+        hosts: names under which such a server may be asked besides those of this machine.
         origins: origins of web pages that may use the server; ``"*"`` for all.
         default_tokens: longest answer if a request does not set one, limited by the context.
         body_bytes: largest request body.
@@ -52,6 +53,7 @@ class ServerSettings:
     end_tokens: frozenset[int] = frozenset()
     token: str | None = None
     loopback: bool = False
+    hosts: tuple[str, ...] = ()
     origins: tuple[str, ...] = ()
     default_tokens: int = 512
     body_bytes: int = 1 << 20
@@ -75,7 +77,7 @@ def make_app(engine: TokenEngine, tokenizer: Any, settings: ServerSettings) -> S
         Route("/metrics", server.guard(server.metrics)),
         Route("/health", server.health),
     ]
-    guards = [Middleware(Guard, loopback=settings.loopback, origins=settings.origins)]
+    guards = [Middleware(Guard, loopback=settings.loopback, hosts=settings.hosts, origins=settings.origins)]
     if settings.origins:
         headers = ("Authorization", "Content-Type")
         pages = Middleware(CORSMiddleware, allow_origins=settings.origins, allow_methods=("GET", "POST"), allow_headers=headers)

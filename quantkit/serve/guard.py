@@ -27,11 +27,13 @@ class Guard:
     Args:
         app: the application.
         loopback: the server can only be reached from its own machine, so Host must be a name of it.
+        hosts: other names under which such a server may be asked, as behind a proxy.
         origins: origins of pages that may use the server, such as ``http://localhost:3000``; ``"*"`` for all.
     """
 
-    def __init__(self, app: ASGIApp, *, loopback: bool, origins: Collection[str]) -> None:
+    def __init__(self, app: ASGIApp, *, loopback: bool, hosts: Collection[str], origins: Collection[str]) -> None:
         self._app, self._loopback, self._origins = app, loopback, origins
+        self._hosts = {host.lower() for host in hosts}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer with 403 or 415, or hand the request on."""
@@ -44,8 +46,11 @@ class Guard:
     def _reason(self, method: str, headers: Headers) -> tuple[int, str] | None:
         """Return status and message of a refusal; None for a request that is allowed."""
         for host in headers.getlist("host"):
-            if self._loopback and not is_local(host_name(host)):
-                return 403, f"Host is {host[:100]!r}, but this server answers only to names of its own machine; use localhost"
+            if self._loopback and not is_local(host_name(host)) and host_name(host) not in self._hosts:
+                return 403, (
+                    f"Host is {host[:100]!r}, but this server answers only to names of its own machine; use localhost, or "
+                    "allow the name with --allow-host (hosts= in Python)"
+                )
         for origin in headers.getlist("origin"):
             if origin not in self._origins and ANY_ORIGIN not in self._origins:
                 return 403, (

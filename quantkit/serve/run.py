@@ -25,12 +25,15 @@ class ServerOptions(EngineOptions, total=False):
     """More options of :func:`open_server`; ``kv``, ``engine``, ``compute`` and ``batch_invariant`` are those of the engine.
 
     Attributes:
+        hosts: names under which a server on a loopback address may be asked besides those of this machine, as behind a proxy;
+            none by default.
         origins: origins of web pages that may use the server, such as ``http://localhost:3000``, or ``"*"`` for all;
             none by default.
         grace_s: seconds in which answers may go on after the server has been told to stop; then they end with an error. 5 by
             default.
     """
 
+    hosts: Sequence[str]
     origins: Sequence[str]
     grace_s: float
 
@@ -89,13 +92,14 @@ def open_server(
     if tokenizer is None:
         raise QuantkitError("a server needs a tokenizer, and the model has none; add tokenizer files to its directory")
     origins, grace_s = tuple(options.pop("origins", ())), options.pop("grace_s", GRACE_S)
+    hosts = tuple(options.pop("hosts", ()))
     check_origins(origins)
     bound = _listen(host, port)  # before the engine takes its memory
     try:
         engine = Engine(model, limits=limits, drafter=drafter, **cast(EngineOptions, options))
         address, number, *_ = bound.getsockname()
         loopback = ipaddress.ip_address(address.partition("%")[0]).is_loopback
-        settings = ServerSettings(name, frozenset(end_tokens(model)), token, loopback, origins)
+        settings = ServerSettings(name, frozenset(end_tokens(model)), token, loopback, hosts, origins)
         app = make_app(engine, tokenizer, settings)
     except BaseException:
         bound.close()

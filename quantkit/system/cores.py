@@ -9,11 +9,11 @@ cores too, the waiting threads take the time away from the very thread that they
 microseconds here, unless the user's environment says otherwise.
 
 Both are settings of the environment that the runtime reads when it is loaded, so :func:`prepare_openmp` is called when quantkit
-is imported. A program that imports torch before quantkit sets ``OMP_WAIT_POLICY=passive`` itself.
+is imported. If torch was imported before, both are made up for when the kernels are loaded (:mod:`quantkit.kernels.build`).
 """
 
 import os
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 
 SPINS = "1000"
@@ -38,16 +38,32 @@ def cpu_quota(root: Path = Path("/sys/fs/cgroup"), group: Path = Path("/proc/sel
     return min(found, default=None)
 
 
+def waits_are_chosen(environment: Mapping[str, str]) -> bool:
+    """Return whether the environment says how long OpenMP's threads look before they sleep."""
+    return bool({"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & environment.keys())
+
+
 def prepare_openmp(environment: MutableMapping[str, str]) -> None:
     """Complete the environment of an OpenMP runtime that is not loaded yet; what the user has set stays.
 
     Args:
         environment: ``os.environ``.
     """
-    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & environment.keys():
+    if not waits_are_chosen(environment):
         environment["GOMP_SPINCOUNT"] = SPINS
-    if "OMP_NUM_THREADS" not in environment and (cores := usable_cores()) < _visible_cores():
+    if (cores := fewer_threads(environment, _visible_cores())) is not None:
         environment["OMP_NUM_THREADS"] = str(cores)
+
+
+def fewer_threads(environment: Mapping[str, str], threads: int) -> int | None:
+    """Return how many threads a quota leaves if ``threads`` are too many; None if they are not, or the user chose.
+
+    Args:
+        environment: of the process.
+        threads: how many there are, or would be.
+    """
+    cores = usable_cores()
+    return cores if "OMP_NUM_THREADS" not in environment and cores < min(threads, _visible_cores()) else None
 
 
 def _visible_cores() -> int:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.errors import CalibrationError
-from quantkit.nn.probing import try_blocks
+from quantkit.nn.probing import rounding_noise, try_blocks
 from quantkit.nn.sites import Block, Site, SiteStatistics, Structure, read_weight, write_weight
 from quantkit.numerics.grid import choose_global_scale, powers_of_two
 from quantkit.spec import Plan, Scheme
@@ -156,7 +156,8 @@ class ChannelScaling(Transform, Protocol):
                 factors = self.factors(weights, [plan[site.name] for site in group.readers], found)
                 rescale(model, group, powers_of_two(factors))
             changed = float((model(ids, use_cache=False).logits - before).abs().max())
-        limit = 10 * TOLERANCE * float(before.abs().max())
+        noise = rounding_noise(model, ids) if structure.entangled is not None else 0.0
+        limit = max(10 * TOLERANCE, noise) * float(before.abs().max())
         if not changed <= limit:
             raise CalibrationError(f"{step_name(self)} changed the logits by {changed:.3g} (limit {limit:.3g}); leave it out")
 

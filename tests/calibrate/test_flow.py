@@ -218,6 +218,12 @@ def dory() -> PreTrainedModel:
     return build("dory", num_hidden_layers=3, layer_types=kinds, sliding_window=8, **layers)
 
 
+def test_rounding_that_a_model_amplifies_does_not_rule_a_rewrite_out() -> None:
+    model = dory().to(torch.bfloat16)
+    result = quantize(model, "w8a16", method="rtn", steps=["awq"], calibration=Calibration(data=token_ids()))
+    assert result.metadata["quality"]["kl_mean"] < 0.05
+
+
 @pytest.mark.parametrize(("make", "method"), [(sharing, "gptaq"), (dory, "gptq")])
 def test_an_interrupted_run_gives_the_same_files(make: Callable[[], PreTrainedModel], method: str, tmp_path: Path) -> None:
     def run(name: str, progress: Callable[[Progress], None]) -> None:

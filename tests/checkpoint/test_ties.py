@@ -10,12 +10,13 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from quantkit import checkpoint
+from quantkit.calibrate.data import Calibration
 from quantkit.errors import FormatError, SpecError
 from quantkit.hf.load import load_float
 from quantkit.pipeline.quantize import quantize
 from quantkit.pipeline.rules import Rule
 from quantkit.pipeline.settings import Output
-from tests.tiny import VOCAB, tiny_llama, tiny_tokenizer
+from tests.tiny import TEXT, VOCAB, tiny_llama, tiny_tokenizer
 
 IDS = torch.randint(3, 190, (2, 9), generator=torch.Generator().manual_seed(0))
 
@@ -144,6 +145,10 @@ def test_blocks_that_share_their_weights_are_quantized_once(format: str, zamba, 
     if format == "native":  # compressed-tensors stores the shape of every weight, too
         assert checkpoint.inspect(tmp_path / "q")["tensor_bytes"] == sum(row.bytes_after for row in done.coverage)
     assert torch.equal(logits(checkpoint.load(tmp_path / "q")), logits(done.model))
+    if format == "native":  # calibrated, with the inputs of the first block that has them
+        calibration = Calibration([TEXT * 4], samples=4, length=64, batch_size=2)
+        again = quantize(zamba, "w8a16", method="gptq", calibration=calibration)
+        assert {row.name for row in again.coverage if row.kind in ("quantized", "fell back")} == names
     with pytest.raises(SpecError, match=r"tied to .*would rewrite it for one block"):
         quantize(zamba, method="rtn", steps=["awq"])
 

@@ -12,14 +12,19 @@ from torch import Tensor, nn
 from transformers import AutoProcessor, PreTrainedModel
 
 from quantkit import checkpoint
+from quantkit.checkpoint.contents import contents_of
 from quantkit.errors import FormatError, SpecError
 from quantkit.hf.ledger import ledger_of
 from quantkit.hf.load import load_float
 from quantkit.hf.mend import mend
+from quantkit.hf.source import load_config
+from quantkit.pipeline.estimate import estimate
 from quantkit.pipeline.quantize import plan, quantize
 from quantkit.pipeline.result import QuantizeResult
 from quantkit.pipeline.rules import Rule
 from quantkit.pipeline.settings import Output, Run
+from quantkit.quantizers.rtn import RTN
+from quantkit.system.progress import Progress
 from tests.towers import CONFIGS, EXTRA, inputs, write, write_files
 
 LEAST_KL = 1e-4
@@ -130,6 +135,32 @@ def test_a_source_that_changes_meanwhile(tmp_path, monkeypatch) -> None:
     with pytest.raises(FormatError):
         quantize(model, method="rtn", out=tmp_path / "q")
     assert not (tmp_path / "q" / "config.json").exists()
+
+
+def test_an_interrupted_run_goes_on_and_the_estimate_is_exact(tmp_path, caplog) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(event: Progress) -> None:
+        if event.stage == "quantize" and event.done > 9:
+            raise Stop
+
+    write("deepseek_v3", tmp_path / "m")
+    native = Output(format="native")
+    with pytest.raises(Stop):
+        quantize(tmp_path / "m", method="rtn", out=tmp_path / "b", output=native, run=Run(progress=stop))
+    for out in ("a", "b"):
+        quantize(tmp_path / "m", method="rtn", out=tmp_path / out, output=native)
+    a, b = ({file.name: file.read_bytes() for file in (tmp_path / out).iterdir()} for out in ("a", "b"))
+    assert a == b
+    contents = contents_of(load_config(tmp_path / "m"), weights=tmp_path / "m")
+    predicted = estimate(contents, plan(tmp_path / "m").plan, RTN(), format="native")
+    assert predicted.total_bytes == checkpoint.inspect(tmp_path / "a")["tensor_bytes"]
+    assert predicted.float_bytes == sum(tensor.nbytes for tensor in load_file(tmp_path / "m" / "model.safetensors").values())
+    caplog.clear()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    quantize(theirs, method="rtn")
+    assert f"holds {len(EXTRA['deepseek_v3'])} tensors that a DeepseekV3ForCausalLM does not know" in caplog.text
 
 
 def test_files_beside_the_weights(made) -> None:

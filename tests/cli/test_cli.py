@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import logging
 import os
 import re
 import shutil
@@ -17,7 +18,7 @@ import pytest
 from typer.testing import CliRunner
 
 import quantkit
-from quantkit.cli import app
+from quantkit.cli import _shown_by_nobody, app
 from quantkit.cli.console import parse_settings, progress_bars, size
 from quantkit.errors import RecipeError
 from quantkit.system.progress import Progress
@@ -44,6 +45,16 @@ def recipe(tmp_path, tiny_float, tiny_text) -> Path:
         f"evaluate: {{data: {tiny_text}, windows: 2, length: 48}}\n"
     )
     return path
+
+
+def test_a_record_that_a_library_shows_itself_is_not_shown_twice(monkeypatch):
+    own, plain = logging.getLogger("a_library"), logging.getLogger("another_library")
+    monkeypatch.setattr(own, "handlers", [logging.NullHandler()])
+    record = lambda name: logging.LogRecord(name, logging.WARNING, "", 1, "said", None, None)  # noqa: E731
+    assert not _shown_by_nobody(record(f"{own.name}.part"))
+    assert not _shown_by_nobody(record(own.name))
+    assert _shown_by_nobody(record(plain.name))
+    assert _shown_by_nobody(record("quantkit.engine"))
 
 
 def test_help_lists_every_command():

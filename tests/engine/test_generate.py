@@ -215,3 +215,12 @@ def test_bad_requests_are_named(prompt, options, message):
 def test_prompts_of_another_type_are_named(prompt):
     with pytest.raises(QuantkitError, match="want text, token ids, or messages"):
         encode_prompt(prompt, tiny_tokenizer())
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_learned_positions_are_a_limit_whatever_the_config_says(family):
+    model = FAMILIES[family]()
+    model.config.max_position_embeddings = 4096
+    assert len(generate(model, [5] * 125, max_new_tokens=3).ids) == 3
+    with pytest.raises(QuantkitError, match="more than the limit of 128;"):
+        generate(model, [5] * 126, max_new_tokens=3)

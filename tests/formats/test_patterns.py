@@ -41,6 +41,7 @@ def test_a_search_without_end_is_ended(pattern):
 
 def test_many_slow_searches_share_one_limit(monkeypatch):
     monkeypatch.setattr("quantkit.formats.patterns.ALL_SEARCHES_S", 0.0)
+    monkeypatch.setattr("quantkit.formats.patterns.PER_SEARCH_S", 0.0)
     with pytest.raises(FormatError, match="takes too long"):
         ModulePatterns(["re:a"], SearchTime()).match("b")
 
@@ -51,6 +52,11 @@ def test_many_slow_searches_share_one_limit(monkeypatch):
 def test_wrong_expressions_are_named(pattern, message):
     with pytest.raises(FormatError, match=message):
         ModulePatterns([pattern], SearchTime())
+
+
+def test_thousands_of_expressions_are_refused():
+    with pytest.raises(FormatError, match="1001 regular expressions, want at most 1000"):
+        ModulePatterns(["re:a"] * 1001, SearchTime())
 
 
 def test_tens_of_thousands_of_names_are_looked_up_not_searched():

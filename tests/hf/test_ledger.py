@@ -235,6 +235,28 @@ def test_damage_at_random(seed: int) -> None:
         assert complaint is None
 
 
+def test_a_tensor_of_a_wider_dtype_is_said(tmp_path) -> None:
+    def edit(tensors: Tensors) -> None:
+        for name in tensors:
+            tensors[name] = tensors[name].to(torch.float32 if name == "model.norm.weight" else torch.bfloat16)
+
+    path = source(tmp_path / "m", edit=edit)
+    edit_config(path, dtype="bfloat16")
+    done = quantize(path, method="rtn")
+    row = next(row for row in done.coverage if row.name == "model.norm.weight")
+    assert row.reason == "norm; float32 in the source, bfloat16 in the model"
+    assert (row.bytes_before, row.bytes_after) == (256, 128)
+
+
+def test_code_travels_only_if_it_is_trusted(tmp_path) -> None:
+    path = source(tmp_path / "m")
+    (path / "modeling_mine.py").write_text("x = 1")
+    for trusted in (False, True):
+        model, _ = load_float(path, trust_remote_code=trusted)
+        quantize(model, method="rtn", out=tmp_path / str(trusted))
+        assert (tmp_path / str(trusted) / "modeling_mine.py").exists() == trusted
+
+
 def test_the_padding_row_is_the_sources(tmp_path) -> None:
     config = {"kv_lora_rank": 32, "q_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16}
     model = build("youtu", tie_word_embeddings=True, num_key_value_heads=4, **config)  # zeroes the row when it is loaded

@@ -93,8 +93,8 @@ def test_architectures_cannot_name_anything_but_a_model() -> None:
     assert type(empty_model(config)).__name__ == "LlamaForCausalLM"
 
 
-def write_gguf(path, hidden: int = 32, vocab: int = 20) -> dict[str, torch.Tensor]:
-    """Write a one-layer llama with a toy vocabulary as GGUF; return its tensors by GGUF name."""
+def write_gguf(path, hidden: int = 32, vocab: int = 20, without: str = "") -> dict[str, torch.Tensor]:
+    """Write a one-layer llama with a toy vocabulary as GGUF, except one tensor; return its tensors by GGUF name."""
     import gguf
 
     writer = gguf.GGUFWriter(str(path), "llama")
@@ -122,6 +122,7 @@ def write_gguf(path, hidden: int = 32, vocab: int = 20) -> dict[str, torch.Tenso
     shapes |= {f"blk.0.attn_{x}": (hidden, hidden) for x in ("q", "k", "v", "output")}
     shapes |= {"blk.0.ffn_gate": (64, hidden), "blk.0.ffn_up": (64, hidden), "blk.0.ffn_down": (hidden, 64)}
     generator = torch.Generator().manual_seed(0)
+    shapes.pop(without, None)
     tensors = {f"{name}.weight": torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     for name, tensor in tensors.items():
         if tensor.ndim == 1:
@@ -152,6 +153,13 @@ def test_gguf_becomes_a_plain_model(tmp_path) -> None:
 
 
 @pytest.mark.usefixtures("own_cache")
+@pytest.mark.parametrize("name", ["blk.0.ffn_up", "output_norm", "token_embd"])
+def test_a_gguf_without_a_tensor(name: str, tmp_path) -> None:
+    write_gguf(tmp_path / "toy.gguf", without=name)
+    with pytest.raises(QuantkitError, match="1 missing: "):
+        load_float(tmp_path / "toy.gguf")
+
+
 def test_damaged_gguf(tmp_path) -> None:
     (tmp_path / "bad.gguf").write_bytes(b"GGUF" + b"\xff" * 100)
     with pytest.raises(QuantkitError, match=r"bad\.gguf"):

@@ -71,7 +71,9 @@ def assert_same_logits(model: nn.Module, ids: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("family", CLAIMED)
 def test_a_program_computes_what_the_model_does(family):
-    assert_same_logits(FAMILIES[family](), some_ids())
+    # Older releases let torch's own function attend for gemma2, which leaves the soft cap of the scores out.
+    options = {"attn_implementation": "eager"} if family == "gemma2" else {}
+    assert_same_logits(FAMILIES[family](**options), some_ids())
 
 
 @pytest.mark.parametrize("family", MORE)

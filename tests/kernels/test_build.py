@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -188,3 +189,17 @@ def test_nothing_is_compiled_or_registered_by_an_import(fresh):
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
     assert not fresh.exists()
+
+
+@pytest.mark.parametrize("chosen", ["GOMP_SPINCOUNT", "OMP_WAIT_POLICY", None])
+def test_a_runtime_that_runs_already_gets_a_second_team_unless_the_user_chose(monkeypatch, chosen):
+    if build._openmp() is None:
+        pytest.skip("this torch brings no OpenMP runtime that is known")
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    if chosen is not None:
+        monkeypatch.setenv(chosen, "5")
+    started = []
+    monkeypatch.setattr(threading.Thread, "start", lambda thread: started.append(thread.name))
+    build._shorten_waits.__wrapped__()
+    assert started == ([] if chosen else ["quantkit-second-team"])

@@ -12,7 +12,7 @@ from quantkit.errors import CalibrationError, SpecError
 from quantkit.hf.structure import describe
 from quantkit.nn.block_calls import BlockCalls, call_block, cast_call, check_chain, finish, record_block_calls, why_entangled
 from quantkit.nn.sites import Structure
-from tests.tiny import FAMILIES, VOCAB, tiny_llama
+from tests.tiny import FAMILIES, VOCAB, build, tiny_llama
 
 T = 20  # longer than the sliding windows
 
@@ -222,6 +222,12 @@ def test_models_whose_blocks_are_no_chain_are_refused(change: object, message: s
     model = _broken(change)
     with pytest.raises(SpecError, match=message):
         check_chain(model, describe(model))
+
+
+def test_a_narrow_model_may_add_its_blocks_up_in_float32() -> None:
+    sizes = {"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 1, "chunk_size": 8}
+    model = build("mamba2", **sizes, num_key_value_heads=None, num_attention_heads=None, max_position_embeddings=None)
+    assert why_entangled(model.to(torch.bfloat16), describe(model)) is None
 
 
 def test_what_is_exchanged_through_a_container_shows() -> None:

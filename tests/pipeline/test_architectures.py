@@ -1,5 +1,6 @@
 """Architectures that do something unusual: quantized with calibration, and generating what their full forward says."""
 
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from quantkit.calibrate.data import Calibration
+from quantkit.errors import QuantkitError
 from quantkit.generation.generate import generate
 from quantkit.hf.experts import enable_experts
 from quantkit.hf.structure import describe
@@ -99,3 +101,26 @@ def test_what_a_later_layer_reads_is_not_scaled() -> None:
         groups = find_groups(model, structure, {site.name: site for site in structure.sites})
         producers.append({group.producer for group in groups})
     assert producers[0] - producers[1] == {f"model.layers.{i}.self_attn.v_proj" for i in (0, 1)}
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_a_model_that_wants_more_than_tokens_is_named(method: str) -> None:
+    def part() -> PreTrainedModel:
+        model = tiny_llama()
+        plain = model.forward
+
+        @functools.wraps(plain)
+        def forward(*args: Any, shared_states: Any = None, **kwargs: Any) -> Any:
+            if shared_states is None:
+                raise ValueError("shared_states cannot be None")
+            return plain(*args, **kwargs)
+
+        model.forward = forward  # type: ignore[method-assign]
+        return model
+
+    ids = [torch.randint(3, VOCAB, (2, 24), generator=torch.Generator().manual_seed(0))]
+    message = r"LlamaForCausalLM cannot be run on token ids alone: ValueError: shared_states cannot be None; give a causal"
+    with pytest.raises(QuantkitError, match=message):
+        quantize(part(), "w4a16", method=method, calibration=Calibration(data=ids))
+    with pytest.raises(QuantkitError, match=message):
+        generate(part(), ids[0][0], max_new_tokens=2)

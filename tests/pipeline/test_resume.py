@@ -21,6 +21,7 @@ from quantkit.errors import FormatError
 from quantkit.pipeline import resume
 from quantkit.pipeline.quantize import collect, quantize
 from quantkit.pipeline.settings import Output, Run
+from quantkit.system import lock
 from quantkit.system.compute import Compute
 from quantkit.system.progress import Progress
 from quantkit.transforms.distill import Distill
@@ -54,8 +55,8 @@ def run_everything(out: Path) -> None:
 
 
 def files(path: Path) -> dict[str, bytes]:
-    """Return the files of a checkpoint; a run that is killed right after publishing may leave its empty stage."""
-    return {p.name: p.read_bytes() for p in sorted(path.iterdir()) if p.is_file()}
+    """Return the files of a checkpoint; a run that is killed right after publishing may leave its empty stage and its lock."""
+    return {p.name: p.read_bytes() for p in sorted(path.iterdir()) if p.is_file() and p.name != lock.NAME}
 
 
 def is_finished(out: Path) -> bool:

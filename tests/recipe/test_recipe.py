@@ -266,3 +266,14 @@ def test_nothing_left_to_quantize_is_an_error(tmp_path):
         recipe(tmp_path, "rules: [{match: '*', skip: true}]\n").resolve(structure())
     with pytest.raises(QuantkitError, match="nothing to quantize: the model has 0 layers"):
         recipe(tmp_path).resolve(Structure((), (), {}))
+
+
+def test_data_may_be_rows_and_columns_may_be_named(tmp_path):
+    text = (
+        "calibration: {data: [{body: a, title: b}], column: body, bos: true}\n"
+        "evaluate: {data: [{messages: [{role: user, content: a}]}], column: messages, template: x}\n"
+    )
+    found = recipe(tmp_path, text)
+    assert found.calibration == quantkit.Calibration([{"body": "a", "title": "b"}], column="body", bos=True)
+    assert (found.evaluate.column, found.evaluate.template) == ("messages", "x")
+    assert "calibration.data: want a file" in refusal(tmp_path, MINIMAL + "calibration: {data: {body: a}}\n")

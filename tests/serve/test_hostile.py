@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 @pytest.fixture(scope="module")
 def running():
-    with RunningServer(origins=["http://localhost:3000"]) as server:
+    with RunningServer(origins=["http://localhost:3000"], hosts=["Chat.example"]) as server:
         yield server
 
 
@@ -135,6 +135,8 @@ def test_a_body_that_never_ends_is_given_up(running, monkeypatch):
         ("GET", {"Host": "LOCALHOST."}, 200),
         ("GET", {"Host": "[::1]:80"}, 200),
         ("GET", {"Host": "127.0.0.1"}, 200),
+        ("GET", {"Host": "chat.example:443"}, 200),
+        ("GET", {"Host": "a.chat.example"}, 403),
         ("GET", {"Origin": "http://evil.example"}, 403),
         ("GET", {"Origin": "null"}, 403),
         ("GET", {"Origin": "http://localhost:3000"}, 200),

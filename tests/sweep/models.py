@@ -78,7 +78,7 @@ _QWEN4 = {
     "split_ngram_parts": 4,
     "heads_per_ngram": 2,
 }
-_ADAPTER: dict[str, Any] = {"per_layer_config": {}, "adapter_in_dim": 64, "adapter_out_dim": 64}
+_ADAPTER: dict[str, Any] = {"per_layer_config": {}, "adapter_in_dim": 64, "adapter_out_dim": 64, "adapter_input_size": 64}
 _SLIDING = {
     "swa_num_attention_heads": 4,
     "swa_num_key_value_heads": 4,

@@ -66,6 +66,18 @@ def test_the_environment_is_completed_and_never_changed(monkeypatch, given, quot
     assert given == want
 
 
+@pytest.mark.parametrize(
+    ("environment", "threads", "want"),
+    [({}, 8, 2), ({}, 4, 2), ({}, 2, None), ({}, 1, None), ({"OMP_NUM_THREADS": "8"}, 8, None)],
+)
+def test_a_quota_leaves_fewer_threads_than_torch_started(monkeypatch, environment, threads, want):
+    monkeypatch.setattr(cores, "_visible_cores", lambda: 8)
+    monkeypatch.setattr(cores, "cpu_quota", lambda: 2.0)
+    assert cores.fewer_threads(environment, threads) == want
+    monkeypatch.setattr(cores, "cpu_quota", lambda: None)
+    assert cores.fewer_threads(environment, threads) is None
+
+
 def test_importing_quantkit_is_enough():
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
     code = "import os, quantkit; print(os.environ.get('GOMP_SPINCOUNT'))"

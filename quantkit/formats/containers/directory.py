@@ -35,8 +35,13 @@ class SafetensorsDirectory:
     """The container; ``stem`` is the first part of the names of its files: ``"model"`` is what transformers looks for."""
 
     stem: str
-    patterns: ClassVar[tuple[str, ...]] = (CONFIG, "*.safetensors", "*.safetensors.index.json")
     key_file: ClassVar[str] = CONFIG
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """See :class:`quantkit.formats.containers.base.Container`; other files of safetensors are not this container's."""
+        digits = "[0-9]" * 5
+        return (CONFIG, _file_name(self.stem, 0, 1), f"{self.stem}-{digits}-of-{digits}.safetensors", _index_name(self.stem))
 
     def writer(self, path: Path, parts: Sequence[Layout]) -> Writer:
         """See :class:`quantkit.formats.containers.base.Container`."""

@@ -20,6 +20,7 @@ from torch import Tensor
 from quantkit.errors import FormatError
 from quantkit.formats.containers.base import Layout
 from quantkit.numerics.pack import as_bytes
+from quantkit.system.files import clear_errors
 
 DTYPES: dict[str, torch.dtype] = {
     "I64": torch.int64,
@@ -93,7 +94,7 @@ class TensorFile:
         dtype, shape = self.layout[name]
         data = torch.empty(_nbytes(dtype, shape), dtype=torch.uint8)
         content: Any = data.numpy()
-        with self.path.open("rb") as file:
+        with clear_errors(f"read {self.path}"), self.path.open("rb") as file:
             file.seek(self._begins[name])
             if file.readinto(memoryview(content)) < len(content):
                 raise FormatError(f"{self.path}: it ends within {name}; start over with resume=False")

@@ -1,0 +1,111 @@
+"""The same run again: what is finished is recognised, and read back instead of made.
+
+A checkpoint notes the key of the run that wrote it (:mod:`quantkit.checkpoint.record`). A run with the same key has nothing to
+do. One with another is told what differs. A run that replaces its own input is recognised without the input, which is gone.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from quantkit import checkpoint
+from quantkit.checkpoint.read import open_checkpoint
+from quantkit.checkpoint.state import EXPECTED
+from quantkit.errors import FormatError
+from quantkit.evaluation.coverage import CoverageRow
+from quantkit.hf.load import PreTrainedModel, empty_model, load_tokenizer, read_config
+from quantkit.pipeline.result import QuantizeResult
+from quantkit.pipeline.settings import Output, Run
+from quantkit.system.files import clear_errors
+
+log = logging.getLogger(__name__)
+
+
+_OF_THE_INPUT = ("model", "config", "carried over", "tokenizer and generation settings")
+"""Topics of a key that are not known any more where the output has replaced the input."""
+
+
+@dataclasses.dataclass
+class _Facts:
+    """What :func:`record_of` notes."""
+
+    coverage: list[CoverageRow]
+    losses: dict[str, float]
+
+
+_FACTS = TypeAdapter(_Facts)
+
+
+def record_of(coverage: Sequence[CoverageRow], losses: Mapping[str, float]) -> dict[str, Any]:
+    """Return what a checkpoint notes of the run that made it, JSON-able."""
+    return dataclasses.asdict(_Facts(list(coverage), dict(losses)))
+
+
+def finished_result(
+    model: PreTrainedModel, tokenizer: Any, output: Output, run: Run, key: checkpoint.Key
+) -> QuantizeResult | None:
+    """Return the result of an earlier run with the same key, read back from where it was written; None if there is none.
+
+    Args:
+        model: the float model; it becomes the quantized one.
+        tokenizer: of the result.
+        output: where the checkpoint goes; one that may be overwritten is still not made twice by the same code.
+        run: without ``resume`` nothing is read back.
+        key: of the run.
+
+    Raises:
+        FormatError: the output holds a checkpoint of other settings that may not be replaced, or a damaged one.
+    """
+    path = Path(str(output.path))
+    record = checkpoint.read_record(path) if path.is_dir() and run.resume else None
+    if record is None or not record.key or not _is_complete(path):
+        return None
+    replaced = model.device.type == "meta"
+    ignored = () if output.overwrite and not replaced else EXPECTED
+    ignored = (*ignored, *_OF_THE_INPUT) if replaced else ignored
+    if differs := record.differs(key, ignored):
+        if output.overwrite and not replaced:
+            return None
+        raise FormatError(
+            f"{path} already holds a model, of another run: {'; '.join(differs)}; choose another directory, or pass "
+            f"overwrite=True{' and the float model, which this directory held before' if replaced else ''}"
+        )
+    try:
+        facts = _FACTS.validate_python(record.run)
+        loaded: Any = checkpoint.load(path, verify=True)
+    except (ValidationError, FormatError) as error:
+        if output.overwrite and not replaced:
+            log.warning("%s is made again: %s", path, error)
+            return None
+        raise FormatError(f"{path} is what this run wrote, but cannot be read back: {error}") from error
+    log.info("%s: already done", path)
+    model.__dict__ = loaded.__dict__  # the caller's model becomes the quantized one, as if it had been quantized now
+    with open_checkpoint(path) as opened:
+        metadata, plan = dict(opened.config.get("quantkit", {})), opened.schemes
+    metadata = {name: value for name, value in metadata.items() if name not in ("version", "format", "carried_over")}
+    return QuantizeResult(model, tokenizer, plan, facts.coverage, facts.losses, path, metadata, already_done=True)
+
+
+def _is_complete(path: Path) -> bool:
+    return checkpoint.read_record(path) is not None and not (path / checkpoint.INCOMPLETE).exists()
+
+
+def replaced_model(source: str | Path, output: Output) -> tuple[PreTrainedModel, Any] | None:
+    """Return an empty model and the tokenizer in place of an input that a finished run has replaced by its output.
+
+    Returns:
+        None if ``source`` is something else.
+    """
+    if output.path is None:
+        return None
+    path, out = Path(source), Path(output.path)
+    with clear_errors(f"compare {path} with {out}"):
+        if not (path.is_dir() and out.is_dir() and path.samefile(out) and _is_complete(path)):
+            return None
+    with open_checkpoint(path) as opened:
+        config = {name: value for name, value in opened.config.items() if name not in ("quantization_config", "quantkit")}
+    return empty_model(read_config(config, path)), load_tokenizer(path)
