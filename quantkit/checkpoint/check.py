@@ -100,6 +100,8 @@ def _rejections(contents: Contents, plan: Plan, format: str, dtype: str) -> dict
             return "it is a parameter of its module and no linear layer, which other readers of this format know; use native"
         if site == contents.structure.embedding and not rule.dialect.embeddings:
             return "it is an embedding table, which readers of this format expect in float; use native"
+        if len(shape) > 2 and not rule.dialect.embeddings:
+            return "the checkpoint holds it as one stack, and other readers of this format know experts one by one; use native"
         if reason := rule.rejects(scheme, shape, dtype):
             return reason
         try:
@@ -124,7 +126,7 @@ def _readers_faults(contents: Contents, plan: Plan) -> dict[str, str]:
     known = [e for e in contents.entries if not (e.site and e.site.read and e.site.name not in plan)]  # those stand alone there
     stored = {entry.name: (entry.source.pieces[0].parameter, entry.source) for entry in known}
     chosen = {e.name: plan[e.site.name] for e in contents.entries if e.site and e.site.name in plan}
-    if text := transformers_warning(chosen, stored):
+    if text := transformers_warning(chosen, stored, set(contents.model.all_tied_weights_keys.values())):
         log.warning("%s", text)
     fault = transformers_fault(empty_model(contents.model.config), chosen, stored) if chosen else None
     return dict([fault]) if fault else {}

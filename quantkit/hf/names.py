@@ -6,7 +6,7 @@ the two when it loads and saves. A writer of quantized files needs that correspo
 found by letting transformers convert *tracers*: one tensor per parameter with all of its rows but at most two columns, in which
 every element is a number that encodes its origin. The result gives, for every checkpoint tensor, the parameter, expert and rows
 that it consists of, and whether it is transposed. There is no table per architecture. Conversions other than slicing, joining,
-reordering rows and transposing are refused.
+reordering rows and transposing are refused. A stack of matrices with another order of rows keeps its name and order in memory.
 
 Memory: two int64 per output row of the model, a few megabytes for a billion parameters. Works on meta models.
 """
@@ -94,6 +94,10 @@ def checkpoint_names(model: PreTrainedModel, transposed: Collection[str] = ()) -
         rows, swapped = _decode(stored_name, tensor)
         owners = torch.searchsorted(starts, rows, right=True) - 1
         local = rows - starts[owners]
+        whole = _shuffled(owners, local, names, shapes, transposed) if tensor.ndim > 2 else None
+        if whole is not None:
+            found[whole.parameter] = CheckpointTensor((whole,), whole.parameter in transposed)
+            continue
         pieces = _pieces(stored_name, owners, local, names, shapes, transposed, None if tensor.ndim > 2 else heights)
         found[stored_name] = CheckpointTensor(pieces, swapped)
     return found
@@ -154,6 +158,23 @@ def _pieces(
         expert = int(experts[first]) if len(shapes[name]) == 3 else None
         pieces.append(Piece(name, expert, int(rows[first]), int(rows[last - 1]) + 1))
     return tuple(pieces)
+
+
+def _shuffled(
+    owners: Tensor, local: Tensor, names: list[str], shapes: dict[str, tuple[int, ...]], transposed: Collection[str]
+) -> Piece | None:
+    """Return a whole stack that a tensor holds with the rows of its matrices in another order; None if it is anything else.
+
+    It is written under its name in the model, in its own order: transformers reads both.
+    """
+    name = names[int(owners[0])]
+    shape = shapes[name]
+    rows = torch.arange(_row_count(shape, name in transposed))
+    if len(shape) != 3 or len(local) != len(rows) or bool((owners != owners[0]).any()) or torch.equal(local, rows):
+        return None
+    height = shape[-1 if name in transposed else -2]
+    in_place = torch.equal(local // height, rows // height) and torch.equal(local.sort().values, rows)
+    return Piece(name, None, 0, height) if in_place else None
 
 
 def _stacks(

@@ -14,7 +14,7 @@ All these are faults of that reader (transformers 5.17 to 5.24 with compressed-t
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import nn
@@ -64,9 +64,18 @@ def _experts_fault(experts: Mapping[str, Scheme]) -> tuple[str, str] | None:
     return None
 
 
-def transformers_warning(quantized: Mapping[str, Scheme], stored: Mapping[str, tuple[str, CheckpointTensor]]) -> str | None:
-    """Say which experts only other readers can unpack; None if there are none. Arguments as for :func:`transformers_fault`."""
+def transformers_warning(
+    quantized: Mapping[str, Scheme], stored: Mapping[str, tuple[str, CheckpointTensor]], shared: Collection[str] = ()
+) -> str | None:
+    """Say which layers only other readers can unpack; None if there are none.
+
+    Args:
+        quantized, stored: as for :func:`transformers_fault`.
+        shared: names of parameters that several layers share.
+    """
     for name, scheme in quantized.items():
+        if stored[name][0] in shared:
+            return f"{name}: {READER} does not load packed layers that share their weight; for transformers use format native"
         weight = scheme.weight
         known = weight.strategy != "tensor" and (weight.symmetric if weight.is_integer else weight.dtype == "fp8_e4m3")
         if weight.is_integer and weight.bits == 8 and scheme.activation is not None:

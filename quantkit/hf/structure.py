@@ -247,11 +247,11 @@ def _as_site(path: str, module: nn.Module, attribute: str, parameter: Tensor, se
 
 
 def _is_matrix_of_its_own(module: nn.Module, parameter: Tensor) -> bool:
-    """Return whether a parameter is a weight that its module multiplies by: a matrix of an expert, or a stack of matrices."""
+    """Return whether a parameter is a weight that its module of experts multiplies by: a matrix or a stack of matrices."""
     kind = type(module).__name__.lower()
     if isinstance(module, nn.Embedding | _ConvNd) or "norm" in kind or not parameter.is_floating_point():
         return False
-    if parameter.ndim not in (2, 3) or (parameter.ndim == 2 and "expert" not in kind):
+    if parameter.ndim not in (2, 3) or not ("expert" in kind or "moe" in kind):
         return False
     return min(parameter.shape[-2:]) >= SMALLEST and parameter.shape[0] > 1
 

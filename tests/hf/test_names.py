@@ -89,13 +89,26 @@ def test_joins_reorderings_and_transpositions(monkeypatch: pytest.MonkeyPatch) -
     [
         lambda state: {"a": state["a"].reshape(3, -1)},
         lambda state: {"a": state["a"].flip(-1)},
-        lambda state: {"e": state["e"].flip(1)},
+        lambda state: {"e": torch.stack([state["e"][0], state["e"][0]]).flip(1)},
         lambda state: {"e": state["missing"]},
     ],
 )
 def test_what_is_not_made_of_rows_is_refused(monkeypatch: pytest.MonkeyPatch, change) -> None:
     with pytest.raises(FormatError, match=r"cannot (write|convert)"):
         converted_by(monkeypatch, change)
+
+
+def test_a_stack_whose_rows_change_places_keeps_its_name_in_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = converted_by(monkeypatch, lambda state: {"a": state["a"], "stored": state["e"][:, [0, 2, 1, 3]].contiguous()})
+    assert found["e"].pieces == (Piece("e", None, 0, 4),)
+    assert not found["e"].transposed
+    assert "stored" not in found
+
+
+def test_a_stack_is_cut_in_whole_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = converted_by(monkeypatch, lambda state: {"one": state["e"][1:].contiguous(), "two": state["e"].flip(0)})
+    assert found["one"].pieces == (Piece("e", None, 0, 4, (1, 2)),)
+    assert found["two"].pieces == (Piece("e", None, 0, 4, (1, 2)), Piece("e", None, 0, 4, (0, 1)))
 
 
 def test_one_column_weights_are_traced() -> None:

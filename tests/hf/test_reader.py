@@ -8,9 +8,12 @@ from transformers import AutoModelForCausalLM
 
 from quantkit import checkpoint
 from quantkit.errors import FormatError
+from quantkit.hf.names import CheckpointTensor, Piece
+from quantkit.hf.reader import transformers_warning
 from quantkit.pipeline.quantize import quantize
 from quantkit.pipeline.rules import Rule
 from quantkit.pipeline.settings import Output
+from quantkit.spec import QuantSpec, Scheme
 from tests.tiny import FAMILIES, build
 
 NO_HEADS = {"num_attention_heads": None, "num_key_value_heads": None, "head_dim": None}
@@ -74,3 +77,10 @@ def test_experts_that_only_others_unpack_are_a_warning(scheme: str, warned: bool
     with caplog.at_level(logging.WARNING):
         quantize(FAMILIES["mixtral"](), scheme, method="rtn", out=tmp_path / "ct")
     assert any("does not load experts of" in record.message for record in caplog.records) == warned
+
+
+def test_layers_that_share_a_packed_weight_are_a_warning() -> None:
+    source = CheckpointTensor((Piece("a.weight", None, 0, 4),), False)
+    quantized, stored = {"a.weight": Scheme(QuantSpec("int4", (1, 32)))}, {"a.weight": ("a.weight", source)}
+    assert transformers_warning(quantized, stored) is None
+    assert "does not load packed layers that share their weight" in str(transformers_warning(quantized, stored, {"a.weight"}))

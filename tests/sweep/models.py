@@ -78,7 +78,7 @@ _QWEN4 = {
     "split_ngram_parts": 4,
     "heads_per_ngram": 2,
 }
-_ADAPTER: dict[str, Any] = {"per_layer_config": {}, "adapter_in_dim": 64, "adapter_out_dim": 64}
+_ADAPTER: dict[str, Any] = {"per_layer_config": {}, "adapter_in_dim": 64, "adapter_out_dim": 64, "adapter_input_size": 64}
 _SLIDING = {
     "swa_num_attention_heads": 4,
     "swa_num_key_value_heads": 4,
@@ -186,8 +186,10 @@ def _shrunk(config: dict[str, Any], small: dict[str, int | None]) -> dict[str, A
 
 def _real(config: dict[str, Any]) -> PretrainedConfig:
     """Return a published config with its sizes made small and everything else kept."""
-    values = _real_values(config)
-    return AutoConfig.for_model(values.pop("model_type"), **values)
+    values, kind = _real_values(config), config["model_type"]
+    if kind not in CONFIG_MAPPING:  # a name of its own for an architecture that is known by another
+        kind = next(name for name, owner in REGISTERED.items() if owner in config["architectures"])
+    return AutoConfig.for_model(kind, **{key: value for key, value in values.items() if key != "model_type"})
 
 
 def _real_values(config: dict[str, Any]) -> dict[str, Any]:
@@ -208,6 +210,8 @@ def _real_values(config: dict[str, Any]) -> dict[str, Any]:
             found[key] = value
     if layers:
         found["num_hidden_layers"] = len(found.get("hybrid_override_pattern", pattern))
+    if "vocab_size" in config:
+        found |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     _keep_consistent(config, found)
     return found
 

@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 import quantkit
 from quantkit.generation.generate import end_tokens
+from quantkit.pipeline.plan import OUTSIDE
 from tests.sweep import models
 
 SCHEME = "w4a16"
@@ -203,7 +204,7 @@ def _place(error: BaseException) -> str:
 def weights_of(model: PreTrainedModel) -> dict[str, tuple[str, int]]:
     """Return name to kind and size of every weight that multiplies activations, as far as names and shapes tell.
 
-    Kinds: "linear", "experts" (three and more axes, or a matrix of a module of experts), "matrix" (any other, not counted).
+    Kinds: "linear", "experts" (of a module called so), "matrix" (any other, not counted).
     """
     head, towers = model.get_output_embeddings(), _towers(model)
     found = {}
@@ -215,7 +216,8 @@ def weights_of(model: PreTrainedModel) -> dict[str, tuple[str, int]]:
         if isinstance(module, nn.Linear | Conv1D) and attribute == "weight":
             kind = "linear"
         else:
-            kind = "experts" if parameter.ndim > 2 or "expert" in type(module).__name__.lower() else "matrix"
+            owner = type(module).__name__.lower()
+            kind = "experts" if "expert" in owner or "moe" in owner else "matrix"
         found[name] = (kind, parameter.numel())
     return found
 
@@ -228,11 +230,14 @@ def _towers(model: PreTrainedModel) -> tuple[str, ...]:
 
 
 def coverage(weights: dict[str, tuple[str, int]], result: quantkit.QuantizeResult) -> Record:
-    """Compare the coverage table with what has become of the weights; return the share of linears and experts quantized."""
+    """Compare the coverage table with what has become of the weights; return the share of linears and experts quantized.
+
+    Layers outside the decoder layers stay in float unless a rule names them. They count where they are more than a third.
+    """
     rows = {row.name: row for row in result.coverage}
     left = {name for name, _ in result.model.named_parameters()}
     reasons: Counter[str] = Counter()
-    quantized = total = 0
+    quantized = total = outside = 0
     lies = []
     for name, (kind, count) in weights.items():
         row = rows.get(name) or rows.get(name.removesuffix(".weight"))
@@ -241,9 +246,13 @@ def coverage(weights: dict[str, tuple[str, int]], result: quantkit.QuantizeResul
             lies.append(name)
         elif kept:
             reasons[f"{kind}: {row.reason}"] += count
+        if row is not None and kept and (row.reason or "").startswith(OUTSIDE):
+            outside += count
+            continue
         if kind != "matrix" and not (row is not None and row.reason == "router"):
             total += count
             quantized += 0 if kept else count
+    total += outside if 2 * outside > total else 0
     facts = {
         "share": round(quantized / max(total, 1), 4),
         "kept": dict(reasons.most_common(6)),

@@ -45,12 +45,18 @@ def verdict(record: Record) -> Verdict:
     if first.get("status") != "ok" and not (refused and status(record, "native") == "ok"):
         step = "native" if refused else "quantize"
         return Verdict(False, f"{step}: {record.get(step, first).get('why', '')}")
-    for step in (*_NEEDED, *(() if refused else ("transformers",))):
+    own_fault = status(record, "float_round_trip") in (
+        "wrong",
+        "crash",
+    )  # transformers does not read its own float files either
+    for step in (*_NEEDED, *(() if refused or own_fault else ("transformers",))):
         if status(record, step) != "ok":
             return Verdict(False, f"{step}: {record.get(step, {}).get('why', 'not reached')}")
     if (found := share(record) or 0.0) < SHARE:
         kept = "; ".join(f"{reason} ({count})" for reason, count in quantized(record)["kept"].items())
         return Verdict(False, f"{found:.0%} of its linear layers and experts quantized: {kept}")
+    if own_fault:
+        return Verdict(True, "transformers does not read what itself writes of the float model")
     return Verdict(True, f"native only: {first['why'].partition('compressed-tensors: ')[2]}" if refused else "")
 
 
