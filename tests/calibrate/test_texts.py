@@ -164,7 +164,7 @@ def test_a_template_is_named_or_given(tmp_path):
         ([{"text": "a", "prompt": "p", "response": "r"}], {}, "could be prompt.response, text"),
         ([{"title": "a", "body": "b"}], {}, "could be title, body"),
         ([{"n": 1, "m": [2]}], {}, "none holds text or a conversation; columns: n, m"),
-        ([{"title": "a"}], {"column": "titel"}, "no column of text 'titel'; did you mean 'title'"),
+        ([{"title": "a"}], {"column": "titles"}, "no column of text 'titles'; did you mean 'title'"),
         ([{"n": 1}], {"column": "n"}, "column 'n' holds int"),
         ([{"text": "a"}, {"txt": "b"}], {"column": "text"}, "row 2: no column 'text', which other rows have; it has txt"),
         ([{"text": "a"}, {"text": 3}], {}, "row 2: column 'text' is a int, want text"),
