@@ -350,6 +350,8 @@ def test_the_same_run_again_is_done_and_another_says_what_differs(tmp_path: Path
     assert (second.plan, second.losses, second.coverage) == (first.plan, first.losses, first.coverage)
     with pytest.raises(FormatError, match=r"of another run: settings \(there .*RTN.*, here .*HQQ.*overwrite=True"):
         run(out, method="hqq")
+    with pytest.raises(FormatError, match="of another run: plan; "):  # and no digest of it
+        quantize(small(), "w8a16", out=out, method="rtn")
     with pytest.raises(FormatError, match="already holds a model"):
         quantize(small(), out=out, method="rtn", run=Run(resume=False))
     assert files(out) == before
