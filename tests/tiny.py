@@ -62,6 +62,16 @@ _OVERRIDES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+@torch.no_grad()
+def shake(model: PreTrainedModel) -> None:
+    """Give every parameter random numbers: matrices small ones, biases and norms something beside what they are."""
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(0.0, 0.1)
+        else:
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+
+
 def build(model_type: str, *, seed: int = 0, **config: Any) -> PreTrainedModel:
     """Return a random float32 model of ``model_type`` with the given config values on top of the common ones.
 
@@ -73,12 +83,7 @@ def build(model_type: str, *, seed: int = 0, **config: Any) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **values), dtype=torch.float32)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.ndim > 1:
-                    parameter.normal_(0.0, 0.1)
-                else:
-                    parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        shake(model)
     model.generation_config.pad_token_id = values["pad_token_id"]
     return model.eval()
 

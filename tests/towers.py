@@ -15,7 +15,7 @@ from transformers import Gemma3Processor, PreTrainedModel, PreTrainedTokenizerFa
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 
 from quantkit.hf.load import read_config
-from tests.tiny import VOCAB, tiny_tokenizer
+from tests.tiny import VOCAB, shake, tiny_tokenizer
 
 IMAGE, BEGIN, END = 165, 166, 167
 _ENDS = {"boi_token_index": BEGIN, "eoi_token_index": END, "image_token_index": IMAGE}
@@ -231,12 +231,7 @@ def write(name: str, path: Path) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model: PreTrainedModel = getattr(transformers, values["architectures"][0])._from_config(config, dtype=torch.float32)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.ndim > 1:
-                    parameter.normal_(0.0, 0.1)
-                else:
-                    parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        shake(model)
         model.save_pretrained(path)
         tensors = load_file(path / "model.safetensors")
         for extra in EXTRA[name]:
