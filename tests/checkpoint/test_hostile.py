@@ -331,7 +331,7 @@ def test_a_checkpoint_that_replaces_its_input_loses_neither_at_any_kill(tmp_path
         shutil.rmtree(out)
         count += 13
     assert count > 40
-    with pytest.raises(FormatError, match=r"another run: plan .* and the float model, which this directory held before"):
+    with pytest.raises(FormatError, match=r"another run: plan; .* and the float model, which this directory held before"):
         quantize(str(out), "w8a16", out=out, method="rtn", output=Output(overwrite=True))
     assert files(out) == want
 
