@@ -64,10 +64,26 @@ def test_the_model_is_read_once_and_the_base_is_what_it_was(transforms, tiny_flo
     assert again.quality.divergence.mean > 0
 
 
+@pytest.fixture(scope="module")
+def first_blocks(tmp_path_factory):
+    """The real model up to its fourth block: real weights, tokenizer and text at a fraction of the time."""
+    path = tmp_path_factory.mktemp("real") / "model"
+    model, tokenizer = open_model("demo")
+    del model.model.layers[4:]
+    model.config.num_hidden_layers = 4
+    model.config.layer_types = getattr(model.config, "layer_types", None) and model.config.layer_types[:4]
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_runs_on_the_real_model(path, tmp_path):
+def test_every_recipe_runs_on_the_real_model(path, first_blocks, tmp_path):
     changes = {**FEW, **FEW_STEPS.get(path.stem, {}), "output.path": str(tmp_path / "out"), "evaluate.latency": False}
+    changes["model"] = str(first_blocks)
+    if path.stem == "demo":
+        changes["rules"] = [{"match": "*.mlp.down_proj", "scheme": "w8a16"}, {"match": "re:.*layers\\.(0|3)\\..*", "skip": True}]
     outcome = run_recipe(load_recipe(path, changes))
     predicted, written = outcome.preview.estimate, checkpoint.inspect(tmp_path / "out")
     assert written["quantized_bytes"] == predicted.quantized_bytes
