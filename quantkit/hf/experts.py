@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from quantkit.nn.probes import probe_of, shows_all_experts
+from quantkit.nn.probes import probe_of, shows_all_experts, watcher_of
 
 NAME = "quantkit"
 """Name of the experts function in transformers' registry."""
@@ -147,6 +147,9 @@ def _multiply(module: Any, name: str, x: Tensor, ids: Tensor, counts: list[int])
             product = functional.linear(part, weight[expert].T if module.is_transposed else weight[expert])
         outputs.append(product if bias is None else product + bias[expert])
     if outputs:
-        return torch.cat(outputs)
+        product = torch.cat(outputs)
+        if (watcher := watcher_of(module)) is not None:
+            watcher(name, x, product, ids)
+        return product
     stored_transposed = isinstance(weight, Tensor) and module.is_transposed
     return x.new_zeros(0, weight.shape[-1 if stored_transposed else -2])

@@ -1,6 +1,7 @@
 """Observe the inputs of expert weights: the counterpart of a forward pre-hook for 3-D stacks, which are not modules.
 
-The function that runs experts (``quantkit/hf/experts.py``) calls the probe of a module just before each of its two products.
+The function that runs experts (``quantkit/hf/experts.py``) calls the probe of a module just before each of its two products,
+and the watcher of a module, the counterpart of a forward hook, just after.
 """
 
 import contextlib
@@ -17,6 +18,10 @@ each row, int64 (rows,).
 """
 
 _probes: weakref.WeakKeyDictionary[nn.Module, Probe] = weakref.WeakKeyDictionary()
+Watcher = Callable[[str, Tensor, Tensor, Tensor], None]
+"""A function ``watcher(parameter, x, y, expert_ids)`` with the same arguments and the product y (rows, out)."""
+
+_watchers: weakref.WeakKeyDictionary[nn.Module, Watcher] = weakref.WeakKeyDictionary()
 _shown: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
@@ -37,6 +42,21 @@ def attach_probe(module: nn.Module, probe: Probe) -> Callable[[], None]:
 def probe_of(module: nn.Module) -> Probe | None:
     """Return the probe of an experts module, or None."""
     return _probes.get(module)
+
+
+def attach_watcher(module: nn.Module, watcher: Watcher) -> Callable[[], None]:
+    """Let ``watcher`` see the products of an experts module, one at a time; return a function that detaches it."""
+    _watchers[module] = watcher
+
+    def detach() -> None:
+        _watchers.pop(module, None)
+
+    return detach
+
+
+def watcher_of(module: nn.Module) -> Watcher | None:
+    """Return the watcher of an experts module, or None."""
+    return _watchers.get(module)
 
 
 @contextlib.contextmanager

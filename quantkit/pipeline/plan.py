@@ -62,7 +62,7 @@ def make_plan(
         SpecError: a rule matches no layer, every layer is skipped, a group size does not divide a layer's input, or a tied
             embedding and head are given two schemes.
     """
-    owner = _owners(structure, rules)
+    owner = owners(structure, rules)
     sites = [*structure.sites, *structure.after]
     found = Resolution({})
     schemes: dict[str, Scheme] = {}
@@ -106,7 +106,7 @@ def resolve(
     return scheme if isinstance(scheme, Resolution) else Resolution(dict(scheme))
 
 
-def _owners(structure: Structure, rules: Sequence[Rule]) -> dict[str, int]:
+def owners(structure: Structure, rules: Sequence[Rule]) -> dict[str, int]:
     """Return layer name to the index of the rule that decides it, -1 for the scheme of the run."""
     inside, after = [s.name for s in structure.sites], [s.name for s in structure.after]
     owner = dict.fromkeys([*inside, *after], -1)

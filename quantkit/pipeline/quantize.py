@@ -104,7 +104,7 @@ def quantize(
     quantizer = QUANTIZERS.get(method)() if isinstance(method, str) else method
     todo, target = make_steps(steps), output.to(out)  # mistakes in names come before a model is loaded
     with checkpoint.claim(target.path, "quantizing a model"):
-        model, tokenizer = _resolve_model(model, tokenizer, target)
+        model, tokenizer = open_float(model, tokenizer, target)
         structure = describe(model)
         job = _Job(
             model=model,
@@ -334,7 +334,7 @@ def collect(
     Returns:
         Layer name to statistics, and the fingerprint of the calibration tokens.
     """
-    model, tokenizer = _resolve_model(model, tokenizer)
+    model, tokenizer = open_float(model, tokenizer)
     structure = describe(model)
     batches = calibration.batches(tokenizer)
     check_fit(batches, model)
@@ -353,7 +353,7 @@ def collect(
     return found, data_fingerprint(batches)
 
 
-def _resolve_model(
+def open_float(
     model: nn.Module | str | Path, tokenizer: Any, output: Output = DEFAULT_OUTPUT
 ) -> tuple[PreTrainedModel, Any]:
     if isinstance(model, nn.Module):

@@ -1,0 +1,243 @@
+"""What a search found: a plan, why, and what a little more or less would buy."""
+
+import html
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from quantkit.errors import SpecError
+from quantkit.pipeline.plan import Resolution
+from quantkit.mixed.allocate import Allocation, Option
+from quantkit.mixed.budget import Budget
+from quantkit.mixed.groups import Candidate, Group, Menu
+
+POINTS = 40
+"""Points of a frontier."""
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One best plan among all of its size.
+
+    Attributes:
+        bits_per_weight: of the layers that were searched, as files count.
+        nbytes: of the whole checkpoint directory.
+        kl: expected KL divergence from the float model, in nats per token.
+        ms: expected time per token, if kernels were timed.
+    """
+
+    bits_per_weight: float
+    nbytes: int
+    kl: float
+    ms: float | None = None
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Everything that a plan for another budget needs: no model, no text.
+
+    Attributes:
+        menu: groups and their candidates.
+        losses: for every group the expected KL of its candidates.
+        times: for every group the time of its candidates for one token, in nanoseconds; None if kernels were not timed.
+        rest_ms: time for one token of everything that is not searched.
+        scale: measured KL to expected KL, if it was measured; 1 else.
+    """
+
+    menu: Menu
+    losses: tuple[tuple[float, ...], ...]
+    times: tuple[tuple[int, ...], ...] | None = None
+    rest_ms: float = 0.0
+    scale: float = 1.0
+
+    def allocation(self, kind: str) -> Allocation:
+        """Return the best choices for every budget in bytes, or in nanoseconds if ``kind`` is ``"ms"``.
+
+        Raises:
+            SpecError: times are wanted, and kernels were not timed.
+        """
+        if kind == "ms" and self.times is None:
+            raise SpecError("budget in ms: kernels were not timed in this search; search again with such a budget")
+        groups = []
+        for number, (group, losses) in enumerate(zip(self.menu.groups, self.losses, strict=True)):
+            weights = self.times[number] if kind == "ms" and self.times else [one.nbytes for one in group.candidates]
+            groups.append([Option(weight, loss) for weight, loss in zip(weights, losses, strict=True)])
+        return Allocation(groups)
+
+    def capacity(self, budget: Budget) -> int:
+        """Return what of a budget is there for the groups, in bytes or nanoseconds."""
+        if budget.kind == "bits":
+            return math.floor(budget.limit * self.menu.numel / 8 + 1e-6)
+        if budget.kind == "bytes":
+            return math.floor(budget.limit) - self.menu.fixed_bytes - self.menu.files_bytes
+        return math.floor((budget.limit - self.rest_ms) * 1e6)
+
+    def point(self, choices: Sequence[int]) -> Point:
+        """Return what choices amount to."""
+        chosen = [group.candidates[index] for group, index in zip(self.menu.groups, choices, strict=True)]
+        nbytes = sum(one.nbytes for one in chosen)
+        ms = None
+        if self.times is not None:
+            ms = self.rest_ms + sum(times[index] for times, index in zip(self.times, choices, strict=True)) / 1e6
+        kl = self.scale * math.fsum(losses[index] for losses, index in zip(self.losses, choices, strict=True))
+        return Point(nbytes * 8 / self.menu.numel, nbytes + self.menu.fixed_bytes + self.menu.files_bytes, kl, ms)
+
+    def frontier(self, kind: str = "bits", points: int = POINTS) -> list[Point]:
+        """Return the best plans from the smallest to the largest."""
+        return [self.point(choices) for choices in self.allocation(kind).frontier(points)]
+
+    def solve(self, budget: Budget) -> list[int]:
+        """Return the number of the best candidate of every group within a budget.
+
+        Raises:
+            SpecError: a budget that the choices cannot meet, with what they can.
+        """
+        if budget.kind == "kl":
+            return self._least(budget)
+        allocation = self.allocation(budget.kind)
+        choices = allocation.at(self.capacity(budget))
+        if choices is None:
+            smallest = self.point(self._cheapest(budget.kind))
+            raise SpecError(f"budget {budget}: out of reach; {self._range(budget.kind, smallest)}; add smaller choices")
+        return choices
+
+    def _least(self, budget: Budget) -> list[int]:
+        """Return the smallest choices whose expected KL is within a budget."""
+        allocation = self.allocation("bits")
+        low, high = allocation.least, allocation.most
+        best = allocation.at(high)
+        assert best is not None
+        if self.point(best).kl > budget.limit:
+            raise SpecError(f"budget {budget}: out of reach; the choices give at least {self.point(best).kl:.3g}; add larger ones")
+        while high - low > 1:
+            middle = (low + high) // 2
+            choices = allocation.at(middle)
+            if choices is not None and self.point(choices).kl <= budget.limit:
+                best, high = choices, middle
+            else:
+                low = middle
+        return best
+
+    def _cheapest(self, kind: str) -> list[int]:
+        allocation = self.allocation(kind)
+        found = allocation.at(allocation.least)
+        assert found is not None
+        return found
+
+    def _range(self, kind: str, smallest: Point) -> str:
+        """Say what the choices can reach."""
+        allocation = self.allocation(kind)
+        largest = self.point(allocation.at(allocation.most) or [])
+        value = {
+            "bits": lambda p: f"{p.bits_per_weight:.4g} bpw",
+            "bytes": lambda p: f"{p.nbytes / 1e6:.4g} MB",
+            "ms": lambda p: f"{p.ms:.4g} ms",
+        }[kind]
+        return f"the choices reach from {value(smallest)} to {value(largest)}"
+
+
+@dataclass(frozen=True, repr=False)
+class SearchResult(Resolution):
+    """A plan that was searched; :func:`quantkit.quantize` takes it as its scheme.
+
+    Attributes:
+        budget: what was asked for.
+        choices: the number of the chosen candidate of every group.
+        scores: what everything would cost.
+        seconds: how long the search took.
+        measured: what was measured of the plan itself: ``{"kl": ...}`` or ``{"ms": ...}``; empty for a budget of size.
+    """
+
+    budget: Budget = field(default=Budget("bits", 4.25))
+    choices: tuple[int, ...] = ()
+    scores: Scores = field(default=None)  # type: ignore[assignment]
+    seconds: float = 0.0
+    measured: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def make(cls, scores: Scores, budget: Budget, choices: Sequence[int], seconds: float = 0.0, **measured: float) -> "SearchResult":
+        """Return the plan that choices stand for."""
+        menu, plan, skipped = scores.menu, {}, {}
+        for group, index in zip(menu.groups, choices, strict=True):
+            candidate = group.candidates[index]
+            plan |= candidate.schemes
+            if not candidate.schemes:
+                skipped |= {site.name: "left in float by the search" for site in group.sites}
+        if not plan:
+            raise SpecError(f"budget {budget}: every layer may stay in float; there is nothing to quantize")
+        order = {site.name: index for index, site in enumerate((*menu.structure.sites, *menu.structure.after))}
+        plan = dict(sorted(plan.items(), key=lambda item: order[item[0]]))
+        base = {name: reason for name, reason in menu.base.skipped.items() if name not in plan}
+        return cls(plan, base | skipped, (), {}, budget, tuple(choices), scores, seconds, dict(measured))
+
+    @property
+    def point(self) -> Point:
+        """What the plan amounts to."""
+        return self.scores.point(self.choices)
+
+    @property
+    def frontier(self) -> list[Point]:
+        """The best plans from the smallest to the largest, with equal steps between them."""
+        return self.scores.frontier("ms" if self.budget.kind == "ms" else "bits")
+
+    def at(self, budget: str | Budget) -> "SearchResult":
+        """Return the best plan within another budget, without looking at the model again.
+
+        Raises:
+            SpecError: it cannot be met, or is in milliseconds and kernels were not timed.
+        """
+        other = Budget.parse(budget)
+        return SearchResult.make(self.scores, other, self.scores.solve(other), self.seconds)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return for every group: its layers, weights, choice, bits, expected KL, and what one choice less or more would change."""
+        found = []
+        for group, losses, index in zip(self.scores.menu.groups, self.scores.losses, self.choices, strict=True):
+            bits = [one.nbytes * 8 / group.numel for one in group.candidates]
+            row: dict[str, Any] = {"layers": group.name, "weights": group.numel, "choice": group.candidates[index].choice}
+            row |= {"bits": bits[index], "kl": losses[index]}
+            for name, other in (("smaller", index - 1), ("larger", index + 1)):
+                if 0 <= other < len(losses):
+                    row[name] = {"choice": group.candidates[other].choice, "bits": bits[other], "kl": losses[other]}
+            found.append(row)
+        return found
+
+    def facts(self) -> dict[str, str]:
+        """Return what a reader wants to know first, label to value."""
+        point, counts = self.point, Counter()
+        for row in self.rows():
+            counts[row["choice"]] += row["weights"]
+        total = sum(counts.values())
+        found = {
+            "budget": str(self.budget),
+            "bits per weight": f"{point.bits_per_weight:.3f} over the {total / 1e6:.1f} million weights that were searched",
+            "checkpoint": f"{point.nbytes / 1e6:.1f} MB",
+            "choices": ", ".join(f"{count / total:.0%} {name}" for name, count in counts.most_common()),
+            "expected KL": f"{point.kl:.4f} nats per token",
+        }
+        if point.ms is not None:
+            found["time per token"] = f"{point.ms:.2f} ms"
+        found |= {f"measured {name}": f"{value:.4g}" for name, value in self.measured.items()}
+        for label, factor in (("5% smaller", 0.95), ("5% larger", 1.05)):
+            other = self._near(factor)
+            if other is not None:
+                found[label] = f"expected KL {other.kl:.4f} at {other.bits_per_weight:.3f} bits per weight"
+        return found | {"search": f"{self.seconds:.1f} s"}
+
+    def _near(self, factor: float) -> Point | None:
+        allocation = self.scores.allocation("bits")
+        taken = allocation.weight(self.choices)
+        choices = allocation.at(round(taken * factor))
+        return None if choices is None else self.scores.point(choices)
+
+    def __repr__(self) -> str:
+        facts = self.facts()
+        width = max(map(len, facts))
+        return "SearchResult\n" + "\n".join(f"  {name:{width}}  {value}" for name, value in facts.items())
+
+    def _repr_html_(self) -> str:
+        rows = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in self.facts().items())
+        return f"<table>{rows}</table>"
