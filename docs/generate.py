@@ -25,6 +25,7 @@ CHECKED_SHAPE = (256, 256)  # a weight that every scheme's blocks divide
 
 API = {
     "Quantize": ["quantize", "plan", "collect", "QuantizeResult", "Resolution"],
+    "Mixed precision": ["search", "SearchResult", "Budget", "Scoring", "Decoding", "load_plan"],
     "What a run is told": ["Calibration", "Output", "Run", "Rule", "SchemeChoice", "Compute", "Progress"],
     "Quantizers": ["RTN", "ImportanceRTN", "HQQ", "GPTQ", "GPTAQ", "AutoRound"],
     "Steps": ["AWQ", "SmoothQuant", "Rotate", "BiasCorrection", "Distill"],

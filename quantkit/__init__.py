@@ -35,6 +35,11 @@ if TYPE_CHECKING:
     from quantkit.evaluation import BaseLogits, EvalReport, compare_latency, evaluate
     from quantkit.generation.engine import Engine
     from quantkit.generation.generate import Generation, generate
+    from quantkit.mixed.budget import Budget
+    from quantkit.mixed.measured import Decoding
+    from quantkit.mixed.recorded import load_plan
+    from quantkit.mixed.result import SearchResult
+    from quantkit.mixed.search import Scoring, search
     from quantkit.pipeline.plan import Resolution
     from quantkit.pipeline.quantize import collect, plan, quantize
     from quantkit.pipeline.result import QuantizeResult
@@ -65,10 +70,12 @@ _HOME = {
     "AutoRound": "quantizers.autoround",
     "BaseLogits": "evaluation",
     "BiasCorrection": "transforms.bias",
+    "Budget": "mixed.budget",
     "BusyError": "errors",
     "Calibration": "calibrate.data",
     "CalibrationError": "errors",
     "Compute": "system.compute",
+    "Decoding": "mixed.measured",
     "DiskError": "errors",
     "Distill": "transforms.distill",
     "Engine": "generation.engine",
@@ -100,6 +107,8 @@ _HOME = {
     "Sampling": "engine.sampling",
     "Scheme": "spec",
     "SchemeChoice": "pipeline.rules",
+    "Scoring": "mixed.search",
+    "SearchResult": "mixed.result",
     "SmoothQuant": "transforms.smoothquant",
     "SpecError": "errors",
     "collect": "pipeline.quantize",
@@ -109,6 +118,7 @@ _HOME = {
     "generate": "generation.generate",
     "inspect": "checkpoint",
     "load": "checkpoint",
+    "load_plan": "mixed.recorded",
     "load_recipe": "recipe.schema",
     "load_statistics": "calibrate.statistics",
     "open_model": "checkpoint.open",
@@ -119,6 +129,7 @@ _HOME = {
     "run_recipe": "recipe.run",
     "save": "checkpoint",
     "save_statistics": "calibrate.statistics",
+    "search": "mixed.search",
     "write_html": "report",
 }
 
@@ -132,10 +143,12 @@ __all__ = [
     "AutoRound",
     "BaseLogits",
     "BiasCorrection",
+    "Budget",
     "BusyError",
     "Calibration",
     "CalibrationError",
     "Compute",
+    "Decoding",
     "DiskError",
     "Distill",
     "Engine",
@@ -163,6 +176,8 @@ __all__ = [
     "Sampling",
     "Scheme",
     "SchemeChoice",
+    "Scoring",
+    "SearchResult",
     "SmoothQuant",
     "SpecError",
     "__version__",
@@ -173,6 +188,7 @@ __all__ = [
     "generate",
     "inspect",
     "load",
+    "load_plan",
     "load_recipe",
     "load_statistics",
     "open_model",
@@ -183,6 +199,7 @@ __all__ = [
     "run_recipe",
     "save",
     "save_statistics",
+    "search",
     "write_html",
 ]
 

@@ -83,7 +83,10 @@ def test_every_recipe_runs_on_the_real_model(path, first_blocks, tmp_path):
     changes = {**FEW, **FEW_STEPS.get(path.stem, {}), "output.path": str(tmp_path / "out"), "evaluate.latency": False}
     changes["model"] = str(first_blocks)
     if path.stem == "demo":
-        changes["rules"] = [{"match": "*.mlp.down_proj", "scheme": "w8a16"}, {"match": "re:.*layers\\.(0|3)\\..*", "skip": True}]
+        changes["rules"] = [
+            {"match": "*.mlp.down_proj", "scheme": "w8a16"},
+            {"match": "re:.*layers\\.(0|3)\\..*", "skip": True},
+        ]
     outcome = run_recipe(load_recipe(path, changes))
     predicted, written = outcome.preview.estimate, checkpoint.inspect(tmp_path / "out")
     assert written["quantized_bytes"] == predicted.quantized_bytes

@@ -1,14 +1,14 @@
-"""Choose one option for every group of layers so that the sum of losses is least within a budget: exactly, for all budgets at once.
+"""Choose one option for every group of layers so that the sum of losses is least within a budget: exact, for all budgets.
 
 This is the multiple-choice knapsack problem. With integer weights :math:`w_{go}` and losses :math:`l_{go}` of option o of group
 g, the dynamic programme
 
 .. math:: L_g(b) = \\min_o \\; L_{g-1}(b - w_{go}) + l_{go}
 
-gives the least loss :math:`L(b)` for *every* budget b in one pass (Kellerer, Pferschy, Pisinger 2004, Knapsack Problems, section
-11.5), and the table of choices gives the options of each. Weights are counted in a unit that divides all their differences; only
-where that makes too many steps, in a larger one, each rounded up: a budget is never exceeded, and missed by at most one unit a
-group.
+gives the least loss :math:`L(b)` for *every* budget b in one pass (Kellerer, Pferschy, Pisinger 2004, Knapsack Problems,
+section 11.5), and the table of choices gives the options of each. Weights are counted in a unit that divides all their
+differences; only where that makes too many steps, in a larger one, each rounded up: a budget is never exceeded, and missed by
+at most one unit a group.
 """
 
 import math

@@ -67,7 +67,9 @@ class Budget:
             return text
         match = _WRITTEN.fullmatch(text) if isinstance(text, str) and len(text) < 64 else None
         if match is None:
-            raise SpecError(f"budget {text!r}: want a number and a unit, such as '4.25 bpw', '300 MB', '20 ms', '50 tok/s', '0.05 kl'")
+            raise SpecError(
+                f"budget {text!r}: want a number and a unit, such as '4.25 bpw', '300 MB', '20 ms', '50 tok/s', '0.05 kl'"
+            )
         number, unit = float(match["number"]), match["unit"]
         if unit not in UNITS:
             folded = {known.lower(): known for known in UNITS}

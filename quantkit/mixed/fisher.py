@@ -1,15 +1,14 @@
 """The backward pass that tells how much every layer's errors count, one block after the other from the last to the first.
 
 The text runs forward once, block by block; the input of every block is kept, in the dtype that blocks are computed in. Then the
-gradient runs back: each block is computed again with gradients, and is forgotten when its layers have been scored, so that a model
-larger than the device's memory works. Where blocks cannot run one by one, the whole model runs, one window at a time.
+gradient runs back: each block is computed again with gradients, and is forgotten when its layers have been scored, so that a
+model larger than the device's memory works. Where blocks cannot run one by one, the whole model runs, one window at a time.
 
-Beside the model, memory is tokens x hidden x blocks for the inputs, and for one block the graph of one batch and one second moment
-per distinct input (all blocks' moments where the model runs as a whole).
+Beside the model, memory is tokens x hidden x blocks for the inputs, and for one block the graph of one window and one second
+moment per layer (all layers' moments where the model runs as a whole).
 """
 
 import contextlib
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -18,10 +17,10 @@ from torch import Tensor, nn
 
 from quantkit.calibrate.collectors import COLLECTORS, Collector
 from quantkit.errors import CalibrationError
+from quantkit.mixed.scores import Sensitivity, input_noise
 from quantkit.nn.block_calls import call_block, cast_call, finish, record_block_calls
 from quantkit.nn.probes import attach_watcher
 from quantkit.nn.sites import Site, Structure
-from quantkit.mixed.scores import Sensitivity, input_noise
 from quantkit.spec import ActivationSpec
 from quantkit.system.compute import Compute, on_device
 from quantkit.system.progress import Progress, ProgressCallback
@@ -35,7 +34,6 @@ class _Sums:
     """What is added up for one matrix."""
 
     moment: Collector | None = None
-    weighted: Collector | None = None
     gradient: Tensor | None = None
     noise: dict[ActivationSpec, Tensor] = field(default_factory=dict)
     rows: int = 0
@@ -47,17 +45,12 @@ class _Watch:
 
     Args:
         noises: layer name to the ways in which its inputs may be rounded.
-        moments: whether plain second moments of inputs are wanted too.
         products: what matrix products round their inputs to, if they do.
     """
 
-    def __init__(
-        self, noises: Mapping[str, Sequence[ActivationSpec]], moments: bool, products: torch.dtype | None = None
-    ) -> None:
-        self.noises, self.moments, self.products = noises, moments, products
+    def __init__(self, noises: Mapping[str, Sequence[ActivationSpec]], products: torch.dtype | None = None) -> None:
+        self.noises, self.products = noises, products
         self.sums: dict[str, list[_Sums]] = {}
-        self._last: tuple[weakref.ref[Tensor], Collector] | None = None
-        self._finished: tuple[Collector, Tensor] | None = None
 
     @contextlib.contextmanager
     def on(self, model: nn.Module, sites: Sequence[Site]) -> Iterator[None]:
@@ -110,32 +103,22 @@ class _Watch:
         return watch
 
     def _see(self, site: Site, part: int, x: Tensor) -> None:
-        """Add the inputs x (..., in) of one product; layers that read the very same tensor share what is added up."""
+        """Add how the inputs x (..., in) of one product may be rounded."""
         sums = self.sums[site.name][part]
         rows = x.detach().reshape(-1, x.shape[-1])
         sums.rows += len(rows)
         for spec, noise in input_noise(rows, self.noises.get(site.name, ())).items():
             sums.noise[spec] = sums.noise[spec] + noise if spec in sums.noise else noise
-        if not self.moments:
-            return
-        seen = self._last[1] if self._last is not None and self._last[0]() is x else None
-        if seen is not None and sums.moment in (None, seen):
-            sums.moment = seen
-            return
-        if sums.moment is None:
-            sums.moment = COLLECTORS.get("hessian")(site.in_features)
-        sums.moment.update(rows if self.products is None else rows.to(self.products))
-        self._last = weakref.ref(x), sums.moment
 
     def _back(self, site: Site, part: int, x: Tensor, gradient: Tensor) -> None:
-        """Add the gradient (..., out) of one product's output, and its inputs (..., in) weighted by it."""
+        """Add the gradient (..., out) of one product's output, and the moment of its inputs (..., in) weighted by it."""
         sums = self.sums[site.name][part]
         squares = gradient.detach().reshape(-1, gradient.shape[-1]).float().square()
         sums.gradient = squares.sum(0) if sums.gradient is None else sums.gradient + squares.sum(0)
-        if sums.weighted is None:
-            sums.weighted = COLLECTORS.get("hessian")(site.in_features)
-        rows = x.reshape(-1, x.shape[-1]) * squares.sum(1, keepdim=True).sqrt().to(x)
-        sums.weighted.update(rows if self.products is None else rows.to(self.products))
+        if sums.moment is None:
+            sums.moment = COLLECTORS.get("hessian")(site.in_features)
+        rows = x.reshape(-1, x.shape[-1]).float() * squares.sum(1, keepdim=True).sqrt()
+        sums.moment.update(rows if self.products is None else rows.to(self.products))
 
     def gather(self, model: nn.Module, sites: Sequence[Site]) -> None:
         """Add the gradients that parameters read in place have got, and forget them."""
@@ -154,20 +137,12 @@ class _Watch:
         parts = []
         for index, sums in enumerate(self.sums.pop(site.name)):
             if sums.fisher is not None:
-                parts.append((index, Sensitivity(None, None, None, fisher=sums.fisher / tokens)))
-            elif sums.weighted is not None and sums.gradient is not None:
+                parts.append((index, Sensitivity(None, None, fisher=sums.fisher / tokens)))
+            elif sums.moment is not None and sums.gradient is not None:
                 noise = {spec: total / sums.rows for spec, total in sums.noise.items()}
-                moment = None if sums.moment is None else self._result(sums.moment)
-                share = sums.rows / float(sums.gradient.sum(dtype=torch.float64).clamp(min=1e-300))
-                weighted = sums.weighted.result() * share
-                parts.append((index, Sensitivity(moment, weighted, sums.gradient / tokens, noise)))
+                share = int(sums.moment.state["count"]) / float(sums.gradient.sum(dtype=torch.float64).clamp(min=1e-300))
+                parts.append((index, Sensitivity(sums.moment.result() * share, sums.gradient / tokens, noise)))
         return parts
-
-    def _result(self, moment: Collector) -> Tensor:
-        """Return a second moment, the same tensor for layers that share it."""
-        if self._finished is None or self._finished[0] is not moment:
-            self._finished = moment, moment.result()
-        return self._finished[1]
 
 
 @contextlib.contextmanager
@@ -192,7 +167,6 @@ class Backward:
         structure: its blocks and layers.
         windows: int64 token ids (1, T), without padding.
         noises: layer name to the ways in which its inputs may be rounded; layers that are not named are not looked at.
-        moments: whether plain second moments of inputs are wanted too.
         compute: where blocks run.
         progress: gets one event per block.
     """
@@ -201,7 +175,6 @@ class Backward:
     structure: Structure
     windows: Sequence[Tensor]
     noises: Mapping[str, Sequence[ActivationSpec]]
-    moments: bool
     compute: Compute
     progress: ProgressCallback
 
@@ -223,7 +196,7 @@ class Backward:
                 self._as_a_whole(visit, generator)
 
     def _watch(self, products: torch.dtype | None = None) -> _Watch:
-        return _Watch(self.noises, self.moments, products)
+        return _Watch(self.noises, products)
 
     def _wanted(self, sites: Sequence[Site]) -> list[Site]:
         return [site for site in sites if site.name in self.noises]
@@ -317,4 +290,4 @@ def _of_table(site: Site, windows: Sequence[Tensor], gradients: Sequence[Tensor]
     ids = torch.cat([one.flatten() for one in windows])
     count = torch.bincount(ids.cpu(), minlength=site.shape[0]).float() + 0.5
     squares = torch.cat([one.flatten(0, -2).float().square() for one in gradients]).mean(0)
-    return Sensitivity(None, None, None, fisher=(count / count.sum())[:, None] * squares)
+    return Sensitivity(None, None, fisher=(count / count.sum())[:, None] * squares)

@@ -125,17 +125,27 @@ def make_menu(
     if not groups:
         raise SpecError("nothing to search: rules decide every layer; leave some out")
     maker.refuse_unused()
-    fixed = [Group((s,), (maker.candidate("by a rule", (s,), {s.name: base.plan[s.name]}),)) for s in contents.sites.values() if s.name in decided and s.name in base.plan]
+    fixed = [
+        Group((s,), (maker.candidate("by a rule", (s,), {s.name: base.plan[s.name]}),))
+        for s in contents.sites.values()
+        if s.name in decided and s.name in base.plan
+    ]
     order = {name: index for index, name in enumerate(contents.sites)}
     every = sorted([*groups, *fixed], key=lambda group: order[group.sites[0].name])
     inside = {site.name for group in every for site in group.sites}
-    rest = sum(layout_bytes(layout_of(contents, contents.model, {}, format, e)) for e in contents.entries if not (e.site and e.site.name in inside))
+    rest = sum(
+        layout_bytes(layout_of(contents, contents.model, {}, format, e))
+        for e in contents.entries
+        if not (e.site and e.site.name in inside)
+    )
     return Menu(structure, tuple(every), base, rest + layout_bytes(carried_layout(ledger_of(model))), files_bytes)
 
 
 def _named(choices: Sequence[str | Scheme | SchemeChoice]) -> dict[str, SchemeChoice | None]:
     if isinstance(choices, str) or len(choices) < 2:
-        raise SpecError(f"choices={choices!r}: want at least two, such as ['w3a16-asym-g64', 'w4a16-asym-g64', 'w8a16', 'float']")
+        raise SpecError(
+            f"choices={choices!r}: want at least two, such as ['w3a16-asym-g64', 'w4a16-asym-g64', 'w8a16', 'float']"
+        )
     named: dict[str, SchemeChoice | None] = {}
     for one in choices:
         choice = None if one == FLOAT else choice_of(one)
@@ -198,7 +208,9 @@ class _Maker:
             self.used.add(name)
             found.append(self.candidate(name, sites, schemes))
         if not found:
-            raise SpecError(f"{sites[0].name}: it can have none of the choices: {next(iter(self.refused.values()))}; add 'float'")
+            raise SpecError(
+                f"{sites[0].name}: it can have none of the choices: {next(iter(self.refused.values()))}; add 'float'"
+            )
         return Group(sites, tuple(sorted(found, key=lambda one: one.nbytes)))
 
     def candidate(self, name: str, sites: Sequence[Site], schemes: Mapping[str, Scheme]) -> Candidate:

@@ -15,14 +15,14 @@ from quantkit.evaluation.latency import measure_latency
 from quantkit.evaluation.quality import score
 from quantkit.evaluation.reference import BaseLogits
 from quantkit.evaluation.windows import Windows
+from quantkit.mixed.groups import Menu
 from quantkit.nn.install import install
 from quantkit.nn.sites import SiteStatistics, Structure, read_weight, sharing_copy, write_weight
 from quantkit.numerics.inputs import InputQuantizer
 from quantkit.pipeline.quantize import quantize
 from quantkit.quantizers.base import Quantizer, quantize_site
 from quantkit.quantizers.rtn import RTN
-from quantkit.mixed.groups import Menu
-from quantkit.spec import Plan
+from quantkit.spec import Plan, Scheme
 from quantkit.system.progress import Progress, ProgressCallback
 from quantkit.system.settings import Positive, settings
 
@@ -71,9 +71,7 @@ def milliseconds(model: nn.Module, structure: Structure, plan: Plan, decoding: D
     return found.decode_ms.median
 
 
-def choice_times(
-    model: nn.Module, menu: Menu, decoding: Decoding, progress: ProgressCallback
-) -> tuple[tuple[int, ...], ...]:
+def choice_times(model: nn.Module, menu: Menu, decoding: Decoding, progress: ProgressCallback) -> tuple[tuple[int, ...], ...]:
     """Return for every group the time of its candidates for one token, in nanoseconds.
 
     The whole model is timed with every choice wherever it can be had, and a group's time is its share of the weights: decoding
@@ -82,7 +80,7 @@ def choice_times(
     names = list(dict.fromkeys(one.choice for group in menu.groups for one in group.candidates))
     times: dict[str, float] = {}
     for index, name in enumerate(names):
-        plan = {}
+        plan: dict[str, Scheme] = {}
         for group in menu.groups:
             own = next((one for one in group.candidates if one.choice == name), group.candidates[-1])
             plan |= own.schemes

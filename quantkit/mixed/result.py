@@ -1,18 +1,20 @@
 """What a search found: a plan, why, and what a little more or less would buy."""
 
 import html
-import json
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from quantkit.errors import SpecError
-from quantkit.pipeline.plan import Resolution
 from quantkit.mixed.allocate import Allocation, Option
 from quantkit.mixed.budget import Budget
-from quantkit.mixed.groups import Candidate, Group, Menu
+from quantkit.mixed.groups import Menu
+from quantkit.pipeline.plan import Resolution
+from quantkit.spec import Scheme
 
 POINTS = 40
 """Points of a frontier."""
@@ -25,7 +27,8 @@ class Point:
     Attributes:
         bits_per_weight: of the layers that were searched, as files count.
         nbytes: of the whole checkpoint directory.
-        kl: expected KL divergence from the float model, in nats per token.
+        kl: expected KL divergence from the float model, in nats per token: it tells which plan is better; unless it was
+            measured, the KL itself is larger by a factor that is nearly the same for all.
         ms: expected time per token, if kernels were timed.
     """
 
@@ -111,7 +114,9 @@ class Scores:
         best = allocation.at(high)
         assert best is not None
         if self.point(best).kl > budget.limit:
-            raise SpecError(f"budget {budget}: out of reach; the choices give at least {self.point(best).kl:.3g}; add larger ones")
+            raise SpecError(
+                f"budget {budget}: out of reach; the choices give at least {self.point(best).kl:.3g}; add larger ones"
+            )
         while high - low > 1:
             middle = (low + high) // 2
             choices = allocation.at(middle)
@@ -158,9 +163,11 @@ class SearchResult(Resolution):
     measured: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def make(cls, scores: Scores, budget: Budget, choices: Sequence[int], seconds: float = 0.0, **measured: float) -> "SearchResult":
+    def make(
+        cls, scores: Scores, budget: Budget, choices: Sequence[int], seconds: float = 0.0, **measured: float
+    ) -> "SearchResult":
         """Return the plan that choices stand for."""
-        menu, plan, skipped = scores.menu, {}, {}
+        menu, plan, skipped = scores.menu, dict[str, Scheme](), dict[str, str]()
         for group, index in zip(menu.groups, choices, strict=True):
             candidate = group.candidates[index]
             plan |= candidate.schemes
@@ -171,7 +178,9 @@ class SearchResult(Resolution):
         order = {site.name: index for index, site in enumerate((*menu.structure.sites, *menu.structure.after))}
         plan = dict(sorted(plan.items(), key=lambda item: order[item[0]]))
         base = {name: reason for name, reason in menu.base.skipped.items() if name not in plan}
-        return cls(plan, base | skipped, (), {}, budget, tuple(choices), scores, seconds, dict(measured))
+        point = scores.point(choices)
+        origin = {"budget": str(budget), "bits_per_weight": point.bits_per_weight, "expected_kl": point.kl, **measured}
+        return cls(plan, base | skipped, (), {}, origin, budget, tuple(choices), scores, seconds, dict(measured))
 
     @property
     def point(self) -> Point:
@@ -183,6 +192,12 @@ class SearchResult(Resolution):
         """The best plans from the smallest to the largest, with equal steps between them."""
         return self.scores.frontier("ms" if self.budget.kind == "ms" else "bits")
 
+    def save(self, path: str | Path) -> None:
+        """Write the plan, why it was chosen, and the frontier, as JSON; :func:`quantkit.load_plan` reads the plan back."""
+        from quantkit.mixed.recorded import save_plan
+
+        save_plan(Path(path), self)
+
     def at(self, budget: str | Budget) -> "SearchResult":
         """Return the best plan within another budget, without looking at the model again.
 
@@ -193,7 +208,7 @@ class SearchResult(Resolution):
         return SearchResult.make(self.scores, other, self.scores.solve(other), self.seconds)
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return for every group: its layers, weights, choice, bits, expected KL, and what one choice less or more would change."""
+        """Return for every group: layers, weights, choice, bits, expected KL, and what one choice less or more would change."""
         found = []
         for group, losses, index in zip(self.scores.menu.groups, self.scores.losses, self.choices, strict=True):
             bits = [one.nbytes * 8 / group.numel for one in group.candidates]
@@ -205,9 +220,35 @@ class SearchResult(Resolution):
             found.append(row)
         return found
 
+    def choice_names(self) -> list[str]:
+        """Return the names of all choices, the smallest first."""
+        sizes: dict[str, float] = {}
+        for group in self.scores.menu.groups:
+            for one in group.candidates:
+                sizes.setdefault(one.choice, one.nbytes / group.numel)
+        return sorted(sizes, key=lambda name: sizes[name])
+
+    def by_kind(self) -> dict[str, list[float]]:
+        """Return kind of layer (its name without the block's number) to the share of its weights with each choice, in order."""
+        names, found = self.choice_names(), dict[str, list[float]]()
+        for row in self.rows():
+            shares = found.setdefault(_kind(row["layers"]), [0.0] * len(names))
+            shares[names.index(row["choice"])] += row["weights"]
+        return {kind: [one / sum(shares) for one in shares] for kind, shares in found.items()}
+
+    def plot(self) -> Any:
+        """Return a figure: bits of every layer by block and kind, and the frontier with this plan on it.
+
+        Raises:
+            QuantkitError: matplotlib is missing.
+        """
+        from quantkit.mixed.picture import draw
+
+        return draw(self)
+
     def facts(self) -> dict[str, str]:
         """Return what a reader wants to know first, label to value."""
-        point, counts = self.point, Counter()
+        point, counts = self.point, Counter[str]()
         for row in self.rows():
             counts[row["choice"]] += row["weights"]
         total = sum(counts.values())
@@ -241,3 +282,8 @@ class SearchResult(Resolution):
     def _repr_html_(self) -> str:
         rows = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in self.facts().items())
         return f"<table>{rows}</table>"
+
+
+def _kind(name: str) -> str:
+    """Return a group's name without the numbers in it: ``model.layers.3.mlp.down_proj`` is of kind ``mlp.down_proj``."""
+    return re.split(r"\.\d+\.", name)[-1]

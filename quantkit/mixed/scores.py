@@ -12,12 +12,13 @@ arXiv 1503.05671, section 3), of which only the diagonal on the output side is k
 predictions hang on their token, without which the first tokens, large and of no consequence, rule H. :math:`e_r` is row r of E.
 
 What E is depends on who rounds. Rounding to nearest gives it as it is. A quantizer that makes up for errors (GPTQ and its kin)
-turns independent errors :math:`\eta` of rounding into :math:`e = \eta M` with :math:`M_{kj} = U_{kj} / U_{kk}`, U as in
-:mod:`quantkit.quantizers.gptq` (Chee, Cai, Kuleshov, De Sa 2023, arXiv 2307.13304, section 3), so that
+leaves of independent errors of rounding (LDLQ; Chee, Cai, Kuleshov, De Sa 2023, arXiv 2307.13304, theorem 1)
 
-.. math:: E[e_r^T H e_r] = \sum_k m_{r,k} \, (M H M^T)_{kk}
+.. math:: E[e_r^T H e_r] = \sum_k m_{r,k} / U_{kk}^2
 
-with :math:`m_{r,k}` the mean squared error that rounding to the grid makes in the block of weight (r, k).
+with U the upper Cholesky factor of :math:`H^{-1}` as in :mod:`quantkit.quantizers.gptq`, and :math:`m_{r,k}` the mean squared
+error that rounding to the grid makes in the block of weight (r, k). On little text that is too small, by a factor that is
+nearly the same for all plans: it tells which plan is better, not how good it is.
 
 Inputs that are rounded too add :math:`\tfrac12 \sum_r g_r \sum_k w_{rk}^2 \, n_k`, with n the mean squared error of input k.
 
@@ -50,16 +51,13 @@ class Sensitivity:
     """What a matrix (out, in) makes of errors.
 
     Attributes:
-        moment: E[x x^T], float32 (in, in), over the rows that met the matrix; layers with the same inputs share it. None where
-            nobody makes up for errors.
-        weighted: H, the same with every row weighted by its squared gradient, float32 (in, in).
+        moment: H, float32 (in, in).
         gradient: sum over all tokens of the squared gradient of every output, divided by their number, float32 (out,).
         noise: mean squared error of every input under what inputs may be rounded to, (in,).
-        fisher: where inputs are not seen: mean squared gradient of every weight, (out, in), instead of the first three.
+        fisher: where inputs are not seen: mean squared gradient of every weight, (out, in), instead of the first two.
     """
 
     moment: Tensor | None
-    weighted: Tensor | None
     gradient: Tensor | None
     noise: dict[ActivationSpec, Tensor] = field(default_factory=dict)
     fisher: Tensor | None = None
@@ -74,7 +72,6 @@ class Scorer:
 
     def __init__(self, method: Quantizer) -> None:
         self.compensates = "hessian" in method.needs
-        self._known: tuple[Tensor, dict[bool, tuple[Tensor, Tensor]]] | None = None
 
     def score(self, name: str, weight: Tensor, schemes: Sequence[Scheme], found: Sensitivity) -> list[float]:
         """Return the expected KL, in nats per token, of every scheme for one matrix.
@@ -101,40 +98,34 @@ class Scorer:
         if found.fisher is not None:
             whole, part = found.fisher, found.fisher[rows]
             return _scaled(0.5 * (part * error.square()).sum(1), whole.sum(1), rows)
-        assert found.weighted is not None and found.gradient is not None
+        assert found.moment is not None
+        assert found.gradient is not None
         if self.compensates and scheme.weight.block[0] == 1:
             if scheme.rotated not in spread:
-                spread[scheme.rotated] = self._spread(found, scheme.rotated)
+                spread[scheme.rotated] = unpredictable(_rotated(found.moment) if scheme.rotated else found.moment)
             _, columns = grid.block_size(scheme.weight, tuple(error.shape))
             mean = error.square().unflatten(1, (-1, columns)).mean(-1)  # (rows, groups)
             left = mean @ spread[scheme.rotated].unflatten(0, (-1, columns)).sum(-1)
         else:
-            weighted = _rotated(found.weighted) if scheme.rotated else found.weighted
-            left = ((error @ weighted) * error).sum(1).clamp(min=0)
+            moment = _rotated(found.moment) if scheme.rotated else found.moment
+            left = ((error @ moment) * error).sum(1).clamp(min=0)
         if scheme.activation is not None:
             left = left + weight.square() @ found.noise[scheme.activation].to(weight)
         return _scaled(0.5 * found.gradient[rows].to(left) * left, found.gradient, rows)
 
-    def _spread(self, found: Sensitivity, rotated: bool) -> Tensor:
-        """Return the diagonal of M H M^T, (in,)."""
-        assert found.moment is not None and found.weighted is not None
-        order, factor = self._factor(found.moment, rotated)
-        weighted = (_rotated(found.weighted) if rotated else found.weighted)[order][:, order]
-        spread = torch.empty(len(order), device=factor.device)
-        spread[order] = ((factor @ weighted) * factor).sum(1).clamp(min=0)
-        return spread
 
-    def _factor(self, moment: Tensor, rotated: bool) -> tuple[Tensor, Tensor]:
-        """Return the order of columns (in,) and M (in, in) in it; of the last moment both are remembered."""
-        if self._known is None or self._known[0] is not moment:
-            self._known = moment, {}
-        known = self._known[1]
-        if rotated not in known:
-            hessian = usual_size(_rotated(moment) if rotated else moment)
-            order = hessian.diagonal().argsort(descending=True, stable=True)
-            upper, _ = inverse_factor(hessian[order][:, order], _DAMPING)
-            known[rotated] = order, upper / upper.diagonal()[:, None]
-        return known[rotated]
+def unpredictable(moment: Tensor) -> Tensor:
+    """Return 1 / U_kk^2 for every input (in,): what of it cannot be told from the inputs that are rounded after it.
+
+    Args:
+        moment: H, float32 (in, in).
+    """
+    hessian = usual_size(moment)
+    order = hessian.diagonal().argsort(descending=True, stable=True)
+    upper, _ = inverse_factor(hessian[order][:, order], _DAMPING)
+    found = torch.empty_like(hessian.diagonal())
+    found[order] = upper.diagonal().square().reciprocal()
+    return found * float(moment.diagonal().sum() / hessian.diagonal().sum().clamp(min=1e-30))  # undoes usual_size
 
 
 def _scaled(losses: Tensor, gradient: Tensor, rows: slice) -> float:

@@ -25,25 +25,33 @@ from quantkit.checkpoint.extras import write_extras
 from quantkit.errors import SpecError
 from quantkit.hf.load import PreTrainedModel
 from quantkit.hf.structure import describe
-from quantkit.nn.sites import Site, read_weight
-from quantkit.pipeline.checks import check_model, prepare_blocks
-from quantkit.pipeline.quantize import DEFAULT_CALIBRATION, DEFAULT_OUTPUT, DEFAULT_RUN, collect, open_float
-from quantkit.pipeline.rules import Rule, SchemeChoice
-from quantkit.pipeline.settings import Output, Run
-from quantkit.quantizers.base import QUANTIZERS, Quantizer
 from quantkit.mixed.budget import Budget
 from quantkit.mixed.fisher import Backward
 from quantkit.mixed.groups import Menu, make_menu
 from quantkit.mixed.measured import Decoding, choice_times, divergence, milliseconds, one_at_a_time
 from quantkit.mixed.result import Scores, SearchResult
 from quantkit.mixed.scores import Scorer, Sensitivity
+from quantkit.nn.sites import Site, read_weight
+from quantkit.pipeline.checks import check_model, prepare_blocks
+from quantkit.pipeline.quantize import DEFAULT_CALIBRATION, DEFAULT_OUTPUT, DEFAULT_RUN, collect, open_float
+from quantkit.pipeline.rules import Rule, SchemeChoice
+from quantkit.pipeline.settings import Output, Run
+from quantkit.quantizers.base import QUANTIZERS, Quantizer
 from quantkit.spec import ActivationSpec, Scheme
 from quantkit.system.compute import Compute
 from quantkit.system.settings import Positive, settings
 
 log = logging.getLogger(__name__)
 
-CHOICES: tuple[str, ...] = ("w2a16-asym-g32", "w2a16-asym-g64", "w3a16-asym-g64", "w4a16-asym-g64", "w5a16-asym-g64", "w6a16-asym-g64", "w8a16-g64")
+CHOICES: tuple[str, ...] = (
+    "w2a16-asym-g32",
+    "w2a16-asym-g64",
+    "w3a16-asym-g64",
+    "w4a16-asym-g64",
+    "w5a16-asym-g64",
+    "w6a16-asym-g64",
+    "w8a16-g64",
+)
 """What is chosen from when nobody says: integers of two to eight bits."""
 
 HEADER_BYTES = 300
@@ -112,14 +120,16 @@ def search(
     quantizer = QUANTIZERS.get(method)() if isinstance(method, str) else method
     opened, tokenizer = open_float(model, tokenizer)
     structure = describe(opened)
-    files = _beside_tensors(opened, tokenizer)
+    files = beside_tensors(opened, tokenizer)
     menu = make_menu(opened, structure, choices, rules, quantizer, include=include, output=output, files_bytes=files)
     refuse_unreachable(menu, wanted)
     batches = calibration.batches(tokenizer)
     check_fit(batches, opened)
     check_model(opened)
     structure, compute = prepare_blocks(opened, structure, run.compute or Compute.default(opened))
-    found = _Search(opened, replace(menu, structure=structure), quantizer, calibration, scoring, replace(run, compute=compute), tokenizer)
+    found = _Search(
+        opened, replace(menu, structure=structure), quantizer, calibration, scoring, replace(run, compute=compute), tokenizer
+    )
     scores = found.scores(chosen_windows(batches, scoring.windows), wanted)
     return found.within(scores, wanted, begin)
 
@@ -141,7 +151,7 @@ def chosen_windows(batches: Sequence[Batch], count: int) -> list[Tensor]:
     return [rows[round(i * (len(rows) - 1) / max(count - 1, 1))] for i in range(count)]
 
 
-def _beside_tensors(model: PreTrainedModel, tokenizer: Any) -> int:
+def beside_tensors(model: PreTrainedModel, tokenizer: Any) -> int:
     """Return the bytes of what a checkpoint holds beside its tensors."""
     with tempfile.TemporaryDirectory() as directory:
         write_extras(Path(directory), model, tokenizer)
@@ -167,7 +177,8 @@ class _Search:
             needed = [name for name in self.method.needs if name != "drift"]
             settings = {"calibration": self.calibration, "run": self.run, "tokenizer": self.tokenizer}
             statistics = collect(self.model, needed, **settings)[0] if needed else {}
-            losses = one_at_a_time(self.model, self.menu, self.method, statistics, windows, self.run.report)
+            report = self.run.report
+            losses = [list(row) for row in one_at_a_time(self.model, self.menu, self.method, statistics, windows, report)]
         else:
             losses = self._expected(windows)
         scores = Scores(self.menu, tuple(tuple(_rounded(loss) for loss in row) for row in losses))
@@ -200,15 +211,15 @@ class _Search:
 
         assert self.run.compute is not None
         text = {name: tuple(specs) for name, specs in noises.items()}
-        compensates, compute, report = scorer.compensates, self.run.compute, self.run.report
-        Backward(self.model, self.menu.structure, windows, text, compensates, compute, report).run(visit, self.scoring.seed)
+        backward = Backward(self.model, self.menu.structure, windows, text, self.run.compute, self.run.report)
+        backward.run(visit, self.scoring.seed)
         if unseen:
             log.warning("%d layers were not reached by the text and get the smallest choice: %s ...", len(unseen), unseen[0])
         return losses
 
     def within(self, scores: Scores, budget: Budget, begin: float) -> SearchResult:
         """Return the best plan within a budget; one in time or KL is measured, and tightened until it is met."""
-        limit, measured = budget, {}
+        limit, measured = budget, dict[str, float]()
         for _ in range(5):
             choices = scores.solve(limit)
             found = SearchResult.make(scores, budget, choices)
@@ -227,7 +238,9 @@ class _Search:
                 limit = replace(limit, limit=limit.limit * min(1.0, 0.995 * budget.limit / value))
         else:
             if measured[budget.kind] > budget.limit:
-                raise SpecError(f"budget {budget}: the best plan measures {measured[budget.kind]:.4g}; is the machine busy? try again")
+                raise SpecError(
+                    f"budget {budget}: the best plan measures {measured[budget.kind]:.4g}; is the machine busy? try again"
+                )
         return SearchResult.make(scores, budget, choices, time.perf_counter() - begin, **measured)
 
     def _measure(self, kind: str, found: SearchResult) -> float:

@@ -14,6 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from quantkit.errors import SpecError, nearest
 from quantkit.formats.base import FORMATS
@@ -34,12 +35,14 @@ class Resolution:
         skipped: names of layers that stay as they are, with the reason.
         notes: choices made for the user, to be told to the user.
         remarks: layer name to what is unusual about its scheme, for the coverage table.
+        origin: how a plan was found that nobody wrote down: recorded in the checkpoint.
     """
 
     plan: dict[str, Scheme]
     skipped: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     remarks: dict[str, str] = field(default_factory=dict)
+    origin: dict[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         schemes = Counter(scheme.describe() for scheme in self.plan.values())

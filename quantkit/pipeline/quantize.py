@@ -353,9 +353,14 @@ def collect(
     return found, data_fingerprint(batches)
 
 
-def open_float(
-    model: nn.Module | str | Path, tokenizer: Any, output: Output = DEFAULT_OUTPUT
-) -> tuple[PreTrainedModel, Any]:
+def open_float(model: nn.Module | str | Path, tokenizer: Any, output: Output = DEFAULT_OUTPUT) -> tuple[PreTrainedModel, Any]:
+    """Return a float model as quantizing wants it, and its tokenizer.
+
+    Args:
+        model: as for :func:`quantize`.
+        tokenizer: None takes that of a model which is given as a path.
+        output: where a finished run may have replaced its input by its output.
+    """
     if isinstance(model, nn.Module):
         given = cast(PreTrainedModel, model.eval())
         mend(given)
@@ -390,7 +395,7 @@ def _metadata(
         "fell_back": [name for name, one in results.items() if one.fell_back],
         "quality": quality,
         "versions": versions(),
-    }
+    } | ({"search": job.resolution.origin} if job.resolution.origin else {})
 
 
 def bits_per_weight(results: Mapping[str, Quantized]) -> float:

@@ -15,6 +15,8 @@ from quantkit.checkpoint.open import open_model
 from quantkit.errors import FormatError, RecipeError
 from quantkit.evaluation import EvalReport, evaluate, is_answer
 from quantkit.hf.source import load_config, locate
+from quantkit.mixed.recorded import PLAN_FILE, Searched, guess, load_plan, save_plan, search_key
+from quantkit.mixed.search import search
 from quantkit.nn.sites import sharing_copy
 from quantkit.pipeline.again import replaced_model
 from quantkit.pipeline.checks import refuse_combinations
@@ -23,6 +25,7 @@ from quantkit.pipeline.fused import refuse_parted
 from quantkit.pipeline.plan import Resolution, check_plan
 from quantkit.pipeline.quantize import quantize
 from quantkit.pipeline.result import QuantizeResult
+from quantkit.pipeline.resume import run_key, versions
 from quantkit.pipeline.steps import make_steps
 from quantkit.recipe.schema import Evaluation, Recipe
 from quantkit.system.progress import ProgressCallback, ignore
@@ -62,7 +65,10 @@ def plan_recipe(recipe: Recipe) -> Preview:
     dtype = getattr(torch, recipe.dtype) if recipe.dtype != "auto" else getattr(config, "dtype", None) or torch.float32
     config.dtype = dtype
     contents = contents_of(config, weights=None if replaced else recipe.model)
-    resolution = recipe.resolve(contents.structure, "bfloat16" if dtype == torch.bfloat16 else "float16")
+    if isinstance(recipe.scheme, Searched):
+        resolution = guess(contents.model, recipe.scheme, recipe.rules, recipe.method.build(), recipe.output)
+    else:
+        resolution = recipe.resolve(contents.structure, "bfloat16" if dtype == torch.bfloat16 else "float16")
     check_plan(resolution.plan, contents.structure, None)
     if recipe.output.keeps_together:
         refuse_parted(contents.structure, resolution.plan, resolution.skipped)
@@ -112,9 +118,12 @@ def run_recipe(recipe: Recipe, progress: ProgressCallback = ignore) -> Outcome:
         measure = recipe.evaluate
         against = measure is not None and measure.against == "base" and model.device.type != "meta"
         base = sharing_copy(model) if against else None  # quantize changes the model itself
+        scheme = preview.resolution
+        if isinstance(recipe.scheme, Searched):
+            scheme = _searched(recipe, recipe.scheme, model, tokenizer, progress)
         result = quantize(
             model,
-            preview.resolution,
+            scheme,
             method=recipe.method.build(),
             steps=[one.build() for one in recipe.steps],
             calibration=recipe.calibration,
@@ -124,6 +133,32 @@ def run_recipe(recipe: Recipe, progress: ProgressCallback = ignore) -> Outcome:
         )
         report = None if measure is None else _measure(recipe, measure, result, base, progress)
         return Outcome(preview, result, report)
+
+
+def _searched(recipe: Recipe, asked: Searched, model: Any, tokenizer: Any, progress: ProgressCallback) -> Resolution:
+    """Return the plan that is searched for, or the one that an earlier run of the same recipe has found for this output."""
+    file = Path(str(recipe.output.path)) / PLAN_FILE
+    method, batches = recipe.method.build(), recipe.calibration.batches(tokenizer)
+    decides = (asked, recipe.rules, method, recipe.output.format, recipe.output.fused, versions())
+    key = search_key(*decides, run_key(model, {}, (method,), batches, tokenizer=tokenizer))
+    if (known := load_plan(file, key)) is not None:
+        log.info("%s: the plan was found before", file)
+        return known
+    found = search(
+        model,
+        asked.budget,
+        asked.choices,
+        method=method,
+        rules=recipe.rules,
+        include=asked.include,
+        calibration=replace(recipe.calibration, data=batches),
+        scoring=asked.scoring,
+        output=recipe.output,
+        run=replace(recipe.run, progress=progress),
+        tokenizer=tokenizer,
+    )
+    save_plan(file, found, key)
+    return found
 
 
 def _measure(

@@ -15,24 +15,28 @@ and for a group size that does not divide. What rules mean: :mod:`quantkit.pipel
       - {match: head, scheme: w8a16}
     calibration: {samples: 128, length: 512}
     output: {path: runs/mixed}
+
+A scheme may also be searched: ``scheme: {budget: 4.25 bpw, choices: [w3a16-asym-g64, w4a16-asym-g64, w8a16]}``.
 """
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
 
-from pydantic import BeforeValidator, Field, ValidationError, field_validator
+from pydantic import BeforeValidator, Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator, field_validator
 from pydantic_core import ArgsKwargs, PydanticCustomError
 
 from quantkit.calibrate.data import Calibration
-from quantkit.errors import RecipeError, nearest
+from quantkit.errors import RecipeError, SpecError, nearest
+from quantkit.mixed.recorded import Searched
 from quantkit.nn.sites import Structure
 from quantkit.pipeline.plan import Resolution, make_plan
 from quantkit.pipeline.rules import Rule, SchemeChoice, SchemeLike
 from quantkit.pipeline.settings import Output, Run
 from quantkit.recipe.choices import MethodChoice, Section, StepChoice, by_name
 from quantkit.recipe.yaml import MOST_DEPTH, Located, read_located
+from quantkit.spec import Scheme
 from quantkit.system.settings import AtLeastTwo, Positive
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -50,12 +54,31 @@ class Evaluation(Section):
     latency: bool = True
 
 
+def _or_searched(value: object, check: ValidatorFunctionWrapHandler) -> object:
+    """Return what a mapping with a budget means; anything else is what a scheme may be."""
+    if isinstance(value, Searched):
+        return value
+    if not isinstance(value, dict) or "budget" not in value:
+        return check(value)
+    try:
+        return Searched(**{str(key): one for key, one in value.items()})
+    except SpecError as error:
+        raise ValueError(str(error)) from None
+
+
+if TYPE_CHECKING:
+    AnyScheme = str | Scheme | SchemeChoice | Searched
+else:
+    AnyScheme = Annotated[SchemeLike, WrapValidator(_or_searched)]
+"""What a scheme may be, or a budget within which one is searched for every layer."""
+
+
 class Recipe(Section):
     """A whole recipe."""
 
     model: str
     dtype: Dtype = "auto"
-    scheme: SchemeLike = SchemeChoice(name="w4a16")
+    scheme: AnyScheme = SchemeChoice(name="w4a16")
     method: Annotated[MethodChoice, BeforeValidator(by_name)] = MethodChoice()
     steps: list[Annotated[StepChoice, BeforeValidator(by_name)]] = Field(default_factory=list)
     rules: list[Rule] = Field(default_factory=list)
@@ -72,7 +95,13 @@ class Recipe(Section):
         return output
 
     def resolve(self, structure: Structure, scale_dtype: str = "float16") -> Resolution:
-        """Decide for every layer of a model what happens to it; see :func:`quantkit.pipeline.plan.make_plan`."""
+        """Decide for every layer of a model what happens to it; see :func:`quantkit.pipeline.plan.make_plan`.
+
+        Raises:
+            RecipeError: the scheme is searched, which takes the weights.
+        """
+        if isinstance(self.scheme, Searched):
+            raise RecipeError(f"scheme: searched within {self.scheme.budget}, which takes the model's weights; use run_recipe")
         return make_plan(structure, self.scheme, self.rules, scale_dtype=scale_dtype)
 
 
@@ -110,6 +139,20 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
         return Recipe.model_validate(source.data)
     except ValidationError as error:
         raise RecipeError(_explain(error, source, overrides or {})) from None
+
+
+def recipe_of(data: Mapping[str, Any]) -> Recipe:
+    """Return the recipe that a mapping says, as a file would.
+
+    Raises:
+        RecipeError: with the key, for anything that is not a valid recipe.
+    """
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        dotted = ".".join(map(str, first["loc"])) or "recipe"
+        raise RecipeError(f"{dotted}: {first['msg'].removeprefix('Value error, ')}") from None
 
 
 def _override(data: dict[str, Any], key: str, value: Any) -> None:

@@ -1,0 +1,130 @@
+"""Searches as a recipe asks for them, and on the disk: a run that is given again goes on with the plan that it had."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field, Strict, TypeAdapter, ValidationError
+
+from quantkit.errors import FormatError, SpecError
+from quantkit.hf.load import PreTrainedModel
+from quantkit.hf.structure import describe
+from quantkit.mixed.budget import Budget
+from quantkit.mixed.groups import make_menu
+from quantkit.mixed.result import Scores, SearchResult
+from quantkit.mixed.search import CHOICES, Scoring, beside_tensors
+from quantkit.pipeline.plan import Resolution
+from quantkit.pipeline.rules import Rule
+from quantkit.pipeline.settings import Output
+from quantkit.quantizers.base import Quantizer
+from quantkit.spec import Scheme
+from quantkit.system.files import read_json, write_json
+from quantkit.system.settings import settings
+
+PLAN_FILE = "search.json"
+"""Name of the file beside a checkpoint that says what was searched and found."""
+
+
+def _known_budget(text: str) -> str:
+    try:
+        Budget.parse(text)
+    except SpecError as error:
+        raise ValueError(str(error)) from None
+    return text
+
+
+@settings(SpecError)
+class Searched:
+    """A scheme that is searched: ``{budget: 4.25 bpw, choices: [w3a16-asym-g64, w4a16-asym-g64, w8a16, float]}``.
+
+    Args:
+        budget: see :mod:`quantkit.mixed.budget`.
+        choices: what is chosen from.
+        include: ``embedding``, ``head``: searched too.
+        scoring: how it is found out what choices cost.
+    """
+
+    budget: Annotated[str, Strict(), AfterValidator(_known_budget)]
+    choices: Annotated[tuple[Annotated[str, Strict()], ...], Field(min_length=2)] = CHOICES
+    include: tuple[Annotated[str, Strict()], ...] = ()
+    scoring: Scoring = Scoring()
+
+
+def guess(model: PreTrainedModel, asked: Searched, rules: Sequence[Rule], method: Quantizer, output: Output) -> Resolution:
+    """Return a plan of the size that is asked for, as if every weight counted the same; no weight is read.
+
+    A budget that is no size is met halfway between the smallest and the largest plan.
+
+    Raises:
+        SpecError: a size that cannot be met; choices that no layer can have.
+    """
+    budget, structure = Budget.parse(asked.budget), describe(model)
+    files = beside_tensors(model, None)
+    menu = make_menu(model, structure, asked.choices, rules, method, include=asked.include, output=output, files_bytes=files)
+    losses = tuple(
+        tuple(group.numel * 4.0 ** (-8 * one.nbytes / group.numel) for one in group.candidates) for group in menu.groups
+    )
+    scores = Scores(menu, losses)
+    if budget.kind in ("bits", "bytes"):
+        choices = scores.solve(budget)
+    else:
+        allocation = scores.allocation("bits")
+        choices = allocation.at((allocation.least + allocation.most) // 2) or []
+    found = SearchResult.make(scores, budget, choices)
+    note = f"scheme: which layer gets what is searched within {budget}; this is a plan of about that size"
+    return Resolution(found.plan, found.skipped, (note,))
+
+
+def search_key(*decides: object) -> str:
+    """Return a digest of everything that decides a search; values are told apart by their ``repr``."""
+    return hashlib.sha256("\0".join(map(repr, decides)).encode()).hexdigest()
+
+
+def save_plan(path: Path, found: SearchResult, key: str = "") -> None:
+    """Write a searched plan, why it was chosen, and the frontier, as JSON.
+
+    Args:
+        path: the file; a folder that is missing is made.
+        found: the plan.
+        key: from :func:`search_key`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(
+        path,
+        {
+            "key": key,
+            "facts": found.facts(),
+            "plan": {name: scheme.to_dict() for name, scheme in found.plan.items()},
+            "skipped": found.skipped,
+            "origin": found.origin,
+            "groups": found.rows(),
+            "frontier": [
+                {"bits_per_weight": p.bits_per_weight, "bytes": p.nbytes, "kl": p.kl, "ms": p.ms} for p in found.frontier
+            ],
+        },
+    )
+
+
+def load_plan(path: Path, key: str | None = None) -> Resolution | None:
+    """Return the plan that :func:`save_plan` wrote, for :func:`quantkit.quantize`.
+
+    Args:
+        path: the file.
+        key: return None if the file is of another search, or is not there.
+
+    Raises:
+        FormatError: the file is damaged.
+    """
+    if key is not None and not path.is_file():
+        return None
+    data = read_json(path)
+    if key is not None and data.get("key") != key:
+        return None
+    try:
+        plan = {str(name): Scheme.from_dict(one) for name, one in dict(data["plan"]).items()}
+        skipped = TypeAdapter(dict[str, str]).validate_python(data["skipped"])
+        origin = TypeAdapter(dict[str, Any]).validate_python(data["origin"])
+    except (KeyError, TypeError, ValueError, ValidationError, SpecError) as error:
+        raise FormatError(f"{path}: no plan of a search: {error}; search again") from error
+    return Resolution(plan, skipped, (), {}, origin)
