@@ -193,17 +193,25 @@ def _carried(ledger: Ledger) -> list[CoverageRow]:
     ]
 
 
-def coverage_after(rows: Iterable[CoverageRow], results: Mapping[str, Quantized]) -> list[CoverageRow]:
-    """Return the rows of :func:`coverage_before` with what has become of the quantized sites."""
+def coverage_after(
+    rows: Iterable[CoverageRow], results: Mapping[str, Quantized], stored: Mapping[str, int] | None = None
+) -> list[CoverageRow]:
+    """Return the rows of :func:`coverage_before` with what has become of the quantized sites.
+
+    Args:
+        rows: of the float model.
+        results: layer name to its codes.
+        stored: layer name to the bytes of its tensors in the checkpoint, where one is written: a format may add to codes and
+            scales, such as their shape.
+    """
     done = []
     for row in rows:
         one = results.get(row.name)
         if one is not None:
             kind = "fell back" if one.fell_back else "quantized"
             scheme, reason = one.qtensor.spec.describe(), "; ".join((*one.notes, *one.warnings)) or None
-            row = replace(
-                row, kind=kind, bytes_after=one.qtensor.nbytes, scheme=scheme, reason=reason, tokens=one.tokens, missed=False
-            )
+            after = (stored or {}).get(row.name, one.qtensor.nbytes)
+            row = replace(row, kind=kind, bytes_after=after, scheme=scheme, reason=reason, tokens=one.tokens, missed=False)
         done.append(row)
     return done
 

@@ -278,7 +278,8 @@ def _carry_out(job: _Job, key: checkpoint.Key | None, batches: Sequence[Batch], 
     with all_experts_shown(model, job.calibration.all_experts):
         results = quantize_blocks(blocks)
     results, facts = learning.finish(model, structure, results)
-    coverage = remark(coverage_after(rows, results), job.resolution.remarks)
+    stored = store.writer.stored_bytes if store is not None else None
+    coverage = remark(coverage_after(rows, results, stored), job.resolution.remarks)
     report_lossy(results)
     report_fallen([row.name for row in coverage if row.kind == "fell back"])
     if warning := shortfall(coverage):
