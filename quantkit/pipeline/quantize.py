@@ -24,11 +24,9 @@ from quantkit.calibrate.statistics import load_statistics
 from quantkit.checkpoint.contents import contents_of
 from quantkit.evaluation.coverage import coverage_after, coverage_before, remark, shortfall
 from quantkit.evaluation.sanity import SanityCheck
-from quantkit.hf.load import PreTrainedModel, load_float, warn_of_lost
-from quantkit.hf.mend import mend
+from quantkit.hf.load import PreTrainedModel, adopt, load_float
 from quantkit.hf.source import load_config, locate
 from quantkit.hf.structure import describe
-from quantkit.hf.ties import settle_ties
 from quantkit.nn.probes import all_experts_shown
 from quantkit.nn.quantized import Quantized
 from quantkit.nn.sites import SiteStatistics, Structure
@@ -358,11 +356,7 @@ def open_float(
     model: nn.Module | str | Path, tokenizer: Any, output: Output = DEFAULT_OUTPUT
 ) -> tuple[PreTrainedModel, Any]:
     if isinstance(model, nn.Module):
-        given = cast(PreTrainedModel, model.eval())
-        mend(given)
-        settle_ties(given, given.config)
-        warn_of_lost(given)
-        return given, tokenizer
+        return adopt(cast(PreTrainedModel, model)), tokenizer
     place = locate(model)
     loaded, found = replaced_model(place, output) or load_float(place)
     return loaded, tokenizer if tokenizer is not None else found
