@@ -38,6 +38,7 @@ from quantkit.pipeline.checks import (
     refuse_combinations,
     refuse_gaps,
     refuse_uncounted,
+    refuse_unseen,
     report_fallen,
     report_lossy,
 )
@@ -190,6 +191,7 @@ class _Job:
             refuse_parted(self.structure, self.plan, self.resolution.skipped)
         if self.run.strict:
             refuse_gaps(self.structure, self.resolution)
+            refuse_unseen(self.structure, self.plan, self.method, self.statistics)
         refuse_combinations(self.plan, self.structure, self.method, self.steps.all, self.statistics)
         if self.calibration.answers_only:
             refuse_uncounted(self.plan, self.method, self.steps.all)
