@@ -191,7 +191,7 @@ def refuse_unseen(structure: Structure, plan: Plan, method: Quantizer, statistic
         wanted = site.read and site.name in plan and needs_of(method, plan[site.name])
         if wanted and site.name not in (statistics or {}):
             raise SpecError(
-                f"{site.name}: its module reads it as a tensor, so that nobody sees its inputs, and {quantizer_name(method)} falls "
+                f"{site.name}: its module reads it as a tensor: nobody sees its inputs, and {quantizer_name(method)} falls "
                 "back to plain rounding; strict=True forbids that, use method rtn or a rule with skip"
             )
 
