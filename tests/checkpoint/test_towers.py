@@ -17,6 +17,7 @@ from quantkit.errors import FormatError, SpecError
 from quantkit.hf.ledger import ledger_of
 from quantkit.hf.load import load_float
 from quantkit.hf.mend import mend
+from quantkit.hf.paged import context_tokens
 from quantkit.hf.source import load_config
 from quantkit.pipeline.estimate import estimate
 from quantkit.pipeline.quantize import plan, quantize
@@ -95,6 +96,12 @@ def test_the_sources_own_class_reads_the_result(made) -> None:
     )
     assert about_an_image < WITHIN * text
     assert torch.equal(logits(loaded, name, image=True), logits(result.model, name, image=True))
+
+
+def test_a_tower_does_not_limit_the_text(made) -> None:
+    name, (_, model, _, _) = made
+    config = CONFIGS[name]
+    assert context_tokens(model) == config.get("text_config", config)["max_position_embeddings"]
 
 
 def test_towers_stay_float(made) -> None:
