@@ -3,6 +3,7 @@
 The configs are public models' with the sizes shrunk and every odd key kept.
 """
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "architectures": ["Qwen3_5ForConditionalGeneration"],
         "model_type": "qwen3_5",
         "image_token_id": IMAGE,
-        "video_token_id": 181,
+        "video_token_id": 168,
         "vision_start_token_id": BEGIN,
         "vision_end_token_id": END,
         "tie_word_embeddings": False,
@@ -241,22 +242,69 @@ def write(name: str, path: Path) -> PreTrainedModel:
     return model.eval()
 
 
-def tokenizer_with_images() -> PreTrainedTokenizerFast:
-    """Return the tiny tokenizer with tokens for images."""
-    names = {"image_token": "<image>", "boi_token": "<boi>", "eoi_token": "<eoi>"}
+_TOKENS: dict[str, dict[str, str]] = {
+    "gemma3": {"image_token": "<image>", "boi_token": "<boi>", "eoi_token": "<eoi>"},
+    "qwen3_5": {
+        "image_token": "<|image_pad|>",
+        "vision_start_token": "<|vision_start|>",
+        "vision_end_token": "<|vision_end|>",
+        "video_token": "<|video_pad|>",
+    },
+    "llama4": {"patch_token": "<|patch|>", "boi_token": "<|image_start|>", "eoi_token": "<|image_end|>", "image": "<|image|>"},
+    "deepseek_v3": {},
+}
+"""Tokens for images by their name in the tokenizer; the first three are IMAGE, BEGIN and END."""
+ABOUT_AN_IMAGE = {
+    "gemma3": "the cat <boi> sat",
+    "qwen3_5": "the cat <|vision_start|><|image_pad|><|vision_end|> sat",
+    "llama4": "the cat <|image|> sat",
+}
+"""A text with a place for an image, as each processor wants it."""
+
+
+def tokenizer_of(name: str) -> PreTrainedTokenizerFast:
+    """Return the tiny tokenizer with a model's tokens for images."""
     ends = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tiny_tokenizer().backend_tokenizer, model_max_length=512, extra_special_tokens=names, **ends
-    )
+    own, tokens = tiny_tokenizer().backend_tokenizer, _TOKENS[name]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=own, model_max_length=512, extra_special_tokens=tokens, **ends)
+    assert tokenizer.convert_tokens_to_ids(list(tokens.values())[:3]) == [IMAGE, BEGIN, END][: len(tokens)]
+    return tokenizer
 
 
-def write_files(path: Path) -> None:
-    """Write a processor, and files that must and must not travel, into a directory."""
-    tokenizer = tokenizer_with_images()
-    assert (tokenizer.image_token_id, tokenizer.boi_token_id, tokenizer.eoi_token_id) == (IMAGE, BEGIN, END)
-    image = Gemma3ImageProcessorPil(size={"height": 32, "width": 32})
-    Gemma3Processor(image, tokenizer, chat_template="{{ messages }}", image_seq_length=4).save_pretrained(path)
-    (path / "preprocessor_config.json").write_text(image.to_json_string() + "\n\n")
+_QWEN = {"patch_size": 4, "temporal_patch_size": 2, "merge_size": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+_LLAMA = {"size": {"height": 32, "width": 32}, "max_patches": 1, "resize_to_max_canvas": False}
+PROCESSORS: dict[str, dict[str, dict[str, Any]]] = {
+    "qwen3_5": {
+        "preprocessor_config.json": {
+            "processor_class": "Qwen3VLProcessor",
+            "image_processor_type": "Qwen2VLImageProcessor",
+            "size": {"shortest_edge": 256, "longest_edge": 1024},
+            **_QWEN,
+        },
+        "video_preprocessor_config.json": {"video_processor_type": "Qwen3VLVideoProcessor", **_QWEN},
+    },
+    "llama4": {
+        "preprocessor_config.json": {
+            "processor_class": "Llama4Processor",
+            "image_processor_type": "Llama4ImageProcessor",
+            **_LLAMA,
+        },
+        "processor_config.json": {"processor_class": "Llama4Processor", "patch_size": 8, "pixel_shuffle_ratio": 0.5},
+    },
+}
+"""Files of processors that can be made only where torchvision is, by model."""
+
+
+def write_files(name: str, path: Path) -> None:
+    """Write the tokenizer or processor of a model, and files that must and must not travel, into a directory."""
+    tokenizer = tokenizer_of(name)
+    tokenizer.save_pretrained(path)
+    for file, values in PROCESSORS.get(name, {}).items():
+        (path / file).write_text(json.dumps(values, indent=2) + "\n\n")
+    if name == "gemma3":
+        image = Gemma3ImageProcessorPil(size={"height": 32, "width": 32})
+        Gemma3Processor(image, tokenizer, chat_template="{{ messages }}", image_seq_length=4).save_pretrained(path)
+        (path / "preprocessor_config.json").write_text(image.to_json_string() + "\n\n")
     (path / "LICENSE.txt").write_text("do what you like\n")
     (path / "tokenizer.model").write_bytes(b"\x00\x01binary")
     (path / "modeling_evil.py").write_text("raise SystemExit")
@@ -267,9 +315,9 @@ def write_files(path: Path) -> None:
     os.symlink(outside, path / "NOTICE")
 
 
-def inputs(name: str, *, image: bool) -> dict[str, Tensor]:
-    """Return what a model is called with: text, or text about an image."""
-    generator = torch.Generator().manual_seed(1)
+def inputs(name: str, *, image: bool, seed: int = 1) -> dict[str, Tensor]:
+    """Return what a model is called with: text, or the same text about an image; others for another seed."""
+    generator = torch.Generator().manual_seed(seed)
     text = torch.randint(4, 160, (1, 12), generator=generator)
     if not image:
         return {"input_ids": text}

@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, Final
 
+from quantkit.hf.code import runs_own_code
 from quantkit.hf.ledger import ledger_of
 from quantkit.hf.load import PreTrainedModel, load_tokenizer, read_generation_config
 from quantkit.system.files import atomic_path, write_atomic
@@ -58,7 +59,10 @@ def write_extras(path: Path, model: PreTrainedModel, tokenizer: Any) -> None:
     ledger = ledger_of(model)
     source = ledger.path if ledger is not None and ledger.is_source and ledger.path.is_dir() else None
     if source is not None:
-        for file in _found(source, (*OTHERS, *CODE) if ledger is not None and ledger.trusts_code else OTHERS):
+        for file in _found(source, OTHERS):
+            _copy(file, path)
+    if (code := _trusted(model)) is not None:
+        for file in _found(code, CODE):
             _copy(file, path)
     if source is not None and (tokenizer is None or _is_the_sources(tokenizer, source)):
         for file in _found(source, TOKENIZER):
@@ -70,6 +74,14 @@ def write_extras(path: Path, model: PreTrainedModel, tokenizer: Any) -> None:
         _copy(source / GENERATION, path)
     elif generation is not None:
         write_atomic(path / GENERATION, generation.to_json_string(use_diff=True))
+
+
+def _trusted(model: PreTrainedModel) -> Path | None:
+    """Return the directory whose code goes with a model; None if there is none, or if it is not trusted."""
+    ledger = ledger_of(model)
+    place = ledger.path if ledger is not None else model.config.name_or_path
+    trusted = runs_own_code(model) or (ledger is not None and ledger.trusts_code)
+    return Path(place) if trusted and place and Path(place).is_dir() else None
 
 
 def _found(source: Path, patterns: tuple[str, ...]) -> list[Path]:

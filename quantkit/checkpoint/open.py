@@ -10,6 +10,7 @@ from torch import nn
 from quantkit import checkpoint
 from quantkit.dtypes import float_dtype
 from quantkit.errors import SpecError
+from quantkit.hf.code import trust_code
 from quantkit.hf.load import load_float, load_tokenizer
 from quantkit.hf.source import locate
 from quantkit.kernels import ComputeMode
@@ -21,7 +22,12 @@ HEADS = ("float", "int8")
 
 
 def open_model(
-    source: str | Path, dtype: torch.dtype | str | None = None, *, compute: ComputeMode = "float", head: str = "float"
+    source: str | Path,
+    dtype: torch.dtype | str | None = None,
+    *,
+    compute: ComputeMode = "float",
+    head: str = "float",
+    trust_remote_code: bool = False,
 ) -> tuple[nn.Module, Any]:
     """Open a quantized checkpoint, a float directory, a hub id, a GGUF file, or ``"demo"``, the embedded default.
 
@@ -30,6 +36,7 @@ def open_model(
         dtype: dtype of the unquantized weights, or its name; None keeps what the files hold.
         compute: what quantized layers make of their inputs; see :func:`quantkit.checkpoint.load`.
         head: ``"int8"`` rounds a float output head in memory, see :func:`quantkit.nn.install.quantize_head`.
+        trust_remote_code: run the code that the model brings with it; see :func:`quantkit.hf.code.trust_code`.
 
     Returns:
         The model, ready to run, and its tokenizer (None where there is none).
@@ -41,9 +48,12 @@ def open_model(
         raise SpecError(f"head={head!r}: want one of {', '.join(HEADS)}")
     dtype, place = float_dtype(dtype), locate(source)
     if _is_quantized(Path(place)):
-        model, tokenizer = checkpoint.load(place, dtype=dtype, compute=compute), load_tokenizer(place)
+        if trust_remote_code:
+            trust_code(place)
+        model = checkpoint.load(place, dtype=dtype, compute=compute)
+        tokenizer = load_tokenizer(place, trust_remote_code=trust_remote_code)
     else:
-        model, tokenizer = load_float(place, dtype)
+        model, tokenizer = load_float(place, dtype, trust_remote_code=trust_remote_code)
     if head == "int8":
         quantize_head(model)
     return model, tokenizer

@@ -111,6 +111,15 @@ class CheckpointWriter:
         """Steps that have changed the finished blocks since, by name, and what :meth:`change_blocks` was told of them."""
         return self._stage.changes
 
+    @property
+    def stored_bytes(self) -> dict[str, int]:
+        """Bytes of everything that stands for a quantized layer, by the layer's name."""
+        found: dict[str, int] = {}
+        for entry in self._contents.entries:
+            if entry.site and entry.name in self._stored:
+                found[entry.site.name] = found.get(entry.site.name, 0) + layout_bytes(self._layouts[entry.name])
+        return found
+
     def chain(self) -> list[Tensor]:
         """Return what the last of the finished blocks handed on; see :meth:`write_block`."""
         return self._stage.chain()

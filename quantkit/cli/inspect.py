@@ -8,6 +8,7 @@ import typer
 
 from quantkit.cli import app
 from quantkit.cli.console import facts, parse_settings, say, size, table
+from quantkit.cli.options import TrustRemoteCode
 from quantkit.registry import Registry
 
 Settings = Annotated[
@@ -18,14 +19,18 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tabl
 
 
 @app.command()
-def plan(recipe: Path, settings: Settings = None, as_json: AsJson = False) -> None:
+def plan(recipe: Path, settings: Settings = None, as_json: AsJson = False, trust_remote_code: TrustRemoteCode = False) -> None:
     """Predict bits, bytes, peak memory and passes of a recipe, without touching weights."""
     import dataclasses
 
+    from quantkit.hf.code import trust_code
     from quantkit.recipe.run import plan_recipe
     from quantkit.recipe.schema import load_recipe
 
-    preview = plan_recipe(load_recipe(recipe, parse_settings(settings)))
+    loaded = load_recipe(recipe, parse_settings(settings))
+    if trust_remote_code:
+        trust_code(loaded.model)
+    preview = plan_recipe(loaded)
     found = preview.estimate
     if as_json:
         sites = {name: scheme.weight.describe() for name, scheme in preview.resolution.plan.items()}

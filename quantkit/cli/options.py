@@ -23,6 +23,12 @@ Data = Annotated[
 ]
 Column = Annotated[str | None, typer.Option(help="Column of the data that is read: a text, messages, or prompt+response.")]
 Template = Annotated[str | None, typer.Option(help="Chat template of conversations: a name of the tokenizer's, or a file.")]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code", help="Run the Python code that a model brings with it; only where you trust who wrote it."
+    ),
+]
 DrafterName = Annotated[
     str | None,
     typer.Option(

@@ -18,6 +18,7 @@ from quantkit.cli.options import (
     KeysAndValues,
     Model,
     Template,
+    TrustRemoteCode,
     read_drafter,
 )
 
@@ -35,15 +36,19 @@ def demo(
     length: Annotated[int, typer.Option(help="Tokens of a calibration window.")] = 512,
     windows: Annotated[int, typer.Option(help="Evaluation windows of 512 tokens.")] = 16,
     quick: Annotated[bool, typer.Option("--quick", help="Little data: does it work? Not enough to judge by.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Quantize a model four ways, reload it, compare it with the original and time it."""
     from quantkit.cli.demo import DemoSettings, plan_demo, run_demo
+    from quantkit.hf.code import trust_code
     from quantkit.report import comparison_table, coverage_table
 
     settings = DemoSettings(
         model=model, data=data, column=column, template=template, out=out, samples=samples, length=length, windows=windows
     )
     settings = settings.quick() if quick else settings
+    if trust_remote_code:
+        trust_code(model)
     variants = plan_demo(settings)
     rows = [
         (
@@ -76,13 +81,16 @@ def demo(
 
 
 @app.command()
-def run(recipe: Path, settings: Settings = None) -> None:
+def run(recipe: Path, settings: Settings = None, trust_remote_code: TrustRemoteCode = False) -> None:
     """Carry out a recipe: quantize, write, prove, measure. An interrupted run continues."""
+    from quantkit.hf.code import trust_code
     from quantkit.recipe.run import run_recipe
     from quantkit.recipe.schema import load_recipe
     from quantkit.report import comparison_table, coverage_table
 
     loaded = load_recipe(recipe, parse_settings(settings))
+    if trust_remote_code:
+        trust_code(loaded.model)
     with progress_bars() as progress:
         outcome = run_recipe(loaded, progress)
     for note in outcome.preview.resolution.notes:
@@ -107,17 +115,18 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="Write the report here (JSON).")] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page with plots here.")] = None,
     head: Head = "float",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Measure a model: perplexity, distance from a base model, speed, size."""
     from quantkit.checkpoint.open import open_model
     from quantkit.evaluation import evaluate as measure
     from quantkit.report import comparison_table, write_html
 
-    opened, tokenizer = open_model(model, head=head)
+    opened, tokenizer = open_model(model, head=head, trust_remote_code=trust_remote_code)
     with progress_bars() as progress:
         report = measure(
             opened,
-            open_model(base)[0] if base else None,
+            open_model(base, trust_remote_code=trust_remote_code)[0] if base else None,
             data=data,
             column=column,
             template=template,
@@ -146,12 +155,13 @@ def bench(
     engine: Engine = "auto",
     compute: ComputeMode = "float",
     head: Head = "float",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Time several models in turn, round by round."""
     from quantkit.checkpoint.open import open_model
     from quantkit.evaluation import compare_latency
 
-    opened = {name: open_model(name, head=head)[0] for name in models}
+    opened = {name: open_model(name, head=head, trust_remote_code=trust_remote_code)[0] for name in models}
     with progress_bars() as progress:
         found = compare_latency(
             opened,
@@ -195,12 +205,13 @@ def generate(
     engine: Engine = "auto",
     compute: ComputeMode = "float",
     head: Head = "float",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Continue a prompt and show the text as it comes."""
     from quantkit.checkpoint.open import open_model
     from quantkit.generation.generate import generate as continue_text
 
-    opened, tokenizer = open_model(model, head=head)
+    opened, tokenizer = open_model(model, head=head, trust_remote_code=trust_remote_code)
     done = continue_text(
         opened,
         [{"role": "user", "content": prompt}] if chat else prompt,

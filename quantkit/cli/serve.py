@@ -7,7 +7,7 @@ import typer
 
 from quantkit.cli import app
 from quantkit.cli.console import console, facts, progress_bars, say, size, table
-from quantkit.cli.options import ComputeMode, DrafterName, Engine, KeysAndValues, Model, read_drafter
+from quantkit.cli.options import ComputeMode, DrafterName, Engine, KeysAndValues, Model, TrustRemoteCode, read_drafter
 from quantkit.errors import QuantkitError, nearest
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ def serve(
     ] = None,
     engine: Engine = "auto",
     compute: ComputeMode = "float",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Serve a model to OpenAI clients, in one process and for a few users. For many users, use vLLM."""
     from quantkit.checkpoint.open import open_model
@@ -50,7 +51,7 @@ def serve(
     from quantkit.serve.run import check_port, open_server, run_server
 
     check_port(host, port)
-    opened, tokenizer = open_model(model)
+    opened, tokenizer = open_model(model, trust_remote_code=trust_remote_code)
     limits = Limits(running=running, waiting=waiting, kv_tokens=kv_tokens, context_tokens=context)
     server = open_server(
         opened,
@@ -110,6 +111,7 @@ def trace(
     seed: int = 0,
     out: Annotated[Path | None, typer.Option(help="Write the numbers here (JSON).")] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page with plots here.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Simulate requests and measure time to first token, time between tokens and throughput, for several kinds of batching."""
     import math
@@ -122,7 +124,7 @@ def trace(
     from quantkit.report import trace_rows, write_trace_html
     from quantkit.system.files import write_json
 
-    opened, _ = open_model(model)
+    opened, _ = open_model(model, trust_remote_code=trust_remote_code)
     arrivals = poisson_trace(
         requests,
         rate_per_s=rate or math.inf,

@@ -104,22 +104,35 @@ def _range(values: Iterable[int]) -> tuple[int, int] | None:
 
 
 def shortfall(rows: Iterable[CoverageRow]) -> str | None:
-    """Say in a sentence if most of the weights that could be expected to be quantized are not; None if all is well.
+    """Say in a sentence if most of the weights that could be expected to be quantized as planned are not; None if all is well.
 
     Counted are linear layers and experts that no rule leaves in float.
     """
-    quantized, missed = 0, Counter[str]()
+    quantized, missed, fallen = 0, Counter[str](), Counter[str]()
     for row in rows:
-        quantized += row.parameters if row.kind != "skipped" else 0
+        quantized += row.parameters if row.kind in ("quantized", "fell back") else 0
         if row.missed:
             missed[row.reason or "no reason"] += row.parameters
+        if row.kind == "fell back":
+            fallen[row.reason or "no reason"] += row.parameters
     total = quantized + missed.total()
     if not total or missed.total() <= total / 2:
-        return None
+        return _mostly_rounded(fallen, quantized)
     reason, count = missed.most_common(1)[0]
     return (
         f"only {quantized / total:.0%} of the weights of linear layers and experts are quantized; "
         f"the rest stays in float, {count / total:.0%} because: {reason}"
+    )
+
+
+def _mostly_rounded(fallen: Counter[str], quantized: int) -> str | None:
+    """Say so if most of the quantized weights were rounded to nearest, though the method wants their inputs."""
+    if fallen.total() <= quantized / 2:
+        return None
+    reason, count = fallen.most_common(1)[0]
+    return (
+        f"{fallen.total() / quantized:.0%} of the quantized weights fell back to plain rounding, "
+        f"{count / quantized:.0%} because: {reason}"
     )
 
 
@@ -193,17 +206,25 @@ def _carried(ledger: Ledger) -> list[CoverageRow]:
     ]
 
 
-def coverage_after(rows: Iterable[CoverageRow], results: Mapping[str, Quantized]) -> list[CoverageRow]:
-    """Return the rows of :func:`coverage_before` with what has become of the quantized sites."""
+def coverage_after(
+    rows: Iterable[CoverageRow], results: Mapping[str, Quantized], stored: Mapping[str, int] | None = None
+) -> list[CoverageRow]:
+    """Return the rows of :func:`coverage_before` with what has become of the quantized sites.
+
+    Args:
+        rows: of the float model.
+        results: layer name to its codes.
+        stored: layer name to the bytes of its tensors in the checkpoint, where one is written: a format may add to codes and
+            scales, such as their shape.
+    """
     done = []
     for row in rows:
         one = results.get(row.name)
         if one is not None:
             kind = "fell back" if one.fell_back else "quantized"
             scheme, reason = one.qtensor.spec.describe(), "; ".join((*one.notes, *one.warnings)) or None
-            row = replace(
-                row, kind=kind, bytes_after=one.qtensor.nbytes, scheme=scheme, reason=reason, tokens=one.tokens, missed=False
-            )
+            after = (stored or {}).get(row.name, one.qtensor.nbytes)
+            row = replace(row, kind=kind, bytes_after=after, scheme=scheme, reason=reason, tokens=one.tokens, missed=False)
         done.append(row)
     return done
 

@@ -23,9 +23,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
 from quantkit.errors import QuantkitError
-from quantkit.hf.building import building
+from quantkit.hf.building import building, parameters_on_meta
 from quantkit.system.files import (
     atomic_path,
     cache_dir,
@@ -38,6 +39,9 @@ from quantkit.system.files import (
 
 LIMIT_BYTES: Final = 1 << 30
 """Largest dequantized weights that are kept."""
+
+_ACCOUNT: Final = "every tensor accounted for"
+"""What was asked of a file before its weights were kept."""
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +109,7 @@ def _place(path: Path) -> Path | None:
         log.warning("%s; reading %s itself", error, path)
         return None
     versions = [importlib.metadata.version(name) for name in ("transformers", "gguf")]
-    key = hashlib.sha256("\n".join([known_sha256(path), *versions]).encode()).hexdigest()
+    key = hashlib.sha256("\n".join([known_sha256(path), *versions, _ACCOUNT]).encode()).hexdigest()
     return folder / key[:32]
 
 
@@ -149,6 +153,26 @@ def _weights(path: Path, config: Any, dtype: torch.dtype | None) -> Mapping[str,
     return state
 
 
+def _refuse_unknown(path: Path, config: Any, model: PreTrainedModel) -> None:
+    """Refuse a file with tensors that transformers passes over without a word: the model would not be the file's.
+
+    Such are the factors of stretched rotary embeddings (``rope_freqs.weight``), and layers that predict further tokens.
+    """
+    import gguf
+
+    reader = gguf.GGUFReader(path)
+    kind = bytes(reader.fields["general.architecture"].parts[-1]).decode()
+    processor = TENSOR_PROCESSORS.get(kind, TensorProcessor)(config=config.to_dict())
+    known = get_gguf_hf_weights_map(model, processor)
+    names = [tensor.name for tensor in reader.tensors]
+    if lost := [name for name in names if name not in known and name.removesuffix(".weight") not in known]:
+        more = f" and {len(lost) - 5} more" if len(lost) > 5 else ""
+        raise QuantkitError(
+            f"{path}: {len(lost)} of its tensors are unknown to transformers, which would leave them out: "
+            f"{', '.join(lost[:5])}{more}; give the model that the file was made from (a directory with safetensors files)"
+        )
+
+
 def _dequantize(path: Path, config: Any, dtype: torch.dtype | None) -> dict[str, Tensor]:
     options: dict[str, Any] = {"dtype": dtype} if dtype is not None else {}
     if hasattr(transformers, "GgufConfig"):  # newer releases can keep GGUF blocks in memory, which is not wanted here
@@ -157,6 +181,9 @@ def _dequantize(path: Path, config: Any, dtype: torch.dtype | None) -> dict[str,
     options |= {"gguf_file": path.name, "config": config, "trust_remote_code": False, "output_loading_info": True}
     loaded: PreTrainedModel
     with building:
+        with parameters_on_meta():
+            empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        _refuse_unknown(path, config, empty)
         loaded, info = load(path.parent, **options)
     if random := sorted(name for name, _ in loaded.named_parameters() if name in info["missing_keys"]):
         more = f" and {len(random) - 5} more" if len(random) > 5 else ""

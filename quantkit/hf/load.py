@@ -28,6 +28,7 @@ from quantkit.dtypes import float_dtype
 from quantkit.errors import FormatError, QuantkitError
 from quantkit.hf.account import account
 from quantkit.hf.building import building, parameters_on_meta
+from quantkit.hf.code import know_code, trust_code
 from quantkit.hf.gguf import load_gguf
 from quantkit.hf.guard import names_source
 from quantkit.hf.ledger import Ledger, keep_ledger, ledger_of
@@ -67,7 +68,7 @@ def load_float(
             unchanged except that it is put in eval mode.
         dtype: dtype of the weights, or its name; None keeps the checkpoint's (float32 for GGUF files that do not name one).
         tokenizer: returned instead of the source's own.
-        trust_remote_code: run code from the hub repository.
+        trust_remote_code: run the code that the source brings with it; see :func:`quantkit.hf.code.trust_code`.
 
     Returns:
         The model, and its tokenizer or None.
@@ -91,12 +92,14 @@ def load_float(
     directory = directory_of(source, trust_remote_code=trust_remote_code)
     try:
         check_config_of(directory)
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        if trust_remote_code:
+            trust_code(directory)
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         if getattr(config, "quantization_config", None):
             raise QuantkitError(
                 f"{source} is already quantized, want a float model; load it with quantkit.load, or give the float model"
             )
-        model = _load_directory(directory, config, dtype, trust_remote_code)
+        model = _load_directory(directory, config, dtype, trusts_code=trust_remote_code)
     except (OSError, ValueError, RuntimeError) as error:
         raise QuantkitError(own_code(source, error) or f"cannot load a model from {source}: {error}") from error
     model.train(False)
@@ -106,15 +109,13 @@ def load_float(
     return model, tokenizer or load_tokenizer(directory, trust_remote_code=trust_remote_code)
 
 
-def _load_directory(
-    path: Path, config: PretrainedConfig, dtype: torch.dtype | None, trust_remote_code: bool
-) -> PreTrainedModel:
+def _load_directory(path: Path, config: PretrainedConfig, dtype: torch.dtype | None, *, trusts_code: bool) -> PreTrainedModel:
     """Account for the tensors in a directory, and then load them."""
     if (path / "adapter_config.json").is_file():
         raise QuantkitError(f"{path} holds an adapter (adapter_config.json); merge it into its model and give that")
-    ledger = account(path, empty_model(config, trust_remote_code=trust_remote_code))
-    load: Any = class_of(config, trust_remote_code=trust_remote_code)
-    options = {"trust_remote_code": trust_remote_code}  # never left to a prompt
+    ledger = account(path, empty_model(config))
+    load: Any = class_of(config)
+    options = {"trust_remote_code": False}  # never left to a prompt
     model: PreTrainedModel
     with building:
         model, info = load.from_pretrained(path, config=config, dtype=dtype or "auto", output_loading_info=True, **options)
@@ -124,7 +125,7 @@ def _load_directory(
             f"{path}: transformers filled {', '.join(random[:5])} with random numbers; the files do not hold them"
         )
     _restore_padding(model, ledger)
-    keep_ledger(model, dataclasses.replace(ledger, trusts_code=trust_remote_code))
+    keep_ledger(model, dataclasses.replace(ledger, trusts_code=trusts_code))
     return model
 
 
@@ -138,6 +139,16 @@ def _restore_padding(model: nn.Module, ledger: Ledger) -> None:
             stored = opened.read(sources[0], copy=False) if len(sources) == 1 else None
             if stored is not None and stored.shape == weight.shape:
                 weight[module.padding_idx] = stored[module.padding_idx].to(weight.dtype)
+
+
+def adopt(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a model that somebody else has loaded, in evaluation mode and with what :func:`load_float` sees to."""
+    model.train(False)
+    know_code(model)
+    mend(model)
+    settle_ties(model, model.config)
+    warn_of_lost(model)
+    return model
 
 
 def warn_of_lost(model: PreTrainedModel) -> None:
@@ -164,14 +175,11 @@ def warn_of_lost(model: PreTrainedModel) -> None:
         )
 
 
-def class_of(config: PretrainedConfig, *, trust_remote_code: bool = False) -> Any:
+def class_of(config: PretrainedConfig) -> Any:
     """Return the class of the model that a config describes: the one it names, or what transformers takes for its type.
 
-    A class that cannot generate (a bare decoder, a classifier) is passed over: what is quantized is a language model. Where
-    code of the source's own is trusted, and there is some, it is that of a causal language model.
+    A class that cannot generate (a bare decoder, a classifier) is passed over: what is quantized is a language model.
     """
-    if trust_remote_code and getattr(config, "auto_map", None):
-        return AutoModelForCausalLM
     names = config.architectures or []
     named = getattr(transformers, names[0], None) if names and isinstance(names[0], str) else None
     if isinstance(named, type) and issubclass(named, PreTrainedModel) and named.can_generate():
@@ -233,12 +241,8 @@ def architectures_of(model: PreTrainedModel) -> list[str]:
 
 
 @names_source("cannot build the model of")
-def empty_model(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
+def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     """Build a model from its config, with parameters on the meta device and real buffers.
-
-    Args:
-        config: of the model.
-        trust_remote_code: run the code that the config names.
 
     Raises:
         QuantkitError: transformers cannot build a model from this config.
@@ -246,11 +250,11 @@ def empty_model(config: PretrainedConfig, *, trust_remote_code: bool = False) ->
     plain = copy.deepcopy(config)
     plain.__dict__.pop("quantization_config", None)
     names = plain.architectures or []
-    chosen = class_of(plain, trust_remote_code=trust_remote_code)
+    chosen = class_of(plain)
     if isinstance(chosen, type) and issubclass(chosen, PreTrainedModel):
         build: Any = chosen._from_config
     else:
-        build = functools.partial(chosen.from_config, trust_remote_code=trust_remote_code)
+        build = functools.partial(chosen.from_config, trust_remote_code=False)
     with building, parameters_on_meta():
         try:
             model: PreTrainedModel = build(plain)

@@ -28,6 +28,7 @@ from quantkit.engine.backend import Copy, Memory, Span
 from quantkit.engine.kvstore import Pool, make_pool, pool_bytes
 from quantkit.errors import QuantkitError
 from quantkit.hf.cache import LENGTH_DEPENDENT_ROPE, rope_types
+from quantkit.hf.structure import towers
 from quantkit.nn.block_calls import running_alone
 from quantkit.nn.embedding import input_table
 from quantkit.spec import KVScheme
@@ -318,9 +319,10 @@ def context_tokens(model: PreTrainedModel) -> int | None:
         None if the config names no length and no positions are learned.
     """
     named = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    others = tuple(towers(model))  # those of images and sound number patches and frames
     tables = [
         part.num_embeddings - getattr(part, "offset", 0)  # OPT and its like leave the first rows out
         for name, part in model.named_modules()
-        if isinstance(part, nn.Embedding) and _POSITIONS.search(name)
+        if isinstance(part, nn.Embedding) and _POSITIONS.search(name) and not name.startswith(others)
     ]
     return min([*tables, *([named] if isinstance(named, int) and named > 0 else [])], default=None)

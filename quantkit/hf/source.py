@@ -75,11 +75,11 @@ def load_config(source: str | Path) -> PretrainedConfig:
 def own_code(source: str | Path, error: Exception) -> str | None:
     """Say so if transformers refused a model because it wants code of its own to be run; None if it was for something else.
 
-    That code is never run because somebody asked at a prompt, only where a program says ``trust_remote_code=True``.
+    That code is never run because somebody answered a prompt, only where a program or a command says so.
     """
     if "trust_remote_code" not in str(error):
         return None
     return (
-        f"{source} brings code of its own, which is not run unasked; if you trust it, load the model with transformers and "
-        "trust_remote_code=True, and give the model itself in place of its name"
+        f"{source} brings code of its own, which is not run unasked; if you trust who wrote it, say --trust-remote-code, or "
+        "quantkit.open_model(..., trust_remote_code=True) and give the model itself in place of its name"
     )

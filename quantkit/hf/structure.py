@@ -133,23 +133,23 @@ def find_stack(model: nn.Module) -> str:
     get_decoder = getattr(model, "get_decoder", None)
     decoder = get_decoder() if get_decoder is not None else None
     within = {id(module) for module in decoder.modules()} if isinstance(decoder, nn.Module) else set()
-    own = [name for name in sizes if not any(f"{name}.".startswith(tower) for tower in _towers(model))] or list(sizes)
+    own = [name for name in sizes if not any(f"{name}.".startswith(tower) for tower in towers(model))] or list(sizes)
     text = [name for name in own if id(model.get_submodule(name)) in within]
     return max(text or own, key=sizes.__getitem__)
 
 
 def _equal_stacks(model: nn.Module, stack: str) -> list[str]:
     """Return the paths of other lists of as many layers of the same classes: some models alternate between two stacks."""
-    layers, towers = [type(layer) for layer in model.get_submodule(stack).children()], tuple(_towers(model))
+    layers, beside = [type(layer) for layer in model.get_submodule(stack).children()], tuple(towers(model))
     lists = ((name, part) for name, part in model.named_modules() if isinstance(part, nn.ModuleList) and name != stack)
     return [
         name
         for name, part in lists
-        if [type(layer) for layer in part.children()] == layers and not f"{name}.".startswith((f"{stack}.", *towers))
+        if [type(layer) for layer in part.children()] == layers and not f"{name}.".startswith((f"{stack}.", *beside))
     ]
 
 
-def _towers(model: nn.Module) -> list[str]:
+def towers(model: nn.Module) -> list[str]:
     """Return the paths, each with a dot, of models inside the model whose config is neither its own nor its text's kind."""
     if not isinstance(model, PreTrainedModel):
         return []

@@ -185,6 +185,17 @@ def refuse_gaps(structure: Structure, resolution: Resolution) -> None:
         raise SpecError(f"{first}{more} would stay in float; strict=True wants a rule with skip for it")
 
 
+def refuse_unseen(structure: Structure, plan: Plan, method: Quantizer, statistics: Mapping[str, SiteStatistics] | None) -> None:
+    """With strict=True, no layer may fall back to plain rounding: not those whose inputs cannot be seen, either."""
+    for site in structure.sites:
+        wanted = site.read and site.name in plan and needs_of(method, plan[site.name])
+        if wanted and site.name not in (statistics or {}):
+            raise SpecError(
+                f"{site.name}: its module reads it as a tensor: nobody sees its inputs, and {quantizer_name(method)} falls "
+                "back to plain rounding; strict=True forbids that, use method rtn or a rule with skip"
+            )
+
+
 def report_fallen(names: list[str]) -> None:
     """Warn of layers that were rounded to nearest for want of inputs."""
     if names:

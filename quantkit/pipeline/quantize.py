@@ -24,11 +24,9 @@ from quantkit.calibrate.statistics import load_statistics
 from quantkit.checkpoint.contents import contents_of
 from quantkit.evaluation.coverage import coverage_after, coverage_before, remark, shortfall
 from quantkit.evaluation.sanity import SanityCheck
-from quantkit.hf.load import PreTrainedModel, load_float, warn_of_lost
-from quantkit.hf.mend import mend
+from quantkit.hf.load import PreTrainedModel, adopt, load_float
 from quantkit.hf.source import load_config, locate
 from quantkit.hf.structure import describe
-from quantkit.hf.ties import settle_ties
 from quantkit.nn.probes import all_experts_shown
 from quantkit.nn.quantized import Quantized
 from quantkit.nn.sites import SiteStatistics, Structure
@@ -40,6 +38,7 @@ from quantkit.pipeline.checks import (
     refuse_combinations,
     refuse_gaps,
     refuse_uncounted,
+    refuse_unseen,
     report_fallen,
     report_lossy,
 )
@@ -192,6 +191,7 @@ class _Job:
             refuse_parted(self.structure, self.plan, self.resolution.skipped)
         if self.run.strict:
             refuse_gaps(self.structure, self.resolution)
+            refuse_unseen(self.structure, self.plan, self.method, self.statistics)
         refuse_combinations(self.plan, self.structure, self.method, self.steps.all, self.statistics)
         if self.calibration.answers_only:
             refuse_uncounted(self.plan, self.method, self.steps.all)
@@ -278,7 +278,8 @@ def _carry_out(job: _Job, key: checkpoint.Key | None, batches: Sequence[Batch], 
     with all_experts_shown(model, job.calibration.all_experts):
         results = quantize_blocks(blocks)
     results, facts = learning.finish(model, structure, results)
-    coverage = remark(coverage_after(rows, results), job.resolution.remarks)
+    stored = store.writer.stored_bytes if store is not None else None
+    coverage = remark(coverage_after(rows, results, stored), job.resolution.remarks)
     report_lossy(results)
     report_fallen([row.name for row in coverage if row.kind == "fell back"])
     if warning := shortfall(coverage):
@@ -362,11 +363,7 @@ def open_float(model: nn.Module | str | Path, tokenizer: Any, output: Output = D
         output: where a finished run may have replaced its input by its output.
     """
     if isinstance(model, nn.Module):
-        given = cast(PreTrainedModel, model.eval())
-        mend(given)
-        settle_ties(given, given.config)
-        warn_of_lost(given)
-        return given, tokenizer
+        return adopt(cast(PreTrainedModel, model)), tokenizer
     place = locate(model)
     loaded, found = replaced_model(place, output) or load_float(place)
     return loaded, tokenizer if tokenizer is not None else found

@@ -9,7 +9,7 @@ import transformers
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoProcessor, PreTrainedModel
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel
 
 from quantkit import checkpoint
 from quantkit.checkpoint.contents import contents_of
@@ -17,6 +17,7 @@ from quantkit.errors import FormatError, SpecError
 from quantkit.hf.ledger import ledger_of
 from quantkit.hf.load import load_float
 from quantkit.hf.mend import mend
+from quantkit.hf.paged import context_tokens
 from quantkit.hf.source import load_config
 from quantkit.pipeline.estimate import estimate
 from quantkit.pipeline.quantize import plan, quantize
@@ -25,14 +26,16 @@ from quantkit.pipeline.rules import Rule
 from quantkit.pipeline.settings import Output, Run
 from quantkit.quantizers.rtn import RTN
 from quantkit.system.progress import Progress
-from tests.towers import CONFIGS, EXTRA, inputs, write, write_files
+from tests.towers import ABOUT_AN_IMAGE, CONFIGS, EXTRA, IMAGE, PROCESSORS, inputs, write, write_files
 
-LEAST_KL = 1e-4
+SEEDS, WITHIN = 24, 1.25
+"""So many texts, each with and without an image of its own, and what their KL divergences may differ by: means of single texts
+lie a factor of ten apart."""
 
 
 @torch.no_grad()
-def logits(model: nn.Module, name: str, *, image: bool = False) -> Tensor:
-    return model(**inputs(name, image=image)).logits
+def logits(model: nn.Module, name: str, *, image: bool = False, seed: int = 1) -> Tensor:
+    return model(**inputs(name, image=image, seed=seed)).logits
 
 
 def kl(float_logits: Tensor, other: Tensor) -> float:
@@ -48,8 +51,7 @@ def made(request, tmp_path_factory) -> tuple[str, Made]:
     """Name of a model, its float directory, the float model, the checkpoint's directory, and what quantize returned."""
     path = tmp_path_factory.mktemp(request.param)
     model = write(request.param, path / "m")
-    if request.param == "gemma3":
-        write_files(path / "m")
+    write_files(request.param, path / "m")
     result = quantize(path / "m", "w8a16", method="rtn", out=path / "q")
     return request.param, (path / "m", model, path / "q", result)
 
@@ -61,7 +63,8 @@ def test_the_ledger_adds_up_to_the_source(made) -> None:
     placed = {one for names in ledger.fills.values() for one in names}
     assert sorted(ledger.carried) == sorted(EXTRA[name])
     assert placed | set(ledger.carried) == source.keys()
-    assert sum(row.bytes_before for row in result.coverage) == sum(tensor.nbytes for tensor in source.values())
+    before, after = (sum(getattr(row, part) for row in result.coverage) for part in ("bytes_before", "bytes_after"))
+    assert before == sum(tensor.nbytes for tensor in source.values())
     assert {row.name for row in result.coverage if row.kind == "carried over"} == set(EXTRA[name])
     written = load_file(out / "model.safetensors")
     for extra in EXTRA[name]:
@@ -69,7 +72,7 @@ def test_the_ledger_adds_up_to_the_source(made) -> None:
         assert written[extra].dtype == source[extra].dtype
     found = checkpoint.inspect(out)
     assert found["carried_over"]["tensors"] == len(EXTRA[name])
-    assert found["tensor_bytes"] == sum(tensor.nbytes for tensor in written.values())
+    assert found["tensor_bytes"] == after == sum(tensor.nbytes for tensor in written.values())
 
 
 def test_the_sources_own_class_reads_the_result(made) -> None:
@@ -87,10 +90,18 @@ def test_the_sources_own_class_reads_the_result(made) -> None:
     assert kl(logits(theirs, name), logits(loaded, name)) < 1e-5
     if "vision_config" not in config:
         return
-    text = kl(logits(model, name), logits(loaded, name))
-    about_an_image = kl(logits(model, name, image=True), logits(theirs, name, image=True))
-    assert about_an_image < 3 * text + LEAST_KL
+    text, about_an_image = (
+        sum(kl(logits(model, name, image=image, seed=s), logits(theirs, name, image=image, seed=s)) for s in range(SEEDS))
+        for image in (False, True)
+    )
+    assert about_an_image < WITHIN * text
     assert torch.equal(logits(loaded, name, image=True), logits(result.model, name, image=True))
+
+
+def test_a_tower_does_not_limit_the_text(made) -> None:
+    name, (_, model, _, _) = made
+    config = CONFIGS[name]
+    assert context_tokens(model) == config.get("text_config", config)["max_position_embeddings"]
 
 
 def test_towers_stay_float(made) -> None:
@@ -165,15 +176,24 @@ def test_an_interrupted_run_goes_on_and_the_estimate_is_exact(tmp_path, caplog) 
 
 def test_files_beside_the_weights(made) -> None:
     name, (path, _, out, result) = made
-    if name != "gemma3":
-        return
-    same = ("preprocessor_config.json", "LICENSE.txt", "tokenizer.model", "tokenizer.json", "tokenizer_config.json")
-    for file in (*same, "processor_config.json", "chat_template.jinja", "generation_config.json"):
+    same = {"LICENSE.txt", "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "generation_config.json"}
+    same |= {file.name for file in path.iterdir() if "processor" in file.name or file.suffix == ".jinja"} - {".hidden.jinja"}
+    assert PROCESSORS.get(name, {}).keys() <= same
+    for file in same:
         assert (out / file).read_bytes() == (path / file).read_bytes(), file
     names = {file.name for file in out.iterdir()}
     assert not names & {"modeling_evil.py", ".hidden.jinja", "consolidated.safetensors", "NOTICE"}
+    if name not in ABOUT_AN_IMAGE:
+        text = "the cat sat"
+        assert AutoTokenizer.from_pretrained(out)(text) == AutoTokenizer.from_pretrained(path)(text)
+        return
+    if name in PROCESSORS:
+        pytest.importorskip("torchvision", exc_type=ImportError)
     processor = AutoProcessor.from_pretrained(out)
-    batch = processor(images=Image.new("RGB", (40, 40), (200, 10, 10)), text="the cat <boi> sat", return_tensors="pt")
+    assert type(processor) is type(AutoProcessor.from_pretrained(path))
+    batch = processor(images=Image.new("RGB", (40, 40), (200, 10, 10)), text=ABOUT_AN_IMAGE[name], return_tensors="pt")
+    batch = batch.to(torch.float32)  # one processor makes bfloat16
+    assert int((batch["input_ids"] == IMAGE).sum()) >= 4
     with torch.no_grad():
         found = checkpoint.load(out)(**batch).logits
         assert torch.equal(found, result.model(**batch).logits)

@@ -3,13 +3,14 @@
 import io
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import quantkit
@@ -113,9 +114,67 @@ def test_code_of_a_checkpoint_is_not_run_even_if_somebody_says_yes(
         with pytest.raises(QuantkitError):
             attempt(path)
     if not quantized:
-        with pytest.raises(QuantkitError, match=r"code of its own, which is not run unasked.*trust_remote_code=True"):
+        with pytest.raises(QuantkitError, match=r"code of its own, which is not run unasked.*--trust-remote-code"):
             quantkit.plan(path)
     for command in (["inspect", str(path)], ["generate", str(path), "hello"], ["eval", str(path)]):
         assert CliRunner().invoke(app, command, input="y\ny\ny\n").exit_code == 2
     assert not asked
     assert not trace.exists()
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Path, Path]]:
+    """A float directory whose model only its own code can run, and the file that the code leaves when it runs."""
+    path, trace = tmp_path / "m", tmp_path / "trace"
+    tiny_llama().save_pretrained(path)
+    config = json.loads((path / "config.json").read_text())
+    maps = {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.MineForCausalLM"}
+    (path / "config.json").write_text(
+        json.dumps({**config, "model_type": "mine", "architectures": ["MineForCausalLM"], "auto_map": maps})
+    )
+    (path / "mine.py").write_text(
+        f"open({str(trace)!r}, 'w').close()\nfrom transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class Config(LlamaConfig):\n    model_type = 'mine'\n\n"
+        "class MineForCausalLM(LlamaForCausalLM):\n    config_class = Config\n"
+    )
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    yield path, trace
+    forget()
+
+
+def forget() -> None:
+    """Make transformers as it is in a process that has run no code of a model."""
+    kind = CONFIG_MAPPING._extra_content.pop("mine", None)
+    AutoModelForCausalLM._model_mapping._extra_content.pop(kind, None)
+
+
+def test_code_runs_where_somebody_says_so_and_goes_with_the_checkpoint(own: tuple[Path, Path], tmp_path: Path) -> None:
+    path, trace = own
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"model: {path}\nmethod: rtn\nscheme: w8a16\noutput: {{path: {tmp_path / 'q'}}}\n")
+
+    def call(*arguments: str, code: int = 0) -> str:
+        done = CliRunner().invoke(app, arguments)
+        assert done.exit_code == code, (done.output, done.exception)
+        return done.output
+
+    for command in ("plan", "run"):
+        call(command, str(recipe), code=2)
+    assert not trace.exists()
+    call("run", str(recipe), "--trust-remote-code")
+    assert trace.exists()
+    assert (tmp_path / "q" / "mine.py").read_bytes() == (path / "mine.py").read_bytes()
+    forget()
+    trace.unlink()
+    with pytest.raises(QuantkitError, match="--trust-remote-code"):
+        quantkit.open_model(tmp_path / "q")
+    assert not trace.exists()
+    loaded, _ = quantkit.open_model(tmp_path / "q", trust_remote_code=True)
+    assert type(loaded).__name__ == "MineForCausalLM"
+
+
+def test_a_model_that_was_loaded_with_its_code_is_quantized(own: tuple[Path, Path], tmp_path: Path) -> None:
+    path, _ = own
+    model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
+    quantkit.quantize(model, method="rtn", out=tmp_path / "q")
+    assert (tmp_path / "q" / "mine.py").exists()

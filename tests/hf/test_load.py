@@ -93,8 +93,8 @@ def test_architectures_cannot_name_anything_but_a_model() -> None:
     assert type(empty_model(config)).__name__ == "LlamaForCausalLM"
 
 
-def write_gguf(path, hidden: int = 32, vocab: int = 20, without: str = "") -> dict[str, torch.Tensor]:
-    """Write a one-layer llama with a toy vocabulary as GGUF, except one tensor; return its tensors by GGUF name."""
+def write_gguf(path, hidden: int = 32, vocab: int = 20, without: str = "", more: str = "") -> dict[str, torch.Tensor]:
+    """Write a one-layer llama with a toy vocabulary as GGUF, except one tensor, and with one more; return them by GGUF name."""
     import gguf
 
     writer = gguf.GGUFWriter(str(path), "llama")
@@ -123,6 +123,7 @@ def write_gguf(path, hidden: int = 32, vocab: int = 20, without: str = "") -> di
     shapes |= {"blk.0.ffn_gate": (64, hidden), "blk.0.ffn_up": (64, hidden), "blk.0.ffn_down": (hidden, 64)}
     generator = torch.Generator().manual_seed(0)
     shapes.pop(without, None)
+    shapes |= {more: (8,)} if more else {}
     tensors = {f"{name}.weight": torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     for name, tensor in tensors.items():
         if tensor.ndim == 1:
@@ -157,6 +158,14 @@ def test_gguf_becomes_a_plain_model(tmp_path) -> None:
 def test_a_gguf_without_a_tensor(name: str, tmp_path) -> None:
     write_gguf(tmp_path / "toy.gguf", without=name)
     with pytest.raises(QuantkitError, match="1 missing: "):
+        load_float(tmp_path / "toy.gguf")
+
+
+@pytest.mark.usefixtures("own_cache")
+@pytest.mark.parametrize("name", ["rope_freqs", "blk.1.nextn.eh_proj", "blk.0.attn_sinks"])
+def test_a_gguf_with_a_tensor_that_its_reader_would_leave_out(name: str, tmp_path) -> None:
+    write_gguf(tmp_path / "toy.gguf", more=name)
+    with pytest.raises(QuantkitError, match=rf"1 of its tensors are unknown to transformers.*: {name}\.weight; give the model"):
         load_float(tmp_path / "toy.gguf")
 
 

@@ -1,6 +1,7 @@
 """A quantized parameter is read like the one it replaces, and cannot be written to."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -17,8 +18,9 @@ from quantkit.nn.parameter import QuantParameter
 from quantkit.nn.sites import Site, read_weight
 from quantkit.numerics import grid
 from quantkit.pipeline.rules import Rule
-from quantkit.pipeline.settings import Output
+from quantkit.pipeline.settings import Output, Run
 from quantkit.qtensor import GridTensor
+from quantkit.report import coverage_table
 from quantkit.spec import QuantSpec
 from tests.tiny import build
 
@@ -97,6 +99,10 @@ def test_experts_that_their_module_runs_itself_are_quantized_and_come_back(tmp_p
     learned = quantize(build("llama4_text", **LLAMA4), "w4a16-g32", method="gptq", calibration=data)
     fallen = {row.name.rpartition(".")[2] for row in learned.coverage if row.kind == "fell back"}
     assert fallen == {"gate_up_proj", "down_proj"}, "nobody sees what they are multiplied by"
+    head = coverage_table(learned.coverage).title.plain
+    assert re.search(r"\d\d% of the quantized weights fell back to plain rounding.*because: .*no calibration input", head)
+    with pytest.raises(SpecError, match=r"experts\.gate_up_proj: .*nobody sees its inputs, and gptq falls back.*strict=True"):
+        quantize(build("llama4_text", **LLAMA4), "w4a16-g32", method="gptq", calibration=data, run=Run(strict=True))
 
 
 @torch.no_grad()
