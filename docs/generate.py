@@ -31,6 +31,7 @@ API = {
     "Checkpoints": ["load", "save", "inspect", "open_model"],
     "Generate": ["generate", "Generation", "Engine", "Limits", "Sampling"],
     "Measure": ["evaluate", "EvalReport", "BaseLogits", "compare_latency", "comparison_table", "write_html"],
+    "Compare": ["sweep", "SweepResult", "SweepRow", "SweepRecipe", "load_sweep", "run_sweep"],
     "Recipes": ["load_recipe", "plan_recipe", "run_recipe", "Recipe"],
     "Statistics": ["save_statistics", "load_statistics"],
     "Numbers": ["preset", "QuantSpec", "ActivationSpec", "Scheme", "KVScheme", "Plan", "QTensor", "GridTensor"],

@@ -51,6 +51,10 @@ if TYPE_CHECKING:
     from quantkit.recipe.schema import Recipe, load_recipe
     from quantkit.report import comparison_table, write_html
     from quantkit.spec import ActivationSpec, KVScheme, Plan, QuantSpec, Scheme
+    from quantkit.sweeps.result import SweepResult
+    from quantkit.sweeps.rows import SweepRow
+    from quantkit.sweeps.run import run_sweep, sweep
+    from quantkit.sweeps.schema import SweepRecipe, load_sweep
     from quantkit.system.compute import Compute
     from quantkit.system.progress import Progress
     from quantkit.transforms.awq import AWQ
@@ -102,6 +106,9 @@ _HOME = {
     "SchemeChoice": "pipeline.rules",
     "SmoothQuant": "transforms.smoothquant",
     "SpecError": "errors",
+    "SweepRecipe": "sweeps.schema",
+    "SweepResult": "sweeps.result",
+    "SweepRow": "sweeps.rows",
     "collect": "pipeline.quantize",
     "compare_latency": "evaluation",
     "comparison_table": "report",
@@ -111,14 +118,17 @@ _HOME = {
     "load": "checkpoint",
     "load_recipe": "recipe.schema",
     "load_statistics": "calibrate.statistics",
+    "load_sweep": "sweeps.schema",
     "open_model": "checkpoint.open",
     "plan": "pipeline.quantize",
     "plan_recipe": "recipe.run",
     "preset": "presets",
     "quantize": "pipeline.quantize",
     "run_recipe": "recipe.run",
+    "run_sweep": "sweeps.run",
     "save": "checkpoint",
     "save_statistics": "calibrate.statistics",
+    "sweep": "sweeps.run",
     "write_html": "report",
 }
 
@@ -165,6 +175,9 @@ __all__ = [
     "SchemeChoice",
     "SmoothQuant",
     "SpecError",
+    "SweepRecipe",
+    "SweepResult",
+    "SweepRow",
     "__version__",
     "collect",
     "compare_latency",
@@ -175,14 +188,17 @@ __all__ = [
     "load",
     "load_recipe",
     "load_statistics",
+    "load_sweep",
     "open_model",
     "plan",
     "plan_recipe",
     "preset",
     "quantize",
     "run_recipe",
+    "run_sweep",
     "save",
     "save_statistics",
+    "sweep",
     "write_html",
 ]
 

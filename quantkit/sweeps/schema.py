@@ -1,0 +1,84 @@
+"""Sweeps as YAML: the axes, and the sections of a recipe for everything that rows share.
+
+    model: demo
+    schemes: [w4a16-asym-g64, w3a16-asym-g64, w8a16]
+    quantizers: [rtn, gptq, {name: gptq, options: {damping: 0.02}}]
+    steps: [[], [awq]]
+    calibration: {samples: 32, length: 256}
+    evaluate: {windows: 8, length: 256}
+    output: {path: runs/sweep}
+
+One definition checks a recipe's sections and these (:mod:`quantkit.recipe.schema`), with file, line and the nearest key.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, field_validator
+from pydantic_core import PydanticCustomError
+
+from quantkit.calibrate.data import Calibration
+from quantkit.pipeline.rules import Rule, SchemeLike
+from quantkit.pipeline.settings import Output, Run
+from quantkit.recipe.choices import MethodChoice, Section, StepChoice, by_name
+from quantkit.recipe.schema import MOVED, Dtype, Evaluation, load_as
+
+Keep = Literal["none", "frontier", "all"]
+
+
+class Scoring(Evaluation):
+    """How rows are scored: ``windows`` of ``length`` tokens, always against the float model; ``latency`` times them, too."""
+
+    against: Literal["base"] = "base"
+    latency: bool = False
+
+
+class SweepRecipe(Section):
+    """A whole sweep."""
+
+    model: str
+    dtype: Dtype = "auto"
+    schemes: list[SchemeLike] = Field(default_factory=list)
+    quantizers: list[Annotated[MethodChoice, BeforeValidator(by_name)]] = Field(default_factory=lambda: [MethodChoice()])
+    budgets: list[str] = Field(default_factory=list)
+    choices: list[SchemeLike] = Field(default_factory=list)
+    steps: list[list[Annotated[StepChoice, BeforeValidator(by_name)]]] = Field(default_factory=lambda: [list[StepChoice]()])
+    rules: list[Rule] = Field(default_factory=list)
+    calibration: Calibration = Calibration()
+    calibrate: Literal["once", "each"] = "once"
+    evaluate: Scoring = Scoring()
+    keep: Keep = "none"
+    output: Output
+    run: Run = Run()
+
+    @field_validator("output")
+    @classmethod
+    def _has_a_place(cls, output: Output) -> Output:
+        if output.path is None:
+            raise PydanticCustomError("output", "path is missing", {})
+        return output
+
+
+_MOVED = {
+    **{key: text for key, text in MOVED.items() if key in ("embedding", "head", "strict", "resume")},
+    "scheme": "schemes: [...]",
+    "method": "quantizers: [...]",
+    "quantizer": "quantizers: [...]",
+    "windows": "evaluate: {windows: ...}",
+    "samples": "calibration: {samples: ...}",
+    "path": "output: {path: ...}",
+}
+
+
+def load_sweep(path: str | Path, overrides: Mapping[str, Any] | None = None) -> SweepRecipe:
+    """Read and check the YAML file of a sweep.
+
+    Args:
+        path: a YAML file.
+        overrides: dotted key to value, applied over the file: ``{"evaluate.windows": 4}``.
+
+    Raises:
+        RecipeError: with file, line and column, for anything that is not a valid sweep.
+    """
+    return load_as(SweepRecipe, path, overrides, moved=_MOVED)
