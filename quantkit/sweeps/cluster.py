@@ -58,8 +58,9 @@ def make_rows(
         try:
             ray.get(ended)
         except ray.exceptions.RayError as error:
-            first = str(error).strip().splitlines()[0]
-            store.write(entry, dataclasses.replace(entry.row, status="failed", reason=f"{type(error).__name__}: {first}"), key)
+            lines = str(error).strip().splitlines()  # of an error in a worker, the traceback
+            said = lines[-1] if isinstance(error, ray.exceptions.RayTaskError) else f"{type(error).__name__}: {lines[0]}"
+            store.write(entry, dataclasses.replace(entry.row, status="failed", reason=said), key)
         if not store.has(entry):
             raise QuantkitError(
                 f"row {entry.row.name!r} is finished, and its file is not in {here}: the machines of the cluster must share "

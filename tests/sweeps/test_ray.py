@@ -1,25 +1,14 @@
 """Rows as tasks of a local Ray cluster with two workers. Skipped where the extra ``ray`` is not installed."""
 
-import dataclasses
-import os
 import secrets
 
 import pytest
 
 import quantkit
-from quantkit.quantizers.rtn import RTN
 from quantkit.sweeps import cluster
-from tests.sweeps.test_sweep import SCHEMES, sweep, table
+from tests.sweeps.test_sweep import SCHEMES, Deadly, sweep, table
 
 ray = pytest.importorskip("ray", reason="the extra ray is not installed")
-
-
-@dataclasses.dataclass(frozen=True)
-class Deadly(RTN):
-    """Takes its whole process with it."""
-
-    def quantize(self, weight, spec, statistics):
-        os._exit(7)
 
 
 @pytest.fixture(scope="module")

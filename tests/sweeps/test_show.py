@@ -90,7 +90,8 @@ def test_the_picture_has_every_row_the_frontier_and_the_float_model():
     assert list(lines["frontier"].get_xdata()) == [400 / 125, 500 / 125, 1000 / 125]
     assert set(lines["float model"].get_xdata()) == {2000 / 125}
     assert {text.get_text() for text in axes.texts} == {"w3 gptq", "w4 gptq", "w8 <b> gptq"}
-    assert {text.get_text() for text in axes.get_legend().get_texts()} == {"frontier", "float model", "rtn", "gptq", "<b> gptq"}
+    legend = {text.get_text() for text in axes.get_legend().get_texts()}
+    assert legend == {"frontier", "float model", "rtn", "gptq", "<b> gptq"}
     across = RESULT.plot("bytes", "perplexity").axes[0]
     assert any(set(line.get_ydata()) == {7.4} for line in across.lines)
     with pytest.raises(QuantkitError, match="fewer than two rows have ms and kl; sweep with latency"):
@@ -170,7 +171,8 @@ def test_the_command_shows_rows_and_table_and_writes_a_page(tiny_float, tiny_tex
     path = write(
         tmp_path,
         f"model: {tiny_float}\nschemes: [w4a16-g32, mxfp4]\nquantizers: [gptq]\noutput: {{path: {tmp_path / 'out'}}}\n"
-        f"calibration: {{data: {tiny_text}, samples: 4, length: 32}}\nevaluate: {{data: {tiny_text}, windows: 2, length: 32}}\n",
+        f"calibration: {{data: {tiny_text}, samples: 4, length: 32}}\n"
+        f"evaluate: {{data: {tiny_text}, windows: 2, length: 32}}\n",
     )
     line = ["sweep", str(path), "--html", str(tmp_path / "page.html"), "--set", "evaluate.windows=3"]
     shown = CliRunner(env={"COLUMNS": "160"}).invoke(app, line)

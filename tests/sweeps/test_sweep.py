@@ -160,6 +160,14 @@ class Moody(RTN):
         return super().quantize(weight, spec, statistics)
 
 
+@dataclasses.dataclass(frozen=True)
+class Deadly(RTN):
+    """Takes its whole process with it; here, where workers of a cluster can import it."""
+
+    def quantize(self, weight, spec, statistics):
+        os._exit(7)
+
+
 def test_a_row_that_fails_says_why_and_loses_no_other_and_is_tried_again(tiny_float, tmp_path, monkeypatch):
     schemes = ["w8a16-g32", "w4a16-g32"]
     found = sweep(tiny_float, tmp_path, schemes, [Moody()])
