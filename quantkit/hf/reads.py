@@ -43,7 +43,7 @@ def weights_read_elsewhere(model: nn.Module) -> dict[str, str]:
     """Return the path of every module whose ``weight`` other code reads, and who reads it ("MambaMixer.slow_forward")."""
     found: dict[str, str] = {}
     for path, module in model.named_modules():
-        if not _mentions(type(module)) or not any(True for _ in module.children()):
+        if not _mentions(type(module)) or not any(True for _ in module.children()):  # type: ignore[arg-type]
             continue
         reader = _Reader(module)
         reader.method("forward")

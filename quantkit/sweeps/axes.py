@@ -97,11 +97,10 @@ class Axes:
             wrong += [] if [*quantizers] else ["quantizers is empty; give at least one, such as 'gptq'"]
             wrong += [] if [*steps] else ["steps is empty; leave it out, or give variants, such as [[], ['awq']]"]
             wrong += [f"budgets: {one!r} is no text such as '4.25 bpw'" for one in budgets if not isinstance(one, str)]
-            wrong += ["budgets without choices: give the schemes that layers may get"] if [*budgets] and not [*choices] else []
         if wrong:
             raise SpecError("\n".join(wrong))
         named = [_by_name(f"{axis}", values, name, wrong) for axis, values, name in (
-            ("schemes", schemes, _scheme), ("choices", choices, _scheme), ("quantizers", quantizers, _quantizer),
+            ("schemes", schemes, _scheme), ("choices", choices, _choice), ("quantizers", quantizers, _quantizer),
             ("steps", steps, _steps),
         )]  # fmt: skip
         wrong += [f"budgets: {one!r} is given twice; give it once" for one, count in Counter(budgets).items() if count > 1]
@@ -136,6 +135,14 @@ def _scheme(value: SchemeLike) -> tuple[str, SchemeLike]:
     given = {one.name: getattr(choice, one.name) for one in fields(choice)}  # type: ignore[arg-type]
     first, *others = [f"{key}={one}" for key, one in given.items() if one is not None]
     return ",".join([first.removeprefix("name="), *others]), choice
+
+
+def _choice(value: str | Scheme | SchemeChoice) -> tuple[str, str | SchemeChoice]:
+    if value == FLOAT:
+        return FLOAT, FLOAT
+    name, choice = _scheme(value)
+    assert isinstance(choice, SchemeChoice)
+    return name, choice
 
 
 def _quantizer(value: str | Quantizer) -> tuple[str, Quantizer]:

@@ -1,15 +1,17 @@
-"""From a budget to a plan: what a search has found, once; it is kept with the sweep."""
+"""From budgets to plans: what a search has found, once; plans are kept with the sweep."""
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from quantkit.errors import FormatError
 from quantkit.nn.sites import sharing_copy
 from quantkit.pipeline.plan import Resolution
 from quantkit.pipeline.resume import settings_key
+from quantkit.pipeline.rules import Rule
 from quantkit.spec import Scheme
 from quantkit.sweeps.axes import Axes
 from quantkit.sweeps.bench import Bench
@@ -17,50 +19,73 @@ from quantkit.sweeps.store import PLANS
 from quantkit.system.files import read_json, write_json
 
 Search = Callable[..., Resolution]
-"""Returns a plan for a model; keywords ``budget``, ``choices``, ``calibration``, ``tokenizer``, ``run``."""
+"""Takes a model and a budget, and the keywords of :func:`quantkit.search`; returns a plan."""
 
 
-def plan_for(bench: Bench, budget: str, axes: Axes, search: Search | None = None) -> Resolution:
-    """Return the plan for a budget: the one that an earlier run of the sweep has found, or a new one.
+def plans_for(bench: Bench, axes: Axes, rules: Sequence[Rule], search: Search | None = None) -> dict[str, Resolution]:
+    """Return the plan for every budget: the one that an earlier run of the sweep has found, or a new one.
 
     Args:
         bench: holds the model.
-        budget: for instance ``"4.25 bpw"``.
-        axes: hold the choices.
-        search: what finds it; None is :func:`quantkit.search`.
+        axes: hold budgets and choices; plans are searched for their first quantizer.
+        rules: layers that are decided already.
+        search: what finds plans; None is :func:`quantkit.search`.
 
     Raises:
         QuantkitError: what the search says of a budget that cannot be met or understood.
     """
-    methods = (budget, axes.choices, bench.compute, search and f"{search.__module__}.{search.__qualname__}")
-    key = {**bench.about, **settings_key({}, methods, bench.batches)}
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    file = bench.setup.directory / PLANS / f"{digest[:12]}.json"
-    if file.exists():
-        return _resolution(file, read_json(file))
-    find = search or _search()
-    found = find(
-        sharing_copy(bench.model),
-        budget=budget,
-        choices=list(axes.choices),
-        calibration=replace(bench.setup.calibration, data=bench.batches),
-        tokenizer=bench.tokenizer,
-        run=bench.setup.run,
-    )
-    plan = {name: scheme.to_dict() for name, scheme in found.plan.items()}
-    facts = {"skipped": found.skipped, "notes": list(found.notes), "remarks": found.remarks}
-    write_json(file, {"budget": budget, "plan": plan, **facts})
+    found = {}
+    for budget in axes.budgets:
+        file = _file(bench, budget, axes, rules, search)
+        if not file.exists():
+            plan = (search or _search())(
+                sharing_copy(bench.model),
+                budget,
+                **({"choices": list(axes.choices)} if axes.choices else {}),
+                method=next(iter(axes.methods.values())),
+                rules=list(rules),
+                calibration=replace(bench.setup.calibration, data=bench.batches),
+                output=replace(bench.setup.output, path=None),
+                run=bench.setup.run,
+                tokenizer=bench.tokenizer,
+            )
+            _write(file, budget, plan)
+        found[budget] = _read(file)
     return found
 
 
 def _search() -> Search:
-    from quantkit.search import search
+    from quantkit.mixed import search
 
     found: Search = search
     return found
 
 
-def _resolution(file: Any, data: dict[str, Any]) -> Resolution:
+def _file(bench: Bench, budget: str, axes: Axes, rules: Sequence[Rule], search: Search | None) -> Path:
+    """Return where the plan for a budget is kept, under a name that covers everything that decides it."""
+    by = search and f"{search.__module__}.{search.__qualname__}"
+    methods = (
+        budget,
+        axes.choices,
+        next(iter(axes.methods.values())),
+        tuple(rules),
+        bench.setup.output.format,
+        bench.compute,
+        by,
+    )
+    key = {**bench.about, **settings_key({}, methods, bench.batches)}
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    return bench.setup.directory / PLANS / f"{digest[:12]}.json"
+
+
+def _write(file: Path, budget: str, found: Resolution) -> None:
+    plan = {name: scheme.to_dict() for name, scheme in found.plan.items()}
+    facts: dict[str, Any] = {"skipped": found.skipped, "notes": list(found.notes), "remarks": found.remarks}
+    write_json(file, {"budget": budget, "plan": plan, **facts})
+
+
+def _read(file: Path) -> Resolution:
+    data = read_json(file)
     try:
         plan = {name: Scheme.from_dict(scheme) for name, scheme in data["plan"].items()}
         return Resolution(plan, dict(data["skipped"]), tuple(data["notes"]), dict(data["remarks"]))

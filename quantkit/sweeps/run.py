@@ -16,14 +16,14 @@ from quantkit import checkpoint
 from quantkit.calibrate.data import Calibration
 from quantkit.checkpoint import Key
 from quantkit.errors import CalibrationError, QuantkitError, SpecError, nearest
-from quantkit.pipeline.plan import scale_dtype_for
+from quantkit.pipeline.plan import Resolution, scale_dtype_for
 from quantkit.pipeline.rules import Rule, SchemeChoice
 from quantkit.pipeline.settings import Output, Run
 from quantkit.quantizers.base import Quantizer
 from quantkit.spec import Scheme
 from quantkit.sweeps.axes import Axes, Calibrate, Entry, SchemeLike, entries
 from quantkit.sweeps.bench import Bench, Setup
-from quantkit.sweeps.budgets import Search, plan_for
+from quantkit.sweeps.budgets import Search, plans_for
 from quantkit.sweeps.result import SweepResult
 from quantkit.sweeps.rows import SweepRow
 from quantkit.sweeps.schema import Keep, Scoring, SweepRecipe
@@ -75,14 +75,14 @@ def sweep(
         schemes: what :func:`quantkit.quantize` takes as scheme: presets, schemes, plans.
         quantizers: by name or as instances with options.
         budgets: sizes or times, such as ``"4.25 bpw"`` or ``"100 MB"``, for each of which the best plan is searched.
-        choices: the schemes that such a plan may give to layers.
+        choices: the schemes that such a plan may give to layers, ``"float"`` among them; empty for those of the search.
         out: directory of the sweep; None keeps nothing on the disk. The same as ``output.path``.
         calibration: the text.
         evaluate: how rows are scored, as ``evaluate`` in a recipe: a mapping with ``data``, ``column``, ``template``,
             ``windows`` (16), ``length`` (512) and ``latency`` (False), which times decoding, too.
         **options: any of the following keyword arguments.
             ``steps``: variants of what else is done, each a list: ``[[], ["awq"], ["distill"]]``.
-            ``rules``: as for :func:`quantkit.quantize`; they apply to every scheme, not to plans.
+            ``rules``: as for :func:`quantkit.quantize`, of every scheme and budget, not of plans that are given.
             ``calibrate`` (``"once"``): ``"once"`` collects statistics of the float model's inputs for all quantizers that can
             work with them; ``"each"`` runs the text for every row, through the layers quantized so far, which is slower and a
             little better. Every row says which it was.
@@ -120,7 +120,7 @@ def sweep(
             keep=keep,
             directory=directory,
         )
-        find = functools.partial(plan_for, search=options.get("search"))
+        find = functools.partial(plans_for, search=options.get("search"))
         _make_rows(setup, axes, list(options.get("rules", ())), calibrate, ray, find)
         result = SweepResult.load(directory)
         return result if output.path is not None else dataclasses.replace(result, directory=None)
@@ -196,7 +196,7 @@ def _make_rows(
     rules: list[Rule],
     calibrate: Calibrate,
     ray: bool | Mapping[str, Any],
-    find: Callable[[Bench, str, Axes], Any],
+    find: Callable[[Bench, Axes, Sequence[Rule]], dict[str, Resolution]],
 ) -> None:
     """Make every row that is not finished."""
     store, report = Store(setup.directory), setup.run.report
@@ -209,7 +209,7 @@ def _make_rows(
     found = entries(
         axes,
         bench.structure,
-        {budget: find(bench, budget, axes) for budget in axes.budgets},
+        find(bench, axes, rules),
         scale_dtype=scale_dtype_for(bench.model.dtype),
         rules=rules,
         calibrate=calibrate,

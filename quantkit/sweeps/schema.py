@@ -19,12 +19,24 @@ from pydantic import BeforeValidator, Field, field_validator
 from pydantic_core import PydanticCustomError
 
 from quantkit.calibrate.data import Calibration
-from quantkit.pipeline.rules import Rule, SchemeLike
+from quantkit.errors import SpecError
+from quantkit.pipeline.rules import Rule, SchemeChoice, SchemeLike, choice_of
 from quantkit.pipeline.settings import Output, Run
 from quantkit.recipe.choices import MethodChoice, Section, StepChoice, by_name
 from quantkit.recipe.schema import MOVED, Dtype, Evaluation, load_as
+from quantkit.sweeps.rows import FLOAT
 
 Keep = Literal["none", "frontier", "all"]
+
+
+def _float_or_scheme(value: object) -> object:
+    """Return what a layer may be: a scheme, or the word for staying as it is."""
+    if value == FLOAT:
+        return value
+    try:
+        return SchemeChoice(**value) if isinstance(value, dict) else choice_of(value)  # type: ignore[arg-type]
+    except SpecError as error:
+        raise PydanticCustomError("scheme", "{why}", {"why": str(error)}) from None
 
 
 class Scoring(Evaluation):
@@ -42,7 +54,7 @@ class SweepRecipe(Section):
     schemes: list[SchemeLike] = Field(default_factory=list)
     quantizers: list[Annotated[MethodChoice, BeforeValidator(by_name)]] = Field(default_factory=lambda: [MethodChoice()])
     budgets: list[str] = Field(default_factory=list)
-    choices: list[SchemeLike] = Field(default_factory=list)
+    choices: list[Annotated[Any, BeforeValidator(_float_or_scheme)]] = Field(default_factory=list)
     steps: list[list[Annotated[StepChoice, BeforeValidator(by_name)]]] = Field(default_factory=lambda: [list[StepChoice]()])
     rules: list[Rule] = Field(default_factory=list)
     calibration: Calibration = Calibration()

@@ -156,6 +156,7 @@ def test_a_sweep_in_yaml_has_the_sections_of_a_recipe(tmp_path):
         ("evaluate: {against: none}\n", "evaluate.against: Input should be 'base'"),
         ("quantizers: [rtn, gptk]\n", "unknown quantizer 'gptk'; did you mean 'gptq'?"),
         ("steps: [awq]\n", "sweep.yaml:4:9: steps.0: Input should be a valid list"),
+        ("budgets: [4 bpw]\nchoices: [float, w4a61]\n", "sweep.yaml:5:18: choices.1: unknown scheme 'w4a61'; did you mean"),
         ("keep: some\n", "keep: Input should be 'none', 'frontier' or 'all'"),
         ("calibrate: twice\n", "calibrate: Input should be 'once' or 'each'"),
         ("calibration: {sampels: 3}\n", "calibration.sampels: unknown key; did you mean 'samples'?"),

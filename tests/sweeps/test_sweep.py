@@ -248,7 +248,7 @@ def test_another_sweep_is_replaced_where_that_is_asked_for(tiny_float, tmp_path)
         ((["w4a16"], ["rtn", RTN()]), {}, "quantizers: 'rtn' is given twice"),
         ((["w4a16-g32", "w4a16"], ["rtn"]), {}, "rows 'w4a16-g32 rtn' and 'w4a16 rtn' are the same on this model"),
         ((["mxfp4"], ["gptq"]), {}, "(?s)no row of the sweep can be made:\nmxfp4 gptq: .*GPTQ chooses integers"),
-        (([], ["rtn"]), {"budgets": ["4 bpw"]}, "budgets without choices"),
+        ((["w4a16"], ["rtn"]), {"budgets": ["4 bpw"], "choices": ["w4a61", "float"]}, "choices: unknown scheme 'w4a61'"),
         ((["w4a16"], ["rtn"]), {"budgets": ["4 bpw", "4 bpw"], "choices": ["w4a16"]}, "budgets: '4 bpw' is given twice"),
         ((["w4a16"], ["rtn"]), {"keep": "all"}, "keep='all' without a directory"),
         ((["w4a16"], ["rtn"]), {"keep": "some"}, "keep='some': want none, frontier or all"),
@@ -304,8 +304,9 @@ def test_checkpoints_of_the_frontier_stay(tiny_float, tmp_path):
 def test_a_budget_is_searched_once_and_its_plan_is_a_row(tiny_float, tmp_path):
     asked = []
 
-    def search(model, *, budget, choices, calibration, **options):
-        asked.append((budget, [choice.name for choice in choices], sum(batch.tokens for batch in calibration.data)))
+    def search(model, budget, *, choices, method, calibration, **options):
+        asked.append((budget, [choice.name for choice in choices], method, sum(batch.tokens for batch in calibration.data)))
+        assert set(options) == {"rules", "output", "run", "tokenizer"}
         low, high = (quantkit.plan(model, choice).plan for choice in choices)
         return Resolution({name: high[name] if "down" in name else low[name] for name in low}, notes=("found",))
 
@@ -317,7 +318,7 @@ def test_a_budget_is_searched_once_and_its_plan_is_a_row(tiny_float, tmp_path):
     assert [row.name for row in found.rows[1:]] == ["w4a16-g32 rtn", "budget 5 bpw rtn"]
     assert found.rows[1].bits < found.rows[2].bits < 8
     assert found.rows[2].budget == "5 bpw"
-    assert asked == [("5 bpw", ["w4a16-g32", "w8a16-g32"], 128)]
+    assert asked == [("5 bpw", ["w4a16-g32", "w8a16-g32"], RTN(), 128)]
     next((tmp_path / "rows").glob("budget*rtn*.json")).unlink()
     assert table(go()) == table(found)
     assert len(asked) == 1
