@@ -47,7 +47,24 @@ class Scoring(Evaluation):
 
 
 class SweepRecipe(Section):
-    """A whole sweep."""
+    """A whole sweep: the axes of :func:`quantkit.sweep`, and the sections of a recipe.
+
+    Args:
+        model: hub id, directory, ``.gguf`` file, or ``demo``.
+        dtype: dtype in which the model is read.
+        schemes: names, or mappings as for ``scheme`` in a recipe.
+        quantizers: names, or names with options.
+        budgets: sizes or times such as ``4.25 bpw``, for each of which the best plan is searched.
+        choices: the schemes that such a plan may give to layers, ``float`` among them.
+        steps: variants of what else is done, each a list.
+        rules: of every scheme and budget.
+        calibration: the text.
+        calibrate: ``once`` shares statistics of the float model's inputs, ``each`` runs the text for every row.
+        evaluate: how rows are scored.
+        keep: which checkpoints stay: ``none``, of the ``frontier``, or ``all``.
+        output: ``path`` is the directory of the sweep; ``format`` of checkpoints; ``overwrite`` replaces another sweep.
+        run: how rows behave.
+    """
 
     model: str
     dtype: Dtype = "auto"
