@@ -178,8 +178,7 @@ def check(
             log.debug("%d tensors of %s are carried over", len(carried), ledger.path)
     if odd := sorted(carried.keys() & {entry.name for entry in contents.entries}):
         raise FormatError(f"{odd[0]} is carried over from the source, but the checkpoint has a tensor of this name already")
-    total = sum(layout_bytes(layout_of(contents, model, plan, format, entry)) for entry in contents.entries)
-    total += layout_bytes(carried)
+    total = total_bytes(contents, model, plan, format)
     _check_directory(path, total + scratch, overwrite)
     for text in converted_buffers(model, contents.model):
         log.warning("%s", text)
@@ -263,6 +262,12 @@ def dtype_name(model: PreTrainedModel) -> str:
 def layout_bytes(layout: Layout) -> int:
     """Return the bytes of all tensors in a layout."""
     return sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in layout.values())
+
+
+def total_bytes(contents: Contents, model: nn.Module, plan: Plan, format: str) -> int:
+    """Return the bytes of all tensors of a checkpoint."""
+    own = sum(layout_bytes(layout_of(contents, model, plan, format, entry)) for entry in contents.entries)
+    return own + layout_bytes(carried_layout(ledger_of(model)))
 
 
 def layout_of(contents: Contents, model: nn.Module, plan: Plan, format: str, entry: Entry) -> Layout:

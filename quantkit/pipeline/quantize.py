@@ -351,9 +351,8 @@ def collect(
     return found, data_fingerprint(batches)
 
 
-def open_float(
-    model: nn.Module | str | Path, tokenizer: Any, output: Output = DEFAULT_OUTPUT
-) -> tuple[PreTrainedModel, Any]:
+def open_float(model: nn.Module | str | Path, tokenizer: Any, output: Output = DEFAULT_OUTPUT) -> tuple[PreTrainedModel, Any]:
+    """Return a float model that a user gave, or load the one that was named, with its tokenizer."""
     if isinstance(model, nn.Module):
         given = cast(PreTrainedModel, model.eval())
         mend(given)

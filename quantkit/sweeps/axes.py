@@ -116,7 +116,7 @@ def _by_name(axis: str, values: Sequence[Any], name: Callable[[Any], tuple[str, 
         try:
             key, made = name(value)
         except QuantkitError as error:
-            wrong.append(f"{axis}: {error}")
+            wrong.append(f"{axis}: {str(error).removeprefix('SchemeChoice: ')}")
             continue
         if key in found:
             wrong.append(f"{axis}: {key or 'no step'!r} is given twice; give it once")

@@ -26,9 +26,10 @@ from quantkit.calibrate.data import Batch, Calibration, check_fit, unpadded, unp
 from quantkit.calibrate.data import fingerprint as data_fingerprint
 from quantkit.calibrate.statistics import load_statistics, save_statistics
 from quantkit.checkpoint import Key
-from quantkit.checkpoint.check import layout_bytes
-from quantkit.checkpoint.contents import carried_layout
+from quantkit.checkpoint.check import config_of, layout_bytes, total_bytes
+from quantkit.checkpoint.contents import carried_layout, contents_of
 from quantkit.dtypes import float_dtype
+from quantkit.errors import FormatError
 from quantkit.evaluation import BaseLogits, EvalReport, Windows, choose_windows, evaluate
 from quantkit.evaluation.footprint import peak_memory_bytes, reset_peak_memory
 from quantkit.hf.ledger import ledger_of
@@ -39,7 +40,7 @@ from quantkit.nn.embedding import max_positions
 from quantkit.nn.probes import all_experts_shown
 from quantkit.nn.sites import Site, SiteStatistics, Structure, sharing_copy
 from quantkit.pipeline.checks import check_model, prepare_blocks
-from quantkit.pipeline.quantize import quantize
+from quantkit.pipeline.quantize import open_float, quantize
 from quantkit.pipeline.resume import settings_key, weights_key
 from quantkit.pipeline.settings import Output, Run
 from quantkit.sweeps.axes import Entry
@@ -89,9 +90,11 @@ class Bench:
     @classmethod
     def open(cls, setup: Setup) -> "Bench":
         """Load the model and cut the windows that it is scored on."""
-        source = setup.model if isinstance(setup.model, nn.Module) else locate(setup.model)
-        dtype = None if setup.dtype == "auto" else float_dtype(setup.dtype)
-        model, tokenizer = load_float(source, dtype, tokenizer=setup.tokenizer)  # type: ignore[arg-type]
+        if isinstance(setup.model, nn.Module):
+            model, tokenizer = open_float(setup.model, setup.tokenizer)
+        else:
+            dtype = None if setup.dtype == "auto" else float_dtype(setup.dtype)
+            model, tokenizer = load_float(locate(setup.model), dtype, tokenizer=setup.tokenizer)
         asked: dict[str, Any] = setup.scoring.model_dump(include={"data", "column", "template", "windows", "length"})
         windows, text = choose_windows(asked.pop("data"), tokenizer, max_positions(model), **asked)
         return cls(setup, model, tokenizer, describe(model), windows, text)
@@ -227,4 +230,12 @@ class Bench:
             progress=progress,
         )
         report = dataclasses.replace(report, protocol=dataclasses.replace(report.protocol, source=self.source))
-        return {"report": report, "bytes": report.footprint.stored_bytes + layout_bytes(carried_layout(ledger_of(self.model)))}
+        return {"report": report, "bytes": self._bytes(model, entry, report.footprint.stored_bytes)}
+
+    def _bytes(self, model: Any, entry: Entry, in_memory: int) -> int:
+        """Return the bytes of all tensors of a row's checkpoint: as its files have them, if their format can store it."""
+        plan = entry.resolution.plan if entry.resolution else {}
+        try:
+            return total_bytes(contents_of(config_of(model)), model, plan, self.setup.output.format)
+        except FormatError:
+            return in_memory + layout_bytes(carried_layout(ledger_of(self.model)))

@@ -11,7 +11,7 @@ from quantkit.sweeps.rows import COLUMNS, SweepRow
 from quantkit.sweeps.store import Store
 
 COSTS = {
-    "bytes": "weights of the checkpoint, MB",
+    "bytes": "tensors of the checkpoint, MB",
     "bits": "bits per quantized weight",
     "ms": "decode, ms per token",
 }

@@ -1,6 +1,7 @@
 """One row of a sweep: what was made, what it cost and how good it is; and the table's columns."""
 
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
@@ -27,9 +28,10 @@ class SweepRow:
         reason: why it failed or was skipped.
         statistics: what its layers were calibrated on: ``"float inputs"`` (once for the sweep), ``"walk"`` (inputs behind the
             quantized layers before, run for this row), ``"text"`` (only its steps read text), or ``"none"``.
-        bytes: of all weights of its checkpoint.
+        bytes: of all tensors of its checkpoint.
         seconds, peak_bytes: time and peak memory of the process while it was quantized, without scoring.
         report: every measurement.
+        checkpoint: where its model is, if it was kept.
     """
 
     name: str
@@ -44,6 +46,7 @@ class SweepRow:
     seconds: float | None = None
     peak_bytes: int | None = None
     report: EvalReport | None = field(default=None, repr=False)
+    checkpoint: Path | None = None
 
     @property
     def is_float(self) -> bool:
@@ -90,7 +93,7 @@ class SweepRow:
 
     def to_dict(self) -> dict[str, Any]:
         """Return a mapping for JSON; :meth:`from_dict` reverses it."""
-        plain = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "report"}
+        plain = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in ("report", "checkpoint")}
         return {**plain, "report": self.report.to_dict() if self.report else None}
 
     @classmethod
@@ -114,6 +117,6 @@ _ROWS = TypeAdapter(SweepRow)
 
 COLUMNS = (
     "name", "scheme", "quantizer", "steps", "budget", "status", "bits", "bytes", "kl", "kl_se", "perplexity", "perplexity_se",
-    "top1", "ms", "seconds", "peak_bytes", "statistics", "reason",
+    "top1", "ms", "seconds", "peak_bytes", "statistics", "reason", "checkpoint",
 )  # fmt: skip
 """The columns of the table: attributes of a row."""

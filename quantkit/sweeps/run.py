@@ -201,10 +201,10 @@ def _make_rows(
     """Make every row that is not finished."""
     store, report = Store(setup.directory), setup.run.report
     store.refuse_strangers()
+    bench = Bench.open(setup)
+    store.check(bench.about, overwrite=setup.output.overwrite)
     if not setup.run.resume:
         store.remove()
-    bench = Bench.open(setup)
-    store.check(bench.about, replace=setup.output.overwrite)
     written = setup.output if setup.keep != "none" else Output()
     found = entries(
         axes,
@@ -218,7 +218,7 @@ def _make_rows(
         answers_only=setup.calibration.answers_only,
     )
     keys = [bench.key(entry) for entry in found]
-    store.begin(bench.about, found, keys, replace=setup.output.overwrite)
+    store.begin(bench.about, found, keys, overwrite=setup.output.overwrite)
     possible = [(entry, key) for entry, key in zip(found, keys, strict=True) if entry.row.status != "skipped"]
     todo = [(number, *pair) for number, pair in enumerate(possible, start=1) if not store.finished(*pair)]
     todo.sort(key=lambda one: max(store.begun(one[1]) - 1, 0))  # a row that killed the process twice comes after the others

@@ -36,7 +36,7 @@ def _float_or_scheme(value: object) -> object:
     try:
         return SchemeChoice(**value) if isinstance(value, dict) else choice_of(value)  # type: ignore[arg-type]
     except SpecError as error:
-        raise PydanticCustomError("scheme", "{why}", {"why": str(error)}) from None
+        raise PydanticCustomError("scheme", "{why}", {"why": str(error).removeprefix("SchemeChoice: ")}) from None
 
 
 class Scoring(Evaluation):

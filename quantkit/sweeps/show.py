@@ -21,7 +21,7 @@ MARK = "*"
 MEANINGS = {
     "row": "scheme, quantizer and steps; * no other row has both fewer bytes and a smaller KL",
     "bits": "stored bits per quantized weight: codes, scales, zero points and padding; of the float model, per parameter",
-    "MB": "all weights of the checkpoint, in millions of bytes",
+    "MB": "all tensors of the checkpoint, in millions of bytes",
     "perplexity": "exp of the mean negative log-likelihood per token; ± one standard error over windows",
     "KL": "mean KL divergence from the float model's next-token distribution, nats per token; ± one standard error",
     "top-1 %": "tokens for which row and float model have the same most likely prediction",

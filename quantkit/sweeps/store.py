@@ -13,6 +13,7 @@ One process at a time works there (:func:`quantkit.checkpoint.claim`).
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,8 @@ class Store:
             FormatError: it holds something else.
         """
         with clear_errors(f"look into {self.path}"):
-            others = sorted(one.name for one in self.path.iterdir() if one.name != NAME) if self.path.is_dir() else []
+            names = {one.name for one in self.path.iterdir()} if self.path.is_dir() else set()
+        others = sorted(name for name in names - {NAME, ROWS, PLANS} if not name.startswith(STATISTICS))
         if others and MANIFEST not in others:
             raise FormatError(f"{self.path} holds something that is no sweep ({others[0]}); choose another directory")
 
@@ -58,12 +60,12 @@ class Store:
                 shutil.rmtree(self.path / name, ignore_errors=True)
             (self.path / MANIFEST).unlink(missing_ok=True)
 
-    def check(self, about: Key, *, replace: bool = False) -> None:
+    def check(self, about: Key, *, overwrite: bool = False) -> None:
         """Make sure that the directory is free for a sweep, or holds one of the same model and tokens.
 
         Args:
             about: what all rows have in common.
-            replace: remove another sweep.
+            overwrite: remove another sweep.
 
         Raises:
             FormatError: it holds a sweep of something else, which the user may still want.
@@ -71,16 +73,16 @@ class Store:
         if not (self.path / MANIFEST).exists():
             return
         if other := _differing(self._read(MANIFEST, _SWEEP).get("about", {}), about):
-            self._refuse_other(f"all of it is of another {', '.join(other)}", replace)
+            self._refuse_other(f"all of it is of another {', '.join(other)}", overwrite)
 
-    def begin(self, about: Key, entries: Sequence[Entry], keys: Sequence[Key], *, replace: bool = False) -> None:
+    def begin(self, about: Key, entries: Sequence[Entry], keys: Sequence[Key], *, overwrite: bool = False) -> None:
         """Record which rows are to be made.
 
         Args:
             about: what all rows have in common: the model and the tokens they are scored on.
             entries: the rows.
             keys: what decides each.
-            replace: remove another sweep.
+            overwrite: remove another sweep.
 
         Raises:
             FormatError: a row that is there was made otherwise.
@@ -88,7 +90,7 @@ class Store:
         for entry, key in zip(entries, keys, strict=True):
             known = self._row(entry)
             if known is not None and (other := _differing(known["key"], key)):
-                self._refuse_other(f"row {entry.row.name!r} is of another {', '.join(other)}", replace)
+                self._refuse_other(f"row {entry.row.name!r} is of another {', '.join(other)}", overwrite)
         with clear_errors(f"write to {self.path}"):
             (self.path / ROWS).mkdir(exist_ok=True)
         rows = [{"id": entry.id, "row": entry.row.to_dict()} for entry in entries]
@@ -134,7 +136,8 @@ class Store:
         for listed in self._read(MANIFEST, _SWEEP)["rows"]:
             file = self._file(listed["id"])
             data = self._read(f"{ROWS}/{file.name}", _ROW)["row"] if file.exists() else listed["row"]
-            found.append((str(listed["id"]), self._parsed(data, file)))
+            row, kept = self._parsed(data, file), self.checkpoint(listed["id"])
+            found.append((str(listed["id"]), replace(row, checkpoint=kept if (kept / "config.json").exists() else None)))
         return found
 
     def checkpoint(self, id: str) -> Path:
@@ -168,8 +171,8 @@ class Store:
         except FormatError as error:
             raise FormatError(f"{file}: not a row of a sweep: {error}; delete it, and the row is measured again") from error
 
-    def _refuse_other(self, why: str, replace: bool) -> None:
-        if not replace:
+    def _refuse_other(self, why: str, overwrite: bool) -> None:
+        if not overwrite:
             raise FormatError(
                 f"{self.path} holds another sweep: {why}; choose another directory, or replace it (output: overwrite=True)"
             )
