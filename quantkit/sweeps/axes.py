@@ -7,13 +7,13 @@ be, because a quantizer does not choose such numbers or a group size does not di
 import dataclasses
 import hashlib
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from quantkit.calibrate.collectors import COLLECTORS
 from quantkit.errors import QuantkitError, SpecError
+from quantkit.mixed import Budget
 from quantkit.nn.sites import Structure
 from quantkit.pipeline.blocks import needs_of
 from quantkit.pipeline.checks import refuse_run
@@ -96,14 +96,13 @@ class Axes:
             wrong += [] if [*schemes, *budgets] else ["schemes and budgets are empty; give at least one, such as 'w4a16'"]
             wrong += [] if [*quantizers] else ["quantizers is empty; give at least one, such as 'gptq'"]
             wrong += [] if [*steps] else ["steps is empty; leave it out, or give variants, such as [[], ['awq']]"]
-            wrong += [f"budgets: {one!r} is no text such as '4.25 bpw'" for one in budgets if not isinstance(one, str)]
         if wrong:
             raise SpecError("\n".join(wrong))
         named = [_by_name(f"{axis}", values, name, wrong) for axis, values, name in (
             ("schemes", schemes, _scheme), ("choices", choices, _choice), ("quantizers", quantizers, _quantizer),
             ("steps", steps, _steps),
         )]  # fmt: skip
-        wrong += [f"budgets: {one!r} is given twice; give it once" for one, count in Counter(budgets).items() if count > 1]
+        _by_name("budgets", budgets, lambda one: (one, Budget.parse(one)), wrong)
         if wrong:
             raise SpecError("\n".join(wrong))
         return cls(named[0], tuple(budgets), tuple(named[1].values()), named[2], named[3])

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.errors import FormatError
+from quantkit.mixed import Budget, SearchResult, search
 from quantkit.nn.sites import sharing_copy
 from quantkit.pipeline.plan import Resolution
 from quantkit.pipeline.resume import settings_key
@@ -21,24 +22,30 @@ from quantkit.system.files import read_json, write_json
 Search = Callable[..., Resolution]
 """Takes a model and a budget, and the keywords of :func:`quantkit.search`; returns a plan."""
 
+_SIZES = ("bits", "bytes")
+"""Budgets that one search serves: what it has found out says the best plan for any other, too."""
 
-def plans_for(bench: Bench, axes: Axes, rules: Sequence[Rule], search: Search | None = None) -> dict[str, Resolution]:
+
+def plans_for(bench: Bench, axes: Axes, rules: Sequence[Rule], find: Search = search) -> dict[str, Resolution]:
     """Return the plan for every budget: the one that an earlier run of the sweep has found, or a new one.
 
     Args:
         bench: holds the model.
         axes: hold budgets and choices; plans are searched for their first quantizer.
         rules: layers that are decided already.
-        search: what finds plans; None is :func:`quantkit.search`.
+        find: what finds plans.
 
     Raises:
         QuantkitError: what the search says of a budget that cannot be met or understood.
     """
-    found = {}
+    found: dict[str, Resolution] = {}
+    scored: SearchResult | None = None
     for budget in axes.budgets:
-        file = _file(bench, budget, axes, rules, search)
-        if not file.exists():
-            plan = (search or _search())(
+        file = _file(bench, budget, axes, rules, find)
+        if not file.exists() and scored is not None and Budget.parse(budget).kind in _SIZES:
+            _write(file, budget, scored.at(budget))
+        elif not file.exists():
+            plan = find(
                 sharing_copy(bench.model),
                 budget,
                 **({"choices": list(axes.choices)} if axes.choices else {}),
@@ -50,20 +57,14 @@ def plans_for(bench: Bench, axes: Axes, rules: Sequence[Rule], search: Search | 
                 tokenizer=bench.tokenizer,
             )
             _write(file, budget, plan)
+            scored = plan if isinstance(plan, SearchResult) else scored
         found[budget] = _read(file)
     return found
 
 
-def _search() -> Search:
-    from quantkit.mixed import search
-
-    found: Search = search
-    return found
-
-
-def _file(bench: Bench, budget: str, axes: Axes, rules: Sequence[Rule], search: Search | None) -> Path:
+def _file(bench: Bench, budget: str, axes: Axes, rules: Sequence[Rule], find: Search) -> Path:
     """Return where the plan for a budget is kept, under a name that covers everything that decides it."""
-    by = search and f"{search.__module__}.{search.__qualname__}"
+    by = f"{find.__module__}.{find.__qualname__}"
     methods = (
         budget,
         axes.choices,

@@ -16,6 +16,7 @@ from quantkit import checkpoint
 from quantkit.calibrate.data import Calibration
 from quantkit.checkpoint import Key
 from quantkit.errors import CalibrationError, QuantkitError, SpecError, nearest
+from quantkit.mixed import search
 from quantkit.pipeline.plan import Resolution, scale_dtype_for
 from quantkit.pipeline.rules import Rule, SchemeChoice
 from quantkit.pipeline.settings import Output, Run
@@ -49,7 +50,7 @@ class SweepOptions(TypedDict, total=False):
     tokenizer: Any
     dtype: str
     ray: bool | Mapping[str, Any]
-    search: Search | None
+    search: Search
 
 
 def sweep(
@@ -93,7 +94,7 @@ def sweep(
             ``dtype`` (``"auto"``): in which a model is loaded.
             ``ray`` (False): make rows as tasks of a Ray cluster that shares ``out`` (extra ``ray``); a mapping has options of
             the tasks, such as ``{"num_cpus": 4}``.
-            ``search``: what finds the plan of a budget; None is :func:`quantkit.search`.
+            ``search`` (:func:`quantkit.search`): what finds the plan of a budget.
 
     Returns:
         The table: :class:`SweepResult`.
@@ -120,7 +121,7 @@ def sweep(
             keep=keep,
             directory=directory,
         )
-        find = functools.partial(plans_for, search=options.get("search"))
+        find = functools.partial(plans_for, find=options.get("search", search))
         _make_rows(setup, axes, list(options.get("rules", ())), calibrate, ray, find)
         result = SweepResult.load(directory)
         return result if output.path is not None else dataclasses.replace(result, directory=None)
