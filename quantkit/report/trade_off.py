@@ -44,7 +44,9 @@ def figure_of(picture: TradeOff) -> Any:
     import matplotlib as mpl
 
     with mpl.rc_context(_style(ON_PAPER)):
-        return _draw(picture, ON_PAPER, (8.0, 5.2))
+        figure = _draw(picture, ON_PAPER, (8.0, 5.2))
+    figure.set_dpi(110)
+    return figure
 
 
 def svg_of(picture: TradeOff, name: str) -> str:
@@ -61,6 +63,8 @@ def _style(colors: Colors) -> Any:
 
 
 def _draw(picture: TradeOff, colors: Colors, size: tuple[float, float]) -> Any:
+    from matplotlib.ticker import LogLocator
+
     figure, axes = new_figure(*size)
     figure.set_facecolor("none" if colors is ON_PAGE else colors.paper)
     axes.set_facecolor("none")
@@ -87,6 +91,7 @@ def _draw(picture: TradeOff, colors: Colors, size: tuple[float, float]) -> Any:
     log_axis(axes.yaxis, min(losses), max(losses))
     if max(costs) > 3 * min(costs) > 0:
         log_axis(axes.xaxis, min(costs), max(costs))
+        axes.xaxis.set_major_locator(LogLocator(base=2, subs=(1.0, 1.5)))  # 2, 3, 4, 6, 8, 12, 16: what bits are counted in
     axes.margins(x=0.1, y=0.12)
     axes.set_xlabel(picture.x_label)
     axes.set_ylabel(picture.y_label)

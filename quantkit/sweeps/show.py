@@ -154,7 +154,7 @@ def headline(result: SweepResult) -> str:
     if not best:
         return "No row is measured yet."
     base = result.float_row
-    of = f", the float model {megabytes(base.bytes)} MB" if base and base.bytes else ""
+    of = f" (the float model takes {megabytes(base.bytes)} MB)" if base and base.bytes else ""
     parts = [_said(row) for row in _ends(best)]
     return f"{len(best)} of {len(result.done)} rows are worth their bytes{of}: {'; '.join(parts)}."
 
