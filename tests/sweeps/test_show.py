@@ -189,9 +189,10 @@ def test_the_command_shows_rows_and_table_and_writes_a_page(tiny_float, tiny_tex
     assert CliRunner().invoke(app, [*line, "evaluate.windows=1"]).exit_code == 2
 
 
-@pytest.mark.parametrize(
-    "path", sorted((Path(__file__).parents[2] / "recipes" / "sweeps").glob("*.yaml")), ids=lambda p: p.name
-)
+SHOWN = sorted((Path(__file__).parents[2] / "recipes" / "sweeps").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", SHOWN, ids=lambda path: path.name)
 def test_sweeps_that_are_shown_are_valid_and_short(path):
     assert load_sweep(path).schemes
     assert len(path.read_text().splitlines()) <= 30
