@@ -32,6 +32,7 @@ API = {
     "Checkpoints": ["load", "save", "inspect", "open_model"],
     "Generate": ["generate", "Generation", "Engine", "Limits", "Sampling"],
     "Measure": ["evaluate", "EvalReport", "BaseLogits", "compare_latency", "comparison_table", "write_html"],
+    "Compare": ["sweep", "SweepResult", "SweepRow", "SweepRecipe", "load_sweep", "run_sweep"],
     "Recipes": ["load_recipe", "plan_recipe", "run_recipe", "Recipe"],
     "Statistics": ["save_statistics", "load_statistics"],
     "Numbers": ["preset", "QuantSpec", "ActivationSpec", "Scheme", "KVScheme", "Plan", "QTensor", "GridTensor"],
@@ -188,6 +189,19 @@ def recipe() -> str:
     return "\n\n".join(parts)
 
 
+def sweep() -> str:
+    """Return the keys of a sweep."""
+    import quantkit
+    from quantkit.sweeps.schema import Scoring
+
+    said = arguments(quantkit.SweepRecipe)
+    fields = quantkit.SweepRecipe.model_fields.items()
+    top = [[f"`{name}`", "required" if field.is_required() else "", said[name]] for name, field in fields]
+    rows = [[f"`{name}`", default(field.default)] for name, field in Scoring.model_fields.items()]
+    scoring = f"### `evaluate` of a sweep\n\n{summary(Scoring)}"
+    return "\n\n".join([table(["Key", "", "Meaning"], top), scoring, table(["Key", "Default"], rows)])
+
+
 def default(value: object) -> str:
     """Return a default value for a table."""
     if value is dataclasses.MISSING:
@@ -240,6 +254,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "collectors": collectors,
     "caches": caches,
     "recipe": recipe,
+    "sweep": sweep,
     "command": command,
     "api": api,
     "file-map": file_map,

@@ -56,6 +56,10 @@ if TYPE_CHECKING:
     from quantkit.recipe.schema import Recipe, load_recipe
     from quantkit.report import comparison_table, write_html
     from quantkit.spec import ActivationSpec, KVScheme, Plan, QuantSpec, Scheme
+    from quantkit.sweeps.result import SweepResult
+    from quantkit.sweeps.rows import SweepRow
+    from quantkit.sweeps.run import run_sweep, sweep
+    from quantkit.sweeps.schema import SweepRecipe, load_sweep
     from quantkit.system.compute import Compute
     from quantkit.system.progress import Progress
     from quantkit.transforms.awq import AWQ
@@ -111,6 +115,9 @@ _HOME = {
     "SearchResult": "mixed.result",
     "SmoothQuant": "transforms.smoothquant",
     "SpecError": "errors",
+    "SweepRecipe": "sweeps.schema",
+    "SweepResult": "sweeps.result",
+    "SweepRow": "sweeps.rows",
     "collect": "pipeline.quantize",
     "compare_latency": "evaluation",
     "comparison_table": "report",
@@ -121,15 +128,18 @@ _HOME = {
     "load_plan": "mixed.recorded",
     "load_recipe": "recipe.schema",
     "load_statistics": "calibrate.statistics",
+    "load_sweep": "sweeps.schema",
     "open_model": "checkpoint.open",
     "plan": "pipeline.quantize",
     "plan_recipe": "recipe.run",
     "preset": "presets",
     "quantize": "pipeline.quantize",
     "run_recipe": "recipe.run",
+    "run_sweep": "sweeps.run",
     "save": "checkpoint",
     "save_statistics": "calibrate.statistics",
     "search": "mixed.search",
+    "sweep": "sweeps.run",
     "write_html": "report",
 }
 
@@ -180,6 +190,9 @@ __all__ = [
     "SearchResult",
     "SmoothQuant",
     "SpecError",
+    "SweepRecipe",
+    "SweepResult",
+    "SweepRow",
     "__version__",
     "collect",
     "compare_latency",
@@ -191,15 +204,18 @@ __all__ = [
     "load_plan",
     "load_recipe",
     "load_statistics",
+    "load_sweep",
     "open_model",
     "plan",
     "plan_recipe",
     "preset",
     "quantize",
     "run_recipe",
+    "run_sweep",
     "save",
     "save_statistics",
     "search",
+    "sweep",
     "write_html",
 ]
 

@@ -32,6 +32,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("mixed",),
     ("recipe",),
     ("report",),
+    ("sweeps",),
     ("serve",),
     ("cli",),
     ("__main__",),

@@ -83,10 +83,11 @@ def rejections(model: PreTrainedModel, plan: Plan, format: str = "compressed-ten
     Returns:
         Site name to reason; empty if everything can be written.
     """
-    return _rejections(contents_of(config_of(model)), plan, format, dtype_name(model))
+    return rejections_in(contents_of(config_of(model)), plan, format, dtype_name(model))
 
 
-def _rejections(contents: Contents, plan: Plan, format: str, dtype: str) -> dict[str, str]:
+def rejections_in(contents: Contents, plan: Plan, format: str, dtype: str) -> dict[str, str]:
+    """Say the same of a model whose contents are known; ``dtype`` is that of its float weights."""
     if unknown := sorted(plan.keys() - contents.sites.keys()):
         raise SpecError(f"plan names {unknown[0]!r}, which is no layer of the model; {nearest(unknown[0], contents.sites)}")
     rule = FORMATS.get(format)
@@ -169,7 +170,7 @@ def check(
     contents: Contents, path: Path, model: PreTrainedModel, plan: Plan, format: str, overwrite: bool, scratch: int = 0
 ) -> int:
     """Do what :func:`check_output` says, given the contents."""
-    _refuse(_rejections(contents, plan, format, dtype_name(model)), format)
+    _refuse(rejections_in(contents, plan, format, dtype_name(model)), format)
     _refuse_ties(contents, model, plan)
     ledger = ledger_of(model)
     carried = carried_layout(ledger)
@@ -178,8 +179,7 @@ def check(
             log.debug("%d tensors of %s are carried over", len(carried), ledger.path)
     if odd := sorted(carried.keys() & {entry.name for entry in contents.entries}):
         raise FormatError(f"{odd[0]} is carried over from the source, but the checkpoint has a tensor of this name already")
-    total = sum(layout_bytes(layout_of(contents, model, plan, format, entry)) for entry in contents.entries)
-    total += layout_bytes(carried)
+    total = total_bytes(contents, model, plan, format)
     _check_directory(path, total + scratch, overwrite)
     for text in converted_buffers(model, contents.model):
         log.warning("%s", text)
@@ -263,6 +263,12 @@ def dtype_name(model: PreTrainedModel) -> str:
 def layout_bytes(layout: Layout) -> int:
     """Return the bytes of all tensors in a layout."""
     return sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in layout.values())
+
+
+def total_bytes(contents: Contents, model: nn.Module, plan: Plan, format: str) -> int:
+    """Return the bytes of all tensors of a checkpoint."""
+    own = sum(layout_bytes(layout_of(contents, model, plan, format, entry)) for entry in contents.entries)
+    return own + layout_bytes(carried_layout(ledger_of(model)))
 
 
 def layout_of(contents: Contents, model: nn.Module, plan: Plan, format: str, entry: Entry) -> Layout:

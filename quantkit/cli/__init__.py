@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 from quantkit.errors import QuantkitError
 from quantkit.version import __version__
 
-RESUMABLE = ("demo", "quantize", "run")
+RESUMABLE = ("demo", "quantize", "run", "sweep")
 """Commands that continue an interrupted run when they are given again."""
 
 
@@ -79,4 +79,4 @@ def _settings(
     os.environ.setdefault("TQDM_DISABLE", "1")  # bars of the libraries below would fight with ours
 
 
-from quantkit.cli import build, inspect, run, search, serve  # noqa: E402, F401  (they add their commands to the app)
+from quantkit.cli import build, inspect, run, search, serve, sweep  # noqa: E402, F401  (they add their commands to the app)

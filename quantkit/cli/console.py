@@ -82,8 +82,12 @@ def parse_settings(settings: Sequence[str] | None) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def progress_bars() -> Iterator[ProgressCallback]:
-    """Yield a callback that shows one bar per stage; where there is no terminal, one line per finished stage."""
+def progress_bars(*, again: bool = False) -> Iterator[ProgressCallback]:
+    """Yield a callback that shows one bar per stage; where there is no terminal, one line per finished stage.
+
+    Args:
+        again: a stage that begins again uses its bar again, for many runs in a row.
+    """
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
 
@@ -96,7 +100,10 @@ def progress_bars() -> Iterator[ProgressCallback]:
 
     def show(event: Progress) -> None:
         if event.stage not in tasks or event.done < bars.tasks[tasks[event.stage]].completed:
-            tasks[event.stage] = bars.add_task(event.stage, total=event.total, detail="")
+            if again and event.stage in tasks:
+                bars.reset(tasks[event.stage], total=event.total)
+            else:
+                tasks[event.stage] = bars.add_task(event.stage, total=event.total, detail="")
             started[event.stage] = last_event[0]
         last_event[0] = time.monotonic()
         detail = event.detail if event.loss is None else f"{event.detail}  loss {event.loss:.2e}"

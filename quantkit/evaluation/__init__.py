@@ -35,8 +35,8 @@ from quantkit.system.progress import ProgressCallback, ignore
 
 __all__ = [
     "BaseLogits", "CoverageRow", "Divergence", "Environment", "EvalReport", "Footprint", "Latency", "Protocol", "Quality",
-    "Windows", "compare_latency", "cut_windows", "evaluate", "footprint", "from_batches", "is_answer", "measure_latency",
-    "score", "summarise",
+    "Windows", "choose_windows", "compare_latency", "cut_windows", "evaluate", "footprint", "from_batches", "is_answer",
+    "measure_latency", "score", "summarise",
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ def evaluate(
     model, own_tokenizer = _load(model)
     base_name = options.get("base_label") or (None if base is None else _label(base))
     base = _load(base)[0] if isinstance(base, str | Path) else base
-    cut, source = _cut(data, tokenizer or own_tokenizer, max_positions(model), **take(options, _WINDOWS))
+    cut, source = choose_windows(data, tokenizer or own_tokenizer, max_positions(model), **take(options, _WINDOWS))
     _check_fit(cut, model)
     scored = model if kv is None else ThroughCache(model, kv)
     quality = score(scored, cut, base, progress=progress, **take(options, _SCORING))
@@ -158,7 +158,7 @@ def is_answer(
     """Say whether a report is what :func:`evaluate` was asked for with these arguments: the same windows of the same text,
     compared with the same base, and timed if timing is wanted.
     """
-    cut, _ = _cut(data, tokenizer, max_positions(model), **take(options, _WINDOWS))
+    cut, _ = choose_windows(data, tokenizer, max_positions(model), **take(options, _WINDOWS))
     return (report.protocol.fingerprint, report.base) == (cut.fingerprint(), base) and (not latency or bool(report.latency))
 
 
@@ -184,7 +184,7 @@ def _label(model: Any) -> str:
     return " + ".join(sorted(specs)) or str(next(model.parameters()).dtype).removeprefix("torch.")
 
 
-def _cut(
+def choose_windows(
     data: Any,
     tokenizer: Any,
     positions: int | None,
@@ -195,7 +195,10 @@ def _cut(
     bos: bool | None = None,
     **columns: str | None,
 ) -> tuple[Windows, str]:
-    """Return the windows for the given data, and a description of the data; ``columns`` say how rows are read."""
+    """Return the windows for the given data, and a description of the data; arguments as for :func:`evaluate`.
+
+    ``positions`` is the longest window that the model takes, None for any.
+    """
     length = min(length, positions or length)
     if isinstance(data, Windows):
         return data, "given windows"

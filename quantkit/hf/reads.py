@@ -42,12 +42,8 @@ class _Unknown(Exception):
 def weights_read_elsewhere(model: nn.Module) -> dict[str, str]:
     """Return the path of every module whose ``weight`` other code reads, and who reads it ("MambaMixer.slow_forward")."""
     found: dict[str, str] = {}
-    mentions: dict[type, bool] = {}
     for path, module in model.named_modules():
-        kind = type(module)
-        if kind not in mentions:
-            mentions[kind] = _mentions(kind)
-        if not mentions[kind] or not any(True for _ in module.children()):
+        if not _mentions(type(module)) or not any(True for _ in module.children()):  # type: ignore[arg-type]
             continue
         reader = _Reader(module)
         reader.method("forward")
@@ -81,6 +77,7 @@ def _classes(module_name: str) -> dict[str, dict[str, ast.FunctionDef]]:
     }
 
 
+@functools.cache
 def _mentions(kind: type) -> bool:
     """Return whether any method of a class mentions the weight of something."""
     trees = [tree for _, tree in _methods(kind).values()]

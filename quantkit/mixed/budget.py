@@ -84,5 +84,5 @@ class Budget:
 
     def __str__(self) -> str:
         if self.kind == "bytes":
-            return f"{self.limit / 1e6:.6g} MB"
+            return f"{self.limit / 1e6:.12g} MB"
         return f"{self.limit:.6g} {({'bits': 'bpw'}).get(self.kind, self.kind)}"

@@ -3,10 +3,9 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from quantkit.checkpoint.check import config_of, dtype_name, layout_bytes, layout_of
+from quantkit.checkpoint.check import config_of, dtype_name, layout_bytes, layout_of, rejections_in
 from quantkit.checkpoint.contents import Contents, carried_layout, contents_of
 from quantkit.errors import SpecError
-from quantkit.formats.base import FORMATS
 from quantkit.hf.ledger import ledger_of
 from quantkit.hf.load import PreTrainedModel
 from quantkit.nn.sites import Site, Structure
@@ -189,6 +188,8 @@ class _Maker:
     ) -> None:
         self.contents, self.model, self.method, self.format = contents, model, method, format
         self.sizes, self.named, self.scale_dtype = sizes, named, scale_dtype
+        plans = {name: self._plan_of(one) for name, one in named.items() if one is not None}
+        self.stored = {name: rejections_in(contents, plan, format, dtype_name(model)) for name, plan in plans.items()}
         self.refused: dict[str, str] = {}
         self.used: set[str] = set()
 
@@ -201,7 +202,7 @@ class _Maker:
         found = []
         for name, choice in self.named.items():
             schemes = {} if choice is None else self._schemes(choice, sites, self.sizes[name])
-            reason = self._refuses(schemes, sites) if choice is not None else None
+            reason = self._refuses(schemes, sites, self.stored[name]) if choice is not None else None
             if reason is not None:
                 self.refused.setdefault(name, reason)
                 continue
@@ -234,11 +235,16 @@ class _Maker:
             wanted = dict.fromkeys(wanted, common)
         return {s.name: choice.resolve([s.in_features], wanted[s.name], self.scale_dtype) for s in sites}
 
-    def _refuses(self, schemes: Mapping[str, Scheme], sites: Sequence[Site]) -> str | None:
-        rule, ends = FORMATS.get(self.format), self.contents.structure.ends
+    def _plan_of(self, choice: SchemeChoice) -> dict[str, Scheme]:
+        """Return the plan that gives a choice to every layer that its grid divides."""
+        found = {s.name: choice.resolve([s.in_features], None, self.scale_dtype) for s in self.contents.sites.values()}
+        return {name: one for name, one in found.items() if not one.weight.rejects(self.contents.sites[name].shape)}
+
+    def _refuses(self, schemes: Mapping[str, Scheme], sites: Sequence[Site], stored: Mapping[str, str]) -> str | None:
+        ends = self.contents.structure.ends
         for site in sites:
             scheme = schemes[site.name]
-            reason = scheme.weight.rejects(site.shape) or rule.rejects(scheme, site.shape)
+            reason = scheme.weight.rejects(site.shape) or stored.get(site.name)
             if reason is None and site.name not in ends:
                 reason = self.method.rejects(scheme)
             if reason is None and site == self.contents.structure.embedding and scheme.activation is not None:

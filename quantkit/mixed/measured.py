@@ -116,7 +116,7 @@ def one_at_a_time(
     ids = torch.cat([one for one in windows if one.shape == windows[0].shape])
     scored = torch.ones_like(ids, dtype=torch.bool)
     scored[:, 0] = False
-    text, base, found = Windows(ids, scored), BaseLogits(model), []
+    text, base, found = Windows(ids, scored), BaseLogits(sharing_copy(model)), []
     for number, group in enumerate(menu.groups):
         own = {site.name: read_weight(model, site).clone() for site in group.sites}
         losses = []

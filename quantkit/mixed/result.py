@@ -127,15 +127,18 @@ class Scores:
         return best
 
     def _cheapest(self, kind: str) -> list[int]:
-        allocation = self.allocation(kind)
-        found = allocation.at(allocation.least)
-        assert found is not None
-        return found
+        if kind == "ms" and self.times is not None:
+            return [min(range(len(times)), key=times.__getitem__) for times in self.times]
+        return [0] * len(self.menu.groups)  # candidates stand in order of size
 
     def _range(self, kind: str, smallest: Point) -> str:
         """Say what the choices can reach."""
-        allocation = self.allocation(kind)
-        largest = self.point(allocation.at(allocation.most) or [])
+        weights = self.times if kind == "ms" and self.times else None
+        choices = [
+            max(range(len(group.candidates)), key=weights[number].__getitem__) if weights else len(group.candidates) - 1
+            for number, group in enumerate(self.menu.groups)
+        ]
+        largest = self.point(choices)
         value = {
             "bits": lambda p: f"{p.bits_per_weight:.4g} bpw",
             "bytes": lambda p: f"{p.nbytes / 1e6:.4g} MB",

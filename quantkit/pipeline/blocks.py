@@ -88,7 +88,8 @@ def quantize_blocks(run: BlockRun) -> dict[str, Quantized]:
     drop_pages(mapped_pages(model.parameters()))  # what was read so far to check the model and to record its predictions
     for index, block in enumerate(structure.blocks):
         sites = block_sites(block, plan)
-        mapped = mapped_pages(model.get_submodule(block.name).parameters())
+        known = [one for site in sites if site.name in run.known for one in run.known[site.name].results.values()]
+        mapped = mapped_pages([*model.get_submodule(block.name).parameters(), *known])
         if index < finished and store is not None:
             loaded = store.load(index)
             quantized = {site.name: loaded[site.name] for site in sites}

@@ -16,13 +16,43 @@ from quantkit.nn.embedding import input_table
 from quantkit.nn.quantized import LARGE_ERROR, Quantized
 from quantkit.nn.sites import Site, SiteStatistics, Structure
 from quantkit.pipeline.blocks import needs_of
-from quantkit.pipeline.plan import Resolution
+from quantkit.pipeline.fused import refuse_parted
+from quantkit.pipeline.plan import Resolution, check_plan
+from quantkit.pipeline.settings import Output
 from quantkit.quantizers.base import Quantizer, quantizer_name
 from quantkit.spec import Plan
 from quantkit.system.compute import Compute
 from quantkit.transforms.base import Setup, Step, step_name
 
 log = logging.getLogger(__name__)
+
+
+def refuse_run(
+    structure: Structure,
+    resolution: Resolution,
+    method: Quantizer,
+    steps: Sequence[Step],
+    *,
+    output: Output,
+    strict: bool = False,
+    answers_only: bool = False,
+    statistics: Mapping[str, SiteStatistics] | None = None,
+) -> None:
+    """Raise what is wrong with a run as far as can be seen without working: plan, format, coverage, method and steps.
+
+    Raises:
+        QuantkitError: the first thing that is wrong.
+    """
+    plan, written = resolution.plan, output.path is not None
+    check_plan(plan, structure, output.format if written else None)
+    if written and output.keeps_together:
+        refuse_parted(structure, plan, resolution.skipped)
+    if strict:
+        refuse_gaps(structure, resolution)
+        refuse_unseen(structure, plan, method, statistics)
+    refuse_combinations(plan, structure, method, steps, statistics)
+    if answers_only:
+        refuse_uncounted(plan, method, steps)
 
 
 def refuse_combinations(

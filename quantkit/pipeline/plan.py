@@ -16,6 +16,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+
 from quantkit.errors import SpecError, nearest
 from quantkit.formats.base import FORMATS
 from quantkit.nn.sites import Site, Structure
@@ -24,6 +26,11 @@ from quantkit.pipeline.rules import EMBEDDING, HEAD, Rule, SchemeChoice, choice_
 from quantkit.spec import AUTO_GROUP_SIZES, Plan, Scheme
 
 OUTSIDE = "outside the decoder layers, not named by a rule"
+
+
+def scale_dtype_for(dtype: torch.dtype) -> str:
+    """Return the dtype of a model's scales: the checkpoint's, in which its readers hold them; float16 for a float32 model."""
+    return "bfloat16" if dtype == torch.bfloat16 else "float16"
 
 
 @dataclass(frozen=True, slots=True)

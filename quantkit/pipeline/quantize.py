@@ -13,7 +13,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import nn
 
 from quantkit import checkpoint
@@ -35,15 +34,11 @@ from quantkit.pipeline.blocks import BlockRun, calibration_chain, needs_of, quan
 from quantkit.pipeline.checks import (
     check_model,
     prepare_blocks,
-    refuse_combinations,
-    refuse_gaps,
-    refuse_uncounted,
-    refuse_unseen,
+    refuse_run,
     report_fallen,
     report_lossy,
 )
-from quantkit.pipeline.fused import refuse_parted
-from quantkit.pipeline.plan import Resolution, check_plan, make_plan, resolve
+from quantkit.pipeline.plan import Resolution, make_plan, resolve, scale_dtype_for
 from quantkit.pipeline.result import QuantizeResult
 from quantkit.pipeline.resume import ResumeStore, run_key, versions
 from quantkit.pipeline.rules import Rule, SchemeChoice
@@ -109,7 +104,7 @@ def quantize(
             model=model,
             tokenizer=tokenizer,
             structure=structure,
-            resolution=resolve(structure, scheme, rules, _scale_dtype(model)),
+            resolution=resolve(structure, scheme, rules, scale_dtype_for(next(model.parameters()).dtype)),
             method=quantizer,
             steps=todo,
             calibration=calibration,
@@ -186,15 +181,16 @@ class _Job:
         """Raise what is wrong with the run as far as can be seen without working."""
         for note in self.resolution.notes:
             log.info(note)
-        check_plan(self.plan, self.structure, self.output.format if self.output.path is not None else None)
-        if self.output.path is not None and self.output.keeps_together:
-            refuse_parted(self.structure, self.plan, self.resolution.skipped)
-        if self.run.strict:
-            refuse_gaps(self.structure, self.resolution)
-            refuse_unseen(self.structure, self.plan, self.method, self.statistics)
-        refuse_combinations(self.plan, self.structure, self.method, self.steps.all, self.statistics)
-        if self.calibration.answers_only:
-            refuse_uncounted(self.plan, self.method, self.steps.all)
+        refuse_run(
+            self.structure,
+            self.resolution,
+            self.method,
+            self.steps.all,
+            output=self.output,
+            strict=self.run.strict,
+            answers_only=self.calibration.answers_only,
+            statistics=self.statistics,
+        )
 
     def with_fitting_scales(self) -> "_Job":
         """Return the run with a plan whose scales hold the weights as they are."""
@@ -316,7 +312,7 @@ def plan(
     """
     if not isinstance(model, nn.Module):
         model = contents_of(load_config(model), weights=model).model
-    return make_plan(describe(model), scheme, rules, scale_dtype=_scale_dtype(model))
+    return make_plan(describe(model), scheme, rules, scale_dtype=scale_dtype_for(next(model.parameters()).dtype))
 
 
 def collect(
@@ -355,24 +351,12 @@ def collect(
 
 
 def open_float(model: nn.Module | str | Path, tokenizer: Any, output: Output = DEFAULT_OUTPUT) -> tuple[PreTrainedModel, Any]:
-    """Return a float model as quantizing wants it, and its tokenizer.
-
-    Args:
-        model: as for :func:`quantize`.
-        tokenizer: None takes that of a model which is given as a path.
-        output: where a finished run may have replaced its input by its output.
-    """
+    """Return a float model that a user gave, or load the one that was named, with its tokenizer."""
     if isinstance(model, nn.Module):
         return adopt(cast(PreTrainedModel, model)), tokenizer
     place = locate(model)
     loaded, found = replaced_model(place, output) or load_float(place)
     return loaded, tokenizer if tokenizer is not None else found
-
-
-def _scale_dtype(model: nn.Module) -> str:
-    """Scales are stored in the checkpoint's dtype, because its readers hold them in it; float16 for a float32 model."""
-    dtype = next(model.parameters()).dtype
-    return "bfloat16" if dtype == torch.bfloat16 else "float16"
 
 
 def _metadata(

@@ -35,7 +35,7 @@ from quantkit.version import __version__
 
 PACKAGE = Path(__file__).parents[1]
 SOURCES = ("*.py", "*.cpp", "*.h")
-FACES = ("cli", "engine", "generation", "recipe", "report", "serve")
+FACES = ("cli", "engine", "generation", "recipe", "report", "serve", "sweeps")
 """Folders of the package that decide no byte of a checkpoint, beyond what a run's settings say."""
 
 
@@ -66,14 +66,21 @@ def run_key(
     rule = FORMATS.get(format)
     return {
         **({} if model.device.type == "meta" else weights_key(model)),
-        "plan": _text_digest({name: scheme.to_dict() for name, scheme in plan.items()}),
-        "settings": ", ".join(map(repr, methods)),
-        "calibration": _text_digest([data_fingerprint(batches), *(tuple(batch.ids.shape) for batch in batches)]),
+        **settings_key(plan, methods, batches, (rule.codec, rule.container, rule.dialect)),
         "statistics": _tensors_digest(known.items()),
         "tokenizer and generation settings": _extras_digest(model, tokenizer),
         "format": format,
+    }
+
+
+def settings_key(plan: Plan, methods: Sequence[object], batches: Sequence[Batch], plugins: Sequence[object] = ()) -> Key:
+    """Return the topics of a key that settings, calibration text and software decide; ``plugins`` take part beside methods."""
+    return {
+        "plan": _text_digest({name: scheme.to_dict() for name, scheme in plan.items()}),
+        "settings": ", ".join(map(repr, methods)),
+        "calibration": _text_digest([data_fingerprint(batches), *(tuple(batch.ids.shape) for batch in batches)]),
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
-        "code": code_digest([*methods, rule.codec, rule.container, rule.dialect]),
+        "code": code_digest([*methods, *plugins]),
     }
 
 

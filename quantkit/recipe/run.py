@@ -22,7 +22,7 @@ from quantkit.pipeline.again import replaced_model
 from quantkit.pipeline.checks import refuse_combinations
 from quantkit.pipeline.estimate import Estimate, estimate
 from quantkit.pipeline.fused import refuse_parted
-from quantkit.pipeline.plan import Resolution, check_plan
+from quantkit.pipeline.plan import Resolution, check_plan, scale_dtype_for
 from quantkit.pipeline.quantize import quantize
 from quantkit.pipeline.result import QuantizeResult
 from quantkit.pipeline.resume import run_key, versions
@@ -68,7 +68,7 @@ def plan_recipe(recipe: Recipe) -> Preview:
     if isinstance(recipe.scheme, Searched):
         resolution = guess(contents.model, recipe.scheme, recipe.rules, recipe.method.build(), recipe.output)
     else:
-        resolution = recipe.resolve(contents.structure, "bfloat16" if dtype == torch.bfloat16 else "float16")
+        resolution = recipe.resolve(contents.structure, scale_dtype_for(dtype))
     check_plan(resolution.plan, contents.structure, None)
     if recipe.output.keeps_together:
         refuse_parted(contents.structure, resolution.plan, resolution.skipped)

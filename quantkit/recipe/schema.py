@@ -22,7 +22,7 @@ A scheme may also be searched: ``scheme: {budget: 4.25 bpw, choices: [w3a16-asym
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 from pydantic import BeforeValidator, Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator, field_validator
 from pydantic_core import ArgsKwargs, PydanticCustomError
@@ -40,6 +40,8 @@ from quantkit.spec import Scheme
 from quantkit.system.settings import AtLeastTwo, Positive
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+SectionT = TypeVar("SectionT", bound=Section)
 
 
 class Evaluation(Section):
@@ -132,13 +134,24 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     Raises:
         RecipeError: with file, line and column, for anything that is not a valid recipe.
     """
+    return load_as(Recipe, path, overrides, moved=MOVED)
+
+
+def load_as(
+    kind: type[SectionT], path: str | Path, overrides: Mapping[str, Any] | None = None, *, moved: Mapping[str, str]
+) -> SectionT:
+    """Read and check a YAML file that holds one mapping of a ``kind``; the rest as for :func:`load_recipe`.
+
+    Args:
+        moved: keys that are none at the top, and how to say what they mean.
+    """
     source = read_located(path)
     for key, value in (overrides or {}).items():
         _override(source.data, key, value)
     try:
-        return Recipe.model_validate(source.data)
+        return kind.model_validate(source.data)
     except ValidationError as error:
-        raise RecipeError(_explain(error, source, overrides or {})) from None
+        raise RecipeError(_explain(error, source, overrides or {}, kind, moved)) from None
 
 
 def recipe_of(data: Mapping[str, Any]) -> Recipe:
@@ -168,7 +181,9 @@ def _override(data: dict[str, Any], key: str, value: Any) -> None:
     data[last] = value
 
 
-def _explain(error: ValidationError, source: Located, overrides: Mapping[str, Any]) -> str:
+def _explain(
+    error: ValidationError, source: Located, overrides: Mapping[str, Any], kind: type[Section], moved: Mapping[str, str]
+) -> str:
     """Return one line per mistake: place, dotted key, what is wrong, what was given."""
     lines = []
     found = error.errors(include_url=False)
@@ -177,8 +192,8 @@ def _explain(error: ValidationError, source: Located, overrides: Mapping[str, An
         dotted = ".".join(map(str, keys)) or "recipe"
         if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
             key = str(keys[-1])
-            moved = f"write {MOVED[key]}" if len(keys) == 1 and key in MOVED else ""
-            message = f"unknown key; {moved or nearest(key, _names_at(keys[:-1]))}"
+            said = f"write {moved[key]}" if len(keys) == 1 and key in moved else ""
+            message = f"unknown key; {said or nearest(key, _names_at(kind, keys[:-1]))}"
         elif item["type"] == "missing":
             message = "is missing"
         elif not isinstance(item["input"], dict | list | Section | Output | ArgsKwargs):
@@ -190,9 +205,8 @@ def _explain(error: ValidationError, source: Located, overrides: Mapping[str, An
     return "\n".join(lines)
 
 
-def _names_at(keys: Sequence[Any]) -> list[str]:
-    """Return the keys that the section at the end of a path of keys may have."""
-    section: type = Recipe
+def _names_at(section: type, keys: Sequence[Any]) -> list[str]:
+    """Return the keys that the section at the end of a path of keys through another may have."""
     for key in keys:
         if isinstance(key, str):
             sections = [kind for kind in _kinds(get_type_hints(section).get(key)) if _is_section(kind)]

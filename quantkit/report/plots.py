@@ -1,6 +1,6 @@
 """Plots as inline SVG with the colours and the font of the page, in light and dark mode.
 
-matplotlib draws with placeholder colours; :func:`_svg` replaces them by CSS variables and removes everything that a browser
+matplotlib draws with placeholder colours; :func:`to_svg` replaces them by CSS variables and removes everything that a browser
 would load from elsewhere. Names are drawn as plain text, not as TeX. The global state of matplotlib is not changed.
 """
 
@@ -25,7 +25,7 @@ PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8
 
 MARKERS = "osD^vPX*"
 
-_STYLE: Any = {
+STYLE: Any = {
     "svg.fonttype": "none", "text.parse_math": False, "font.size": 9.5, "axes.labelsize": 9.5, "text.color": INK,
     "axes.labelcolor": INK, "axes.edgecolor": SOFT, "xtick.color": INK, "ytick.color": INK, "xtick.labelcolor": INK,
     "ytick.labelcolor": INK, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": SOFT,
@@ -56,7 +56,7 @@ def _styled(draw: Callable[P, str | None]) -> Callable[P, str | None]:
     def styled(*args: P.args, **kwargs: P.kwargs) -> str | None:
         import matplotlib as mpl
 
-        with mpl.rc_context(_STYLE):
+        with mpl.rc_context(STYLE):
             return draw(*args, **kwargs)
 
     return styled
@@ -94,7 +94,7 @@ def kl_distribution(reports: Sequence[EvalReport]) -> str | None:
     rows = [(i, r, d) for i, r in enumerate(reports) if (d := r.quality.divergence) is not None and d.median > 0]
     if not rows:
         return None
-    figure, axes = _figure(9.9, 0.75 + 0.34 * len(rows))
+    figure, axes = new_figure(9.9, 0.75 + 0.34 * len(rows))
     floor = min(max(dict(d.quantiles)[0.05], 1e-7) for _, _, d in rows) / 2
     for place, (i, _, d) in enumerate(rows):
         q = {level: max(value, floor) for level, value in d.quantiles}
@@ -105,12 +105,12 @@ def kl_distribution(reports: Sequence[EvalReport]) -> str | None:
         axes.plot([q[0.99]], [place], "|", color=color, markersize=11, markeredgewidth=1.6)
         axes.plot([d.max], [place], "x", color=color, markersize=5)
         axes.plot([d.mean], [place], "D", color=color, markeredgecolor=PAPER, markersize=6)
-    _log_axis(axes.xaxis, floor, max(d.max for _, _, d in rows))
+    log_axis(axes.xaxis, floor, max(d.max for _, _, d in rows))
     axes.set_yticks(range(len(rows)), [_short(r.label) for _, r, _ in rows])
     axes.set_ylim(len(rows) - 0.45, -0.55)
     axes.grid(False, axis="y")
     axes.set_xlabel("KL of one token, nats")
-    return _svg(figure, "distribution")
+    return to_svg(figure, "distribution")
 
 
 @_styled
@@ -119,19 +119,19 @@ def percentiles(spreads: Mapping[str, Spread]) -> str | None:
     shown = {name: spread for name, spread in spreads.items() if spread.median > 0}
     if not shown:
         return None
-    figure, axes = _figure(4.6, 0.75 + 0.34 * len(shown))
+    figure, axes = new_figure(4.6, 0.75 + 0.34 * len(shown))
     for place, spread in enumerate(shown.values()):
         color = PALETTE[place % len(PALETTE)]
         axes.plot([spread.p10, spread.p99], [place, place], color=color, linewidth=1.6, solid_capstyle="butt")
         axes.plot([spread.p90], [place], "|", color=color, markersize=11, markeredgewidth=1.6)
         axes.plot([spread.median], [place], "o", color=PAPER, markeredgecolor=color, markersize=6)
     low = max(min(spread.p10 for spread in shown.values()), 1e-3)
-    _log_axis(axes.xaxis, low, max(spread.p99 for spread in shown.values()))
+    log_axis(axes.xaxis, low, max(spread.p99 for spread in shown.values()))
     axes.set_yticks(range(len(shown)), [_short(name) for name in shown])
     axes.set_ylim(len(shown) - 0.45, -0.55)
     axes.grid(False, axis="y")
     axes.set_xlabel("ms")
-    return _svg(figure, "times")
+    return to_svg(figure, "times")
 
 
 @_styled
@@ -147,7 +147,7 @@ def losses_by_block(losses: Sequence[tuple[str, int, float]]) -> str | None:
             grid[row, column] = np.nanmax([grid[row, column], loss])  # several layers of one kind: the largest
     if np.isnan(grid).all():
         return None
-    figure, axes = _figure(9.9, 0.75 + 0.24 * len(kinds))
+    figure, axes = new_figure(9.9, 0.75 + 0.24 * len(kinds))
     low, high = float(np.nanmin(grid)), float(np.nanmax(grid))
     mesh = axes.pcolormesh(
         np.ma.masked_invalid(grid), cmap="viridis", norm=LogNorm(low, max(high, low * 1.01)), edgecolors=PAPER, linewidth=0.6
@@ -161,11 +161,11 @@ def losses_by_block(losses: Sequence[tuple[str, int, float]]) -> str | None:
     axes.set_xlabel("block")
     bar = figure.colorbar(mesh, ax=axes, pad=0.015, aspect=12)
     bar.outline.set_visible(False)
-    _log_axis(bar.ax.yaxis, low, high, scale=False)
-    return _svg(figure, "losses")
+    log_axis(bar.ax.yaxis, low, high, scale=False)
+    return to_svg(figure, "losses")
 
 
-def _log_axis(axis: Any, low: float, high: float, *, scale: bool = True) -> None:
+def log_axis(axis: Any, low: float, high: float, *, scale: bool = True) -> None:
     """Make an axis logarithmic, with plain numbers at decades, and also at 2 and 5 if the range is short."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
@@ -185,23 +185,23 @@ def _error(mean: float, se: float | None) -> tuple[float, float]:
 def _scatter(points: Sequence[Point], x_label: str, y_label: str, name: str) -> str | None:
     if len(points) < 2:
         return None
-    figure, axes = _figure(4.6, 3.3)
+    figure, axes = new_figure(4.6, 3.3)
     for point in points:
         color = PALETTE[point.style % len(PALETTE)]
         axes.errorbar(
             [point.x], [point.y], xerr=[[e] for e in point.x_error], yerr=[[e] for e in point.y_error], color=color,
             fmt=MARKERS[point.style % len(MARKERS)], markersize=6.5, elinewidth=1.1, markeredgecolor=PAPER, markeredgewidth=0.6,
         )  # fmt: skip
-    _log_axis(axes.yaxis, min(p.y for p in points), max(p.y for p in points))
+    log_axis(axes.yaxis, min(p.y for p in points), max(p.y for p in points))
     axes.margins(x=0.12, y=0.15)
     axes.set_xlim(left=max(0.0, axes.get_xlim()[0]))
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
-    _label_points(figure, axes, points)
-    return _svg(figure, name)
+    label_points(figure, axes, points)
+    return to_svg(figure, name)
 
 
-def _label_points(figure: Any, axes: Any, points: Sequence[Point]) -> None:
+def label_points(figure: Any, axes: Any, points: Sequence[Point], color: str = INK) -> None:
     """Write each point's name above it, on the side with more space, and higher if it would cover another name."""
     figure.draw_without_rendering()
     box = axes.get_window_extent()
@@ -224,7 +224,7 @@ def _label_points(figure: Any, axes: Any, points: Sequence[Point]) -> None:
             textcoords="offset points",
             va="center",
             ha="left" if right else "right",
-            color=INK,
+            color=color,
         )
 
 
@@ -232,7 +232,7 @@ def _short(text: str, length: int = 28) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
-def _figure(width: float, height: float) -> tuple[Any, Any]:
+def new_figure(width: float, height: float) -> tuple[Any, Any]:
     """Return a figure of this size in inches and its axes, without registering it globally."""
     from matplotlib.figure import Figure
 
@@ -240,7 +240,7 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
     return figure, figure.subplots()
 
 
-def _svg(figure: Any, name: str) -> str:
+def to_svg(figure: Any, name: str) -> str:
     """Return the figure as SVG without prologue, metadata or fixed colours; ids start with ``name``."""
     import matplotlib as mpl
 

@@ -24,7 +24,8 @@ from quantkit.errors import RecipeError
 from quantkit.system.progress import Progress
 
 COMMANDS = (
-    "bench", "build-kernels", "cache", "demo", "doctor", "eval", "generate", "inspect", "list", "plan", "run", "serve", "trace",
+    "bench", "build-kernels", "cache", "demo", "doctor", "eval", "generate", "inspect", "list", "plan", "run", "serve", "sweep",
+    "trace",
 )  # fmt: skip
 
 
