@@ -12,19 +12,20 @@ arXiv 1503.05671, section 3), of which only the diagonal on the output side is k
 predictions hang on their token, without which the first tokens, large and of no consequence, rule H. :math:`e_r` is row r of E.
 
 What E is depends on who rounds. Rounding to nearest gives it as it is. A quantizer that makes up for errors (GPTQ and its kin)
-leaves of independent errors of rounding (LDLQ; Chee, Cai, Kuleshov, De Sa 2023, arXiv 2307.13304, theorem 1)
+would leave of independent errors of rounding (LDLQ; Chee, Cai, Kuleshov, De Sa 2023, arXiv 2307.13304, theorem 1)
 
 .. math:: E[e_r^T H e_r] = \sum_k m_{r,k} / U_{kk}^2
 
-with U the upper Cholesky factor of :math:`H^{-1}` as in :mod:`quantkit.quantizers.gptq`, and :math:`m_{r,k}` the mean squared
-error that rounding to the grid makes in the block of weight (r, k). On little text that is too small, by a factor that is
-nearly the same for all plans: it tells which plan is better, not how good it is.
+if it knew H, with U the upper Cholesky factor of :math:`H^{-1}` as in :mod:`quantkit.quantizers.gptq`, and :math:`m_{r,k}` the
+mean squared error that rounding to the grid makes in the block of weight (r, k). It knows another H, without gradients and from
+other text, so what it leaves lies between the two: their geometric mean is what is expected of it.
 
 Inputs that are rounded too add :math:`\tfrac12 \sum_r g_r \sum_k w_{rk}^2 \, n_k`, with n the mean squared error of input k.
 
 Errors are those of real rounding, of at most :data:`ROWS` rows of a matrix, spread evenly, each standing for its neighbours.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -62,6 +63,11 @@ class Sensitivity:
     noise: dict[ActivationSpec, Tensor] = field(default_factory=dict)
     fisher: Tensor | None = None
 
+    def scaled(self, left: Tensor, rows: slice) -> float:
+        """Return the expected KL of what is left, e_r^T H e_r, of some rows (rows,), which stand for all."""
+        assert self.gradient is not None
+        return 0.5 * _scaled(self.gradient[rows].to(left) * left, self.gradient, rows)
+
 
 class Scorer:
     """Expected KL of the choices of layers, one matrix at a time.
@@ -96,22 +102,21 @@ class Scorer:
         weight = InputQuantizer(scheme.activation).prepare_weight(weight[rows]).float()
         error = rounding_error(name, weight, scheme.weight)
         if found.fisher is not None:
-            whole, part = found.fisher, found.fisher[rows]
-            return _scaled(0.5 * (part * error.square()).sum(1), whole.sum(1), rows)
+            return 0.5 * _scaled((found.fisher[rows] * error.square()).sum(1), found.fisher.sum(1), rows)
         assert found.moment is not None
         assert found.gradient is not None
+        moment = _rotated(found.moment) if scheme.rotated else found.moment
+        loss = found.scaled(((error @ moment) * error).sum(1).clamp(min=0), rows)
         if self.compensates and scheme.weight.block[0] == 1:
             if scheme.rotated not in spread:
-                spread[scheme.rotated] = unpredictable(_rotated(found.moment) if scheme.rotated else found.moment)
+                spread[scheme.rotated] = unpredictable(moment)
             _, columns = grid.block_size(scheme.weight, tuple(error.shape))
             mean = error.square().unflatten(1, (-1, columns)).mean(-1)  # (rows, groups)
             left = mean @ spread[scheme.rotated].unflatten(0, (-1, columns)).sum(-1)
-        else:
-            moment = _rotated(found.moment) if scheme.rotated else found.moment
-            left = ((error @ moment) * error).sum(1).clamp(min=0)
+            loss = math.sqrt(loss * found.scaled(left, rows))
         if scheme.activation is not None:
-            left = left + weight.square() @ found.noise[scheme.activation].to(weight)
-        return _scaled(0.5 * found.gradient[rows].to(left) * left, found.gradient, rows)
+            loss += found.scaled(weight.square() @ found.noise[scheme.activation].to(weight), rows)
+        return loss
 
 
 def unpredictable(moment: Tensor) -> Tensor:
