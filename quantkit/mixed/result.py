@@ -27,8 +27,8 @@ class Point:
     Attributes:
         bits_per_weight: of the layers that were searched, as files count.
         nbytes: of the whole checkpoint directory.
-        kl: expected KL divergence from the float model, in nats per token: it tells which plan is better; how far from the float
-            model it will be only roughly.
+        kl: expected KL divergence from the float model, in nats per token: it tells which plan is better, and only roughly how
+            far from the float model it will be.
         ms: expected time per token, if kernels were timed.
     """
 
