@@ -1,9 +1,11 @@
 """Sources with one tensor dropped, renamed, reshaped, retyped or truncated at random: an error, or a result that is right.
 
     python -m tests.hf.fuzz_sources 500
+    python -m tests.hf.fuzz_sources 500 --whole
 
 Right is a model in memory in which every tensor of the damaged source has its place, or is carried over, bit for bit. A success
-with a parameter that no tensor of the source holds is wrong, whatever it is filled with.
+with a parameter that no tensor of the source holds is wrong, whatever it is filled with. With ``--whole`` what loads is also
+quantized, written, and read back: every quantized weight within half a step of the source's, everything else bit for bit.
 """
 
 import json
@@ -18,11 +20,15 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from quantkit import Output, load, quantize
 from quantkit.errors import QuantkitError
 from quantkit.hf.ledger import ledger_of
 from quantkit.hf.load import load_float
+from quantkit.hf.structure import describe
+from quantkit.nn.linear import QuantModule
+from quantkit.nn.sites import read_weight
 from tests import towers
 from tests.tiny import FAMILIES
 
@@ -132,6 +138,41 @@ def judge(name: str, seed: int) -> tuple[str, str | None]:
         return "accepted", _wrong(label, model.state_dict(), ledger.fills, tensors)
 
 
+def judge_whole(name: str, seed: int) -> tuple[str, str | None]:
+    """Quantize one damaged source to a directory; return what happened, and what is wrong with the files if anything is."""
+    happened, complaint = judge(name, seed)
+    if happened != "accepted" or complaint:
+        return happened, complaint
+    with damaged(name, seed) as (what, path, _):
+        label, out = f"{name} {seed}: {what}", path / "out"
+        try:
+            quantize(str(path), "w8a16-channel", method="rtn", out=out, output=Output(format="native"))
+        except QuantkitError as error:
+            return "refused later", None if len(str(error)) < 3000 else f"{label}: {error}"
+        except Exception as error:  # anything else is what this looks for
+            return "crashed", f"{label}: {error!r}"
+        return "written", _misread(label, load_float(path)[0], load(out))
+
+
+def _misread(label: str, source: nn.Module, written: nn.Module) -> str | None:
+    """Say which weight of a written checkpoint is not that of its source."""
+    quantized = set()
+    for site in describe(source).sites:
+        module = written.get_submodule(site.module)
+        holder = module if isinstance(module, QuantModule) else getattr(module, site.parameter)
+        if not isinstance(holder, QuantModule):
+            continue
+        quantized.add(f"{site.module}.{site.parameter}")
+        weight = read_weight(source, site).float()
+        step = weight.abs().amax(-1, keepdim=True) / 127.5
+        if bool(((holder.dequantize() - weight).abs() > 0.57 * step + 1e-6).any()):  # half a step, and what float16 takes
+            return f"{label}: {site.name} is not the source's"
+    own = written.state_dict()
+    rest = {name: value for name, value in source.state_dict().items() if name not in quantized}
+    wrong = next((name for name, value in rest.items() if name not in own or not torch.equal(own[name], value)), None)
+    return f"{label}: {wrong} is not the source's" if wrong else None if quantized else f"{label}: nothing was quantized"
+
+
 def _wrong(label: str, state: dict[str, Tensor], fills: dict[str, tuple[str, ...]], tensors: dict[str, Tensor]) -> str | None:
     """Say what the model holds that the source does not: the multiset of its numbers, parameter by parameter."""
     for parameter, sources in fills.items():
@@ -148,12 +189,12 @@ def _wrong(label: str, state: dict[str, Tensor], fills: dict[str, tuple[str, ...
     return f"{label}: {loose[0]} comes from nowhere" if loose else None
 
 
-def main(count: int) -> int:
+def main(count: int, whole: bool) -> int:
     """Judge ``count`` damaged sources and print what was found."""
     tally: Counter[str] = Counter()
     wrong = []
     for seed in range(count):
-        happened, complaint = judge(MODELS[seed % len(MODELS)], seed)
+        happened, complaint = (judge_whole if whole else judge)(MODELS[seed % len(MODELS)], seed)
         tally[happened] += 1
         wrong += [complaint] if complaint else []
     print(json.dumps(tally), *wrong, sep="\n")
@@ -161,4 +202,4 @@ def main(count: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1])))
+    sys.exit(main(int(sys.argv[1]), "--whole" in sys.argv))
