@@ -6,7 +6,7 @@ import pytest
 
 import quantkit
 from quantkit.sweeps import cluster
-from tests.sweeps.test_sweep import SCHEMES, Deadly, sweep, table
+from tests.sweeps.test_sweep_rows import SCHEMES, Deadly, sweep, table
 
 ray = pytest.importorskip("ray", reason="the extra ray is not installed")
 
