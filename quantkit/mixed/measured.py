@@ -116,7 +116,8 @@ def one_at_a_time(
     ids = torch.cat([one for one in windows if one.shape == windows[0].shape])
     scored = torch.ones_like(ids, dtype=torch.bool)
     scored[:, 0] = False
-    text, base, found = Windows(ids, scored), BaseLogits(sharing_copy(model)), []
+    text, base, found = Windows(ids, scored), BaseLogits(model), []
+    model = sharing_copy(model)  # the caller's stays what it is, also when this is interrupted
     for number, group in enumerate(menu.groups):
         own = {site.name: read_weight(model, site).clone() for site in group.sites}
         losses = []
