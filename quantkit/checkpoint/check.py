@@ -127,9 +127,10 @@ def _readers_faults(contents: Contents, plan: Plan) -> dict[str, str]:
     known = [e for e in contents.entries if not (e.site and e.site.read and e.site.name not in plan)]  # those stand alone there
     stored = {entry.name: (entry.source.pieces[0].parameter, entry.source) for entry in known}
     chosen = {e.name: plan[e.site.name] for e in contents.entries if e.site and e.site.name in plan}
-    if text := transformers_warning(chosen, stored, set(contents.model.all_tied_weights_keys.values())):
+    if text := transformers_warning(chosen, stored):
         log.warning("%s", text)
-    fault = transformers_fault(empty_model(contents.model.config), chosen, stored) if chosen else None
+    shared = set(contents.model.all_tied_weights_keys.values())
+    fault = transformers_fault(empty_model(contents.model.config), chosen, stored, shared) if chosen else None
     return dict([fault]) if fault else {}
 
 

@@ -27,6 +27,7 @@ from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorPr
 
 from quantkit.errors import QuantkitError
 from quantkit.hf.building import building, parameters_on_meta
+from quantkit.hf.gguf_rotary import TENSORS, stretch
 from quantkit.system.files import (
     atomic_path,
     cache_dir,
@@ -40,8 +41,8 @@ from quantkit.system.files import (
 LIMIT_BYTES: Final = 1 << 30
 """Largest dequantized weights that are kept."""
 
-_ACCOUNT: Final = "every tensor accounted for"
-"""What was asked of a file before its weights were kept."""
+_ACCOUNT: Final = "every tensor accounted for, rotary scaling read"
+"""What was asked of a file before what it says was kept."""
 
 log = logging.getLogger(__name__)
 
@@ -56,15 +57,28 @@ def read_gguf(what: Any, path: Path) -> Any:
     place = _place(path)
     kept = place / what.__name__ if place else None
     if kept is None or not kept.is_dir():
+        found = _read(what, path)
         if kept is None or cache_switch().exists():
-            return what.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
-        found = what.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+            return found
         try:
             _keep(found, kept)
         except OSError as error:
             log.info("cannot keep what %s says in %s: %s", path, kept, error)
             return found
     return what.from_pretrained(kept, trust_remote_code=False)
+
+
+def _read(what: Any, path: Path) -> Any:
+    """Let transformers read a config or a tokenizer, and add to a config what it passes over."""
+    found = what.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+    if what is AutoConfig:
+        import gguf
+
+        try:
+            stretch(gguf.GGUFReader(path), found)
+        except QuantkitError as error:
+            raise QuantkitError(f"{path}: {error}; give the model that the file was made from") from error
+    return found
 
 
 def load_gguf(path: Path, dtype: torch.dtype | None) -> tuple[Any, Mapping[str, Tensor], PreTrainedTokenizerBase]:
@@ -156,7 +170,7 @@ def _weights(path: Path, config: Any, dtype: torch.dtype | None) -> Mapping[str,
 def _refuse_unknown(path: Path, config: Any, model: PreTrainedModel) -> None:
     """Refuse a file with tensors that transformers passes over without a word: the model would not be the file's.
 
-    Such are the factors of stretched rotary embeddings (``rope_freqs.weight``), and layers that predict further tokens.
+    Such are layers that predict further tokens. Factors of rotary embeddings went into the config.
     """
     import gguf
 
@@ -164,7 +178,7 @@ def _refuse_unknown(path: Path, config: Any, model: PreTrainedModel) -> None:
     kind = bytes(reader.fields["general.architecture"].parts[-1]).decode()
     processor = TENSOR_PROCESSORS.get(kind, TensorProcessor)(config=config.to_dict())
     known = get_gguf_hf_weights_map(model, processor)
-    names = [tensor.name for tensor in reader.tensors]
+    names = [tensor.name for tensor in reader.tensors if tensor.name not in TENSORS]
     if lost := [name for name in names if name not in known and name.removesuffix(".weight") not in known]:
         more = f" and {len(lost) - 5} more" if len(lost) > 5 else ""
         raise QuantkitError(

@@ -6,7 +6,8 @@ transformers loads such a checkpoint into a model whose linear layers hold packe
   an empty model with packed layers initialise itself;
 - for a float tensor that is put together with others as it is loaded (three convolutions in one, experts in a stack): what is
   not packed is dropped on the way. Seen from which tensors are a part of a parameter;
-- for experts of two schemes, of which it knows one for the whole model: codes of the other come out wrong.
+- for experts of two schemes, of which it knows one for the whole model: codes of the other come out wrong;
+- for packed layers that share their weight, which it wants to tie by a ``weight`` that they do not have.
 
 Of some schemes it says itself that it cannot unpack experts; that is a warning, because engines can.
 
@@ -29,7 +30,10 @@ READER = "transformers, which reads this format,"
 
 
 def transformers_fault(
-    model: PreTrainedModel, quantized: Mapping[str, Scheme], stored: Mapping[str, tuple[str, CheckpointTensor]]
+    model: PreTrainedModel,
+    quantized: Mapping[str, Scheme],
+    stored: Mapping[str, tuple[str, CheckpointTensor]],
+    shared: Collection[str] = (),
 ) -> tuple[str, str] | None:
     """Return a layer or tensor and why transformers cannot read a checkpoint with it; None if nothing is known against it.
 
@@ -37,7 +41,11 @@ def transformers_fault(
         model: an empty model, of which nobody else knows: it is changed.
         quantized: name of a tensor in the checkpoint to the scheme it is quantized by.
         stored: name of every tensor in the float checkpoint to its parameter's name and its content.
+        shared: names of parameters that several layers share.
     """
+    for name in quantized:
+        if stored[name][0] in shared:
+            return name, f"{READER} does not load packed layers that share their weight; use native"
     experts = {name: quantized[name] for name, (_, source) in stored.items() if name in quantized and _gathered(source)}
     if reason := _experts_fault(experts):
         return reason
@@ -65,17 +73,10 @@ def _experts_fault(experts: Mapping[str, Scheme]) -> tuple[str, str] | None:
 
 
 def transformers_warning(
-    quantized: Mapping[str, Scheme], stored: Mapping[str, tuple[str, CheckpointTensor]], shared: Collection[str] = ()
+    quantized: Mapping[str, Scheme], stored: Mapping[str, tuple[str, CheckpointTensor]]
 ) -> str | None:
-    """Say which layers only other readers can unpack; None if there are none.
-
-    Args:
-        quantized, stored: as for :func:`transformers_fault`.
-        shared: names of parameters that several layers share.
-    """
+    """Say which layers only other readers can unpack; None if there are none. For the arguments see :func:`transformers_fault`."""
     for name, scheme in quantized.items():
-        if stored[name][0] in shared:
-            return f"{name}: {READER} does not load packed layers that share their weight; for transformers use format native"
         weight = scheme.weight
         known = weight.strategy != "tensor" and (weight.symmetric if weight.is_integer else weight.dtype == "fp8_e4m3")
         if weight.is_integer and weight.bits == 8 and scheme.activation is not None:

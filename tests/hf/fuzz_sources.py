@@ -1,5 +1,7 @@
 """Sources with one tensor dropped, renamed, reshaped, retyped or truncated at random: an error, or a result that is right.
 
+Half of the sources lie in several files with an index, which may be damaged instead: a file lost, an entry lost or wrong, no index.
+
     python -m tests.hf.fuzz_sources 500
     python -m tests.hf.fuzz_sources 500 --whole
 
@@ -33,6 +35,7 @@ from tests import towers
 from tests.tiny import FAMILIES
 
 MODELS = ("llama", "llama_tied", "mixtral", "qwen3_moe", "gpt2", "gemma3 with a tower", "deepseek_v3 with more layers")
+OF_SHARDS = ("lose the file of", "lose the entry of", "misplace", "store twice", "lose the index and")
 DTYPES = (torch.int8, torch.uint8, torch.int64, torch.bool, torch.float8_e4m3fn, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -80,6 +83,32 @@ def reshape(tensor: Tensor, draw: random.Random) -> Tensor:
             return tensor.reshape(-1) if tensor.ndim > 1 else tensor.unsqueeze(0)
 
 
+def write(path: Path, tensors: dict[str, Tensor], count: int, victim: str, what: str, draw: random.Random) -> list[Path]:
+    """Write ``tensors`` in ``count`` files with an index, and do ``what`` to the entry or the file of ``victim``."""
+    if count == 1:
+        save_file(tensors, path / "model.safetensors")
+        return [path / "model.safetensors"]
+    files = [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
+    places = {name: files[index % count] for index, name in enumerate(draw.sample(sorted(tensors), len(tensors)))}
+    for file in files:
+        inside = {name: tensor for name, tensor in tensors.items() if places[name] == file}
+        if what == "store twice" and victim and file == files[(files.index(places[victim]) + 1) % count]:
+            inside[victim] = torch.zeros_like(tensors[victim])
+        save_file(inside, path / file)
+    match what:
+        case "lose the file of":
+            (path / places[victim]).unlink()
+        case "lose the entry of":
+            del places[victim]
+        case "misplace":
+            places[victim] = files[(files.index(places[victim]) + 1) % count]
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    if what != "lose the index and":
+        index = {"metadata": {"total_size": size}, "weight_map": places}
+        (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    return [path / file for file in files]
+
+
 @contextmanager
 def damaged(name: str, seed: int) -> Iterator[tuple[str, Path, dict[str, Tensor]]]:
     """Yield what was done, the damaged directory, and the tensors that its files hold."""
@@ -87,7 +116,9 @@ def damaged(name: str, seed: int) -> Iterator[tuple[str, Path, dict[str, Tensor]
     files, whole = original(name)
     tensors = dict(whole)
     victim = draw.choice(sorted(tensors))
-    what = draw.choice(["drop", "rename", "swap", "reshape", "retype", "truncate", "repeat"])
+    count = draw.choice([1, 1, 2, 3])
+    kinds = ["drop", "rename", "swap", "reshape", "retype", "truncate", "repeat"]
+    what = draw.choice(kinds if count == 1 else [*kinds, *OF_SHARDS])
     match what:
         case "drop":
             del tensors[victim]
@@ -110,9 +141,10 @@ def damaged(name: str, seed: int) -> Iterator[tuple[str, Path, dict[str, Tensor]
         path = Path(directory)
         for file, text in files.items():
             (path / file).write_text(text)
-        weights = path / "model.safetensors"
-        save_file({key: value.clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}, weights)
+        own = {key: value.clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
+        victims = write(path, own, count, victim if what in OF_SHARDS else "", what, draw)
         if what == "truncate":
+            weights = draw.choice(victims)
             data = weights.read_bytes()
             weights.write_bytes(data[: draw.randrange(len(data))])
         yield f"{what} {victim}", path, tensors

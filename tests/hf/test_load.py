@@ -1,6 +1,9 @@
 """Float models from directories and objects, and empty ones from configs."""
 
 import json
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -93,8 +96,18 @@ def test_architectures_cannot_name_anything_but_a_model() -> None:
     assert type(empty_model(config)).__name__ == "LlamaForCausalLM"
 
 
-def write_gguf(path, hidden: int = 32, vocab: int = 20, without: str = "", more: str = "") -> dict[str, torch.Tensor]:
-    """Write a one-layer llama with a toy vocabulary as GGUF, except one tensor, and with one more; return them by GGUF name."""
+def write_gguf(
+    path,
+    hidden: int = 32,
+    vocab: int = 20,
+    without: str = "",
+    more: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    scaling: Mapping[str, object] = MappingProxyType({}),
+) -> dict[str, torch.Tensor]:
+    """Write a one-layer llama with a toy vocabulary as GGUF, except one tensor, and with more; return them by GGUF name.
+
+    ``scaling`` is what the file says of its rotary embeddings below ``llama.rope.scaling``.
+    """
     import gguf
 
     writer = gguf.GGUFWriter(str(path), "llama")
@@ -123,8 +136,11 @@ def write_gguf(path, hidden: int = 32, vocab: int = 20, without: str = "", more:
     shapes |= {"blk.0.ffn_gate": (64, hidden), "blk.0.ffn_up": (64, hidden), "blk.0.ffn_down": (hidden, 64)}
     generator = torch.Generator().manual_seed(0)
     shapes.pop(without, None)
-    shapes |= {more: (8,)} if more else {}
     tensors = {f"{name}.weight": torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    tensors |= {f"{name}.weight": tensor for name, tensor in more.items()}
+    for key, value in scaling.items():
+        add = {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32, bool: writer.add_bool}[type(value)]
+        add(f"llama.rope.scaling.{key}", value)
     for name, tensor in tensors.items():
         if tensor.ndim == 1:
             writer.add_tensor(name, tensor.numpy())
@@ -162,10 +178,81 @@ def test_a_gguf_without_a_tensor(name: str, tmp_path) -> None:
 
 
 @pytest.mark.usefixtures("own_cache")
-@pytest.mark.parametrize("name", ["rope_freqs", "blk.1.nextn.eh_proj", "blk.0.attn_sinks"])
+@pytest.mark.parametrize("name", ["blk.1.nextn.eh_proj", "blk.0.attn_sinks"])
 def test_a_gguf_with_a_tensor_that_its_reader_would_leave_out(name: str, tmp_path) -> None:
-    write_gguf(tmp_path / "toy.gguf", more=name)
+    write_gguf(tmp_path / "toy.gguf", more={name: torch.ones(8)})
     with pytest.raises(QuantkitError, match=rf"1 of its tensors are unknown to transformers.*: {name}\.weight; give the model"):
+        load_float(tmp_path / "toy.gguf")
+
+
+def llama3_factors(head_size: int) -> torch.Tensor:
+    """Return what Llama 3.1 divides its rotary frequencies by, as its converter to GGUF counts it."""
+    factors = []
+    for index in range(0, head_size, 2):
+        length = 2 * math.pi * 10000.0 ** (index / head_size)
+        smooth = (8192 / length - 1.0) / (4.0 - 1.0)
+        between = 1 / ((1 - smooth) / 8.0 + smooth)
+        factors.append(1.0 if length < 8192 / 4 else 8.0 if length > 8192 else between)
+    return torch.tensor(factors)
+
+
+ROTARY = {
+    "llama3": ({"rope_freqs": llama3_factors(16)}, {}, {"factor": 8.0, "original_max_position_embeddings": 8192}),
+    "linear": ({}, {"type": "linear", "factor": 4.0}, {"factor": 4.0}),
+    "yarn": (
+        {},
+        {"type": "yarn", "factor": 4.0, "original_context_length": 32, "finetuned": True},
+        {"factor": 4.0, "original_max_position_embeddings": 32},
+    ),
+    "longrope": (
+        {"rope_factors_short": torch.linspace(1, 2, 8), "rope_factors_long": torch.linspace(2, 9, 8)},
+        {"original_context_length": 32, "attn_factor": 1.25},
+        {"attention_factor": 1.25, "original_max_position_embeddings": 32},
+    ),
+}
+
+
+@pytest.mark.usefixtures("own_cache")
+@pytest.mark.parametrize("kind", ROTARY)
+def test_a_gguf_with_stretched_rotary_embeddings(kind: str, tmp_path) -> None:
+    """Factors in tensors and in metadata reach the model: its logits are those of a directory whose config says the same."""
+    more, scaling, wanted = ROTARY[kind]
+    write_gguf(tmp_path / "plain.gguf")
+    write_gguf(tmp_path / "toy.gguf", more=more, scaling=scaling)
+    plain, _ = load_float(tmp_path / "plain.gguf", torch.float32)
+    for _ in range(2):  # the second time from the cache
+        model, _ = load_float(tmp_path / "toy.gguf", torch.float32)
+    found = dict(model.config.rope_parameters)
+    assert {"rope_type": kind, **wanted}.items() <= found.items()
+    plain.save_pretrained(tmp_path / "directory")
+    config = json.loads((tmp_path / "directory" / "config.json").read_text())
+    config["rope_parameters"] = {"rope_theta": 10000.0, "rope_type": kind, **wanted}
+    if kind == "llama3":
+        config["rope_parameters"] |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    if kind == "longrope":
+        config["rope_parameters"] |= {f"{x}_factor": more[f"rope_factors_{x}"].tolist() for x in ("short", "long")}
+        config["original_max_position_embeddings"] = 32
+    (tmp_path / "directory" / "config.json").write_text(json.dumps(config))
+    same, _ = load_float(tmp_path / "directory", torch.float32)
+    ids = torch.arange(48).remainder(20).unsqueeze(0)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, same(ids).logits)
+        assert not torch.allclose(model(ids).logits, plain(ids).logits, atol=1e-4)
+
+
+@pytest.mark.usefixtures("own_cache")
+@pytest.mark.parametrize(
+    ("more", "scaling", "message"),
+    [
+        ({"rope_freqs": torch.linspace(1, 8, 8)}, {}, "factors that are not those of Llama 3.1"),
+        ({}, {"type": "yarn", "factor": 4.0}, "not known here .rope.scaling.type yarn, rope.scaling.factor 4.0"),
+        ({}, {"type": "su", "factor": 4.0}, "not known here"),
+        ({"rope_factors_long": torch.ones(8)}, {"original_context_length": 32}, "rope_factors_long.weight"),
+    ],
+)
+def test_a_gguf_whose_rotary_embeddings_no_config_describes(more, scaling, message: str, tmp_path) -> None:
+    write_gguf(tmp_path / "toy.gguf", more=more, scaling=scaling)
+    with pytest.raises(QuantkitError, match=rf"toy\.gguf: .*{message}"):
         load_float(tmp_path / "toy.gguf")
 
 

@@ -1,0 +1,236 @@
+"""Runs that are killed, two runs into one directory, many loads at once: nothing is lost, and the same command goes on.
+
+    python -m tests.pipeline.trials kills 100
+    python -m tests.pipeline.trials races 50
+    python -m tests.pipeline.trials loads 20
+
+Every run is the command line itself in a process of its own, of a recipe that calibrates with GPTQ and evaluates. A trial ends
+with the weights that an undisturbed run writes, byte for byte, or it is wrong and is printed.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import yaml
+
+import quantkit
+from quantkit.cli import app
+from quantkit.hf.load import PreTrainedModel
+from quantkit.system.files import sha256_file
+from tests.tiny import TEXT, tiny_llama, tiny_tokenizer
+
+Trial = Callable[[Path, random.Random], tuple[str, str | None]]
+"""Takes a directory with a float model in ``model``; returns what happened, and what is wrong with it if anything is."""
+
+BUSY = "is at work there"
+
+
+def prepare(place: Path) -> None:
+    """Write a float model of four blocks, its tokenizer and a text."""
+    model = tiny_llama(num_hidden_layers=4)
+    model.save_pretrained(place / "model")
+    tiny_tokenizer().save_pretrained(place / "model")
+    (place / "text.txt").write_text(TEXT * 8)
+
+
+def recipe(place: Path, out: Path, *, scheme: str = "w4a16-asym", overwrite: bool = False) -> Path:
+    """Write a recipe of the model in ``place`` to ``out``, and return its file."""
+    text = str(place / "text.txt")
+    values = {
+        "model": str(place / "model"),
+        "scheme": scheme,
+        "method": "gptq",
+        "steps": ["bias_correction"],
+        "calibration": {"data": text, "samples": 8, "length": 64},
+        "output": {"path": str(out), "overwrite": overwrite},
+        "evaluate": {"data": text, "windows": 2, "length": 32},
+    }
+    file = place / f"{out.name}-{scheme}-{overwrite}.yaml"
+    file.write_text(yaml.safe_dump(values))
+    return file
+
+
+def start(file: Path, log: Path) -> int:
+    """Run ``quantkit run`` in a child process; a fork, because starting Python anew takes longer than the run."""
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(handle, 1)
+        os.dup2(handle, 2)
+        torch.set_num_threads(1)
+        app(["run", str(file)], standalone_mode=False)
+        status = 0
+    except SystemExit as error:
+        status = int(error.code or 0)
+    except BaseException as error:
+        status = getattr(error, "exit_code", 1)
+    finally:
+        os._exit(status)
+
+
+def finish(child: int) -> int:
+    """Wait for a child; return its exit status, negative for a signal."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def weights(path: Path) -> dict[str, str]:
+    """Return the checksums of a checkpoint's files, but its measurement, in which seconds stand."""
+    skip = ("evaluation.json", "README.md", "quantkit.json", ".quantkit.lock")
+    return {file.name: sha256_file(file) for file in sorted(path.iterdir()) if file.is_file() and file.name not in skip}
+
+
+@functools.cache
+def undisturbed(scheme: str) -> tuple[dict[str, str], float]:
+    """Return the checksums of what a recipe gives when nothing happens, and the seconds it takes."""
+    with tempfile.TemporaryDirectory() as directory:
+        place = Path(directory)
+        prepare(place)
+        began = time.monotonic()
+        code = finish(start(recipe(place, place / "out", scheme=scheme), place / "log"))
+        took = time.monotonic() - began
+        if code:
+            raise RuntimeError(f"the recipe alone fails: {(place / 'log').read_text()}")
+        return weights(place / "out"), took
+
+
+def complaint(out: Path, scheme: str, code: int, log: Path) -> str | None:
+    """Return what is wrong with a run that has come to its end."""
+    if code:
+        return f"exit {code}: {log.read_text()[-600:]}"
+    if not (out / "evaluation.json").is_file():
+        return "no measurement"
+    wanted, _ = undisturbed(scheme)
+    found = weights(out)
+    if found != wanted:
+        return f"other files: {sorted(set(found.items()) ^ set(wanted.items()))}"
+    inside = sorted(file.name for file in out.iterdir() if file.is_dir())
+    return f"left behind: {inside}" if inside else None
+
+
+def kill(place: Path, draw: random.Random) -> tuple[str, str | None]:
+    """Kill a run up to three times at random moments, some over another checkpoint; then let the same command end."""
+    out, log, scheme = place / "out", place / "log", draw.choice(["w4a16-asym", "w8a16"])
+    _, took = undisturbed(scheme)
+    over = draw.random() < 0.5
+    if over:  # another checkpoint lies there already
+        finish(start(recipe(place, out, scheme="w8a16" if scheme == "w4a16-asym" else "w4a16-asym"), log))
+    file = recipe(place, out, scheme=scheme, overwrite=over)
+    killed = 0
+    for _ in range(draw.randrange(1, 4)):
+        child = start(file, log)
+        # half anywhere, half in the last part, where files are published, cleared and measured
+        time.sleep(took * (draw.random() if draw.random() < 0.5 else 0.6 + 0.6 * draw.random()))
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+        killed += finish(child) == -signal.SIGKILL
+    code = finish(start(file, log))
+    return f"{'over another' if over else 'fresh'}, killed {killed}", complaint(out, scheme, code, log)
+
+
+def race(place: Path, draw: random.Random) -> tuple[str, str | None]:
+    """Start two runs into one directory, 0 to 0.2 s apart, of one recipe or of two."""
+    out, logs = place / "out", [place / "log0", place / "log1"]
+    same, over = draw.random() < 0.5, draw.random() < 0.5
+    schemes = ["w4a16-asym", "w4a16-asym" if same else "w8a16"]
+    if over:
+        finish(start(recipe(place, out, scheme="w4a16-asym"), logs[0]))
+    files = [recipe(place, out, scheme=scheme, overwrite=over) for scheme in schemes]
+    children = []
+    for file, log in zip(files, logs, strict=True):
+        children.append(start(file, log))
+        time.sleep(draw.random() * 0.2)
+    codes = [finish(child) for child in children]
+    said = [log.read_text() for log in logs]
+    label = f"{'same' if same else 'other'} recipe{', overwrite' if over else ''}: {sorted(codes)}"
+    for code, text in zip(codes, said, strict=True):
+        refused = BUSY in text or "already holds a model" in text
+        if code and not (code == 2 and refused):
+            return label, f"exit {code}: {text[-600:]}"
+    winners = [scheme for scheme, code in zip(schemes, codes, strict=True) if code == 0]
+    if not winners:
+        return label, f"nobody wrote: {said}"
+    holds = [one for one in winners if complaint(out, one, 0, logs[0]) is None]
+    if not holds:
+        return label, complaint(out, winners[-1], 0, logs[0])
+    for file, scheme, code in zip(files, schemes, codes, strict=True):
+        if code and (same or over):  # the one who was sent away gives the command again
+            return label, complaint(out, scheme, finish(start(file, logs[0])), logs[0])
+    return label, None
+
+
+def loads(place: Path, draw: random.Random) -> tuple[str, str | None]:
+    """Load a checkpoint and its float model in eight threads at once: all the same, and nothing of torch is changed."""
+    out = place / "out"
+    if code := finish(start(recipe(place, out), place / "log")):
+        return "not written", f"exit {code}"
+    ids = torch.arange(3, 19).unsqueeze(0)
+    found: dict[int, torch.Tensor | BaseException] = {}
+
+    def one(number: int, wait_s: float) -> None:
+        time.sleep(wait_s)
+        try:
+            model: PreTrainedModel = quantkit.load(out) if number % 4 else quantkit.open_model(str(place / "model"))[0]
+            with torch.no_grad():
+                found[number] = model(ids).logits
+        except BaseException as error:
+            found[number] = error
+
+    threads = [threading.Thread(target=one, args=(number, draw.random() * 0.05)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    failed = [repr(value) for value in found.values() if isinstance(value, BaseException)]
+    if failed or len(found) != 8:
+        return "failed", "; ".join(failed)
+    for number, logits in found.items():
+        if not torch.equal(logits, found[number % 4 > 0]):  # type: ignore[arg-type]
+            return "differ", "threads give different logits"
+    if torch.nn.Linear(2, 2).weight.is_meta:
+        return "patched", "a plain layer lands on the meta device"
+    return "equal", None
+
+
+TRIALS: dict[str, Trial] = {"kills": kill, "races": race, "loads": loads}
+
+
+@contextlib.contextmanager
+def own_place() -> Iterator[Path]:
+    """Yield a new directory with a float model."""
+    with tempfile.TemporaryDirectory() as directory:
+        prepare(Path(directory))
+        yield Path(directory)
+
+
+def main(kind: str, count: int) -> int:
+    """Carry out ``count`` trials and print what was found; return how many were wrong."""
+    tally: Counter[str] = Counter()
+    wrong = []
+    for seed in range(count):
+        with own_place() as place:
+            happened, bad = TRIALS[kind](place, random.Random(seed))
+        tally[happened] += 1
+        if bad:
+            wrong.append(f"{kind} {seed}: {happened}: {bad}")
+            print(wrong[-1], flush=True)
+    print(json.dumps(dict(sorted(tally.items())), indent=1), f"{len(wrong)} of {count} wrong", sep="\n")
+    return len(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(min(main(sys.argv[1], int(sys.argv[2])), 100))
