@@ -17,6 +17,10 @@ building = threading.Lock()
 """Held while transformers builds a model."""
 
 
+_PLAIN = (nn.Linear, nn.Embedding)
+"""Layers that hold parameters and nothing else: transformers has nothing to initialise in them that has memory."""
+
+
 class _Thread(threading.local):
     """What is so in one thread only."""
 
@@ -28,7 +32,11 @@ _thread = _Thread()
 
 def _onto_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
     """Replace a parameter that a thread in :func:`parameters_on_meta` gives to a module; leave those of others alone."""
-    if not _thread.on_meta or parameter.is_meta:
+    if not _thread.on_meta:
+        return None
+    if type(module) in _PLAIN:
+        module._is_hf_initialized = True  # type: ignore[assignment]  # random numbers for nothing, which takes most of the time
+    if parameter.is_meta:
         return None
     made = type(parameter)(parameter.to("meta"), requires_grad=parameter.requires_grad)
     made.__dict__.update(parameter.__dict__)

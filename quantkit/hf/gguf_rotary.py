@@ -2,8 +2,8 @@
 
 A model that was trained for longer texts than its first ones turns queries and keys by other angles than the plain ones. GGUF
 says so in metadata (``rope.scaling.*``: linear and YaRN) or in tensors: one factor per frequency (``rope_freqs.weight``, Llama
-3.1 and its like), or two sets of them for short and long texts (``rope_factors_short/long.weight``, LongRoPE). What transformers
-makes of a file without them answers well at first and worse with every hundred tokens.
+3.1 and its like), or two sets of them for short and long texts (``rope_factors_short/long.weight``, LongRoPE). A model that is
+built without them answers well at first, and worse with every hundred tokens.
 """
 
 import math
@@ -19,7 +19,8 @@ TENSORS: Final = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors
 """Names of the tensors that are read here."""
 
 _LLAMA3: Final = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-_READ_BY_TRANSFORMERS: Final = ("gpt-oss",)
+_YARN: Final = frozenset({"type", "factor", "original_context_length", "attn_factor", "finetuned"})
+_READ_ALREADY: Final = ("gpt-oss",)
 
 
 def stretch(reader: Any, config: Any) -> None:
@@ -36,7 +37,7 @@ def stretch(reader: Any, config: Any) -> None:
     start = f"{kind}.rope.scaling."
     said = {key.removeprefix(start): field.contents() for key, field in reader.fields.items() if key.startswith(start)}
     held = {one.name: torch.from_numpy(one.data.copy()).float().flatten() for one in reader.tensors if one.name in TENSORS}
-    if kind in _READ_BY_TRANSFORMERS or not held and said.get("type", "none") == "none":
+    if kind in _READ_ALREADY or (not held and said.get("type", "none") == "none"):
         return
     plain = getattr(config, "rope_parameters", None)
     if not isinstance(plain, dict):
@@ -48,9 +49,7 @@ def stretch(reader: Any, config: Any) -> None:
     config.rope_parameters = {**plain, layers: changed} if nested else changed
 
 
-def _parameters(
-    said: Mapping[str, Any], held: Mapping[str, Tensor], config: Any, own: Mapping[str, Any]
-) -> dict[str, Any]:
+def _parameters(said: Mapping[str, Any], held: Mapping[str, Tensor], config: Any, own: Mapping[str, Any]) -> dict[str, Any]:
     """Return what replaces the plain parameters ``own``."""
     kind, factor = said.get("type", "none"), float(said.get("factor", 1.0))
     first = said.get("original_context_length") or getattr(config, "original_max_position_embeddings", None)
@@ -63,7 +62,7 @@ def _parameters(
         return {**found, **({"attention_factor": float(said["attn_factor"])} if "attn_factor" in said else {})}
     if kind == "linear" and not held:
         return {"rope_type": "linear", "factor": factor}
-    if kind == "yarn" and first and not held and said.keys() <= {"type", "factor", "original_context_length", "attn_factor", "finetuned"}:
+    if kind == "yarn" and first and not held and said.keys() <= _YARN:
         extra = float(said.get("attn_factor", 1.0))
         attention = {} if extra == 1.0 else {"attention_factor": extra * (0.1 * math.log(factor) + 1.0)}
         return {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": first, **attention}

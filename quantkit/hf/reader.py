@@ -72,10 +72,8 @@ def _experts_fault(experts: Mapping[str, Scheme]) -> tuple[str, str] | None:
     return None
 
 
-def transformers_warning(
-    quantized: Mapping[str, Scheme], stored: Mapping[str, tuple[str, CheckpointTensor]]
-) -> str | None:
-    """Say which layers only other readers can unpack; None if there are none. For the arguments see :func:`transformers_fault`."""
+def transformers_warning(quantized: Mapping[str, Scheme], stored: Mapping[str, tuple[str, CheckpointTensor]]) -> str | None:
+    """Say which layers only other readers can unpack; None if there are none. For arguments see :func:`transformers_fault`."""
     for name, scheme in quantized.items():
         weight = scheme.weight
         known = weight.strategy != "tensor" and (weight.symmetric if weight.is_integer else weight.dtype == "fp8_e4m3")

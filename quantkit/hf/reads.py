@@ -52,6 +52,7 @@ def weights_read_elsewhere(model: nn.Module) -> dict[str, str]:
     return found
 
 
+@functools.cache
 def _methods(kind: type) -> dict[str, tuple[str, ast.FunctionDef]]:
     """Return the methods of a class, with those it inherits from models' own classes: name to (class name, syntax tree)."""
     found: dict[str, tuple[str, ast.FunctionDef]] = {}
@@ -85,6 +86,14 @@ def _mentions(kind: type) -> bool:
     return any(isinstance(n, ast.Attribute) and n.attr == "weight" and isinstance(n.value, ast.Attribute) for n in nodes)
 
 
+@functools.cache
+def _changing(kind: type) -> frozenset[str]:
+    """Return the names of attributes that a class changes after its construction."""
+    trees = [tree for name, (_, tree) in _methods(kind).items() if name != "__init__"]
+    stored = (node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute))
+    return frozenset(node.attr for node in stored if isinstance(node.ctx, ast.Store))
+
+
 @dataclass
 class _Reader:
     """Walks through the methods that one module's forward reaches.
@@ -100,13 +109,11 @@ class _Reader:
     _changing: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
-        trees = [tree for name, (_, tree) in _methods(type(self.module)).items() if name != "__init__"]
-        stored = (node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute))
-        self._changing = frozenset(node.attr for node in stored if isinstance(node.ctx, ast.Store))
+        self._changing = _changing(type(self.module))  # type: ignore[arg-type]
 
     def method(self, name: str) -> None:
         """Read a method, unless it was read already or is not the model's own."""
-        methods = _methods(type(self.module))
+        methods = _methods(type(self.module))  # type: ignore[arg-type]
         if name in self._seen or name not in methods:
             return
         self._seen.add(name)

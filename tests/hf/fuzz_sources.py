@@ -1,6 +1,6 @@
 """Sources with one tensor dropped, renamed, reshaped, retyped or truncated at random: an error, or a result that is right.
 
-Half of the sources lie in several files with an index, which may be damaged instead: a file lost, an entry lost or wrong, no index.
+Half of the sources lie in several files with an index, which may be what is damaged: a file or an entry lost, or a wrong one.
 
     python -m tests.hf.fuzz_sources 500
     python -m tests.hf.fuzz_sources 500 --whole

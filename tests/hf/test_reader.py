@@ -9,12 +9,12 @@ from transformers import AutoModelForCausalLM
 from quantkit import checkpoint
 from quantkit.errors import FormatError
 from quantkit.hf.names import CheckpointTensor, Piece
-from quantkit.hf.reader import transformers_warning
+from quantkit.hf.reader import transformers_fault
 from quantkit.pipeline.quantize import quantize
 from quantkit.pipeline.rules import Rule
 from quantkit.pipeline.settings import Output
 from quantkit.spec import QuantSpec, Scheme
-from tests.tiny import FAMILIES, build
+from tests.tiny import FAMILIES, build, tiny_llama
 
 NO_HEADS = {"num_attention_heads": None, "num_key_value_heads": None, "head_dim": None}
 STATE_SPACE = {**NO_HEADS, "state_size": 8, "time_step_rank": 32}
@@ -79,8 +79,11 @@ def test_experts_that_only_others_unpack_are_a_warning(scheme: str, warned: bool
     assert any("does not load experts of" in record.message for record in caplog.records) == warned
 
 
-def test_layers_that_share_a_packed_weight_are_a_warning() -> None:
+def test_layers_that_share_a_packed_weight_are_refused() -> None:
     source = CheckpointTensor((Piece("a.weight", None, 0, 4),), False)
     quantized, stored = {"a.weight": Scheme(QuantSpec("int4", (1, 32)))}, {"a.weight": ("a.weight", source)}
-    assert transformers_warning(quantized, stored) is None
-    assert "does not load packed layers that share their weight" in str(transformers_warning(quantized, stored, {"a.weight"}))
+    model = tiny_llama()
+    assert transformers_fault(model, {}, stored, {"a.weight"}) is None
+    name, why = transformers_fault(model, quantized, stored, {"a.weight"}) or ("", "")
+    assert name == "a.weight"
+    assert "does not load packed layers that share their weight" in why

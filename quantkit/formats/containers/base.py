@@ -78,7 +78,7 @@ class Reader(Protocol):
         ...
 
     def release(self) -> None:
-        """Give back the memory of every view returned since the last call; who still uses one reads the file again."""
+        """Give back the memory of the views returned so far, once that is worth it; who still uses one reads the file again."""
         ...
 
     def __enter__(self) -> Self:

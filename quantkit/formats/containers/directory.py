@@ -26,6 +26,7 @@ from quantkit.system.memory import drop_pages, mapped_pages
 
 CONFIG = "config.json"
 
+_RELEASE_BYTES = 16 << 20
 MAX_FILE_BYTES = 5_000_000_000
 """Largest file, unless one weight alone is larger."""
 
@@ -146,8 +147,9 @@ class DirectoryReader:
 
     def release(self) -> None:
         """See :class:`quantkit.formats.containers.base.Reader`."""
-        drop_pages(mapped_pages(self._views))
-        self._views.clear()
+        if sum(view.nbytes for view in self._views) >= _RELEASE_BYTES:  # asking the system costs as much as reading a megabyte
+            drop_pages(mapped_pages(self._views))
+            self._views.clear()
 
     def _add(self, path: Path, file: str) -> None:
         if not path.is_file():
