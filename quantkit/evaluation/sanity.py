@@ -58,15 +58,18 @@ class SanityCheck:
         with running_alone(model):
             return cls(windows, text, _logits(model, windows))
 
-    def measure(self, model: nn.Module) -> dict[str, Any]:
-        """Compare ``model`` with the recorded model.
+    def recorded_of(self, model: nn.Module) -> "SanityCheck":
+        """Record the logits of another model on the same windows."""
+        return SanityCheck(self.windows, self.text, _logits(model, self.windows))
+
+    def measure(self, other: "SanityCheck") -> dict[str, Any]:
+        """Compare another model, recorded on the same windows, with this one.
 
         Returns:
-            A mapping for JSON: text, tokens, kl_mean and kl_p99 (KL(recorded || model) in nats per token), same_top1 (fraction
-                of
+            A mapping for JSON: text, tokens, kl_mean and kl_p99 (KL(this || other) in nats per token), same_top1 (fraction of
             equal most likely tokens), perplexity, base_perplexity.
         """
-        quality = score(model, self.windows, lambda ids: self.logits[_key(ids)])
+        quality = score(other._answer, self.windows, self._answer)
         divergence = quality.divergence
         if divergence is None:
             raise CalibrationError("the sanity check has no windows to compare")
@@ -81,18 +84,21 @@ class SanityCheck:
         }
 
     def check_reloaded(self, in_memory: nn.Module, reloaded: nn.Module) -> float:
-        """Return KL(in memory || reloaded) in nats per token.
+        """Return KL(recorded || reloaded) in nats per token; ``in_memory`` is the model that was recorded.
 
         Raises:
             FormatError: it is larger than :data:`MAX_RELOAD_KL`.
         """
-        kl = float(SanityCheck(self.windows, self.text, _logits(in_memory, self.windows)).measure(reloaded)["kl_mean"])
+        kl = float(self.measure(self.recorded_of(reloaded))["kl_mean"])
         if not kl <= MAX_RELOAD_KL:
             why = "".join(f"; {text}" for text in converted_buffers(in_memory, reloaded)[:1])
             raise FormatError(
                 f"the checkpoint read back differs from the model in memory: KL {kl:.3g}, want <= {MAX_RELOAD_KL:g}{why}"
             )
         return kl
+
+    def _answer(self, ids: Tensor) -> Tensor:
+        return self.logits[_key(ids)]
 
 
 def _logits(model: nn.Module, windows: Windows) -> dict[bytes, Tensor]:

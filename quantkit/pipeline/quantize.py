@@ -280,11 +280,12 @@ def _carry_out(job: _Job, key: checkpoint.Key | None, batches: Sequence[Batch], 
     report_fallen([row.name for row in coverage if row.kind == "fell back"])
     if warning := shortfall(coverage):
         log.warning("%s", warning)
-    metadata = _metadata(job, batches, read, results, sanity.measure(model)) | job.steps.metadata(facts)
+    quantized = sanity.recorded_of(model)
+    metadata = _metadata(job, batches, read, results, sanity.measure(quantized)) | job.steps.metadata(facts)
 
     def check(stage: Path) -> dict[str, Any]:
         checkpoint.verify(stage, model)
-        return {"reload_kl": sanity.check_reloaded(model, checkpoint.load(stage, cache=False))}
+        return {"reload_kl": quantized.check_reloaded(model, checkpoint.load(stage, cache=False))}
 
     path, losses = None, {name: one.loss for name, one in results.items()}
     if store is not None:
