@@ -48,26 +48,35 @@ def parse(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
+@functools.cache
+def nodes(path: Path) -> tuple[ast.AST, ...]:
+    """Return every node of a file's syntax tree; walking through it again and again takes most of the time."""
+    return tuple(ast.walk(parse(path)))
+
+
 def module_name(path: Path, root: Path) -> str:
     """Return the dotted name of a file."""
     parts = path.relative_to(root).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imports(path: Path, root: Path) -> Iterator[str]:
-    """Yield the dotted name of every module that a file imports, at any depth, relative ones resolved."""
+@functools.cache
+def imports(path: Path, root: Path) -> tuple[str, ...]:
+    """Return the dotted name of every module that a file imports, at any depth, relative ones resolved."""
     name = module_name(path, root)
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-    for node in ast.walk(parse(path)):
+    found: list[str] = []
+    for node in nodes(path):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found += (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = ".".join(package.split(".")[: len(package.split(".")) - node.level + 1]) if node.level else ""
             source = ".".join(part for part in (base, node.module) if part)
-            yield source
-            yield from (f"{source}.{alias.name}" for alias in node.names)
+            found += (source, *(f"{source}.{alias.name}" for alias in node.names))
+    return tuple(found)
 
 
+@functools.cache
 def room(module: str, root: Path) -> str | None:
     """Return the room of ``quantkit.<room>...``; None outside the package and for its root."""
     parts = module.split(".")
@@ -84,7 +93,7 @@ def floor(name: str) -> int:
 
 def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
     """Yield every function of a file, nested ones too."""
-    yield from (node for node in ast.walk(parse(path)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+    yield from (node for node in nodes(path) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
 
 
 def length(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
@@ -102,7 +111,7 @@ def arguments(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 def ladders(path: Path) -> list[int]:
     """Return the lines where one value is asked for its class :data:`LADDER_STEPS` times or more in an if/elif chain."""
     found, inside = [], set()
-    for node in ast.walk(parse(path)):
+    for node in nodes(path):
         if not isinstance(node, ast.If) or id(node) in inside:
             continue
         asked: list[str] = []
@@ -124,7 +133,7 @@ def members(files: list[Path]) -> dict[str, Path]:
     """Return class name to file of everything that registers itself in a plug-in family."""
     found = {}
     for path in files:
-        for node in ast.walk(parse(path)):
+        for node in nodes(path):
             if isinstance(node, ast.ClassDef) and any(
                 isinstance(one, ast.Call) and isinstance(one.func, ast.Attribute) and one.func.attr == "register"
                 for one in node.decorator_list
@@ -135,7 +144,7 @@ def members(files: list[Path]) -> dict[str, Path]:
 
 def asked_for_members(path: Path, classes: dict[str, Path]) -> Iterator[int]:
     """Yield the lines where a file asks whether something is a plug-in that another file defines."""
-    for node in ast.walk(parse(path)):
+    for node in nodes(path):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance":
             names = {one.id for one in ast.walk(node.args[1]) if isinstance(one, ast.Name)}
             if any(name in classes and classes[name] != path for name in names):

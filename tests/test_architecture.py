@@ -18,6 +18,7 @@ from tests.house import (
     length,
     measure,
     module_name,
+    nodes,
     parse,
     room,
 )
@@ -87,7 +88,7 @@ def test_files_and_functions_are_short_and_explained(path):
 
 @each_file
 def test_the_library_never_prints_and_never_swallows(path):
-    for node in ast.walk(parse(path)):
+    for node in nodes(path):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and room(module_name(path, ROOT), ROOT) != "cli":
             assert node.func.id != "print", f"line {node.lineno}"
         if isinstance(node, ast.ExceptHandler):
