@@ -87,14 +87,14 @@ def test_what_a_page_shows_runs(path, demo, tmp_path, monkeypatch):
     before, names = set(sys.modules), {"__name__": path.stem}
     for block in blocks(path):
         text = block.text.replace('"demo"', repr(demo)).replace("model: demo", f"model: {demo}")
-        text = re.sub(r"(?m)^(quantkit \w+) demo\b", rf"\1 {demo}", text)
+        text = re.sub(r"(?m)^(quantkit \w+) demo(?=\s)", rf"\1 {demo}", text)
         if block.title:
             Path(block.title).write_text(text)
         elif block.language == "python":
             code = compile("\n" * (block.line - 1) + text, str(path), "exec")  # so that a traceback names the page's line
             exec(code, names)
         elif runs(block):
-            for line in block.text.splitlines():
+            for line in text.splitlines():
                 if line.startswith("quantkit "):
                     done = CliRunner().invoke(app, shlex.split(line)[1:])
                     assert done.exit_code == 0, f"{line}\n{done.output}"

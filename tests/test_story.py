@@ -127,8 +127,9 @@ def test_the_demo_on_a_tiny_model(tiny_float, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_demo_on_the_real_model(tmp_path):
-    result = run_demo(DemoSettings(out=tmp_path).quick())
+def test_the_demo_on_the_real_model(first_blocks, tmp_path):
+    """The whole of it runs in the quickstart notebook, with the same schemes."""
+    result = run_demo(DemoSettings(model=str(first_blocks), out=tmp_path).quick())
     rows = {report.label: report.quality for report in result.reports}
     assert list(rows) == ["bf16", "W8", "W4 RTN g64", "W4 GPTQ g64"]
     bf16, w8, rtn, gptq = (quality.divergence for quality in rows.values())
