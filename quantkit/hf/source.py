@@ -1,9 +1,12 @@
 """Resolve the names by which users refer to models, and read configs without weights."""
 
+import os
+import re
 from pathlib import Path
 from typing import Final
 
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import AutoConfig, PretrainedConfig
 
 from quantkit.errors import QuantkitError
@@ -14,6 +17,7 @@ from quantkit.hf.sizes import check_config_of
 
 MODEL_FILES: Final = ("*.json", "*.safetensors", "*.model", "*.tiktoken", "*.spm", "*.txt", "*.jinja", "LICENSE*", "NOTICE*")
 """What is fetched from the hub."""
+_HUB_ID: Final = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 OTHER_FORMATS: Final = ("consolidated*", "original/*", "onnx/*", "*.fp16.safetensors")
 
 
@@ -25,6 +29,19 @@ def locate(source: str | Path) -> str | Path:
     return demo_model_path() if str(source) == DEMO_MODEL else source
 
 
+def refuse_mistyped(source: str | Path) -> None:
+    """Refuse what is meant as a path of this machine and is not there: the hub, asked for it, answers in riddles.
+
+    Raises:
+        QuantkitError: there is nothing at a path.
+    """
+    text = str(source)
+    meant = isinstance(source, Path) or text.startswith((".", "~", os.sep)) or text.endswith(".gguf")
+    if (meant or not _HUB_ID.fullmatch(text)) and not os.path.lexists(text):
+        wanted = "a directory, a .gguf file, 'demo', or the id of a model on the hub (owner/name)"
+        raise QuantkitError(f"cannot load a model from {text}: there is no such file or directory; want {wanted}")
+
+
 def directory_of(source: str | Path, *, trust_remote_code: bool = False) -> Path:
     """Return the directory of a model: itself, or of a hub id the cached snapshot, downloaded if need be.
 
@@ -33,6 +50,7 @@ def directory_of(source: str | Path, *, trust_remote_code: bool = False) -> Path
     Raises:
         QuantkitError: there is no such directory, and nothing of that name on the hub or in its cache.
     """
+    refuse_mistyped(source)
     if Path(source).is_dir():
         return Path(source)
     wanted = [*MODEL_FILES, *(["*.py"] if trust_remote_code else [])]
@@ -40,6 +58,11 @@ def directory_of(source: str | Path, *, trust_remote_code: bool = False) -> Path
         found = Path(snapshot_download(str(source), allow_patterns=wanted, ignore_patterns=[*OTHER_FORMATS]))
         if not any(found.glob("*.safetensors")):
             snapshot_download(str(source), allow_patterns=["pytorch_model*.bin"])
+    except LocalEntryNotFoundError as error:
+        way_out = "give the path of a directory, or try again with a connection"
+        raise QuantkitError(
+            f"{source} is no directory here, not in the cache of the hub, and the hub cannot be reached; {way_out}"
+        ) from error
     except (OSError, ValueError) as error:
         raise QuantkitError(f"cannot load a model from {source}: {error}") from error
     return found
@@ -53,6 +76,7 @@ def load_config(source: str | Path) -> PretrainedConfig:
         QuantkitError: the source does not exist, cannot be read, or is already quantized.
     """
     place = locate(source)
+    refuse_mistyped(place)
     gguf = Path(place).suffix == ".gguf"
     try:
         if not gguf:

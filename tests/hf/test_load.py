@@ -3,10 +3,12 @@
 import json
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from quantkit.errors import QuantkitError
 from quantkit.hf import gguf as gguf_cache
@@ -254,6 +256,25 @@ def test_a_gguf_whose_rotary_embeddings_no_config_describes(more, scaling, messa
     write_gguf(tmp_path / "toy.gguf", more=more, scaling=scaling)
     with pytest.raises(QuantkitError, match=rf"toy\.gguf: .*{message}"):
         load_float(tmp_path / "toy.gguf")
+
+
+@pytest.mark.parametrize("source", ["./typo", "/no/such/place", "a/b/c", "~/model", "bad name", "model.gguf", Path("typo"), ""])
+def test_a_path_that_is_not_there_is_said_without_asking_the_hub(source, monkeypatch) -> None:
+    monkeypatch.setattr("quantkit.hf.source.snapshot_download", lambda *_, **__: pytest.fail("the hub was asked"))
+    for read in (load_float, load_config):
+        with pytest.raises(QuantkitError, match=r"no such file or directory; want a directory, a \.gguf file|no such file: "):
+            read(source)
+
+
+def test_a_hub_that_cannot_be_reached(monkeypatch) -> None:
+    def offline(*_, **__):
+        raise LocalEntryNotFoundError("no connection")
+
+    monkeypatch.setattr("quantkit.hf.source.snapshot_download", offline)
+    with pytest.raises(
+        QuantkitError, match=r"owner/name is no directory here, not in the cache of the hub, and the hub cannot"
+    ):
+        load_float("owner/name")
 
 
 def test_damaged_gguf(tmp_path) -> None:
