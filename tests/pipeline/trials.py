@@ -26,6 +26,8 @@ import torch
 import yaml
 
 import quantkit
+import quantkit.recipe.run
+import quantkit.report  # what a child needs is imported before it is forked
 from quantkit.cli import app
 from quantkit.hf.load import PreTrainedModel
 from quantkit.system.files import sha256_file
@@ -39,22 +41,22 @@ BUSY = "is at work there"
 
 def prepare(place: Path) -> None:
     """Write a float model of four blocks, its tokenizer and a text."""
-    model = tiny_llama(num_hidden_layers=4)
+    model = tiny_llama(num_hidden_layers=4, attention_bias=True)
     model.save_pretrained(place / "model")
     tiny_tokenizer().save_pretrained(place / "model")
     (place / "text.txt").write_text(TEXT * 8)
 
 
 def recipe(place: Path, out: Path, *, scheme: str = "w4a16-asym", overwrite: bool = False) -> Path:
-    """Write a recipe of the model in ``place`` to ``out``, and return its file."""
-    text = str(place / "text.txt")
+    """Write a recipe of the model in ``place`` to ``out``, both relative to it, and return its file."""
+    text = "text.txt"
     values = {
-        "model": str(place / "model"),
+        "model": "./model",
         "scheme": scheme,
         "method": "gptq",
-        "steps": ["bias_correction"],
+        "steps": ["bias-correction"],
         "calibration": {"data": text, "samples": 8, "length": 64},
-        "output": {"path": str(out), "overwrite": overwrite},
+        "output": {"path": f"./{out.name}", "overwrite": overwrite},
         "evaluate": {"data": text, "windows": 2, "length": 32},
     }
     file = place / f"{out.name}-{scheme}-{overwrite}.yaml"
@@ -72,13 +74,11 @@ def start(file: Path, log: Path) -> int:
         handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(handle, 1)
         os.dup2(handle, 2)
+        os.chdir(file.parent)
         torch.set_num_threads(1)
-        app(["run", str(file)], standalone_mode=False)
-        status = 0
+        app(["run", str(file)])
     except SystemExit as error:
         status = int(error.code or 0)
-    except BaseException as error:
-        status = getattr(error, "exit_code", 1)
     finally:
         os._exit(status)
 
@@ -134,7 +134,7 @@ def kill(place: Path, draw: random.Random) -> tuple[str, str | None]:
     for _ in range(draw.randrange(1, 4)):
         child = start(file, log)
         # half anywhere, half in the last part, where files are published, cleared and measured
-        time.sleep(took * (draw.random() if draw.random() < 0.5 else 0.6 + 0.6 * draw.random()))
+        time.sleep(took * (draw.random() if draw.random() < 0.5 else 0.5 + 0.5 * draw.random()))
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)
         killed += finish(child) == -signal.SIGKILL
