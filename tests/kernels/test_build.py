@@ -158,18 +158,20 @@ def test_a_cache_that_cannot_be_written_is_replaced_and_explained(tmp_path, fres
     assert not build.cache_directory().is_relative_to(tmp_path / "file")
 
 
-def test_processes_may_build_at_once(fresh):
+def test_processes_may_build_at_once(fresh, quick, tmp_path):
+    source = quick(tmp_path / "src")
     code = (
-        "import torch; from quantkit.kernels import build; build.FLAGS = tuple(f for f in build.FLAGS if f != '-O3'); "
+        "import sys, torch; from pathlib import Path; from quantkit.kernels import build; "
+        "build.sources = lambda: [Path(sys.argv[1])]; print('ready', flush=True); input(); "
         "print(build.library().qk_abi_version())"
     )
     environment = os.environ | {"XDG_CACHE_HOME": str(fresh.parent.parent), "OMP_NUM_THREADS": "1"}
-    runs = [
-        subprocess.Popen(
-            [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for _ in range(2)
-    ]
+    pipes = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
+    runs = [subprocess.Popen([sys.executable, "-c", code, str(source)], env=environment, text=True, **pipes) for _ in range(3)]
+    assert all(run.stdout.readline() == "ready\n" for run in runs)
+    for run in runs:
+        run.stdin.write("\n")
+        run.stdin.flush()
     for run in runs:
         out, errors = run.communicate(timeout=300)
         assert out.strip() == str(build.ABI_VERSION), errors
