@@ -108,7 +108,7 @@ class Listener(uvicorn.Server):
 
     def _cut_off(self, now_s: float) -> None:
         """Close the connections of clients that neither read nor ask."""
-        connections = [one for one in self.server_state.connections if one.transport is not None]
+        connections: list[Any] = [one for one in self.server_state.connections if one.transport is not None]
         self._seen = {one: self._seen[one] for one in connections if one in self._seen}
         for one in connections:
             unread = one.transport.get_write_buffer_size()  # more of an answer may be added to it, up to a limit
