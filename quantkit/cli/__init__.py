@@ -7,6 +7,7 @@ printed as it is, without a traceback, and the exit code is 2; ``quantkit --debu
 
 import logging
 import os
+import re
 from typing import Annotated, Any
 
 import typer
@@ -19,6 +20,28 @@ RESUMABLE = ("demo", "quantize", "run", "sweep")
 """Commands that continue an interrupted run when they are given again."""
 
 
+_KEYS = {"overwrite": "output.overwrite", "resume": "run.resume"}
+"""Arguments that messages of the library name, and their keys in a recipe."""
+
+
+def in_options(message: str, command: Any) -> str:
+    """Return a message of the library in the words of a command: ``overwrite=True`` is ``--overwrite`` there.
+
+    Args:
+        message: the message; an argument that the command has no option for stays.
+        command: the command, as click knows it.
+    """
+    options = {one.name for one in getattr(command, "params", ())}
+
+    def option(found: re.Match[str]) -> str:
+        name, value = found.groups()
+        if name in options:
+            return f"--{'' if value == 'True' else 'no-'}{name}"
+        return f"--set {_KEYS[name]}={value.lower()}" if "settings" in options else found[0]
+
+    return re.sub(rf"\b({'|'.join(_KEYS)})=(True|False)\b", option, message)
+
+
 class _Guarded(TyperGroup):
     """Turns errors and Ctrl-C into a line and an exit code, in one place for all commands."""
 
@@ -29,7 +52,8 @@ class _Guarded(TyperGroup):
         except QuantkitError as error:
             if ctx.params.get("debug"):
                 raise
-            typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
+            command = self.commands.get(ctx.invoked_subcommand or "")
+            typer.secho(f"error: {in_options(str(error), command)}", fg=typer.colors.RED, err=True)
             raise typer.Exit(2) from error
         except KeyboardInterrupt:
             again = "; give the same command again to continue where it stopped" if ctx.invoked_subcommand in RESUMABLE else ""
