@@ -8,10 +8,11 @@ printed as it is, without a traceback, and the exit code is 2; ``quantkit --debu
 import logging
 import os
 import re
-from typing import Annotated, Any
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from quantkit.errors import QuantkitError
 from quantkit.version import __version__
@@ -20,6 +21,10 @@ RESUMABLE = ("demo", "quantize", "run", "sweep")
 """Commands that continue an interrupted run when they are given again."""
 
 
+T = TypeVar("T", bound=Callable[..., Any])
+
+LOADING = ("bench", "demo", "eval", "generate", "quantize", "run", "search", "serve", "sweep", "trace")
+"""Commands that load a model."""
 _KEYS = {"overwrite": "output.overwrite", "resume": "run.resume"}
 """Arguments that messages of the library name, and their keys in a recipe."""
 
@@ -42,6 +47,22 @@ def in_options(message: str, command: Any) -> str:
     return re.sub(rf"\b({'|'.join(_KEYS)})=(True|False)\b", option, message)
 
 
+class _Command(TyperCommand):
+    """A command that gives a sign of life before it imports what it works with, which takes seconds."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        if self.name in LOADING:
+            typer.secho("loading ...", fg=typer.colors.BRIGHT_BLACK, err=True)
+        return super().invoke(ctx)
+
+
+class _App(typer.Typer):
+    def command(self, *arguments: Any, **options: Any) -> Callable[[T], T]:
+        """Return a decorator that adds a command."""
+        return super().command(*arguments, **{"cls": _Command, **options})
+
+
 class _Guarded(TyperGroup):
     """Turns errors and Ctrl-C into a line and an exit code, in one place for all commands."""
 
@@ -61,7 +82,7 @@ class _Guarded(TyperGroup):
             raise typer.Exit(130) from None
 
 
-app = typer.Typer(
+app = _App(
     cls=_Guarded,
     help="Quantize a language model, prove the checkpoint, measure it, ship it.",
     no_args_is_help=True,
