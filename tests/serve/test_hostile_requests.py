@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -109,6 +110,17 @@ def test_bodies_beyond_the_budget_are_told_to_wait(running, monkeypatch):
     assert httpx.post(f"{running.url}/v1/completions", json={"prompt": "a", "max_tokens": 1}).status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("length", "status"),
+    [("1048577", b"413"), ("9" * 20, b"413"), ("9" * 300, b"400"), ("0001048577", b"413"), ("1048576", b"100"), ("-1", b"400")],
+)
+def test_a_body_that_is_announced_as_too_large_is_not_waited_for(running, length, status):
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n"
+    with socket.create_connection(("127.0.0.1", running.server.port), timeout=20) as client:
+        client.sendall(f"{head}Expect: 100-continue\r\n\r\n".encode())
+        assert client.recv(4096).split()[1] == status
+
+
 def test_a_body_that_never_ends_is_given_up(running, monkeypatch):
     monkeypatch.setattr("quantkit.serve.intake.BODY_S", 0.1)
 
@@ -174,7 +186,14 @@ def test_a_server_for_other_machines_answers_to_any_name():
 
 
 @pytest.mark.parametrize(
-    ("host", "name", "local"), [("[::1]", "::1", True), ("a.localhost:1", "a.localhost", True), ("", "", False)]
+    ("host", "name", "local"),
+    [
+        ("[::1]", "::1", True),
+        ("[::1]:80", "::1", True),
+        ("[::1]evil.example", "[::1]evil.example", False),
+        ("a.localhost:1", "a.localhost", True),
+        ("", "", False),
+    ],
 )
 def test_host_names(host, name, local):
     assert host_name(host) == name
