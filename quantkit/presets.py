@@ -130,8 +130,14 @@ SchemeMaker = Callable[[Sequence[int], str], Scheme]
 stored scales that suits the checkpoint."""
 
 
+def _meant(name: str) -> str | None:
+    """Return the scheme that stores the number of bits which is all that ``w4``, ``int4`` and ``4bit`` say."""
+    found = re.fullmatch(r"(?:w|u?int)?(\d)(?:[-_ ]?bits?)?", name.lower())
+    return found and next((one for one in (f"w{found[1]}a16", f"w{found[1]}a16-asym") if one in PRESETS), None)
+
+
 SCHEMES: Registry[Scheme | SchemeMaker] = Registry(
-    "scheme", error=SpecError, hint="; append -g<size> or -channel to fix the group of an integer scheme"
+    "scheme", error=SpecError, hint="; append -g<size> or -channel to fix the group of an integer scheme", meant=_meant
 )
 """Every scheme with a name of its own: the presets, and what other packages add."""
 

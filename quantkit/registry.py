@@ -18,13 +18,18 @@ import logging
 import pkgutil
 from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint, entry_points
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from quantkit.errors import QuantkitError, nearest
 
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
+
+
+_PLACES = {"scheme": "scheme", "quantizer": "method", "step": "steps", "format": "format"}
+"""Families whose names are taken for each other, and where recipes, options and arguments have them."""
+_FAMILIES: "list[Registry[Any]]" = []
 
 
 class Registry(Generic[T]):
@@ -36,12 +41,21 @@ class Registry(Generic[T]):
             where the registry is.
         error: exception class raised for an unknown name.
         hint: what else is said of an unknown name.
+        meant: returns the member that an unknown name most likely stands for, and None where its letters say more.
     """
 
     def __init__(
-        self, kind: str, *, package: str | None = None, error: type[QuantkitError] = QuantkitError, hint: str = ""
+        self,
+        kind: str,
+        *,
+        package: str | None = None,
+        error: type[QuantkitError] = QuantkitError,
+        hint: str = "",
+        meant: Callable[[str], str | None] = lambda name: None,
     ) -> None:
-        self.kind, self.package, self.error, self.hint = kind, package, error, hint
+        self.kind, self.package, self.error, self.hint, self._meant = kind, package, error, hint, meant
+        if kind in _PLACES:
+            _FAMILIES.append(self)
         self._members: dict[str, T] = {}
         self._broken: dict[str, str] = {}
         self._discovered = False
@@ -72,7 +86,7 @@ class Registry(Generic[T]):
         self._discover()
         if name in self._members:
             return self._members[name]
-        raise self.error(self._broken.get(name) or f"unknown {self.kind} {name!r}; {nearest(name, self._members)}{self.hint}")
+        raise self.error(self._broken.get(name) or f"unknown {self.kind} {name!r}; {self._advice(name)}{self.hint}")
 
     def names(self) -> list[str]:
         """Return all member names, sorted."""
@@ -91,6 +105,14 @@ class Registry(Generic[T]):
     def __contains__(self, name: object) -> bool:
         self._discover()
         return name in self._members
+
+    def _advice(self, name: str) -> str:
+        """Return what is said of an unknown name: where it belongs, or the nearest of the names here."""
+        known = f"known: {', '.join(sorted(self._members)) or 'none'}"
+        if (other := next((one for one in _FAMILIES if one is not self and name in one), None)) is not None:
+            return f"it is the name of a {other.kind}, which goes under {_PLACES[other.kind]}; {known}"
+        meant = self._meant(name)
+        return f"did you mean {meant!r}? {known}" if meant in self._members else nearest(name, self._members)
 
     def _discover(self) -> None:
         if self._discovered:

@@ -7,16 +7,60 @@ printed as it is, without a traceback, and the exit code is 2; ``quantkit --debu
 
 import logging
 import os
-from typing import Annotated, Any
+import re
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from quantkit.errors import QuantkitError
 from quantkit.version import __version__
 
 RESUMABLE = ("demo", "quantize", "run", "sweep")
 """Commands that continue an interrupted run when they are given again."""
+
+
+T = TypeVar("T", bound=Callable[..., Any])
+
+LOADING = ("bench", "demo", "eval", "generate", "quantize", "run", "search", "serve", "sweep", "trace")
+"""Commands that load a model."""
+_KEYS = {"overwrite": "output.overwrite", "resume": "run.resume"}
+"""Arguments that messages of the library name, and their keys in a recipe."""
+
+
+def in_options(message: str, command: Any) -> str:
+    """Return a message of the library in the words of a command: ``overwrite=True`` is ``--overwrite`` there.
+
+    Args:
+        message: the message; an argument that the command has no option for stays.
+        command: the command, as click knows it.
+    """
+    options = {one.name for one in getattr(command, "params", ())}
+
+    def option(found: re.Match[str]) -> str:
+        name, value = found.groups()
+        if name in options:
+            return f"--{'' if value == 'True' else 'no-'}{name}"
+        return f"--set {_KEYS[name]}={value.lower()}" if "settings" in options else found[0]
+
+    return re.sub(rf"\b({'|'.join(_KEYS)})=(True|False)\b", option, message)
+
+
+class _Command(TyperCommand):
+    """A command that gives a sign of life before it imports what it works with, which takes seconds."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        if self.name in LOADING:
+            typer.secho("loading ...", fg=typer.colors.BRIGHT_BLACK, err=True)
+        return super().invoke(ctx)
+
+
+class _App(typer.Typer):
+    def command(self, *arguments: Any, **options: Any) -> Callable[[T], T]:
+        """Return a decorator that adds a command."""
+        return super().command(*arguments, **{"cls": _Command, **options})
 
 
 class _Guarded(TyperGroup):
@@ -29,7 +73,8 @@ class _Guarded(TyperGroup):
         except QuantkitError as error:
             if ctx.params.get("debug"):
                 raise
-            typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
+            command = self.commands.get(ctx.invoked_subcommand or "")
+            typer.secho(f"error: {in_options(str(error), command)}", fg=typer.colors.RED, err=True)
             raise typer.Exit(2) from error
         except KeyboardInterrupt:
             again = "; give the same command again to continue where it stopped" if ctx.invoked_subcommand in RESUMABLE else ""
@@ -37,7 +82,7 @@ class _Guarded(TyperGroup):
             raise typer.Exit(130) from None
 
 
-app = typer.Typer(
+app = _App(
     cls=_Guarded,
     help="Quantize a language model, prove the checkpoint, measure it, ship it.",
     no_args_is_help=True,

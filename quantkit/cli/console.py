@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 PIPE_COLUMNS = 140
 """Width of tables that go to a file or a pipe."""
+QUIET_S = 10.0
+"""Longest time without a line about a stage at work, where there is no terminal to show a bar on."""
 
 
 @functools.cache
@@ -83,7 +85,7 @@ def parse_settings(settings: Sequence[str] | None) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def progress_bars(*, again: bool = False) -> Iterator[ProgressCallback]:
-    """Yield a callback that shows one bar per stage; where there is no terminal, one line per finished stage.
+    """Yield a callback that shows one bar per stage; where there is no terminal, lines: per finished stage, and now and then.
 
     Args:
         again: a stage that begins again uses its bar again, for many runs in a row.
@@ -97,6 +99,7 @@ def progress_bars(*, again: bool = False) -> Iterator[ProgressCallback]:
     tasks: dict[str, Any] = {}
     started: dict[str, float] = {}
     last_event = [time.monotonic()]  # a stage begins where the one before it ended
+    last_line = [time.monotonic()]
 
     def show(event: Progress) -> None:
         if event.stage not in tasks or event.done < bars.tasks[tasks[event.stage]].completed:
@@ -108,9 +111,15 @@ def progress_bars(*, again: bool = False) -> Iterator[ProgressCallback]:
         last_event[0] = time.monotonic()
         detail = event.detail if event.loss is None else f"{event.detail}  loss {event.loss:.2e}"
         bars.update(tasks[event.stage], completed=event.done, total=event.total, detail=detail)
-        if event.done == event.total and not terminal.is_terminal and event.stage in started:
-            seconds = time.monotonic() - started.pop(event.stage)
-            terminal.print(f"{event.stage}: {event.total} steps in {seconds:.1f} s", markup=False, highlight=False)
+        if terminal.is_terminal or event.stage not in started:
+            return
+        finished, seconds = event.done == event.total, last_event[0] - started[event.stage]
+        if finished or last_event[0] - last_line[0] > QUIET_S:
+            steps = f"{event.total} steps" if finished else f"{event.done} of {event.total} steps"
+            terminal.print(f"{event.stage}: {steps} in {seconds:.1f} s", markup=False, highlight=False)
+            last_line[0] = last_event[0]
+        if finished:
+            del started[event.stage]
 
     with bars:
         yield show

@@ -54,6 +54,9 @@ def quantize(
     format: Format = "compressed-tensors",
     dtype: Dtype = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is already there.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume/--no-resume", help="Continue an interrupted run, or start over.", show_default=True)
+    ] = True,
 ) -> None:
     """Quantize a model with one scheme, or within a budget. An interrupted run continues."""
     from quantkit.errors import RecipeError
@@ -69,7 +72,7 @@ def quantize(
         chosen = {"budget": budget} | ({"choices": tuple(choice)} if choice else {})
     recipe = _recipe(
         model, out, chosen, method=method, steps=step or [], dtype=dtype, data=data, column=column, template=template,
-        samples=samples, length=length, format=format, overwrite=overwrite,
+        samples=samples, length=length, format=format, overwrite=overwrite, run={"resume": resume},
     )  # fmt: skip
     with progress_bars() as progress:
         outcome = run_recipe(recipe, progress)

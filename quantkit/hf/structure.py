@@ -74,6 +74,11 @@ def describe(model: nn.Module) -> Structure:
         block = next((name for name in names if f"{site.module}.".startswith(f"{name}.")), None)
         (outside if block is None else inside[block]).append(site)
     if not any(inside.values()):
+        if any(isinstance(module, QuantModule) for module in model.modules()):
+            raise SpecError(
+                f"{type(model).__name__}: nothing to quantize in {stack}: its layers are quantized already, and quantizing "
+                "changes a model itself; load the float model again, or quantize a copy of it each time (copy.deepcopy)"
+            )
         raise SpecError(
             f"{type(model).__name__}: nothing to quantize in {stack} ({len(names)} layers): no nn.Linear, Conv1D or expert "
             f"stack with floating-point weights; reasons: {', '.join(sorted(set(skipped.values()))) or 'no parameters'}"

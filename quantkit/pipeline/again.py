@@ -5,22 +5,25 @@ do. One with another is told what differs. A run that replaces its own input is 
 """
 
 import dataclasses
+import json
 import logging
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from quantkit import checkpoint
+from quantkit.checkpoint.extras import write_extras
 from quantkit.checkpoint.read import open_checkpoint
 from quantkit.checkpoint.state import EXPECTED
-from quantkit.errors import FormatError
+from quantkit.errors import FormatError, QuantkitError
 from quantkit.evaluation.coverage import CoverageRow
 from quantkit.hf.load import PreTrainedModel, empty_model, load_tokenizer, read_config
 from quantkit.pipeline.result import QuantizeResult
 from quantkit.pipeline.settings import Output, Run
-from quantkit.system.files import clear_errors
+from quantkit.system.files import clear_errors, write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -74,20 +77,51 @@ def finished_result(
             f"{path} already holds a model, of another run: {'; '.join(differs)}; choose another directory, or pass "
             f"overwrite=True{' and the float model, which this directory held before' if replaced else ''}"
         )
+    _write_missing(path, record.files, model, tokenizer)
     try:
         facts = _FACTS.validate_python(record.run)
         loaded: Any = checkpoint.load(path, verify=True)
-    except (ValidationError, FormatError) as error:
+    except (ValidationError, QuantkitError) as error:
         if output.overwrite and not replaced:
             log.warning("%s is made again: %s", path, error)
             return None
-        raise FormatError(f"{path} is what this run wrote, but cannot be read back: {error}") from error
+        way_out = "" if replaced else "; to make it again, delete the directory or pass overwrite=True"
+        raise FormatError(f"{path} is what this run wrote, but cannot be read back: {error}{way_out}") from error
     log.info("%s: already done", path)
     model.__dict__ = loaded.__dict__  # the caller's model becomes the quantized one, as if it had been quantized now
     with open_checkpoint(path) as opened:
         metadata, plan = dict(opened.config.get("quantkit", {})), opened.schemes
     metadata = {name: value for name, value in metadata.items() if name not in ("version", "format", "carried_over")}
     return QuantizeResult(model, tokenizer, plan, facts.coverage, facts.losses, path, metadata, already_done=True)
+
+
+def _write_missing(path: Path, names: Collection[str], model: PreTrainedModel, tokenizer: Any) -> None:
+    """Write what belongs beside the weights again, where it is gone or damaged; what a user has edited stays.
+
+    Args:
+        path: the checkpoint.
+        names: of all its files.
+        model: the float model, empty if the checkpoint has replaced it; then its source's files are gone with it.
+        tokenizer: as for :func:`quantkit.checkpoint.extras.write_extras`.
+    """
+    if all(_is_whole(path / name) for name in names) or model.device.type == "meta":
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        write_extras(Path(folder), model, tokenizer)
+        for file in sorted(Path(folder).iterdir()):
+            if file.is_file() and file.name in names and not _is_whole(path / file.name):
+                log.warning("%s is gone or damaged, and is written again", path / file.name)
+                write_atomic(path / file.name, file.read_bytes())
+
+
+def _is_whole(file: Path) -> bool:
+    """Return whether a file is there and not obviously cut off: it has content, and JSON can be read."""
+    try:
+        if file.suffix == ".json":
+            json.loads(file.read_bytes())
+        return file.is_file() and file.stat().st_size > 0
+    except (OSError, ValueError):
+        return False
 
 
 def _is_complete(path: Path) -> bool:

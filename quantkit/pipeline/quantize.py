@@ -70,6 +70,8 @@ def quantize(
 ) -> QuantizeResult:
     """Quantize a causal language model and, if ``out`` is given, write a checkpoint that has been read back and compared.
 
+    A model that is given as an object is itself changed. For a second scheme load it again, or give ``copy.deepcopy(model)``.
+
     Args:
         model: a transformers model (changed in place), or a hub id, directory or GGUF file to load
             (``"demo"`` is the embedded default).

@@ -219,14 +219,14 @@ class _Server:
     async def _collect(self, request: Request, answers: list[Answer]) -> list[list[Piece]]:
         """Wait for complete answers; cancel them if the client disconnects."""
 
-        async def one(answer: Answer) -> list[Piece]:
-            return [piece async for piece in answer.pieces()]
+        async def whole() -> list[list[Piece]]:
+            return [[piece async for piece in answer.pieces()] for answer in answers]
 
         async def disconnected() -> None:
             while (await request.receive())["type"] != "http.disconnect":
                 continue
 
-        done = asyncio.ensure_future(asyncio.gather(*(one(answer) for answer in answers)))
+        done = asyncio.ensure_future(whole())
         gone: asyncio.Future[None] = asyncio.ensure_future(disconnected())
         try:
             await asyncio.wait((done, gone), return_when=asyncio.FIRST_COMPLETED)
@@ -254,6 +254,9 @@ class _Server:
         try:
             while unfinished:
                 index, piece = await merged.get()
+                await asyncio.sleep(
+                    0
+                )  # a queue that is not empty lets nobody else go on, not even the news that the client left
                 unfinished -= piece.finish is not None
                 if piece.finish in ("error", "cancelled"):
                     message = piece.error or SHUTTING_DOWN

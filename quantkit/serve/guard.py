@@ -66,7 +66,8 @@ def host_name(host: str) -> str:
     """Return a Host header without its port: ``[::1]:8000`` is ``::1``."""
     host = host.strip().lower()
     if host.startswith("["):
-        return host[1:].partition("]")[0]
+        name, _, port = host[1:].partition("]")
+        return name if not port or port.startswith(":") else host
     return host.partition(":")[0].removesuffix(".")
 
 

@@ -73,14 +73,16 @@ class Intake:
             Refused: a body that is too large, too slow or invalid, or a server with too much to read.
             QuantkitError: a prompt that is not text, too long for the model, or refused by its chat template.
         """
-        body = bytearray()
+        body, announced = bytearray(), request.headers.get("content-length", "")
+        if announced.isdecimal() and int(announced) > self._body_bytes:  # before a client that waits for 100 sends it
+            raise self._too_large()
         try:
             async with asyncio.timeout(BODY_S):
                 async for chunk in request.stream():
                     body += chunk
                     self._bytes += len(chunk)
                     if len(body) > self._body_bytes:
-                        raise Refused(413, f"the body has more than {self._body_bytes} bytes, the limit of this server")
+                        raise self._too_large()
                     if self._bytes > BUSY_BYTES:
                         raise Refused(429, "too many requests at once; try again later", "rate_limit_error")
             threads = self._quick if len(body) <= QUICK_BYTES else self._slow
@@ -89,6 +91,9 @@ class Intake:
             raise Refused(408, f"the body did not arrive within {BODY_S:.0f} s; send it again") from error
         finally:
             self._bytes -= len(body)
+
+    def _too_large(self) -> Refused:
+        return Refused(413, f"the body has more than {self._body_bytes} bytes, the limit of this server")
 
     def _decode(self, body: bytes, kind: type[Generating]) -> tuple[Any, list[list[int]]]:
         try:

@@ -9,7 +9,16 @@ that nobody knows, is an error that names it: a client that requests a tool call
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError, from_json
 
 from quantkit.engine.sampling import Sampling
@@ -27,11 +36,17 @@ FOR_ACCOUNTS = frozenset(
 )
 """Fields that do not change an answer, whatever their value is."""
 
+
+def _is(value: Any, number: int) -> bool:
+    """Return whether a value is this number; true and false are none, though Python says so."""
+    return not isinstance(value, bool) and bool(value == number)
+
+
 _NOTHING: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("tools", "functions", "stop_token_ids", "bad_words", "documents"), lambda value: value == []),
     **dict.fromkeys(("tool_choice", "function_call"), lambda value: value in ("none", "auto")),
-    **dict.fromkeys(("presence_penalty", "frequency_penalty", "mirostat", "n_probs", "prompt_logprobs"), lambda v: v == 0),
-    **dict.fromkeys(("length_penalty", "typical_p", "best_of"), lambda value: value == 1),
+    **dict.fromkeys(("presence_penalty", "frequency_penalty", "mirostat", "n_probs", "prompt_logprobs"), lambda v: _is(v, 0)),
+    **dict.fromkeys(("length_penalty", "typical_p", "best_of"), lambda value: _is(value, 1)),
     **dict.fromkeys(
         ("echo", "use_beam_search", "include_stop_str_in_output", "continue_final_message", "return_token_ids"),
         lambda value: value is False,
@@ -40,8 +55,9 @@ _NOTHING: dict[str, Callable[[Any], bool]] = {
         ("skip_special_tokens", "spaces_between_special_tokens", "add_generation_prompt", "detokenize"),
         lambda value: value is True,
     ),
+    **dict.fromkeys(("audio", "moderation", "web_search_options"), lambda value: False),
     "response_format": lambda value: value == {"type": "text"},
-    "logit_bias": lambda value: isinstance(value, Mapping) and all(bias == 0 for bias in value.values()),
+    "logit_bias": lambda value: isinstance(value, Mapping) and all(_is(bias, 0) for bias in value.values()),
     "modalities": lambda value: value == ["text"],
     "suffix": lambda value: value == "",
     "reasoning_effort": lambda value: value == "none",
@@ -77,7 +93,7 @@ class StreamOptions(_Fields):
 
 def _stops(value: Any) -> Any:
     """Return stop strings as a list, checked before anything is done with them; an empty string alone is none."""
-    strings = [value] if isinstance(value, str) and value else value or []
+    strings = [value] if isinstance(value, str) and value else [] if value == "" else value
     if not isinstance(strings, list) or not all(isinstance(one, str) for one in strings):
         raise PydanticCustomError("stop", "want a string or a list of strings")
     try:
@@ -214,6 +230,13 @@ class Chat(Generating):
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
+    @field_validator("top_logprobs")
+    @classmethod
+    def _needs_logprobs(cls, value: int | None, known: ValidationInfo) -> int | None:
+        if value and not known.data.get("logprobs"):
+            raise PydanticCustomError("top_logprobs", "needs logprobs: true, without which none are returned")
+        return value
+
     @property
     def num_logprobs(self) -> int | None:
         """See :class:`Generating`."""
@@ -234,7 +257,7 @@ def parse(body: Any, kind: type[Generating]) -> Any:
         raise BadField("body", f"want a JSON object, got {_shown(body)}")
     _check_size(body)
     fields = {name: _without_nulls(value) for name, value in body.items() if value is not None and name not in FOR_ACCOUNTS}
-    if fields.get("best_of") == fields.get("n", 1):
+    if not isinstance(fields.get("best_of"), bool) and fields.get("best_of") == fields.get("n", 1):
         fields.pop("best_of", None)
     for name, asks_nothing in _NOTHING.items():
         if name in fields and not asks_nothing(fields.pop(name)):

@@ -1,5 +1,6 @@
 """quantize() end to end on tiny models: any architecture, bad input, statistics reused."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -275,3 +276,13 @@ def test_a_narrower_compute_dtype_leaves_no_trace_in_what_stays_float() -> None:
     assert len(kept) == 4
     for name, parameter in kept.items():
         assert torch.equal(parameter, before[name])
+
+
+def test_a_model_is_quantized_once_and_copies_of_it_as_often_as_wanted() -> None:
+    model, settings = FAMILIES["llama"](), {"method": "rtn", "calibration": Calibration(token_ids())}
+    before = logits(model)
+    first, second = (quantize(copy.deepcopy(model), scheme, **settings) for scheme in ("w8a16", "w4a16"))  # type: ignore[arg-type]
+    assert torch.equal(logits(model), before)
+    assert not torch.equal(logits(first.model), logits(second.model))
+    with pytest.raises(SpecError, match=r"quantized already.*load the float model again, or quantize a copy"):
+        quantize(first.model, "w4a16", **settings)  # type: ignore[arg-type]

@@ -2,11 +2,13 @@
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
-from quantkit.cli import app
+from quantkit.cli import app, in_options
 from quantkit.errors import BusyError
 from quantkit.evaluation import EvalReport
 from quantkit.recipe import run as module
@@ -82,3 +84,74 @@ def test_a_recipe_waits_for_nobody_and_says_who_is_at_work(tmp_path: Path, text:
         thread.join()
     assert "carrying out a recipe, process" in str(found[0])
     assert not (tmp_path / "q").exists()
+
+
+def leave_out(file: Path) -> None:
+    file.unlink()
+
+
+def empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def halve(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("harm", [leave_out, empty, halve])
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json"])
+def test_what_is_gone_from_beside_the_weights_is_written_again(tmp_path: Path, text: Path, harm: Any, name: str) -> None:
+    assert call(text)[0] == 0
+    before = {file.name: file.read_bytes() for file in (tmp_path / "q").iterdir()}
+    harm(tmp_path / "q" / name)
+    (tmp_path / "q" / "mine.txt").write_text("stays")
+    code, output = call(text)
+    after = {file.name: file.read_bytes() for file in (tmp_path / "q").iterdir()}
+    assert (code, "already done: " in output) == (0, True), output
+    assert after == {**before, "mine.txt": b"stays"}
+
+
+def test_what_a_user_has_changed_beside_the_weights_stays(tmp_path: Path, text: Path) -> None:
+    assert call(text)[0] == 0
+    (tmp_path / "q" / "generation_config.json").write_text('{"max_new_tokens": 7}')
+    (tmp_path / "q" / "tokenizer.json").unlink()
+    assert call(text)[0] == 0
+    assert (tmp_path / "q" / "generation_config.json").read_text() == '{"max_new_tokens": 7}'
+    assert (tmp_path / "q" / "tokenizer.json").read_bytes() == (tmp_path / "m" / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_without_the_model_itself_the_way_out_is_named(tmp_path: Path, text: Path, name: str) -> None:
+    assert call(text)[0] == 0
+    before = (tmp_path / "q" / name).read_bytes()
+    halve(tmp_path / "q" / name)
+    code, output = call(text)
+    assert (code, "delete the directory or pass --set output.overwrite=true" in output) == (2, True), output
+    assert call(text, "--set", "output.overwrite=true")[0] == 0
+    assert (tmp_path / "q" / name).read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("command", "way_out"),
+    [
+        ("run", "pass --set output.overwrite=true or --set run.resume=false"),
+        ("sweep", "pass --set output.overwrite=true or --set run.resume=false"),
+        ("quantize", "pass --overwrite or --no-resume"),
+        ("inspect", "pass overwrite=True or resume=False"),
+        (None, "pass overwrite=True or resume=False"),
+    ],
+)
+def test_messages_name_the_options_of_the_command(command: str | None, way_out: str) -> None:
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    assert in_options("pass overwrite=True or resume=False", commands.get(command)) == way_out
+
+
+def test_quantize_starts_over_if_told_to(tmp_path: Path, text: Path) -> None:
+    ask = ["quantize", f"{tmp_path}/m", "--method", "rtn", "--data", f"{tmp_path}/text.txt", "--out", f"{tmp_path}/q"]
+    ask += ["--samples", "2", "--length", "16"]
+    assert CliRunner().invoke(app, ask).exit_code == 0
+    assert "already done" in CliRunner().invoke(app, ask).output
+    refused = CliRunner().invoke(app, [*ask, "--no-resume"], env={"COLUMNS": "500"})
+    assert (refused.exit_code, "or pass --overwrite" in refused.output) == (2, True), refused.output
+    again = CliRunner().invoke(app, [*ask, "--no-resume", "--overwrite"])
+    assert (again.exit_code, "written to" in again.output) == (0, True), again.output

@@ -41,7 +41,8 @@ HARMLESS = [
     ("seed", -1), ("seed", -7), ("seed", 2**64), ("top_p", 0), ("top_p", 1), ("min_p", 0), ("stop", []), ("stop", ""), ("n", 1),
     ("stream_options", {"include_usage": True, "include_obfuscation": True}), ("stream_options", {"include_usage": None}),
     ("skip_special_tokens", True), ("length_penalty", 1.0), ("use_beam_search", False), ("stop_token_ids", []),
-    ("add_generation_prompt", True), ("best_of", 1), ("logprobs", False), ("temperature", 0), ("model", ""),
+    ("add_generation_prompt", True), ("best_of", 1), ("logprobs", False), ("top_logprobs", 0), ("temperature", 0),
+    ("model", ""),
 ]  # fmt: skip
 
 CHANGING = [
@@ -52,7 +53,9 @@ CHANGING = [
     ("best_of", 3), ("use_beam_search", True), ("stop_token_ids", [5]), ("length_penalty", 2), ("skip_special_tokens", False),
     ("guided_json", {"type": "object"}), ("chat_template_kwargs", {"enable_thinking": False}), ("never_heard_of", 1),
     ("stream_options", {"never_heard_of": 1}), ("top_k", -2), ("n", 0), ("n", 17), ("temperature", True), ("stream", "yes"),
-    ("temperature", float("nan")), ("stop", {"a": 1}), ("seed", 1.5), ("suffix", "x"), ("echo", True),
+    ("temperature", float("nan")), ("stop", {"a": 1}), ("stop", {}), ("stop", 0), ("stop", False), ("presence_penalty", False),
+    ("frequency_penalty", float("nan")), ("best_of", True), ("logit_bias", {"5": False}), ("top_logprobs", 3),
+    ("moderation", {}), ("seed", 1.5), ("suffix", "x"), ("echo", True),
 ]  # fmt: skip
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -109,6 +110,17 @@ def test_bodies_beyond_the_budget_are_told_to_wait(running, monkeypatch):
     assert httpx.post(f"{running.url}/v1/completions", json={"prompt": "a", "max_tokens": 1}).status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("length", "status"),
+    [("1048577", b"413"), ("9" * 20, b"413"), ("9" * 300, b"400"), ("0001048577", b"413"), ("1048576", b"100"), ("-1", b"400")],
+)
+def test_a_body_that_is_announced_as_too_large_is_not_waited_for(running, length, status):
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n"
+    with socket.create_connection(("127.0.0.1", running.server.port), timeout=20) as client:
+        client.sendall(f"{head}Expect: 100-continue\r\n\r\n".encode())
+        assert client.recv(4096).split()[1] == status
+
+
 def test_a_body_that_never_ends_is_given_up(running, monkeypatch):
     monkeypatch.setattr("quantkit.serve.intake.BODY_S", 0.1)
 
@@ -174,7 +186,14 @@ def test_a_server_for_other_machines_answers_to_any_name():
 
 
 @pytest.mark.parametrize(
-    ("host", "name", "local"), [("[::1]", "::1", True), ("a.localhost:1", "a.localhost", True), ("", "", False)]
+    ("host", "name", "local"),
+    [
+        ("[::1]", "::1", True),
+        ("[::1]:80", "::1", True),
+        ("[::1]evil.example", "[::1]evil.example", False),
+        ("a.localhost:1", "a.localhost", True),
+        ("", "", False),
+    ],
 )
 def test_host_names(host, name, local):
     assert host_name(host) == name
@@ -213,29 +232,45 @@ def test_a_stopping_server_ends_every_stream_with_an_event():
 
 
 SERVER = """
+import sys, time
 from quantkit.cli.serve import _introduce
 from quantkit.serve.run import open_server, run_server
 from quantkit.engine.request import Limits
 from tests.tiny import tiny_llama, tiny_tokenizer
-server = open_server(tiny_llama(), tiny_tokenizer(), port=0, grace_s=0.2, limits=Limits(running=4, kv_tokens=1024))
-run_server(server, lambda: _introduce(server, "tiny", "tiny", "127.0.0.1", guarded=False))
+grace_s, step_s = map(float, sys.argv[1:])
+server = open_server(tiny_llama(), tiny_tokenizer(), port=0, grace_s=grace_s, limits=Limits(running=4, kv_tokens=1024))
+step = server.engine.step
+server.engine.step = lambda: time.sleep(step_s) or step()
+try:
+    run_server(server, lambda: _introduce(server, "tiny", "tiny", "127.0.0.1", guarded=False))
+except KeyboardInterrupt:
+    sys.exit(130)
 """
 
 
-def test_a_signal_ends_the_process_without_tracebacks():
+@pytest.mark.parametrize(
+    ("signals", "grace_s", "code"),
+    [
+        ([signal.SIGTERM], 0.2, -signal.SIGTERM),
+        ([signal.SIGINT] * 2, 60, 130),
+        ([signal.SIGTERM, signal.SIGINT], 60, -signal.SIGTERM),
+    ],
+)
+def test_a_signal_ends_the_process_without_tracebacks(signals, grace_s, code):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", SERVER]
+    command = [sys.executable, "-c", SERVER, str(grace_s), "0.05"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT)
-    url = re.search(r"http://\S+", process.stdout.readline())[0]
+    url = re.search(r"http://\S+", process.stdout.readline())[0]  # it answers as soon as the address is known
     body = {"prompt": [5], "max_tokens": 120, "ignore_eos": True, "stream": True}
-    with httpx.stream(
-        "POST", f"{url}/completions", json=body, timeout=30
-    ) as answer:  # connected as soon as the address is known
-        lines = answer.iter_lines()
-        first = next(lines)
-        process.send_signal(signal.SIGTERM)
-        text = first + "".join(lines)
+    texts, waiting = [], list(signals)
+    with httpx.stream("POST", f"{url}/completions", json=body, timeout=30) as answer:
+        for number, line in enumerate(answer.iter_lines()):
+            texts.append(line)
+            if waiting and number % 8 == 0:  # a few tokens apart, so that each one arrives
+                process.send_signal(waiting.pop(0))
     _, errors = process.communicate(timeout=30)
-    assert text.endswith("data: [DONE]")
+    assert not waiting
+    assert "shutting down" in "".join(texts)
+    assert "".join(texts).endswith("data: [DONE]")
     assert errors == ""
-    assert process.returncode == -signal.SIGTERM
+    assert process.returncode == code
