@@ -165,8 +165,12 @@ def _match_entries(where: Path, contents: Contents, matcher: Matcher, embeddings
 
 def _carried(where: Path, config: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the names of the tensors that our writer recorded as carried over from the source."""
-    section = config.get(RECORD)
-    names = section.get("carried_over", []) if isinstance(section, dict) else []
+    section = config.get(RECORD, {})
+    if not isinstance(section, dict):
+        raise FormatError(
+            f"{where}: {RECORD} is a {type(section).__name__}, want what quantkit has noted; copy the whole checkpoint again"
+        )
+    names = section.get("carried_over", [])
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
         raise FormatError(f"{where}: {RECORD}.carried_over is no list of different names; copy the whole checkpoint again")
     return tuple(names)

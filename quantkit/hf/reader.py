@@ -72,9 +72,7 @@ def _experts_fault(experts: Mapping[str, Scheme]) -> tuple[str, str] | None:
     return None
 
 
-def transformers_warning(
-    quantized: Mapping[str, Scheme], stored: Mapping[str, tuple[str, CheckpointTensor]]
-) -> str | None:
+def transformers_warning(quantized: Mapping[str, Scheme], stored: Mapping[str, tuple[str, CheckpointTensor]]) -> str | None:
     """Say which layers only other readers can unpack; None if there are none. For the arguments see :func:`transformers_fault`."""
     for name, scheme in quantized.items():
         weight = scheme.weight
