@@ -34,6 +34,7 @@ from quantkit.pipeline.blocks import BlockRun, calibration_chain, needs_of, quan
 from quantkit.pipeline.checks import (
     check_model,
     prepare_blocks,
+    refuse_absent,
     refuse_run,
     report_fallen,
     report_lossy,
@@ -99,6 +100,7 @@ def quantize(
     todo, target = make_steps(steps), output.to(out)  # mistakes in names come before a model is loaded
     with checkpoint.claim(target.path, "quantizing a model"):
         model, tokenizer = open_float(model, tokenizer, target)
+        refuse_absent(model, empty=True)
         structure = describe(model)
         job = _Job(
             model=model,
