@@ -159,8 +159,9 @@ def check_output(
 
     Raises:
         SpecError: the plan names a site that the model does not have.
-        FormatError: the model is not what its config describes, the format cannot store a site, the directory holds another model (and ``overwrite`` is False) or the
-            unfinished state of a run with another ``key``, cannot be written to, or the disk is too small.
+        FormatError: the model is not what its config describes, the format cannot store a site, the directory holds another
+            model (and ``overwrite`` is False) or the unfinished state of a run with another ``key``, cannot be written to, or
+            the disk is too small.
     """
     size = check(contents_of(config_of(model)), usable_path(path), model, plan, format, overwrite, scratch)
     if key is not None:
