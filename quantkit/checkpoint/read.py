@@ -20,6 +20,7 @@ from quantkit.hf.load import read_config
 from quantkit.nn.sites import Site
 from quantkit.qtensor import GridTensor
 from quantkit.spec import Scheme
+from quantkit.system.files import named_path
 
 RECORD = "quantkit"
 """Section of the config with what the writer recorded."""
@@ -82,7 +83,7 @@ def open_checkpoint(path: str | Path) -> Iterator[Opened]:
     Raises:
         FormatError: it is unfinished, damaged, not quantized, or its config contradicts its tensors.
     """
-    path = Path(path)
+    path = named_path(path)
     if reason := is_marked(path):
         raise FormatError(f"{path} is marked incomplete: {reason}")
     name, rule, config = _find_format(path)
