@@ -1,11 +1,12 @@
 """Run a transformers model on transformers' own cache, for one sequence. The only file that uses the cache API.
 
 The cache is a ``DynamicCache`` built from the model's config, so sliding-window, hybrid and recurrent layers each get the kind
-of state they need. Models differ in what they want to be told: some restart at position 0 unless they are given positions, some
-count positions in a way of their own, some take one token at a time once they have begun, the state of some is no
-transformers ``Cache``, and some keep theirs in their modules, for one sequence at a time. So nothing is assumed: the first time a model is used, every :class:`_Way` of running it is tried on a
-few tokens, and the one whose logits are those of plain forwards is taken. There is always a last one, to run the whole sequence
-again at every step, which is correct but slow, and is logged once per model class.
+of state they need. Models differ in what they want to be told: some restart at position 0 unless they are given positions,
+some count positions in a way of their own, some take one token at a time once they have begun, the state of some is no
+transformers ``Cache``, and some keep theirs in their modules, for one sequence at a time. So nothing is assumed: the first
+time a model is used, every :class:`_Way` of running it is tried on a few tokens, and the one whose logits are those of plain
+forwards is taken. There is always a last one, to run the whole sequence again at every step, which is correct but slow, and is
+logged once per model class.
 
 LongRoPE (``rope_type`` "longrope", whose frequencies change beyond a certain length) is a case of its own: when the sequence
 grows past that length, the cached keys have the wrong frequencies, so the whole sequence is run again, once.
