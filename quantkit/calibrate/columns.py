@@ -6,16 +6,16 @@ Three kinds of rows are known. *Text*: a column ``text``, or the only one that h
 answer (``response``, ``completion``, ``output``, ``answer``), with a ``system`` message if there is one; they become
 conversations. Rows that could be several of these are an error that lists the columns: nothing is guessed.
 
-Conversations become what the model reads in use by the tokenizer's chat template, or by one that is given.
+Conversations become what the model reads in use by the tokenizer's chat template, or by one that is given
+(:mod:`quantkit.calibrate.chat`).
 """
 
 import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from quantkit.calibrate.chat import Chat, Message, Passage, check_content
 from quantkit.calibrate.sources import Part, Row
 from quantkit.errors import CalibrationError, nearest
 
@@ -36,23 +36,6 @@ ROLES = {
 
 KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
-Message = dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Passage:
-    """A text, and where in it the assistant speaks.
-
-    Attributes:
-        text: what the model reads.
-        place: where it comes from, for messages.
-        answers: (first, last) in characters of every answer; None for a text that is no conversation.
-    """
-
-    text: str
-    place: str
-    answers: tuple[tuple[int, int], ...] | None = None
-
 
 @dataclass(frozen=True, slots=True)
 class Choice:
@@ -68,70 +51,6 @@ class Choice:
 
     def __str__(self) -> str:
         return "+".join(self.names)
-
-
-@dataclass(frozen=True, slots=True)
-class Chat:
-    """How conversations become text.
-
-    Attributes:
-        tokenizer: has the template and applies it.
-        template: the name of one of the tokenizer's templates, a file with one, or the template itself; None for the
-            tokenizer's own.
-    """
-
-    tokenizer: Any
-    template: str | None = None
-
-    def source(self) -> str | None:
-        """Return what ``apply_chat_template`` takes: None for the tokenizer's own template.
-
-        Raises:
-            CalibrationError: no tokenizer, no template, or a name that is none.
-        """
-        own = getattr(self.tokenizer, "chat_template", None)
-        if self.tokenizer is None or (self.template is None and not own):
-            what = "there is no tokenizer" if self.tokenizer is None else "the tokenizer has none"
-            raise CalibrationError(
-                f"conversations need a chat template, and {what}; "
-                "give a tokenizer with one, template= (a file, or the template itself), or name a column of plain text"
-            )
-        if self.template is None or (isinstance(own, Mapping) and self.template in own):
-            return self.template
-        if "{%" in self.template or "{{" in self.template:
-            return self.template
-        if os.path.isfile(self.template):
-            try:
-                return Path(self.template).read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                raise CalibrationError(f"template {self.template}: cannot be read: {error}") from error
-        known = nearest(self.template, own) if isinstance(own, Mapping) else "the tokenizer has one without a name"
-        raise CalibrationError(f"template={self.template!r} is no file, no template and no name of one; {known}")
-
-    def render(self, messages: Sequence[Message], tools: Any, place: str) -> Passage:
-        """Return a conversation as text."""
-        template = self.source()
-        try:
-            text = self.tokenizer.apply_chat_template(messages, tools=tools, chat_template=template, tokenize=False)
-        except Exception as error:  # a template is a program: it raises what it likes
-            raise CalibrationError(
-                f"{place}: the chat template refuses the conversation ({', '.join(str(m['role']) for m in messages)}): "
-                f"{type(error).__name__}: {error}; mend the row, or give another template="
-            ) from error
-        return Passage(text, place, _answers(text, messages))
-
-
-def _answers(text: str, messages: Sequence[Message]) -> tuple[tuple[int, int], ...]:
-    """Return where the assistant's words stand in the rendered text; the messages' contents stand there in order."""
-    found, cursor = [], 0
-    for message in messages:
-        content = message.get("content")
-        words = content.strip() if isinstance(content, str) else ""
-        start = text.find(words, cursor) if words else -1
-        if start >= 0:
-            cursor = start + len(words)
-            found += [(start, cursor)] if message["role"] == "assistant" else []
-    return tuple(found)
 
 
 def passages_of(part: Part, column: str | None, chat: Chat) -> tuple[list[Passage], str]:
@@ -152,19 +71,28 @@ def passages_of(part: Part, column: str | None, chat: Chat) -> tuple[list[Passag
             f"{part.name}: {len(tables)} of {len(part.rows)} rows have columns, the others are text; want one"
         )
     if not tables:
-        return [Passage(row, _place(part, i)) for i, row in enumerate(part.rows) if isinstance(row, str) and row.strip()], ""
+        rows = [(_place(part, i), row) for i, row in enumerate(part.rows) if isinstance(row, str) and row.strip()]
+        return [_plain(row, place, "give the row as a mapping, as json.loads returns it") for place, row in rows], ""
     choice = choose(part, column or part.column or None)
     if choice.kind == "text":
         if chat.template is not None:
             raise CalibrationError(f"{part.name}: template= is for conversations, and column {choice} is text; leave it out")
         texts = [(_place(part, i), _text(row, choice.names[0], _place(part, i))) for i, row in enumerate(tables)]
-        return [Passage(text, place) for place, text in texts if text.strip()], str(choice)
+        way_out = f"remove the row, or say column={str(choice)!r} if all rows are"
+        return [_plain(text, place, way_out) for place, text in texts if text.strip()], str(choice)
     found = []
     for index, row in enumerate(tables):
         place = _place(part, index)
         messages = _conversation(row, choice, place)
         found.append(chat.render(messages, _tools(row, place), place))
     return found, str(choice)
+
+
+def _plain(text: str, place: str, way_out: str) -> Passage:
+    """Return a text as it is; an error for a conversation written as JSON, whose brackets would be calibrated with."""
+    if _holds_messages(text):
+        raise CalibrationError(f"{place}: it is a conversation written as JSON, want text; {way_out}")
+    return Passage(text, place)
 
 
 def choose(part: Part, column: str | None) -> Choice:
@@ -205,7 +133,7 @@ def _named(part: Part, column: str, samples: Mapping[str, Any]) -> Choice:
     if len(names) == 2:
         return Choice("pair", names)
     value = samples[column]
-    if column in CONVERSATIONS and _is_conversation(value):
+    if (column in CONVERSATIONS and _is_conversation(value)) or _holds_messages(value):
         return Choice("conversation", names)
     if not isinstance(value, str | list | tuple):
         raise CalibrationError(
@@ -218,6 +146,23 @@ def _named(part: Part, column: str, samples: Mapping[str, Any]) -> Choice:
 def _is_conversation(value: Any) -> bool:
     """Return whether a value can be a list of messages; in a table of texts it is written as JSON."""
     return value.lstrip()[:1] in ("[", "{") if isinstance(value, str) else isinstance(value, list | tuple)
+
+
+def _holds_messages(value: Any) -> bool:
+    """Return whether a value is a text that is a list of messages, or a row with one, written as JSON."""
+    if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
+        return False
+    try:
+        found = json.loads(value)
+    except (ValueError, RecursionError):
+        return False
+    if isinstance(found, dict):
+        found = next((found[key] for key in CONVERSATIONS if key in found), [found])
+    return isinstance(found, list) and bool(found) and all(isinstance(one, dict) and _is_message(one) for one in found)
+
+
+def _is_message(one: Mapping[str, Any]) -> bool:
+    return {"role", "content"} <= one.keys() or {"from", "value"} <= one.keys()
 
 
 def _names(columns: Mapping[str, Any]) -> str:
@@ -261,7 +206,7 @@ def _messages(row: Mapping[str, Any], column: str, role: str, place: str) -> lis
     if column not in row:
         raise CalibrationError(f"{place}: no column {column!r}, which other rows have; it has {_names(row)}")
     value = row[column]
-    if isinstance(value, str) and column in CONVERSATIONS:
+    if isinstance(value, str) and (column in CONVERSATIONS or _holds_messages(value)):
         value = _json(value, f"{place}, column {column!r}")
     if isinstance(value, str):
         if not value.strip():
@@ -285,6 +230,7 @@ def _message(one: Mapping[str, Any], place: str) -> Message:
         raise CalibrationError(f"{place}: role {role!r}; want role and content, or from and value, with a role of {known}")
     if content is None and not said:
         raise CalibrationError(f"{place}: a message of {role} without content; want role and content, or from and value")
+    check_content(content, place)
     return {"role": role, "content": "" if content is None else content, **said}
 
 

@@ -18,7 +18,7 @@ import torch
 from pydantic import AfterValidator, Strict
 from torch import Tensor, nn
 
-from quantkit.calibrate.columns import Passage
+from quantkit.calibrate.chat import Passage
 from quantkit.calibrate.texts import UNCOUNTED, Encode, chosen_opening, encode_one, encode_passages, read_texts, text_default
 from quantkit.errors import CalibrationError
 from quantkit.nn.block_calls import stack_by_length

@@ -34,6 +34,7 @@ _DECOMPRESS: dict[str, Callable[[bytes], bytes]] = {
     ".bz2": bz2.decompress,
     ".xz": lzma.decompress,
 }
+_ROWS = re.compile(r"[\s\[]*\{")
 _WRAPPERS = ("data", "rows", "examples", "train", "instances", "conversations", "items")
 """Keys under which a JSON file may hold its list of rows."""
 
@@ -135,13 +136,14 @@ def _decode(path: Path, content: bytes) -> str:
 
 
 def _looks_like_rows(text: str) -> bool:
-    """Return whether a text begins with a line that is a JSON object, or is as a whole a JSON list of objects."""
-    start = text.lstrip()
-    if start.startswith("{"):
-        first = _try_json(start.partition("\n")[0])
-        return isinstance(first, dict) or isinstance(_try_json(text), dict)
-    whole = _try_json(text) if re.match(r"\[\s*\{", start) else None
-    return isinstance(whole, list) and isinstance(whole[0], dict)
+    """Return whether a text begins with a JSON object, or a list that does; what comes after may be damaged."""
+    start = _ROWS.match(text)
+    if start is None:
+        return False
+    try:
+        return bool(json.JSONDecoder().raw_decode(text, start.end() - 1)[0])
+    except (ValueError, RecursionError):
+        return False
 
 
 def _try_json(text: str) -> Any:
@@ -165,7 +167,7 @@ def _read_lines(path: Path, content: bytes) -> list[Any]:
 
 def _read_json(path: Path, content: bytes) -> list[Any]:
     text = _decode(path, content)
-    lines = text.strip().split("\n")
+    lines = [line for line in text.split("\n") if line.strip()]
     if len(lines) > 1 and _try_json(lines[0]) is not None and isinstance(_try_json(lines[1]), dict | str):
         return _read_lines(path, content)  # JSON lines are often named .json
     found = _parse_json(text, str(path))
@@ -184,6 +186,11 @@ def _read_table(path: Path, content: bytes, delimiter: str) -> list[Any]:
     try:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         head = next(reader, [])
+        if len(head) == 1 and (mark := next((one for one in ";\t|," if one in head[0] and one != delimiter), None)):
+            raise CalibrationError(
+                f"{path}: the first line is one column, {head[0]!r}; its columns seem to be parted by {mark!r}, want "
+                f"{delimiter!r}; convert the file, or name it .csv for commas and .tsv for tabs"
+            )
         if len(set(head)) < len(head):
             raise CalibrationError(f"{path}: the first line names a column twice ({', '.join(head)}); rename one")
         rows = []

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from quantkit.errors import FormatError
 from quantkit.nn.sites import SiteStatistics
+from quantkit.system.files import named_path
 from quantkit.system.tensors import write_tensors
 
 _VERSION = "1"
@@ -40,6 +41,7 @@ def load_statistics(path: str | Path) -> tuple[dict[str, SiteStatistics], str]:
     Raises:
         FormatError: if the file is missing, damaged or something else.
     """
+    path = named_path(path)
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit.calibrate.columns import Chat, Passage, passages_of
+from quantkit.calibrate.chat import Chat, Passage
+from quantkit.calibrate.columns import passages_of
 from quantkit.calibrate.sources import read_parts
 from quantkit.errors import CalibrationError
 

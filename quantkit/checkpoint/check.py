@@ -32,6 +32,7 @@ from quantkit.hf.load import PreTrainedModel, architectures_of, empty_model
 from quantkit.hf.reader import transformers_fault, transformers_warning
 from quantkit.hf.structure import owners_of
 from quantkit.hf.ties import settle_ties
+from quantkit.nn.linear import QuantModule
 from quantkit.nn.sites import Site
 from quantkit.spec import Plan
 from quantkit.system.files import clear_errors, read_json, usable_path
@@ -158,8 +159,9 @@ def check_output(
 
     Raises:
         SpecError: the plan names a site that the model does not have.
-        FormatError: the format cannot store a site, the directory holds another model (and ``overwrite`` is False) or the
-            unfinished state of a run with another ``key``, cannot be written to, or the disk is too small.
+        FormatError: the model is not what its config describes, the format cannot store a site, the directory holds another
+            model (and ``overwrite`` is False) or the unfinished state of a run with another ``key``, cannot be written to, or
+            the disk is too small.
     """
     size = check(contents_of(config_of(model)), usable_path(path), model, plan, format, overwrite, scratch)
     if key is not None:
@@ -171,6 +173,7 @@ def check(
     contents: Contents, path: Path, model: PreTrainedModel, plan: Plan, format: str, overwrite: bool, scratch: int = 0
 ) -> int:
     """Do what :func:`check_output` says, given the contents."""
+    _refuse_another_model(contents.model, model)
     _refuse(rejections_in(contents, plan, format, dtype_name(model)), format)
     _refuse_ties(contents, model, plan)
     ledger = ledger_of(model)
@@ -199,6 +202,28 @@ def converted_buffers(model: nn.Module, loaded: nn.Module) -> list[str]:
         for name, own, other in pairs
         if own != other
     ]
+
+
+def _refuse_another_model(described: nn.Module, model: nn.Module) -> None:
+    """Refuse a model with parameters that its config does not describe, or without some that it does.
+
+    A checkpoint is read as the model that its config describes: what is more is lost, and a bias is small enough to pass a
+    comparison of logits. What a quantized layer holds is the format's to check.
+    """
+    done = tuple(f"{name}." for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, QuantModule))
+    own, want = (
+        {n: tuple(p.shape) for n, p in one.named_parameters(remove_duplicate=False) if not f"{n}.".startswith(done)}
+        for one in (model, described)
+    )
+    odd = [f"{name} {own[name]} is in this model only" for name in own.keys() - want.keys()]
+    odd += [f"{name} {want[name]} is missing" for name in want.keys() - own.keys()]
+    odd += [f"{n} is {own[n]} in this model, want {want[n]}" for n in own.keys() & want.keys() if own[n] != want[n]]
+    if odd:
+        more = f" (and {len(odd) - 1} more)" if len(odd) > 1 else ""
+        raise FormatError(
+            f"the model is not the {type(model).__name__} that its config describes: {min(odd)}{more}; correct the config, or "
+            "take back what was added to the model or taken out of it"
+        )
 
 
 def _refuse(refused: Mapping[str, str], format: str) -> None:

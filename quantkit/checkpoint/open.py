@@ -15,7 +15,7 @@ from quantkit.hf.load import load_float, load_tokenizer
 from quantkit.hf.source import locate
 from quantkit.kernels import ComputeMode
 from quantkit.nn.install import quantize_head
-from quantkit.system.files import read_json
+from quantkit.system.files import named_path, read_json
 
 HEADS = ("float", "int8")
 """What :func:`open_model` can make of an output head."""
@@ -47,7 +47,7 @@ def open_model(
     if head not in HEADS:
         raise SpecError(f"head={head!r}: want one of {', '.join(HEADS)}")
     dtype, place = float_dtype(dtype), locate(source)
-    if _is_quantized(Path(place)):
+    if _is_quantized(named_path(place)):
         if trust_remote_code:
             trust_code(place)
         model = checkpoint.load(place, dtype=dtype, compute=compute)

@@ -108,8 +108,8 @@ def recover(out: Path) -> bool:
         Whether there was something to be done.
     """
     stage = out / STAGE
-    if stage.is_symlink() or not stage.is_dir():
-        return False
+    if stage.is_symlink() or not stage.is_dir() or stage.stat().st_uid != owner_of_new_files(out):
+        return False  # another user's is neither carried on nor removed; who wants to write here is told
     if not has_state(stage):
         if (stage / INCOMPLETE).is_file() or not any(path.is_file() for path in stage.rglob("*")):
             clear(stage)  # the state goes last, and comes first: what is left is nobody's

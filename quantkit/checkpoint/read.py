@@ -20,6 +20,7 @@ from quantkit.hf.load import read_config
 from quantkit.nn.sites import Site
 from quantkit.qtensor import GridTensor
 from quantkit.spec import Scheme
+from quantkit.system.files import named_path
 
 RECORD = "quantkit"
 """Section of the config with what the writer recorded."""
@@ -82,7 +83,7 @@ def open_checkpoint(path: str | Path) -> Iterator[Opened]:
     Raises:
         FormatError: it is unfinished, damaged, not quantized, or its config contradicts its tensors.
     """
-    path = Path(path)
+    path = named_path(path)
     if reason := is_marked(path):
         raise FormatError(f"{path} is marked incomplete: {reason}")
     name, rule, config = _find_format(path)
@@ -165,8 +166,12 @@ def _match_entries(where: Path, contents: Contents, matcher: Matcher, embeddings
 
 def _carried(where: Path, config: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the names of the tensors that our writer recorded as carried over from the source."""
-    section = config.get(RECORD)
-    names = section.get("carried_over", []) if isinstance(section, dict) else []
+    section = config.get(RECORD, {})
+    if not isinstance(section, dict):
+        raise FormatError(
+            f"{where}: {RECORD} is a {type(section).__name__}, want what quantkit has noted; copy the whole checkpoint again"
+        )
+    names = section.get("carried_over", [])
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
         raise FormatError(f"{where}: {RECORD}.carried_over is no list of different names; copy the whole checkpoint again")
     return tuple(names)

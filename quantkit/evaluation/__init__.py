@@ -15,7 +15,7 @@ from typing import Any, TypedDict, Unpack
 import torch
 from torch import Tensor, nn
 
-from quantkit.calibrate.columns import Passage
+from quantkit.calibrate.chat import Passage
 from quantkit.calibrate.data import Batch, refuse_ids
 from quantkit.calibrate.texts import chosen_opening, encode_passages, read_texts, text_default
 from quantkit.errors import CalibrationError

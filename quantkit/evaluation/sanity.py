@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantkit.calibrate.columns import Passage
+from quantkit.calibrate.chat import Passage
 from quantkit.calibrate.data import Batch, check_fit, cut_batches
 from quantkit.calibrate.texts import chosen_opening, encode_passages, text_default
 from quantkit.checkpoint.check import converted_buffers

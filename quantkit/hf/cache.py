@@ -1,11 +1,12 @@
 """Run a transformers model on transformers' own cache, for one sequence. The only file that uses the cache API.
 
 The cache is a ``DynamicCache`` built from the model's config, so sliding-window, hybrid and recurrent layers each get the kind
-of state they need. Models differ in what they want to be told: some restart at position 0 unless they are given positions, some
-count positions in a way of their own, some take one token at a time once they have begun, and the state of some is no
-transformers ``Cache``. So nothing is assumed: the first time a model is used, every :class:`_Way` of running it is tried on a
-few tokens, and the one whose logits are those of plain forwards is taken. There is always a last one, to run the whole sequence
-again at every step, which is correct but slow, and is logged once per model class.
+of state they need. Models differ in what they want to be told: some restart at position 0 unless they are given positions,
+some count positions in a way of their own, some take one token at a time once they have begun, the state of some is no
+transformers ``Cache``, and some keep theirs in their modules, for one sequence at a time. So nothing is assumed: the first
+time a model is used, every :class:`_Way` of running it is tried on a few tokens, and the one whose logits are those of plain
+forwards is taken. There is always a last one, to run the whole sequence again at every step, which is correct but slow, and is
+logged once per model class.
 
 LongRoPE (``rope_type`` "longrope", whose frequencies change beyond a certain length) is a case of its own: when the sequence
 grows past that length, the cached keys have the wrong frequencies, so the whole sequence is run again, once.
@@ -205,11 +206,16 @@ def _plain_logits(model: PreTrainedModel, ids: Tensor) -> dict[int, Tensor]:
 
 
 def _error(step: TransformersStep, ids: Tensor, plain: dict[int, Tensor]) -> float:
-    """Return how far the logits of steps are from those of plain forwards; infinite if the model cannot run so."""
+    """Return how far the logits of steps are from those of plain forwards; infinite if the model cannot run so.
+
+    Another sequence takes its steps between: some models keep their state in their modules, where one overwrites the other's.
+    """
     worst, start = 0.0, 0
+    other, backwards = TransformersStep(step._model, step._way), ids.flip(1)
     try:
         for end, want in plain.items():
             difference = float((step(ids[:, start:end], start).float() - want).abs().max())
+            other(backwards[:, start:end], start)
             worst, start = max(worst, difference if difference == difference else float("inf")), end
     except CANNOT_RUN as error:
         logger.debug("%s cannot be run in this way: %s", step.name, error)

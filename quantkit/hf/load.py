@@ -23,9 +23,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from quantkit.dtypes import float_dtype
-from quantkit.errors import FormatError, QuantkitError
+from quantkit.errors import FormatError, QuantkitError, shorten
 from quantkit.hf.account import account
 from quantkit.hf.building import building, parameters_on_meta
 from quantkit.hf.code import know_code, trust_code
@@ -47,6 +48,8 @@ __all__ = [
     "read_config",
     "read_generation_config",
 ]
+
+_TOKENIZER_FILES = ("tokenizer*", "vocab.*", "*.tiktoken", "*.spm")
 
 log = logging.getLogger(__name__)
 
@@ -188,15 +191,26 @@ def class_of(config: PretrainedConfig) -> Any:
 
 
 def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
-    """Return the tokenizer of a hub id or directory; None, with a log message, if it has no usable one."""
+    """Return the tokenizer of a hub id or directory; None, with a log message, if it has no usable one.
+
+    The message is a warning where there are files of a tokenizer: whoever has them expects one.
+    """
+    path = Path(source)
+    level = logging.WARNING if any(any(path.glob(name)) for name in _TOKENIZER_FILES) else logging.INFO
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except ImportError as error:
         log.warning("the tokenizer of %s cannot be loaded: %s", source, error)
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # TypeError: a file that is not there
-        log.info("%s has no usable tokenizer: %s", source, error)
+    except MemoryError:
+        raise
+    except Exception as error:  # it is made of files from anywhere, as a config is; TypeError is a file that is not there
+        text = shorten(f"{type(error).__name__}: {error}", 400)
+        log.log(level, "%s has no usable tokenizer (%s); copy its files again if it should have one", source, text)
         return None
+    if not isinstance(tokenizer.model_max_length, int | float):
+        log.info("%s: model_max_length is %r, want a number; it is taken for no limit", source, tokenizer.model_max_length)
+        tokenizer.model_max_length = VERY_LARGE_INTEGER
     if not tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens):  # what transformers makes of a directory without
         log.info("%s has no tokenizer", source)
         return None

@@ -9,7 +9,14 @@ _ABSENT = {"Llama4ForConditionalGeneration": ("language_model", "image_outputs")
 
 
 def mend(model: nn.Module) -> None:
-    """Let ``model`` run where its class has a fault that keeps it from running; nothing it computes is changed."""
+    """Let ``model`` run where its class has a fault that keeps it from running; nothing it computes is changed.
+
+    A config may say that a model returns plain tuples, in which nothing has a name: what runs it here asks for the logits.
+    """
+    config: Any = getattr(model, "config", None)
+    for one in (config, config.get_text_config()) if hasattr(config, "get_text_config") else ():
+        if not getattr(one, "return_dict", True):
+            one.return_dict = True
     part, _ = _ABSENT.get(type(model).__name__, (None, None))
     if part is not None and _add_field not in model.get_submodule(part)._forward_hooks.values():
         model.get_submodule(part).register_forward_hook(_add_field)

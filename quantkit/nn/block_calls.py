@@ -33,7 +33,7 @@ from quantkit.nn.sites import Structure
 _OUTPUT_FORMS: tuple[Callable[[Tensor], Any], ...] = (lambda h: h, lambda h: (h,), lambda h: (h, None))
 """What a model may expect a block to return: the hidden state, or a tuple that begins with it."""
 
-CANNOT_RUN = (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError, AssertionError)
+CANNOT_RUN = (TypeError, ValueError, ArithmeticError, RuntimeError, AttributeError, LookupError, AssertionError)
 """What a model raises that is not run as it expects."""
 
 _SHARED = (type(None), bool, int, float, str, bytes, torch.dtype, torch.device)

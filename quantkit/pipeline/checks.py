@@ -158,8 +158,25 @@ def _misfit(site: Site, method: Quantizer, needs: Sequence[str], statistics: Map
     return None
 
 
+def refuse_absent(model: nn.Module, *, empty: bool = False) -> None:
+    """Refuse a model whose weights are not in memory, such as one that was offloaded to a disk.
+
+    Args:
+        model: the model.
+        empty: whether one without any weights will do.
+    """
+    absent = [parameter.is_meta for parameter in model.parameters()]
+    if any(absent) and not (empty and all(absent)):
+        name = next(name for name, parameter in model.named_parameters() if parameter.is_meta)
+        raise QuantkitError(
+            f"{name} is on the meta device and holds no numbers: the model is empty or offloaded; load it into memory (without "
+            "device_map), or give its directory in its place"
+        )
+
+
 def check_model(model: nn.Module) -> None:
     """Make sure that the model's numbers are sound, before hours are spent."""
+    refuse_absent(model)
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter.detach().abs().amax())):
             raise CalibrationError(f"{name}: the weight holds NaN or infinity; repair or reload the model")

@@ -109,11 +109,17 @@ def resolve(
     Raises:
         SpecError: rules beside a plan, which says everything already; see also :func:`make_plan`.
     """
+    if not isinstance(rules, Sequence) or not all(isinstance(rule, Rule) for rule in rules):
+        raise SpecError(f"rules={rules!r}: want a list of quantkit.Rule")
     if isinstance(scheme, str | Scheme | SchemeChoice):
         return make_plan(structure, scheme, rules, scale_dtype=scale_dtype)
     if rules:
         raise SpecError("rules beside a plan: the plan says what each layer gets; give the rules to quantkit.plan")
-    return scheme if isinstance(scheme, Resolution) else Resolution(dict(scheme))
+    if isinstance(scheme, Resolution):
+        return scheme
+    if not isinstance(scheme, Mapping) or not all(isinstance(one, Scheme) for one in scheme.values()):
+        raise SpecError(f"scheme={scheme!r}: want a name such as 'w4a16', a Scheme, or layer names with their schemes")
+    return Resolution(dict(scheme))
 
 
 def owners(structure: Structure, rules: Sequence[Rule]) -> dict[str, int]:

@@ -21,6 +21,7 @@ from quantkit.calibrate.data import Batch, Calibration, check_fit, unpadded, unp
 from quantkit.calibrate.data import fingerprint as data_fingerprint
 from quantkit.calibrate.statistics import load_statistics
 from quantkit.checkpoint.contents import contents_of
+from quantkit.errors import SpecError
 from quantkit.evaluation.coverage import coverage_after, coverage_before, remark, shortfall
 from quantkit.evaluation.sanity import SanityCheck
 from quantkit.hf.load import PreTrainedModel, adopt, load_float
@@ -34,6 +35,7 @@ from quantkit.pipeline.blocks import BlockRun, calibration_chain, needs_of, quan
 from quantkit.pipeline.checks import (
     check_model,
     prepare_blocks,
+    refuse_absent,
     refuse_run,
     report_fallen,
     report_lossy,
@@ -98,9 +100,12 @@ def quantize(
         BusyError: another process is writing to ``out``.
     """
     quantizer = QUANTIZERS.get(method)() if isinstance(method, str) else method
+    if not hasattr(quantizer, "rejects") or isinstance(quantizer, type):
+        raise SpecError(f"method={method!r}: want a name such as 'gptq', or an instance such as quantkit.GPTQ()")
     todo, target = make_steps(steps), output.to(out)  # mistakes in names come before a model is loaded
     with checkpoint.claim(target.path, "quantizing a model"):
         model, tokenizer = open_float(model, tokenizer, target)
+        refuse_absent(model, empty=True)
         structure = describe(model)
         job = _Job(
             model=model,

@@ -46,7 +46,11 @@ def make_steps(steps: Sequence[str | Step]) -> Steps:
         SpecError: an unknown name; a step that comes after one of a later stage; a step that is given twice, where the second
             would undo the first.
     """
+    if isinstance(steps, str) or not isinstance(steps, Sequence):
+        raise SpecError(f"steps={steps!r}: want a list of names or steps, such as ['awq']")
     made = [STEPS.get(one)() if isinstance(one, str) else one for one in steps]
+    if odd := [one for one in made if isinstance(one, type) or getattr(one, "stage", None) not in STAGES]:
+        raise SpecError(f"steps: {odd[0]!r} is no step; want names, or instances such as quantkit.AWQ()")
     for earlier, later in itertools.pairwise(made):
         if STAGES.index(later.stage) < STAGES.index(earlier.stage):
             raise SpecError(

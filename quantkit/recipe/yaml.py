@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from quantkit.errors import RecipeError
+from quantkit.system.files import named_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,7 @@ def read_located(path: str | Path) -> Located:
         RecipeError: the file cannot be read, is not YAML, is no mapping, is too large, or gives a key twice.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = named_path(path).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or no path at all
         raise RecipeError(f"{path}: cannot read the recipe: {error}") from None
     root, data = _parse(text, str(path))

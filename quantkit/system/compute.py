@@ -53,7 +53,7 @@ def known_device(device: torch.device | str) -> torch.device:
     """
     try:
         found = torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise SpecError(f"device={device!r}: want cpu or cuda, or one of several as cuda:1") from error
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise SpecError(f"device={device!r}: torch sees {torch.cuda.device_count()} GPUs on this machine; use cpu")

@@ -102,12 +102,28 @@ def clear_errors(action: str) -> Iterator[None]:
         raise DiskError(f"cannot {action}: {error.strerror or error}; {way_out}") from error
 
 
+def named_path(path: Any) -> Path:
+    """Return what a user gave as the name of a file or directory.
+
+    Raises:
+        DiskError: it is no name.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise DiskError(f"got a {type(path).__name__} where a path is wanted; give the name of a file or directory, as text")
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:
+        raise DiskError(f"the path {str(path)!r} holds half a surrogate pair, which is no character; choose another") from None
+    return Path(path)
+
+
 def usable_path(path: str | Path) -> Path:
     """Return a path that a user gave to write to, if it can be one.
 
     Raises:
-        DiskError: it is empty, which would mean the working directory, or holds a NUL character.
+        DiskError: it is empty, which would mean the working directory, is no path, or holds a NUL character.
     """
+    named_path(path)
     if not str(path).strip():
         raise DiskError("the path to write to is empty; give a name, or . for the working directory")
     if "\0" in str(path):
@@ -183,8 +199,9 @@ def read_json(path: str | Path) -> dict[str, Any]:
     Raises:
         FormatError: the file is missing or holds something else.
     """
+    path = named_path(path)
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise FormatError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):

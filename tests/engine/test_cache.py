@@ -216,3 +216,31 @@ def test_the_model_can_still_be_trained_afterwards():
     ours(TransformersStep(model), prompt, 3)
     model(prompt[None], labels=prompt[None]).loss.backward()
     assert model.lm_head.weight.grad.abs().sum() > 0
+
+
+_HYBRID = {"lru_width": 64, "attention_window_size": 8, "num_hidden_layers": 3}
+_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_chunk_size": 16}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "config"),
+    [
+        ("recurrent_gemma", _HYBRID),
+        ("bamba", {**_MAMBA, "attn_layer_indices": [1], "head_dim": None}),
+        ("falcon_h1", {**_MAMBA, "mamba_d_ssm": 128}),
+        ("lfm2", {"layer_types": ["conv", "full_attention"], "conv_L_cache": 3, "head_dim": None}),
+        ("llama", {}),
+    ],
+)
+def test_sequences_that_take_turns_do_not_meet(model_type, config):
+    model = build(model_type, **config)
+    steps, sequences = [TransformersStep(model) for _ in range(3)], [prompt_of(9), prompt_of(4), prompt_of(1)]
+    with torch.inference_mode():
+        for turn in range(12):
+            for index, step in enumerate(steps):
+                sequence = sequences[index]
+                start = 0 if turn == 0 else len(sequence) - 1
+                got = step(sequence[None, start:], start)
+                want = model(sequence[None], use_cache=False).logits[:, -1]
+                torch.testing.assert_close(got, want, atol=2e-3, rtol=1e-3)
+                sequences[index] = torch.cat([sequence, want.argmax(-1)])
