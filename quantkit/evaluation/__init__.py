@@ -61,6 +61,7 @@ _WINDOWS, _SCORING = (
     frozenset({"windows", "length", "stride", "bos", "column", "template"}),
     frozenset({"kl_windows", "batch_size"}),
 )
+_COUNTS = frozenset({"windows", "length", "stride", "kl_windows", "batch_size"})
 
 
 def evaluate(
@@ -110,6 +111,10 @@ def evaluate(
         TypeError: an unknown option.
     """
     check_names("evaluate", options, EvaluationOptions.__optional_keys__)
+    for name in _COUNTS & options.keys():
+        value: Any = options.get(name)
+        if value is not None and (isinstance(value, bool) or not hasattr(value, "__index__")):
+            raise CalibrationError(f"evaluate: {name}={value!r}: want a whole number")
     path, named = (options.get("path"), False) if isinstance(model, nn.Module) else (model, True)
     model, own_tokenizer = _load(model)
     base_name = options.get("base_label") or (None if base is None else _label(base))

@@ -32,7 +32,7 @@ from quantkit.mixed.measured import Decoding, choice_times, divergence, millisec
 from quantkit.mixed.result import Scores, SearchResult
 from quantkit.mixed.scores import Scorer, Sensitivity
 from quantkit.nn.sites import Site, read_weight
-from quantkit.pipeline.checks import check_model, prepare_blocks
+from quantkit.pipeline.checks import check_model, check_settings, prepare_blocks
 from quantkit.pipeline.quantize import DEFAULT_CALIBRATION, DEFAULT_OUTPUT, DEFAULT_RUN, collect, open_float
 from quantkit.pipeline.rules import Rule, SchemeChoice
 from quantkit.pipeline.settings import Output, Run
@@ -116,6 +116,7 @@ def search(
         SpecError: a budget that cannot be met, with the nearest that can; choices that no layer can have.
         CalibrationError: too little text, or a model whose gradients are not finite.
     """
+    check_settings(calibration, output, run)
     begin, wanted = time.perf_counter(), Budget.parse(budget)
     quantizer = QUANTIZERS.get(method)() if isinstance(method, str) else method
     opened, tokenizer = open_float(model, tokenizer)

@@ -3,12 +3,14 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
 
 from quantkit.calibrate.chain import block_walk
 from quantkit.calibrate.collectors import COLLECTORS
+from quantkit.calibrate.data import Calibration
 from quantkit.errors import CalibrationError, QuantkitError, SpecError
 from quantkit.hf.experts import enable_experts
 from quantkit.nn.block_calls import CANNOT_RUN, why_entangled
@@ -18,7 +20,7 @@ from quantkit.nn.sites import Site, SiteStatistics, Structure
 from quantkit.pipeline.blocks import needs_of
 from quantkit.pipeline.fused import refuse_parted
 from quantkit.pipeline.plan import Resolution, check_plan
-from quantkit.pipeline.settings import Output
+from quantkit.pipeline.settings import Output, Run
 from quantkit.quantizers.base import Quantizer, quantizer_name
 from quantkit.spec import Plan
 from quantkit.system.compute import Compute
@@ -87,6 +89,17 @@ def refuse_combinations(
     _refuse_shared(structure, steps)
     if statistics is not None:
         _check_statistics(plan, blocks, method, statistics)
+
+
+def check_settings(calibration: Any = None, output: Any = None, run: Any = None) -> None:
+    """Refuse settings that are of another class; None stands for one that is not asked about.
+
+    Raises:
+        SpecError: a path or a text in place of :class:`Calibration`, and so on.
+    """
+    for name, value, kind in (("calibration", calibration, Calibration), ("output", output, Output), ("run", run, Run)):
+        if value is not None and not isinstance(value, kind):
+            raise SpecError(f"{name}={value!r}: want a quantkit.{kind.__name__}, such as quantkit.{kind.__name__}(...)")
 
 
 def _refuse_shared(structure: Structure, steps: Sequence[Step]) -> None:

@@ -34,6 +34,7 @@ from quantkit.pipeline.again import finished_result, record_of, replaced_model
 from quantkit.pipeline.blocks import BlockRun, calibration_chain, needs_of, quantize_blocks
 from quantkit.pipeline.checks import (
     check_model,
+    check_settings,
     prepare_blocks,
     refuse_absent,
     refuse_run,
@@ -99,6 +100,7 @@ def quantize(
         SpecError, CalibrationError, FormatError: before long work starts where that is possible.
         BusyError: another process is writing to ``out``.
     """
+    check_settings(calibration, output, run)
     quantizer = QUANTIZERS.get(method)() if isinstance(method, str) else method
     if not hasattr(quantizer, "rejects") or isinstance(quantizer, type):
         raise SpecError(f"method={method!r}: want a name such as 'gptq', or an instance such as quantkit.GPTQ()")
@@ -339,6 +341,7 @@ def collect(
     Returns:
         Layer name to statistics, and the fingerprint of the calibration tokens.
     """
+    check_settings(calibration, run=run)
     model, tokenizer = open_float(model, tokenizer)
     structure = describe(model)
     batches = calibration.batches(tokenizer)

@@ -17,6 +17,7 @@ from quantkit.calibrate.data import Calibration
 from quantkit.checkpoint import Key
 from quantkit.errors import CalibrationError, QuantkitError, SpecError, nearest
 from quantkit.mixed import search
+from quantkit.pipeline.checks import check_settings
 from quantkit.pipeline.plan import Resolution, scale_dtype_for
 from quantkit.pipeline.rules import Rule, SchemeChoice
 from quantkit.pipeline.settings import Output, Run
@@ -105,6 +106,7 @@ def sweep(
         BusyError: another process is sweeping there.
     """
     check_names("sweep", options, SweepOptions.__optional_keys__)
+    check_settings(calibration, options.get("output"), options.get("run"))
     axes = Axes.check(schemes, quantizers, options.get("steps", [()]), budgets, choices)
     output, keep = options.get("output", DEFAULT_OUTPUT).to(out), options.get("keep", "none")
     calibrate, ray = options.get("calibrate", "once"), options.get("ray", False)

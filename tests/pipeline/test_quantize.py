@@ -18,6 +18,7 @@ from quantkit.pipeline.plan import make_plan
 from quantkit.pipeline.quantize import collect, plan, quantize
 from quantkit.pipeline.rules import Rule
 from quantkit.pipeline.settings import Output, Run
+from quantkit.presets import preset
 from quantkit.quantizers.base import QUANTIZERS
 from quantkit.system.compute import Compute
 from quantkit.system.progress import Progress
@@ -164,7 +165,7 @@ def test_ignored_sites_stay_float_and_are_counted() -> None:
         ({"rules": [Rule("*", skip=True)]}, SpecError, "nothing to quantize"),
         ({"calibration": Calibration("some text")}, CalibrationError, "needs a tokenizer"),
         ({"run": Run(strict=True), "method": "rtn", "scheme": {}}, SpecError, "nothing to quantize"),
-        ({"scheme": {"model.layer.0": None}}, SpecError, "which is no layer of the model"),
+        ({"scheme": {"model.layer.0": preset("w4a16", [64])}}, SpecError, "which is no layer of the model"),
     ],
 )
 def test_bad_arguments_fail_before_any_work(arguments: dict[str, object], error: type, message: str, tmp_path: Path) -> None:

@@ -56,3 +56,22 @@ def test_a_device_that_is_none_is_named(tmp_path: Path, device: Any) -> None:
     quantkit.quantize(tiny_llama(), "w8a16", method="rtn", tokenizer=tiny_tokenizer(), out=tmp_path / "q")
     with pytest.raises(QuantkitError, match="want cpu or cuda"):
         quantkit.load(tmp_path / "q", device=device)
+
+
+@pytest.mark.parametrize("value", [3, "text.txt", ["a text"], {"samples": 8}, quantkit.Calibration], ids=str)
+@pytest.mark.parametrize("setting", ["calibration", "output", "run"])
+def test_settings_of_another_class_are_named(setting: str, value: Any) -> None:
+    model, kind = tiny_llama(), setting.capitalize()
+    calls = [quantkit.quantize, lambda model, **given: quantkit.search(model, "4.4 bpw", **given)]
+    calls += [lambda model, **given: quantkit.sweep(model, ["w8a16"], ["rtn"], **given)]
+    calls += [quantkit.collect] if setting != "output" else []
+    for call in calls:
+        with pytest.raises(QuantkitError, match=rf"{setting}=.*: want a quantkit\.{kind}"):
+            call(model, **{setting: value})
+
+
+@pytest.mark.parametrize("name", ["windows", "length", "stride", "kl_windows", "batch_size"])
+@pytest.mark.parametrize("value", [True, 1.5, "8", [8]], ids=str)
+def test_counts_of_an_evaluation_are_whole_numbers(name: str, value: Any) -> None:
+    with pytest.raises(QuantkitError, match=f"evaluate: {name}=.*: want a whole number"):
+        quantkit.evaluate(tiny_llama(), tokenizer=tiny_tokenizer(), **{name: value})
