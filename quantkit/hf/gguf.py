@@ -8,6 +8,7 @@ the same. The key covers every byte of the file and the versions of the librarie
 (``quantkit cache --off``), nothing is.
 """
 
+import functools
 import hashlib
 import importlib.metadata
 import logging
@@ -68,14 +69,20 @@ def read_gguf(what: Any, path: Path) -> Any:
     return what.from_pretrained(kept, trust_remote_code=False)
 
 
+@functools.lru_cache(maxsize=1)
+def _header(path: Path, _changed: int) -> Any:
+    """Return a reader of a file, which takes seconds to make: the whole vocabulary is in the header."""
+    import gguf
+
+    return gguf.GGUFReader(path)
+
+
 def _read(what: Any, path: Path) -> Any:
     """Let transformers read a config or a tokenizer, and add to a config what it passes over."""
     found = what.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
     if what is AutoConfig:
-        import gguf
-
         try:
-            stretch(gguf.GGUFReader(path), found)
+            stretch(_header(path, path.stat().st_mtime_ns), found)
         except QuantkitError as error:
             raise QuantkitError(f"{path}: {error}; give the model that the file was made from") from error
     return found
@@ -101,6 +108,8 @@ def load_gguf(path: Path, dtype: torch.dtype | None) -> tuple[Any, Mapping[str, 
         raise QuantkitError(f"reading {path.name} needs the gguf package: pip install 'quantkit[demo]' ({error})") from error
     except (OSError, ValueError, KeyError, NotImplementedError) as error:
         raise QuantkitError(f"cannot read {path}: {error}") from error
+    finally:
+        _header.cache_clear()  # a vocabulary in memory, and the file's mapping
 
 
 def clear() -> int:
@@ -172,9 +181,7 @@ def _refuse_unknown(path: Path, config: Any, model: PreTrainedModel) -> None:
 
     Such are layers that predict further tokens. Factors of rotary embeddings went into the config.
     """
-    import gguf
-
-    reader = gguf.GGUFReader(path)
+    reader = _header(path, path.stat().st_mtime_ns)
     kind = bytes(reader.fields["general.architecture"].parts[-1]).decode()
     processor = TENSOR_PROCESSORS.get(kind, TensorProcessor)(config=config.to_dict())
     known = get_gguf_hf_weights_map(model, processor)
