@@ -53,8 +53,8 @@ def _parameters(said: Mapping[str, Any], held: Mapping[str, Tensor], config: Any
     """Return what replaces the plain parameters ``own``."""
     kind, factor = said.get("type", "none"), float(said.get("factor", 1.0))
     first = said.get("original_context_length") or getattr(config, "original_max_position_embeddings", None)
-    if (factors := held.get("rope_freqs.weight")) is not None:
-        return _llama3(factors, float(own["rope_theta"]))
+    if len(held) == 1 and "rope_freqs.weight" in held and kind == "none":
+        return _llama3(held["rope_freqs.weight"], float(own["rope_theta"]))
     if len(held) == 2 and first:
         config.original_max_position_embeddings = first  # LongRoPE looks for it here, too
         found: dict[str, Any] = {"rope_type": "longrope", "original_max_position_embeddings": first}

@@ -254,9 +254,8 @@ class _Server:
         try:
             while unfinished:
                 index, piece = await merged.get()
-                await asyncio.sleep(
-                    0
-                )  # a queue that is not empty lets nobody else go on, not even the news that the client left
+                # a queue that is not empty lets nobody else go on, not even the news that the client left
+                await asyncio.sleep(0)
                 unfinished -= piece.finish is not None
                 if piece.finish in ("error", "cancelled"):
                     message = piece.error or SHUTTING_DOWN

@@ -249,6 +249,7 @@ def test_a_gguf_with_stretched_rotary_embeddings(kind: str, tmp_path) -> None:
         ({"rope_freqs": torch.linspace(1, 8, 8)}, {}, "factors that are not those of Llama 3.1"),
         ({}, {"type": "yarn", "factor": 4.0}, "not known here .rope.scaling.type yarn, rope.scaling.factor 4.0"),
         ({}, {"type": "su", "factor": 4.0}, "not known here"),
+        ({"rope_freqs": llama3_factors(16)}, {"type": "linear", "factor": 2.0}, "not known here"),
         ({"rope_factors_long": torch.ones(8)}, {"original_context_length": 32}, "rope_factors_long.weight"),
     ],
 )
