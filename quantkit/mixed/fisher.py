@@ -4,8 +4,8 @@ The text runs forward once, block by block; the input of every block is kept, in
 gradient runs back: each block is computed again with gradients, and is forgotten when its layers have been scored, so that a
 model larger than the device's memory works. Where blocks cannot run one by one, the whole model runs, one window at a time.
 
-Beside the model, memory is tokens x hidden x blocks for the inputs, and for one block the graph of one window and one second
-moment per layer (all layers' moments where the model runs as a whole).
+Beside the model, memory is tokens x hidden x blocks for the inputs, and for one block the graph of all windows, one second
+moment per layer's input and one F (:mod:`quantkit.mixed.scores`) per layer (of all layers where the model runs as a whole).
 """
 
 import contextlib
@@ -15,12 +15,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from quantkit.calibrate.collectors import COLLECTORS, Collector
+from quantkit.calibrate.collectors import COLLECTORS
 from quantkit.errors import CalibrationError
-from quantkit.mixed.scores import Sensitivity, input_noise
+from quantkit.mixed.scores import Sensitivity, compensation, input_noise, rotated_moment, seen_rows
 from quantkit.nn.block_calls import call_block, cast_call, finish, record_block_calls
 from quantkit.nn.probes import attach_watcher
 from quantkit.nn.sites import Site, Structure
+from quantkit.numerics.hadamard import hadamard_transform
 from quantkit.spec import ActivationSpec
 from quantkit.system.compute import Compute, on_device
 from quantkit.system.progress import Progress, ProgressCallback
@@ -29,32 +30,67 @@ Visit = Callable[[Site, list[tuple[int, Sensitivity]]], None]
 """Called once per layer with the number of every matrix of it (0 for a plain one) that mattered, and its sensitivity."""
 
 
+class _Moment:
+    """The second moment of what one or several matrices read, and what a quantizer's compensation makes of it."""
+
+    def __init__(self, features: int) -> None:
+        self._sums = COLLECTORS.get("hessian")(features)
+        self._compensations: dict[bool, Tensor] = {}
+
+    def update(self, rows: Tensor) -> None:
+        """Add rows (tokens, in)."""
+        self._sums.update(rows)
+
+    def compensation(self, rotated: bool) -> Tensor:
+        """Return what gradients are multiplied by, (in, in); no rows may be added from then on."""
+        if rotated not in self._compensations:
+            moment = self._sums.result()
+            self._compensations[rotated] = compensation(rotated_moment(moment) if rotated else moment)
+        return self._compensations[rotated]
+
+
 @dataclass
 class _Sums:
     """What is added up for one matrix."""
 
-    moment: Collector | None = None
+    moment: _Moment | None = None
     gradient: Tensor | None = None
     noise: dict[ActivationSpec, Tensor] = field(default_factory=dict)
     rows: int = 0
-    fisher: Tensor | None = None
+    fisher: dict[bool, Tensor] = field(default_factory=dict)
+    squares: Tensor | None = None
 
 
 class _Watch:
     """Adds up inputs and output gradients of layers while blocks run forward and back.
 
+    All windows must have run forward before the first runs back. Rows of a batch are windows; where a layer gets the tokens of
+    several in one row, their gradients add up before they are squared: right on average, as they are independent, but less
+    certain.
+
     Args:
         noises: layer name to the ways in which its inputs may be rounded.
+        compensates: whether the quantizer makes up for errors in later columns.
         products: what matrix products round their inputs to, if they do.
     """
 
-    def __init__(self, noises: Mapping[str, Sequence[ActivationSpec]], products: torch.dtype | None = None) -> None:
-        self.noises, self.products = noises, products
+    def __init__(
+        self, noises: Mapping[str, Sequence[ActivationSpec]], compensates: bool, products: torch.dtype | None = None
+    ) -> None:
+        self.noises, self.compensates, self.products = noises, compensates, products
         self.sums: dict[str, list[_Sums]] = {}
+        self._last: tuple[Tensor, _Moment] | None = None
+        self._rows: tuple[Tensor | None, dict[bool, Tensor]] = (None, {})
 
     @contextlib.contextmanager
-    def on(self, model: nn.Module, sites: Sequence[Site]) -> Iterator[None]:
-        """Watch ``sites`` of a model meanwhile; parameters that are read in place get gradients of their own."""
+    def on(self, model: nn.Module, sites: Sequence[Site], *, forward: bool = True) -> Iterator[None]:
+        """Watch ``sites`` of a model meanwhile; parameters that are read in place get gradients of their own.
+
+        Args:
+            model: the model.
+            sites: its layers.
+            forward: whether inputs are added up; if not, they have been seen before.
+        """
         undo: list[Callable[[], object]] = []
         stacks: dict[str, dict[str, Site]] = {}
         for site in sites:
@@ -67,29 +103,31 @@ class _Watch:
             elif len(site.shape) == 3:
                 stacks.setdefault(site.module, {})[site.parameter] = site
             else:
-                undo.append(module.register_forward_hook(self._hook(site)).remove)
-        undo += [attach_watcher(model.get_submodule(path), self._watcher(mine)) for path, mine in stacks.items()]
+                undo.append(module.register_forward_hook(self._hook(site, forward)).remove)
+        undo += [attach_watcher(model.get_submodule(path), self._watcher(mine, forward)) for path, mine in stacks.items()]
         try:
             yield
         finally:
+            self._last, self._rows = None, (None, {})
             for one in undo:
                 one()
 
-    def _hook(self, site: Site) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+    def _hook(self, site: Site, forward: bool) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def after(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            self._see(site, 0, args[0])
+            if forward:
+                self._see(site, 0, args[0])
             if output.requires_grad:
-                x = args[0].detach()
+                x = args[0]
                 output.register_hook(lambda gradient: self._back(site, 0, x, gradient))
 
         return after
 
-    def _watcher(self, sites: Mapping[str, Site]) -> Callable[[str, Tensor, Tensor, Tensor], None]:
+    def _watcher(self, sites: Mapping[str, Site], forward: bool) -> Callable[[str, Tensor, Tensor, Tensor], None]:
         def watch(parameter: str, x: Tensor, y: Tensor, expert_ids: Tensor) -> None:
             if (site := sites.get(parameter)) is None:
                 return
             experts = expert_ids.unique().tolist()
-            for expert in experts:
+            for expert in experts if forward else ():
                 self._see(site, expert, x[expert_ids == expert])
 
             def back(gradient: Tensor) -> None:
@@ -103,22 +141,45 @@ class _Watch:
         return watch
 
     def _see(self, site: Site, part: int, x: Tensor) -> None:
-        """Add how the inputs x (..., in) of one product may be rounded."""
+        """Add the inputs x (..., in) of one product: their second moment, and how they may be rounded."""
         sums = self.sums[site.name][part]
         rows = x.detach().reshape(-1, x.shape[-1])
         sums.rows += len(rows)
         for spec, noise in input_noise(rows, self.noises.get(site.name, ())).items():
             sums.noise[spec] = sums.noise[spec] + noise if spec in sums.noise else noise
+        if not self.compensates:
+            return
+        if self._last is not None and self._last[0] is x and sums.moment in (None, self._last[1]):
+            sums.moment = self._last[1]  # query, key and value read one tensor
+            return
+        if sums.moment is None:
+            sums.moment = _Moment(site.in_features)
+        sums.moment.update(rows.float() if self.products is None else rows.to(self.products))
+        self._last = x, sums.moment
 
     def _back(self, site: Site, part: int, x: Tensor, gradient: Tensor) -> None:
-        """Add the gradient (..., out) of one product's output, and the moment of its inputs (..., in) weighted by it."""
+        """Add F of one window, from the inputs x (..., in) and the gradient (..., out) of the outputs of one product."""
         sums = self.sums[site.name][part]
-        squares = gradient.detach().reshape(-1, gradient.shape[-1]).float().square()
-        sums.gradient = squares.sum(0) if sums.gradient is None else sums.gradient + squares.sum(0)
-        if sums.moment is None:
-            sums.moment = COLLECTORS.get("hessian")(site.in_features)
-        rows = x.reshape(-1, x.shape[-1]).float() * squares.sum(1, keepdim=True).sqrt()
-        sums.moment.update(rows if self.products is None else rows.to(self.products))
+        slope = gradient.detach().float()
+        squares = slope.flatten(0, -2).square().sum(0)
+        sums.gradient = squares if sums.gradient is None else sums.gradient + squares
+        seen = slope[..., seen_rows(slope.shape[-1])].transpose(-1, -2)
+        for rotated in {False, *(spec.rotated for spec in self.noises.get(site.name, ()))}:
+            found = (seen @ self._compensated(x, sums.moment, rotated)).square()
+            found = found.flatten(0, -3).sum(0) if found.ndim > 2 else found
+            sums.fisher[rotated] = sums.fisher[rotated].add_(found) if rotated in sums.fisher else found
+
+    def _compensated(self, x: Tensor, moment: _Moment | None, rotated: bool) -> Tensor:
+        """Return the rows (..., in) whose products with the outputs' gradients are squared for F."""
+        last, shared = self._rows
+        if last is not x:
+            shared = {}
+            self._rows = x, shared  # query, key and value read one tensor
+        if rotated not in shared:
+            rows = x.detach().float()
+            rows = hadamard_transform(rows) if rotated else rows
+            shared[rotated] = rows if moment is None else rows @ moment.compensation(rotated)
+        return shared[rotated]
 
     def gather(self, model: nn.Module, sites: Sequence[Site]) -> None:
         """Add the gradients that parameters read in place have got, and forget them."""
@@ -129,19 +190,19 @@ class _Watch:
             gradient = parameter.grad.detach().float()
             gradient = gradient.transpose(-1, -2) if site.transposed else gradient
             for sums, one in zip(self.sums[site.name], gradient if gradient.ndim == 3 else (gradient,), strict=True):
-                sums.fisher = one.square() if sums.fisher is None else sums.fisher.add_(one.square())
+                sums.squares = one.square() if sums.squares is None else sums.squares.add_(one.square())
             parameter.grad = None
 
     def found(self, site: Site, tokens: int) -> list[tuple[int, Sensitivity]]:
         """Return the sensitivity of every matrix of a layer that mattered to any of ``tokens``, by number."""
         parts = []
         for index, sums in enumerate(self.sums.pop(site.name)):
-            if sums.fisher is not None:
-                parts.append((index, Sensitivity(None, None, fisher=sums.fisher / tokens)))
-            elif sums.moment is not None and sums.gradient is not None:
+            if sums.squares is not None:
+                parts.append((index, Sensitivity.of_weights(sums.squares / tokens)))
+            elif sums.gradient is not None:
                 noise = {spec: total / sums.rows for spec, total in sums.noise.items()}
-                share = int(sums.moment.state["count"]) / float(sums.gradient.sum(dtype=torch.float64).clamp(min=1e-300))
-                parts.append((index, Sensitivity(sums.moment.result() * share, sums.gradient / tokens, noise)))
+                fisher = {rotated: total / tokens for rotated, total in sums.fisher.items()}
+                parts.append((index, Sensitivity(fisher, sums.gradient / tokens, noise)))
         return parts
 
 
@@ -165,8 +226,9 @@ class Backward:
     Attributes:
         model: the float model, not changed.
         structure: its blocks and layers.
-        windows: int64 token ids (1, T), without padding.
+        windows: int64 token ids (B, T), without padding; rows are windows of their own.
         noises: layer name to the ways in which its inputs may be rounded; layers that are not named are not looked at.
+        compensates: whether the quantizer makes up for errors in later columns.
         compute: where blocks run.
         progress: gets one event per block.
     """
@@ -175,6 +237,7 @@ class Backward:
     structure: Structure
     windows: Sequence[Tensor]
     noises: Mapping[str, Sequence[ActivationSpec]]
+    compensates: bool
     compute: Compute
     progress: ProgressCallback
 
@@ -196,7 +259,7 @@ class Backward:
                 self._as_a_whole(visit, generator)
 
     def _watch(self, products: torch.dtype | None = None) -> _Watch:
-        return _Watch(self.noises, products)
+        return _Watch(self.noises, self.compensates, products)
 
     def _wanted(self, sites: Sequence[Site]) -> list[Site]:
         return [site for site in sites if site.name in self.noises]
@@ -225,10 +288,12 @@ class Backward:
         for index in reversed(range(len(blocks))):
             sites, watch = self._wanted(blocks[index].sites), self._watch(compute.products)
             with on_device(model.get_submodule(blocks[index].name), compute), watch.on(model, sites), torch.enable_grad():
-                for window, x in enumerate(inputs.pop()):
-                    start = x.to(compute.device).detach().requires_grad_(True)
-                    end = run(index, window, start)
+                starts = [x.to(compute.device).detach().requires_grad_(True) for x in inputs.pop()]
+                ends = [run(index, window, start) for window, start in enumerate(starts)]
+                for window, start in enumerate(starts):
+                    end, ends[window] = ends[window], starts[window]  # the graph goes as soon as it has been run through
                     end.backward(gradients[window].to(end.device, end.dtype))  # type: ignore[no-untyped-call]
+                    del end
                     watch.gather(model, sites)
                     assert start.grad is not None
                     gradients[window] = start.grad.to("cpu", compute.dtype)
@@ -246,12 +311,16 @@ class Backward:
         if tied and table is not None and head is not None:
             outside.append(Site(head, head, "weight", table.shape))
         watch, gradients = self._watch(), []
-        with watch.on(self.model, outside), torch.enable_grad():
+        if outside and self.compensates:
+            with watch.on(self.model, outside), torch.no_grad():
+                for row in (row for end in hidden for row in end.split(1)):
+                    finish(self.model, self.structure, row)
+        with watch.on(self.model, outside, forward=not self.compensates), torch.enable_grad():
             for end in hidden:
-                end = end.detach().requires_grad_(True)
-                _drawn_loss(finish(self.model, self.structure, end), generator).backward()  # type: ignore[no-untyped-call]
-                assert end.grad is not None
-                gradients.append(end.grad)
+                rows = [row.detach().requires_grad_(True) for row in end.split(1)]
+                for row in rows:  # one by one: logits are large
+                    _drawn_loss(finish(self.model, self.structure, row), generator).backward()  # type: ignore[no-untyped-call]
+                gradients.append(torch.cat([row.grad for row in rows if row.grad is not None]))
         for site in outside:
             own = table if tied and table is not None and site.name == head else site
             visit(own, watch.found(site, self._tokens))
@@ -263,7 +332,10 @@ class Backward:
         table: nn.Module = self.model.get_input_embeddings()  # type: ignore[operator]
         undo = table.register_forward_hook(lambda _module, _args, output: output.requires_grad_(True))
         try:
-            with watch.on(self.model, sites), torch.enable_grad():
+            with watch.on(self.model, sites), torch.no_grad():
+                for ids in self.windows:
+                    self.model(input_ids=ids.to(device), use_cache=False)
+            with watch.on(self.model, sites, forward=False), torch.enable_grad():
                 for index, ids in enumerate(self.windows):
                     logits = self.model(input_ids=ids.to(device), use_cache=False).logits
                     _drawn_loss(logits, generator).backward()  # type: ignore[no-untyped-call]
@@ -280,8 +352,9 @@ def _drawn_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
     predicted = logits.float().log_softmax(-1)
     if not bool(torch.isfinite(predicted.detach().amax(-1)).all()):
         raise CalibrationError("logits are not finite; check the model and its dtype")
-    flat = predicted.detach().exp().flatten(0, 1).cpu()
-    drawn = torch.multinomial(flat, 1, generator=generator).to(logits.device)
+    below = predicted.detach().flatten(0, 1).exp().cumsum_(-1)  # several times as fast as multinomial
+    place = torch.rand(len(below), 1, generator=generator).to(below) * below[:, -1:]
+    drawn = torch.searchsorted(below, place).clamp_(max=below.shape[1] - 1)
     return -predicted.flatten(0, 1).gather(-1, drawn).sum()
 
 
@@ -290,4 +363,4 @@ def _of_table(site: Site, windows: Sequence[Tensor], gradients: Sequence[Tensor]
     ids = torch.cat([one.flatten() for one in windows])
     count = torch.bincount(ids.cpu(), minlength=site.shape[0]).float() + 0.5
     squares = torch.cat([one.flatten(0, -2).float().square() for one in gradients]).mean(0)
-    return Sensitivity(None, None, fisher=(count / count.sum())[:, None] * squares)
+    return Sensitivity.of_weights((count / count.sum())[:, None] * squares)

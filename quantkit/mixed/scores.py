@@ -1,31 +1,32 @@
 r"""How much each choice of each layer is expected to cost, in nats of KL divergence per token, from one backward pass.
 
-Let a layer's weight change by E. Its output changes by :math:`E x`, and to second order the mean KL divergence between the
-model's predictions before and after is
+Let a layer's weight change by E. To second order the KL divergence between the model's predictions before and after, summed
+over the tokens of a window of text, is
 
-.. math:: \tfrac12 E_t\big[(\delta_t^T E x_t)^2\big] \approx \tfrac12 \sum_r g_r \; e_r^T H e_r,
-   \qquad g_r = E[\delta_r^2], \quad H = \frac{E[|\delta|^2 x x^T]}{E[|\delta|^2]}
+.. math:: \tfrac12 E\big[\langle G, E \rangle^2\big], \qquad G = \sum_t \delta_t x_t^T
 
-with :math:`\delta` the gradient of the log-probability of tokens *drawn from the model's own predictions* with respect to the
-layer's output: the Fisher information of the predictions, factored into outputs and inputs as in K-FAC (Martens, Grosse 2015,
-arXiv 1503.05671, section 3), of which only the diagonal on the output side is kept. Inputs are weighted by how much the
-predictions hang on their token, without which the first tokens, large and of no consequence, rule H. :math:`e_r` is row r of E.
+with G the gradient, with respect to the weight, of the log-probability of tokens *drawn from the model's own predictions* for
+that window: the Fisher information of the predictions (Martens 2020, New insights and perspectives on the natural gradient
+method, arXiv 1412.1193, section 9). G sums over the tokens of the window before it is squared, because one E acts on all of
+them: errors of keys, which every later query reads, add up. Taking tokens for independent (as K-FAC does) expects two to five
+times too little of query and key projections, and ten times too much where a few tokens have huge activations.
 
-What E is depends on who rounds. Rounding to nearest gives it as it is. A quantizer that makes up for errors (GPTQ and its kin)
-would leave of independent errors of rounding (LDLQ; Chee, Cai, Kuleshov, De Sa 2023, arXiv 2307.13304, theorem 1)
+What E is depends on who rounds. Errors :math:`\eta` of rounding a weight to its grid are as good as independent, of a mean
+square m that is measured in every group of every row. Rounding to nearest leaves them as they are. A quantizer that makes up
+for errors in later columns (GPTQ and its kin) turns those of one row into :math:`E = \eta\, \mathrm{diag}(1/U_{kk})\, U`, with
+U the upper Cholesky factor of the inverse second moment of the inputs, as in :mod:`quantkit.quantizers.gptq`: this is what its
+algorithm does to errors, not a bound. In expectation over roundings
 
-.. math:: E[e_r^T H e_r] = \sum_k m_{r,k} / U_{kk}^2
+.. math:: E\big[\langle G, E \rangle^2\big] = \sum_{r,k} m_{rk} F_{rk}, \qquad F_{rk} = \big((G U^T)_{rk} / U_{kk}\big)^2
 
-if it knew H, with U the upper Cholesky factor of :math:`H^{-1}` as in :mod:`quantkit.quantizers.gptq`, and :math:`m_{r,k}` the
-mean squared error that rounding to the grid makes in the block of weight (r, k). It knows another H, without gradients and from
-other text, so what it leaves lies between the two: their geometric mean is what is expected of it.
+and F, averaged over windows, is all that is kept of a layer.
 
-Inputs that are rounded too add :math:`\tfrac12 \sum_r g_r \sum_k w_{rk}^2 \, n_k`, with n the mean squared error of input k.
+Inputs that are rounded too add :math:`\tfrac12 \sum_r g_r \sum_k w_{rk}^2 \, n_k`, with n the mean squared error of input k and
+:math:`g_r = E[\delta_r^2]`: their errors differ from token to token.
 
-Errors are those of real rounding, of at most :data:`ROWS` rows of a matrix, spread evenly, each standing for its neighbours.
+Errors and F are those of at most :data:`ROWS` rows of a matrix, spread evenly, each standing for its neighbours.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -36,7 +37,7 @@ from quantkit.errors import CalibrationError
 from quantkit.numerics import grid
 from quantkit.numerics.hadamard import hadamard_transform
 from quantkit.numerics.inputs import InputQuantizer, static_scale
-from quantkit.quantizers.base import Quantizer, quantize_site, usual_size
+from quantkit.quantizers.base import quantize_site, usual_size
 from quantkit.quantizers.gptq import inverse_factor
 from quantkit.quantizers.rtn import RTN
 from quantkit.spec import ActivationSpec, QuantSpec, Scheme
@@ -44,99 +45,86 @@ from quantkit.spec import ActivationSpec, QuantSpec, Scheme
 _DAMPING = 0.01
 
 ROWS = 256
-"""Rows of a matrix that are rounded to see what rounding costs."""
+"""Rows of a matrix that are looked at."""
+
+
+def seen_rows(rows: int) -> slice:
+    """Return the rows of a matrix that stand for all of them."""
+    return slice(None, None, max(1, rows // ROWS))
 
 
 @dataclass
 class Sensitivity:
-    """What a matrix (out, in) makes of errors.
+    """What the predictions make of errors of a matrix (out, in).
 
     Attributes:
-        moment: H, float32 (in, in).
-        gradient: sum over all tokens of the squared gradient of every output, divided by their number, float32 (out,).
+        fisher: F of the rows of :func:`seen_rows`, float32 (rows, in), divided by the number of tokens: for weights as they are
+            (False) and, where a choice wants that, multiplied by a Hadamard matrix (True).
+        gradient: mean square over tokens of the gradient of every output, (out,): how much the other rows count.
         noise: mean squared error of every input under what inputs may be rounded to, (in,).
-        fisher: where inputs are not seen: mean squared gradient of every weight, (out, in), instead of the first two.
     """
 
-    moment: Tensor | None
-    gradient: Tensor | None
+    fisher: dict[bool, Tensor]
+    gradient: Tensor
     noise: dict[ActivationSpec, Tensor] = field(default_factory=dict)
-    fisher: Tensor | None = None
 
-    def scaled(self, left: Tensor, rows: slice) -> float:
-        """Return the expected KL of what is left, e_r^T H e_r, of some rows (rows,), which stand for all."""
-        assert self.gradient is not None
-        return 0.5 * _scaled(self.gradient[rows].to(left) * left, self.gradient, rows)
+    @classmethod
+    def of_weights(cls, squares: Tensor) -> "Sensitivity":
+        """Return the sensitivity where the mean squared gradient of every weight (out, in) is known, and nothing of inputs."""
+        return cls({False: squares[seen_rows(len(squares))]}, squares.sum(1))
+
+    def total(self, losses: Tensor) -> float:
+        """Return the expected KL of a matrix from the sums of E[<G, E>^2] of its seen rows, (rows,)."""
+        rows = seen_rows(len(self.gradient))
+        total, seen = self.gradient.sum(dtype=torch.float64), self.gradient[rows].sum(dtype=torch.float64)
+        return 0.5 * float(losses.sum(dtype=torch.float64) * total / seen.clamp(min=1e-300))
 
 
-class Scorer:
-    """Expected KL of the choices of layers, one matrix at a time.
+def score(name: str, weight: Tensor, schemes: Sequence[Scheme], found: Sensitivity) -> list[float]:
+    """Return the expected KL, in nats per token, of every scheme for one matrix.
 
     Args:
-        method: the quantizer that will choose the codes.
+        name: of the layer, for messages.
+        weight: floating (out, in).
+        schemes: what it may be.
+        found: its sensitivity.
+
+    Raises:
+        CalibrationError: gradients that are not finite.
     """
-
-    def __init__(self, method: Quantizer) -> None:
-        self.compensates = "hessian" in method.needs
-
-    def score(self, name: str, weight: Tensor, schemes: Sequence[Scheme], found: Sensitivity) -> list[float]:
-        """Return the expected KL, in nats per token, of every scheme for one matrix.
-
-        Args:
-            name: of the layer, for messages.
-            weight: floating (out, in).
-            schemes: what it may be.
-            found: its sensitivity.
-
-        Raises:
-            CalibrationError: gradients that are not finite.
-        """
-        spread: dict[bool, Tensor] = {}
-        losses = [self._score(name, weight, scheme, found, spread) for scheme in schemes]
-        if not all(0 <= loss < float("inf") for loss in losses):
-            raise CalibrationError(f"{name}: its gradients are not finite; check the model and its dtype")
-        return losses
-
-    def _score(self, name: str, weight: Tensor, scheme: Scheme, found: Sensitivity, spread: dict[bool, Tensor]) -> float:
-        rows = slice(None, None, max(1, len(weight) // ROWS)) if scheme.weight.block[0] == 1 else slice(None)
-        weight = InputQuantizer(scheme.activation).prepare_weight(weight[rows]).float()
-        error = rounding_error(name, weight, scheme.weight)
-        if found.fisher is not None:
-            return 0.5 * _scaled((found.fisher[rows] * error.square()).sum(1), found.fisher.sum(1), rows)
-        assert found.moment is not None
-        assert found.gradient is not None
-        moment = _rotated(found.moment) if scheme.rotated else found.moment
-        loss = found.scaled(((error @ moment) * error).sum(1).clamp(min=0), rows)
-        if self.compensates and scheme.weight.block[0] == 1:
-            if scheme.rotated not in spread:
-                spread[scheme.rotated] = unpredictable(moment)
-            _, columns = grid.block_size(scheme.weight, tuple(error.shape))
-            mean = error.square().unflatten(1, (-1, columns)).mean(-1)  # (rows, groups)
-            left = mean @ spread[scheme.rotated].unflatten(0, (-1, columns)).sum(-1)
-            loss = math.sqrt(loss * found.scaled(left, rows))
-        if scheme.activation is not None:
-            loss += found.scaled(weight.square() @ found.noise[scheme.activation].to(weight), rows)
-        return loss
+    losses = [_score(name, weight, scheme, found) for scheme in schemes]
+    if not all(0 <= loss < float("inf") for loss in losses):
+        raise CalibrationError(f"{name}: its gradients are not finite; check the model and its dtype")
+    return losses
 
 
-def unpredictable(moment: Tensor) -> Tensor:
-    """Return 1 / U_kk^2 for every input (in,): what of it cannot be told from the inputs that are rounded after it.
+def _score(name: str, weight: Tensor, scheme: Scheme, found: Sensitivity) -> float:
+    rows, alone = seen_rows(len(weight)), scheme.weight.block[0] == 1
+    weight = weight[rows] if alone else weight  # a block of several rows has one scale for all of them
+    weight = InputQuantizer(scheme.activation).prepare_weight(weight).float()
+    squares = rounding_error(name, weight, scheme.weight).square()
+    _, columns = grid.block_size(scheme.weight, tuple(squares.shape))
+    groups = squares.unflatten(1, (-1, columns)).mean(-1)  # (rows, groups)
+    fisher = found.fisher[scheme.rotated].unflatten(1, (-1, columns)).sum(-1)
+    loss = found.total(((groups if alone else groups[rows]) * fisher.to(groups)).sum(1))
+    if scheme.activation is not None:
+        seen = weight if alone else weight[rows]
+        loss += found.total(found.gradient[rows].to(seen) * (seen.square() @ found.noise[scheme.activation].to(seen)))
+    return loss
+
+
+def compensation(moment: Tensor) -> Tensor:
+    """Return what turns G (rows, in) into :math:`(G U^T)_{rk} / U_{kk}` when multiplied from the right, (in, in).
 
     Args:
-        moment: H, float32 (in, in).
+        moment: E[x x^T] of the inputs, float32 (in, in).
     """
     hessian = usual_size(moment)
     order = hessian.diagonal().argsort(descending=True, stable=True)
     upper, _ = inverse_factor(hessian[order][:, order], _DAMPING)
-    found = torch.empty_like(hessian.diagonal())
-    found[order] = upper.diagonal().square().reciprocal()
-    return found * float(moment.diagonal().sum() / hessian.diagonal().sum().clamp(min=1e-30))  # undoes usual_size
-
-
-def _scaled(losses: Tensor, gradient: Tensor, rows: slice) -> float:
-    """Return the sum over all rows of a matrix, of which ``losses`` are some: the rest are like them, by their gradients."""
-    total, seen = gradient.sum(dtype=torch.float64), gradient[rows].sum(dtype=torch.float64)
-    return float(losses.sum(dtype=torch.float64) * total / seen.clamp(min=1e-300))
+    found = torch.empty_like(upper)
+    found[order.unsqueeze(1), order] = (upper / upper.diagonal().unsqueeze(1)).T
+    return found
 
 
 def rounding_error(name: str, weight: Tensor, spec: QuantSpec) -> Tensor:
@@ -147,7 +135,7 @@ def rounding_error(name: str, weight: Tensor, spec: QuantSpec) -> Tensor:
     return grid.dequantize(grid.quantize(weight, *qparams, spec), *qparams, spec) - weight
 
 
-def _rotated(moment: Tensor) -> Tensor:
+def rotated_moment(moment: Tensor) -> Tensor:
     """Return the second moment of inputs after a Hadamard transform."""
     return hadamard_transform(hadamard_transform(moment).T.contiguous())
 

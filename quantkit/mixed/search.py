@@ -30,8 +30,9 @@ from quantkit.mixed.fisher import Backward
 from quantkit.mixed.groups import Menu, make_menu
 from quantkit.mixed.measured import Decoding, choice_times, divergence, milliseconds, one_at_a_time
 from quantkit.mixed.result import Scores, SearchResult
-from quantkit.mixed.scores import Scorer, Sensitivity
-from quantkit.nn.sites import Site, read_weight
+from quantkit.mixed.scores import Sensitivity, score
+from quantkit.nn.block_calls import stack_by_length
+from quantkit.nn.sites import Site, Structure, read_weight
 from quantkit.pipeline.checks import check_model, check_settings, prepare_blocks
 from quantkit.pipeline.quantize import DEFAULT_CALIBRATION, DEFAULT_OUTPUT, DEFAULT_RUN, collect, open_float
 from quantkit.pipeline.rules import Rule, SchemeChoice
@@ -39,7 +40,7 @@ from quantkit.pipeline.settings import Output, Run
 from quantkit.quantizers.base import QUANTIZERS, Quantizer
 from quantkit.spec import ActivationSpec, Scheme
 from quantkit.system.compute import Compute
-from quantkit.system.settings import Positive, settings
+from quantkit.system.settings import AtLeastTwo, Positive, settings
 
 log = logging.getLogger(__name__)
 
@@ -65,13 +66,16 @@ class Scoring:
     Args:
         kind: ``"gradient"`` expects it, from one backward pass; ``"measured"`` quantizes one group at a time and measures: a
             pass over the text for every choice of every group.
-        windows: calibration windows that are used, spread evenly over all of them.
+        windows: pieces of calibration text that are used, spread evenly over all of it. More of them see more, in
+            proportion to time.
+        length: tokens of such a piece.
         seed: of the tokens that are drawn from the model's predictions.
         decoding: how a token is timed, for a budget in time.
     """
 
     kind: Literal["gradient", "measured"] = "gradient"
-    windows: Positive = 8
+    windows: Positive = 24
+    length: AtLeastTwo = 128
     seed: int = 0
     decoding: Decoding = Decoding()
 
@@ -131,7 +135,7 @@ def search(
     found = _Search(
         opened, replace(menu, structure=structure), quantizer, calibration, scoring, replace(run, compute=compute), tokenizer
     )
-    scores = found.scores(chosen_windows(batches, scoring.windows), wanted)
+    scores = found.scores(chosen_windows(batches, scoring, windows_together(structure)), wanted)
     return found.within(scores, wanted, begin)
 
 
@@ -145,11 +149,28 @@ def refuse_unreachable(menu: Menu, budget: Budget) -> None:
         Scores(menu, tuple(tuple(0.0 for _ in group.candidates) for group in menu.groups)).solve(budget)
 
 
-def chosen_windows(batches: Sequence[Batch], count: int) -> list[Tensor]:
-    """Return so many rows of calibration text, int64 (1, T), spread evenly over all of it."""
-    rows = [row.unsqueeze(0) for ids in unpadded(batches) for row in ids]
-    count = min(count, len(rows))
-    return [rows[round(i * (len(rows) - 1) / max(count - 1, 1))] for i in range(count)]
+def windows_together(structure: Structure) -> int:
+    """Return how many windows may run at a time: one, where a layer does not get them apart."""
+    return 1 if any(site.read or len(site.shape) == 3 for site in structure.sites) else 8
+
+
+def chosen_windows(batches: Sequence[Batch], scoring: Scoring, together: int) -> list[Tensor]:
+    """Return pieces of calibration text, int64 (B, T), spread evenly over all rows, and over the places in them.
+
+    Args:
+        batches: the text.
+        scoring: how many pieces, and how long.
+        together: the largest B.
+    """
+    rows = [row for ids in unpadded(batches) for row in ids]
+    places = [i * len(rows) / scoring.windows for i in range(scoring.windows)]
+    found: dict[tuple[int, int], Tensor] = {}
+    for place in places:
+        number = int(place)
+        start = int((place * 0.618 % 1) * max(0, len(rows[number]) - scoring.length))
+        found.setdefault((number, start), rows[number][start : start + scoring.length])
+    pieces = list(found.values())
+    return [stack for i in range(0, len(pieces), together) for stack in stack_by_length(pieces[i : i + together])]
 
 
 def beside_tensors(model: PreTrainedModel, tokenizer: Any) -> int:
@@ -195,7 +216,7 @@ class _Search:
             for site in group.sites:
                 schemes = [one.schemes[site.name] for one in group.candidates if one.schemes]
                 noises[site.name] |= {scheme.activation for scheme in schemes if scheme.activation is not None}
-        losses, scorer = [[0.0] * len(group.candidates) for group in self.menu.groups], Scorer(self.method)
+        losses = [[0.0] * len(group.candidates) for group in self.menu.groups]
         unseen: list[str] = []
 
         def visit(site: Site, parts: list[tuple[int, Sensitivity]]) -> None:
@@ -207,12 +228,14 @@ class _Search:
                 unseen.append(site.name)
             for part, sensitivity in parts:
                 matrix = weight if weight.ndim == 2 else weight[part]
-                for index, loss in zip(numbers, scorer.score(site.name, matrix, schemes, sensitivity), strict=True):
+                for index, loss in zip(numbers, score(site.name, matrix, schemes, sensitivity), strict=True):
                     losses[groups[site.name]][index] += loss
 
         assert self.run.compute is not None
         text = {name: tuple(specs) for name, specs in noises.items()}
-        backward = Backward(self.model, self.menu.structure, windows, text, self.run.compute, self.run.report)
+        compensates = "hessian" in self.method.needs
+        structure, compute = self.menu.structure, self.run.compute
+        backward = Backward(self.model, structure, windows, text, compensates, compute, self.run.report)
         backward.run(visit, self.scoring.seed)
         if unseen:
             log.warning("%d layers were not reached by the text and get the smallest choice: %s ...", len(unseen), unseen[0])
