@@ -9,6 +9,7 @@ from pydantic import Strict
 from torch import Tensor, nn
 
 from quantkit.calibrate.data import Calibration
+from quantkit.checkpoint.verify import installed
 from quantkit.errors import SpecError
 from quantkit.evaluation import evaluate
 from quantkit.evaluation.latency import measure_latency
@@ -16,8 +17,9 @@ from quantkit.evaluation.quality import score
 from quantkit.evaluation.reference import BaseLogits
 from quantkit.evaluation.windows import Windows
 from quantkit.mixed.groups import Menu
+from quantkit.mixed.shares import shares
 from quantkit.nn.install import install
-from quantkit.nn.sites import SiteStatistics, Structure, read_weight, sharing_copy, write_weight
+from quantkit.nn.sites import Site, SiteStatistics, Structure, read_weight, sharing_copy, write_weight
 from quantkit.numerics.inputs import InputQuantizer
 from quantkit.pipeline.quantize import quantize
 from quantkit.quantizers.base import Quantizer, quantize_site
@@ -99,6 +101,29 @@ def divergence(
     report = evaluate(result.model, model, tokenizer=tokenizer, windows=8, length=512, latency=False, progress=progress)
     assert report.quality.divergence is not None
     return report.quality.divergence.mean
+
+
+def plan_shares(
+    model: nn.Module,
+    structure: Structure,
+    quantized: nn.Module,
+    windows: Sequence[Tensor],
+    progress: ProgressCallback,
+) -> tuple[dict[str, float], float]:
+    """Return layer name to its share of the KL of a quantized model, and the KL; see :mod:`quantkit.mixed.shares`.
+
+    The quantized weights of all layers are there in float meanwhile. Embeddings and heads have no share.
+    """
+    changed, changes = sharing_copy(model), dict[Site, Tensor]()
+    weights = installed(quantized)
+    for site in (*structure.sites, *structure.after):
+        if (one := weights.get(site.name)) is None:
+            continue
+        weight = one.dequantize()
+        if site in structure.sites:
+            changes[site] = weight - read_weight(model, site).to(weight)
+        write_weight(changed, site, weight)
+    return shares(model, changed, changes, windows, progress)
 
 
 def one_at_a_time(

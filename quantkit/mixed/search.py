@@ -28,19 +28,19 @@ from quantkit.hf.structure import describe
 from quantkit.mixed.budget import Budget
 from quantkit.mixed.fisher import Backward
 from quantkit.mixed.groups import Menu, make_menu
-from quantkit.mixed.measured import Decoding, choice_times, divergence, milliseconds, one_at_a_time
+from quantkit.mixed.measured import Decoding, choice_times, divergence, milliseconds, one_at_a_time, plan_shares
 from quantkit.mixed.result import Scores, SearchResult
 from quantkit.mixed.scores import Sensitivity, score
 from quantkit.nn.block_calls import stack_by_length
-from quantkit.nn.sites import Site, Structure, read_weight
+from quantkit.nn.sites import Site, Structure, read_weight, sharing_copy
 from quantkit.pipeline.checks import check_model, check_settings, prepare_blocks
-from quantkit.pipeline.quantize import DEFAULT_CALIBRATION, DEFAULT_OUTPUT, DEFAULT_RUN, collect, open_float
+from quantkit.pipeline.quantize import DEFAULT_CALIBRATION, DEFAULT_OUTPUT, DEFAULT_RUN, collect, open_float, quantize
 from quantkit.pipeline.rules import Rule, SchemeChoice
 from quantkit.pipeline.settings import Output, Run
 from quantkit.quantizers.base import QUANTIZERS, Quantizer
 from quantkit.spec import ActivationSpec, Scheme
 from quantkit.system.compute import Compute
-from quantkit.system.settings import AtLeastTwo, Positive, settings
+from quantkit.system.settings import AtLeastTwo, NotNegative, Positive, settings
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +59,11 @@ HEADER_BYTES = 300
 """Bytes that a tensor takes beside its numbers: names in headers and in config.json, and its checksum."""
 
 
+_TRUST, _MOST = 0.7, 10.0
+"""Shares change what a layer is expected to cost by at most this factor, and by this power of it: they hold where they were
+measured, and less so for other choices."""
+
+
 @settings(SpecError)
 class Scoring:
     """How the search finds out what choices cost.
@@ -69,6 +74,8 @@ class Scoring:
         windows: pieces of calibration text that are used, spread evenly over all of it. More of them see more, in
             proportion to time.
         length: tokens of such a piece.
+        rounds: how often the plan is carried out with the real quantizer, what every layer's errors cost in the quantized model
+            is measured, and a better plan is found with that: errors interact. Each takes as long as quantizing the model.
         seed: of the tokens that are drawn from the model's predictions.
         decoding: how a token is timed, for a budget in time.
     """
@@ -76,6 +83,7 @@ class Scoring:
     kind: Literal["gradient", "measured"] = "gradient"
     windows: Positive = 24
     length: AtLeastTwo = 128
+    rounds: NotNegative = 0
     seed: int = 0
     decoding: Decoding = Decoding()
 
@@ -128,6 +136,8 @@ def search(
     files = beside_tensors(opened, tokenizer)
     menu = make_menu(opened, structure, choices, rules, quantizer, include=include, output=output, files_bytes=files)
     refuse_unreachable(menu, wanted)
+    if scoring.rounds:
+        refuse_rounded_inputs(menu)
     batches = calibration.batches(tokenizer)
     check_fit(batches, opened)
     check_model(opened)
@@ -135,7 +145,10 @@ def search(
     found = _Search(
         opened, replace(menu, structure=structure), quantizer, calibration, scoring, replace(run, compute=compute), tokenizer
     )
-    scores = found.scores(chosen_windows(batches, scoring, windows_together(structure)), wanted)
+    windows = chosen_windows(batches, scoring, windows_together(structure))
+    scores = found.scores(windows, wanted)
+    for number in range(scoring.rounds):
+        scores = found.learned(scores, wanted, windows, number + 1)
     return found.within(scores, wanted, begin)
 
 
@@ -147,6 +160,13 @@ def refuse_unreachable(menu: Menu, budget: Budget) -> None:
     """
     if budget.kind in ("bits", "bytes"):
         Scores(menu, tuple(tuple(0.0 for _ in group.candidates) for group in menu.groups)).solve(budget)
+
+
+def refuse_rounded_inputs(menu: Menu) -> None:
+    """Refuse choices whose errors are not those of weights alone."""
+    for candidate in (one for group in menu.groups for one in group.candidates):
+        if any(scheme.activation is not None for scheme in candidate.schemes.values()):
+            raise SpecError(f"rounds: {candidate.choice!r} rounds inputs, and only errors of weights have shares; use rounds=0")
 
 
 def windows_together(structure: Structure) -> int:
@@ -240,6 +260,21 @@ class _Search:
         if unseen:
             log.warning("%d layers were not reached by the text and get the smallest choice: %s ...", len(unseen), unseen[0])
         return losses
+
+    def learned(self, scores: Scores, budget: Budget, windows: Sequence[Tensor], number: int) -> Scores:
+        """Return scores that know what the errors of the best plan so far cost together."""
+        chosen = scores.solve(budget)
+        plan = SearchResult.make(scores, budget, chosen).plan
+        settings = {"method": self.method, "calibration": self.calibration, "tokenizer": self.tokenizer}
+        result = quantize(sharing_copy(self.model), plan, run=replace(self.run, compute=None), **settings)
+        found, kl = plan_shares(self.model, self.menu.structure, result.model, windows, self.run.report)
+        log.info("round %d: the plan has a KL of %.4f on the calibration text", number, kl)
+        losses = []
+        for group, own, index in zip(self.menu.groups, scores.losses, chosen, strict=True):
+            share = sum(found.get(site.name, 0.0) for site in group.sites)
+            factor = min(max(share / own[index], 1 / _MOST), _MOST) ** _TRUST if own[index] > 0 else 1.0
+            losses.append(tuple(_rounded(loss * factor) for loss in own))
+        return replace(scores, losses=tuple(losses))
 
     def within(self, scores: Scores, budget: Budget, begin: float) -> SearchResult:
         """Return the best plan within a budget; one in time or KL is measured, and tightened until it is met."""

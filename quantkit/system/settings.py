@@ -16,6 +16,7 @@ from quantkit.errors import QuantkitError, nearest
 
 T = TypeVar("T")
 
+NotNegative = Annotated[int, Strict(), Field(ge=0, le=10**9)]
 Positive = Annotated[int, Strict(), Field(gt=0, le=10**9)]
 AtLeastTwo = Annotated[int, Strict(), Field(gt=1, le=10**9)]
 Flag = Annotated[bool, Strict()]

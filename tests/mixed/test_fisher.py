@@ -3,10 +3,14 @@
 import pytest
 import torch
 
+from quantkit.calibrate.data import Calibration
+from quantkit.errors import SpecError
 from quantkit.hf.structure import describe
 from quantkit.mixed.fisher import Backward, _drawn_loss
 from quantkit.mixed.scores import compensation, rounding_error, score, seen_rows
-from quantkit.nn.sites import SiteStatistics, read_weight
+from quantkit.mixed.search import Scoring, search
+from quantkit.mixed.shares import shares
+from quantkit.nn.sites import SiteStatistics, read_weight, sharing_copy, write_weight
 from quantkit.numerics import grid
 from quantkit.presets import preset
 from quantkit.quantizers.gptq import GPTQ
@@ -115,3 +119,28 @@ def test_rotated_inputs_have_a_sensitivity_of_their_own():
     for ((_, one),) in found.values():
         assert set(one.fisher) == {False, True}
         assert set(one.noise) == {spec}
+
+
+def test_shares_of_layers_add_up_to_the_divergence():
+    model, rows = tiny.tiny_llama(seed=3), windows(tiny.tiny_llama(seed=3))
+    changed, changes = sharing_copy(model), {}
+    for number, site in enumerate(describe(model).sites):
+        weight = read_weight(model, site).detach()
+        generator = torch.Generator().manual_seed(number)
+        changes[site] = 0.01 * torch.randn(weight.shape, generator=generator) * weight.std()
+        write_weight(changed, site, weight + changes[site])
+    found, kl = shares(model, changed, changes, [rows], ignore)
+    with torch.no_grad():
+        before, after = (one(input_ids=rows).logits.log_softmax(-1) for one in (model, changed))
+    assert kl == pytest.approx(float((before.exp() * (before - after)).sum(-1).mean()), rel=1e-3)
+    assert sum(found.values()) == pytest.approx(kl, rel=0.05)
+
+
+def test_rounds_change_what_layers_are_expected_to_cost():
+    settings = {"calibration": Calibration([tiny.TEXT] * 20, samples=4, length=64), "tokenizer": tiny.tiny_tokenizer()}
+    choices = ["w2a16-asym-g32", "w3a16-asym-g32", "w4a16-asym-g32"]
+    found = [search(tiny.tiny_llama(seed=3), "3.6 bpw", choices, scoring=Scoring(rounds=n), **settings) for n in (0, 1)]
+    assert found[1].point.bits_per_weight <= 3.6
+    assert found[0].scores.losses != found[1].scores.losses
+    with pytest.raises(SpecError, match="'w8a8' rounds inputs"):
+        search(tiny.tiny_llama(), "8.5 bpw", ["w4a16-g32", "w8a8"], scoring=Scoring(rounds=1), **settings)
