@@ -12,7 +12,7 @@ them: errors of keys, which every later query reads, add up. Taking tokens for i
 times too little of query and key projections, and ten times too much where a few tokens have huge activations.
 
 What E is depends on who rounds. Errors :math:`\eta` of rounding a weight to its grid are as good as independent, of a mean
-square m that is measured in every group of every row. Rounding to nearest leaves them as they are. A quantizer that makes up
+square m that is measured. Rounding to nearest leaves them as they are. A quantizer that makes up
 for errors in later columns (GPTQ and its kin) turns those of one row into :math:`E = \eta\, \mathrm{diag}(1/U_{kk})\, U`, with
 U the upper Cholesky factor of the inverse second moment of the inputs, as in :mod:`quantkit.quantizers.gptq`: this is what its
 algorithm does to errors, not a bound. In expectation over roundings
@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import CalibrationError
+from quantkit.kernels.functions.rounding import search_qparams
 from quantkit.numerics import grid
 from quantkit.numerics.hadamard import hadamard_transform
 from quantkit.numerics.inputs import InputQuantizer, static_scale
@@ -44,7 +45,7 @@ from quantkit.spec import ActivationSpec, QuantSpec, Scheme
 
 _DAMPING = 0.01
 
-ROWS = 256
+ROWS = 128
 """Rows of a matrix that are looked at."""
 
 
@@ -62,11 +63,13 @@ class Sensitivity:
             (False) and, where a choice wants that, multiplied by a Hadamard matrix (True).
         gradient: mean square over tokens of the gradient of every output, (out,): how much the other rows count.
         noise: mean squared error of every input under what inputs may be rounded to, (in,).
+        compensated: whether F is that of a quantizer which makes up for errors.
     """
 
     fisher: dict[bool, Tensor]
     gradient: Tensor
     noise: dict[ActivationSpec, Tensor] = field(default_factory=dict)
+    compensated: bool = False
 
     @classmethod
     def of_weights(cls, squares: Tensor) -> "Sensitivity":
@@ -102,11 +105,13 @@ def _score(name: str, weight: Tensor, scheme: Scheme, found: Sensitivity) -> flo
     rows, alone = seen_rows(len(weight)), scheme.weight.block[0] == 1
     weight = weight[rows] if alone else weight  # a block of several rows has one scale for all of them
     weight = InputQuantizer(scheme.activation).prepare_weight(weight).float()
-    squares = rounding_error(name, weight, scheme.weight).square()
-    _, columns = grid.block_size(scheme.weight, tuple(squares.shape))
-    groups = squares.unflatten(1, (-1, columns)).mean(-1)  # (rows, groups)
-    fisher = found.fisher[scheme.rotated].unflatten(1, (-1, columns)).sum(-1)
-    loss = found.total(((groups if alone else groups[rows]) * fisher.to(groups)).sum(1))
+    fisher = found.fisher[scheme.rotated]
+    squares = rounding_error(name, weight, scheme.weight, clipped=found.compensated).square()
+    squares = squares if alone else squares[rows]
+    if found.compensated:  # the weight that is rounded has moved: where it was in its group means nothing
+        _, columns = grid.block_size(scheme.weight, tuple(weight.shape))
+        squares, fisher = squares.unflatten(1, (-1, columns)).mean(-1), fisher.unflatten(1, (-1, columns)).sum(-1)
+    loss = found.total((squares * fisher.to(squares)).sum(1))
     if scheme.activation is not None:
         seen = weight if alone else weight[rows]
         loss += found.total(found.gradient[rows].to(seen) * (seen.square() @ found.noise[scheme.activation].to(seen)))
@@ -127,11 +132,18 @@ def compensation(moment: Tensor) -> Tensor:
     return found
 
 
-def rounding_error(name: str, weight: Tensor, spec: QuantSpec) -> Tensor:
-    """Return what rounding to nearest adds to a float32 weight (out, in)."""
+def rounding_error(name: str, weight: Tensor, spec: QuantSpec, *, clipped: bool = False) -> Tensor:
+    """Return what rounding to nearest adds to a float32 weight (out, in).
+
+    Args:
+        name: of the layer.
+        weight: the weight.
+        spec: the grid.
+        clipped: take the scales with the least squared error, as quantizers that search do, and not those that hold all values.
+    """
     if spec.has_global_scale:
         return quantize_site(RTN(), name, weight, spec, None).qtensor.dequantize() - weight
-    qparams = grid.choose_qparams(weight, spec)
+    qparams = search_qparams(weight, spec) if clipped and spec.is_integer else grid.choose_qparams(weight, spec)
     return grid.dequantize(grid.quantize(weight, *qparams, spec), *qparams, spec) - weight
 
 

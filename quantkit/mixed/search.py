@@ -81,7 +81,7 @@ class Scoring:
     """
 
     kind: Literal["gradient", "measured"] = "gradient"
-    windows: Positive = 24
+    windows: Positive = 32
     length: AtLeastTwo = 128
     rounds: NotNegative = 0
     seed: int = 0

@@ -191,5 +191,5 @@ class Watch:
             elif sums.gradient is not None:
                 noise = {spec: total / sums.rows for spec, total in sums.noise.items()}
                 fisher = {rotated: total / tokens for rotated, total in sums.fisher.items()}
-                parts.append((index, Sensitivity(fisher, sums.gradient / tokens, noise)))
+                parts.append((index, Sensitivity(fisher, sums.gradient / tokens, noise, sums.moment is not None)))
         return parts
