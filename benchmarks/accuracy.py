@@ -2,6 +2,9 @@
 
     python benchmarks/accuracy.py --data calib.txt --eval-data eval.txt --recipe gptq --scheme w4a16-asym-g64 w3a16-asym-g64
 
+A scheme may be a budget (``"4.31 bpw"``), whose plan is searched first, or a mix of llama.cpp's (``Q4_K_M``), which only
+``--peer llama.cpp`` knows.
+
 Every row is one recipe on one scheme, quantized in a process of its own: seconds and processor seconds (of all threads, which
 say more on a busy machine) are those of the quantizing call, calibration included; loading the model and writing files are
 not. Memory is the peak resident size of the process. The result is written, its bits per weight are counted from the files
@@ -40,6 +43,8 @@ RECIPES: dict[str, dict] = {
     "w8a8-smoothquant": {"quantizer": "rtn", "transforms": ["smoothquant"]},
 }
 """Row name to what :func:`quantkit.quantize` is called with; ``options`` go to the quantizer."""
+
+LLAMA_MIXES = ("Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K", "IQ4_XS")
 
 QUICK = {"samples": 32, "windows": 6, "kl_windows": 6, "other_windows": 4}
 PROTOCOL = ("samples", "length", "windows", "kl_windows", "other_windows", "data", "eval_data", "compute")
@@ -89,6 +94,8 @@ def measure(arguments: argparse.Namespace) -> None:
     score = Scorer()
     for scheme in arguments.scheme:
         for tool, name, command in tools:
+            if scheme in LLAMA_MIXES and tool != "llama.cpp":
+                continue
             row = {"scheme": scheme, "tool": tool, "recipe": name, **(extra if tool == "quantkit" else {})}
             if any(row.items() <= done.items() for done in report["rows"]):
                 continue
@@ -187,9 +194,14 @@ def run_quantkit(job: dict) -> dict:
         marks[event.stage] = clock.cost()["cpu_seconds"]
 
     transforms = recipe.get("transforms", ())
+    calibration, scheme = quantkit.Calibration(list(ids.split(8))), job["scheme"]
+    if scheme.endswith("bpw"):
+        run = quantkit.Run(compute=compute)
+        scheme = quantkit.search(model, scheme, method=quantizer, calibration=calibration, run=run, tokenizer=tokenizer)
+        marks["searched"] = clock.cost()["cpu_seconds"]
     result = quantkit.quantize(
-        model, job["scheme"], method=quantizer, steps=[*transforms, *([distill] if distill else [])],
-        calibration=quantkit.Calibration(list(ids.split(8))), run=quantkit.Run(compute=compute, progress=progress),
+        model, scheme, method=quantizer, steps=[*transforms, *([distill] if distill else [])],
+        calibration=calibration, run=quantkit.Run(compute=compute, progress=progress),
         tokenizer=tokenizer,
     )  # fmt: skip
     cost = clock.cost() | {"marks": marks}
@@ -246,6 +258,8 @@ def run_scores(first: dict) -> None:
 def grid_of(scheme: str) -> dict:
     from quantkit.presets import preset
 
+    if scheme in LLAMA_MIXES or scheme.endswith("bpw"):
+        return {}
     spec = preset(scheme, (64,)).weight
     return {"bits": spec.bits, "group_size": spec.group_size, "symmetric": spec.symmetric}
 

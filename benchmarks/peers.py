@@ -120,14 +120,16 @@ def gptqmodel(job: dict) -> dict:
 
 
 def llama_cpp(job: dict) -> dict:
-    """llama.cpp's Q4_0 with an importance matrix over all windows, every matrix alike (``--pure``).
+    """llama.cpp with an importance matrix over all windows: Q4_0, every matrix alike (``--pure``), or the mix that is named.
 
-    ``job["peer"]`` says where ``llama-quantize`` is. Needs gguf in this Python. K-quants want rows of a multiple of 256.
+    ``job["peer"]`` says where ``llama-quantize`` is. Needs gguf in this Python. K-quants want rows of a multiple of 256, and
+    llama.cpp takes larger types for others.
     """
     import gguf
     from cpu_models import heads_of, write_gguf
 
-    if job["bits"] != 4:
+    kind = ["Q4_0"] if job.get("bits") == 4 else [job["scheme"]]
+    if "bits" in job and job["bits"] != 4:
         sys.exit("llama.cpp: of its formats only Q4_0 (4 bits) takes rows of any multiple of 32")
     binaries = Path(dict(one.split("=", 1) for one in job["peer"])["llama.cpp"])
     source, base, made = Path(job["work"]) / "float", job["out"] + "-f32.gguf", job["out"] + ".gguf"
@@ -140,7 +142,8 @@ def llama_cpp(job: dict) -> dict:
     clock = Clock()
     importance = {str(names.get_name(name, (".weight",))): value for name, value in mean_squares(model, linears, ids).items()}
     write_importance(Path(made + ".imatrix"), importance)
-    command = [str(binaries / "llama-quantize"), "--pure", "--imatrix", made + ".imatrix", base, made, "Q4_0"]
+    pure = ["--pure"] if kind == ["Q4_0"] else []
+    command = [str(binaries / "llama-quantize"), *pure, "--imatrix", made + ".imatrix", base, made, *kind]
     subprocess.run([*command, str(os.cpu_count())], check=True, stdout=subprocess.DEVNULL)
     cost = clock.cost()
     heads, keys, _ = heads_of(json.loads((source / "config.json").read_text()))
@@ -154,7 +157,7 @@ def llama_cpp(job: dict) -> dict:
             weight = weight.view(heads if "q_proj" in name else keys, -1, 2, weight.shape[1]).transpose(1, 2)
         layer.weight.data = weight.reshape(layer.weight.shape)
     bits = nbytes * 8 / sum(layer.weight.numel() for layer in linears.values())
-    return cost | write_weights(model, job, bits) | {"note": f"Q4_0, groups of 32, importance of {len(ids)} windows"}
+    return cost | write_weights(model, job, bits) | {"note": f"{kind[0]}, importance of {len(ids)} windows"}
 
 
 def mean_squares(model, linears: dict, ids) -> dict:
