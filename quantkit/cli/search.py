@@ -98,12 +98,14 @@ def search(
     format: Format = "compressed-tensors",
     out: Annotated[Path | None, typer.Option(help="Write the plan, why, and the frontier here (JSON).")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a picture of the plan and the frontier here (PNG or SVG).")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page with which layer got what, and why, here.")] = None,
 ) -> None:
     """Find which layer gets how many bits within a budget, and what one more or less would change; nothing is quantized."""
     from quantkit.calibrate.data import Calibration
     from quantkit.mixed.search import CHOICES, Scoring
     from quantkit.mixed.search import search as find
     from quantkit.pipeline.settings import Output, Run
+    from quantkit.report import write_html
 
     calibration = Calibration(data, samples, length, column=column, template=template)
     with progress_bars() as progress:
@@ -133,3 +135,6 @@ def search(
     if plot is not None:
         found.plot().savefig(plot)
         say(f"written: {plot}")
+    if html is not None:
+        write_html(html, [], search=found, title=f"{model} within {found.budget}")
+        say(f"written: {html} (open it in a browser)")

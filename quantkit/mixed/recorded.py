@@ -1,7 +1,8 @@
 """Searches as a recipe asks for them, and on the disk: a run that is given again goes on with the plan that it had."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +13,7 @@ from quantkit.hf.load import PreTrainedModel
 from quantkit.hf.structure import describe
 from quantkit.mixed.budget import Budget
 from quantkit.mixed.groups import make_menu
-from quantkit.mixed.result import Scores, SearchResult
+from quantkit.mixed.result import Point, Scores, SearchResult
 from quantkit.mixed.search import CHOICES, Scoring, beside_tensors
 from quantkit.pipeline.plan import Resolution
 from quantkit.pipeline.rules import Rule
@@ -81,6 +82,51 @@ def search_key(*decides: object) -> str:
     return hashlib.sha256("\0".join(map(repr, decides)).encode()).hexdigest()
 
 
+@dataclass(frozen=True, slots=True)
+class SearchRecord:
+    """What is shown of a search, without its model.
+
+    Attributes:
+        facts: label to value.
+        rows: of :meth:`quantkit.SearchResult.rows`.
+        names: the choices, the smallest first.
+        point: what the plan amounts to.
+        frontier: the best plans of all sizes.
+        nearby: the best plans of sizes near this one's, by what they are called.
+        uniform: what every choice would amount to if all layers had it.
+    """
+
+    facts: Mapping[str, str]
+    rows: Sequence[Mapping[str, Any]]
+    names: Sequence[str]
+    point: Point
+    frontier: Sequence[Point]
+    nearby: Mapping[str, Point]
+    uniform: Mapping[str, Point]
+
+    @classmethod
+    def of(cls, found: SearchResult) -> "SearchRecord":
+        """Return what is shown of a search that was just made."""
+        near, alike = found.nearby(0.9, 0.95, 0.98, 1.02, 1.05, 1.1), found.uniform()
+        return cls(found.facts(), found.rows(), found.choice_names(), found.point, found.frontier, near, alike)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "SearchRecord":
+        """Return what :func:`save_plan` wrote.
+
+        Raises:
+            FormatError: there is no such file, or it is damaged.
+        """
+        data = read_json(Path(path))
+        try:
+            return _RECORD.validate_python(data["shown"])
+        except (KeyError, ValidationError) as error:
+            raise FormatError(f"{path}: no record of a search: {error}; search again") from error
+
+
+_RECORD = TypeAdapter(SearchRecord)
+
+
 def save_plan(path: Path, found: SearchResult, key: str = "") -> None:
     """Write a searched plan, why it was chosen, and the frontier, as JSON.
 
@@ -90,20 +136,9 @@ def save_plan(path: Path, found: SearchResult, key: str = "") -> None:
         key: from :func:`search_key`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(
-        path,
-        {
-            "key": key,
-            "facts": found.facts(),
-            "plan": {name: scheme.to_dict() for name, scheme in found.plan.items()},
-            "skipped": found.skipped,
-            "origin": found.origin,
-            "groups": found.rows(),
-            "frontier": [
-                {"bits_per_weight": p.bits_per_weight, "bytes": p.nbytes, "kl": p.kl, "ms": p.ms} for p in found.frontier
-            ],
-        },
-    )
+    plan = {name: scheme.to_dict() for name, scheme in found.plan.items()}
+    decided = {"key": key, "plan": plan, "skipped": found.skipped, "origin": found.origin}
+    write_json(path, {**decided, "shown": asdict(SearchRecord.of(found))})
 
 
 def load_plan(path: Path, key: str | None = None) -> Resolution | None:
