@@ -1,6 +1,5 @@
 """Searches as a recipe asks for them, and on the disk: a run that is given again goes on with the plan that it had."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -77,11 +76,6 @@ def guess(model: PreTrainedModel, asked: Searched, rules: Sequence[Rule], method
     return Resolution(found.plan, found.skipped, (note,))
 
 
-def search_key(*decides: object) -> str:
-    """Return a digest of everything that decides a search; values are told apart by their ``repr``."""
-    return hashlib.sha256("\0".join(map(repr, decides)).encode()).hexdigest()
-
-
 @dataclass(frozen=True, slots=True)
 class SearchRecord:
     """What is shown of a search, without its model.
@@ -127,35 +121,37 @@ class SearchRecord:
 _RECORD = TypeAdapter(SearchRecord)
 
 
-def save_plan(path: Path, found: SearchResult, key: str = "") -> None:
+def save_plan(path: Path, found: SearchResult, key: Mapping[str, str] | None = None) -> None:
     """Write a searched plan, why it was chosen, and the frontier, as JSON.
 
     Args:
         path: the file; a folder that is missing is made.
         found: the plan.
-        key: from :func:`search_key`.
+        key: what decides it, by topic, as digests or in words.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     plan = {name: scheme.to_dict() for name, scheme in found.plan.items()}
-    decided = {"key": key, "plan": plan, "skipped": found.skipped, "origin": found.origin}
+    decided = {"key": dict(key or {}), "plan": plan, "skipped": found.skipped, "origin": found.origin}
     write_json(path, {**decided, "shown": asdict(SearchRecord.of(found))})
 
 
-def load_plan(path: Path, key: str | None = None) -> Resolution | None:
-    """Return the plan that :func:`save_plan` wrote, for :func:`quantkit.quantize`.
-
-    Args:
-        path: the file.
-        key: return None if the file is of another search, or is not there.
+def read_key(path: Path) -> Mapping[str, str]:
+    """Return what :func:`save_plan` was told of what decides a plan; nothing for a file that says nothing.
 
     Raises:
-        FormatError: the file is damaged.
+        FormatError: the file cannot be read.
     """
-    if key is not None and not path.is_file():
-        return None
+    key = read_json(path).get("key")
+    return {str(topic): str(value) for topic, value in key.items()} if isinstance(key, dict) else {}
+
+
+def load_plan(path: str | Path) -> Resolution:
+    """Return the plan that :func:`save_plan` wrote, for :func:`quantkit.quantize`.
+
+    Raises:
+        FormatError: the file is missing or damaged.
+    """
     data = read_json(path)
-    if key is not None and data.get("key") != key:
-        return None
     try:
         plan = {str(name): Scheme.from_dict(one) for name, one in dict(data["plan"]).items()}
         skipped = TypeAdapter(dict[str, str]).validate_python(data["skipped"])
