@@ -27,6 +27,8 @@ def draw(found: SearchResult) -> Any:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise QuantkitError("a picture needs matplotlib; pip install matplotlib") from error
+    import matplotlib.pyplot  # noqa: F401 - tells a notebook how to show figures
+
     rows = found.rows()
     height = 1.1 + 0.34 * len({kind_of(row["layers"]) for row in rows})
     figure = Figure(figsize=(12, max(2 * height, 4.4)), layout="constrained")
@@ -71,8 +73,7 @@ def draw_choices(axes: Any, rows: Sequence[Mapping[str, Any]], names: Sequence[s
     total = sum(row["weights"] for row in rows)
     share = {name: sum(row["weights"] for row in rows if row["choice"] == name) / total for name in used}
     patches = [Patch(color=shade, label=f"{name} ({share[name]:.0%})") for name, shade in zip(used, shades, strict=True)]
-    columns = min(3, len(used))
-    axes.legend(handles=patches, frameon=False, loc="upper left", bbox_to_anchor=(0.0, -0.3), ncols=columns, fontsize="small")
+    axes.figure.legend(handles=patches, frameon=False, loc="outside lower left", ncols=min(4, len(used)), fontsize="small")
 
 
 def draw_frontier(axes: Any, frontier: Sequence[Point], here: Point, uniform: Mapping[str, Point]) -> None:
@@ -83,8 +84,11 @@ def draw_frontier(axes: Any, frontier: Sequence[Point], here: Point, uniform: Ma
     if alike:
         x, y = [p.bits_per_weight for p in alike.values()], [p.kl for p in alike.values()]
         axes.plot(x, y, "x", color="gray", label="one scheme for all")
+    middle = (frontier[0].bits_per_weight + frontier[-1].bits_per_weight) / 2
     for name, point in alike.items():
-        axes.annotate(name, (point.bits_per_weight, point.kl), (5, 4), textcoords="offset points", fontsize="x-small")
+        left = point.bits_per_weight > middle
+        place: Any = {"xytext": (-5 if left else 5, 4), "ha": "right" if left else "left", "textcoords": "offset points"}
+        axes.annotate(name, (point.bits_per_weight, point.kl), fontsize="x-small", **place)
     axes.plot([here.bits_per_weight], [here.kl], "o", color=HERE, label="this plan")
     axes.set(yscale="log", xlabel="bits per weight", ylabel="expected KL, nats per token")
     axes.margins(x=0.12)

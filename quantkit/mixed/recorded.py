@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, Strict, TypeAdapter, ValidationError
+from pydantic import AfterValidator, Strict, TypeAdapter, ValidationError
 
 from quantkit.errors import FormatError, SpecError
 from quantkit.hf.load import PreTrainedModel
@@ -34,6 +34,12 @@ def _known_budget(text: str) -> str:
     return text
 
 
+def _enough(choices: tuple[str, ...]) -> tuple[str, ...]:
+    if len(choices) < 2:
+        raise ValueError("want at least two choices, such as [w3a16-asym-g64, w4a16-asym-g64, float]")
+    return choices
+
+
 @settings(SpecError)
 class Searched:
     """A scheme that is searched: ``{budget: 4.25 bpw, choices: [w3a16-asym-g64, w4a16-asym-g64, w8a16, float]}``.
@@ -46,7 +52,7 @@ class Searched:
     """
 
     budget: Annotated[str, Strict(), AfterValidator(_known_budget)]
-    choices: Annotated[tuple[Annotated[str, Strict()], ...], Field(min_length=2)] = CHOICES
+    choices: Annotated[tuple[Annotated[str, Strict()], ...], AfterValidator(_enough)] = CHOICES
     include: tuple[Annotated[str, Strict()], ...] = ()
     scoring: Scoring = Scoring()
 

@@ -72,11 +72,12 @@ class Scores:
 
     def capacity(self, budget: Budget) -> int:
         """Return what of a budget is there for the groups, in bytes or nanoseconds."""
+        limit = min(budget.limit, 1e15)  # a float that is larger may become infinite
         if budget.kind == "bits":
-            return math.floor(budget.limit * self.menu.numel / 8 + 1e-6)
+            return math.floor(limit * self.menu.numel / 8 + 1e-6)
         if budget.kind == "bytes":
-            return math.floor(budget.limit) - self.menu.fixed_bytes - self.menu.files_bytes
-        return math.floor((budget.limit - self.rest_ms) * 1e6)
+            return math.floor(limit) - self.menu.fixed_bytes - self.menu.files_bytes
+        return math.floor((limit - self.rest_ms) * 1e6)
 
     def point(self, choices: Sequence[int]) -> Point:
         """Return what choices amount to."""
@@ -104,8 +105,19 @@ class Scores:
         choices = allocation.at(self.capacity(budget))
         if choices is None:
             smallest = self.point(self._cheapest(budget.kind))
-            raise SpecError(f"budget {budget}: out of reach; {self._range(budget.kind, smallest)}; add smaller choices")
+            reach = f"out of reach; {self._range(budget.kind, smallest)}"
+            raise SpecError(f"budget {budget}: {reach}; {self._way_out(budget.kind)}")
         return choices
+
+    def _way_out(self, kind: str) -> str:
+        """Say how a budget that is too small could be met."""
+        rest = self.menu.fixed_bytes + self.menu.files_bytes
+        if kind != "bytes" or rest < 0.2 * (rest + self.allocation("bits").least):
+            return "add smaller choices"
+        return (
+            f"{rest / 1e6:.4g} MB are taken by what is not searched (embedding and head, unless included; norms; tokenizer); "
+            "include embedding and head, or add smaller choices"
+        )
 
     def _least(self, budget: Budget) -> list[int]:
         """Return the smallest choices whose expected KL is within a budget."""
