@@ -1,6 +1,11 @@
-"""Notebooks run from top to bottom, and what is stored of their output is small, in order, and says nothing of the machine."""
+"""Notebooks run from top to bottom, and what is stored of their output is small, in order, and says nothing of the machine.
+
+``python tests/test_notebooks.py notebooks/02*.ipynb`` runs notebooks and stores what they show.
+"""
 
 import re
+import sys
+import tempfile
 from pathlib import Path
 
 import nbformat
@@ -9,6 +14,23 @@ from nbclient import NotebookClient
 
 MOST_BYTES = 300_000
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
+
+
+def run(path: Path, folder: Path) -> nbformat.NotebookNode:
+    """Return a notebook as it is after it has run in a folder."""
+    notebook = nbformat.read(path, as_version=4)
+    NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(folder)}}).execute()
+    return notebook
+
+
+def store(path: Path) -> None:
+    """Run a notebook and store it with what it shows, without warnings and the times of cells."""
+    with tempfile.TemporaryDirectory() as folder:
+        notebook = run(path, Path(folder))
+    for cell in (cell for cell in notebook.cells if cell.cell_type == "code"):
+        cell.metadata.pop("execution", None)
+        cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+    nbformat.write(notebook, path)
 
 
 def test_there_are_notebooks():
@@ -29,8 +51,12 @@ def test_what_is_stored_is_small_and_says_nothing_of_the_machine(path):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
 def test_runs_and_shows_something(path, tmp_path):
-    notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    notebook = run(path, tmp_path)
     shown = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     assert any("image/png" in output.get("data", {}) for output in shown)
     assert not [output for output in shown if output.get("name") == "stderr" and "Error" in output["text"]]
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        store(Path(name))

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from quantkit.errors import QuantkitError
 from quantkit.mixed.result import Point, SearchResult, kind_of
+from quantkit.system.figures import self_showing
 
 HERE = "#d55e00"
 """Colour of the plan itself; the rest is from viridis, light for few bits."""
@@ -27,8 +28,6 @@ def draw(found: SearchResult) -> Any:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise QuantkitError("a picture needs matplotlib; pip install matplotlib") from error
-    import matplotlib.pyplot  # noqa: F401 - tells a notebook how to show figures
-
     rows = found.rows()
     height = 1.1 + 0.34 * len({kind_of(row["layers"]) for row in rows})
     figure = Figure(figsize=(12, max(2 * height, 4.4)), layout="constrained")
@@ -36,7 +35,7 @@ def draw(found: SearchResult) -> Any:
     draw_sensitivity(panels["why"], rows)
     draw_choices(panels["what"], rows, found.choice_names())
     draw_frontier(panels["size"], found.frontier, found.point, found.uniform())
-    return figure
+    return self_showing(figure)
 
 
 def draw_sensitivity(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
