@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from quantkit.errors import QuantkitError
 from quantkit.mixed.result import Point, SearchResult, kind_of
-from quantkit.system.figures import self_showing
+from quantkit.system.figures import log_axis, self_showing
 
 HERE = "#d55e00"
 """Colour of the plan itself; the rest is from viridis, light for few bits."""
@@ -47,7 +47,8 @@ def draw_sensitivity(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     low, high = (float(seen.min()), float(seen.max())) if seen.size else (1.0, 1.0)
     image = axes.pcolormesh(np.ma.masked_less_equal(grid, 0), cmap="magma", norm=LogNorm(low, max(high, 1.01 * low)))
     axes.set_title("sensitivity: expected KL of the smallest choice, nats per million weights", fontsize="medium", loc="left")
-    axes.figure.colorbar(image, ax=axes, pad=0.01, aspect=12)
+    bar = axes.figure.colorbar(image, ax=axes, pad=0.01, aspect=12)
+    log_axis(bar.ax.yaxis, low, max(high, 1.01 * low), scale=False)
 
 
 def draw_choices(axes: Any, rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
@@ -89,7 +90,9 @@ def draw_frontier(axes: Any, frontier: Sequence[Point], here: Point, uniform: Ma
         place: Any = {"xytext": (-5 if left else 5, 4), "ha": "right" if left else "left", "textcoords": "offset points"}
         axes.annotate(name, (point.bits_per_weight, point.kl), fontsize="x-small", **place)
     axes.plot([here.bits_per_weight], [here.kl], "o", color=HERE, label="this plan")
-    axes.set(yscale="log", xlabel="bits per weight", ylabel="expected KL, nats per token")
+    losses = [point.kl for point in (*points, *alike.values())] or [1.0]
+    log_axis(axes.yaxis, min(losses), max(losses))
+    axes.set(xlabel="bits per weight", ylabel="expected KL, nats per token")
     axes.margins(x=0.12)
     axes.legend(frameon=False)
 

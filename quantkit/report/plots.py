@@ -16,6 +16,7 @@ import numpy as np
 
 from quantkit.evaluation.latency import Spread
 from quantkit.evaluation.record import EvalReport
+from quantkit.system.figures import log_axis
 
 INK, SOFT, PAPER = "#010203", "#040506", "#070809"
 """Placeholders for the colours of text, of grid lines, and of the page."""
@@ -164,18 +165,6 @@ def losses_by_block(losses: Sequence[tuple[str, int, float]]) -> str | None:
     bar.outline.set_visible(False)
     log_axis(bar.ax.yaxis, low, high, scale=False)
     return to_svg(figure, "losses")
-
-
-def log_axis(axis: Any, low: float, high: float, *, scale: bool = True) -> None:
-    """Make an axis logarithmic, with plain numbers at decades, and also at 2 and 5 if the range is short."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
-
-    if scale:
-        getattr(axis.axes, f"set_{axis.axis_name}scale")("log")
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 40 * low else (1.0,)))
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
 
 
 def _error(mean: float, se: float | None) -> tuple[float, float]:

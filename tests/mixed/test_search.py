@@ -270,6 +270,7 @@ def test_results_show_themselves(found, tmp_path):
     quantkit.write_html(tmp_path / "later.html", [], search=tmp_path / "plan.json")
     page = (tmp_path / "now.html").read_text()
     assert page == (tmp_path / "later.html").read_text()
+    assert "mathdefault" not in page
     assert all(text in page for text in ("What a bit more would buy first", "model.layers.1.self_attn.o_proj", "5% larger"))
     (tmp_path / "plan.json").write_text('{"shown": {"rows": 3}}')
     with pytest.raises(FormatError, match=r"plan\.json: no record of a search"):
