@@ -18,11 +18,13 @@ from quantkit.system.progress import Progress
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 FEW = {"calibration.samples": 4, "calibration.length": 128, "evaluate.windows": 1, "evaluate.length": 128}
+SEARCHED_TINY = {"mixed-4.25bpw": ("4.4 bpw", ()), "fit-100mb": ("110 kB", ("embedding", "head"))}
 FEW_STEPS = {"w3a16-distill": {"steps": [{"name": "distill", "options": {"steps": 2, "windows": 2}}]}}
 
 
 def test_the_promised_recipes_are_there():
-    assert {path.stem for path in RECIPES} >= {"w4a16-rtn", "w4a16-gptq", "w8a16", "w3a16-distill", "demo"}
+    promised = {"w4a16-rtn", "w4a16-gptq", "w8a16", "w3a16-distill", "mixed-4.25bpw", "fit-100mb", "demo"}
+    assert {path.stem for path in RECIPES} >= promised
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -34,8 +36,10 @@ def test_every_recipe_runs_on_a_tiny_model(path, tiny_float, tmp_path):
             {"match": "*.mlp.down_proj", "scheme": "w8a16"},
             {"match": "re:model\\.layers\\.0\\..*", "skip": True},
         ]
-    if path.stem == "mixed-4.25bpw":  # its groups do not divide the tiny model's layers
-        changes["scheme"] = {"budget": "4.4 bpw", "choices": ("w3a16-asym-g32", "w4a16-asym-g32", "w8a16-g32")}
+    if path.stem in SEARCHED_TINY:  # their groups do not divide the tiny model's layers
+        budget, ends = SEARCHED_TINY[path.stem]
+        choices = ("w3a16-asym-g32", "w4a16-asym-g32", "w8a16-g32")
+        changes["scheme"] = {"budget": budget, "choices": choices, "include": ends}
     outcome = run_recipe(load_recipe(path, changes))
     assert checkpoint.inspect(tmp_path / "out")["quantized_parameters"] == outcome.preview.estimate.weights
     assert outcome.report is not None
@@ -90,10 +94,16 @@ def test_every_recipe_runs_on_the_real_model(path, first_blocks, tmp_path):
             {"match": "*.mlp.down_proj", "scheme": "w8a16"},
             {"match": "re:.*layers\\.1\\..*", "skip": True},
         ]
+    if path.stem == "fit-100mb":  # all of the embedding, and 2 of 30 blocks
+        changes["scheme.budget"] = "30 MB"
     outcome = run_recipe(load_recipe(path, changes))
     predicted, written = outcome.preview.estimate, checkpoint.inspect(tmp_path / "out")
     if path.stem == "mixed-4.25bpw":  # a search decides by weights, which a prediction does not read
         assert 4.2 < written["metadata"]["bits_per_weight"] <= 4.25
+    elif path.stem == "fit-100mb":
+        taken = sum(file.stat().st_size for file in (tmp_path / "out").rglob("*"))
+        assert 29.7e6 < taken <= 30e6
+        assert "model.embed_tokens" in outcome.result.plan
     else:
         assert written["quantized_bytes"] == predicted.quantized_bytes
         assert written["metadata"]["bits_per_weight"] == predicted.bits_per_weight

@@ -4,7 +4,7 @@ It is made of what config.json records, so it says the same on every machine: no
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -38,8 +38,13 @@ def write_card(stage: Path, out: Path, config: Mapping[str, Any], facts: Mapping
         facts: label to text, what else is known of the files.
         base: where the float model came from; named if it is the hub.
     """
-    if not (out / CARD).exists() or _MARK in (out / CARD).read_text(encoding="utf-8", errors="replace"):
+    if not is_users_card(out):
         write_atomic(stage / CARD, card(config, facts, base))
+
+
+def is_users_card(out: Path) -> bool:
+    """Return whether a directory has a README.md that is not quantkit's to replace."""
+    return (out / CARD).exists() and _MARK not in (out / CARD).read_text(encoding="utf-8", errors="replace")
 
 
 def card(config: Mapping[str, Any], facts: Mapping[str, Any], base: str) -> str:
@@ -51,7 +56,8 @@ def card(config: Mapping[str, Any], facts: Mapping[str, Any], base: str) -> str:
     title = f"# {named or kind}, quantized by quantkit"
     rows = [("model class", f"`{kind}`"), *_rows(record), *((label, str(text)) for label, text in facts.items())]
     table = ["| | |", "|---|---|", *(f"| {label} | {_cell(text)} |" for label, text in rows)]
-    return "\n".join([*head, _MARK, "", title, "", *table, "", *_how_to_load(method, kind)]) + "\n"
+    how = _how_to_load(kind, config["quantization_config"])
+    return "\n".join([*head, _MARK, "", title, "", *table, "", *how]) + "\n"
 
 
 def _rows(record: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -70,7 +76,8 @@ def _rows(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def _how_to_load(method: str, kind: str) -> list[str]:
+def _how_to_load(kind: str, quantization: Mapping[str, Any]) -> list[str]:
+    method = quantization["quant_method"]
     own = [
         "## How to load it",
         "",
@@ -85,18 +92,33 @@ def _how_to_load(method: str, kind: str) -> list[str]:
         return [*own, f"The format `{method}` is read by quantkit alone."]
     return [
         *own,
-        "With transformers (and `pip install compressed-tensors`):",
-        "",
-        "```python",
-        f"from transformers import {kind}",
-        "",
-        f'model = {kind}.from_pretrained("path/to/this/directory")',
-        "```",
+        *_with_transformers(kind, quantization["config_groups"].values()),
         "",
         "With vLLM:",
         "",
         "```sh",
         "vllm serve path/to/this/directory",
+        "```",
+    ]
+
+
+def _with_transformers(kind: str, groups: Collection[Mapping[str, Any]]) -> list[str]:
+    """Return how transformers reads it: packed zero points only as it dequantizes, and that only where all layers are alike."""
+    packed = [group for group in groups if group["format"] == "pack-quantized" and not group["weights"]["symmetric"]]
+    if packed and len(groups) > 1:
+        return [
+            "transformers, with compressed-tensors up to 0.20, does not read models in which layers differ and some have zero "
+            "points (`-asym`)."
+        ]
+    names = f"CompressedTensorsConfig, {kind}" if packed else kind
+    options = ", quantization_config=CompressedTensorsConfig(dequantize=True)" if packed else ""
+    return [
+        "With transformers (and `pip install compressed-tensors`):",
+        "",
+        "```python",
+        f"from transformers import {names}",
+        "",
+        f'model = {kind}.from_pretrained("path/to/this/directory"{options})',
         "```",
     ]
 

@@ -22,6 +22,7 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from quantkit.checkpoint.card import CARD, is_users_card
 from quantkit.checkpoint.state import RUN, STAGE, State, has_state, read_state, remove_state
 from quantkit.errors import FormatError
 from quantkit.formats.base import FORMATS
@@ -30,9 +31,6 @@ from quantkit.system.files import TEMPORARY, clear_errors, read_json, remove_tem
 
 INCOMPLETE = "INCOMPLETE.json"
 """Name of the marker: a directory that has it is not a checkpoint."""
-
-CARD = "README.md"
-"""A description that a user may have written; one that quantkit did not write is kept."""
 
 _REPLACED = f"{RUN}/replaced"
 _RUN_FILES = ("chain-*.safetensors", "changes.safetensors")
@@ -87,7 +85,7 @@ def begin(out: Path, state: State, key_file: str, names: Iterable[str], old: Seq
         old: files of ``out`` that go.
     """
     stage = out / STAGE
-    kept = [CARD] if (out / CARD).exists() and CARD not in old else []
+    kept = [CARD] if is_users_card(out) else []
     files = sorted(set(names) - {key_file, *kept})
     with clear_errors(f"move the checkpoint into {out}"):
         for name in (*files, key_file):

@@ -120,6 +120,7 @@ def evaluate(
     """Measure a model: perplexity, distance from a base model, speed, size."""
     from quantkit.checkpoint.open import open_model
     from quantkit.evaluation import evaluate as measure
+    from quantkit.mixed.recorded import PLAN_FILE
     from quantkit.report import comparison_table, write_html
 
     opened, tokenizer = open_model(model, head=head, trust_remote_code=trust_remote_code)
@@ -143,7 +144,8 @@ def evaluate(
     if out is not None:
         report.save(out)
     if html is not None:
-        write_html(html, [report])
+        found = Path(model) / PLAN_FILE
+        write_html(html, [report], search=found if found.is_file() else None)
 
 
 @app.command()

@@ -17,6 +17,10 @@ Choices = Annotated[
     list[str] | None,
     typer.Option("--choice", help="A scheme that layers may get within the budget, or float; give it several times."),
 ]
+Include = Annotated[
+    list[str] | None,
+    typer.Option("--include", help="embedding or head: searched too (format native); twice for both."),
+]
 Method = Annotated[str, typer.Option(help="Quantizer; quantkit list has their names.")]
 Samples = Annotated[int, typer.Option(help="Calibration windows.")]
 Length = Annotated[int, typer.Option(help="Tokens of a calibration window.")]
@@ -42,6 +46,7 @@ def quantize(
     ] = None,
     budget: BudgetText = None,
     choice: Choices = None,
+    include: Include = None,
     method: Method = "gptq",
     step: Annotated[
         list[str] | None, typer.Option(help="awq, smoothquant, rotate, bias-correction, distill; in order.")
@@ -65,11 +70,13 @@ def quantize(
 
     if scheme is not None and (budget is not None or choice):
         raise RecipeError("--scheme gives every layer the same, --budget with --choice searches; give one of the two")
-    if choice and budget is None:
-        raise RecipeError("--choice without --budget: say how large or slow the model may be, such as --budget '4.25 bpw'")
+    if (choice or include) and budget is None:
+        raise RecipeError(
+            "--choice and --include go with --budget: say how large or slow the model may be, such as --budget '4.25 bpw'"
+        )
     chosen: Any = scheme or "w4a16"
     if budget is not None:
-        chosen = {"budget": budget} | ({"choices": tuple(choice)} if choice else {})
+        chosen = {"budget": budget, "include": tuple(include or ())} | ({"choices": tuple(choice)} if choice else {})
     recipe = _recipe(
         model, out, chosen, method=method, steps=step or [], dtype=dtype, data=data, column=column, template=template,
         samples=samples, length=length, format=format, overwrite=overwrite, run={"resume": resume},
@@ -88,6 +95,7 @@ def search(
     model: Model,
     budget: Annotated[str, typer.Option(help="4.25 bpw, 300 MB, 20 ms, 50 tok/s or 0.05 kl.")],
     choice: Choices = None,
+    include: Include = None,
     method: Method = "gptq",
     data: Data = None,
     column: Column = None,
@@ -98,12 +106,14 @@ def search(
     format: Format = "compressed-tensors",
     out: Annotated[Path | None, typer.Option(help="Write the plan, why, and the frontier here (JSON).")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a picture of the plan and the frontier here (PNG or SVG).")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page with which layer got what, and why, here.")] = None,
 ) -> None:
     """Find which layer gets how many bits within a budget, and what one more or less would change; nothing is quantized."""
     from quantkit.calibrate.data import Calibration
     from quantkit.mixed.search import CHOICES, Scoring
     from quantkit.mixed.search import search as find
     from quantkit.pipeline.settings import Output, Run
+    from quantkit.report import write_html
 
     calibration = Calibration(data, samples, length, column=column, template=template)
     with progress_bars() as progress:
@@ -112,6 +122,7 @@ def search(
             budget,
             choice or CHOICES,
             method=method,
+            include=include or (),
             calibration=calibration,
             scoring=Scoring(windows=windows),
             output=Output(format=format),
@@ -133,3 +144,6 @@ def search(
     if plot is not None:
         found.plot().savefig(plot)
         say(f"written: {plot}")
+    if html is not None:
+        write_html(html, [], search=found, title=f"{model} within {found.budget}")
+        say(f"written: {html} (open it in a browser)")

@@ -72,11 +72,12 @@ class Scores:
 
     def capacity(self, budget: Budget) -> int:
         """Return what of a budget is there for the groups, in bytes or nanoseconds."""
+        limit = min(budget.limit, 1e15)  # a float that is larger may become infinite
         if budget.kind == "bits":
-            return math.floor(budget.limit * self.menu.numel / 8 + 1e-6)
+            return math.floor(limit * self.menu.numel / 8 + 1e-6)
         if budget.kind == "bytes":
-            return math.floor(budget.limit) - self.menu.fixed_bytes - self.menu.files_bytes
-        return math.floor((budget.limit - self.rest_ms) * 1e6)
+            return math.floor(limit) - self.menu.fixed_bytes - self.menu.files_bytes
+        return math.floor((limit - self.rest_ms) * 1e6)
 
     def point(self, choices: Sequence[int]) -> Point:
         """Return what choices amount to."""
@@ -104,8 +105,19 @@ class Scores:
         choices = allocation.at(self.capacity(budget))
         if choices is None:
             smallest = self.point(self._cheapest(budget.kind))
-            raise SpecError(f"budget {budget}: out of reach; {self._range(budget.kind, smallest)}; add smaller choices")
+            reach = f"out of reach; {self._range(budget.kind, smallest)}"
+            raise SpecError(f"budget {budget}: {reach}; {self._way_out(budget.kind)}")
         return choices
+
+    def _way_out(self, kind: str) -> str:
+        """Say how a budget that is too small could be met."""
+        rest = self.menu.fixed_bytes + self.menu.files_bytes
+        if kind != "bytes" or rest < 0.2 * (rest + self.allocation("bits").least):
+            return "add smaller choices"
+        return (
+            f"{rest / 1e6:.4g} MB are taken by what is not searched (embedding and head, unless included; norms; tokenizer); "
+            "include embedding and head, or add smaller choices"
+        )
 
     def _least(self, budget: Budget) -> list[int]:
         """Return the smallest choices whose expected KL is within a budget."""
@@ -211,17 +223,34 @@ class SearchResult(Resolution):
         return SearchResult.make(self.scores, other, self.scores.solve(other), self.seconds)
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return for every group: layers, weights, choice, bits, expected KL, and what one choice less or more would change."""
+        """Return for every group: layers, weights, choice, bits, expected KL, and what one choice less or more would change.
+
+        ``sensitivity`` is the expected KL of the smallest choice, in nats per million weights: why a group gets more bits.
+        """
         found = []
         for group, losses, index in zip(self.scores.menu.groups, self.scores.losses, self.choices, strict=True):
             bits = [one.nbytes * 8 / group.numel for one in group.candidates]
             row: dict[str, Any] = {"layers": group.name, "weights": group.numel, "choice": group.candidates[index].choice}
-            row |= {"bits": bits[index], "kl": losses[index]}
+            row |= {"bits": bits[index], "kl": losses[index], "sensitivity": losses[0] / group.numel * 1e6}
             for name, other in (("smaller", index - 1), ("larger", index + 1)):
                 if 0 <= other < len(losses):
                     row[name] = {"choice": group.candidates[other].choice, "bits": bits[other], "kl": losses[other]}
             found.append(row)
         return found
+
+    def moved(self, other: "SearchResult") -> list[dict[str, Any]]:
+        """Return the groups to which another plan of the same search gives another choice, those that change KL most first.
+
+        Each has ``layers``, ``before`` and ``after`` (choices), and ``kl``: how much the expected KL goes up, or down.
+        """
+        pairs = [
+            (mine, theirs) for mine, theirs in zip(self.rows(), other.rows(), strict=True) if mine["choice"] != theirs["choice"]
+        ]
+        found = [
+            {"layers": mine["layers"], "before": mine["choice"], "after": theirs["choice"], "kl": theirs["kl"] - mine["kl"]}
+            for mine, theirs in pairs
+        ]
+        return sorted(found, key=lambda row: -abs(row["kl"]))
 
     def choice_names(self) -> list[str]:
         """Return the names of all choices, the smallest first."""
@@ -235,12 +264,12 @@ class SearchResult(Resolution):
         """Return kind of layer (its name without the block's number) to the share of its weights with each choice, in order."""
         names, found = self.choice_names(), dict[str, list[float]]()
         for row in self.rows():
-            shares = found.setdefault(_kind(row["layers"]), [0.0] * len(names))
+            shares = found.setdefault(kind_of(row["layers"]), [0.0] * len(names))
             shares[names.index(row["choice"])] += row["weights"]
         return {kind: [one / sum(shares) for one in shares] for kind, shares in found.items()}
 
     def plot(self) -> Any:
-        """Return a figure: bits of every layer by block and kind, and the frontier with this plan on it.
+        """Return a figure: how sensitive every layer is and what it got, by block and kind, and this plan on the frontier.
 
         Raises:
             QuantkitError: matplotlib is missing.
@@ -265,17 +294,31 @@ class SearchResult(Resolution):
         if point.ms is not None:
             found["time per token"] = f"{point.ms:.2f} ms"
         found |= {f"measured {name}": f"{value:.4g}" for name, value in self.measured.items()}
-        for label, factor in (("5% smaller", 0.95), ("5% larger", 1.05)):
-            other = self._near(factor)
-            if other is not None:
-                found[label] = f"expected KL {other.kl:.4f} at {other.bits_per_weight:.3f} bits per weight"
+        for label, other in self.nearby(0.95, 1.05).items():
+            found[label] = f"expected KL {other.kl:.4f} at {other.bits_per_weight:.3f} bits per weight"
         return found | {"search": f"{self.seconds:.1f} s"}
 
-    def _near(self, factor: float) -> Point | None:
-        allocation = self.scores.allocation("bits")
+    def nearby(self, *factors: float) -> dict[str, Point]:
+        """Return the best plans of sizes near this one's, by what they are called: ``nearby(1.05)`` is ``"5% larger"``.
+
+        Sizes are those of the layers that are searched. What no choices can reach is left out.
+        """
+        allocation, found = self.scores.allocation("bits"), dict[str, Point]()
         taken = allocation.weight(self.choices)
-        choices = allocation.at(round(taken * factor))
-        return None if choices is None else self.scores.point(choices)
+        for factor in factors:
+            choices = allocation.at(round(taken * factor))
+            if choices is not None and list(choices) != list(self.choices):
+                found[f"{abs(factor - 1):.0%} {'larger' if factor > 1 else 'smaller'}"] = self.scores.point(choices)
+        return found
+
+    def uniform(self) -> dict[str, Point]:
+        """Return what every choice that all layers can have would amount to, if all of them had it."""
+        found = {}
+        for name in self.choice_names():
+            places = [[one.choice for one in group.candidates] for group in self.scores.menu.groups]
+            if all(name in names for names in places):
+                found[name] = self.scores.point([names.index(name) for names in places])
+        return found
 
     def __repr__(self) -> str:
         facts = self.facts()
@@ -287,6 +330,6 @@ class SearchResult(Resolution):
         return f"<table>{rows}</table>"
 
 
-def _kind(name: str) -> str:
+def kind_of(name: str) -> str:
     """Return a group's name without the numbers in it: ``model.layers.3.mlp.down_proj`` is of kind ``mlp.down_proj``."""
     return re.split(r"\.\d+\.", name)[-1]

@@ -28,7 +28,7 @@ from quantkit.system.files import clear_errors, write_atomic
 log = logging.getLogger(__name__)
 
 
-_OF_THE_INPUT = ("model", "config", "carried over", "tokenizer and generation settings")
+OF_THE_INPUT = ("model", "config", "carried over", "tokenizer and generation settings")
 """Topics of a key that are not known any more where the output has replaced the input."""
 
 
@@ -65,11 +65,11 @@ def finished_result(
     """
     path = Path(str(output.path))
     record = checkpoint.read_record(path) if path.is_dir() and run.resume else None
-    if record is None or not record.key or not _is_complete(path):
+    if record is None or not record.key or not is_complete(path):
         return None
     replaced = model.device.type == "meta"
     ignored = () if output.overwrite and not replaced else EXPECTED
-    ignored = (*ignored, *_OF_THE_INPUT) if replaced else ignored
+    ignored = (*ignored, *OF_THE_INPUT) if replaced else ignored
     if differs := record.differs(key, ignored):
         if output.overwrite and not replaced:
             return None
@@ -124,7 +124,8 @@ def _is_whole(file: Path) -> bool:
         return False
 
 
-def _is_complete(path: Path) -> bool:
+def is_complete(path: Path) -> bool:
+    """Return whether a directory holds a whole checkpoint that a run has written."""
     return checkpoint.read_record(path) is not None and not (path / checkpoint.INCOMPLETE).exists()
 
 
@@ -138,7 +139,7 @@ def replaced_model(source: str | Path, output: Output) -> tuple[PreTrainedModel,
         return None
     path, out = Path(source), Path(output.path)
     with clear_errors(f"compare {path} with {out}"):
-        if not (path.is_dir() and out.is_dir() and path.samefile(out) and _is_complete(path)):
+        if not (path.is_dir() and out.is_dir() and path.samefile(out) and is_complete(path)):
             return None
     with open_checkpoint(path) as opened:
         config = {name: value for name, value in opened.config.items() if name not in ("quantization_config", "quantkit")}

@@ -15,8 +15,7 @@ from quantkit.checkpoint.open import open_model
 from quantkit.errors import FormatError, RecipeError
 from quantkit.evaluation import EvalReport, evaluate, is_answer
 from quantkit.hf.source import load_config, locate
-from quantkit.mixed.recorded import PLAN_FILE, Searched, guess, load_plan, save_plan, search_key
-from quantkit.mixed.search import search
+from quantkit.mixed.recorded import Searched, guess
 from quantkit.nn.sites import sharing_copy
 from quantkit.pipeline.again import replaced_model
 from quantkit.pipeline.checks import refuse_combinations
@@ -25,9 +24,9 @@ from quantkit.pipeline.fused import refuse_parted
 from quantkit.pipeline.plan import Resolution, check_plan, scale_dtype_for
 from quantkit.pipeline.quantize import quantize
 from quantkit.pipeline.result import QuantizeResult
-from quantkit.pipeline.resume import run_key, versions
 from quantkit.pipeline.steps import make_steps
 from quantkit.recipe.schema import Evaluation, Recipe
+from quantkit.recipe.searched import carried_out, searched
 from quantkit.system.progress import ProgressCallback, ignore
 
 log = logging.getLogger(__name__)
@@ -120,7 +119,7 @@ def run_recipe(recipe: Recipe, progress: ProgressCallback = ignore) -> Outcome:
         base = sharing_copy(model) if against else None  # quantize changes the model itself
         scheme = preview.resolution
         if isinstance(recipe.scheme, Searched):
-            scheme = _searched(recipe, recipe.scheme, model, tokenizer, progress)
+            scheme = searched(recipe, recipe.scheme, model, tokenizer, progress)
         result = quantize(
             model,
             scheme,
@@ -131,34 +130,9 @@ def run_recipe(recipe: Recipe, progress: ProgressCallback = ignore) -> Outcome:
             run=replace(recipe.run, progress=progress),
             tokenizer=tokenizer,
         )
+        carried_out(Path(str(recipe.output.path)))
         report = None if measure is None else _measure(recipe, measure, result, base, progress)
         return Outcome(preview, result, report)
-
-
-def _searched(recipe: Recipe, asked: Searched, model: Any, tokenizer: Any, progress: ProgressCallback) -> Resolution:
-    """Return the plan that is searched for, or the one that an earlier run of the same recipe has found for this output."""
-    file = Path(str(recipe.output.path)) / PLAN_FILE
-    method, batches = recipe.method.build(), recipe.calibration.batches(tokenizer)
-    decides = (asked, recipe.rules, method, recipe.output.format, recipe.output.fused, versions())
-    key = search_key(*decides, run_key(model, {}, (method,), batches, tokenizer=tokenizer))
-    if (known := load_plan(file, key)) is not None:
-        log.info("%s: the plan was found before", file)
-        return known
-    found = search(
-        model,
-        asked.budget,
-        asked.choices,
-        method=method,
-        rules=recipe.rules,
-        include=asked.include,
-        calibration=replace(recipe.calibration, data=batches),
-        scoring=asked.scoring,
-        output=recipe.output,
-        run=replace(recipe.run, progress=progress),
-        tokenizer=tokenizer,
-    )
-    save_plan(file, found, key)
-    return found
 
 
 def _measure(

@@ -12,7 +12,8 @@ from typing import Any
 from quantkit.errors import CalibrationError
 from quantkit.evaluation.coverage import KINDS, CoverageRow, CoverageSummary, shortfall, summarise
 from quantkit.evaluation.record import EvalReport
-from quantkit.report import plots
+from quantkit.mixed.result import SearchResult
+from quantkit.report import plots, searched
 from quantkit.report.cells import DASH, columns, mib, protocol_lines, significant, token_range
 from quantkit.report.findings import findings, headline
 from quantkit.system.files import write_atomic
@@ -29,21 +30,24 @@ def write_html(
     *,
     coverage: Iterable[CoverageRow] | None = None,
     losses: Losses | None = None,
+    search: SearchResult | str | Path | None = None,
     title: str = "Quantization report",
 ) -> None:
     """Write the page, atomically.
 
     Args:
         path: the file.
-        reports: one row each, in this order; sizes are compared with the first unquantized model.
+        reports: one row each, in this order; sizes are compared with the first unquantized model. May be empty with a search.
         coverage: what was done with every weight of one of the models.
         losses: relative squared output error of every layer of one of the models.
+        search: what :func:`quantkit.search` found for one of the models, or the ``search.json`` beside its checkpoint.
         title: heading of the page.
 
     Raises:
-        CalibrationError: there is no report.
+        CalibrationError: there is neither a report nor a search.
+        FormatError: the file of a search is damaged.
     """
-    write_atomic(path, render_html(reports, coverage=coverage, losses=losses, title=title))
+    write_atomic(path, render_html(reports, coverage=coverage, losses=losses, search=search, title=title))
 
 
 def render_html(
@@ -51,14 +55,16 @@ def render_html(
     *,
     coverage: Iterable[CoverageRow] | None = None,
     losses: Losses | None = None,
+    search: SearchResult | str | Path | None = None,
     title: str = "Quantization report",
 ) -> str:
     """Return the page as HTML; arguments as in :func:`write_html`."""
     import jinja2
     from markupsafe import Markup
 
-    if not reports:
+    if not reports and search is None:
         raise CalibrationError("no evaluation report to show; give at least one")
+    record = searched.record_of(search) if search is not None else None
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -72,9 +78,10 @@ def render_html(
     return environment.get_template("report.html").render(
         title=title,
         dash=DASH,
-        headline=headline(reports),
+        headline=headline(reports) if record is None or reports else searched.headline(record),
         findings=findings(reports),
         protocol=protocol_lines(reports),
+        search=record and searched.section(record),
         columns=[(column.title, column.meaning) for column in shown],
         cells=[[column.cell(report) for column in shown] for report in reports],
         figures=_figures(reports),

@@ -10,12 +10,13 @@ import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
 from quantkit.evaluation.latency import Spread
 from quantkit.evaluation.record import EvalReport
+from quantkit.system.figures import log_axis
 
 INK, SOFT, PAPER = "#010203", "#040506", "#070809"
 """Placeholders for the colours of text, of grid lines, and of the page."""
@@ -47,22 +48,23 @@ class Point:
 
 
 P = ParamSpec("P")
+R = TypeVar("R")
 
 
-def _styled(draw: Callable[P, str | None]) -> Callable[P, str | None]:
+def styled(draw: Callable[P, R]) -> Callable[P, R]:
     """Return ``draw`` with the page's style in effect during the call."""
 
     @functools.wraps(draw)
-    def styled(*args: P.args, **kwargs: P.kwargs) -> str | None:
+    def in_style(*args: P.args, **kwargs: P.kwargs) -> R:
         import matplotlib as mpl
 
         with mpl.rc_context(STYLE):
             return draw(*args, **kwargs)
 
-    return styled
+    return in_style
 
 
-@_styled
+@styled
 def bits_against_kl(reports: Sequence[EvalReport]) -> str | None:
     """Plot mean KL over stored bits per weight; None with fewer than two models that differ from the base."""
     points = []
@@ -75,7 +77,7 @@ def bits_against_kl(reports: Sequence[EvalReport]) -> str | None:
     return _scatter(points, "bits per weight", "mean KL from the base, nats", "bits")
 
 
-@_styled
+@styled
 def latency_against_kl(reports: Sequence[EvalReport]) -> str | None:
     """Plot mean KL over decode time (bars: 10th to 90th percentile); None with fewer than two models that differ."""
     points = []
@@ -88,7 +90,7 @@ def latency_against_kl(reports: Sequence[EvalReport]) -> str | None:
     return _scatter(points, "decode, ms per token", "mean KL from the base, nats", "latency")
 
 
-@_styled
+@styled
 def kl_distribution(reports: Sequence[EvalReport]) -> str | None:
     """Plot the distribution of KL over tokens, one line per model; None if no model differs from its base."""
     rows = [(i, r, d) for i, r in enumerate(reports) if (d := r.quality.divergence) is not None and d.median > 0]
@@ -113,7 +115,7 @@ def kl_distribution(reports: Sequence[EvalReport]) -> str | None:
     return to_svg(figure, "distribution")
 
 
-@_styled
+@styled
 def percentiles(spreads: Mapping[str, Spread]) -> str | None:
     """Plot percentiles of times in milliseconds, one line per name; None if no time is above zero."""
     shown = {name: spread for name, spread in spreads.items() if spread.median > 0}
@@ -134,7 +136,7 @@ def percentiles(spreads: Mapping[str, Spread]) -> str | None:
     return to_svg(figure, "times")
 
 
-@_styled
+@styled
 def losses_by_block(losses: Sequence[tuple[str, int, float]]) -> str | None:
     """Plot (kind, block, loss) as a map with one row per kind of layer and one column per block; None without losses."""
     from matplotlib.colors import LogNorm
@@ -163,18 +165,6 @@ def losses_by_block(losses: Sequence[tuple[str, int, float]]) -> str | None:
     bar.outline.set_visible(False)
     log_axis(bar.ax.yaxis, low, high, scale=False)
     return to_svg(figure, "losses")
-
-
-def log_axis(axis: Any, low: float, high: float, *, scale: bool = True) -> None:
-    """Make an axis logarithmic, with plain numbers at decades, and also at 2 and 5 if the range is short."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
-
-    if scale:
-        getattr(axis.axes, f"set_{axis.axis_name}scale")("log")
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 40 * low else (1.0,)))
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
 
 
 def _error(mean: float, se: float | None) -> tuple[float, float]:

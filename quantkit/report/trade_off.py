@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from quantkit.report.plots import INK, MARKERS, PALETTE, PAPER, SOFT, STYLE, Point, label_points, log_axis, new_figure, to_svg
+from quantkit.report.plots import INK, MARKERS, PALETTE, PAPER, SOFT, STYLE, Point, label_points, new_figure, to_svg
+from quantkit.system.figures import log_axis
 
 
 class Colors(NamedTuple):

@@ -127,7 +127,8 @@ def _scheme(value: SchemeLike) -> tuple[str, SchemeLike]:
     if isinstance(value, Resolution | Mapping):
         plan = value.plan if isinstance(value, Resolution) else value
         digest = hashlib.sha256(repr(sorted((name, scheme.to_dict()) for name, scheme in plan.items())).encode())
-        return f"plan-{digest.hexdigest()[:6]}", value
+        searched = value.origin.get("budget") if isinstance(value, Resolution) else None
+        return f"plan{f'-{searched}' if searched else ''}-{digest.hexdigest()[:6]}".replace(" ", ""), value
     choice = choice_of(value)
     if choice.full is not None:
         return choice.full.describe().replace(" ", "-"), choice

@@ -9,6 +9,7 @@ from typing import Any
 from quantkit.errors import QuantkitError, nearest
 from quantkit.sweeps.rows import COLUMNS, SweepRow
 from quantkit.sweeps.store import Store
+from quantkit.system.figures import self_showing
 
 COSTS = {
     "bytes": "tensors of the checkpoint, MB",
@@ -103,15 +104,13 @@ class SweepResult:
         Raises:
             QuantkitError: fewer than two rows have both numbers.
         """
-        import matplotlib.pyplot  # noqa: F401 - tells a notebook how to show figures
-
         from quantkit.report.trade_off import figure_of
         from quantkit.sweeps.show import trade_off
 
         picture = trade_off(self, x, y)
         if picture is None:
             raise QuantkitError(f"plot: fewer than two rows have {x} and {y}" + ("; sweep with latency" if x == "ms" else ""))
-        return figure_of(picture)
+        return self_showing(figure_of(picture))
 
     def save_html(self, path: str | Path, title: str = "Sweep") -> None:
         """Write the table, the pictures and how it was measured as one page that loads nothing."""

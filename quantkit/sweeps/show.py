@@ -92,7 +92,7 @@ def trade_off(result: SweepResult, x: str, y: str) -> TradeOff | None:
     if len(rows) < 2:
         return None
     unit = 1e6 if x == "bytes" else 1.0
-    families = list(dict.fromkeys((row.quantizer, row.steps) for row in rows))
+    families = list(dict.fromkeys(map(_family, rows)))
     points = []
     for row in rows:
         cost, loss = place_of(row, x, y)
@@ -103,7 +103,7 @@ def trade_off(result: SweepResult, x: str, y: str) -> TradeOff | None:
                 cost / unit,
                 loss,
                 y_error=(min(error, 0.9 * loss), error),
-                style=families.index((row.quantizer, row.steps)),
+                style=families.index(_family(row)),
             )
         )
     base = result.float_row
@@ -111,12 +111,17 @@ def trade_off(result: SweepResult, x: str, y: str) -> TradeOff | None:
     return TradeOff(
         points=tuple(points),
         frontier=frozenset(best),
-        families=tuple(" + ".join(filter(None, family)) for family in families),
+        families=tuple(families),
         x_label=COSTS[x],
         y_label=LOSSES[y],
         float_x=cost_of_float / unit if cost_of_float is not None else None,
         float_y=base.perplexity if base and y == "perplexity" else None,
     )
+
+
+def _family(row: SweepRow) -> str:
+    """Return what rows of one colour have in common."""
+    return " + ".join(filter(None, (row.quantizer, row.steps))) + (", searched" if row.budget else "")
 
 
 def write_page(result: SweepResult, path: str | Path, title: str) -> None:

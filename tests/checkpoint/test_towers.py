@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel
 
 from quantkit import checkpoint
+from quantkit.checkpoint.card import card
 from quantkit.checkpoint.contents import contents_of
 from quantkit.errors import FormatError, SpecError
 from quantkit.hf.ledger import ledger_of
@@ -223,3 +224,19 @@ def test_the_model_card(made, tmp_path) -> None:
         (tmp_path / "README.md").write_text("mine")
         checkpoint.save(result.model, tmp_path)
         assert (tmp_path / "README.md").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("groups", "says"),
+    [
+        ([True], 'LlamaForCausalLM.from_pretrained("path/to/this/directory")'),
+        ([True, True], 'LlamaForCausalLM.from_pretrained("path/to/this/directory")'),
+        ([False], 'directory", quantization_config=CompressedTensorsConfig(dequantize=True))'),
+        ([True, False], "does not read models in which layers differ and some have zero points"),
+    ],
+)
+def test_the_card_says_how_transformers_reads_it(groups, says) -> None:
+    stored = {str(i): {"format": "pack-quantized", "weights": {"symmetric": one}} for i, one in enumerate(groups)}
+    config = {"architectures": ["LlamaForCausalLM"], "quantkit": {"format": "compressed-tensors", "version": "1"}}
+    quantization = {"quant_method": "compressed-tensors", "config_groups": stored}
+    assert says in card({**config, "quantization_config": quantization}, {}, "base")

@@ -1,6 +1,7 @@
 """Searches on tiny models: budgets are kept, plans are carried out, and the same search finds the same plan."""
 
 import json
+from collections import Counter
 
 import pytest
 import torch
@@ -30,6 +31,9 @@ def test_budgets_are_kept_and_hardly_missed(found):
         assert 0.9 * limit < got <= limit  # a tiny model has few groups
     for limit in (170_000, 190_000):
         assert found.at(f"{limit} bytes").point.nbytes <= limit
+    for huge in ("1e308 bpw", "1e290 GB", "1e6 bpw"):
+        with pytest.raises(SpecError, match="every layer may stay in float"):
+            found.at(huge)
 
 
 def test_layers_that_run_as_one_are_chosen_together(found):
@@ -157,7 +161,7 @@ def test_a_budget_in_time_is_measured_and_one_in_kl_too():
     ("budget", "choices", "says"),
     [
         ("1 bpw", CHOICES, r"out of reach; the choices reach from 2\.\d+ bpw to 32 bpw"),
-        ("1 kB", CHOICES, "out of reach; the choices reach from .* MB to"),
+        ("1 kB", CHOICES, "out of reach; the choices reach from .* MB to .* by what is not searched .* include embedding"),
         ("4 bpw", ["w4a16"], "want at least two"),
         ("4 bpw", "w4a16", "want at least two"),
         ("4 bpw", ["w4a16-g32", "w4a16-g32"], "given twice"),
@@ -192,18 +196,82 @@ def test_a_recipe_keeps_the_plan_it_has_found(tiny_float, tiny_text, tmp_path, m
     def not_again(*_arguments, **_settings):
         raise AssertionError("the plan is known")
 
-    monkeypatch.setattr("quantkit.recipe.run.search", not_again)
+    monkeypatch.setattr("quantkit.recipe.searched.search", not_again)
     assert run_recipe(recipe).result.already_done
+    before = (out / "search.json").read_bytes()
+    other = {**data, "scheme": {**data["scheme"], "budget": "4.6 bpw"}}
+    with pytest.raises(FormatError, match="already holds a model, of another search: search; choose another"):
+        run_recipe(recipe_of(other))
+    assert (out / "search.json").read_bytes() == before
     (out / "search.json").write_text('{"key": 1, "plan": []}')
     with pytest.raises(FormatError, match="no plan of a search"):
         quantkit.load_plan(out / "search.json")
+
+
+class Stopped(BaseException):
+    """Nothing catches it, as nothing catches a signal that kills."""
+
+
+def test_a_run_that_is_stopped_searches_once_and_makes_the_same_bytes(tiny_float, tiny_text, tmp_path):
+    def go(out, stop=None):
+        data = {"data": str(tiny_text), "samples": 4, "length": 32}
+        scheme = {"budget": "4.4 bpw", "choices": ("w3a16-asym-g32", "w4a16-asym-g32", "w8a16-g32")}
+        output = {"path": str(out), "overwrite": out.name == "new"}
+        recipe = recipe_of({"model": str(tiny_float), "scheme": scheme, "calibration": data, "output": output})
+        seen = Counter()
+
+        def progress(event):
+            seen[event.stage] += 1
+            if (event.stage, seen[event.stage]) == stop:
+                raise Stopped
+
+        if stop is None:
+            run_recipe(recipe, progress)
+            return seen["search"]
+        with pytest.raises(Stopped):
+            run_recipe(recipe, progress)
+        return None
+
+    def files(out):
+        return {path.name: path.read_bytes() for path in out.iterdir() if path.name != "search.json"}
+
+    assert go(tmp_path / "once") > 0
+    again, new = tmp_path / "again", tmp_path / "new"
+    go(again, ("search", 2))
+    assert not (again / "search.next.json").exists()
+    go(again, ("quantize", 3))
+    plan = json.loads((again / "search.next.json").read_text())
+    assert go(again) == 0, "the plan was found before"
+    assert files(again) == files(tmp_path / "once")
+    assert json.loads((again / "search.json").read_text()) == plan
+    quantkit.quantize(tiny_float, "w8a16-g32", method="rtn", out=new)
+    (new / "search.json").write_text('{"key": {"search": "of the model that is there"}}')
+    go(new, ("quantize", 3))
+    assert "of the model" in (new / "search.json").read_text(), "a model keeps its plan until another has taken its place"
+    assert go(new) == 0
+    assert files(new) == files(tmp_path / "once")
+    assert json.loads((new / "search.json").read_text())["plan"] == plan["plan"]
 
 
 def test_results_show_themselves(found, tmp_path):
     assert len(repr(found).splitlines()) <= 12
     assert "<table>" in found._repr_html_()
     assert sum(found.by_kind()["self_attn.{q_proj,k_proj,v_proj}"]) == pytest.approx(1)
+    assert found.nearby(0.01, 1.0, 100.0).keys() == {"9900% larger"}
+    (moved,) = found.moved(found.at("4.5 bpw"))
+    assert (moved["before"], moved["after"]) == ("w3a16-asym-g32", "w4a16-asym-g32")
+    assert moved["kl"] < 0
+    assert list(found.uniform()) == CHOICES
     found.plot().savefig(tmp_path / "plan.png")
     assert (tmp_path / "plan.png").stat().st_size > 5000
     found.save(tmp_path / "plan.json")
     assert quantkit.load_plan(tmp_path / "plan.json").plan == found.plan
+    quantkit.write_html(tmp_path / "now.html", [], search=found)
+    quantkit.write_html(tmp_path / "later.html", [], search=tmp_path / "plan.json")
+    page = (tmp_path / "now.html").read_text()
+    assert page == (tmp_path / "later.html").read_text()
+    assert "mathdefault" not in page
+    assert all(text in page for text in ("What a bit more would buy first", "model.layers.1.self_attn.o_proj", "5% larger"))
+    (tmp_path / "plan.json").write_text('{"shown": {"rows": 3}}')
+    with pytest.raises(FormatError, match=r"plan\.json: no record of a search"):
+        quantkit.write_html(tmp_path / "later.html", [], search=tmp_path / "plan.json")

@@ -1,11 +1,12 @@
 """Runs that are killed, two runs into one directory, many loads at once: nothing is lost, and the same command goes on.
 
     python -m tests.pipeline.trials kills 100
+    python -m tests.pipeline.trials sweeps 20
     python -m tests.pipeline.trials races 50
     python -m tests.pipeline.trials loads 20
 
 Every run is the command line itself in a process of its own, of a recipe that calibrates with GPTQ and evaluates. A trial ends
-with the weights that an undisturbed run writes, byte for byte, or it is wrong and is printed.
+with the weights that an undisturbed run writes, byte for byte, or it is wrong and is printed; a sweep with the same table.
 """
 
 import contextlib
@@ -21,6 +22,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -37,6 +39,10 @@ Trial = Callable[[Path, random.Random], tuple[str, str | None]]
 """Takes a directory with a float model in ``model``; returns what happened, and what is wrong with it if anything is."""
 
 BUSY = "is at work there"
+SEARCHED = {"budget": "5.4 bpw", "choices": ["w3a16-asym-g32", "w4a16-asym-g32", "w8a16-g32"]}
+SCHEMES: dict[str, Any] = {"w4a16-asym": "w4a16-asym", "w8a16": "w8a16", "searched": SEARCHED}
+COLUMNS = ("name", "status", "bits", "bytes", "kl", "perplexity", "top1", "statistics", "reason")
+"""Columns of a sweep's table that do not depend on the machine's mood."""
 
 
 def prepare(place: Path) -> None:
@@ -52,7 +58,7 @@ def recipe(place: Path, out: Path, *, scheme: str = "w4a16-asym", overwrite: boo
     text = "text.txt"
     values = {
         "model": "./model",
-        "scheme": scheme,
+        "scheme": SCHEMES[scheme],
         "method": "gptq",
         "steps": ["bias-correction"],
         "calibration": {"data": text, "samples": 8, "length": 64},
@@ -64,8 +70,8 @@ def recipe(place: Path, out: Path, *, scheme: str = "w4a16-asym", overwrite: boo
     return file
 
 
-def start(file: Path, log: Path) -> int:
-    """Run ``quantkit run`` in a child process; a fork, because starting Python anew takes longer than the run."""
+def start(file: Path, log: Path, command: str = "run") -> int:
+    """Run ``quantkit run``, or another command, in a child: a fork, because starting Python anew takes longer than the run."""
     child = os.fork()
     if child:
         return child
@@ -76,7 +82,7 @@ def start(file: Path, log: Path) -> int:
         os.dup2(handle, 2)
         os.chdir(file.parent)
         torch.set_num_threads(1)
-        app(["run", str(file)])
+        app([command, str(file)])
     except SystemExit as error:
         status = int(error.code or 0)
     finally:
@@ -90,7 +96,7 @@ def finish(child: int) -> int:
 
 def weights(path: Path) -> dict[str, str]:
     """Return the checksums of a checkpoint's files, but its measurement, in which seconds stand."""
-    skip = ("evaluation.json", "README.md", "quantkit.json", ".quantkit.lock")
+    skip = ("evaluation.json", "README.md", "quantkit.json", "search.json", ".quantkit.lock")
     return {file.name: sha256_file(file) for file in sorted(path.iterdir()) if file.is_file() and file.name not in skip}
 
 
@@ -124,22 +130,72 @@ def complaint(out: Path, scheme: str, code: int, log: Path) -> str | None:
 
 def kill(place: Path, draw: random.Random) -> tuple[str, str | None]:
     """Kill a run up to three times at random moments, some over another checkpoint; then let the same command end."""
-    out, log, scheme = place / "out", place / "log", draw.choice(["w4a16-asym", "w8a16"])
+    out, log, scheme = place / "out", place / "log", draw.choice(list(SCHEMES))
     _, took = undisturbed(scheme)
     over = draw.random() < 0.5
     if over:  # another checkpoint lies there already
         finish(start(recipe(place, out, scheme="w8a16" if scheme == "w4a16-asym" else "w4a16-asym"), log))
     file = recipe(place, out, scheme=scheme, overwrite=over)
+    killed = kill_some(file, log, took, draw)
+    code = finish(start(file, log))
+    return f"{scheme}, {'over another' if over else 'fresh'}, killed {killed}", complaint(out, scheme, code, log)
+
+
+def kill_some(file: Path, log: Path, took: float, draw: random.Random, command: str = "run") -> int:
+    """Start a command one to three times, and kill it at a random moment; return how often it was still there."""
     killed = 0
     for _ in range(draw.randrange(1, 4)):
-        child = start(file, log)
+        child = start(file, log, command)
         # half anywhere, half in the last part, where files are published, cleared and measured
         time.sleep(took * (draw.random() if draw.random() < 0.5 else 0.5 + 0.5 * draw.random()))
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)
         killed += finish(child) == -signal.SIGKILL
-    code = finish(start(file, log))
-    return f"{'over another' if over else 'fresh'}, killed {killed}", complaint(out, scheme, code, log)
+    return killed
+
+
+def sweep_recipe(place: Path) -> Path:
+    """Write a sweep of the model in ``place`` with a row that is searched, and return its file."""
+    values = {
+        "model": "./model",
+        "schemes": ["w4a16-asym-g32", "w8a16-g32"],
+        "quantizers": ["rtn", "gptq"],
+        "budgets": [SEARCHED["budget"]],
+        "choices": SEARCHED["choices"],
+        "calibration": {"data": "text.txt", "samples": 8, "length": 64},
+        "evaluate": {"data": "text.txt", "windows": 2, "length": 32},
+        "output": {"path": "./sweep"},
+    }
+    file = place / "sweep.yaml"
+    file.write_text(yaml.safe_dump(values))
+    return file
+
+
+def sweep_table(place: Path) -> list[tuple[Any, ...]]:
+    """Return what a sweep has found."""
+    rows = quantkit.SweepResult.load(place / "sweep").rows
+    return [tuple(getattr(row, name) for name in COLUMNS) for row in rows]
+
+
+@functools.cache
+def undisturbed_sweep() -> tuple[list[tuple[Any, ...]], float]:
+    """Return the table of the sweep when nothing happens, and the seconds it takes."""
+    with own_place() as place:
+        began = time.monotonic()
+        if finish(start(sweep_recipe(place), place / "log", "sweep")):
+            raise RuntimeError(f"the sweep alone fails: {(place / 'log').read_text()}")
+        return sweep_table(place), time.monotonic() - began
+
+
+def kill_sweep(place: Path, draw: random.Random) -> tuple[str, str | None]:
+    """Kill a sweep up to three times at random moments; then let the same command end."""
+    wanted, took = undisturbed_sweep()
+    file, log = sweep_recipe(place), place / "log"
+    killed = kill_some(file, log, took, draw, "sweep")
+    if code := finish(start(file, log, "sweep")):
+        return f"killed {killed}", f"exit {code}: {log.read_text()[-600:]}"
+    found = sweep_table(place)
+    return f"killed {killed}", None if found == wanted else f"another table: {found}"
 
 
 def race(place: Path, draw: random.Random) -> tuple[str, str | None]:
@@ -206,7 +262,7 @@ def loads(place: Path, draw: random.Random) -> tuple[str, str | None]:
     return "equal", None
 
 
-TRIALS: dict[str, Trial] = {"kills": kill, "races": race, "loads": loads}
+TRIALS: dict[str, Trial] = {"kills": kill, "sweeps": kill_sweep, "races": race, "loads": loads}
 
 
 @contextlib.contextmanager
