@@ -258,9 +258,9 @@ def test_results_show_themselves(found, tmp_path):
     assert "<table>" in found._repr_html_()
     assert sum(found.by_kind()["self_attn.{q_proj,k_proj,v_proj}"]) == pytest.approx(1)
     assert found.nearby(0.01, 1.0, 100.0).keys() == {"9900% larger"}
-    (moved,) = found.moved(found.at("4.5 bpw"))
-    assert (moved["before"], moved["after"]) == ("w3a16-asym-g32", "w4a16-asym-g32")
-    assert moved["kl"] < 0
+    moved = found.moved(found.at("4.5 bpw"))
+    assert moved
+    assert sum(row["kl"] for row in moved) < 0
     assert list(found.uniform()) == CHOICES
     found.plot().savefig(tmp_path / "plan.png")
     assert (tmp_path / "plan.png").stat().st_size > 5000
