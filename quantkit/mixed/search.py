@@ -159,7 +159,12 @@ def refuse_unreachable(menu: Menu, budget: Budget) -> None:
         SpecError: with the range that can be met.
     """
     if budget.kind in ("bits", "bytes"):
-        Scores(menu, tuple(tuple(0.0 for _ in group.candidates) for group in menu.groups)).solve(budget)
+        no_losses(menu).solve(budget)
+
+
+def no_losses(menu: Menu, times: tuple[tuple[int, ...], ...] | None = None) -> Scores:
+    """Return scores that know sizes, or times, and nothing of losses."""
+    return Scores(menu, tuple((0.0,) * len(group.candidates) for group in menu.groups), times)
 
 
 def refuse_rounded_inputs(menu: Menu) -> None:
@@ -215,6 +220,10 @@ class _Search:
 
     def scores(self, windows: Sequence[Tensor], budget: Budget) -> Scores:
         """Return what every candidate of every group is expected to cost, and takes if the budget is in time."""
+        times = None
+        if budget.kind == "ms":
+            times = choice_times(self.model, self.menu, self.scoring.decoding, self.run.report)
+            no_losses(self.menu, times).solve(budget)  # refuses one that no choices meet before any text runs
         if self.scoring.kind == "measured":
             needed = [name for name in self.method.needs if name != "drift"]
             settings = {"calibration": self.calibration, "run": self.run, "tokenizer": self.tokenizer}
@@ -223,11 +232,7 @@ class _Search:
             losses = [list(row) for row in one_at_a_time(self.model, self.menu, self.method, statistics, windows, report)]
         else:
             losses = self._expected(windows)
-        scores = Scores(self.menu, tuple(tuple(_rounded(loss) for loss in row) for row in losses))
-        if budget.kind == "ms":
-            times = choice_times(self.model, self.menu, self.scoring.decoding, self.run.report)
-            scores = replace(scores, times=times)
-        return scores
+        return Scores(self.menu, tuple(tuple(_rounded(loss) for loss in row) for row in losses), times)
 
     def _expected(self, windows: Sequence[Tensor]) -> list[list[float]]:
         groups = {site.name: number for number, group in enumerate(self.menu.groups) for site in group.sites}

@@ -275,3 +275,14 @@ def test_results_show_themselves(found, tmp_path):
     (tmp_path / "plan.json").write_text('{"shown": {"rows": 3}}')
     with pytest.raises(FormatError, match=r"plan\.json: no record of a search"):
         quantkit.write_html(tmp_path / "later.html", [], search=tmp_path / "plan.json")
+
+
+def test_a_time_that_nothing_reaches_is_refused_before_text_runs(monkeypatch):
+    def runs(*_arguments):
+        raise AssertionError("text has run")
+
+    monkeypatch.setattr("quantkit.mixed.search.Backward.run", runs)
+    scoring = Scoring(decoding=quantkit.Decoding(context=8, new_tokens=2, rounds=1))
+    settings = {"method": "rtn", "calibration": TEXT, "scoring": scoring, "tokenizer": tiny.tiny_tokenizer()}
+    with pytest.raises(SpecError, match="out of reach"):
+        search(tiny.tiny_llama(), "0.0001 ms", CHOICES[2:4], **settings)
