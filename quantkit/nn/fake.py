@@ -1,15 +1,15 @@
 """Quantized layers while they are trained: a float weight that is seen only behind its rounding.
 
 Stand-ins for :class:`~quantkit.nn.linear.QuantLinear`, :class:`~quantkit.nn.linear.QuantWeight` and
-:class:`~quantkit.nn.embedding.QuantEmbedding` with ordinary parameters, for any training loop: the float weight, in the basis in
-which it is stored; its scales in float32, learned as in LSQ; zero points, which stay whole unless they are learned too; and the
-scale of a static grid for the inputs, whose gradient is that of a learned clipping range (PACT, Choi et al. 2018, arXiv
-1805.06085; LSQ). The arithmetic is in :mod:`quantkit.numerics.fake`: what a forward sees is what :meth:`FakeModule.result`
-stands for, bit for bit, so that :func:`quantized` changes no output by more than the rounding of sums.
+:class:`~quantkit.nn.embedding.QuantEmbedding` with ordinary parameters, for any training loop: the float weight, in the basis
+it is stored in; its scales in float32, learned as in LSQ; zero points, which stay whole unless learned too; and the scale
+of a static grid for the inputs, whose gradient is that of a learned clipping range (PACT, Choi et al. 2018, arXiv 1805.06085).
+The arithmetic is in :mod:`quantkit.numerics.fake`: what a forward sees is what :meth:`FakeModule.result` stands for, bit for
+bit, so that :func:`quantized` changes no output by more than the rounding of sums.
 
 A weight that begins with codes chosen elsewhere is put inside their cells: :func:`quantkit.numerics.fake.nearest_in_cell`.
 
-Memory: what a float32 layer takes, and while gradients are computed one copy of the rounded weight in the dtype of the products.
+Memory: what a float32 layer takes, and while gradients are computed a copy of the rounded weight in the dtype of the products.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ NARROW = ("float8_e8m0fnu", "float8_e4m3fn")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Training:
+class Learned:
     """What a layer learns.
 
     Attributes:
@@ -69,7 +69,7 @@ class FakeModule(nn.Module):
     zero_point: Tensor | None
     global_scale: Tensor | None
 
-    def __init__(self, module: QuantModule, origin: Tensor | None = None, how: Training = Training()) -> None:  # noqa: B008
+    def __init__(self, module: QuantModule, origin: Tensor | None = None, how: Learned = Learned()) -> None:
         super().__init__()
         register()
         qtensor = as_grid(module.qtensor)
@@ -77,7 +77,7 @@ class FakeModule(nn.Module):
         self._key = spec_key(self.spec)
         self._input_key = spec_key(self.activation.grid) if self.activation is not None else ""
         self.weight = nn.Parameter(_start(qtensor, origin, how.share))
-        self.scale = nn.Parameter(qtensor.scale.float(), requires_grad=self.spec.scale_dtype not in NARROW)
+        self.scale = nn.Parameter(qtensor.scale.float(), requires_grad=self.learns_scale)
         zero = None if qtensor.zero_point is None else qtensor.zero_point.clone()
         if zero is not None and how.learn_zero:
             self.zero_point = nn.Parameter(zero.float())
@@ -86,6 +86,11 @@ class FakeModule(nn.Module):
         self.register_buffer("global_scale", qtensor.global_scale)
         given = qtensor.input_scale
         self.register_parameter("input_scale", None if given is None else nn.Parameter(given.float()))
+
+    @property
+    def learns_scale(self) -> bool:
+        """Whether the stored dtype of scales is fine enough for them to be learned."""
+        return self.spec.scale_dtype not in NARROW
 
     def share(self, other: "FakeModule") -> None:
         """Have the weight and the grid of another layer, which is tied to this one."""
@@ -143,7 +148,7 @@ class FakeLinear(FakeModule):
 
     bias: nn.Parameter | None
 
-    def __init__(self, module: QuantLinear, origin: Tensor | None = None, how: Training = Training()) -> None:  # noqa: B008
+    def __init__(self, module: QuantLinear, origin: Tensor | None = None, how: Learned = Learned()) -> None:
         super().__init__(module, origin, how)
         self.out_features, self.in_features = self.shape
         self.register_parameter("bias", None if module.bias is None else nn.Parameter(module.bias.detach()))
@@ -176,7 +181,7 @@ class FakeEmbedding(FakeModule):
 
     like: Tensor
 
-    def __init__(self, module: QuantEmbedding, origin: Tensor | None = None, how: Training = Training()) -> None:  # noqa: B008
+    def __init__(self, module: QuantEmbedding, origin: Tensor | None = None, how: Learned = Learned()) -> None:
         super().__init__(module, origin, how)
         self.num_embeddings, self.embedding_dim = self.shape
         self.register_buffer("like", module.like.clone(), persistent=False)
@@ -223,7 +228,7 @@ class _Swap:
 class _Prepare(_Swap):
     kind = QuantModule
 
-    def __init__(self, model: nn.Module, origins: Mapping[str, Tensor], how: Training) -> None:
+    def __init__(self, model: nn.Module, origins: Mapping[str, Tensor], how: Learned) -> None:
         super().__init__(model)
         self.origins, self.how, self.by_name = origins, how, dict[str, FakeModule]()
         for name, module in self.places:
@@ -261,7 +266,7 @@ class _Convert(_Swap):
         return made
 
 
-def trainable(model: nn.Module, origins: Mapping[str, Tensor], how: Training = Training()) -> None:  # noqa: B008
+def trainable(model: nn.Module, origins: Mapping[str, Tensor], how: Learned = Learned()) -> None:
     """Put a trainable stand-in where each quantized layer of ``model`` is, in place.
 
     Args:

@@ -24,7 +24,7 @@ from quantkit.hf.experts import enable_experts
 from quantkit.hf.load import PreTrainedModel, adopt
 from quantkit.hf.structure import describe
 from quantkit.nn import fake
-from quantkit.nn.fake import Training
+from quantkit.nn.fake import Learned
 from quantkit.nn.install import install
 from quantkit.nn.linear import QuantModule
 from quantkit.nn.sites import Site, Structure, read_weight
@@ -75,7 +75,7 @@ def prepare(
     refuse_kv(kv)
     if not 0 <= share <= 1:
         raise SpecError(f"share={share}: want 0 (the codes' own values) to 1 (as close to the float weight as their cells go)")
-    how = Training(share, learn_zero)
+    how = Learned(share, learn_zero)
     if any(isinstance(part, QuantModule) for part in model.modules()):
         if scheme is not None or start is not None:
             raise SpecError("the model is quantized already, and is its own start; leave scheme and start out")
@@ -118,7 +118,7 @@ def refuse_kv(kv: object) -> None:
     """Refuse to train keys and values behind rounding."""
     if kv not in (None, "float"):
         raise SpecError(
-            f"kv={kv!r}: keys and values are not trained behind rounding; train the weights, and give kv= to what runs the model"
+            f"kv={kv!r}: keys and values are not trained behind rounding; train weights, and give kv= to what runs the model"
         )
 
 
@@ -175,8 +175,8 @@ def check_training(structure: Structure, plan: Plan, has_start: bool) -> None:
             continue
         if site.read:
             raise SpecError(
-                f"{site.name}: its module multiplies by it in its own way, and it cannot be trained behind rounding; leave it in "
-                "float by a rule"
+                f"{site.name}: its module multiplies by it in its own way, so it cannot be trained behind rounding; leave it "
+                "in float by a rule"
             )
         if plan[site.name].static and not has_start:
             raise SpecError(
@@ -216,6 +216,6 @@ def _adopt_rest(model: PreTrainedModel, begin: PreTrainedModel, structure: Struc
             raise SpecError(f"start: {name} has shape {tuple(own[name].shape)}, the model's {tuple(parameter.shape)}")
         value = own[name].detach().to(parameter.device, parameter.dtype)
         if not torch.equal(parameter, value):
-            changed = changed or parameter.ndim == 1 and not name.endswith("bias")
+            changed = changed or (parameter.ndim == 1 and not name.endswith("bias"))
             parameter.data = value.clone()
     return changed
