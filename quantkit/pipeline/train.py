@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from quantkit import checkpoint
-from quantkit.calibrate.data import Batch, Calibration, check_fit, unpadded
+from quantkit.calibrate.data import Batch, Calibration, check_fit, from_ids, unpadded
 from quantkit.errors import CalibrationError, SpecError
 from quantkit.evaluation.coverage import coverage_before
 from quantkit.evaluation.sanity import SanityCheck
@@ -46,6 +46,9 @@ from quantkit.quantizers.base import QUANTIZERS, relative_error
 from quantkit.spec import Plan, Scheme
 
 log = logging.getLogger(__name__)
+
+START_WINDOWS = 128
+"""Windows, of those that are trained on, that the start is calibrated with: more cost time and hardly make it better."""
 
 DEFAULT_TRAINING, DEFAULT_CALIBRATION, DEFAULT_OUTPUT, DEFAULT_RUN = Training(), Calibration(), Output(), Run()
 
@@ -181,15 +184,17 @@ class _Job:
         methods = (decides, start.tensors if start is not None else "", self.model.dtype)
         return run_key(self.model, self.plan, methods, batches, tokenizer=self.tokenizer, format=self.output.format)
 
-    def begin(self, state: TrainingState | None, batches: Sequence[Batch]) -> Path | nn.Module:
-        """Return the quantized model that training begins with, made now if it has to be."""
+    def begin(self, state: TrainingState | None, windows: Sequence[Tensor]) -> Path | nn.Module:
+        """Return the quantized model that training begins with, made now if it has to be from some of the windows (T,)."""
         if self.method is None:
             return Path(self.training.start)
+        count = min(START_WINDOWS, len(windows))
+        chosen = [windows[i * len(windows) // count] for i in range(count)]
         return quantize(
             sharing_copy(self.model),
             self.resolution.plan,
             method=self.method,
-            calibration=replace(self.calibration, data=list(batches), statistics=None, answers_only=False),
+            calibration=replace(self.calibration, data=from_ids(chosen), statistics=None, answers_only=False),
             output=Output(state.start if state else None, format="native", overwrite=True, fused=self.output.fused),
             run=self.run,
             tokenizer=self.tokenizer,
@@ -209,8 +214,8 @@ def _carry_out(job: _Job, key: checkpoint.Key | None, batches: Sequence[Batch], 
     dtype = training.compute_dtype(model.device)
     wants_teacher = training.next_token_share < 1
     teacher = (copy.deepcopy(model).to(dtype) if dtype != model.dtype else sharing_copy(model)) if wants_teacher else None
-    prepare(model, start=job.begin(state, batches), share=training.share, learn_zero=training.learn_zero)
     windows, held_out = job.split(batches)
+    prepare(model, start=job.begin(state, windows), share=training.share, learn_zero=training.learn_zero)
     before = {parameter: parameter.requires_grad for parameter in model.parameters()}
     learner = Learner(model, Objective(teacher, training.next_token_share, training.together), training, windows, held_out)
     if state is not None and state.restore(learner):
