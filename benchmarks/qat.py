@@ -9,8 +9,8 @@ are shares of a loss, of KL on the evaluation text, KL on the other text, and pe
     of RTN   (RTN - trained) / (RTN - float)          of PTQ   (PTQ - trained) / (PTQ - float)
 
 PTQ being the best of the ``--ptq`` rows. ``--set key=value`` changes settings of training; ``--train-samples`` is how many
-windows of 512 tokens are trained on. ``--peer torchao=PEER/bin/python`` adds torchao's quantization-aware training with the same
-tokens, steps and loss (a Python that has torchao and quantkit). ``--json FILE`` is written after every row and continued.
+windows of 512 tokens are trained on. ``--peer torchao=PEER/bin/python`` adds torchao's quantization-aware training with the
+same tokens, steps and loss (a Python that has torchao and quantkit). ``--json FILE`` is written after every row and continued.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import tempfile
 from pathlib import Path
 
 import accuracy
-from peers import Clock, calibration_ids
+from peers import Clock
 from quantize_time import cpu_name, prepare
 
 SHARES = (("KL", "kl", 0.0), ("KL, other text", "other_kl", 0.0), ("perplexity", "perplexity", None))

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from quantkit import checkpoint
 from quantkit.calibrate.data import Batch, Calibration, check_fit, from_ids, unpadded
+from quantkit.checkpoint.digests import sums
 from quantkit.errors import CalibrationError, SpecError
 from quantkit.evaluation.coverage import coverage_before
 from quantkit.evaluation.sanity import SanityCheck
@@ -29,21 +30,23 @@ from quantkit.nn.quantized import Quantized
 from quantkit.nn.sites import Site, Structure, read_weight, sharing_copy
 from quantkit.numerics.inputs import InputQuantizer
 from quantkit.pipeline.again import finished_result
-from quantkit.pipeline.checks import check_model, check_settings, refuse_absent
+from quantkit.pipeline.checks import check_model, check_settings, refuse_absent, refuse_combinations
 from quantkit.pipeline.finish import Unfinished, metadata_of
 from quantkit.pipeline.plan import Resolution, resolve, scale_dtype_for
-from quantkit.pipeline.prepare import check_training, convert, prepare, refuse_kv
+from quantkit.pipeline.prepare import Start, check_training, convert, prepare, started
 from quantkit.pipeline.quantize import open_float, quantize
 from quantkit.pipeline.result import QuantizeResult
 from quantkit.pipeline.resume import run_key
 from quantkit.pipeline.rules import Rule, SchemeChoice
 from quantkit.pipeline.settings import Output, Run
+from quantkit.pipeline.steps import make_steps
 from quantkit.pipeline.training.loop import History, Learner, SaveState, carry_out, narrowed
 from quantkit.pipeline.training.loss import Objective
 from quantkit.pipeline.training.settings import Training
 from quantkit.pipeline.training.state import TrainingState
-from quantkit.quantizers.base import QUANTIZERS, relative_error
+from quantkit.quantizers.base import QUANTIZERS, Quantizer, relative_error
 from quantkit.spec import Plan, Scheme
+from quantkit.transforms.base import Step
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +62,9 @@ def train(
     *,
     out: str | Path | None = None,
     training: Training = DEFAULT_TRAINING,
+    method: str | Quantizer = "gptq",
+    steps: Sequence[str | Step] = (),
+    start: Start | None = None,
     rules: Sequence[Rule] = (),
     calibration: Calibration = DEFAULT_CALIBRATION,
     output: Output = DEFAULT_OUTPUT,
@@ -74,6 +80,9 @@ def train(
         scheme: as for :func:`quantkit.quantize`.
         out: directory of the checkpoint; the same as ``output.path``.
         training: how long, how fast, towards what.
+        method: quantizer that makes the codes which training begins with, from some windows of the same text.
+        steps: what else is done to make them, as for :func:`quantkit.quantize`.
+        start: a quantized model to begin with in place of that; see :func:`quantkit.prepare`.
         rules: as for :func:`quantkit.quantize`.
         calibration: the text that is trained on, and that the start is calibrated with.
         output: format of the checkpoint, and whether it may replace another.
@@ -90,16 +99,18 @@ def train(
     check_settings(calibration, output, run)
     if not isinstance(training, Training):
         raise SpecError(f"training={training!r}: want a quantkit.Training, such as quantkit.Training(steps=200)")
-    target = output.to(out)
+    quantizer = QUANTIZERS.get(method)() if isinstance(method, str) else method
+    todo, target = make_steps(steps), output.to(out)
     with checkpoint.claim(target.path, "training a model"):
         model, tokenizer = open_float(model, tokenizer, target)
         refuse_absent(model, empty=True)
         structure = describe(model)
         resolution = resolve(structure, scheme, rules, scale_dtype_for(next(model.parameters()).dtype))
-        refuse_kv(None)
         check_training(structure, resolution.plan, has_start=True)
-        job = _Job(model, tokenizer, structure, resolution, training, calibration, target, run)
-        job.check_start()
+        job = _Job(
+            model, tokenizer, structure, resolution, training, _Beginning(quantizer, todo.all, start), calibration, target, run
+        )
+        job.beginning.check(structure, resolution.plan)
         batches, read = calibration.read(tokenizer)
         check_fit(batches, model)
         job.split(batches)
@@ -115,6 +126,35 @@ def train(
 
 
 @dataclass(frozen=True)
+class _Beginning:
+    """What training begins with: a quantized model, or how one is made."""
+
+    method: Quantizer
+    steps: tuple[Step, ...]
+    start: Start | None
+
+    def check(self, structure: Structure, plan: Plan) -> None:
+        """Refuse a directory without a checkpoint, and a quantizer or step that cannot have the plan."""
+        if self.start is None:
+            refuse_combinations(plan, structure, self.method, self.steps, None)
+        elif self.steps:
+            raise SpecError("steps beside start=: the start is made already; leave one of them out")
+        elif isinstance(self.start, str | Path) and not (Path(self.start) / "config.json").is_file():
+            raise SpecError(f"start={str(self.start)!r}: want the directory of a checkpoint; a quantizer is method='gptq'")
+
+    def describe(self) -> str:
+        """Return what a checkpoint records of it."""
+        return ", ".join(map(repr, (*self.steps, self.method))) if self.start is None else "a quantized model"
+
+    @property
+    def decides(self) -> tuple[object, ...]:
+        """What a key says of it."""
+        if self.start is None:
+            return (*self.steps, self.method)
+        return tuple(f"{name} {digest}" for name, digest in sums(started(self.start).state_dict().items()))
+
+
+@dataclass(frozen=True)
 class _Job:
     """One run with its plan made and nothing done yet."""
 
@@ -123,6 +163,7 @@ class _Job:
     structure: Structure
     resolution: Resolution
     training: Training
+    beginning: _Beginning
     calibration: Calibration
     output: Output
     run: Run
@@ -136,29 +177,9 @@ class _Job:
         return {site.name: site for site in (*self.structure.sites, *self.structure.after) if site.name in self.plan}
 
     @property
-    def method(self) -> str | None:
-        """Name of the quantizer that makes the start; None where a checkpoint is the start."""
-        if self.training.start == "auto":
-            return "gptq" if all(scheme.weight.is_integer for scheme in self.plan.values()) else "rtn"
-        return self.training.start if any(name == self.training.start for name, _ in QUANTIZERS) else None
-
-    @property
     def state_bytes(self) -> int:
         """Size of a state of training: weights, and two moments of each."""
         return 3 * 4 * sum(site.numel for site in self.sites.values())
-
-    def check_start(self) -> None:
-        """Refuse a start that is neither a quantizer nor a directory, or a quantizer that cannot have the plan."""
-        if self.method is None:
-            if not (Path(self.training.start) / "config.json").is_file():
-                raise SpecError(
-                    f"start={self.training.start!r}: want 'auto', the name of a quantizer, or the directory of a checkpoint"
-                )
-            return
-        method = QUANTIZERS.get(self.method)()
-        for name, scheme in self.plan.items():
-            if name not in self.structure.ends and (reason := method.rejects(scheme)):
-                raise SpecError(f"{name}: {reason}")
 
     def split(self, batches: Sequence[Batch]) -> tuple[list[Tensor], list[Tensor]]:
         """Return the windows (T,) to train on, and those that are held out, spread evenly over the text.
@@ -180,20 +201,20 @@ class _Job:
         if self.output.path is None:
             return None
         decides = replace(self.training, save_every_s=0.0)
-        start = checkpoint.read_record(Path(self.training.start)) if self.method is None else None
-        methods = (decides, start.tensors if start is not None else "", self.model.dtype)
+        methods = (*self.beginning.decides, decides, self.model.dtype)
         return run_key(self.model, self.plan, methods, batches, tokenizer=self.tokenizer, format=self.output.format)
 
-    def begin(self, state: TrainingState | None, windows: Sequence[Tensor]) -> Path | nn.Module:
+    def begin(self, state: TrainingState | None, windows: Sequence[Tensor]) -> Start:
         """Return the quantized model that training begins with, made now if it has to be from some of the windows (T,)."""
-        if self.method is None:
-            return Path(self.training.start)
+        if self.beginning.start is not None:
+            return self.beginning.start
         count = min(START_WINDOWS, len(windows))
         chosen = [windows[i * len(windows) // count] for i in range(count)]
         return quantize(
             sharing_copy(self.model),
             self.resolution.plan,
-            method=self.method,
+            method=self.beginning.method,
+            steps=self.beginning.steps,
             calibration=replace(self.calibration, data=from_ids(chosen), statistics=None, answers_only=False),
             output=Output(state.start if state else None, format="native", overwrite=True, fused=self.output.fused),
             run=self.run,
@@ -228,7 +249,7 @@ def _carry_out(job: _Job, key: checkpoint.Key | None, batches: Sequence[Batch], 
         parameter.requires_grad_(wanted)
     results = _installed_best(model, learner, origins)
     writer = _written(job, key, results)
-    metadata = metadata_of(job.resolution, job.method or "checkpoint", batches, read, results)
+    metadata = metadata_of(job.resolution, job.beginning.describe(), batches, read, results)
     metadata["training"] = facts_of(training, learner.history)
     done = Unfinished(model, job.tokenizer, job.structure, job.resolution, rows, sanity, writer).finish(results, metadata)
     if state is not None:

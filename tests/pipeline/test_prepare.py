@@ -144,11 +144,11 @@ def test_a_layer_compiles_as_one_graph() -> None:
     assert isinstance(layer, FakeLinear)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    kept = []
     for call in (layer, compiled):
         layer.zero_grad()
         y = call(x)
         y.square().sum().backward()
-        kept = (y.detach().clone(), layer.weight.grad.clone(), layer.scale.grad.clone())
-        want = kept if call is layer else want
-    for one, other in zip(want, kept, strict=True):
+        kept.append((y.detach(), layer.weight.grad.clone(), layer.scale.grad.clone()))
+    for one, other in zip(*kept, strict=True):
         torch.testing.assert_close(one, other)

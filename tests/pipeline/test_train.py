@@ -19,16 +19,14 @@ from quantkit.pipeline.training.settings import Training
 from quantkit.system.progress import Progress
 from tests.tiny import FAMILIES, tiny_llama
 
-SETTINGS = Training(
-    steps=8, windows=2, evaluate_every=4, held_out=2, share=0.0, rate=0.05, save_every_s=0.0, dtype="float32", start="rtn"
-)
+SETTINGS = Training(steps=8, windows=2, evaluate_every=4, held_out=2, share=0.0, rate=0.05, save_every_s=0.0, dtype="float32")
 TEXT = quantkit.Calibration(data=[torch.randint(3, 190, (8, 24), generator=torch.Generator().manual_seed(1))])
 NATIVE = quantkit.Output(format="native")
 
 
 def trained(out: Path | None, training: Training = SETTINGS, **options) -> quantkit.QuantizeResult:
-    model = options.pop("model", None) or tiny_llama()
-    return quantkit.train(model, "w2a16-asym-g32", out=out, training=training, calibration=TEXT, output=NATIVE, **options)
+    options = {"method": "rtn", "training": training, **options}
+    return quantkit.train(tiny_llama(), "w2a16-asym-g32", out=out, calibration=TEXT, output=NATIVE, **options)
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -188,7 +186,10 @@ def test_rates_rise_and_fall() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"training": dataclasses.replace(SETTINGS, start="gtpq")}, SpecError, "start='gtpq'"),
+        ({"method": "gtpq"}, SpecError, "unknown quantizer 'gtpq'"),
+        ({"start": "nowhere"}, SpecError, "start='nowhere': want the directory"),
+        ({"start": "nowhere", "steps": ["distill"]}, SpecError, "steps beside start="),
+        ({"steps": ["distil"]}, SpecError, "distill"),
         ({"training": dataclasses.replace(SETTINGS, held_out=7)}, CalibrationError, "8 windows of text, 7 of which"),
         ({"training": {"steps": 3}}, SpecError, "want a quantkit.Training"),
     ],
@@ -203,8 +204,8 @@ def test_bad_settings_are_refused_before_any_work(options: dict, error: type, me
 
 def test_tables_are_trained_with_frozen_narrow_scales() -> None:
     text = quantkit.Calibration(data=[torch.randint(3, 190, (4, 16), generator=torch.Generator().manual_seed(1))])
-    training = dataclasses.replace(SETTINGS, start="auto", steps=2, held_out=1)
-    result = quantkit.train(FAMILIES["llama"](), "mxfp4", training=training, calibration=text)
+    training = dataclasses.replace(SETTINGS, steps=2, held_out=1)
+    result = quantkit.train(FAMILIES["llama"](), "mxfp4", method="rtn", training=training, calibration=text)
     scales = {name: one.qtensor.scale for name, one in result.model.named_modules() if hasattr(one, "qtensor")}
     start = quantkit.quantize(FAMILIES["llama"](), "mxfp4", method="rtn").model
     assert all(same(start.get_submodule(name).qtensor.scale, scale) for name, scale in scales.items())

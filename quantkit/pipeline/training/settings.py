@@ -33,8 +33,6 @@ class Training:
         loss: ``"distill"``: the KL divergence from the float model's predictions; ``"next-token"``: the text's own tokens;
             ``"mixed"``: both.
         mix: share of the next token in a mixed loss.
-        start: quantizer whose codes training begins with, on the same calibration text; ``"auto"`` is ``"gptq"`` for integers
-            and ``"rtn"`` for other grids; or the directory of a checkpoint of the same scheme.
         share: see :func:`quantkit.prepare`.
         learn_zero: learn zero points, too.
         evaluate_every: updates between two evaluations on windows that are not trained on; the best is kept.
@@ -58,7 +56,6 @@ class Training:
     clip: Annotated[float, Field(ge=0)] = 1.0
     loss: Literal["distill", "next-token", "mixed"] = "distill"
     mix: Share = 0.5
-    start: Annotated[str, Strict()] = "auto"
     share: Share = 1.0
     learn_zero: Flag = False
     evaluate_every: Positive = 25
