@@ -26,6 +26,7 @@ CHECKED_SHAPE = (256, 256)  # a weight that every scheme's blocks divide
 API = {
     "Quantize": ["quantize", "plan", "collect", "QuantizeResult", "Resolution"],
     "Mixed precision": ["search", "SearchResult", "Budget", "Scoring", "Decoding", "load_plan"],
+    "Train": ["train", "Training", "prepare", "convert"],
     "What a run is told": ["Calibration", "Output", "Run", "Rule", "SchemeChoice", "Compute", "Progress"],
     "Quantizers": ["RTN", "ImportanceRTN", "HQQ", "GPTQ", "GPTAQ", "AutoRound"],
     "Steps": ["AWQ", "SmoothQuant", "Rotate", "BiasCorrection", "Distill"],
@@ -177,6 +178,7 @@ def recipe() -> str:
     ]
     parts = [table(["Key", "", "Meaning"], top)]
     sections = {"rules": known["Rule"], "calibration": known["Calibration"], "output": known["Output"], "run": known["Run"]}
+    sections["train"] = known["Training"]
     for key, section in sections.items():
         said = arguments(section)
         parts.append(f"### `{key}`\n\n{summary(section)}\n")

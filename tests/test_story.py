@@ -18,11 +18,17 @@ from quantkit.system.progress import Progress
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 FEW = {"calibration.samples": 4, "calibration.length": 128, "evaluate.windows": 1, "evaluate.length": 128}
-FEW_STEPS = {"w3a16-distill": {"steps": [{"name": "distill", "options": {"steps": 2, "windows": 2}}]}}
+_TWO_STEPS = [{"name": "distill", "options": {"steps": 2, "windows": 2}}]
+_TWO_UPDATES = {"train.steps": 2, "train.windows": 1, "train.held_out": 1}
+FEW_STEPS = {
+    "w3a16-distill": {"steps": _TWO_STEPS},
+    "qat-w4": _TWO_UPDATES,
+    "qat-w2": {**_TWO_UPDATES, "steps": _TWO_STEPS},
+}
 
 
 def test_the_promised_recipes_are_there():
-    assert {path.stem for path in RECIPES} >= {"w4a16-rtn", "w4a16-gptq", "w8a16", "w3a16-distill", "demo"}
+    assert {path.stem for path in RECIPES} >= {"w4a16-rtn", "w4a16-gptq", "w8a16", "w3a16-distill", "demo", "qat-w4", "qat-w2"}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -34,6 +40,8 @@ def test_every_recipe_runs_on_a_tiny_model(path, tiny_float, tmp_path):
             {"match": "*.mlp.down_proj", "scheme": "w8a16"},
             {"match": "re:model\\.layers\\.0\\..*", "skip": True},
         ]
+    if path.stem.startswith("qat"):
+        changes["scheme"] = "w2a16-asym-g32"
     if path.stem == "mixed-4.25bpw":  # its groups do not divide the tiny model's layers
         changes["scheme"] = {"budget": "4.4 bpw", "choices": ("w3a16-asym-g32", "w4a16-asym-g32", "w8a16-g32")}
     outcome = run_recipe(load_recipe(path, changes))
