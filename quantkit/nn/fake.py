@@ -68,6 +68,7 @@ class FakeModule(nn.Module):
     scale: nn.Parameter
     zero_point: Tensor | None
     global_scale: Tensor | None
+    input_scale: nn.Parameter | None
 
     def __init__(self, module: QuantModule, origin: Tensor | None = None, how: Learned = Learned()) -> None:
         super().__init__()

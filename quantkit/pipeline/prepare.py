@@ -10,9 +10,10 @@ In between the model is an ordinary module: its parameters are the float weights
 step the prepared model computes what that one does.
 """
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +60,8 @@ def prepare(
         model: a float model; or one that is quantized already, whose codes are the start.
         scheme: as for :func:`quantkit.quantize`; None is the plan of ``start``.
         start: a quantized model of the same architecture: a result, a model, or the directory of a checkpoint. Its codes and
-            scales are where training begins, and what is not quantized is taken from it, too. None rounds to nearest.
+            scales are where training begins. If what is not quantized in it differs from the float model's (a step rewrote it),
+            ``model`` becomes a copy of it, and weights begin with the codes' own values. None rounds to nearest.
         rules: as for :func:`quantkit.quantize`, beside a scheme that is no plan.
         share: how far weights go, inside the cells of their codes, from the codes' own values to the float weight: 0 to 1.
         learn_zero: learn zero points, too.
@@ -88,15 +90,17 @@ def prepare(
     plan = planned(model, structure, scheme, begin, rules)
     check_training(structure, plan, begin is not None)
     check_model(model)
-    qtensors = _nearest(model, structure, plan) if begin is None else {**installed(begin)}
-    transformed = begin is not None and _adopt_rest(model, begin, structure, plan)
     sites = {site.name: site for site in (*structure.sites, *structure.after) if site.name in plan}
+    if begin is not None and not _same_rest(model, begin, sites):
+        model.__dict__ = (begin if isinstance(start, str | Path) else copy.deepcopy(begin)).__dict__
+        fake.trainable(model, {}, how)
+        return model
+    qtensors = _nearest(model, structure, plan) if begin is None else installed(begin)
     origins: dict[str, Tensor] = {}
     for name, site in sites.items():
-        scheme_of = plan[name]
-        if not transformed:
-            origins[name] = InputQuantizer(scheme_of.activation).prepare_weight(read_weight(model, site))
-        install(model, site, cast(GridTensor, qtensors[name]), scheme_of.activation)
+        activation = plan[name].activation
+        origins[name] = InputQuantizer(activation).prepare_weight(read_weight(model, site))
+        install(model, site, qtensors[name], activation)
     fake.trainable(model, origins, how)
     return model
 
@@ -198,24 +202,25 @@ def _nearest(model: PreTrainedModel, structure: Structure, plan: Plan) -> dict[s
     return found
 
 
-@torch.no_grad()
-def _adopt_rest(model: PreTrainedModel, begin: PreTrainedModel, structure: Structure, plan: Plan) -> bool:
-    """Give ``model`` what the start has in float; say whether a transform had rewritten the start's weights.
+def _same_rest(model: PreTrainedModel, begin: PreTrainedModel, sites: Mapping[str, Site]) -> bool:
+    """Say whether a start has in float what the model has, apart from the weights of ``sites``.
 
     Raises:
         SpecError: the start is of another model.
     """
-    sites: Mapping[str, Site] = {site.name: site for site in (*structure.sites, *structure.after)}
-    weights = {f"{sites[name].module}.{sites[name].parameter}" for name in plan}
-    changed = False
-    own: dict[str, Any] = dict(begin.named_parameters(remove_duplicate=False))
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if name in weights or name not in own:
-            continue
-        if own[name].shape != parameter.shape:
-            raise SpecError(f"start: {name} has shape {tuple(own[name].shape)}, the model's {tuple(parameter.shape)}")
-        value = own[name].detach().to(parameter.device, parameter.dtype)
-        if not torch.equal(parameter, value):
-            changed = changed or (parameter.ndim == 1 and not name.endswith("bias"))
-            parameter.data = value.clone()
-    return changed
+    qtensors = installed(begin)
+    for name, site in sites.items():
+        if name not in qtensors or tuple(qtensors[name].shape) != site.shape:
+            raise SpecError(f"start: {name} has no quantized weight {site.shape} in it; give one of the same model")
+    weights = {f"{site.module}.{site.parameter}" for site in sites.values()}
+    weights |= {name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in _owned(model, weights)}
+    own: dict[str, Tensor] = dict(begin.named_parameters(remove_duplicate=False))
+    rest = {name: p for name, p in model.named_parameters(remove_duplicate=False) if name not in weights}
+    if odd := next((name for name, p in rest.items() if name in own and own[name].shape != p.shape), None):
+        raise SpecError(f"start: {odd} has shape {tuple(own[odd].shape)}, the model's {tuple(rest[odd].shape)}")
+    return all(name in own and torch.equal(own[name].to(p.device, p.dtype), p) for name, p in rest.items())
+
+
+def _owned(model: nn.Module, names: Collection[str]) -> set[int]:
+    """Return the identities of parameters, which others may be tied to."""
+    return {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name in names}

@@ -234,7 +234,8 @@ def _carry_out(job: _Job, key: checkpoint.Key | None, batches: Sequence[Batch], 
     }
     dtype = training.compute_dtype(model.device)
     wants_teacher = training.next_token_share < 1
-    teacher = (copy.deepcopy(model).to(dtype) if dtype != model.dtype else sharing_copy(model)) if wants_teacher else None
+    narrow: nn.Module = model if dtype == model.dtype or not wants_teacher else copy.deepcopy(model)
+    teacher = (sharing_copy(model) if narrow is model else narrow.to(dtype)) if wants_teacher else None
     windows, held_out = job.split(batches)
     prepare(model, start=job.begin(state, windows), share=training.share, learn_zero=training.learn_zero)
     before = {parameter: parameter.requires_grad for parameter in model.parameters()}
