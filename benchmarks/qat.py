@@ -9,8 +9,7 @@ are shares of a loss, of KL on the evaluation text, KL on the other text, and pe
     of RTN   (RTN - trained) / (RTN - float)          of PTQ   (PTQ - trained) / (PTQ - float)
 
 PTQ being the best of the ``--ptq`` rows. ``--set key=value`` changes settings of training; ``--train-samples`` is how many
-windows of 512 tokens are trained on. ``--peer torchao=PEER/bin/python`` adds torchao's quantization-aware training with the
-same tokens, steps and loss (a Python that has torchao and quantkit). ``--json FILE`` is written after every row and continued.
+windows of 512 tokens are trained on. ``--json FILE`` is written after every row and continued.
 """
 
 import argparse
@@ -38,35 +37,25 @@ def main() -> None:
     if not (work / "calibration.safetensors").exists():
         work.mkdir(parents=True, exist_ok=True)
         prepare(arguments, work)
-    report = {name: getattr(arguments, name) for name in accuracy.PROTOCOL}
-    report |= {name: report[name] and Path(report[name]).name for name in ("data", "eval_data")} | {"cpu": cpu_name()}
-    report["rows"] = []
+    protocol = {name: getattr(arguments, name) for name in (*accuracy.PROTOCOL, "train_samples")}
+    protocol |= {name: protocol[name] and Path(protocol[name]).name for name in ("data", "eval_data")}
+    report = protocol | {"cpu": cpu_name(), "rows": []}
     if arguments.json and Path(arguments.json).exists():
-        report["rows"] = json.loads(Path(arguments.json).read_text())["rows"]
-    settings = accuracy.options(arguments.set)
+        found = json.loads(Path(arguments.json).read_text())
+        if different := [name for name in protocol if found.get(name) != protocol[name]]:
+            sys.exit(f"{arguments.json} was measured with another {different[0]}; give --json another name")
+        report["rows"] = found["rows"]
     score = accuracy.Scorer()
-    own = [sys.executable, __file__, "--worker", "--job"]
+    by_recipe = [sys.executable, accuracy.__file__, "--worker", "quantkit", "--job"]
+    by_training = [sys.executable, __file__, "--worker", "--job"]
     for scheme in arguments.scheme:
-        rows = [
-            ("rtn", {}),
-            *((name, {}) for name in arguments.ptq),
-            ("qat", settings),
-            *(("qat-torchao", settings) for _ in arguments.peer),
-        ]
-        for name, options in rows:
+        rows = [(name, {}, by_recipe) for name in ("rtn", *arguments.ptq)]
+        for name, options, command in [*rows, ("qat", accuracy.options(arguments.set), by_training)]:
             row = {"scheme": scheme, "tool": "quantkit", "recipe": name, "options": options, "distill": {}}
             if any(row.items() <= done.items() for done in report["rows"]):
                 continue
-            job = {
-                **vars(arguments),
-                **row,
-                **accuracy.grid_of(scheme),
-                "work": str(work),
-                "out": str(work / f"{scheme}-{name}"),
-            }
-            ptq = [sys.executable, accuracy.__file__, "--worker", "quantkit", "--job"]
-            python = arguments.peer[0].split("=", 1)[1] if name == "qat-torchao" else sys.executable
-            command = [python, *own[1:]] if name.startswith("qat") else ptq
+            places = {"work": str(work), "out": str(work / f"{scheme}-{name}")}
+            job = {**vars(arguments), **row, **accuracy.grid_of(scheme), **places}
             cost = accuracy.call([*command, json.dumps(job)])
             report["rows"].append({**row, **cost, **score(job | cost)})
             print(json.dumps(report["rows"][-1]), flush=True)
@@ -84,7 +73,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--ptq", nargs="*", default=["gptq+distill"], choices=sorted(accuracy.RECIPES))
     parser.add_argument("--set", action="append", default=[], help="key=value, a setting of training")
     parser.add_argument("--train-samples", type=int, default=512)
-    parser.add_argument("--peer", action="append", default=[], help="torchao=python")
     parser.add_argument("--compute", default="default", help=argparse.SUPPRESS)
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=512)
@@ -118,19 +106,12 @@ def run_training(job: dict) -> dict:
 
     model, tokenizer = load_float(Path(job["work"]) / "float")
     clock = Clock()
-    if job["recipe"] == "qat-torchao":
-        return clock.cost() | run_torchao(job, model, tokenizer)
     result = quantkit.train(
         model, job["scheme"], out=job["out"], training=quantkit.Training(**job["options"]),
         calibration=quantkit.Calibration(list(training_ids(job, tokenizer).split(8))), tokenizer=tokenizer,
         run=quantkit.Run(progress=lambda event: print(event, file=sys.stderr, flush=True)),
     )  # fmt: skip
     return clock.cost() | {"training": result.metadata["training"]}
-
-
-def run_torchao(job: dict, model, tokenizer) -> dict:
-    """Train with torchao's fake quantization by the same loop, loss, windows and rates, from rounding to nearest."""
-    raise SystemExit("torchao: not measured yet")
 
 
 def print_shares(report: dict) -> None:

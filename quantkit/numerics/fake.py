@@ -137,11 +137,13 @@ def nearest_in_cell(weight: Tensor, codes: Tensor, stored: WeightGrid, spec: Qua
         stored: the grid.
         spec: its kind.
         share: how far to go there from the codes' own values, 0 to 1.
+
+    A weight beyond the grid goes no further than where it starts to be clipped, and gets no gradient any more.
     """
     scale, zero, global_scale = stored
     step = scale if global_scale is None else scale.float() / global_scale.unsqueeze(-1)
     own = grid.dequantize(codes, step, zero, spec)
-    wanted = weight.float()
+    wanted = _without_clipping(weight.float(), step, stored, spec)
     low, high = torch.zeros_like(own), torch.ones_like(own)
     for _ in range(_HALVINGS):  # cells of a table are not even: the border is found by halving
         at = (low + high) / 2
@@ -152,7 +154,21 @@ def nearest_in_cell(weight: Tensor, codes: Tensor, stored: WeightGrid, spec: Qua
     return torch.where(weight_codes(found, stored, spec) == codes, found, own)
 
 
-_HALVINGS = 12
+_HALVINGS, _MARGIN = 12, 2.0**-10
+
+
+def _without_clipping(weight: Tensor, step: Tensor, stored: WeightGrid, spec: QuantSpec) -> Tensor:
+    """Return ``weight``, but a little inside the reach of the grid where it is beyond."""
+    shape = tuple(weight.shape)
+    wide = grid.expand(step.float(), spec, shape)
+    if spec.is_integer:
+        zero = torch.full_like(stored[0].float(), grid.zero_code(spec)) if stored[1] is None else stored[1].float()
+        low, width = grid.expand(-0.5 - zero, spec, shape), float(2**spec.bits)
+    else:
+        low, width = torch.full_like(wide, -_reach(spec.dtype)), 2 * _reach(spec.dtype)
+    steps = weight / wide
+    inside = steps.maximum(low + _MARGIN).minimum(low + (width - _MARGIN)) * wide
+    return torch.where((steps < low) | (steps > low + width), inside, weight)
 
 
 def _reach(dtype: str) -> float:

@@ -30,7 +30,7 @@ from quantkit.nn.quantized import Quantized
 from quantkit.nn.sites import Site, Structure, read_weight, sharing_copy
 from quantkit.numerics.inputs import InputQuantizer
 from quantkit.pipeline.again import finished_result
-from quantkit.pipeline.checks import check_model, check_settings, refuse_absent, refuse_combinations
+from quantkit.pipeline.checks import check_model, check_settings, refuse_absent, refuse_run
 from quantkit.pipeline.finish import Unfinished, metadata_of
 from quantkit.pipeline.plan import Resolution, resolve, scale_dtype_for
 from quantkit.pipeline.prepare import Start, check_training, convert, prepare, started
@@ -45,6 +45,7 @@ from quantkit.pipeline.training.loss import Objective
 from quantkit.pipeline.training.settings import Training
 from quantkit.pipeline.training.state import TrainingState
 from quantkit.quantizers.base import QUANTIZERS, Quantizer, relative_error
+from quantkit.quantizers.rtn import RTN
 from quantkit.spec import Plan, Scheme
 from quantkit.transforms.base import Step
 
@@ -110,7 +111,7 @@ def train(
         job = _Job(
             model, tokenizer, structure, resolution, training, _Beginning(quantizer, todo.all, start), calibration, target, run
         )
-        job.beginning.check(structure, resolution.plan)
+        job.refuse()
         batches, read = calibration.read(tokenizer)
         check_fit(batches, model)
         job.split(batches)
@@ -120,7 +121,13 @@ def train(
         check_model(model)
         if target.path is not None:
             checkpoint.check_output(
-                target.path, model, resolution.plan, format=target.format, overwrite=target.overwrite, scratch=job.state_bytes
+                target.path,
+                model,
+                resolution.plan,
+                format=target.format,
+                overwrite=target.overwrite,
+                key=key if run.resume else None,
+                scratch=2 * job.state_bytes,  # one state is written before the other goes
             )
         return _carry_out(job, key, batches, read)
 
@@ -133,13 +140,13 @@ class _Beginning:
     steps: tuple[Step, ...]
     start: Start | None
 
-    def check(self, structure: Structure, plan: Plan) -> None:
-        """Refuse a directory without a checkpoint, and a quantizer or step that cannot have the plan."""
+    def check(self) -> None:
+        """Refuse steps that would not be taken, and a directory without a checkpoint."""
         if self.start is None:
-            refuse_combinations(plan, structure, self.method, self.steps, None)
-        elif self.steps:
+            return
+        if self.steps:
             raise SpecError("steps beside start=: the start is made already; leave one of them out")
-        elif isinstance(self.start, str | Path) and not (Path(self.start) / "config.json").is_file():
+        if isinstance(self.start, str | Path) and not (Path(self.start) / "config.json").is_file():
             raise SpecError(f"start={str(self.start)!r}: want the directory of a checkpoint; a quantizer is method='gptq'")
 
     def describe(self) -> str:
@@ -176,6 +183,17 @@ class _Job:
     def sites(self) -> dict[str, Site]:
         return {site.name: site for site in (*self.structure.sites, *self.structure.after) if site.name in self.plan}
 
+    def refuse(self) -> None:
+        """Raise what is wrong with the run as far as can be seen without working."""
+        for note in self.resolution.notes:
+            log.info(note)
+        if self.calibration.answers_only or self.calibration.statistics is not None:
+            raise CalibrationError("training learns from every token of a text; leave answers_only and statistics out")
+        beginning = self.beginning
+        beginning.check()
+        method = beginning.method if beginning.start is None else RTN()
+        refuse_run(self.structure, self.resolution, method, beginning.steps, output=self.output, strict=self.run.strict)
+
     @property
     def state_bytes(self) -> int:
         """Size of a state of training: weights, and two moments of each."""
@@ -201,7 +219,7 @@ class _Job:
         if self.output.path is None:
             return None
         decides = replace(self.training, save_every_s=0.0)
-        methods = (*self.beginning.decides, decides, self.model.dtype)
+        methods = (*self.beginning.decides, decides, self.model.dtype, self.model.device.type)
         return run_key(self.model, self.plan, methods, batches, tokenizer=self.tokenizer, format=self.output.format)
 
     def begin(self, state: TrainingState | None, windows: Sequence[Tensor]) -> Start:

@@ -31,8 +31,9 @@ class Losses:
 
     def total(self, next_token_share: float) -> float:
         """Return what is minimised."""
-        a = next_token_share
-        return (1 - a) * self.kl * (a < 1) + a * self.nll * (a > 0) if a not in (0, 1) else (self.kl, self.nll)[int(a)]
+        kl = (1 - next_token_share) * self.kl if next_token_share < 1 else 0.0
+        nll = next_token_share * self.nll if next_token_share > 0 else 0.0
+        return kl + nll
 
 
 @dataclass(frozen=True, slots=True)
