@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 
 FOLDER, STATE, START = "training", "state.json", "start"
 _PATTERN = "step-*.safetensors"
+_LIBRARY_TEMPORARY = ".tmp??????"
+"""What safetensors calls a file while it writes it."""
 _HISTORY = TypeAdapter(History)
 
 
@@ -67,7 +69,7 @@ class TrainingState(SaveState):
             self._found = found or None
         with clear_errors(f"write to {self.path}"):
             self.path.mkdir(parents=True, exist_ok=True)
-            remove_temporaries(self.path)
+            self._remove_leftovers()
 
     @property
     def start(self) -> Path:
@@ -114,11 +116,17 @@ class TrainingState(SaveState):
             (self.path / STATE).unlink(missing_ok=True)
             for file in self.path.glob(_PATTERN):
                 file.unlink()
-            remove_temporaries(self.path)
+            self._remove_leftovers()
             if (self.start / "config.json").is_file() or (self.start / "incomplete").is_dir():
                 shutil.rmtree(self.start)
             with contextlib.suppress(OSError):  # something of the user's is in it
                 self.path.rmdir()
+
+    def _remove_leftovers(self) -> None:
+        """Remove what a run that was killed while it wrote left half written."""
+        remove_temporaries(self.path)
+        for file in self.path.glob(_LIBRARY_TEMPORARY):
+            file.unlink(missing_ok=True)
 
 
 def _differ(found: Mapping[str, Any], key: Key) -> list[str]:
