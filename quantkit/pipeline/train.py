@@ -42,7 +42,7 @@ from quantkit.pipeline.settings import Output, Run
 from quantkit.pipeline.steps import make_steps
 from quantkit.pipeline.training.loop import History, Learner, SaveState, carry_out, narrowed
 from quantkit.pipeline.training.loss import Objective
-from quantkit.pipeline.training.settings import Training
+from quantkit.pipeline.training.settings import START_WINDOWS, Training
 from quantkit.pipeline.training.state import TrainingState
 from quantkit.quantizers.base import QUANTIZERS, Quantizer, relative_error
 from quantkit.quantizers.rtn import RTN
@@ -50,9 +50,6 @@ from quantkit.spec import Plan, Scheme
 from quantkit.transforms.base import Step
 
 log = logging.getLogger(__name__)
-
-START_WINDOWS = 128
-"""Windows, of those that are trained on, that the start is calibrated with: more cost time and hardly make it better."""
 
 DEFAULT_TRAINING, DEFAULT_CALIBRATION, DEFAULT_OUTPUT, DEFAULT_RUN = Training(), Calibration(), Output(), Run()
 

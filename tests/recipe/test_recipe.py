@@ -280,7 +280,7 @@ def test_data_may_be_rows_and_columns_may_be_named(tmp_path):
 
 
 def test_a_section_train_is_checked_and_planned(tmp_path):
-    assert "train.widnows: unknown key; did you mean 'windows'" in refusal(tmp_path, MINIMAL + "train: {widnows: 2}\n")
+    assert "train.step: unknown key; did you mean 'steps'" in refusal(tmp_path, MINIMAL + "train: {step: 2}\n")
     assert "train.rate" in refusal(tmp_path, MINIMAL + "train: {rate: 7}\n")
     recipe = load_recipe(write(tmp_path, MINIMAL + "train: {steps: 3, windows: 2}\n"))
     assert recipe.train == quantkit.Training(steps=3, windows=2)

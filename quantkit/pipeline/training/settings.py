@@ -8,6 +8,9 @@ from pydantic import Field, Strict
 from quantkit.errors import CalibrationError
 from quantkit.system.settings import Flag, Positive, settings
 
+START_WINDOWS = 128
+"""Windows, of those that are trained on, that the start is calibrated with: more cost time and hardly make it better."""
+
 Rate = Annotated[float, Field(gt=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Strict(), Field(ge=0, le=10**9)]
