@@ -59,7 +59,7 @@ class Training:
     clip: Annotated[float, Field(ge=0)] = 1.0
     loss: Literal["distill", "next-token", "mixed"] = "distill"
     mix: Share = 0.5
-    share: Share = 1.0
+    share: Share = 0.0
     learn_zero: Flag = False
     evaluate_every: Positive = 25
     held_out: Positive = 4
