@@ -26,6 +26,7 @@ CHECKED_SHAPE = (256, 256)  # a weight that every scheme's blocks divide
 API = {
     "Quantize": ["quantize", "plan", "collect", "QuantizeResult", "Resolution"],
     "Mixed precision": ["search", "SearchResult", "Budget", "Scoring", "Decoding", "load_plan"],
+    "Train": ["train", "Training", "prepare", "convert"],
     "What a run is told": ["Calibration", "Output", "Run", "Rule", "SchemeChoice", "Compute", "Progress"],
     "Quantizers": ["RTN", "ImportanceRTN", "HQQ", "GPTQ", "GPTAQ", "AutoRound"],
     "Steps": ["AWQ", "SmoothQuant", "Rotate", "BiasCorrection", "Distill"],
@@ -164,11 +165,14 @@ def recipe() -> str:
     import quantkit
     from quantkit.recipe import schema
 
-    known = {one.__name__: one for one in (quantkit.Calibration, quantkit.Output, quantkit.Run, quantkit.Rule)}
+    known = {
+        one.__name__: one for one in (quantkit.Calibration, quantkit.Output, quantkit.Run, quantkit.Rule, quantkit.Training)
+    }
     of_quantize = arguments(quantkit.quantize) | {
         "model": "hub id, directory, `.gguf` file, or `demo`",
         "dtype": "dtype in which the model is read",
         "output": "where to and how; `path` is required",
+        "train": "train afterwards, behind the rounding; left out, nothing is trained",
         "evaluate": "measure afterwards; left out, nothing is measured",
     }
     top = [
@@ -176,7 +180,13 @@ def recipe() -> str:
         for name, field in schema.Recipe.model_fields.items()
     ]
     parts = [table(["Key", "", "Meaning"], top)]
-    sections = {"rules": known["Rule"], "calibration": known["Calibration"], "output": known["Output"], "run": known["Run"]}
+    sections = {
+        "rules": known["Rule"],
+        "calibration": known["Calibration"],
+        "output": known["Output"],
+        "run": known["Run"],
+        "train": known["Training"],
+    }
     for key, section in sections.items():
         said = arguments(section)
         parts.append(f"### `{key}`\n\n{summary(section)}\n")

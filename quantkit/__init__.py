@@ -41,10 +41,13 @@ if TYPE_CHECKING:
     from quantkit.mixed.result import SearchResult
     from quantkit.mixed.search import Scoring, search
     from quantkit.pipeline.plan import Resolution
+    from quantkit.pipeline.prepare import convert, prepare
     from quantkit.pipeline.quantize import collect, plan, quantize
     from quantkit.pipeline.result import QuantizeResult
     from quantkit.pipeline.rules import Rule, SchemeChoice
     from quantkit.pipeline.settings import Output, Run
+    from quantkit.pipeline.train import train
+    from quantkit.pipeline.training.settings import Training
     from quantkit.presets import preset
     from quantkit.qtensor import GridTensor, QTensor
     from quantkit.quantizers.autoround import AutoRound
@@ -118,9 +121,11 @@ _HOME = {
     "SweepRecipe": "sweeps.schema",
     "SweepResult": "sweeps.result",
     "SweepRow": "sweeps.rows",
+    "Training": "pipeline.training.settings",
     "collect": "pipeline.quantize",
     "compare_latency": "evaluation",
     "comparison_table": "report",
+    "convert": "pipeline.prepare",
     "evaluate": "evaluation",
     "generate": "generation.generate",
     "inspect": "checkpoint",
@@ -132,6 +137,7 @@ _HOME = {
     "open_model": "checkpoint.open",
     "plan": "pipeline.quantize",
     "plan_recipe": "recipe.run",
+    "prepare": "pipeline.prepare",
     "preset": "presets",
     "quantize": "pipeline.quantize",
     "run_recipe": "recipe.run",
@@ -140,6 +146,7 @@ _HOME = {
     "save_statistics": "calibrate.statistics",
     "search": "mixed.search",
     "sweep": "sweeps.run",
+    "train": "pipeline.train",
     "write_html": "report",
 }
 
@@ -193,10 +200,12 @@ __all__ = [
     "SweepRecipe",
     "SweepResult",
     "SweepRow",
+    "Training",
     "__version__",
     "collect",
     "compare_latency",
     "comparison_table",
+    "convert",
     "evaluate",
     "generate",
     "inspect",
@@ -208,6 +217,7 @@ __all__ = [
     "open_model",
     "plan",
     "plan_recipe",
+    "prepare",
     "preset",
     "quantize",
     "run_recipe",
@@ -216,6 +226,7 @@ __all__ = [
     "save_statistics",
     "search",
     "sweep",
+    "train",
     "write_html",
 ]
 

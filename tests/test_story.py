@@ -19,11 +19,17 @@ from quantkit.system.progress import Progress
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 FEW = {"calibration.samples": 4, "calibration.length": 128, "evaluate.windows": 1, "evaluate.length": 128}
 SEARCHED_TINY = {"mixed-4.25bpw": ("4.4 bpw", ()), "fit-100mb": ("110 kB", ("embedding", "head"))}
-FEW_STEPS = {"w3a16-distill": {"steps": [{"name": "distill", "options": {"steps": 2, "windows": 2}}]}}
+_TWO_STEPS = [{"name": "distill", "options": {"steps": 2, "windows": 2}}]
+_TWO_UPDATES = {"train.steps": 2, "train.windows": 1, "train.held_out": 1}
+FEW_STEPS = {
+    "w3a16-distill": {"steps": _TWO_STEPS},
+    "qat-w4": _TWO_UPDATES,
+    "qat-w2": {**_TWO_UPDATES, "steps": _TWO_STEPS},
+}
 
 
 def test_the_promised_recipes_are_there():
-    promised = {"w4a16-rtn", "w4a16-gptq", "w8a16", "w3a16-distill", "mixed-4.25bpw", "fit-100mb", "demo"}
+    promised = {"w4a16-rtn", "w4a16-gptq", "w8a16", "w3a16-distill", "mixed-4.25bpw", "fit-100mb", "qat-w4", "qat-w2", "demo"}
     assert {path.stem for path in RECIPES} >= promised
 
 
@@ -40,6 +46,8 @@ def test_every_recipe_runs_on_a_tiny_model(path, tiny_float, tmp_path):
         budget, ends = SEARCHED_TINY[path.stem]
         choices = ("w3a16-asym-g32", "w4a16-asym-g32", "w8a16-g32")
         changes["scheme"] = {"budget": budget, "choices": choices, "include": ends}
+    if path.stem.startswith("qat"):
+        changes["scheme"] = "w2a16-asym-g32"
     outcome = run_recipe(load_recipe(path, changes))
     assert checkpoint.inspect(tmp_path / "out")["quantized_parameters"] == outcome.preview.estimate.weights
     assert outcome.report is not None

@@ -17,13 +17,13 @@ from typer.core import TyperCommand, TyperGroup
 from quantkit.errors import QuantkitError
 from quantkit.version import __version__
 
-RESUMABLE = ("demo", "quantize", "run", "sweep")
+RESUMABLE = ("demo", "quantize", "run", "sweep", "train")
 """Commands that continue an interrupted run when they are given again."""
 
 
 T = TypeVar("T", bound=Callable[..., Any])
 
-LOADING = ("bench", "demo", "eval", "generate", "quantize", "run", "search", "serve", "sweep", "trace")
+LOADING = ("bench", "demo", "eval", "generate", "quantize", "run", "search", "serve", "sweep", "trace", "train")
 """Commands that load a model."""
 _KEYS = {"overwrite": "output.overwrite", "resume": "run.resume"}
 """Arguments that messages of the library name, and their keys in a recipe."""

@@ -101,6 +101,17 @@ def run(recipe: Path, settings: Settings = None, trust_remote_code: TrustRemoteC
     say(f"{'already done:' if outcome.result.already_done else 'written to'} {outcome.result.path}")
 
 
+@app.command()
+def train(recipe: Path, settings: Settings = None, trust_remote_code: TrustRemoteCode = False) -> None:
+    """Train a quantized model behind its rounding, as the section train of a recipe says; an interrupted run continues."""
+    from quantkit.errors import RecipeError
+    from quantkit.recipe.schema import load_recipe
+
+    if load_recipe(recipe, parse_settings(settings)).train is None:
+        raise RecipeError(f"{recipe}: there is no section train; add one, such as train: {{steps: 200}}, or use quantkit run")
+    run(recipe, settings, trust_remote_code)
+
+
 @app.command("eval")
 def evaluate(
     model: Model,

@@ -83,6 +83,8 @@ _SIGNATURES: Final[dict[str, tuple[Any, list[Any]]]] = {
     "qk_divergence": (_INT, [_POINTER] * 4 + [_LONG] * 2 + [_INT] * 2),
     "qk_drift": (_INT, [_POINTER] * 2 + [ctypes.c_float] + [_LONG] * 2 + [_INT] * 2),
     "qk_settle": (_INT, [_POINTER] * 3 + [_INT] + [_LONG] * 2 + [_INT]),
+    "qk_fake": (_INT, [_POINTER] * 4 + [ctypes.c_float] + [_LONG] * 2 + [_INT] * 3),
+    "qk_fake_gradient": (_INT, [_POINTER] * 7 + [ctypes.c_float] + [_LONG] * 2 + [_INT] * 3),
     "qk_expand_groups": (_INT, [_POINTER] * 3 + [_LONG] * 2 + [_INT] * 2),
     "qk_reduce_groups": (_INT, [_POINTER] * 3 + [_LONG] * 2 + [_INT] * 2),
 }

@@ -13,7 +13,7 @@ headers, config and tokenizer. Peak memory is an estimate: the sum of what is al
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -25,6 +25,8 @@ from quantkit.hf.ledger import ledger_of
 from quantkit.nn.sites import Site, Structure
 from quantkit.nn.sizes import WINDOW, RunSize
 from quantkit.pipeline.blocks import needs_of
+from quantkit.pipeline.training.cost import training_cost
+from quantkit.pipeline.training.settings import START_WINDOWS, Training
 from quantkit.qtensor import GridTensor
 from quantkit.quantizers.base import Quantizer
 from quantkit.spec import Plan
@@ -76,6 +78,7 @@ def estimate(
     calibration: Calibration = DEFAULT_CALIBRATION,
     format: str = "compressed-tensors",
     reasons: Mapping[str, str] | None = None,
+    training: Training | None = None,
 ) -> Estimate:
     """Estimate size, memory and passes of a run.
 
@@ -87,6 +90,7 @@ def estimate(
         calibration: how much text there will be, if any is needed.
         format: checkpoint format.
         reasons: layer name to why it stays in float.
+        training: what is trained afterwards, if anything is.
     """
     model, structure = contents.model, contents.structure
     sites = [site for site in contents.sites.values() if site.name in plan]
@@ -101,8 +105,10 @@ def estimate(
     carried = layout_bytes(carried_layout(ledger_of(model)))
     float_bytes = nbytes(contents.entries, {})
     calibrates = any(needs_of(method, scheme) for scheme in plan.values()) or any(step.needs for step in steps)
+    if training is not None:
+        calibration = replace(calibration, samples=min(calibration.samples, START_WINDOWS))
     size = _size(model, structure, sites, calibration, calibrates)
-    costs = [step.cost(size) for step in steps]
+    costs = [step.cost(size) for step in steps] + ([training_cost(training, size)] if training is not None else [])
     passes = [text for cost in costs for text in cost.first]
     if size.tokens:
         forward = f"one forward of {size.tokens:,} tokens, {calibration.batch_size} windows at a time"

@@ -6,7 +6,6 @@ block is on the disk, so a killed run continues where it stopped.
 """
 
 import logging
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,15 +21,14 @@ from quantkit.calibrate.data import fingerprint as data_fingerprint
 from quantkit.calibrate.statistics import load_statistics
 from quantkit.checkpoint.contents import contents_of
 from quantkit.errors import SpecError
-from quantkit.evaluation.coverage import coverage_after, coverage_before, remark, shortfall
+from quantkit.evaluation.coverage import coverage_before
 from quantkit.evaluation.sanity import SanityCheck
 from quantkit.hf.load import PreTrainedModel, adopt, load_float
 from quantkit.hf.source import load_config, locate
 from quantkit.hf.structure import describe
 from quantkit.nn.probes import all_experts_shown
-from quantkit.nn.quantized import Quantized
 from quantkit.nn.sites import SiteStatistics, Structure
-from quantkit.pipeline.again import finished_result, record_of, replaced_model
+from quantkit.pipeline.again import finished_result, replaced_model
 from quantkit.pipeline.blocks import BlockRun, calibration_chain, needs_of, quantize_blocks
 from quantkit.pipeline.checks import (
     check_model,
@@ -38,12 +36,11 @@ from quantkit.pipeline.checks import (
     prepare_blocks,
     refuse_absent,
     refuse_run,
-    report_fallen,
-    report_lossy,
 )
+from quantkit.pipeline.finish import Unfinished, metadata_of
 from quantkit.pipeline.plan import Resolution, make_plan, resolve, scale_dtype_for
 from quantkit.pipeline.result import QuantizeResult
-from quantkit.pipeline.resume import ResumeStore, run_key, versions
+from quantkit.pipeline.resume import ResumeStore, run_key
 from quantkit.pipeline.rules import Rule, SchemeChoice
 from quantkit.pipeline.scales import fit_scales
 from quantkit.pipeline.settings import Output, Run
@@ -283,25 +280,9 @@ def _carry_out(job: _Job, key: checkpoint.Key | None, batches: Sequence[Batch], 
     with all_experts_shown(model, job.calibration.all_experts):
         results = quantize_blocks(blocks)
     results, facts = learning.finish(model, structure, results)
-    stored = store.writer.stored_bytes if store is not None else None
-    coverage = remark(coverage_after(rows, results, stored), job.resolution.remarks)
-    report_lossy(results)
-    report_fallen([row.name for row in coverage if row.kind == "fell back"])
-    if warning := shortfall(coverage):
-        log.warning("%s", warning)
-    quantized = sanity.recorded_of(model)
-    metadata = _metadata(job, batches, read, results, sanity.measure(quantized)) | job.steps.metadata(facts)
-
-    def check(stage: Path) -> dict[str, Any]:
-        checkpoint.verify(stage, model)
-        return {"reload_kl": quantized.check_reloaded(model, checkpoint.load(stage, cache=False))}
-
-    path, losses = None, {name: one.loss for name, one in results.items()}
-    if store is not None:
-        outside = {site.name: results[site.name].qtensor for site in structure.after if site.name in results}
-        facts = record_of(coverage, losses)
-        path = store.writer.finish(metadata, outside=outside, tokenizer=job.tokenizer, run=facts, check=check)
-    return QuantizeResult(model, job.tokenizer, job.plan, coverage, losses, path, metadata)
+    metadata = metadata_of(job.resolution, repr(job.method), batches, read, results) | job.steps.metadata(facts)
+    writer = store.writer if store is not None else None
+    return Unfinished(model, job.tokenizer, structure, job.resolution, rows, sanity, writer).finish(results, metadata)
 
 
 def plan(
@@ -368,28 +349,3 @@ def open_float(model: nn.Module | str | Path, tokenizer: Any, output: Output = D
     place = locate(model)
     loaded, found = replaced_model(place, output) or load_float(place)
     return loaded, tokenizer if tokenizer is not None else found
-
-
-def _metadata(
-    job: _Job, batches: Sequence[Batch], read: Mapping[str, Any], results: Mapping[str, Quantized], quality: dict[str, Any]
-) -> dict[str, Any]:
-    losses = [one.loss for one in results.values()]
-    return {
-        "schemes": dict(Counter(scheme.weight.describe() for scheme in job.plan.values())),
-        "quantizer": repr(job.method),
-        "calibration": {
-            "fingerprint": data_fingerprint(batches) if batches else "none",
-            "tokens": sum(batch.tokens for batch in batches),
-            **read,
-        },
-        "bits_per_weight": bits_per_weight(results),
-        "output_error": {"mean": sum(losses) / len(losses), "max": max(losses)},
-        "fell_back": [name for name, one in results.items() if one.fell_back],
-        "quality": quality,
-        "versions": versions(),
-    } | ({"search": job.resolution.origin} if job.resolution.origin else {})
-
-
-def bits_per_weight(results: Mapping[str, Quantized]) -> float:
-    """Return stored bits per quantized weight: codes, scales, zero points and padding."""
-    return sum(r.qtensor.nbytes for r in results.values()) * 8 / sum(r.qtensor.numel for r in results.values())

@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,11 @@ from quantkit.pipeline.checks import refuse_combinations
 from quantkit.pipeline.estimate import Estimate, estimate
 from quantkit.pipeline.fused import refuse_parted
 from quantkit.pipeline.plan import Resolution, check_plan, scale_dtype_for
+from quantkit.pipeline.prepare import check_training
 from quantkit.pipeline.quantize import quantize
 from quantkit.pipeline.result import QuantizeResult
 from quantkit.pipeline.steps import make_steps
+from quantkit.pipeline.train import train
 from quantkit.recipe.schema import Evaluation, Recipe
 from quantkit.recipe.searched import carried_out, searched
 from quantkit.system.progress import ProgressCallback, ignore
@@ -73,6 +76,8 @@ def plan_recipe(recipe: Recipe) -> Preview:
         refuse_parted(contents.structure, resolution.plan, resolution.skipped)
     steps, method = make_steps([one.build() for one in recipe.steps]).all, recipe.method.build()
     refuse_combinations(resolution.plan, contents.structure, method, steps, None)
+    if recipe.train is not None:
+        check_training(contents.structure, resolution.plan, has_start=True)
     refused = checkpoint.rejections(contents.model, resolution.plan, recipe.output.format)
     if refused:
         name, reason = next(iter(refused.items()))
@@ -85,6 +90,7 @@ def plan_recipe(recipe: Recipe) -> Preview:
         calibration=recipe.calibration,
         format=recipe.output.format,
         reasons=resolution.skipped,
+        training=recipe.train,
     )
     return Preview(recipe, contents, resolution, predicted, dtype)
 
@@ -120,7 +126,8 @@ def run_recipe(recipe: Recipe, progress: ProgressCallback = ignore) -> Outcome:
         scheme = preview.resolution
         if isinstance(recipe.scheme, Searched):
             scheme = searched(recipe, recipe.scheme, model, tokenizer, progress)
-        result = quantize(
+        carry_out = quantize if recipe.train is None else partial(train, training=recipe.train)
+        result = carry_out(
             model,
             scheme,
             method=recipe.method.build(),

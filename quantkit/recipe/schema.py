@@ -16,6 +16,7 @@ and for a group size that does not divide. What rules mean: :mod:`quantkit.pipel
     calibration: {samples: 128, length: 512}
     output: {path: runs/mixed}
 
+With a section ``train`` the result is trained afterwards, as by :func:`quantkit.train`: ``train: {steps: 200, windows: 4}``.
 A scheme may also be searched: ``scheme: {budget: 4.25 bpw, choices: [w3a16-asym-g64, w4a16-asym-g64, w8a16]}``.
 """
 
@@ -34,6 +35,7 @@ from quantkit.nn.sites import Structure
 from quantkit.pipeline.plan import Resolution, make_plan
 from quantkit.pipeline.rules import Rule, SchemeChoice, SchemeLike
 from quantkit.pipeline.settings import Output, Run
+from quantkit.pipeline.training.settings import Training
 from quantkit.recipe.choices import MethodChoice, Section, StepChoice, by_name
 from quantkit.recipe.yaml import MOST_DEPTH, Located, read_located
 from quantkit.spec import Scheme
@@ -87,6 +89,7 @@ class Recipe(Section):
     calibration: Calibration = Calibration()
     output: Output
     run: Run = Run()
+    train: Training | None = None
     evaluate: Evaluation | None = None
 
     @field_validator("output")

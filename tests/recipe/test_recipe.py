@@ -277,3 +277,10 @@ def test_data_may_be_rows_and_columns_may_be_named(tmp_path):
     assert found.calibration == quantkit.Calibration([{"body": "a", "title": "b"}], column="body", bos=True)
     assert (found.evaluate.column, found.evaluate.template) == ("messages", "x")
     assert "calibration.data: want a file" in refusal(tmp_path, MINIMAL + "calibration: {data: {body: a}}\n")
+
+
+def test_a_section_train_is_checked_and_planned(tmp_path):
+    assert "train.step: unknown key; did you mean 'steps'" in refusal(tmp_path, MINIMAL + "train: {step: 2}\n")
+    assert "train.rate" in refusal(tmp_path, MINIMAL + "train: {rate: 7}\n")
+    recipe = load_recipe(write(tmp_path, MINIMAL + "train: {steps: 3, windows: 2}\n"))
+    assert recipe.train == quantkit.Training(steps=3, windows=2)

@@ -188,8 +188,92 @@ void settle_groups(const void* job, int64_t begin, int64_t end) {
   }
 }
 
+struct Fake {
+  const void* weight;  // (groups, size)
+  const float* scale;  // (groups,) as stored
+  const float* low;    // (groups,) level of code 0
+  const void* slope;   // (groups, size) gradient of what is rounded; null to round
+  void* out;           // (groups, size): what is rounded, in dtype; or its weight's gradient, float32
+  float* by_scale;     // (groups,)
+  float* by_low;       // (groups,)
+  int64_t size;
+  int32_t weight_dtype, dtype;  // dtype of slope, or of what is rounded
+  float span;                   // highest level = low + span
+};
+
+// Clamping first keeps the sum below 2^22, where adding 1.5 * 2^23 rounds to the nearest whole number, ties to even.
+inline Floats nearest_level(Floats steps, float low, float high) { return (clamp(steps, low, high) + 0x1.8p23f) - 0x1.8p23f; }
+
+inline float nearest_level(float steps, float low, float high) {
+  return std::nearbyint(std::fmin(std::fmax(steps, low), high)) + 0.0f;  // no negative zero
+}
+
+void fake_groups(const void* job, int64_t begin, int64_t end) {
+  const Fake& f = *static_cast<const Fake*>(job);
+  for (int64_t group = begin; group < end; ++group) {
+    const float low = f.low[group], high = low + f.span;
+    const Floats scale = splat(f.scale[group]);
+    const int64_t stop = (group + 1) * f.size;
+    int64_t i = group * f.size;
+    for (; i + kWidth <= stop; i += kWidth) {
+      store_floats(f.out, i, f.dtype, nearest_level(load_floats(f.weight, i, f.weight_dtype) / scale, low, high) * scale);
+    }
+    for (; i < stop; ++i) {
+      store_one(f.out, i, f.dtype, nearest_level(load_one(f.weight, i, f.weight_dtype) / scale[0], low, high) * scale[0]);
+    }
+  }
+}
+
+// The gradients by weight, scale and lowest level; the rounding counts as the identity, and stops where it clips.
+void fake_gradient_groups(const void* job, int64_t begin, int64_t end) {
+  const Fake& f = *static_cast<const Fake*>(job);
+  float* out = static_cast<float*>(f.out);
+  for (int64_t group = begin; group < end; ++group) {
+    const float low = f.low[group], high = low + f.span;
+    const Floats scale = splat(f.scale[group]), lowest = splat(low - 0.5f), highest = splat(high + 0.5f);
+    const int64_t stop = (group + 1) * f.size;
+    int64_t i = group * f.size;
+    Floats by_scale{}, by_low{};
+    for (; i + kWidth <= stop; i += kWidth) {
+      const Floats steps = load_floats(f.weight, i, f.weight_dtype) / scale, slope = load_floats(f.slope, i, f.dtype);
+      const Floats level = nearest_level(steps, low, high);
+      const Ints inside = (steps >= lowest) & (steps <= highest);
+      *reinterpret_cast<FloatsAnywhere*>(out + i) = inside ? slope : Floats{};
+      by_scale += slope * (inside ? level - steps : level);
+      by_low += inside ? Floats{} : slope;
+    }
+    float rest_scale = sum(by_scale), rest_low = sum(by_low);
+    for (; i < stop; ++i) {
+      const float steps = load_one(f.weight, i, f.weight_dtype) / scale[0], slope = load_one(f.slope, i, f.dtype);
+      const float level = nearest_level(steps, low, high);
+      const bool inside = steps >= lowest[0] && steps <= highest[0];
+      out[i] = inside ? slope : 0.0f;
+      rest_scale += slope * (inside ? level - steps : level);
+      rest_low += inside ? 0.0f : slope;
+    }
+    f.by_scale[group] = rest_scale;
+    f.by_low[group] = rest_low * scale[0];
+  }
+}
+
 }  // namespace
 }  // namespace qk
+
+// out = round(weight / scale) * scale on each group's grid.
+QK_EXPORT int32_t qk_fake(const void* weight, const float* scale, const float* low, void* out, float span, int64_t groups,
+                          int64_t size, int32_t weight_dtype, int32_t dtype, int32_t threads) {
+  qk::Fake job{weight, scale, low, nullptr, out, nullptr, nullptr, size, weight_dtype, dtype, span};
+  qk::parallel_for(groups, 256, threads, qk::fake_groups, &job);
+  return 0;
+}
+
+QK_EXPORT int32_t qk_fake_gradient(const void* weight, const float* scale, const float* low, const void* slope, float* by_weight,
+                                   float* by_scale, float* by_low, float span, int64_t groups, int64_t size,
+                                   int32_t weight_dtype, int32_t dtype, int32_t threads) {
+  qk::Fake job{weight, scale, low, slope, by_weight, by_scale, by_low, size, weight_dtype, dtype, span};
+  qk::parallel_for(groups, 256, threads, qk::fake_gradient_groups, &job);
+  return 0;
+}
 
 // drift -= rate * sign(slope)
 QK_EXPORT int32_t qk_drift(void* drift, const void* slope, float rate, int64_t groups, int64_t size, int32_t dtype, int32_t threads) {
