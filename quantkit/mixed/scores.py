@@ -14,8 +14,8 @@ times too little of query and key projections, and ten times too much where a fe
 What E is depends on who rounds. Errors :math:`\eta` of rounding a weight to its grid are as good as independent, of a mean
 square m that is measured. Rounding to nearest leaves them as they are. A quantizer that makes up for errors in later columns
 (GPTQ and its kin) turns those of one row into :math:`E = \eta\, \mathrm{diag}(1/U_{kk})\, U`, with U the upper Cholesky factor
-of the inverse second moment of the inputs, as in :mod:`quantkit.quantizers.gptq`: this is what its algorithm does to errors, not
-a bound. In expectation over roundings
+of the inverse second moment of the inputs, as in :mod:`quantkit.quantizers.gptq`: this is what its algorithm does to errors,
+not a bound. In expectation over roundings
 
 .. math:: E\big[\langle G, E \rangle^2\big] = \sum_{r,k} m_{rk} F_{rk}, \qquad F_{rk} = \big((G U^T)_{rk} / U_{kk}\big)^2
 
