@@ -1,6 +1,9 @@
 """prepare and convert: the start is the quantized model's, what cannot be trained is refused, and torch's own ways work."""
 
 import copy
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -139,6 +142,14 @@ def test_half_precision_products_leave_weights_in_float32() -> None:
 
 
 def test_a_layer_compiles_as_one_graph() -> None:
+    command = [sys.executable, "-c", "from tests.pipeline.test_prepare import compile_a_layer; compile_a_layer()"]
+    counts = "SLIPCOVER_ENABLED"  # the compiler cannot follow code whose lines are counted
+    env = {name: value for name, value in os.environ.items() if name != counts}
+    subprocess.run(command, check=True, env=env, cwd=Path(__file__).parents[2])
+
+
+def compile_a_layer() -> None:
+    """Compare a layer with itself compiled; raises if they differ, or if it takes more than one graph."""
     model = quantkit.prepare(tiny_llama(), "w4a16-asym-g32")
     layer = model.model.layers[0].mlp.up_proj
     assert isinstance(layer, FakeLinear)
