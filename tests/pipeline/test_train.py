@@ -15,7 +15,10 @@ from quantkit.errors import CalibrationError, FormatError, QuantkitError, SpecEr
 from quantkit.pipeline.training import loop
 from quantkit.pipeline.training.loop import rise_and_fall
 from quantkit.pipeline.training.loss import Losses, Objective
+from quantkit.pipeline.training.picture import smoothed
 from quantkit.pipeline.training.settings import Training
+from quantkit.report.cells import significant
+from quantkit.report.trained import LivePage
 from quantkit.system.progress import Progress
 from tests.tiny import FAMILIES, tiny_llama
 
@@ -54,6 +57,8 @@ def test_the_loss_falls_and_the_result_says_so(loss: str) -> None:
     assert sum(total[-4:]) < 0.9 * sum(total[:4])
     assert len(total) == 24 == sum(event.stage == "train" for event in events)
     assert {row.kind for row in result.coverage} == {"quantized", "skipped"}
+    (axes,) = result.plot_training().axes
+    assert axes.get_ylabel().startswith("KL" if share < 1 else "NLL")
     assert result.metadata["quality"]["kl_mean"] > 0
     best = min(facts["evaluations"], key=lambda one: (1 - share) * (one["kl"] or 0) + share * one["nll"])
     assert best["steps"] == facts["best_after"]
@@ -215,3 +220,51 @@ def test_tables_are_trained_with_frozen_narrow_scales() -> None:
 
 def same(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def test_a_page_shows_a_run_at_work_and_the_finished_one(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, file = tmp_path / "out", tmp_path / "page.html"
+    page, seen = LivePage(out, file, "a run"), []
+
+    def look(event: Progress) -> None:
+        page()
+        seen.append(file.read_text() if file.exists() else "")
+
+    with monkeypatch.context() as patch:
+        kill(patch, loop.Learner, "step", 6)
+        with pytest.raises(Killed):
+            trained(out, run=quantkit.Run(progress=look))
+    assert 'http-equiv="refresh"' in seen[-1]
+    assert "4 updates" in seen[-1]  # the state of the fifth is written after its event
+    trained(out, run=quantkit.Run(progress=look))
+    page(over=True)
+    text = file.read_text()
+    first, best = (significant(one["kl"]) for one in (evaluations(out)[0], min(evaluations(out), key=lambda one: one["kl"])))
+    assert f"goes from {first} to {best}" in text
+    assert "refresh" not in text
+    assert text.count("<svg") == 1
+    with pytest.raises(CalibrationError, match="'kl' is missing"):
+        quantkit.write_html(file, [], training={})
+    with pytest.raises(CalibrationError, match="no evaluation report"):
+        quantkit.write_html(file, [], training=tmp_path)
+
+
+def evaluations(out: Path) -> list[dict]:
+    return json.loads((out / "config.json").read_text())["quantkit"]["training"]["evaluations"]
+
+
+def test_the_line_through_losses_keeps_their_ends_and_mean() -> None:
+    assert smoothed([3.0, 1.0]) == [3.0, 1.0]
+    straight = [float(i) for i in range(50)]
+    assert smoothed(straight) == pytest.approx(straight)
+    assert min(smoothed([1.0, -1.0] * 50)[5:-5]) > -0.3
+
+
+def test_a_searched_plan_is_trained_as_it_is() -> None:
+    found = quantkit.search(tiny_llama(), "4 bpw", choices=["w2a16-asym-g32", "w4a16-asym-g32"], calibration=TEXT)
+    training = dataclasses.replace(SETTINGS, steps=2)
+    result = quantkit.train(tiny_llama(), found.plan, method="rtn", training=training, calibration=TEXT, output=NATIVE)
+    assert result.plan == found.plan
+    assert {scheme.weight.bits for scheme in result.plan.values()} == {2, 4}
+    installed = {name: one.qtensor.spec for name, one in result.model.named_modules() if hasattr(one, "qtensor")}
+    assert installed == {name: scheme.weight for name, scheme in found.plan.items()}

@@ -39,6 +39,16 @@ class History:
     evaluations: list[tuple[int, float | None, float | None]] = field(default_factory=list)
     best: int = 0
 
+    def facts(self) -> dict[str, Any]:
+        """Return what a checkpoint records of its training."""
+        return {
+            "steps": len(self.steps),
+            "best_after": self.evaluations[self.best][0] if self.evaluations else 0,
+            "kl": [kl for kl, _ in self.steps],
+            "nll": [nll for _, nll in self.steps],
+            "evaluations": [{"steps": steps, "kl": kl, "nll": nll} for steps, kl, nll in self.evaluations],
+        }
+
 
 class Learner:
     """A model whose stand-ins are being trained, with its optimizer.
