@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from quantkit.errors import CalibrationError
 from quantkit.nn.fake import FakeModule
+from quantkit.numerics import grid
+from quantkit.numerics.fake import whole_scale_gradient
 from quantkit.pipeline.training.loss import Losses, Objective
 from quantkit.pipeline.training.settings import Training
 from quantkit.qtensor import GridTensor
@@ -99,14 +101,28 @@ class Learner:
             raise CalibrationError(
                 f"training: the loss of step {self.done + 1} is not finite; use lower rates, or dtype float32"
             )
+        scales = self._move_along()
         if self.training.clip:
             torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.training.clip, foreach=True)
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * factor
         self.optimizer.step()
+        for layer, scale in scales:
+            layer.weight.data.mul_(grid.expand(layer.scale.detach() / scale, layer.spec, layer.shape))
         self.optimizer.zero_grad()
         self.history.steps.append((_known(losses.kl), _known(losses.nll)))
         return losses
+
+    def _move_along(self) -> list[tuple[FakeModule, Tensor]]:
+        """Give learned scales the gradient they have if weights move along; return their layers and present values."""
+        found = [layer for layer in self.layers.values() if layer.tied_to is None and layer.scale.grad is not None]
+        for layer in found:
+            assert layer.scale.grad is not None
+            assert layer.weight.grad is not None
+            layer.scale.grad = whole_scale_gradient(
+                layer.scale.grad, layer.weight.grad, layer.weight.detach(), layer.scale.detach(), layer.spec
+            )
+        return [(layer, layer.scale.detach().clone()) for layer in found]
 
     def evaluate(self) -> Losses:
         """Measure the losses on the held-out windows; keep what the model is if it was never better."""
