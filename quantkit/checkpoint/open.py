@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 from quantkit import checkpoint
+from quantkit.checkpoint.activations import ComputeChoice, check_choice
 from quantkit.dtypes import float_dtype
 from quantkit.errors import SpecError
 from quantkit.hf.code import trust_code
 from quantkit.hf.load import load_float, load_tokenizer
 from quantkit.hf.source import locate
-from quantkit.kernels import ComputeMode
-from quantkit.nn.install import quantize_head
+from quantkit.nn.install import describe_compute, quantize_head, set_compute
 from quantkit.system.files import named_path, read_json
 
 HEADS = ("float", "int8")
@@ -25,7 +25,7 @@ def open_model(
     source: str | Path,
     dtype: torch.dtype | str | None = None,
     *,
-    compute: ComputeMode = "float",
+    compute: ComputeChoice = "auto",
     head: str = "float",
     trust_remote_code: bool = False,
 ) -> tuple[nn.Module, Any]:
@@ -34,7 +34,7 @@ def open_model(
     Args:
         source: what to open.
         dtype: dtype of the unquantized weights, or its name; None keeps what the files hold.
-        compute: what quantized layers make of their inputs; see :func:`quantkit.checkpoint.load`.
+        compute: what the layers of a quantized checkpoint make of their inputs; see :func:`quantkit.checkpoint.load`.
         head: ``"int8"`` rounds a float output head in memory, see :func:`quantkit.nn.install.quantize_head`.
         trust_remote_code: run the code that the model brings with it; see :func:`quantkit.hf.code.trust_code`.
 
@@ -46,6 +46,7 @@ def open_model(
     """
     if head not in HEADS:
         raise SpecError(f"head={head!r}: want one of {', '.join(HEADS)}")
+    check_choice(compute)
     dtype, place = float_dtype(dtype), locate(source)
     if _is_quantized(named_path(place)):
         if trust_remote_code:
@@ -56,6 +57,8 @@ def open_model(
         model, tokenizer = load_float(place, dtype, trust_remote_code=trust_remote_code)
     if head == "int8":
         quantize_head(model)
+        if compute == "int8" or describe_compute(model) not in ("", "exact"):
+            set_compute(model, "int8")  # the head as the other layers
     return model, tokenizer
 
 

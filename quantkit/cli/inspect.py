@@ -73,6 +73,7 @@ def inspect(
             "parameters": f"{found['parameters']:,} ({found['quantized_parameters']:,} quantized)",
             "bits per quantized weight": f"{found['quantized_bits_per_weight']:.3f}",
             "bits per parameter": f"{found['bits_per_weight']:.3f}",
+            "on a CPU": found["compute"],
             "carried over": f"{found['carried_over']['tensors']} tensors, {size(found['carried_over']['bytes'])}",
             "size": f"{size(found['bytes'])} in {len(found['shards'])} file(s)",
             **({"verified": "every tensor has its checksum"} if verify else {}),

@@ -1,6 +1,6 @@
 """Options that several commands share, and how their values are read. Imports nothing heavy."""
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -10,7 +10,11 @@ if TYPE_CHECKING:
 Model = Annotated[str, typer.Argument(help="Checkpoint directory, float model, hub id, or demo.")]
 Engine = Annotated[str, typer.Option(help="native (one native call per step), modules (the model's own forward), or auto.")]
 ComputeMode = Annotated[
-    str, typer.Option(help="Inputs of products: float, float32 even in a bfloat16 model, or int8: faster, less exact.")
+    str,
+    typer.Option(
+        help="Inputs of products on a CPU: exact; int8, twice as fast; auto, int8 where the checkpoint records that it costs "
+        "next to nothing; or float32, exact even in a bfloat16 model."
+    ),
 ]
 Head = Annotated[str, typer.Option(help="float, or int8: round the output head in memory, which is faster.")]
 KeysAndValues = Annotated[str, typer.Option("--kv", help="How keys and values are stored: float, int8 or int4.")]
@@ -38,6 +42,11 @@ DrafterName = Annotated[
         "smaller model.",
     ),
 ]
+
+
+def load_compute(compute: str) -> Any:
+    """Return what ``--compute`` says to what loads a model; ``float32`` matters only to what runs it."""
+    return "exact" if compute == "float32" else compute
 
 
 def read_drafter(text: str | None) -> "DrafterChoice":

@@ -19,6 +19,7 @@ from quantkit.cli.options import (
     Model,
     Template,
     TrustRemoteCode,
+    load_compute,
     read_drafter,
 )
 
@@ -126,6 +127,7 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="Write the report here (JSON).")] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page with plots here.")] = None,
     head: Head = "float",
+    compute: ComputeMode = "auto",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Measure a model: perplexity, distance from a base model, speed, size."""
@@ -134,7 +136,7 @@ def evaluate(
     from quantkit.mixed.recorded import PLAN_FILE
     from quantkit.report import comparison_table, write_html
 
-    opened, tokenizer = open_model(model, head=head, trust_remote_code=trust_remote_code)
+    opened, tokenizer = open_model(model, compute=load_compute(compute), head=head, trust_remote_code=trust_remote_code)
     with progress_bars() as progress:
         report = measure(
             opened,
@@ -166,7 +168,7 @@ def bench(
     new_tokens: Annotated[int, typer.Option(help="Tokens decoded per round.")] = 32,
     rounds: int = 5,
     engine: Engine = "auto",
-    compute: ComputeMode = "float",
+    compute: ComputeMode = "auto",
     head: Head = "float",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -174,7 +176,8 @@ def bench(
     from quantkit.checkpoint.open import open_model
     from quantkit.evaluation import compare_latency
 
-    opened = {name: open_model(name, head=head, trust_remote_code=trust_remote_code)[0] for name in models}
+    kind = load_compute(compute)
+    opened = {name: open_model(name, compute=kind, head=head, trust_remote_code=trust_remote_code)[0] for name in models}
     with progress_bars() as progress:
         found = compare_latency(
             opened,
@@ -216,15 +219,16 @@ def generate(
     drafter: DrafterName = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt through the model's chat template.")] = False,
     engine: Engine = "auto",
-    compute: ComputeMode = "float",
+    compute: ComputeMode = "auto",
     head: Head = "float",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Continue a prompt and show the text as it comes."""
     from quantkit.checkpoint.open import open_model
     from quantkit.generation.generate import generate as continue_text
+    from quantkit.nn.install import describe_compute
 
-    opened, tokenizer = open_model(model, head=head, trust_remote_code=trust_remote_code)
+    opened, tokenizer = open_model(model, compute=load_compute(compute), head=head, trust_remote_code=trust_remote_code)
     done = continue_text(
         opened,
         [{"role": "user", "content": prompt}] if chat else prompt,
@@ -247,4 +251,6 @@ def generate(
     speed = f", {later[len(later) // 2]:.1f} ms per token (median)" if later else ""
     guessed = f", {done.accepted} of {done.drafted} drafts accepted" if drafter else ""
     first = f"first token after {done.prefill_ms:.0f} ms"
-    say(f"[{len(done.ids)} tokens, {done.finish_reason}; {first}{speed}{guessed}]", stderr=True)
+    rounds = describe_compute(opened)
+    how = f"; {rounds}" if rounds not in ("", "exact") else ""
+    say(f"[{len(done.ids)} tokens, {done.finish_reason}; {first}{speed}{guessed}{how}]", stderr=True)

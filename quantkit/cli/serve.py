@@ -7,7 +7,16 @@ import typer
 
 from quantkit.cli import app
 from quantkit.cli.console import console, facts, progress_bars, say, size, table
-from quantkit.cli.options import ComputeMode, DrafterName, Engine, KeysAndValues, Model, TrustRemoteCode, read_drafter
+from quantkit.cli.options import (
+    ComputeMode,
+    DrafterName,
+    Engine,
+    KeysAndValues,
+    Model,
+    TrustRemoteCode,
+    load_compute,
+    read_drafter,
+)
 from quantkit.errors import QuantkitError, nearest
 
 if TYPE_CHECKING:
@@ -42,7 +51,7 @@ def serve(
         int | None, typer.Option(help="Longest prompt and answer in tokens; default: the model's limit.")
     ] = None,
     engine: Engine = "auto",
-    compute: ComputeMode = "float",
+    compute: ComputeMode = "auto",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Serve a model to OpenAI clients, in one process and for a few users. For many users, use vLLM."""
@@ -51,7 +60,7 @@ def serve(
     from quantkit.serve.run import check_port, open_server, run_server
 
     check_port(host, port)
-    opened, tokenizer = open_model(model, trust_remote_code=trust_remote_code)
+    opened, tokenizer = open_model(model, compute=load_compute(compute), trust_remote_code=trust_remote_code)
     limits = Limits(running=running, waiting=waiting, kv_tokens=kv_tokens, context_tokens=context)
     server = open_server(
         opened,
@@ -105,7 +114,7 @@ def trace(
     running: Annotated[int, typer.Option(help="Requests that run at the same time.")] = 8,
     kv: KeysAndValues = "float",
     engine: Engine = "auto",
-    compute: ComputeMode = "float",
+    compute: ComputeMode = "auto",
     batching: Annotated[str, typer.Option(help="Kinds to compare: padded, static, continuous.")] = "padded,continuous",
     price: Annotated[float | None, typer.Option(help="Price of this machine per hour; adds the cost of tokens.")] = None,
     seed: int = 0,
@@ -124,7 +133,7 @@ def trace(
     from quantkit.report import trace_rows, write_trace_html
     from quantkit.system.files import write_json
 
-    opened, _ = open_model(model, trust_remote_code=trust_remote_code)
+    opened, _ = open_model(model, compute=load_compute(compute), trust_remote_code=trust_remote_code)
     arrivals = poisson_trace(
         requests,
         rate_per_s=rate or math.inf,

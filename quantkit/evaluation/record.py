@@ -99,6 +99,8 @@ class EvalReport:
         environment: machine and software.
         latency: timings, or None.
         base: label of the base model, or None.
+        compute: how quantized layers multiplied while the quality was measured: ``"exact"``, or with int8 activations; empty
+            for a float model, and where an older report does not say.
     """
 
     label: str
@@ -108,6 +110,7 @@ class EvalReport:
     environment: Environment
     latency: Latency | None = None
     base: str | None = None
+    compute: str = ""
 
     def summary(self) -> dict[str, str]:
         """Return the most important measurements as name and text, with units and one standard error."""
@@ -115,6 +118,8 @@ class EvalReport:
         if (divergence := self.quality.divergence) is not None:
             found["KL"] = f"{_with_error(divergence.mean, divergence.mean_se)} nats from {self.base or 'the base'}"
             found["same top-1"] = f"{100 * divergence.same_top1:.1f} %"
+        if self.compute:
+            found["measured with"] = f"{self.compute} products" if self.compute == "exact" else self.compute
         found["bits per weight"] = f"{self.footprint.bits_per_weight:.2f}"
         if self.latency is not None:
             found["decode"] = f"{self.latency.decode_ms.median:.2f} ms per token"

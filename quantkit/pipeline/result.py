@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from quantkit.checkpoint.activations import choose
 from quantkit.evaluation.coverage import CoverageRow, shortfall
 from quantkit.spec import Scheme
 
@@ -54,6 +55,8 @@ class QuantizeResult:
             found["KL to the float model"] = f"{quality['kl_mean']:.4f} nats on {quality['tokens']} tokens ({quality['text']})"
             found["perplexity"] = f"{quality['perplexity']:.2f}, {quality['base_perplexity']:.2f} before"
             found["same top-1 token"] = f"{quality['same_top1']:.1%}"
+        if "int8_activations" in quality:
+            found["loaded on a CPU"] = str(choose(self.metadata))
         return found | {"checkpoint": str(self.path) if self.path else "not written"}
 
     def __repr__(self) -> str:
