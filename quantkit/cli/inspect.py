@@ -1,40 +1,93 @@
 """Commands that look and do not change anything: plan, inspect, list, doctor."""
 
+import dataclasses
 import json
+import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from quantkit.cli import app
-from quantkit.cli.console import facts, parse_settings, say, size, table
-from quantkit.cli.options import TrustRemoteCode
+from quantkit.cli.console import facts, parse_settings, print_json, say, size, table
+from quantkit.cli.options import (
+    AsJson,
+    BudgetText,
+    Choices,
+    Dtype,
+    Format,
+    Include,
+    Length,
+    Method,
+    Revision,
+    Samples,
+    Scheme,
+    Steps,
+    TrustRemoteCode,
+    at_revision,
+    recipe_from,
+    scheme_or_budget,
+)
 from quantkit.registry import Registry
+
+if TYPE_CHECKING:
+    from quantkit.recipe.run import Preview
 
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe, e.g. calibration.samples=8."),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+
+
+RecipeFile = Annotated[Path, typer.Argument(help="Recipe (YAML); quantkit init MODEL writes one to begin with.")]
 
 
 @app.command()
-def plan(recipe: Path, settings: Settings = None, as_json: AsJson = False, trust_remote_code: TrustRemoteCode = False) -> None:
-    """Predict bits, bytes, peak memory and passes of a recipe, without touching weights."""
-    import dataclasses
-
+def plan(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE or MODEL", help="Recipe (YAML), or a model and options.")],
+    settings: Settings = None,
+    scheme: Scheme = None,
+    budget: BudgetText = None,
+    choice: Choices = None,
+    include: Include = None,
+    method: Method = "gptq",
+    step: Steps = None,
+    samples: Samples = 128,
+    length: Length = 512,
+    format: Format = "compressed-tensors",
+    dtype: Dtype = "auto",
+    revision: Revision = None,
+    as_json: AsJson = False,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Predict bits, bytes, peak memory and passes of a recipe, or of quantkit quantize MODEL, without touching weights."""
     from quantkit.hf.code import trust_code
     from quantkit.recipe.run import plan_recipe
     from quantkit.recipe.schema import load_recipe
 
-    loaded = load_recipe(recipe, parse_settings(settings))
+    if _is_recipe(recipe):
+        loaded = load_recipe(recipe, parse_settings(settings))
+    else:
+        loaded = recipe_from(
+            at_revision(recipe, revision), Path("(--out)"), scheme_or_budget(scheme, budget, choice, include), method=method,
+            steps=step or [], dtype=dtype, data=None, column=None, template=None, samples=samples, length=length, format=format,
+        )  # fmt: skip
     if trust_remote_code:
         trust_code(loaded.model)
-    preview = plan_recipe(loaded)
+    _show_plan(plan_recipe(loaded), recipe, as_json)
+
+
+def _is_recipe(text: str) -> bool:
+    """Return whether a name is that of a recipe rather than of a model."""
+    path = Path(text)
+    return path.suffix in (".yaml", ".yml") or (os.path.isfile(text) and path.suffix != ".gguf")
+
+
+def _show_plan(preview: "Preview", recipe: str, as_json: bool) -> None:
     found = preview.estimate
     if as_json:
         sites = {name: scheme.weight.describe() for name, scheme in preview.resolution.plan.items()}
-        typer.echo(json.dumps({**dataclasses.asdict(found), "plan": sites, "notes": preview.resolution.notes}, indent=2))
+        print_json({**dataclasses.asdict(found), "plan": sites, "notes": preview.resolution.notes})
         return
     rows = [(name, "quantized", str(count), f"{weights:,}") for name, (count, weights) in found.schemes.items()]
     rows += [(reason, "kept", str(count), f"{numel:,}") for reason, (count, numel) in found.kept.items()]
@@ -63,7 +116,7 @@ def inspect(
 
     found = look(path, verify=verify)
     if as_json:
-        typer.echo(json.dumps(found, indent=2))
+        print_json(found)
         return
     facts(
         {
@@ -110,7 +163,7 @@ def doctor(as_json: AsJson = False) -> None:
 
     found = examine()
     if as_json:
-        typer.echo(json.dumps(found, indent=2))
+        print_json(found)
         return
     rows = [(row["kernel"], "yes" if row["available"] else "no", _reason(row)) for row in found.pop("kernels")]
     facts({name: json.dumps(value) if isinstance(value, dict) else str(value) for name, value in found.items()})

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import html
 import importlib.metadata
 import json
 import platform
@@ -20,6 +19,7 @@ from quantkit.evaluation.footprint import Footprint
 from quantkit.evaluation.latency import Latency
 from quantkit.evaluation.quality import Quality
 from quantkit.system.files import write_json
+from quantkit.system.tables import facts_html
 from quantkit.version import __version__
 
 SCHEMA = "quantkit.eval-report/1"
@@ -131,12 +131,7 @@ class EvalReport:
 
     def _repr_html_(self) -> str:
         """Return the summary as an HTML table, for notebooks."""
-        left = 'style="text-align:left"'
-        rows = "".join(
-            f"<tr><th {left}>{html.escape(name)}</th><td {left}>{html.escape(value)}</td></tr>"
-            for name, value in self.summary().items()
-        )
-        return f"<table><caption {left}>{html.escape(self.label)}</caption>{rows}</table>"
+        return facts_html(self.summary(), self.label)
 
     def to_dict(self) -> dict[str, Any]:
         """Return a mapping for JSON; :meth:`from_dict` reverses it exactly."""

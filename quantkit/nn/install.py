@@ -6,6 +6,8 @@ A linear layer's whole module is replaced by a :class:`~quantkit.nn.linear.Quant
 :class:`~quantkit.nn.parameter.QuantParameter`. The float weight is freed as soon as nobody else holds it.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, Final, NoReturn
 
 import torch
@@ -177,6 +179,31 @@ def describe_compute(model: nn.Module) -> str:
     if not rounding:
         return "exact" if layers else ""
     return "int8 activations" + (f" in {rounding} of {len(layers)} layers" if rounding < len(layers) else "")
+
+
+@contextlib.contextmanager
+def float_activations(model: nn.Module) -> Iterator[None]:
+    """Switch off the rounding of activations in quantized layers, which would blur the comparison of values.
+
+    A difference of the last bit decides how a value is rounded, and from layer to layer more of them: two ways to run a model
+    that are both right then differ as much as rounded activations differ from exact ones.
+
+    Activations that are rounded in a rotated basis stay as they are, because the rotation is part of the rounding.
+    """
+    layers = [m for m in model.modules() if isinstance(m, QuantLinear | QuantWeight)]
+    before = [(module, module.compute, module.activation) for module in layers]
+    try:
+        for module in layers:
+            if module.compute != "float":
+                module.compute = "float"
+            if module.activation is not None and not module.activation.rotated:
+                module.activation = None
+        yield
+    finally:
+        for module, compute, activation in before:
+            module.activation = activation
+            if module.compute != compute:
+                module.compute = compute
 
 
 def _find(model: nn.Module, site: Site) -> tuple[nn.Module, Tensor]:

@@ -46,7 +46,9 @@ def searched(recipe: Recipe, asked: Searched, model: Any, tokenizer: Any, progre
     method, batches = recipe.method.build(), recipe.calibration.batches(tokenizer)
     replaced = model.device.type == "meta"
     about = {
-        "search": repr((asked, tuple(recipe.rules), recipe.output.format, recipe.output.fused, recipe.run.compute)),
+        "search": repr(
+            (asked, tuple(recipe.rules), recipe.output.format, recipe.output.fused, recipe.run.compute or recipe.run.device)
+        ),
         **run_key(model, {}, (method,), batches, tokenizer=tokenizer),
     }
     ignored = OF_THE_INPUT if replaced else ()
