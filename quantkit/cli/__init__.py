@@ -155,6 +155,14 @@ def _shown_by_nobody(record: logging.LogRecord) -> bool:
     return True
 
 
+class _Plain(logging.Formatter):
+    """Shows what users are told as it is, and what is logged with its level and place."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line of a record."""
+        return record.getMessage() if record.name == "quantkit.told" else super().format(record)
+
+
 def _show_version(value: bool) -> None:
     if value:
         typer.echo(f"quantkit {__version__}")
@@ -173,7 +181,9 @@ def _settings(
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     for handler in logging.getLogger().handlers:
         handler.addFilter(_shown_by_nobody)
+        handler.setFormatter(_Plain("%(levelname)s %(name)s: %(message)s"))
     logging.getLogger("quantkit").setLevel(level)
+    logging.getLogger("quantkit.told").setLevel(min(level, logging.INFO))
     os.environ.setdefault("TQDM_DISABLE", "1")  # bars of the libraries below would fight with ours
 
 

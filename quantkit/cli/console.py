@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import logging
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,6 +37,8 @@ def console(stderr: bool = False) -> "Console":
 
 def hush(quiet: bool) -> None:
     """Show nothing of what is going on from now on, or do show it."""
+    if quiet:
+        logging.getLogger("quantkit.told").setLevel(logging.WARNING)
     if quiet or console.cache_info().currsize:
         console(stderr=True).quiet = quiet
 

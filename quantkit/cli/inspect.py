@@ -28,6 +28,7 @@ from quantkit.cli.options import (
     recipe_from,
     scheme_or_budget,
 )
+from quantkit.errors import QuantkitError
 from quantkit.registry import Registry
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def plan(
     from quantkit.recipe.run import plan_recipe
     from quantkit.recipe.schema import load_recipe
 
-    if _is_recipe(recipe):
+    if is_recipe(recipe):
         loaded = load_recipe(recipe, parse_settings(settings))
     else:
         loaded = recipe_from(
@@ -77,7 +78,7 @@ def plan(
     _show_plan(plan_recipe(loaded), recipe, as_json)
 
 
-def _is_recipe(text: str) -> bool:
+def is_recipe(text: str) -> bool:
     """Return whether a name is that of a recipe rather than of a model."""
     path = Path(text)
     return path.suffix in (".yaml", ".yml") or (os.path.isfile(text) and path.suffix != ".gguf")
@@ -91,12 +92,17 @@ def _show_plan(preview: "Preview", recipe: str, as_json: bool) -> None:
         return
     rows = [(name, "quantized", str(count), f"{weights:,}") for name, (count, weights) in found.schemes.items()]
     rows += [(reason, "kept", str(count), f"{numel:,}") for reason, (count, numel) in found.kept.items()]
-    table(f"{preview.recipe.model} with {recipe}", ("scheme or reason", "", "tensors", "parameters"), rows)
+    of_recipe = is_recipe(recipe)
+    table(
+        f"{preview.recipe.model}{f' with {recipe}' if of_recipe else ''}",
+        ("scheme or reason", "", "tensors", "parameters"),
+        rows,
+    )
     facts(
         {
             "bits per quantized weight": f"{found.bits_per_weight:.3f}",
             "checkpoint": f"{size(found.total_bytes)} (float: {size(found.float_bytes)}), {preview.recipe.output.format}",
-            "written to": str(preview.recipe.output.path),
+            **({"written to": str(preview.recipe.output.path)} if of_recipe else {}),
             "peak memory, about": size(found.peak_bytes),
             "passes": "\n".join(found.passes),
         }
@@ -109,14 +115,20 @@ def _show_plan(preview: "Preview", recipe: str, as_json: bool) -> None:
 def inspect(
     path: Path,
     verify: Annotated[bool, typer.Option("--verify", help="Compare every tensor with its checksum.")] = False,
+    layers: Annotated[bool, typer.Option("--layers", help="What became of every layer, and why some stayed in float.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Describe a quantized checkpoint without loading it."""
+    """Describe a quantized checkpoint without loading it; --layers says why a layer was skipped."""
     from quantkit.checkpoint import inspect as look
 
     found = look(path, verify=verify)
+    rows = _layers(path) if layers else []
     if as_json:
-        print_json(found)
+        print_json(found | ({"layers": rows} if layers else {}))
+        return
+    if layers:
+        heads = ("layer", "kind", "scheme", "loss", "reason")
+        table(f"{path}", heads, [tuple(row[head] for head in heads) for row in rows])
         return
     facts(
         {
@@ -185,6 +197,32 @@ def cache(
         say(f"removed {size(prepacked.clear() + gguf.clear())}")
     say(prepacked.describe())
     say(f"{size(gguf.used_bytes())} read from GGUF files")
+
+
+def _layers(path: Path) -> list[dict[str, str]]:
+    """Return what a checkpoint records of every layer.
+
+    Raises:
+        QuantkitError: it records nothing.
+    """
+    from quantkit.checkpoint import read_record
+
+    record = read_record(path)
+    if record is None or not record.run:
+        raise QuantkitError(
+            f"{path} does not record what became of its layers: no run of quantkit wrote it; leave --layers out"
+        )
+    losses = record.run["losses"]
+    return [
+        {
+            "layer": row["name"],
+            "kind": row["kind"],
+            "scheme": row["scheme"] or "",
+            "loss": f"{losses[row['name']]:.2e}" if row["name"] in losses else "",
+            "reason": row["reason"] or "",
+        }
+        for row in record.run["coverage"]
+    ]
 
 
 def _flat(value: Any, name: str = "recorded") -> dict[str, str]:

@@ -116,7 +116,7 @@ class Scores:
             return "add smaller choices"
         return (
             f"{rest / 1e6:.4g} MB are taken by what is not searched (embedding and head, unless included; norms; tokenizer); "
-            "include embedding and head, or add smaller choices"
+            "include embedding and head (--include embedding --include head, --format native), or add smaller choices"
         )
 
     def _least(self, budget: Budget) -> list[int]:
