@@ -21,6 +21,7 @@ _FACTS: Final = (
     ("measured over", ("quality", "tokens"), " tokens"),
     ("KL to the float model, mean", ("quality", "kl_mean"), " nats per token"),
     ("KL to the float model, 99th percentile", ("quality", "kl_p99"), " nats per token"),
+    ("KL that int8 activations on a CPU add", ("quality", "int8_activations", "kl_mean"), " nats per token"),
     ("most likely token is the float model's", ("quality", "same_top1"), " of all tokens"),
     ("perplexity", ("quality", "perplexity"), ""),
     ("perplexity of the float model", ("quality", "base_perplexity"), ""),

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantkit.checkpoint.activations import choose
 from quantkit.checkpoint.contents import Contents, contents_of, read_site, same_bits
 from quantkit.checkpoint.publish import is_marked
 from quantkit.checkpoint.record import check_sums
@@ -290,6 +291,7 @@ def inspect(path: str | Path, *, verify: bool = False) -> dict[str, Any]:
             "bytes": sum(files.values()),
             "bits_per_weight": sum(files.values()) * 8 / every,
             "shards": files,
+            "compute": str(choose(opened.config.get(RECORD, {}))),
             "metadata": {key: value for key, value in opened.config.get(RECORD, {}).items() if key != "carried_over"},
         }
 

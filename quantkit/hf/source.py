@@ -29,6 +29,18 @@ def locate(source: str | Path) -> str | Path:
     return demo_model_path() if str(source) == DEMO_MODEL else source
 
 
+def hub_name(source: str | Path) -> tuple[str, str | None]:
+    """Return the id and the revision of what a user names as ``owner/name@revision``; any other source, and None.
+
+    A revision is a branch, a tag or a commit of the hub. What exists here under the whole name is no hub id.
+    """
+    text = str(source)
+    name, _, revision = text.partition("@")
+    if not revision or not _HUB_ID.fullmatch(name) or os.path.lexists(text):
+        return text, None
+    return name, revision
+
+
 def refuse_mistyped(source: str | Path) -> None:
     """Refuse what is meant as a path of this machine and is not there: the hub, asked for it, answers in riddles.
 
@@ -37,8 +49,8 @@ def refuse_mistyped(source: str | Path) -> None:
     """
     text = str(source)
     meant = isinstance(source, Path) or text.startswith((".", "~", os.sep)) or text.endswith(".gguf")
-    if (meant or not _HUB_ID.fullmatch(text)) and not os.path.lexists(text):
-        wanted = "a directory, a .gguf file, 'demo', or the id of a model on the hub (owner/name)"
+    if (meant or not _HUB_ID.fullmatch(hub_name(source)[0])) and not os.path.lexists(text):
+        wanted = "a directory, a .gguf file, 'demo', or the id of a model on the hub (owner/name, owner/name@revision)"
         raise QuantkitError(f"cannot load a model from {text}: there is no such file or directory; want {wanted}")
 
 
@@ -54,10 +66,11 @@ def directory_of(source: str | Path, *, trust_remote_code: bool = False) -> Path
     if Path(source).is_dir():
         return Path(source)
     wanted = [*MODEL_FILES, *(["*.py"] if trust_remote_code else [])]
+    name, revision = hub_name(source)
     try:
-        found = Path(snapshot_download(str(source), allow_patterns=wanted, ignore_patterns=[*OTHER_FORMATS]))
+        found = Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=[*OTHER_FORMATS]))
         if not any(found.glob("*.safetensors")):
-            snapshot_download(str(source), allow_patterns=["pytorch_model*.bin"])
+            snapshot_download(name, revision=revision, allow_patterns=["pytorch_model*.bin"])
     except LocalEntryNotFoundError as error:
         way_out = "give the path of a directory, or try again with a connection"
         raise QuantkitError(
@@ -78,11 +91,13 @@ def load_config(source: str | Path) -> PretrainedConfig:
     place = locate(source)
     refuse_mistyped(place)
     gguf = Path(place).suffix == ".gguf"
+    name, revision = hub_name(place)
+    options = {} if revision is None else {"revision": revision}
     try:
         if not gguf:
-            check_config_of(place)
+            check_config_of(name, **options)
         config: PretrainedConfig = (
-            read_gguf(AutoConfig, Path(place)) if gguf else AutoConfig.from_pretrained(place, trust_remote_code=False)
+            read_gguf(AutoConfig, Path(place)) if gguf else AutoConfig.from_pretrained(name, trust_remote_code=False, **options)
         )
     except ImportError as error:
         raise QuantkitError(

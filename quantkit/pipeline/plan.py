@@ -24,6 +24,7 @@ from quantkit.nn.sites import Site, Structure
 from quantkit.pipeline.fused import fused_groups
 from quantkit.pipeline.rules import EMBEDDING, HEAD, Rule, SchemeChoice, choice_of
 from quantkit.spec import AUTO_GROUP_SIZES, Plan, Scheme
+from quantkit.system.tables import table_html
 
 OUTSIDE = "outside the decoder layers, not named by a rule"
 
@@ -55,6 +56,12 @@ class Resolution:
         schemes = Counter(scheme.describe() for scheme in self.plan.values())
         parts = [*(f"{count} layers {name}" for name, count in schemes.items()), f"{len(self.skipped)} left in float"]
         return f"Resolution({'; '.join(parts)})"
+
+    def _repr_html_(self) -> str:
+        """Return what every layer gets, for notebooks: layers of one kind and scheme in one row."""
+        groups = Counter((re.sub(r"\d+", "*", name), one.describe(), self.remarks.get(name)) for name, one in self.plan.items())
+        groups.update((re.sub(r"\d+", "*", name), "float", reason) for name, reason in self.skipped.items())
+        return table_html(("layers", "scheme", "remark", "number"), [(*key, count) for key, count in groups.items()])
 
 
 def make_plan(

@@ -133,7 +133,7 @@ def started(start: Start) -> PreTrainedModel:
         SpecError: it is no quantized model.
     """
     given = start.model if isinstance(start, QuantizeResult) else start
-    model = given if isinstance(given, nn.Module) else checkpoint.load(given, cache=False)
+    model = given if isinstance(given, nn.Module) else checkpoint.load(given, compute="exact", cache=False)
     if not any(isinstance(part, QuantModule) for part in model.modules()):
         raise SpecError(
             f"start={type(start).__name__}: it has no quantized layer; give a result, a quantized model or a checkpoint"
