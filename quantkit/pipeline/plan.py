@@ -263,6 +263,8 @@ def check_plan(plan: Plan, structure: Structure, format_name: str | None) -> Non
             reason = FORMATS.get(format_name).rejects(scheme, known[name].shape)
         if reason is not None:
             refused.append(f"{name}: {reason}")
+    if not refused and format_name is not None and (reason := FORMATS.get(format_name).rejects_plan(plan, ())):
+        refused.append(reason)
     if refused:
         more = f" (and {len(refused) - 1} more layers)" if len(refused) > 1 else ""
         raise SpecError(f"{refused[0]}{more}")
