@@ -15,6 +15,7 @@ FORMATS.register("awq")(
         SafetensorsDirectory("model"),
         _DIALECT,
         foreign=True,
+        usage="vLLM or SGLang: `vllm serve path/to/this/directory`.",
         recognises=_DIALECT.recognises,
         rejects_plan=_DIALECT.rejects_plan,
     )

@@ -126,6 +126,7 @@ class Format:
         dialect: the config.
         foreign: engines read it, too, that run several layers as one (:mod:`quantkit.pipeline.fused`).
         packed: transformers loads it without unpacking the weights, with the faults that :mod:`quantkit.hf.reader` knows.
+        usage: which other programs load it, and how, for the model card; after "With".
         recognises: says whether a ``quantization_config`` is this format's; None asks for the dialect's ``quant_method``.
         rejects_plan: says what cannot be stored in one checkpoint of what can be stored layer by layer; it is given checkpoint
             module names with their schemes and the names of linear modules that stay in float.
@@ -136,6 +137,7 @@ class Format:
     dialect: Dialect
     foreign: bool = False
     packed: bool = False
+    usage: str = ""
     recognises: Callable[[Mapping[str, Any]], bool] | None = None
     rejects_plan: Callable[[Mapping[str, Scheme], Sequence[str]], str | None] = lambda plan, ignore: None
 

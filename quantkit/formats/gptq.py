@@ -18,6 +18,7 @@ for _name, _dialect in (("gptq", Gptq(1)), ("gptq-v2", Gptq(2))):
             SafetensorsDirectory("model", Twin("quantize_config.json", load=lambda found: {"quant_method": "gptq", **found})),
             _dialect,
             foreign=True,
+            usage="vLLM, SGLang or GPTQModel: `vllm serve path/to/this/directory`.",
             recognises=_dialect.recognises,
         )
     )

@@ -253,6 +253,8 @@ def check_plan(plan: Plan, structure: Structure, format_name: str | None) -> Non
         if name not in known:
             raise SpecError(f"the plan names {name!r}, which is no layer of the model; {nearest(name, known)}")
         reason = scheme.weight.rejects(known[name].shape)
+        if reason is None and scheme.weight.offset:
+            reason = f"weights {scheme.weight.describe()} are only read; use zero points (-asym)"
         if known[name] == structure.embedding and (scheme.activation is not None or scheme.weight.block[0] != 1):
             reason = f"an embedding table wants float activations and a scale per row or group, not {scheme.describe()}"
         if known[name].read and scheme.activation is not None:

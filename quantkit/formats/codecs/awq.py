@@ -93,7 +93,7 @@ def rejects(spec: QuantSpec, shape: tuple[int, ...]) -> str | None:
     """Say why a weight cannot be laid out; None if it can."""
     if reason := spec.rejects(shape):
         return reason
-    if spec.dtype != "int4" or spec.block[0] != 1:
+    if spec.dtype != "int4" or spec.block[0] != 1 or spec.offset:
         return f"awq stores 4-bit integers per group or channel, not {spec.describe()}; use gptq, compressed-tensors or native"
     if spec.symmetric:
         return "awq stores a zero point for every group; use w4a16-asym, or format gptq or compressed-tensors"

@@ -120,7 +120,7 @@ def rejects(spec: QuantSpec, shape: tuple[int, ...]) -> str | None:
     """Say why a weight cannot be laid out; None if it can."""
     if reason := spec.rejects(shape):
         return reason
-    if not spec.is_integer or spec.bits not in BITS or spec.block[0] != 1:
+    if not spec.is_integer or spec.bits not in BITS or spec.block[0] != 1 or spec.offset:
         return f"gptq stores 2, 3, 4 and 8-bit integers per group or channel, not {spec.describe()}; use format native"
     for axis, size in (("in", shape[-1]), ("out", shape[-2])):
         if size * spec.bits % 32 or (spec.bits == 3 and size % 32):

@@ -53,6 +53,8 @@ class CompressedTensors:
         spec = scheme.weight
         if reason := spec.rejects(shape):
             return reason
+        if spec.offset:
+            return f"compressed-tensors stores zero points that are codes, not {spec.describe()}; use format mlx or native"
         if fp4 := fp4_name(spec):
             return f"activations beside {fp4} weights are not written; use format native" if scheme.activation else None
         if not spec.is_integer and (spec.dtype != "fp8_e4m3" or spec.strategy not in ("channel", "tensor")):
