@@ -126,6 +126,7 @@ class Format:
         dialect: the config.
         foreign: engines read it, too, that run several layers as one (:mod:`quantkit.pipeline.fused`).
         packed: transformers loads it without unpacking the weights, with the faults that :mod:`quantkit.hf.reader` knows.
+        scale_dtype: dtype of all stored scales, where the format fixes one; None for the checkpoint's.
         usage: which other programs load it, and how, for the model card; after "With".
         recognises: says whether a ``quantization_config`` is this format's; None asks for the dialect's ``quant_method``.
         rejects_plan: says what cannot be stored in one checkpoint of what can be stored layer by layer; it is given checkpoint
@@ -137,6 +138,7 @@ class Format:
     dialect: Dialect
     foreign: bool = False
     packed: bool = False
+    scale_dtype: str | None = None
     usage: str = ""
     recognises: Callable[[Mapping[str, Any]], bool] | None = None
     rejects_plan: Callable[[Mapping[str, Scheme], Sequence[str]], str | None] = lambda plan, ignore: None

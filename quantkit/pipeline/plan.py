@@ -28,8 +28,13 @@ from quantkit.spec import AUTO_GROUP_SIZES, Plan, Scheme
 OUTSIDE = "outside the decoder layers, not named by a rule"
 
 
-def scale_dtype_for(dtype: torch.dtype) -> str:
-    """Return the dtype of a model's scales: the checkpoint's, in which its readers hold them; float16 for a float32 model."""
+def scale_dtype_for(dtype: torch.dtype, format: str | None = None) -> str:
+    """Return the dtype of a model's scales: the checkpoint's, in which its readers hold them; float16 for a float32 model.
+
+    A format that fixes another one has that.
+    """
+    if format is not None and (fixed := FORMATS.get(format).scale_dtype) is not None:
+        return fixed
     return "bfloat16" if dtype == torch.bfloat16 else "float16"
 
 

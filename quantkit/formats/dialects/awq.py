@@ -17,6 +17,14 @@ from quantkit.spec import Scheme
 _CODECS: dict[str, Codec] = {"gemm": AwqGemm(), "gemv": AwqGemv()}
 
 
+def hidden(plan: Mapping[str, Scheme], ignore: Sequence[str], format: str) -> str | None:
+    """Say which quantized layer readers would leave out that look for names of float layers anywhere in a name; None if none."""
+    for name in ignore:
+        if odd := next((one for one in plan if name in one), None):
+            return f"{odd}: its name contains {name}, which stays in float, and readers of {format} would leave out both; use native"
+    return None
+
+
 class Awq:
     """The dialect."""
 
@@ -46,10 +54,7 @@ class Awq:
             return f"awq has one grid for all layers, here {both}; use gptq-v2, compressed-tensors or native"
         if head := next((name for name in plan if not in_a_block(name)), None):
             return f"{head}: readers of awq expect it in float; use gptq-v2, compressed-tensors or native"
-        for name in ignore:
-            if odd := next((one for one in plan if name in one), None):
-                return f"{odd}: its name contains {name}, which stays in float, and readers of awq would leave out both; use native"
-        return None
+        return hidden(plan, ignore, self.quant_method)
 
     def dump_config(self, plan: Mapping[str, Scheme], ignore: Sequence[str], dtype: str) -> dict[str, Any]:
         """Write the grid and what is left out."""
