@@ -57,7 +57,7 @@ def card(config: Mapping[str, Any], facts: Mapping[str, Any], base: str) -> str:
     title = f"# {named or kind}, quantized by quantkit"
     rows = [("model class", f"`{kind}`"), *_rows(record), *((label, str(text)) for label, text in facts.items())]
     table = ["| | |", "|---|---|", *(f"| {label} | {_cell(text)} |" for label, text in rows)]
-    how = _how_to_load(kind, method, config["quantization_config"])
+    how = _how_to_load(kind, method, config.get("quantization_config", {}))
     return "\n".join([*head, _MARK, "", title, "", *table, "", *how]) + "\n"
 
 
