@@ -89,7 +89,8 @@ class GridTensor:
     Attributes:
         packed: int32 (..., out, ceil(in * bits / 32)); see :mod:`quantkit.numerics.pack`.
         scale: (..., out_blocks, in_blocks) in ``spec.scale_dtype``.
-        zero_point: uint8 of the scale's shape, or None for a symmetric grid (the middle code).
+        zero_point: uint8 of the scale's shape, or None for a symmetric grid (the middle code). A grid with an offset
+            (:attr:`quantkit.spec.QuantSpec.offset`) has that here, in the scale's dtype: ``w ~ code * scale + offset``.
         spec: the grid.
         shape: (out, in), or (experts, out, in).
         global_scale: float32 (..., 1) where scales are FP8 (NVFP4), else None: what the weight was multiplied by before it was
@@ -121,6 +122,8 @@ class GridTensor:
             raise SpecError(f"zero_point must be {'absent' if self.spec.symmetric else 'given'} for {self.spec.describe()}")
         if self.zero_point is not None and tuple(self.zero_point.shape) != blocks:
             raise SpecError(f"zero_point: shape {tuple(self.zero_point.shape)}, want {blocks}")
+        if self.zero_point is not None and self.zero_point.is_floating_point() != self.spec.offset:
+            raise SpecError(f"zero_point: {self.zero_point.dtype} for {self.spec.describe()}; an offset is a float, a code is not")
         if self.spec.has_global_scale != (self.global_scale is not None):
             wanted = "given" if self.spec.has_global_scale else "absent"
             raise SpecError(f"global_scale must be {wanted} for {self.spec.describe()} with {self.spec.scale_dtype} scales")
@@ -137,7 +140,7 @@ class GridTensor:
         return cls(
             torch.empty((*shape[:-1], packed_words(shape[-1], spec.bits)), dtype=torch.int32, device=device),
             torch.empty(blocks, dtype=SCALE_DTYPES[spec.scale_dtype], device=device),
-            None if spec.symmetric else torch.empty(blocks, dtype=torch.uint8, device=device),
+            None if spec.symmetric else torch.empty(blocks, dtype=zero_dtype(spec), device=device),
             spec,
             shape,
             torch.empty((*shape[:-2], 1), device=device) if spec.has_global_scale else None,
@@ -171,7 +174,8 @@ class GridTensor:
     @property
     def nbytes(self) -> int:
         """Bytes of the packed form: codes with row padding, all scales, and zero points at the width of a code."""
-        zero_bits = 0 if self.zero_point is None else self.zero_point.numel() * self.spec.bits
+        width = self.scale.element_size() * 8 if self.spec.offset else self.spec.bits
+        zero_bits = 0 if self.zero_point is None else self.zero_point.numel() * width
         single = sum(one.nbytes for one in (self.global_scale, self.input_scale) if one is not None)
         return self.packed.nbytes + self.scale.nbytes + -(-zero_bits // 8) + single
 
@@ -239,6 +243,11 @@ class GridTensor:
 
 PARTS = ("packed", "scale", "zero_point", "global_scale", "input_scale")
 """The tensors of a :class:`QTensor`; all but the first two may be None."""
+
+
+def zero_dtype(spec: QuantSpec) -> torch.dtype:
+    """Return the dtype of zero points: codes, or an offset in the dtype of the scales."""
+    return SCALE_DTYPES[spec.scale_dtype] if spec.offset else torch.uint8
 
 
 def as_grid(qtensor: QTensor) -> GridTensor:

@@ -46,21 +46,26 @@ class QuantSpec:
             input channels, ``(1, -1)`` per output channel, ``(-1, -1)`` per tensor.
         symmetric: the zero point is the middle code and is not stored.
         scale_dtype: dtype of stored scales; scales are rounded to it before codes are chosen.
+        offset: an asymmetric grid whose zero point is no code: what is stored is the value of code 0, in the dtype of the
+            scales. Only read, from files whose writers rounded both (MLX).
     """
 
     dtype: str
     block: tuple[int, int] = (1, -1)
     symmetric: bool = True
     scale_dtype: str = "float16"
+    offset: bool = False
 
     def __post_init__(self) -> None:
-        _want(self, dtype=str, block=tuple, symmetric=bool, scale_dtype=str)
+        _want(self, dtype=str, block=tuple, symmetric=bool, scale_dtype=str, offset=bool)
         if self.dtype not in DTYPES:
             raise SpecError(f"unknown dtype {self.dtype!r}; {nearest(self.dtype, DTYPES)}")
         if self.scale_dtype not in SCALE_DTYPES:
             raise SpecError(f"unknown scale_dtype {self.scale_dtype!r}; {nearest(self.scale_dtype, SCALE_DTYPES)}")
         if not self.is_integer and not self.symmetric:
             raise SpecError(f"dtype {self.dtype} has no zero point; use symmetric=True")
+        if self.offset and self.symmetric:
+            raise SpecError("a grid with an offset is asymmetric; use symmetric=False")
         if self.is_integer and self.scale_dtype == "float8_e8m0fnu":
             raise SpecError(f"scale_dtype float8_e8m0fnu goes with fp4_e2m1, fp8_e4m3 and nf4, not {self.dtype}; use float16")
         if self.has_global_scale and self.dtype != "fp4_e2m1":
@@ -99,7 +104,7 @@ class QuantSpec:
     def describe(self) -> str:
         """Return a short human name such as ``"int4 g64 asym"``."""
         shape = f"g{self.group_size}" if self.strategy == "group" else self.strategy
-        return f"{self.dtype} {shape}{'' if self.symmetric else ' asym'}"
+        return f"{self.dtype} {shape}{'' if self.symmetric else ' offset' if self.offset else ' asym'}"
 
     def rejects(self, shape: tuple[int, ...]) -> str | None:
         """Say why a weight of ``shape`` (..., out, in) cannot be blocked this way; None if it can."""
@@ -113,7 +118,8 @@ class QuantSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready mapping; :meth:`from_dict` reverses it."""
-        return {**dataclasses.asdict(self), "block": list(self.block)}
+        values = {**dataclasses.asdict(self), "block": list(self.block)}
+        return values if values.pop("offset") is False else {**values, "offset": True}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "QuantSpec":
@@ -157,6 +163,8 @@ class ActivationSpec:
         _want(self, grid=QuantSpec, dynamic=bool, rotated=bool)
         if not self.dynamic and (self.grid.block != (-1, -1) or not self.grid.symmetric):
             raise SpecError(f"static activations {self.grid.describe()}: want a symmetric grid with one scale per tensor")
+        if self.grid.offset:
+            raise SpecError(f"activations {self.grid.describe()}: want zero points that are codes, or none")
         if self.grid.strategy == "block":
             raise SpecError(f"activations {self.grid.describe()}: want one scale per tensor, per token, or per token and group")
 

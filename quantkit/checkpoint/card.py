@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from quantkit.formats.base import FORMATS
 from quantkit.system.files import write_atomic
 
 CARD: Final = "README.md"
@@ -51,13 +52,13 @@ def is_users_card(out: Path) -> bool:
 def card(config: Mapping[str, Any], facts: Mapping[str, Any], base: str) -> str:
     """Return the text of the card; see :func:`write_card`."""
     record = config["quantkit"]
-    method, kind = config["quantization_config"]["quant_method"], config["architectures"][0]
+    method, kind = record["format"], config["architectures"][0]
     named = base if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists() else None
     head = ["---", *([f"base_model: {named}"] if named else []), "tags:", "- quantkit", f"- {method}", "---", ""]
     title = f"# {named or kind}, quantized by quantkit"
     rows = [("model class", f"`{kind}`"), *_rows(record), *((label, str(text)) for label, text in facts.items())]
     table = ["| | |", "|---|---|", *(f"| {label} | {_cell(text)} |" for label, text in rows)]
-    how = _how_to_load(kind, config["quantization_config"])
+    how = _how_to_load(kind, method, config.get("quantization_config", {}))
     return "\n".join([*head, _MARK, "", title, "", *table, "", *how]) + "\n"
 
 
@@ -77,8 +78,7 @@ def _rows(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def _how_to_load(kind: str, quantization: Mapping[str, Any]) -> list[str]:
-    method = quantization["quant_method"]
+def _how_to_load(kind: str, method: str, quantization: Mapping[str, Any]) -> list[str]:
     own = [
         "## How to load it",
         "",
@@ -90,7 +90,8 @@ def _how_to_load(kind: str, quantization: Mapping[str, Any]) -> list[str]:
         "",
     ]
     if method != "compressed-tensors":
-        return [*own, f"The format `{method}` is read by quantkit alone."]
+        usage = FORMATS.get(method).usage
+        return [*own, f"With {usage}" if usage else f"The format `{method}` is read by quantkit alone."]
     return [
         *own,
         *_with_transformers(kind, quantization["config_groups"].values()),

@@ -11,12 +11,13 @@ from quantkit import checkpoint
 from quantkit.checkpoint.activations import ComputeChoice, check_choice
 from quantkit.dtypes import float_dtype
 from quantkit.errors import SpecError
+from quantkit.formats.base import FORMATS
 from quantkit.hf.code import trust_code
 from quantkit.hf.load import load_float, load_tokenizer
 from quantkit.hf.source import locate
 from quantkit.nn.install import describe_compute, quantize_head, set_compute
 from quantkit.system.compute import known_device
-from quantkit.system.files import named_path, read_json
+from quantkit.system.files import named_path
 
 HEADS = ("float", "int8")
 """What :func:`open_model` can make of an output head."""
@@ -71,5 +72,5 @@ def _is_quantized(path: Path) -> bool:
     """Whether a directory is for :func:`quantkit.checkpoint.load`: also an unfinished one, so that it can say what is wrong."""
     if os.path.exists(path / checkpoint.INCOMPLETE):  # which, unlike Path.exists, is False for names that cannot be
         return True
-    config = path / "config.json"
-    return os.path.isfile(config) and "quantization_config" in read_json(config)
+    configs = (rule.container.config(path) for _, rule in FORMATS) if os.path.isdir(path) else ()
+    return any(config is not None and "quantization_config" in config for config in configs)

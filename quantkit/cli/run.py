@@ -1,14 +1,9 @@
 """Commands that work: demo, run, train, eval, bench, generate."""
 
-<<<<<<< HEAD
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-=======
-import sys
-from pathlib import Path
 from typing import Annotated, Any
->>>>>>> cli
 
 import typer
 
@@ -42,9 +37,6 @@ from quantkit.cli.options import (
     read_prompt,
 )
 from quantkit.system.progress import Progress
-
-if TYPE_CHECKING:
-    from quantkit.recipe.schema import Recipe
 
 
 @app.command()
@@ -115,27 +107,18 @@ def run(
     """Carry out a recipe: quantize, write, prove, measure. An interrupted run continues."""
     from quantkit.recipe.schema import load_recipe
 
-<<<<<<< HEAD
-    _run(load_recipe(recipe, parse_settings(settings)), trust_remote_code)
-
-
-def _run(loaded: "Recipe", trust_remote_code: bool, after_event: Callable[[], None] | None = None) -> None:
-    """Carry out a recipe that has been read; ``after_event`` is called after every event of its progress."""
-=======
     asked = {"run.device": device} if device != "auto" else {}
     carry_out(load_recipe(recipe, asked | parse_settings(settings)), as_json, trust_remote_code)
 
 
-def carry_out(recipe: Any, json: bool, trust_remote_code: bool) -> None:
-    """Carry out a checked recipe and show what became of it."""
->>>>>>> cli
+def carry_out(recipe: Any, json: bool, trust_remote_code: bool, after_event: Callable[[], None] | None = None) -> None:
+    """Carry out a checked recipe and show what became of it; ``after_event`` is called after every event of its progress."""
     from quantkit.hf.code import trust_code
     from quantkit.recipe.run import run_recipe
     from quantkit.report import comparison_table, coverage_table
 
     if trust_remote_code:
-<<<<<<< HEAD
-        trust_code(loaded.model)
+        trust_code(recipe.model)
     with progress_bars() as bars:
 
         def progress(event: Progress) -> None:
@@ -143,18 +126,12 @@ def carry_out(recipe: Any, json: bool, trust_remote_code: bool) -> None:
             if after_event is not None:
                 after_event()
 
-        outcome = run_recipe(loaded, progress)
-    for note in outcome.preview.resolution.notes:
-=======
-        trust_code(recipe.model)
-    with progress_bars() as progress:
         outcome = run_recipe(recipe, progress)
     result, report = outcome.result, outcome.report
     if json:
         print_json(result.to_dict() | ({"evaluation": report.to_dict()} if report else {}))
         return
     for note in outcome.preview.resolution.notes if not result.metadata.get("search") else ():
->>>>>>> cli
         say(f"note: {note}")
     console().print(coverage_table(result.coverage))
     if report is not None:
@@ -166,16 +143,11 @@ def carry_out(recipe: Any, json: bool, trust_remote_code: bool) -> None:
 
 @app.command()
 def train(
-<<<<<<< HEAD
-    recipe: Path,
-    settings: Settings = None,
-    html: Annotated[Path | None, typer.Option(help="Write a page with the losses so far here, again and again.")] = None,
-=======
     recipe: RecipeFile,
     settings: Settings = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page with the losses so far here, again and again.")] = None,
     device: Device = "auto",
     as_json: AsJson = False,
->>>>>>> cli
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Train a quantized model behind its rounding, as the section train of a recipe says; an interrupted run continues."""
@@ -183,17 +155,14 @@ def train(
     from quantkit.recipe.schema import load_recipe
     from quantkit.report.trained import LivePage
 
-    loaded = load_recipe(recipe, parse_settings(settings))
+    asked = {"run.device": device} if device != "auto" else {}
+    loaded = load_recipe(recipe, asked | parse_settings(settings))
     if loaded.train is None:
         raise RecipeError(f"{recipe}: there is no section train; add one, such as train: {{steps: 200}}, or use quantkit run")
-<<<<<<< HEAD
     page = LivePage(Path(str(loaded.output.path)), html, f"{loaded.model}: training") if html is not None else None
-    _run(loaded, trust_remote_code, page)
+    carry_out(loaded, as_json, trust_remote_code, page)
     if page is not None:
         page(over=True)
-=======
-    run(recipe, settings, device, as_json, trust_remote_code)
->>>>>>> cli
 
 
 @app.command("eval")
@@ -249,12 +218,8 @@ def evaluate(
         say(f"written: {out}", stderr=True)
     if html is not None:
         found = Path(model) / PLAN_FILE
-<<<<<<< HEAD
         write_html(html, [report], search=found if found.is_file() else None, training=Path(model))
-=======
-        write_html(html, [report], search=found if found.is_file() else None)
         say(f"written: {html} (open it in a browser)", stderr=True)
->>>>>>> cli
 
 
 @app.command()

@@ -74,6 +74,8 @@ class FakeModule(nn.Module):
         super().__init__()
         register()
         qtensor = as_grid(module.qtensor)
+        if qtensor.spec.offset:
+            raise SpecError(f"weights {qtensor.spec.describe()} are only read, and cannot be trained; start from a float model")
         self.spec, self.shape, self.activation, self.tied_to = qtensor.spec, qtensor.shape, module.activation, module.tied_to
         self._key = spec_key(self.spec)
         self._input_key = spec_key(self.activation.grid) if self.activation is not None else ""

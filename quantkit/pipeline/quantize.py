@@ -110,7 +110,7 @@ def quantize(
             model=model,
             tokenizer=tokenizer,
             structure=structure,
-            resolution=resolve(structure, scheme, rules, scale_dtype_for(next(model.parameters()).dtype)),
+            resolution=resolve(structure, scheme, rules, scale_dtype_for(next(model.parameters()).dtype, target.format)),
             method=quantizer,
             steps=todo,
             calibration=calibration,

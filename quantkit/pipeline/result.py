@@ -8,13 +8,9 @@ from typing import Any
 
 from torch import nn
 
-<<<<<<< HEAD
-from quantkit.errors import QuantkitError
-from quantkit.evaluation.coverage import CoverageRow, shortfall
-=======
 from quantkit.checkpoint.activations import choose
+from quantkit.errors import QuantkitError
 from quantkit.evaluation.coverage import Coverage, CoverageRow, shortfall
->>>>>>> cli
 from quantkit.spec import Scheme
 from quantkit.system.tables import facts_html, frame
 

@@ -104,7 +104,7 @@ def train(
         model, tokenizer = open_float(model, tokenizer, target)
         refuse_absent(model, empty=True)
         structure = describe(model)
-        resolution = resolve(structure, scheme, rules, scale_dtype_for(next(model.parameters()).dtype))
+        resolution = resolve(structure, scheme, rules, scale_dtype_for(next(model.parameters()).dtype, target.format))
         check_training(structure, resolution.plan, has_start=True)
         job = _Job(
             model, tokenizer, structure, resolution, training, _Beginning(quantizer, todo.all, start), calibration, target, run
