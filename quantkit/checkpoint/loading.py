@@ -32,7 +32,7 @@ from quantkit.nn.install import install, set_compute
 from quantkit.nn.linear import QuantModule, QuantWeight
 from quantkit.nn.parameter import QuantParameter
 from quantkit.nn.sites import Site
-from quantkit.qtensor import GridTensor
+from quantkit.qtensor import empty_qtensor
 from quantkit.system.compute import known_device
 from quantkit.system.memory import HeapWatch
 
@@ -93,10 +93,10 @@ def load(
             activation = None if ignore_activations else scheme.activation
             if name not in kernels:
                 qtensor = opened.qtensor(site)
-                install(model, site, replace(qtensor, input_scale=None) if ignore_activations else qtensor, activation)
+                install(model, site, qtensor.with_parts({"input_scale": None}) if ignore_activations else qtensor, activation)
                 continue
             parts = found.sites[name] if found else [part.moved(arena.copy) for part in _prepack(opened, site, heap)]
-            install(model, site, GridTensor.empty(scheme.weight, site.shape, "meta"), activation)
+            install(model, site, empty_qtensor(scheme.weight, site.shape), activation)
             states = [State(part, part.struct()) for part in parts]
             for module in _holders(model, name):
                 module.adopt(kernels[name], states)

@@ -70,8 +70,8 @@ class AutoRound(GPTAQ):
 
     def rejects(self, scheme: Scheme) -> str | None:
         """Say why layers of a scheme cannot be learned: only integer grids, and no static scales of inputs."""
-        if not scheme.weight.is_integer:
-            return f"autoround learns integer grids, not {scheme.weight.dtype}; leave it out"
+        if not scheme.weight.is_integer or scheme.weight.blocks is not None:
+            return f"autoround learns integer grids, not {scheme.weight.describe()}; use quantizer gptq"
         if scheme.static:
             return "autoround does not keep static input scales; leave it out, or use a dynamic scheme"
         return None

@@ -61,7 +61,7 @@ def search_qparams(
 
 def sweep(weight: Tensor, qparams: tuple[Tensor, Tensor | None], spec: QuantSpec, order: Tensor, factor: Tensor) -> Tensor:
     """Round column by column with error compensation; see :func:`quantkit.numerics.sweep.sweep`."""
-    if weight.device.type != "cpu" or not compiled("grid search and GPTQ"):
+    if weight.device.type != "cpu" or not spec.is_integer or not compiled("grid search and GPTQ"):
         return plain.sweep(weight, qparams, spec, order, factor)
     rows, columns = weight.shape
     lanes = build.library().qk_sweep_rows()
@@ -99,7 +99,7 @@ def descend(
     residual: Tensor, codes: Tensor, qparams: tuple[Tensor, Tensor | None], spec: QuantSpec, order: Tensor, hessian: Tensor
 ) -> Tensor:
     """Choose the codes of each column again with all others fixed; see :func:`quantkit.numerics.descent.descend`."""
-    if residual.device.type != "cpu" or not compiled("grid search and GPTQ"):
+    if residual.device.type != "cpu" or not spec.is_integer or not compiled("grid search and GPTQ"):
         return descent.descend(residual, codes, qparams, spec, order, hessian)
     rows, columns = residual.shape
     padding = -rows % build.library().qk_sweep_rows()
