@@ -34,13 +34,16 @@ _SIZES = (1.0, 0.97, 0.94, 1.03, 1.08)
 _LARGEST = 65504.0
 
 
-def search(weight: Tensor, kind: BlockType, importance: Tensor | None = None) -> Content:
+def search(
+    weight: Tensor, kind: BlockType, importance: Tensor | None = None, scale: Tensor | None = None
+) -> Content:
     """Choose scales of all blocks of a weight, and the nearest codes.
 
     Args:
         weight: float32 (out, in).
         kind: type of the blocks.
         importance: non-negative (in,), e.g. E[x^2]; None weighs all inputs alike.
+        scale: float32 (out, groups), what every sub-block would like best, where that is known already; only without minimums.
 
     Returns:
         Leading dimensions (out, blocks).
@@ -50,20 +53,19 @@ def search(weight: Tensor, kind: BlockType, importance: Tensor | None = None) ->
     """
     per_group = group_weights(importance, weight.shape[-1], kind.group, weight.device)
     weights = per_group.unflatten(0, (-1, kind.size // kind.group))  # (blocks, sub-blocks, group)
-    parts = [_search(rows, weights, kind) for rows in _slices(weight, kind)]
+    step = max(1, _SLICE // weight.shape[-1])
+    parts = []
+    for start in range(0, weight.shape[0], step):
+        rows = weight[start : start + step].float().unflatten(-1, (*weights.shape[:2], kind.group))
+        known = None if scale is None else scale[start : start + step].view(rows.shape[:-1])
+        parts.append(_search(rows, weights, kind, known))
     joined = [None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)]
     return Content(*joined)  # type: ignore[arg-type]
 
 
-def _slices(weight: Tensor, kind: BlockType) -> Iterator[Tensor]:
-    """Yield rows as (rows, blocks, sub-blocks, group)."""
-    step = max(1, _SLICE // weight.shape[-1])
-    for start in range(0, weight.shape[0], step):
-        yield weight[start : start + step].float().unflatten(-1, (-1, kind.size // kind.group, kind.group))
-
-
-def _search(w: Tensor, h: Tensor, kind: BlockType) -> Content:
-    scale, minimum = _wanted(w, h, kind)
+def _search(w: Tensor, h: Tensor, kind: BlockType, known: Tensor | None) -> Content:
+    """Search blocks w (rows, blocks, sub-blocks, group)."""
+    scale, minimum = _wanted(w, h, kind) if known is None else (known, None)
     if kind.scales is None:
         d = _half(scale.squeeze(-1))
         low = None if minimum is None else _half(minimum.squeeze(-1))

@@ -96,7 +96,7 @@ class GPTQ(Quantizer):
         """Do the same with scales of two levels; a grid with minimums is one without, for a weight moved by them."""
         kind = ggml.BLOCK_TYPES[str(spec.blocks)]
         importance = hessian.diagonal() if self.clip == "importance" else None
-        content = block_scales.search(weight, kind, importance)
+        content = rounding.search_blocks(weight, kind, importance)
         target, qparams = block_scales.as_grid(weight, content, kind)
         codes = rounding.sweep(target, qparams, spec, inverse.order, inverse.factor)
         damped = damp(hessian, inverse.damping)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from quantkit.kernels.functions import rounding
 from quantkit.nn.sites import SiteStatistics
-from quantkit.numerics import block_scales, ggml, grid
+from quantkit.numerics import ggml, grid
 from quantkit.qtensor import BlockTensor, GridTensor
 from quantkit.quantizers.base import QUANTIZERS, Quantizer
 from quantkit.spec import QuantSpec, Scheme
@@ -74,4 +74,4 @@ def rounded(weight: Tensor, spec: QuantSpec, importance: Tensor | None = None) -
     """
     if spec.blocks is None:
         return nearest(weight, grid.choose_qparams(weight, spec), spec)
-    return BlockTensor.from_content(block_scales.search(weight, ggml.BLOCK_TYPES[spec.blocks], importance), spec)
+    return BlockTensor.from_content(rounding.search_blocks(weight, ggml.BLOCK_TYPES[spec.blocks], importance), spec)

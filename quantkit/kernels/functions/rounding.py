@@ -11,12 +11,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quantkit.dtypes import SCALE_DTYPES
+from quantkit.dtypes import DTYPES, SCALE_DTYPES
 from quantkit.errors import SpecError
 from quantkit.kernels import build
 from quantkit.kernels.build import compiled
-from quantkit.numerics import descent, grid, search
+from quantkit.numerics import block_scales, descent, grid, search
 from quantkit.numerics import sweep as plain
+from quantkit.numerics.ggml import BlockType, Content
 from quantkit.spec import QuantSpec
 
 
@@ -57,6 +58,14 @@ def search_qparams(
     if not bool(torch.isfinite(scale).all()):
         raise SpecError(f"a scale is not finite in {spec.scale_dtype}; use scale_dtype float32")
     return scale.to(SCALE_DTYPES[spec.scale_dtype]), None if spec.symmetric else zero
+
+
+def search_blocks(weight: Tensor, kind: BlockType, importance: Tensor | None = None) -> Content:
+    """Choose the scales of ggml's blocks; see :func:`quantkit.numerics.block_scales.search`."""
+    scale = None
+    if kind.minimums is None and DTYPES[kind.dtype].values is None:
+        scale, _ = search_qparams(weight, QuantSpec(kind.dtype, (1, kind.group), scale_dtype="float32"), importance)
+    return block_scales.search(weight, kind, importance, scale)
 
 
 def sweep(weight: Tensor, qparams: tuple[Tensor, Tensor | None], spec: QuantSpec, order: Tensor, factor: Tensor) -> Tensor:
