@@ -7,7 +7,7 @@ one per code, and have no zero point:
   2023; OCP Microscaling Formats 1.0, 2023). e4m3 has no infinity; its codes 0x7f and 0xff are NaN and never chosen.
 - ``nf4``: 16 quantiles of a normal distribution, scaled to [-1, 1], with an exact zero (Dettmers, Pagnoni, Holtzman,
   Zettlemoyer 2023, arXiv 2305.14314, appendix E).
-- ``iq4_nl``: the 16 integers of ggml's IQ4_NL and IQ4_XS blocks, closer together near zero (``kvalues_iq4nl`` in ggml-common.h).
+- ``iq4_nl``: the 16 integers of ggml's IQ4_NL and IQ4_XS blocks, closer together near zero (``ggml-common.h``).
 """
 
 import functools

@@ -4,8 +4,9 @@ Preset names follow the field's habit, ``w<bits>a<16|8>[-asym][-g<size>|-channel
 weights with 16-bit activations, ``w8a8`` 8-bit weights with activations that are rounded to 8 bits at run time, a scale per
 token (``-static``: one scale per layer, found in calibration; ``-rotated``: rounded in a rotated basis, in which no channel
 sticks out). A preset without a group takes the largest of 128, 64 and 32 that divides the most layers; ``w8a8`` has one scale
-per channel, which is what integer products can use. ``Q4_K_M`` and its like are llama.cpp's, for GGUF files. With ``-g<size>`` the activations of ``w8a8`` have a scale per token and
-group, too. ``fp8``, ``nf4``, ``mxfp4``, ``nvfp4`` are formats of their own (:data:`NAMED`).
+per channel, which is what integer products can use. With ``-g<size>`` the activations of ``w8a8`` have a scale per token and
+group, too. ``fp8``, ``nf4``, ``mxfp4``, ``nvfp4`` are formats of their own (:data:`NAMED`), ``Q4_K_M`` and its like llama.cpp's
+mixes for GGUF files (:data:`MIXES`).
 """
 
 import dataclasses
@@ -51,8 +52,8 @@ MIXES: dict[str, str] = {
     "Q2_K_S": "Q2_K", "Q2_K": "Q2_K", "Q3_K_S": "Q3_K", "Q3_K_M": "Q3_K", "Q3_K_L": "Q3_K", "Q4_K_S": "Q4_K", "Q4_K_M": "Q4_K",
     "Q5_K_S": "Q5_K", "Q5_K_M": "Q5_K", "Q6_K": "Q6_K",
 }  # fmt: skip
-"""llama.cpp's mixes of types of blocks, and the type that most layers get. As the scheme of a run a mix decides for every layer,
-the embedding and the head included (:mod:`quantkit.formats.gguf.mixes`); a rule that names it means its main type."""
+"""llama.cpp's mixes of types of blocks, and the type that most layers get. As the scheme of a run a mix decides for every
+layer, the embedding and the head included (:mod:`quantkit.formats.gguf.mixes`); a rule that names it means its main type."""
 
 FALLBACKS: dict[str, str] = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "Q2_K": "Q4_0", "Q3_K": "Q4_0", "IQ4_XS": "IQ4_NL"}
 """What takes the place of a type whose blocks do not divide a row, as in llama.cpp."""

@@ -1,13 +1,13 @@
 """The hub value: a quantized tensor. Quantizers make it, formats store it, kernels repack it.
 
 :class:`QTensor` is what every kind has. Code that stores, moves, counts or dequantizes a weight asks for no more and loops over
-:meth:`QTensor.parts`; code that reads codes and scales asks for a :class:`GridTensor`, the only kind so far.
+:meth:`QTensor.parts`; code that reads codes and scales asks for a :class:`GridTensor`. The other kind is :class:`BlockTensor`.
 """
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -270,19 +270,12 @@ class BlockTensor:
         """The type of the blocks."""
         return _kind(self.spec)
 
-    def content(self) -> Content:
-        """Return codes and scales; leading dimensions are (..., out, blocks)."""
-        return self.kind.unpack(self.data.unflatten(-1, (-1, self.kind.nbytes)))
-
     @property
     def shape(self) -> tuple[int, ...]:
         """(out, in), or (experts, out, in)."""
         return (*self.data.shape[:-1], self.data.shape[-1] // self.kind.nbytes * self.kind.size)
 
-    @property
-    def input_scale(self) -> None:
-        """None: no block has one."""
-        return
+    input_scale: ClassVar[None] = None
 
     @property
     def device(self) -> torch.device:
@@ -298,11 +291,6 @@ class BlockTensor:
     def nbytes(self) -> int:
         """Bytes in a file."""
         return self.data.nbytes
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Stored bits per weight."""
-        return self.nbytes * 8 / self.numel
 
     def parts(self) -> dict[str, Tensor]:
         """Return the bytes by name."""
@@ -332,18 +320,8 @@ class BlockTensor:
     @classmethod
     def stack(cls, parts: Sequence["BlockTensor"]) -> "BlockTensor":
         """Join (out, in) tensors of one spec and shape into one of shape (experts, out, in)."""
-        return cls._joined(parts, torch.stack)
-
-    @classmethod
-    def join(cls, parts: Sequence["BlockTensor"]) -> "BlockTensor":
-        """Join tensors of one spec along their output rows."""
-        return cls._joined(parts, lambda tensors: torch.cat(tensors, -2))
-
-    @classmethod
-    def _joined(cls, parts: Sequence["BlockTensor"], how: Callable[[list[Tensor]], Tensor]) -> "BlockTensor":
-        if len({part.spec for part in parts}) > 1:
-            raise SpecError(f"cannot join quantized tensors of different specs: {sorted({p.spec.describe() for p in parts})}")
-        return cls(how([part.data for part in parts]), parts[0].spec)
+        _refuse_mixture(parts)
+        return cls(torch.stack([part.data for part in parts]), parts[0].spec)
 
 
 def _kind(spec: QuantSpec) -> BlockType:
@@ -363,7 +341,7 @@ def block_layout(spec: QuantSpec, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def empty_qtensor(spec: QuantSpec, shape: tuple[int, ...], device: torch.device | str = "meta") -> "GridTensor | BlockTensor":
-    """Return a quantized tensor of the kind that ``spec`` wants, whose parts wait to be filled or to be asked for their size."""
+    """Return one of the kind that ``spec`` wants, whose parts wait to be filled, or to be asked for their size."""
     return (BlockTensor if spec.blocks is not None else GridTensor).empty(spec, shape, device)
 
 
@@ -385,7 +363,10 @@ def as_grid(qtensor: QTensor) -> GridTensor:
 def concatenate(parts: Sequence[QTensor]) -> QTensor:
     """Join quantized tensors of one spec, with the same global and input scales, along their output rows."""
     blocks = [part for part in parts if isinstance(part, BlockTensor)]
-    return BlockTensor.join(blocks) if len(blocks) == len(parts) else _concatenate_grids([as_grid(part) for part in parts])
+    if len(blocks) == len(parts):
+        _refuse_mixture(parts)
+        return BlockTensor(torch.cat([part.data for part in blocks], -2), blocks[0].spec)
+    return _concatenate_grids([as_grid(part) for part in parts])
 
 
 def _concatenate_grids(parts: Sequence[GridTensor]) -> GridTensor:
@@ -398,12 +379,15 @@ def _concatenate_grids(parts: Sequence[GridTensor]) -> GridTensor:
     return joined
 
 
+def _refuse_mixture(parts: Sequence[QTensor]) -> None:
+    if any(part.spec != parts[0].spec for part in parts):
+        raise SpecError(f"cannot join quantized tensors of different specs: {sorted({p.spec.describe() for p in parts})}")
+
+
 def _combine(
     parts: Sequence[GridTensor], join: Callable[[list[Tensor]], Tensor], shape: tuple[int, ...], names: Sequence[str]
 ) -> GridTensor:
-    spec = parts[0].spec
-    if any(part.spec != spec for part in parts):
-        raise SpecError(f"cannot join quantized tensors of different specs: {sorted({p.spec.describe() for p in parts})}")
+    _refuse_mixture(parts)
     found = {name: [getattr(part, name) for part in parts] for name in names}
     if odd := next((name for name, tensors in found.items() if len({t is None for t in tensors}) > 1), None):
         raise SpecError(f"cannot join quantized tensors with and without {odd}")

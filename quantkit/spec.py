@@ -22,7 +22,7 @@ BLOCK_GRIDS: Mapping[str, tuple[str, int, bool, int]] = {
     "Q2_K": ("int2", 16, False, 256), "Q3_K": ("int3", 16, True, 256), "Q4_K": ("int4", 32, False, 256),
     "Q5_K": ("int5", 32, False, 256), "Q6_K": ("int6", 16, True, 256), "IQ4_XS": ("iq4_nl", 32, True, 256),
 }  # fmt: skip
-"""Types of ggml's blocks by name: dtype of codes, weights that share a scale, whether there is no minimum, weights of a block."""
+"""Types of ggml's blocks: dtype of codes, weights that share a scale, whether there is no minimum, weights of a block."""
 
 
 def _want(value: object, /, **kinds: type) -> None:
@@ -83,11 +83,11 @@ class QuantSpec:
             raise SpecError(f"block={self.block!r}: want two sizes, each positive or -1 for all")
 
     def _check_blocks(self) -> None:
-        if self.blocks not in BLOCK_GRIDS:
+        if self.blocks is None or self.blocks not in BLOCK_GRIDS:
             raise SpecError(f"unknown type of blocks {self.blocks!r}; {nearest(str(self.blocks), BLOCK_GRIDS)}")
         dtype, group, symmetric, _ = BLOCK_GRIDS[self.blocks]
         if (self.dtype, self.block, self.symmetric, self.scale_dtype) != (dtype, (1, group), symmetric, "float16"):
-            raise SpecError(f"blocks {self.blocks} fix dtype, block, symmetric and scale_dtype; use block_spec({self.blocks!r})")
+            raise SpecError(f"blocks {self.blocks} fix the other fields; make such a spec with block_spec({self.blocks!r})")
 
     @property
     def bits(self) -> int:
@@ -140,8 +140,8 @@ class QuantSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready mapping; :meth:`from_dict` reverses it."""
-        blocks = {} if self.blocks is None else {"blocks": self.blocks}
-        return {"dtype": self.dtype, "block": list(self.block), "symmetric": self.symmetric, "scale_dtype": self.scale_dtype, **blocks}
+        found: dict[str, Any] = {**dataclasses.asdict(self), "block": list(self.block)}
+        return found if self.blocks is not None else {name: value for name, value in found.items() if name != "blocks"}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "QuantSpec":
@@ -246,6 +246,8 @@ class Scheme:
         _want(self, weight=QuantSpec)
         if self.activation is not None:
             _want(self, activation=ActivationSpec)
+            if self.weight.blocks is not None:
+                raise SpecError(f"blocks {self.weight.blocks} of a GGUF file go with float activations; leave activation out")
         if self.rotated and self.weight.has_global_scale:
             raise SpecError(f"{self.describe()}: inputs of NVFP4 weights cannot be rotated; use another scheme")
 

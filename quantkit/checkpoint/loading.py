@@ -3,7 +3,6 @@
 import functools
 import logging
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from quantkit.nn.install import install, set_compute
 from quantkit.nn.linear import QuantModule, QuantWeight
 from quantkit.nn.parameter import QuantParameter
 from quantkit.nn.sites import Site
-from quantkit.qtensor import empty_qtensor
+from quantkit.qtensor import as_grid, empty_qtensor
 from quantkit.system.compute import known_device
 from quantkit.system.memory import HeapWatch
 
@@ -177,7 +176,7 @@ def _prepack(opened: Opened, site: Site, heap: HeapWatch) -> Iterator[Prepacked]
     """Yield the matrices of a site in the kernel's layout, and let go of the pages of the files that were read for it."""
     qtensor = opened.qtensor(site, copy=False)
     for part in [qtensor] if len(site.shape) == 2 else (qtensor[expert] for expert in range(site.shape[0])):
-        yield layout.prepack(part)
+        yield layout.prepack(as_grid(part))
         heap.check()
     opened.reader.release()
 

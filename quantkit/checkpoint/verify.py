@@ -11,7 +11,7 @@ from quantkit.checkpoint.read import Opened, open_checkpoint
 from quantkit.errors import FormatError, SpecError
 from quantkit.hf.ledger import Ledger, ledger_of
 from quantkit.nn.linear import QuantModule
-from quantkit.qtensor import QTensor, as_grid
+from quantkit.qtensor import QTensor
 from quantkit.spec import QuantSpec, Scheme
 
 

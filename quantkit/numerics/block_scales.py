@@ -3,8 +3,8 @@ r"""Search for the scales of ggml's blocks (:mod:`quantkit.numerics.ggml`), weig
 First every sub-block gets the scale (and minimum) that it would like best, as on any grid:
 :math:`\min \sum_k h_k (w_k - s\,l_k + m)^2`. Then the block's float16 numbers and all small integers are chosen together: for
 several sizes of :math:`d` every sub-block tries the integers next to what it wants, codes rounded anew for each, minimums
-fitted to those codes; the size whose sub-blocks together lose least stays. One that all 6-bit scales share must be a compromise,
-and rounding each to its nearest multiple is not the best one.
+fitted to those codes; the size whose sub-blocks together lose least stays. One that all 6-bit scales share must be a
+compromise, and rounding each to its nearest multiple is not the best one.
 
 Codes are afterwards chosen on this fixed grid by whichever quantizer; :func:`fit` then moves scales and minimums, still on
 their grid of two levels, to where the layer's output error (with the whole Hessian) is smallest for those codes.
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from quantkit.dtypes import DTYPES
 from quantkit.errors import SpecError
-from quantkit.numerics import ggml, grid
+from quantkit.numerics import grid
 from quantkit.numerics.descent import best_step
 from quantkit.numerics.ggml import BlockType, Content, levels, steps
 from quantkit.numerics.search import group_weights
@@ -34,9 +34,7 @@ _SIZES = (1.0, 0.97, 0.94, 1.03, 1.08)
 _LARGEST = 65504.0
 
 
-def search(
-    weight: Tensor, kind: BlockType, importance: Tensor | None = None, scale: Tensor | None = None
-) -> Content:
+def search(weight: Tensor, kind: BlockType, importance: Tensor | None = None, scale: Tensor | None = None) -> Content:
     """Choose scales of all blocks of a weight, and the nearest codes.
 
     Args:
@@ -135,7 +133,7 @@ def _wanted(w: Tensor, h: Tensor, kind: BlockType) -> tuple[Tensor, Tensor | Non
             tried = [loss, scale, *([] if minimum is None else [minimum])]
             best = [torch.where(loss < best[0], new, old) for new, old in zip(tried, best, strict=True)] if best else tried
             if attempt == 0:
-                scale, minimum = _refit(w, h, level, scale, minimum, kind)  # noqa: PLW2901 - the candidate, fitted
+                scale, minimum = _refit(w, h, level, scale, minimum, kind)
     return best[1], best[2] if len(best) > 2 else None
 
 
@@ -210,7 +208,7 @@ def as_grid(weight: Tensor, content: Content, kind: BlockType) -> tuple[Tensor, 
     A weight near ``s l - m`` is one moved by m near ``s l``, so minimums become a zero point of zero and another target.
 
     Returns:
-        The target float32 (out, in), and scale (out, groups) and zero point as :func:`quantkit.numerics.sweep.sweep` wants them.
+        The target float32 (out, in); scale (out, groups) and zero point as :func:`quantkit.numerics.sweep.sweep` wants them.
     """
     scale, minimum = (None if one is None else one.flatten(1) for one in steps(content))
     assert scale is not None
@@ -259,7 +257,9 @@ def _fit_block(content: Content, block: int, level: Tensor, kind: BlockType, mov
     groups = [slice(start, start + kind.group) for start in range(whole.start, whole.stop, kind.group)]
     for index, part in enumerate(groups):
         if content.scales is not None and kind.scales is not None:
-            content.scales[:, block, index] = _moved_integer(content.scales[:, block, index], d, level[:, part], part, kind.scales, move)
+            content.scales[:, block, index] = _moved_integer(
+                content.scales[:, block, index], d, level[:, part], part, kind.scales, move
+            )
         if content.minimums is not None and low is not None and kind.minimums is not None:
             ones = torch.full_like(level[:, part], -1.0)
             limits = (0, kind.minimums)

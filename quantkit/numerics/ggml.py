@@ -9,8 +9,8 @@ a table's value for IQ4), float16 numbers :math:`d, d_{min}` of the whole block,
 sub-block j. Blocks of 32 have one sub-block and no such integers. All products are exact in float32, so there is one value and
 no order of operations to agree on: :func:`values` equals what every reader of these files computes.
 
-The layouts are facts of ggml's ``ggml-common.h`` and ``ggml-quants.c`` (version of GGUF 3); ``gguf.quants`` is the reader that the
-tests compare with.
+The layouts are facts of ggml's ``ggml-common.h`` and ``ggml-quants.c``; ``gguf.quants`` is the reader that the tests compare
+with.
 """
 
 from collections.abc import Callable
@@ -100,7 +100,8 @@ def values(data: Tensor, kind: BlockType) -> Tensor:
     found = levels(content.codes, kind).unflatten(-1, (-1, kind.group)) * scale.unsqueeze(-1)
     if minimum is not None:
         found = found - minimum.unsqueeze(-1)
-    return found.flatten(-3)
+    flat: Tensor = found.flatten(-3)
+    return flat
 
 
 def _halves(data: Tensor) -> Tensor:
@@ -130,7 +131,8 @@ def _bits(data: Tensor) -> Tensor:
 
 def _from_bits(bits: Tensor) -> Tensor:
     shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
-    return (bits.unflatten(-1, (-1, 8)) << shifts).sum(-1, dtype=torch.uint8)
+    packed: Tensor = (bits.unflatten(-1, (-1, 8)) << shifts).sum(-1, dtype=torch.uint8)
+    return packed
 
 
 def _planes(data: Tensor, width: int, count: int) -> Tensor:

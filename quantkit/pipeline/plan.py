@@ -94,7 +94,8 @@ def make_plan(
             notes.append(f"{label} has no effect: later rules decide every layer it matches")
     named = {name: owner[name] for name in sorted(structure.unreachable | structure.carried) if owner.get(name, -1) >= 0}
     found.skipped.update({name: f"skipped by rule {index + 1} ({rules[index].match!r})" for name, index in named.items()})
-    found.skipped.update({site.name: OUTSIDE for site in structure.outside if owner[site.name] < 0 and site.name not in schemes})
+    left = [site.name for site in structure.outside if owner[site.name] < 0 and site.name not in schemes]
+    found.skipped.update({name: OUTSIDE for name in left if name not in found.skipped})
     found.plan.update({site.name: schemes[site.name] for site in sites if site.name in schemes})
     if not found.plan:
         raise SpecError(f"nothing to quantize: the model has {len(sites)} layers and rules skip them all; remove a skip rule")

@@ -72,9 +72,7 @@ class Quantizer(Protocol):
         """Most calibration windows that may run together; None leaves the batches as they are."""
         return None
 
-    def quantize(
-        self, weight: Tensor, spec: QuantSpec, statistics: SiteStatistics | None
-    ) -> tuple[QTensor, tuple[str, ...]]:
+    def quantize(self, weight: Tensor, spec: QuantSpec, statistics: SiteStatistics | None) -> tuple[QTensor, tuple[str, ...]]:
         """Quantize a finite float32 ``weight`` (out, in).
 
         Args:
@@ -180,20 +178,18 @@ def _quantize_matrix(
     weight = weight.float()
     shift = grid.exponent_shift(weight) if spec.blocks is None else 0  # float16 of a block holds no extreme numbers
     usual = grid.shifted(weight, shift)
-    if spec.blocks is not None:
-        qtensor, notes = quantizer.quantize(usual, spec, statistics)
-    elif spec.has_global_scale:
+    if spec.has_global_scale:
         shared = None if global_scale is None else grid.shifted(global_scale.to(weight), -shift)
         own = shared if shared is not None else grid.choose_global_scale(usual.abs().amax().view(1), spec).to(weight)
         qtensor, notes = quantizer.quantize(usual * own, spec, statistics)
-        qtensor = dataclasses.replace(qtensor, global_scale=grid.shifted(own, shift))
-        _refuse_lost_scales(qtensor.global_scale, spec)
+        qtensor = qtensor.with_parts({"global_scale": grid.shifted(own, shift)})
     else:
         qtensor, notes = quantizer.quantize(usual, spec, statistics)
         if shift:
-            scale = grid.shifted(qtensor.scale.float(), -shift).to(qtensor.scale.dtype)
-            qtensor = dataclasses.replace(qtensor, scale=scale)
-    _refuse_lost_scales(qtensor.parts().get("scale"), spec)
+            scale = qtensor.parts()["scale"]
+            qtensor = qtensor.with_parts({"scale": grid.shifted(scale.float(), -shift).to(scale.dtype)})
+    for name in ("scale", "global_scale"):
+        _refuse_lost_scales(qtensor.parts().get(name), spec)
     fell_back = bool(quantizer.needs) and statistics is None
     rounded = qtensor.dequantize()
     if lost := int(((weight != 0).any(-1) & (rounded == 0).all(-1)).sum()):

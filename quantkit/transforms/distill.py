@@ -36,6 +36,7 @@ from quantkit.nn.quantized import Quantized
 from quantkit.nn.sites import Site, Structure, sharing_copy
 from quantkit.nn.sizes import RunSize
 from quantkit.nn.training import Schedule, train
+from quantkit.qtensor import as_grid
 from quantkit.spec import Scheme
 from quantkit.system.compute import Compute, on_device
 from quantkit.system.progress import Progress, ProgressCallback
@@ -171,7 +172,7 @@ class Distillation:
         settings, compute = self.settings, self.compute
         tuned = {
             site: TunedWeight(
-                results[site.name].qtensor.to(compute.device),
+                as_grid(results[site.name].qtensor).to(compute.device),
                 compute.dtype,
                 code_rate=settings.code_rate,
                 activation=_quantized_module(model, site).activation,

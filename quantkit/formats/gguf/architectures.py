@@ -4,15 +4,15 @@ The names are the ``gguf`` package's (``TensorNameMap``). A kind of model is her
 refused, as is any tensor without a name and any key of the config that is not known to be written or to change nothing: such a
 file would load, and answer something else.
 
-**Turned rows.** In a head of size n transformers pairs number i with i + n/2 to rotate them by an angle, llama.cpp's Llama pairs
-neighbours. So the rows of query and key projections (and their biases) are written interleaved: written row 2i + j is row
+**Turned rows.** In a head of size n transformers pairs number i with i + n/2 to rotate them by an angle, llama.cpp's Llama
+pairs neighbours. So the rows of query and key projections (and their biases) are written interleaved: written row 2i + j is row
 i + j n/2 of its head.
 """
 
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -37,27 +37,69 @@ class Architecture:
     name: str
     turned: bool = False
     written: frozenset[str] = frozenset()
-    fixed: Mapping[str, tuple[Any, ...]] = frozenset()  # type: ignore[assignment]
+    fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
 
 _WRITTEN: Final = frozenset(
-    "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim vocab_size rms_norm_eps "
-    "max_position_embeddings rope_theta rope_parameters rope_scaling tie_word_embeddings bos_token_id eos_token_id pad_token_id "
-    "unk_token_id sep_token_id attention_bias mlp_bias qkv_bias num_local_experts num_experts num_experts_per_tok".split()
+    [
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "vocab_size",
+        "rms_norm_eps",
+        "max_position_embeddings",
+        "rope_theta",
+        "rope_parameters",
+        "rope_scaling",
+        "tie_word_embeddings",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "unk_token_id",
+        "sep_token_id",
+        "attention_bias",
+        "mlp_bias",
+        "qkv_bias",
+        "num_local_experts",
+        "num_experts",
+        "num_experts_per_tok",
+    ]
 )
 """Keys that are written or seen in the tensors themselves."""
 
 _HARMLESS: Final = frozenset(
-    "architectures dtype torch_dtype transformers_version model_type use_cache initializer_range attention_dropout "
-    "pretraining_tp quantization_config quantkit router_aux_loss_coef router_jitter_noise output_router_logits max_window_layers "
-    "hidden_dropout resid_pdrop embd_pdrop id2label label2id".split()
+    [
+        "architectures",
+        "dtype",
+        "torch_dtype",
+        "transformers_version",
+        "model_type",
+        "use_cache",
+        "initializer_range",
+        "attention_dropout",
+        "pretraining_tp",
+        "quantization_config",
+        "quantkit",
+        "router_aux_loss_coef",
+        "router_jitter_noise",
+        "output_router_logits",
+        "max_window_layers",
+        "hidden_dropout",
+        "resid_pdrop",
+        "embd_pdrop",
+        "id2label",
+        "label2id",
+    ]
 )
 """Keys that do not change what a model computes when it runs."""
 
-_SILU: Final = {"hidden_act": ("silu", "swish")}
-_WHOLE: Final = {"sliding_window": (None,), "use_sliding_window": (False,)}
+_SILU: Final[dict[str, tuple[Any, ...]]] = {"hidden_act": ("silu", "swish")}
+_WHOLE: Final[dict[str, tuple[Any, ...]]] = {"sliding_window": (None,), "use_sliding_window": (False,)}
 _MOE: Final = frozenset(("moe_intermediate_size", "shared_expert_intermediate_size"))
-_EVERY: Final = {"decoder_sparse_step": (1,), "mlp_only_layers": ([], None)}
+_EVERY: Final[dict[str, tuple[Any, ...]]] = {"decoder_sparse_step": (1,), "mlp_only_layers": ([], None)}
 
 ARCHITECTURES: Final[dict[str, Architecture]] = {
     "llama": Architecture("llama", True, fixed=_SILU),
@@ -100,11 +142,9 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
         raise FormatError("config: use_sliding_window is true, which llama.cpp does not do for this kind of model")
     if any(one != "full_attention" for one in config.get("layer_types") or ()):
         raise FormatError(f"config: layer_types other than full_attention are not written for a {kind} model")
-    seen = (
-        _WRITTEN | _HARMLESS | found.written | fixed.keys() | {"layer_types", "sliding_window", "use_sliding_window"}
-    )
+    seen = _WRITTEN | _HARMLESS | found.written | fixed.keys() | {"layer_types", "sliding_window", "use_sliding_window"}
     if odd := [k for k, v in config.items() if k not in seen and not k.startswith("_") and v not in (None, False, [], {})]:
-        raise FormatError(f"config: nothing is known here of {odd[0]}={config[odd[0]]!r}, which may change what the model computes")
+        raise FormatError(f"config: nothing is known here of {odd[0]}={config[odd[0]]!r}, which may change results")
     rotary = _rotary(config)
     if rotary.get("rope_type", "default") not in _ROTARY or rotary.get("partial_rotary_factor", 1.0) != 1.0:
         raise FormatError(f"config: rotary embeddings {rotary} are not written; known: {', '.join(_ROTARY)}")

@@ -1,9 +1,9 @@
 """The container of format ``gguf``: ``model.gguf`` beside config.json.
 
-A GGUF file begins with everything that is said of its tensors, and joins what a checkpoint of transformers has apart (the experts
-of a layer). So tensors go to their places in safetensors files first, as in any other format, and the file is made of those when
-all are there; for that moment the disk holds both. Rows are turned, and experts joined, on the way out, and the reader gives them
-back as they were (:mod:`.architectures`).
+A GGUF file begins with everything that is said of its tensors, and joins what a checkpoint of transformers has apart (the
+experts of a layer). So tensors go to their places in safetensors files first, as in any other format, and the file is made of
+those when all are there; for that moment the disk holds both. Rows are turned, and experts joined, on the way out, and the
+reader gives them back as they were (:mod:`.architectures`).
 """
 
 import re

@@ -11,7 +11,7 @@ tensors lie inside the file. The writer is the ``gguf`` package's.
 
 import mmap
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -160,7 +160,9 @@ class Planned(NamedTuple):
     shape: tuple[int, ...]
 
 
-def write_gguf(path: Path, architecture: str, fill: Any, tensors: Mapping[str, Planned], data: Iterable[Sequence[Tensor]]) -> None:
+def write_gguf(
+    path: Path, architecture: str, fill: Any, tensors: Mapping[str, Planned], data: Iterable[Iterable[Tensor]]
+) -> None:
     """Write a whole file.
 
     Args:
@@ -178,7 +180,9 @@ def write_gguf(path: Path, architecture: str, fill: Any, tensors: Mapping[str, P
     fill(writer)
     numbers = {name: number for number, name in _NAMES.items()}
     for name, (kind, shape) in tensors.items():
-        size, nbytes = (BLOCK_TYPES[kind].size, BLOCK_TYPES[kind].nbytes) if kind in BLOCK_TYPES else (1, FLOATS[kind][1].itemsize)
+        size, nbytes = (
+            (BLOCK_TYPES[kind].size, BLOCK_TYPES[kind].nbytes) if kind in BLOCK_TYPES else (1, FLOATS[kind][1].itemsize)
+        )
         whole = torch.Size(shape).numel() // size * nbytes
         writer.add_tensor_info(name, shape, None, whole, gguf.GGMLQuantizationType(numbers[kind]))
     with clear_errors(f"write {path}"):
@@ -189,7 +193,8 @@ def write_gguf(path: Path, architecture: str, fill: Any, tensors: Mapping[str, P
         file.write(b"\0" * (-file.tell() % writer.data_alignment))
         for pieces in data:
             for piece in pieces:
-                file.write(memoryview(as_bytes(piece.contiguous()).numpy()))
+                content: Any = as_bytes(piece.contiguous()).numpy()
+                file.write(memoryview(content))
             file.write(b"\0" * (-file.tell() % writer.data_alignment))
         writer.close()
 

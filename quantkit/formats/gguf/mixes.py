@@ -1,7 +1,7 @@
 """llama.cpp's mixes: which type of blocks every tensor gets when a file is made as ``Q4_K_M``.
 
-The rules are those of ``llama_tensor_get_type`` in llama.cpp's ``llama-quant.cpp`` (as of July 2026, with an importance matrix),
-so that a file written here has the same types, tensor for tensor, and the same bytes as ``llama-quantize`` makes:
+The rules are those of ``llama_tensor_get_type`` in llama.cpp's ``llama-quant.cpp`` (as of July 2026, with importances), so
+that a file written here has the same types, tensor for tensor, and the same bytes as ``llama-quantize`` makes:
 
 - the output head, or the token table where the two are tied, has Q6_K (Q8_0 where blocks of 256 do not fit);
 - values, the way back of the feed-forward part and the output projection of attention get more bits in some layers;
@@ -65,7 +65,7 @@ def _role(site: Site) -> str:
 
 
 def _fitting(kind: str, site: Site) -> str:
-    """Return the type, or the one that takes its place where its blocks do not divide a row; none where that does not either."""
+    """Return the type, or the one in its place where its blocks do not divide a row; nothing where neither fits."""
     for one in (kind, FALLBACKS.get(kind)):
         if one is not None and site.in_features % BLOCK_GRIDS[one][3] == 0:
             return one

@@ -70,7 +70,12 @@ class CudaKernel:
 
     def rounds(self, spec: WeightSpec, activation: ActivationSpec) -> bool:
         """Say whether :meth:`matmul_rounded` can take activations of this grid to weights of ``spec``."""
-        if not isinstance(spec, QuantSpec) or spec.blocks is not None or not spec.symmetric or spec.dtype not in ("int8", "fp8_e4m3"):
+        if (
+            not isinstance(spec, QuantSpec)
+            or spec.blocks is not None
+            or not spec.symmetric
+            or spec.dtype not in ("int8", "fp8_e4m3")
+        ):
             return False
         return activation.dynamic and activation.grid == token_activations(spec.dtype).grid
 
