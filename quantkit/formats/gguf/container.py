@@ -99,11 +99,15 @@ class GgufWriter:
             file.unlink()
 
     def _names(self, config: Mapping[str, Any], types: Mapping[str, str]) -> dict[str, list[str]]:
-        """Return names in the checkpoint to names in the file and dtypes, numbers of layers and experts left open."""
-        found = {}
+        """Return names in the checkpoint to names in the file and dtypes, numbers of layers and experts left open.
+
+        The dtype is that of the layers which have floats; what the others are the file says.
+        """
+        found: dict[str, list[str]] = {}
         for name, target in targets(config, self._layout).items():
-            dtype = "blocks" if name.removesuffix(".weight") in types else str(self._layout[name][0]).removeprefix("torch.")
-            found[_open(name)] = [_open(target.name), dtype]
+            blocks, dtype = name.removesuffix(".weight") in types, str(self._layout[name][0]).removeprefix("torch.")
+            one = found.setdefault(_open(name), [_open(target.name), dtype])
+            one[1] = one[1] if blocks else dtype
         return found
 
     def _compose(self, path: Path, config: Mapping[str, Any], types: Mapping[str, str]) -> None:
@@ -185,12 +189,9 @@ class GgufReader:
             raise FormatError(f"{self._file.path}: {target.name} {stored.shape} has no expert {target.expert}")
         if target.heads is not None and (not shape or shape[0] % (2 * target.heads)):
             raise FormatError(f"{self._file.path}: {target.name} {shape} does not divide into {target.heads} heads")
-        if dtype == "blocks":
-            if stored.type not in BLOCK_TYPES:
-                raise FormatError(f"{self._file.path}: {target.name} is {stored.type}, config.json says blocks")
-            block = BLOCK_TYPES[stored.type]
+        if (block := BLOCK_TYPES.get(stored.type)) is not None:
             return Header(FILE, torch.uint8, (*shape[:-1], shape[-1] // block.size * block.nbytes))
-        if dtype not in _DTYPES or stored.type not in FLOATS:
+        if dtype not in _DTYPES:
             raise FormatError(f"{self._file.path}: {target.name} is {stored.type}, config.json says {dtype}")
         return Header(FILE, _DTYPES[dtype], shape)
 

@@ -54,20 +54,19 @@ def pre_tokenizer(tokenizer: Mapping[str, Any]) -> str:
 
 def _steps(step: Any) -> Iterator[str]:
     """Yield what text is split by."""
-    kind = step.get("type") if isinstance(step, Mapping) else None
-    if isinstance(step, Mapping) and kind == "Sequence":
-        for one in step.get("pretokenizers", []):
+    said = step if isinstance(step, Mapping) else {}
+    kind, pattern = said.get("type"), said.get("pattern")
+    if kind == "Sequence":
+        for one in said.get("pretokenizers", []):
             yield from _steps(one)
-    elif isinstance(step, Mapping) and kind == "Split" and step.get("behavior") == "Isolated" and not step.get("invert"):
-        pattern = step.get("pattern", {})
+    elif kind == "Split" and pattern and said.get("behavior") == "Isolated" and not said.get("invert"):
         yield str(pattern.get("Regex") or pattern.get("String"))
-    elif isinstance(step, Mapping) and kind == "Digits" and step.get("individual_digits"):
+    elif kind == "Digits" and said.get("individual_digits"):
         yield "digits"
-    elif isinstance(step, Mapping) and kind == _BYTES and not step.get("add_prefix_space"):
-        if step.get("use_regex", True):
-            yield _GPT2
-    else:
+    elif kind != _BYTES or said.get("add_prefix_space"):
         yield str(step)
+    elif said.get("use_regex", True):
+        yield _GPT2
 
 
 def add_tokenizer(writer: Any, path: Path, size: int) -> None:
