@@ -7,6 +7,7 @@ one per code, and have no zero point:
   2023; OCP Microscaling Formats 1.0, 2023). e4m3 has no infinity; its codes 0x7f and 0xff are NaN and never chosen.
 - ``nf4``: 16 quantiles of a normal distribution, scaled to [-1, 1], with an exact zero (Dettmers, Pagnoni, Holtzman,
   Zettlemoyer 2023, arXiv 2305.14314, appendix E).
+- ``iq4_nl``: the 16 integers of ggml's IQ4_NL and IQ4_XS blocks, closer together near zero (``ggml-common.h``).
 """
 
 import functools
@@ -70,6 +71,7 @@ DTYPES: Final[dict[str, CodeDtype]] = {
     "fp8_e4m3": CodeDtype("fp8_e4m3", 8, _float_values(4, 3, nan=True)),
     "fp4_e2m1": CodeDtype("fp4_e2m1", 4, _float_values(2, 1, nan=False)),
     "nf4": CodeDtype("nf4", 4, _normal_float_values()),
+    "iq4_nl": CodeDtype("iq4_nl", 4, (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)),
 }
 """Every dtype a :class:`quantkit.spec.QuantSpec` may name."""
 

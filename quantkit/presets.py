@@ -5,7 +5,8 @@ weights with 16-bit activations, ``w8a8`` 8-bit weights with activations that ar
 token (``-static``: one scale per layer, found in calibration; ``-rotated``: rounded in a rotated basis, in which no channel
 sticks out). A preset without a group takes the largest of 128, 64 and 32 that divides the most layers; ``w8a8`` has one scale
 per channel, which is what integer products can use. With ``-g<size>`` the activations of ``w8a8`` have a scale per token and
-group, too. ``fp8``, ``nf4``, ``mxfp4``, ``nvfp4`` are formats of their own (:data:`NAMED`).
+group, too. ``fp8``, ``nf4``, ``mxfp4``, ``nvfp4`` are formats of their own (:data:`NAMED`), ``Q4_K_M`` and its like llama.cpp's
+mixes for GGUF files (:data:`MIXES`).
 """
 
 import dataclasses
@@ -15,7 +16,15 @@ from typing import Literal
 
 from quantkit.errors import SpecError
 from quantkit.registry import Registry
-from quantkit.spec import AUTO_GROUP_SIZES, ActivationSpec, QuantSpec, Scheme, token_activations
+from quantkit.spec import (
+    AUTO_GROUP_SIZES,
+    BLOCK_GRIDS,
+    ActivationSpec,
+    QuantSpec,
+    Scheme,
+    block_spec,
+    token_activations,
+)
 
 PRESETS: tuple[str, ...] = (
     "w2a16-asym", "w3a16", "w3a16-asym", "w4a16", "w4a16-asym", "w5a16", "w5a16-asym",
@@ -37,6 +46,18 @@ NAMED: dict[str, tuple[str, tuple[int, int], str | None, Literal["dynamic", "sta
 }
 """Presets of formats that are not integers: dtype, block, the scale dtype if the format fixes it, and whether activations are
 rounded to the same dtype: per token, at run time, or with one static scale per site."""
+
+
+MIXES: dict[str, str] = {
+    "Q4_0": "Q4_0", "Q4_1": "Q4_1", "Q5_0": "Q5_0", "Q5_1": "Q5_1", "Q8_0": "Q8_0", "IQ4_NL": "IQ4_NL", "IQ4_XS": "IQ4_XS",
+    "Q2_K_S": "Q2_K", "Q2_K": "Q2_K", "Q3_K_S": "Q3_K", "Q3_K_M": "Q3_K", "Q3_K_L": "Q3_K", "Q4_K_S": "Q4_K", "Q4_K_M": "Q4_K",
+    "Q5_K_S": "Q5_K", "Q5_K_M": "Q5_K", "Q6_K": "Q6_K",
+}  # fmt: skip
+"""llama.cpp's mixes of types of blocks, and the type that most layers get. As the scheme of a run a mix decides for every
+layer, the embedding and the head included (:mod:`quantkit.formats.gguf.mixes`); a rule that names it means its main type."""
+
+FALLBACKS: dict[str, str] = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "Q2_K": "Q4_0", "Q3_K": "Q4_0", "IQ4_XS": "IQ4_NL"}
+"""What takes the place of a type whose blocks do not divide a row, as in llama.cpp."""
 
 
 _PRESET = re.compile(
@@ -149,3 +170,17 @@ def _maker(name: str) -> SchemeMaker:
 
 for _name in (*PRESETS, *NAMED):
     SCHEMES.register(_name)(_maker(_name))
+
+
+def _block_maker(name: str) -> SchemeMaker:
+    kind = MIXES.get(name, name)
+
+    def make(in_features: Sequence[int], _scale_dtype: str) -> Scheme:
+        fits = all(size % BLOCK_GRIDS[kind][3] == 0 for size in in_features)
+        return Scheme(block_spec(kind if fits else FALLBACKS.get(kind, kind)))
+
+    return make
+
+
+for _name in (*MIXES, *(kind for kind in BLOCK_GRIDS if kind not in MIXES)):
+    SCHEMES.register(_name)(_block_maker(_name))

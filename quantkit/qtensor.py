@@ -1,20 +1,21 @@
 """The hub value: a quantized tensor. Quantizers make it, formats store it, kernels repack it.
 
 :class:`QTensor` is what every kind has. Code that stores, moves, counts or dequantizes a weight asks for no more and loops over
-:meth:`QTensor.parts`; code that reads codes and scales asks for a :class:`GridTensor`, the only kind so far.
+:meth:`QTensor.parts`; code that reads codes and scales asks for a :class:`GridTensor`. The other kind is :class:`BlockTensor`.
 """
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
 
 from quantkit.dtypes import SCALE_DTYPES
 from quantkit.errors import SpecError
-from quantkit.numerics import grid
+from quantkit.numerics import ggml, grid
+from quantkit.numerics.ggml import BlockType, Content
 from quantkit.numerics.pack import pack, packed_words, unpack
 from quantkit.spec import QuantSpec, WeightSpec
 
@@ -123,7 +124,9 @@ class GridTensor:
         if self.zero_point is not None and tuple(self.zero_point.shape) != blocks:
             raise SpecError(f"zero_point: shape {tuple(self.zero_point.shape)}, want {blocks}")
         if self.zero_point is not None and self.zero_point.is_floating_point() != self.spec.offset:
-            raise SpecError(f"zero_point: {self.zero_point.dtype} for {self.spec.describe()}; an offset is a float, a code is not")
+            raise SpecError(
+                f"zero_point: {self.zero_point.dtype} for {self.spec.describe()}; an offset is a float, a code is not"
+            )
         if self.spec.has_global_scale != (self.global_scale is not None):
             wanted = "given" if self.spec.has_global_scale else "absent"
             raise SpecError(f"global_scale must be {wanted} for {self.spec.describe()} with {self.spec.scale_dtype} scales")
@@ -241,6 +244,113 @@ class GridTensor:
         return dataclasses.replace(self, **parts, shape=self.shape if shape is None else shape)
 
 
+@dataclass(frozen=True, slots=True)
+class BlockTensor:
+    """A weight in the blocks of a GGUF file, as the file's own bytes; :mod:`quantkit.numerics.ggml` says what they mean.
+
+    Attributes:
+        data: uint8 (..., out, bytes of a row).
+        spec: the grid; its ``blocks`` is not None.
+    """
+
+    data: Tensor
+    spec: QuantSpec
+
+    def __post_init__(self) -> None:
+        if self.data.dtype != torch.uint8 or self.data.ndim < 2 or self.data.shape[-1] % self.kind.nbytes:
+            got = f"{self.data.dtype} {tuple(self.data.shape)}"
+            raise SpecError(f"blocks: {got}, want uint8 (..., out, n x {self.kind.nbytes}) for {self.spec.describe()}")
+
+    @classmethod
+    def empty(cls, spec: QuantSpec, shape: tuple[int, ...], device: torch.device | str = "meta") -> "BlockTensor":
+        """Return one whose bytes wait to be filled, or to be asked for their size."""
+        return cls(torch.empty(block_layout(spec, shape), dtype=torch.uint8, device=device), spec)
+
+    @classmethod
+    def from_content(cls, content: Content, spec: QuantSpec) -> "BlockTensor":
+        """Pack the blocks of a weight (..., out, in): leading dimensions of ``content`` are (..., out, blocks)."""
+        return cls(_kind(spec).pack(content).flatten(-2), spec)
+
+    @property
+    def kind(self) -> BlockType:
+        """The type of the blocks."""
+        return _kind(self.spec)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(out, in), or (experts, out, in)."""
+        return (*self.data.shape[:-1], self.data.shape[-1] // self.kind.nbytes * self.kind.size)
+
+    input_scale: ClassVar[None] = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the bytes are."""
+        return self.data.device
+
+    @property
+    def numel(self) -> int:
+        """Number of weights."""
+        return int(torch.Size(self.shape).numel())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in a file."""
+        return self.data.nbytes
+
+    def parts(self) -> dict[str, Tensor]:
+        """Return the bytes by name."""
+        return {"blocks": self.data}
+
+    def with_parts(self, parts: Mapping[str, Tensor | None]) -> "BlockTensor":
+        """Return the same value with other bytes."""
+        data = parts.get("blocks")
+        return self if data is None else BlockTensor(data, self.spec)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the weight, computed in float32 (no product in it is rounded) and rounded once to ``dtype``."""
+        return ggml.values(self.data, self.kind).to(dtype)
+
+    def rows(self, index: slice | Tensor) -> "BlockTensor":
+        """Return output rows, see :meth:`QTensor.rows`."""
+        return BlockTensor(self.data[..., index, :], self.spec)
+
+    def to(self, device: torch.device | str) -> "BlockTensor":
+        """Return the same value with its bytes on ``device``."""
+        return BlockTensor(self.data.to(device), self.spec)
+
+    def __getitem__(self, expert: int) -> "BlockTensor":
+        """Return one expert of a 3-D tensor (a view)."""
+        return BlockTensor(self.data[expert], self.spec)
+
+    @classmethod
+    def stack(cls, parts: Sequence["BlockTensor"]) -> "BlockTensor":
+        """Join (out, in) tensors of one spec and shape into one of shape (experts, out, in)."""
+        _refuse_mixture(parts)
+        return cls(torch.stack([part.data for part in parts]), parts[0].spec)
+
+
+def _kind(spec: QuantSpec) -> BlockType:
+    return ggml.BLOCK_TYPES[str(spec.blocks)]
+
+
+def block_layout(spec: QuantSpec, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape (..., out, bytes of a row) of a weight's blocks.
+
+    Raises:
+        SpecError: blocks do not divide its rows.
+    """
+    if reason := spec.rejects(shape):
+        raise SpecError(reason)
+    kind = _kind(spec)
+    return (*shape[:-1], shape[-1] // kind.size * kind.nbytes)
+
+
+def empty_qtensor(spec: QuantSpec, shape: tuple[int, ...], device: torch.device | str = "meta") -> "GridTensor | BlockTensor":
+    """Return one of the kind that ``spec`` wants, whose parts wait to be filled, or to be asked for their size."""
+    return (BlockTensor if spec.blocks is not None else GridTensor).empty(spec, shape, device)
+
+
 PARTS = ("packed", "scale", "zero_point", "global_scale", "input_scale")
 """The tensors of a :class:`QTensor`; all but the first two may be None."""
 
@@ -261,8 +371,16 @@ def as_grid(qtensor: QTensor) -> GridTensor:
     return qtensor
 
 
-def concatenate(parts: Sequence[GridTensor]) -> GridTensor:
+def concatenate(parts: Sequence[QTensor]) -> QTensor:
     """Join quantized tensors of one spec, with the same global and input scales, along their output rows."""
+    blocks = [part for part in parts if isinstance(part, BlockTensor)]
+    if len(blocks) == len(parts):
+        _refuse_mixture(parts)
+        return BlockTensor(torch.cat([part.data for part in blocks], -2), blocks[0].spec)
+    return _concatenate_grids([as_grid(part) for part in parts])
+
+
+def _concatenate_grids(parts: Sequence[GridTensor]) -> GridTensor:
     shape = (*parts[0].shape[:-2], sum(p.shape[-2] for p in parts), parts[0].shape[-1])
     joined = _combine(parts, lambda tensors: torch.cat(tensors, -2), shape, PARTS[:3])
     for name in PARTS[3:]:
@@ -272,12 +390,15 @@ def concatenate(parts: Sequence[GridTensor]) -> GridTensor:
     return joined
 
 
+def _refuse_mixture(parts: Sequence[QTensor]) -> None:
+    if any(part.spec != parts[0].spec for part in parts):
+        raise SpecError(f"cannot join quantized tensors of different specs: {sorted({p.spec.describe() for p in parts})}")
+
+
 def _combine(
     parts: Sequence[GridTensor], join: Callable[[list[Tensor]], Tensor], shape: tuple[int, ...], names: Sequence[str]
 ) -> GridTensor:
-    spec = parts[0].spec
-    if any(part.spec != spec for part in parts):
-        raise SpecError(f"cannot join quantized tensors of different specs: {sorted({p.spec.describe() for p in parts})}")
+    _refuse_mixture(parts)
     found = {name: [getattr(part, name) for part in parts] for name in names}
     if odd := next((name for name, tensors in found.items() if len({t is None for t in tensors}) > 1), None):
         raise SpecError(f"cannot join quantized tensors with and without {odd}")

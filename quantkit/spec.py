@@ -16,6 +16,14 @@ from quantkit.errors import SpecError, nearest
 AUTO_GROUP_SIZES = (128, 64, 32)
 """Group sizes a preset tries, largest first."""
 
+BLOCK_GRIDS: Mapping[str, tuple[str, int, bool, int]] = {
+    "Q4_0": ("int4", 32, True, 32), "Q4_1": ("int4", 32, False, 32), "Q5_0": ("int5", 32, True, 32),
+    "Q5_1": ("int5", 32, False, 32), "Q8_0": ("int8", 32, True, 32), "IQ4_NL": ("iq4_nl", 32, True, 32),
+    "Q2_K": ("int2", 16, False, 256), "Q3_K": ("int3", 16, True, 256), "Q4_K": ("int4", 32, False, 256),
+    "Q5_K": ("int5", 32, False, 256), "Q6_K": ("int6", 16, True, 256), "IQ4_XS": ("iq4_nl", 32, True, 256),
+}  # fmt: skip
+"""Types of ggml's blocks: dtype of codes, weights that share a scale, whether there is no minimum, weights of a block."""
+
 
 def _want(value: object, /, **kinds: type) -> None:
     """Raise SpecError for a field of ``value`` that is not of its kind; annotations alone check nothing."""
@@ -48,6 +56,8 @@ class QuantSpec:
         scale_dtype: dtype of stored scales; scales are rounded to it before codes are chosen.
         offset: an asymmetric grid whose zero point is no code: what is stored is the value of code 0, in the dtype of the
             scales. Only read, from files whose writers rounded both (MLX).
+        blocks: a key of :data:`BLOCK_GRIDS` where scales are those of a GGUF file: small integers times a float16 of the whole
+            block, and minimums in place of zero points (:mod:`quantkit.numerics.ggml`). :func:`block_spec` makes such specs.
     """
 
     dtype: str
@@ -55,9 +65,13 @@ class QuantSpec:
     symmetric: bool = True
     scale_dtype: str = "float16"
     offset: bool = False
+    blocks: str | None = None
 
     def __post_init__(self) -> None:
         _want(self, dtype=str, block=tuple, symmetric=bool, scale_dtype=str, offset=bool)
+        if self.blocks is not None or self.dtype == "iq4_nl":
+            self._check_blocks()
+            return
         if self.dtype not in DTYPES:
             raise SpecError(f"unknown dtype {self.dtype!r}; {nearest(self.dtype, DTYPES)}")
         if self.scale_dtype not in SCALE_DTYPES:
@@ -72,6 +86,13 @@ class QuantSpec:
             raise SpecError(f"scale_dtype float8_e4m3fn goes with fp4_e2m1 (NVFP4), not {self.dtype}; use float16")
         if len(self.block) != 2 or any(type(b) is not int or b == 0 or b < -1 for b in self.block):
             raise SpecError(f"block={self.block!r}: want two sizes, each positive or -1 for all")
+
+    def _check_blocks(self) -> None:
+        if self.blocks is None or self.blocks not in BLOCK_GRIDS:
+            raise SpecError(f"unknown type of blocks {self.blocks!r}; {nearest(str(self.blocks), BLOCK_GRIDS)}")
+        dtype, group, symmetric, _ = BLOCK_GRIDS[self.blocks]
+        if (self.dtype, self.block, self.symmetric, self.scale_dtype) != (dtype, (1, group), symmetric, "float16"):
+            raise SpecError(f"blocks {self.blocks} fix the other fields; make such a spec with block_spec({self.blocks!r})")
 
     @property
     def bits(self) -> int:
@@ -103,11 +124,17 @@ class QuantSpec:
 
     def describe(self) -> str:
         """Return a short human name such as ``"int4 g64 asym"``."""
+        if self.blocks is not None:
+            return self.blocks
         shape = f"g{self.group_size}" if self.strategy == "group" else self.strategy
         return f"{self.dtype} {shape}{'' if self.symmetric else ' offset' if self.offset else ' asym'}"
 
     def rejects(self, shape: tuple[int, ...]) -> str | None:
         """Say why a weight of ``shape`` (..., out, in) cannot be blocked this way; None if it can."""
+        if self.blocks is not None:
+            size = BLOCK_GRIDS[self.blocks][3]
+            fits = "use Q8_0, Q5_0, Q4_0 or IQ4_NL" if shape[-1] % 32 == 0 else "leave it in float"
+            return f"in={shape[-1]} is not a multiple of {size}, a block of {self.blocks}; {fits}" if shape[-1] % size else None
         for axis, size, block in (("out", shape[-2], self.block[0]), ("in", shape[-1], self.block[1])):
             if block != -1 and size % block:
                 fits = [g for g in (*AUTO_GROUP_SIZES, 16, 8) if size % g == 0 and g < block]
@@ -118,8 +145,9 @@ class QuantSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready mapping; :meth:`from_dict` reverses it."""
-        values = {**dataclasses.asdict(self), "block": list(self.block)}
-        return values if values.pop("offset") is False else {**values, "offset": True}
+        found: dict[str, Any] = {**dataclasses.asdict(self), "block": list(self.block)}
+        usual = {"blocks": None, "offset": False}  # left out, so that what was written before these were there reads the same
+        return {name: value for name, value in found.items() if name not in usual or value != usual[name]}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "QuantSpec":
@@ -134,6 +162,18 @@ class QuantSpec:
             raise SpecError("QuantSpec: 'dtype' is missing")
         block = data.get("block", (1, -1))
         return cls(**{**data, "block": tuple(block) if isinstance(block, list | tuple) else block})
+
+
+def block_spec(name: str) -> QuantSpec:
+    """Return the numbers of one of ggml's types of blocks, such as ``"Q4_K"``.
+
+    Raises:
+        SpecError: an unknown name.
+    """
+    if name not in BLOCK_GRIDS:
+        raise SpecError(f"unknown type of blocks {name!r}; {nearest(str(name), BLOCK_GRIDS)}")
+    dtype, group, symmetric, _ = BLOCK_GRIDS[name]
+    return QuantSpec(dtype, (1, group), symmetric, blocks=name)
 
 
 _ACTIVATION_KEYS = ("dynamic", "rotated")
@@ -214,6 +254,8 @@ class Scheme:
         _want(self, weight=QuantSpec)
         if self.activation is not None:
             _want(self, activation=ActivationSpec)
+            if self.weight.blocks is not None:
+                raise SpecError(f"blocks {self.weight.blocks} of a GGUF file go with float activations; leave activation out")
         if self.rotated and self.weight.has_global_scale:
             raise SpecError(f"{self.describe()}: inputs of NVFP4 weights cannot be rotated; use another scheme")
 

@@ -1,6 +1,7 @@
 """Everything that can be refused before a byte is written: sites, directory, disk."""
 
 import copy
+import json
 import logging
 import shutil
 from collections.abc import Mapping
@@ -154,6 +155,7 @@ def check_output(
     overwrite: bool = False,
     key: Key | None = None,
     scratch: int = 0,
+    tokenizer: Any = None,
 ) -> int:
     """Make sure that a checkpoint of ``plan`` can be written to ``path``; return its predicted size in bytes.
 
@@ -161,6 +163,7 @@ def check_output(
         path, model, plan, format, overwrite: as for :class:`CheckpointWriter`.
         key: of the run that is going to write; None for one that will not continue another.
         scratch: bytes that are needed beside the checkpoint until it is finished.
+        tokenizer: what will be saved along, for formats that have to understand it.
 
     Raises:
         SpecError: the plan names a site that the model does not have.
@@ -168,7 +171,9 @@ def check_output(
             model (and ``overwrite`` is False) or the unfinished state of a run with another ``key``, cannot be written to, or
             the disk is too small.
     """
-    size = check(contents_of(config_of(model)), usable_path(path), model, plan, format, overwrite, scratch)
+    contents = contents_of(config_of(model))
+    size = check(contents, usable_path(path), model, plan, format, overwrite, scratch)
+    _refuse_whole(contents, model, format, tokenizer)
     if key is not None:
         find_state(Path(path), key)
     return size
@@ -179,6 +184,7 @@ def check(
 ) -> int:
     """Do what :func:`check_output` says, given the contents."""
     _refuse_another_model(contents.model, model)
+    _refuse_whole(contents, model, format)
     _refuse(rejections_in(contents, plan, format, dtype_name(model)), format)
     _refuse_ties(contents, model, plan)
     ledger = ledger_of(model)
@@ -193,6 +199,20 @@ def check(
     for text in converted_buffers(model, contents.model):
         log.warning("%s", text)
     return total
+
+
+def _refuse_whole(contents: Contents, model: PreTrainedModel, format: str, tokenizer: Any = None) -> None:
+    """Refuse a model, or its tokenizer, that the format as a whole cannot say."""
+    refuses = FORMATS.get(format).refuses
+    if refuses is None:
+        return
+    names = [*(entry.name for entry in contents.entries), *carried_layout(ledger_of(model))]
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    said = json.loads(backend.to_str()) if backend is not None else None
+    if tokenizer is not None and backend is None:
+        raise FormatError(f"format {format}: {type(tokenizer).__name__} has no tokenizer.json; use a fast tokenizer")
+    if reason := refuses(config_json(model), names, said):
+        raise FormatError(f"format {format}: {reason}")
 
 
 def converted_buffers(model: nn.Module, loaded: nn.Module) -> list[str]:
@@ -284,6 +304,12 @@ def config_of(model: PreTrainedModel) -> Any:
     config.architectures = architectures_of(model)
     settle_ties(model, config)
     return config
+
+
+def config_json(model: PreTrainedModel) -> dict[str, Any]:
+    """Return what config.json will say of the model itself."""
+    config: dict[str, Any] = json.loads(config_of(model).to_json_string(use_diff=True))
+    return config | {"dtype": dtype_name(model)}
 
 
 def dtype_name(model: PreTrainedModel) -> str:

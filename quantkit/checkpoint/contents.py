@@ -23,7 +23,7 @@ from quantkit.hf.structure import describe
 from quantkit.hf.weight_files import has_weights
 from quantkit.nn.sites import Site, Structure
 from quantkit.numerics.pack import as_bytes
-from quantkit.qtensor import GridTensor, concatenate
+from quantkit.qtensor import QTensor, concatenate
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,8 +256,8 @@ def _slice(tensor: Tensor, piece: Piece) -> Tensor:
     return tensor[..., piece.start : piece.stop, :]
 
 
-def quantized_slice(qtensor: GridTensor, entry: Entry) -> GridTensor:
-    """Return the part of a site's GridTensor that an entry stores."""
+def quantized_slice(qtensor: QTensor, entry: Entry) -> QTensor:
+    """Return the part of a site's QTensor that an entry stores."""
     parts = []
     for piece in entry.source.pieces:
         one = qtensor if piece.expert is None else qtensor[piece.expert]
@@ -265,13 +265,13 @@ def quantized_slice(qtensor: GridTensor, entry: Entry) -> GridTensor:
     return parts[0] if len(parts) == 1 else concatenate(parts)
 
 
-def assemble(site: Site, stored: Iterable[tuple[Entry, GridTensor]]) -> GridTensor:
-    """Put a site's GridTensor together from what its entries hold; reverses :func:`quantized_slice`.
+def assemble(site: Site, stored: Iterable[tuple[Entry, QTensor]]) -> QTensor:
+    """Put a site's QTensor together from what its entries hold; reverses :func:`quantized_slice`.
 
     Raises:
         FormatError: the parts have different grids.
     """
-    parts: dict[int | None, list[tuple[int, GridTensor]]] = {}
+    parts: dict[int | None, list[tuple[int, QTensor]]] = {}
     for entry, qtensor in stored:
         offset = 0
         for piece in entry.source.pieces:
@@ -284,12 +284,12 @@ def assemble(site: Site, stored: Iterable[tuple[Entry, GridTensor]]) -> GridTens
         for expert in sorted(parts, key=lambda e: -1 if e is None else e):
             rows_of_expert = [q for _, q in sorted(parts[expert], key=lambda part: part[0])]
             joined.append(rows_of_expert[0] if len(rows_of_expert) == 1 else concatenate(rows_of_expert))
-        return joined[0] if None in parts else GridTensor.stack(joined)
+        return joined[0] if None in parts else type(joined[0]).stack(joined)
     except SpecError as error:
         raise FormatError(f"{site.name}: its parts in the checkpoint do not fit together: {error}") from error
 
 
-def read_site(site: Site, entries: Iterable[Entry], stored: Mapping[str, Stored], read: Callable[[str], Tensor]) -> GridTensor:
+def read_site(site: Site, entries: Iterable[Entry], stored: Mapping[str, Stored], read: Callable[[str], Tensor]) -> QTensor:
     """Read and decode the quantized weight of ``site``.
 
     Args:

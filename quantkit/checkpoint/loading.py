@@ -3,7 +3,6 @@
 import functools
 import logging
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from quantkit.nn.install import install, set_compute
 from quantkit.nn.linear import QuantModule, QuantWeight
 from quantkit.nn.parameter import QuantParameter
 from quantkit.nn.sites import Site
-from quantkit.qtensor import GridTensor
+from quantkit.qtensor import as_grid, empty_qtensor
 from quantkit.system.compute import known_device
 from quantkit.system.memory import HeapWatch
 
@@ -96,10 +95,10 @@ def load(
             activation = None if ignore_activations else scheme.activation
             if name not in kernels:
                 qtensor = opened.qtensor(site)
-                install(model, site, replace(qtensor, input_scale=None) if ignore_activations else qtensor, activation)
+                install(model, site, qtensor.with_parts({"input_scale": None}) if ignore_activations else qtensor, activation)
                 continue
             parts = found.sites[name] if found else [part.moved(arena.copy) for part in _prepack(opened, site, heap)]
-            install(model, site, GridTensor.empty(scheme.weight, site.shape, "meta"), activation)
+            install(model, site, empty_qtensor(scheme.weight, site.shape), activation)
             states = [State(part, part.struct()) for part in parts]
             for module in _holders(model, name):
                 module.adopt(kernels[name], states)
@@ -191,7 +190,7 @@ def _prepack(opened: Opened, site: Site, heap: HeapWatch) -> Iterator[Prepacked]
     """Yield the matrices of a site in the kernel's layout, and let go of the pages of the files that were read for it."""
     qtensor = opened.qtensor(site, copy=False)
     for part in [qtensor] if len(site.shape) == 2 else (qtensor[expert] for expert in range(site.shape[0])):
-        yield layout.prepack(part)
+        yield layout.prepack(as_grid(part))
         heap.check()
     opened.reader.release()
 

@@ -20,7 +20,7 @@ from quantkit.formats.base import FORMATS, Format, Held, Matcher, Stored
 from quantkit.formats.containers.base import Reader
 from quantkit.hf.load import read_config
 from quantkit.nn.sites import Site
-from quantkit.qtensor import GridTensor
+from quantkit.qtensor import QTensor
 from quantkit.spec import Scheme
 from quantkit.system.files import named_path
 
@@ -60,7 +60,7 @@ class Opened:
         """Site name to scheme."""
         return {e.site.name: self.stored[e.name].scheme for e in self.contents.entries if e.site and e.name in self.stored}
 
-    def qtensor(self, site: Site, *, copy: bool = True) -> GridTensor:
+    def qtensor(self, site: Site, *, copy: bool = True) -> QTensor:
         """Read and decode one quantized site; without ``copy`` it may be views of the files, good while they are open.
 
         Raises:

@@ -11,17 +11,17 @@ from quantkit.checkpoint.read import Opened, open_checkpoint
 from quantkit.errors import FormatError, SpecError
 from quantkit.hf.ledger import Ledger, ledger_of
 from quantkit.nn.linear import QuantModule
-from quantkit.qtensor import GridTensor, QTensor, as_grid
+from quantkit.qtensor import QTensor
 from quantkit.spec import QuantSpec, Scheme
 
 
-def installed(model: nn.Module) -> dict[str, GridTensor]:
+def installed(model: nn.Module) -> dict[str, QTensor]:
     """Return layer name to quantized weight, everything in the model.
 
     Raises:
         SpecError: a weight that is not on a grid, which no format stores.
     """
-    return {name: as_grid(module.qtensor) for name, module in _owners(model)}
+    return {name: module.qtensor for name, module in _owners(model)}
 
 
 def installed_plan(model: nn.Module) -> dict[str, Scheme]:

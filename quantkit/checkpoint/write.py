@@ -1,6 +1,5 @@
 """Writing: from a model and its quantized sites to a directory that other programs can load, block by block."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from quantkit.checkpoint.card import write_card
-from quantkit.checkpoint.check import check, config_of, dtype_name, layout_bytes, layout_of, replaced_files
+from quantkit.checkpoint.check import check, config_json, config_of, dtype_name, layout_bytes, layout_of, replaced_files
 from quantkit.checkpoint.contents import (
     Entry,
     aliases,
@@ -36,7 +35,7 @@ from quantkit.formats.base import FORMATS, Stored
 from quantkit.hf.ledger import ledger_of
 from quantkit.hf.load import PreTrainedModel
 from quantkit.nn.sites import Structure
-from quantkit.qtensor import GridTensor
+from quantkit.qtensor import QTensor
 from quantkit.spec import Plan
 from quantkit.system.files import clear_errors, write_atomic
 from quantkit.version import __version__
@@ -129,7 +128,7 @@ class CheckpointWriter:
     def write_block(
         self,
         index: int,
-        qtensors: Mapping[str, GridTensor],
+        qtensors: Mapping[str, QTensor],
         *,
         facts: Mapping[str, Any] | None = None,
         chain: Sequence[Tensor] = (),
@@ -161,7 +160,7 @@ class CheckpointWriter:
             self._stage.record(index, digest.hexdigest(), facts or {}, chain)
         self._written.add(index)
 
-    def restore_block(self, index: int) -> tuple[dict[str, GridTensor], dict[str, Any]]:
+    def restore_block(self, index: int) -> tuple[dict[str, QTensor], dict[str, Any]]:
         """Return the quantized sites of finished block ``index`` by name, and its facts.
 
         Its unquantized tensors are put into the model, where they are not what they were when the block was finished.
@@ -187,7 +186,7 @@ class CheckpointWriter:
         sites = {e.site.name: e.site for e in entries if e.site and e.name in self._stored}
         return {name: read_site(site, entries, self._stored, tensors.__getitem__) for name, site in sites.items()}, facts
 
-    def change_blocks(self, step: str, qtensors: Mapping[str, GridTensor], facts: Any = None) -> None:
+    def change_blocks(self, step: str, qtensors: Mapping[str, QTensor], facts: Any = None) -> None:
         """Replace what all blocks hold by what a later step has made of it: all of it, or after a kill nothing.
 
         Args:
@@ -218,7 +217,7 @@ class CheckpointWriter:
         self,
         metadata: Mapping[str, Any] | None = None,
         *,
-        outside: Mapping[str, GridTensor] | None = None,
+        outside: Mapping[str, QTensor] | None = None,
         tokenizer: Any = None,
         run: Mapping[str, Any] | None = None,
         check: Check | None = None,
@@ -297,7 +296,7 @@ class CheckpointWriter:
         if missing := sorted(set(range(len(self.structure.blocks))) - self._written):
             raise FormatError(f"blocks {missing} have not been written; call write_block for each before finish")
 
-    def _encode(self, entry: Entry, qtensors: Mapping[str, GridTensor]) -> dict[str, Tensor]:
+    def _encode(self, entry: Entry, qtensors: Mapping[str, QTensor]) -> dict[str, Tensor]:
         if entry.name not in self._stored or entry.site is None:
             own = self._floats(entry) if self._floats else float_tensor(self.model, entry, self._contents.transposed)
             return {entry.name: own}
@@ -319,11 +318,10 @@ class CheckpointWriter:
             self._stage.record_changes()
 
     def _config(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
-        config: dict[str, Any] = json.loads(config_of(self.model).to_json_string(use_diff=True))
+        config = config_json(self.model)
         quantized = {e.name: e for e in self._contents.entries if e.name in self._stored}
         plan = {name: self._stored[e.name].scheme for e in quantized.values() for name in aliases(e)}
         dtype = dtype_name(self.model)
-        config["dtype"] = dtype
         ignore = sorted({*linear_modules(self._contents, quantized), *carried_linears(self._ledger)})
         config = {key: value for key, value in config.items() if key not in ("quantization_config", "quantization")}
         if said := self._rule.dialect.dump_config(plan, ignore, dtype):

@@ -8,7 +8,7 @@ A format is added by one file that registers it::
     FORMATS.register("mine")(Format(codec_of, SafetensorsDirectory("mine"), MyDialect()))
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,23 +17,23 @@ from torch import Tensor
 
 from quantkit.errors import FormatError
 from quantkit.formats.containers.base import Container, Layout
-from quantkit.qtensor import GridTensor
+from quantkit.qtensor import QTensor
 from quantkit.registry import Registry
 from quantkit.spec import QuantSpec, Scheme
 
 
 class Codec(Protocol):
-    """An exact mapping between a GridTensor and tensors named by suffix."""
+    """An exact mapping between a quantized tensor and tensors named by suffix."""
 
     def layout(self, spec: QuantSpec, shape: tuple[int, ...]) -> Layout:
         """Return what :meth:`encode` produces for a weight of ``shape``: used to predict sizes and to check files."""
         ...
 
-    def encode(self, qtensor: GridTensor) -> dict[str, Tensor]:
-        """Return the tensors of one weight by suffix, contiguous."""
+    def encode(self, qtensor: Any) -> dict[str, Tensor]:
+        """Return the tensors of one weight by suffix, contiguous; the weight is of the kind that its dialect accepts."""
         ...
 
-    def decode(self, tensors: Mapping[str, Tensor], spec: QuantSpec, shape: tuple[int, ...]) -> GridTensor:
+    def decode(self, tensors: Mapping[str, Tensor], spec: QuantSpec, shape: tuple[int, ...]) -> QTensor:
         """Reverse :meth:`encode`.
 
         Raises:
@@ -131,6 +131,8 @@ class Format:
         recognises: says whether a ``quantization_config`` is this format's; None asks for the dialect's ``quant_method``.
         rejects_plan: says what cannot be stored in one checkpoint of what can be stored layer by layer; it is given checkpoint
             module names with their schemes and the names of linear modules that stay in float.
+        refuses: says why a whole model cannot be stored, or None: it is given config.json, the names of all tensors, and
+            tokenizer.json where that is known. None takes every model.
     """
 
     codec: Callable[[Scheme], Codec]
@@ -142,6 +144,7 @@ class Format:
     usage: str = ""
     recognises: Callable[[Mapping[str, Any]], bool] | None = None
     rejects_plan: Callable[[Mapping[str, Scheme], Sequence[str]], str | None] = lambda plan, ignore: None
+    refuses: Callable[[Mapping[str, Any], Iterable[str], Mapping[str, Any] | None], str | None] | None = None
 
     def rejects(self, scheme: Scheme, shape: tuple[int, ...], dtype: str | None = None) -> str | None:
         """Say why a weight of ``shape`` (..., out, in) cannot be stored; see :meth:`Dialect.rejects`."""

@@ -1,7 +1,6 @@
 """What can only be known by trying: how long a plan takes, how far it is from the float model, and one layer at a time."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Annotated, Any
 
 import torch
@@ -55,7 +54,7 @@ def rounded_copy(model: nn.Module, structure: Structure, plan: Plan) -> nn.Modul
         weight = InputQuantizer(scheme.activation).prepare_weight(read_weight(model, site))
         one = quantize_site(RTN(), site.name, weight, scheme.weight, None).qtensor
         if scheme.static:
-            one = replace(one, input_scale=torch.ones(*site.shape[:-2], 1))
+            one = one.with_parts({"input_scale": torch.ones(*site.shape[:-2], 1)})
         install(copy, site, one, scheme.activation)
     return copy
 

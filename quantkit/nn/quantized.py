@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from quantkit.qtensor import GridTensor
+from quantkit.qtensor import QTensor
 
 LARGE_ERROR = 0.5
 """A layer whose output is off by more than this share of its size is named."""
@@ -24,7 +24,7 @@ class Quantized:
         bias: (out,), the layer's bias corrected for the rounding of the weight; None leaves it alone.
     """
 
-    qtensor: GridTensor
+    qtensor: QTensor
     loss: float
     notes: tuple[str, ...] = ()
     fell_back: bool = False

@@ -17,6 +17,7 @@ one group after the other. Cost of a pass of either: out x in^2 multiply-adds, a
 import torch
 from torch import Tensor
 
+from quantkit.dtypes import table
 from quantkit.numerics import grid
 from quantkit.numerics.sweep import per_column
 from quantkit.spec import QuantSpec
@@ -48,6 +49,8 @@ def descend(
     scale, zero = qparams
     scales = per_column(scale.float(), spec, shape).T
     zeros = torch.full_like(scales, grid.zero_code(spec)) if zero is None else per_column(zero.float(), spec, shape).T
+    if not spec.is_integer:
+        return _descend_in_table(residual, codes, scales, spec, order, hessian)
     levels = codes.T.float() - zeros  # (in, out)
     residual = residual.T.clone(memory_format=torch.contiguous_format)  # (in, out)
     for k in order.tolist():
@@ -56,6 +59,36 @@ def descend(
         residual.addr_(hessian[k], (better - levels[k]) * scales[k], alpha=-1)
         levels[k] = better
     return (levels + zeros).T.to(torch.uint8).contiguous()
+
+
+def _descend_in_table(
+    residual: Tensor, codes: Tensor, scales: Tensor, spec: QuantSpec, order: Tensor, hessian: Tensor
+) -> Tensor:
+    """Do the same on a table's values; ``scales`` are (in, out)."""
+    values = table(spec.dtype)[0].to(codes.device)
+    chosen = codes.T.contiguous()
+    residual = residual.T.clone(memory_format=torch.contiguous_format)  # (in, out)
+    for k in order.tolist():
+        level = values[chosen[k].int()]
+        chosen[k] = grid.nearest_in_table(level + residual[k] / (scales[k] * hessian[k, k]), spec.dtype)
+        residual.addr_(hessian[k], (values[chosen[k].int()] - level) * scales[k], alpha=-1)
+    return chosen.T.contiguous()
+
+
+def best_step(residual: Tensor, own: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return how far to go along ``own`` so that the error falls most, with what says by how much any other way would do.
+
+    Args:
+        residual: ``(W - Q) H`` of some columns, (out, n).
+        own: what is added to these columns of Q, (out, n).
+        hessian: of these columns, (n, n).
+
+    Returns:
+        step, slope and curvature, (out,): by a step t the error falls by 2 slope t - curvature t^2.
+    """
+    slope = (residual * own).sum(-1)
+    curvature = ((own @ hessian) * own).sum(-1)
+    return slope / curvature.clamp(min=1e-30), slope, curvature
 
 
 def fit_scales(
@@ -79,9 +112,8 @@ def fit_scales(
     for g in range(scale.shape[1]):
         part = slice(g * width, (g + 1) * width)
         own = levels[:, part]
-        slope = (residual[:, part] * own).sum(-1)
-        curvature = ((own @ hessian[part, part]) * own).sum(-1)
-        fitted = current[:, g] + slope / curvature.clamp(min=1e-30)
+        step, slope, curvature = best_step(residual[:, part], own, hessian[part, part])
+        fitted = current[:, g] + step
         sound = (curvature > 0) & (fitted * current[:, g] > 0)  # a sign that turns round is no small correction
         change = grid.round_scale(torch.where(sound, fitted, current[:, g]), spec.scale_dtype).float() - current[:, g]
         change *= 2 * slope * change > curvature * change.square()  # by how much the error falls

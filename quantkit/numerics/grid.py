@@ -14,6 +14,7 @@ Table dtypes (:mod:`quantkit.dtypes`) are symmetric, :math:`w \approx v_q s` wit
 of two (MXFP4) follow the OCP rule, :math:`s = 2^{\lfloor\log_2 \max|w|\rfloor - \lfloor\log_2 \max v\rfloor}`.
 """
 
+import functools
 import math
 
 import torch
@@ -175,7 +176,7 @@ def quantize(weight: Tensor, scale: Tensor, zero_point: Tensor | None, spec: Qua
     shape = tuple(weight.shape)
     step = expand(scale.float(), spec, shape)
     if not spec.is_integer:
-        return _nearest_in_table(weight.float() / step, spec.dtype)
+        return nearest_in_table(weight.float() / step, spec.dtype)
     zero: Tensor | int = zero_code(spec) if zero_point is None else expand(zero_point, spec, shape).float()
     return (weight.float() / step).round_().add_(zero).clamp_(0, 2**spec.bits - 1).to(torch.uint8)
 
@@ -199,8 +200,10 @@ def _refuse_offset(spec: QuantSpec) -> None:
         raise SpecError(f"{spec.describe()}: weights with an offset are only read; quantize with zero points (-asym)")
 
 
-def _nearest_in_table(values: Tensor, dtype: str) -> Tensor:
+def nearest_in_table(values: Tensor, dtype: str) -> Tensor:
     """Return the uint8 codes of the nearest values of a table; what lies outside gets the outermost."""
+    if dtype == "iq4_nl":  # all bounds are halves of integers, so the half below a value says which code is nearest
+        return _iq4_codes().to(values.device)[(values * 2).floor_().clamp_(-256, 226).int() + 256]
     if dtype == "fp8_e4m3":
         largest = DTYPES[dtype].largest
         codes = values.clamp(-largest, largest).to(torch.float8_e4m3fn).view(torch.uint8)
@@ -209,6 +212,13 @@ def _nearest_in_table(values: Tensor, dtype: str) -> Tensor:
     above, below = (torch.bucketize(values, bounds, right=right) for right in (False, True))
     even = (codes & 1) == 0  # bounds belong to the neighbour with the even code
     return torch.where(even[above], codes[above], codes[below])
+
+
+@functools.cache
+def _iq4_codes() -> Tensor:
+    """Return the code nearest to i / 2 - 127.75, uint8 for i from 0 to 482."""
+    _, codes, bounds = table("iq4_nl")
+    return codes[torch.bucketize(torch.arange(-256, 227) / 2 + 0.25, bounds)]
 
 
 _LARGEST = 12

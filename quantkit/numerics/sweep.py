@@ -7,6 +7,7 @@ applied a block of columns at a time, section 3.3.)
 import torch
 from torch import Tensor
 
+from quantkit.dtypes import table
 from quantkit.numerics import grid
 from quantkit.spec import QuantSpec
 
@@ -34,6 +35,7 @@ def sweep(weight: Tensor, qparams: tuple[Tensor, Tensor | None], spec: QuantSpec
     scale, zero = qparams
     scales = per_column(scale.float(), spec, shape).T[order]
     zeros = None if zero is None else per_column(zero.float(), spec, shape).T[order]
+    values = None if spec.is_integer else table(spec.dtype)[0].to(weight.device)
     codes = torch.empty_like(columns)
     diagonal = factor.diagonal().tolist()
     for start in range(0, shape[1], BLOCK_COLUMNS):
@@ -42,8 +44,13 @@ def sweep(weight: Tensor, qparams: tuple[Tensor, Tensor | None], spec: QuantSpec
         for i in range(stop - start):
             k = start + i
             middle = grid.zero_code(spec) if zeros is None else zeros[k]
-            code = torch.div(block[i], scales[k], out=codes[k]).round_().add_(middle).clamp_(0, top)
-            torch.sub(block[i], (code - middle).mul_(scales[k]), out=errors[i])
+            if values is None:
+                code = torch.div(block[i], scales[k], out=codes[k]).round_().add_(middle).clamp_(0, top)
+                level = code - middle
+            else:
+                nearest = grid.nearest_in_table(block[i] / scales[k], spec.dtype)
+                codes[k], level = nearest, values[nearest.int()]
+            torch.sub(block[i], level.mul_(scales[k]), out=errors[i])
             errors[i].mul_(1 / diagonal[k])
             if k + 1 < stop:
                 block[i + 1 :].addr_(factor[k, k + 1 : stop], errors[i], alpha=-1)

@@ -247,7 +247,7 @@ def _quantize_layer(run: BlockRun, site: Site, statistics: SiteStatistics | None
     _write_stored(run.model, site, scheme, one.qtensor.dequantize())
     qtensor = one.qtensor.to("cpu")
     if scheme.activation is not None and scheme.static:
-        qtensor = replace(qtensor, input_scale=calibrated_scale(site, scheme.activation, statistics))
+        qtensor = qtensor.with_parts({"input_scale": calibrated_scale(site, scheme.activation, statistics)})
     one = replace(one, qtensor=qtensor)
     for correction in run.corrections.get(site.name, ()):
         one = correction.correct(run.model.get_submodule(site.module), weight, one, statistics)

@@ -27,7 +27,7 @@ from quantkit.nn.sizes import WINDOW, RunSize
 from quantkit.pipeline.blocks import needs_of
 from quantkit.pipeline.training.cost import training_cost
 from quantkit.pipeline.training.settings import START_WINDOWS, Training
-from quantkit.qtensor import GridTensor
+from quantkit.qtensor import empty_qtensor
 from quantkit.quantizers.base import Quantizer
 from quantkit.spec import Plan
 from quantkit.transforms.base import Step
@@ -95,7 +95,7 @@ def estimate(
     model, structure = contents.model, contents.structure
     sites = [site for site in contents.sites.values() if site.name in plan]
     weights = sum(site.numel for site in sites)
-    codes = sum(GridTensor.empty(plan[site.name].weight, site.shape).nbytes for site in sites)
+    codes = sum(empty_qtensor(plan[site.name].weight, site.shape).nbytes for site in sites)
     chosen = [entry for entry in contents.entries if entry.site and entry.site.name in plan]
     kept = [entry for entry in contents.entries if not (entry.site and entry.site.name in plan)]
 

@@ -20,9 +20,11 @@ import torch
 
 from quantkit.errors import SpecError, nearest
 from quantkit.formats.base import FORMATS
+from quantkit.formats.gguf.mixes import mix_plan
 from quantkit.nn.sites import Site, Structure
 from quantkit.pipeline.fused import fused_groups
 from quantkit.pipeline.rules import EMBEDDING, HEAD, Rule, SchemeChoice, choice_of
+from quantkit.presets import MIXES, SCHEMES
 from quantkit.spec import AUTO_GROUP_SIZES, Plan, Scheme
 from quantkit.system.tables import table_html
 
@@ -87,9 +89,10 @@ def make_plan(
     owner = owners(structure, rules)
     sites = [*structure.sites, *structure.after]
     found = Resolution({})
-    schemes: dict[str, Scheme] = {}
     notes: list[str] = []
-    for index, rule in ((-1, None), *enumerate(rules)):
+    mix = choice_of(scheme).name in MIXES
+    schemes = _mixed(structure, str(choice_of(scheme).name), owner, found) if mix else {}
+    for index, rule in enumerate(rules) if mix else ((-1, None), *enumerate(rules)):
         mine = [site for site in sites if owner[site.name] == index and (rule or site in structure.sites)]
         label = f"rule {index + 1} ({rule.match!r})" if rule else "scheme"
         if rule and rule.skip:
@@ -103,11 +106,22 @@ def make_plan(
             notes.append(f"{label} has no effect: later rules decide every layer it matches")
     named = {name: owner[name] for name in sorted(structure.unreachable | structure.carried) if owner.get(name, -1) >= 0}
     found.skipped.update({name: f"skipped by rule {index + 1} ({rules[index].match!r})" for name, index in named.items()})
-    found.skipped.update({site.name: OUTSIDE for site in structure.outside if owner[site.name] < 0})
+    left = [site.name for site in structure.outside if owner[site.name] < 0 and site.name not in schemes]
+    found.skipped.update({name: OUTSIDE for name in left if name not in found.skipped})
     found.plan.update({site.name: schemes[site.name] for site in sites if site.name in schemes})
     if not found.plan:
         raise SpecError(f"nothing to quantize: the model has {len(sites)} layers and rules skip them all; remove a skip rule")
     return Resolution(found.plan, found.skipped, tuple(notes), found.remarks)
+
+
+def _mixed(structure: Structure, name: str, owner: Mapping[str, int], found: Resolution) -> dict[str, Scheme]:
+    """Return what a mix of llama.cpp's gives the layers that no rule decides; say of those that get nothing why."""
+    mine = [site for site in (*structure.sites, *structure.after) if owner[site.name] < 0]
+    schemes = mix_plan(structure, name)
+    for site in mine:
+        if site.name not in schemes:
+            found.skipped[site.name] = f"{name}: no type of blocks divides its input size {site.in_features}"
+    return {site.name: schemes[site.name] for site in mine if site.name in schemes}
 
 
 def resolve(
@@ -179,6 +193,11 @@ def _schemes_for(default: SchemeChoice, rule: Rule | None, sites: list[Site], la
     group = rule.group_size if rule else None
     if group is not None and choice.full is None:
         choice = replace(choice, group_size=group)  # a rule's group size counts more than the run's
+    if choice.name in SCHEMES and choice.resolve((), None, scale_dtype).weight.blocks is not None:
+        each = {site.name: choice.resolve([site.in_features], group, scale_dtype) for site in sites}
+        for site in sites:
+            _refuse_misfits(each[site.name], [site], label)
+        return Resolution(each)
     if group is not None or not choice.chooses_group:
         scheme = choice.resolve([site.in_features for site in sites], group, scale_dtype)
         _refuse_misfits(scheme, sites, label)

@@ -34,7 +34,7 @@ from quantkit.pipeline.checks import check_model
 from quantkit.pipeline.plan import Resolution, check_plan, resolve, scale_dtype_for
 from quantkit.pipeline.result import QuantizeResult
 from quantkit.pipeline.rules import Rule, SchemeChoice
-from quantkit.qtensor import GridTensor
+from quantkit.qtensor import QTensor
 from quantkit.quantizers.base import quantize_site
 from quantkit.quantizers.rtn import RTN
 from quantkit.spec import Plan, Scheme
@@ -189,7 +189,7 @@ def check_training(structure: Structure, plan: Plan, has_start: bool) -> None:
             )
 
 
-def _nearest(model: PreTrainedModel, structure: Structure, plan: Plan) -> dict[str, GridTensor]:
+def _nearest(model: PreTrainedModel, structure: Structure, plan: Plan) -> dict[str, QTensor]:
     """Return every planned layer rounded to nearest."""
     scales = shared_global_scales(model, structure, plan)
     found = {}

@@ -228,6 +228,7 @@ class _Job:
             overwrite=output.overwrite,
             key=key if self.run.resume else None,
             scratch=self.scratch_bytes(batches),
+            tokenizer=self.tokenizer,
         )
 
     def scratch_bytes(self, batches: Sequence[Batch]) -> int:

@@ -28,7 +28,7 @@ from quantkit.hf.ledger import ledger_of
 from quantkit.hf.load import PreTrainedModel
 from quantkit.nn.quantized import Quantized
 from quantkit.nn.sites import SiteStatistics
-from quantkit.qtensor import GridTensor
+from quantkit.qtensor import QTensor
 from quantkit.spec import Plan
 from quantkit.system.files import sha256_file
 from quantkit.version import __version__
@@ -144,7 +144,7 @@ def _extras_digest(model: PreTrainedModel, tokenizer: Any) -> str:
         return _text_digest([[path.relative_to(folder).as_posix(), sha256_file(path)] for path in files])
 
 
-def _restored(qtensor: GridTensor, facts: Mapping[str, Any]) -> Quantized:
+def _restored(qtensor: QTensor, facts: Mapping[str, Any]) -> Quantized:
     """Return a layer as it was when its block was finished; its bias is in the model."""
     notes, tokens = tuple(facts["notes"]), tuple(facts.get("tokens", ()))
     return Quantized(qtensor, facts["loss"], notes, facts["fell_back"], tokens=tokens)

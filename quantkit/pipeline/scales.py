@@ -85,6 +85,8 @@ def fit_scales(model: nn.Module, structure: Structure, resolution: Resolution, f
 
 def _choose(weight: Tensor, site: Site, scheme: Scheme, format: str | None, dtype: str) -> tuple[Scheme, str | None]:
     """Return the scheme with scales that hold the weight, and what is to be said about it."""
+    if scheme.weight.blocks is not None:  # which have one kind of scales, and say themselves what these cannot hold
+        return scheme, None
     own = scheme.weight.scale_dtype
     wanted, used = _wanted(weight, scheme)
     if _holds(wanted, used, own):

@@ -26,7 +26,7 @@ from quantkit.nn.learned import TunedWeight, substituted
 from quantkit.nn.sites import Site
 from quantkit.nn.sizes import RunSize
 from quantkit.nn.training import Schedule, train
-from quantkit.qtensor import GridTensor
+from quantkit.qtensor import QTensor, as_grid
 from quantkit.quantizers.base import QUANTIZERS, BlockCost, QuantizedBlock
 from quantkit.quantizers.gptaq import GPTAQ
 from quantkit.spec import Scheme
@@ -70,13 +70,13 @@ class AutoRound(GPTAQ):
 
     def rejects(self, scheme: Scheme) -> str | None:
         """Say why layers of a scheme cannot be learned: only integer grids, and no static scales of inputs."""
-        if not scheme.weight.is_integer:
-            return f"autoround learns integer grids, not {scheme.weight.dtype}; leave it out"
+        if not scheme.weight.is_integer or scheme.weight.blocks is not None:
+            return f"autoround learns integer grids, not {scheme.weight.describe()}; use quantizer gptq"
         if scheme.static:
             return "autoround does not keep static input scales; leave it out, or use a dynamic scheme"
         return None
 
-    def refine_block(self, block: QuantizedBlock) -> dict[Site, GridTensor]:
+    def refine_block(self, block: QuantizedBlock) -> dict[Site, QTensor]:
         """Learn codes and scales of all layers of a block together.
 
         Raises:
@@ -85,7 +85,9 @@ class AutoRound(GPTAQ):
         compute = block.compute
         dtype = compute.products or compute.dtype
         tuned = {
-            site: TunedWeight(start.to(compute.device), dtype, code_rate=self.code_rate, activation=activation, origin=weight)
+            site: TunedWeight(
+                as_grid(start).to(compute.device), dtype, code_rate=self.code_rate, activation=activation, origin=weight
+            )
             for site, (start, weight, activation) in block.layers.items()
         }
         order = _batch_numbers(len(block.targets), self.seed)

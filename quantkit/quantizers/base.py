@@ -13,7 +13,7 @@ from quantkit.nn.quantized import Quantized
 from quantkit.nn.sites import Site, SiteStatistics
 from quantkit.nn.sizes import RunSize
 from quantkit.numerics import grid
-from quantkit.qtensor import GridTensor
+from quantkit.qtensor import QTensor
 from quantkit.registry import Registry
 from quantkit.spec import ActivationSpec, QuantSpec, Scheme
 from quantkit.system.compute import Compute
@@ -32,7 +32,7 @@ class QuantizedBlock:
     """
 
     model: nn.Module
-    layers: Mapping[Site, tuple[GridTensor, Tensor, ActivationSpec | None]]
+    layers: Mapping[Site, tuple[QTensor, Tensor, ActivationSpec | None]]
     forward: Callable[[int], Tensor]
     targets: Sequence[Tensor]
     compute: Compute
@@ -72,9 +72,7 @@ class Quantizer(Protocol):
         """Most calibration windows that may run together; None leaves the batches as they are."""
         return None
 
-    def quantize(
-        self, weight: Tensor, spec: QuantSpec, statistics: SiteStatistics | None
-    ) -> tuple[GridTensor, tuple[str, ...]]:
+    def quantize(self, weight: Tensor, spec: QuantSpec, statistics: SiteStatistics | None) -> tuple[QTensor, tuple[str, ...]]:
         """Quantize a finite float32 ``weight`` (out, in).
 
         Args:
@@ -86,7 +84,7 @@ class Quantizer(Protocol):
             The quantized weight and notes on anything unusual (extra damping, a fallback), empty when all went well.
         """
 
-    def refine_block(self, block: QuantizedBlock) -> dict[Site, GridTensor]:
+    def refine_block(self, block: QuantizedBlock) -> dict[Site, QTensor]:
         """Return better codes and scales for the layers of a block whose layers are quantized, if :attr:`refines_blocks`.
 
         The model is as before when it is done; the caller keeps the result only if the block's output comes closer to the
@@ -96,6 +94,8 @@ class Quantizer(Protocol):
 
     def rejects(self, scheme: Scheme) -> str | None:
         """Say why layers of a scheme cannot be quantized by this; None if they can."""
+        if scheme.weight.blocks is not None and not self.any_grid:
+            return f"{type(self).__name__} chooses codes on plain grids, not blocks {scheme.weight.blocks}; use quantizer gptq"
         if not scheme.weight.is_integer and not self.any_grid:
             return f"{type(self).__name__} chooses integers, not {scheme.weight.dtype}; use quantizer rtn"
         return None
@@ -155,7 +155,7 @@ def quantize_site(
         raise type(error)(f"{name}: {error}") from error
     loss = sum(part.loss for part in parts) / len(parts)
     fell_back = any(part.fell_back for part in parts)
-    return Quantized(GridTensor.stack([p.qtensor for p in parts]), loss, _notes(parts), fell_back, tokens=seen)
+    return Quantized(type(parts[0].qtensor).stack([p.qtensor for p in parts]), loss, _notes(parts), fell_back, tokens=seen)
 
 
 def _notes(parts: Sequence[Quantized]) -> tuple[str, ...]:
@@ -176,20 +176,20 @@ def _quantize_matrix(
 ) -> Quantized:
     """Quantize one matrix; one of extreme numbers is brought to a usual size first, by a power of two, and its scales back."""
     weight = weight.float()
-    shift = grid.exponent_shift(weight)
+    shift = grid.exponent_shift(weight) if spec.blocks is None else 0  # float16 of a block holds no extreme numbers
     usual = grid.shifted(weight, shift)
     if spec.has_global_scale:
         shared = None if global_scale is None else grid.shifted(global_scale.to(weight), -shift)
         own = shared if shared is not None else grid.choose_global_scale(usual.abs().amax().view(1), spec).to(weight)
         qtensor, notes = quantizer.quantize(usual * own, spec, statistics)
-        qtensor = dataclasses.replace(qtensor, global_scale=grid.shifted(own, shift))
-        _refuse_lost_scales(qtensor.global_scale, spec)
+        qtensor = qtensor.with_parts({"global_scale": grid.shifted(own, shift)})
     else:
         qtensor, notes = quantizer.quantize(usual, spec, statistics)
         if shift:
-            scale = grid.shifted(qtensor.scale.float(), -shift).to(qtensor.scale.dtype)
-            qtensor = dataclasses.replace(qtensor, scale=scale)
-    _refuse_lost_scales(qtensor.scale, spec)
+            scale = qtensor.parts()["scale"]
+            qtensor = qtensor.with_parts({"scale": grid.shifted(scale.float(), -shift).to(scale.dtype)})
+    for name in ("scale", "global_scale"):
+        _refuse_lost_scales(qtensor.parts().get(name), spec)
     fell_back = bool(quantizer.needs) and statistics is None
     rounded = qtensor.dequantize()
     if lost := int(((weight != 0).any(-1) & (rounded == 0).all(-1)).sum()):

@@ -31,11 +31,11 @@ from torch import Tensor
 from quantkit.errors import CalibrationError
 from quantkit.kernels.functions import rounding
 from quantkit.nn.sites import SiteStatistics
-from quantkit.numerics import descent, grid
-from quantkit.qtensor import GridTensor
+from quantkit.numerics import block_scales, descent, ggml, grid
+from quantkit.qtensor import BlockTensor, GridTensor
 from quantkit.quantizers.base import QUANTIZERS, Quantizer, usual_size
-from quantkit.quantizers.rtn import nearest
-from quantkit.spec import QuantSpec
+from quantkit.quantizers.rtn import rounded
+from quantkit.spec import QuantSpec, Scheme
 
 _MAX_DAMPING = 1.0
 
@@ -60,17 +60,27 @@ class GPTQ(Quantizer):
 
     def quantize(
         self, weight: Tensor, spec: QuantSpec, statistics: SiteStatistics | None
-    ) -> tuple[GridTensor, tuple[str, ...]]:
+    ) -> tuple[GridTensor | BlockTensor, tuple[str, ...]]:
         """Quantize ``weight`` (out, in) against ``statistics.results["hessian"]`` (in, in).
 
         Without statistics the weight is rounded to nearest, and the note says so.
         """
         if statistics is None:
-            return nearest(weight, grid.choose_qparams(weight, spec), spec), ("no calibration input: rounded to nearest",)
+            return rounded(weight, spec), ("no calibration input: rounded to nearest",)
         hessian = usual_size(statistics.results["hessian"].to(weight.device))
         weight = self._target(weight, statistics)
-        qparams = self._grid(weight, spec, hessian.diagonal())
         inverse = statistics.derived(_Factorise(self.damping, self.act_order, weight.device))
+        raised = inverse.damping > self.damping * 1.5
+        note = f"Cholesky factorisation needed damping {inverse.damping:g} instead of {self.damping:g}"
+        choose = self._on_grid if spec.blocks is None else self._in_blocks
+        return choose(weight, spec, hessian, inverse), (note,) if raised else ()
+
+    def rejects(self, scheme: Scheme) -> str | None:
+        """Say why layers of a scheme cannot be quantized by this; None if they can."""
+        return None if scheme.weight.blocks is not None else super().rejects(scheme)
+
+    def _on_grid(self, weight: Tensor, spec: QuantSpec, hessian: Tensor, inverse: "InverseHessian") -> GridTensor:
+        qparams = self._grid(weight, spec, hessian.diagonal())
         codes = rounding.sweep(weight, qparams, spec, inverse.order, inverse.factor)
         damped = damp(hessian, inverse.damping) if self.rounds else hessian
         for _ in range(self.rounds):
@@ -80,9 +90,22 @@ class GPTQ(Quantizer):
             else:
                 residual = (weight - grid.dequantize(codes, *qparams, spec)) @ damped
             codes = rounding.descend(residual, codes, qparams, spec, inverse.order, damped)
-        raised = inverse.damping > self.damping * 1.5
-        note = f"Cholesky factorisation needed damping {inverse.damping:g} instead of {self.damping:g}"
-        return GridTensor.from_codes(codes, *qparams, spec), (note,) if raised else ()
+        return GridTensor.from_codes(codes, *qparams, spec)
+
+    def _in_blocks(self, weight: Tensor, spec: QuantSpec, hessian: Tensor, inverse: "InverseHessian") -> BlockTensor:
+        """Do the same with scales of two levels; a grid with minimums is one without, for a weight moved by them."""
+        kind = ggml.BLOCK_TYPES[str(spec.blocks)]
+        importance = hessian.diagonal() if self.clip == "importance" else None
+        content = rounding.search_blocks(weight, kind, importance)
+        target, qparams = block_scales.as_grid(weight, content, kind)
+        codes = rounding.sweep(target, qparams, spec, inverse.order, inverse.factor)
+        damped = damp(hessian, inverse.damping)
+        for _ in range(self.rounds):
+            content = content._replace(codes=codes.view_as(content.codes))
+            content, residual = block_scales.fit(weight, content, kind, damped)
+            _, qparams = block_scales.as_grid(weight, content, kind)
+            codes = rounding.descend(residual, codes, qparams, spec, inverse.order, damped)
+        return BlockTensor.from_content(content._replace(codes=codes.view_as(content.codes)), spec)
 
     def _target(self, weight: Tensor, statistics: SiteStatistics) -> Tensor:
         """Return the weight that the quantized one should come close to."""

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from quantkit.kernels.functions import rounding
 from quantkit.nn.sites import SiteStatistics
-from quantkit.numerics import grid
-from quantkit.qtensor import GridTensor
+from quantkit.numerics import ggml, grid
+from quantkit.qtensor import BlockTensor, GridTensor
 from quantkit.quantizers.base import QUANTIZERS, Quantizer
-from quantkit.spec import QuantSpec
+from quantkit.spec import QuantSpec, Scheme
 
 
 @QUANTIZERS.register("rtn")
@@ -32,8 +32,10 @@ class RTN(Quantizer):
 
     def quantize(
         self, weight: Tensor, spec: QuantSpec, statistics: SiteStatistics | None
-    ) -> tuple[GridTensor, tuple[str, ...]]:
+    ) -> tuple[GridTensor | BlockTensor, tuple[str, ...]]:
         """Quantize ``weight`` (out, in); ``statistics`` are not used."""
+        if spec.blocks is not None:
+            return rounded(weight, spec), ()
         absmax = self.clip == "absmax" or not spec.is_integer
         qparams = grid.choose_qparams(weight, spec) if absmax else rounding.search_qparams(weight, spec)
         return nearest(weight, qparams, spec), ()
@@ -46,14 +48,30 @@ class ImportanceRTN(Quantizer):
 
     needs: ClassVar[tuple[str, ...]] = ("mean_square",)
 
+    def rejects(self, scheme: Scheme) -> str | None:
+        """Say why layers of a scheme cannot be quantized by this; None if they can."""
+        return None if scheme.weight.blocks is not None else super().rejects(scheme)
+
     def quantize(
         self, weight: Tensor, spec: QuantSpec, statistics: SiteStatistics | None
-    ) -> tuple[GridTensor, tuple[str, ...]]:
+    ) -> tuple[GridTensor | BlockTensor, tuple[str, ...]]:
         """Quantize ``weight`` (out, in) with importances ``statistics.results["mean_square"]`` (in,)."""
         importance = statistics.results["mean_square"] if statistics else None
+        if spec.blocks is not None:
+            return rounded(weight, spec, importance), ()
         return nearest(weight, rounding.search_qparams(weight, spec, importance), spec), ()
 
 
 def nearest(weight: Tensor, qparams: tuple[Tensor, Tensor | None], spec: QuantSpec) -> GridTensor:
     """Round ``weight`` to the given grid."""
     return GridTensor.from_codes(grid.quantize(weight, *qparams, spec), *qparams, spec)
+
+
+def rounded(weight: Tensor, spec: QuantSpec, importance: Tensor | None = None) -> GridTensor | BlockTensor:
+    """Round ``weight`` to nearest: on the grid of its range, in blocks on the one that loses least.
+
+    Blocks have no simple choice to fall back to: what several sub-blocks share is always a search.
+    """
+    if spec.blocks is None:
+        return nearest(weight, grid.choose_qparams(weight, spec), spec)
+    return BlockTensor.from_content(rounding.search_blocks(weight, ggml.BLOCK_TYPES[spec.blocks], importance), spec)

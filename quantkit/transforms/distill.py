@@ -36,6 +36,7 @@ from quantkit.nn.quantized import Quantized
 from quantkit.nn.sites import Site, Structure, sharing_copy
 from quantkit.nn.sizes import RunSize
 from quantkit.nn.training import Schedule, train
+from quantkit.qtensor import as_grid
 from quantkit.spec import Scheme
 from quantkit.system.compute import Compute, on_device
 from quantkit.system.progress import Progress, ProgressCallback
@@ -77,8 +78,8 @@ class Distill(Learner):
 
     def rejects(self, scheme: Scheme) -> str | None:
         """Say why layers of a scheme cannot be learned: only integer grids, and no static scales of inputs."""
-        if not scheme.weight.is_integer:
-            return f"distillation learns integer grids, not {scheme.weight.dtype}; leave it out"
+        if not scheme.weight.is_integer or scheme.weight.blocks is not None:
+            return f"distillation learns integer grids, not {scheme.weight.describe()}; leave it out"
         if scheme.static:
             return "distillation does not keep static input scales; leave it out, or use a dynamic scheme"
         return None
@@ -171,7 +172,7 @@ class Distillation:
         settings, compute = self.settings, self.compute
         tuned = {
             site: TunedWeight(
-                results[site.name].qtensor.to(compute.device),
+                as_grid(results[site.name].qtensor).to(compute.device),
                 compute.dtype,
                 code_rate=settings.code_rate,
                 activation=_quantized_module(model, site).activation,

@@ -18,7 +18,7 @@ from quantkit.qtensor import GridTensor
 from quantkit.spec import QuantSpec
 from tests.qtensors import assert_same, random_qtensor
 
-NAMES = [name for name in KERNELS.names() if name != "cuda"]  # tests/cuda and tests/gpu hold that one to the same promise
+NAMES = [name for name in KERNELS.names() if name not in ("cuda", "blocks")]  # held to it in tests/{cuda,gpu,formats}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BLOCKS = {  # block -> K it is tried with
     (1, 32): (64,),

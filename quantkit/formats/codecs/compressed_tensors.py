@@ -22,7 +22,6 @@ Since compressed-tensors 0.18 packing is dense: elements cross word boundaries. 
 elements and padding, which differs for 3, 5, 6 and 7 bits; that layout is only read.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -35,7 +34,7 @@ from quantkit.formats.base import Codec, check_layout
 from quantkit.formats.containers.base import Layout
 from quantkit.numerics import grid
 from quantkit.numerics.pack import as_bytes, pack, packed_words, unpack
-from quantkit.qtensor import GridTensor
+from quantkit.qtensor import GridTensor, as_grid
 from quantkit.spec import QuantSpec, Scheme
 
 
@@ -218,7 +217,7 @@ class WithInputScale:
         """See :class:`quantkit.formats.base.Codec`."""
         check_layout(tensors, self.layout(spec, shape))
         rest = {suffix: tensor for suffix, tensor in tensors.items() if suffix != "input_scale"}
-        return dataclasses.replace(self.codec.decode(rest, spec, shape), input_scale=tensors["input_scale"])
+        return as_grid(self.codec.decode(rest, spec, shape)).with_parts({"input_scale": tensors["input_scale"]})
 
 
 def _flip_sign(codes: Tensor) -> Tensor:

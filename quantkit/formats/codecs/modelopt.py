@@ -106,7 +106,9 @@ class NvFp4:
         second = tensors["weight_scale_2"].reshape(1)
         if not bool((second > 0).all()):
             raise FormatError(f"weight_scale_2 is {float(second)}, want a positive number")
-        return GridTensor(tensors["weight"].contiguous().view(torch.int32), tensors["weight_scale"], None, spec, shape, 1 / second)
+        return GridTensor(
+            tensors["weight"].contiguous().view(torch.int32), tensors["weight_scale"], None, spec, shape, 1 / second
+        )
 
 
 def algorithm(scheme: Scheme) -> str | None:

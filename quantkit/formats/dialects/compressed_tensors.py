@@ -51,6 +51,8 @@ class CompressedTensors:
     def rejects(self, scheme: Scheme, shape: tuple[int, ...], dtype: str | None = None) -> str | None:
         """Reject what readers would misread; see the module's docstring."""
         spec = scheme.weight
+        if spec.blocks is not None:
+            return f"blocks {spec.blocks} go into GGUF files; use format gguf"
         if reason := spec.rejects(shape):
             return reason
         if spec.offset:

@@ -36,7 +36,9 @@ class Mlx:
 
     def recognises(self, config: Mapping[str, Any]) -> bool:
         """Return whether a config is MLX's."""
-        return "quant_method" not in config and "bits" in config and "group_size" in config and "checkpoint_format" not in config
+        return (
+            "quant_method" not in config and "bits" in config and "group_size" in config and "checkpoint_format" not in config
+        )
 
     def rejects(self, scheme: Scheme, shape: tuple[int, ...], dtype: str | None = None) -> str | None:
         """Reject what the layout has no place for."""

@@ -19,7 +19,9 @@ class Native:
     embeddings = True
 
     def rejects(self, scheme: Scheme, shape: tuple[int, ...], dtype: str | None = None) -> str | None:
-        """Reject only a block that does not divide the shape."""
+        """Reject only a block that does not divide the shape, and those of GGUF files."""
+        if scheme.weight.blocks is not None:
+            return f"blocks {scheme.weight.blocks} go into GGUF files; use format gguf"
         return scheme.weight.rejects(shape)
 
     def dump_config(self, plan: Mapping[str, Scheme], ignore: Sequence[str], dtype: str) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from quantkit.kernels.cuda.attention import HEAD_SIZES, LayerPages, Rope, Where,
 from quantkit.kernels.cuda.linear import Product, Rounded, common_rounding
 from quantkit.kernels.cuda.matmul import FP8_CAPABILITY, CudaKernel, State, unfit
 from quantkit.kernels.program.definition import Attention, Experts, Layer, Linear, Mlp, Norm, Program
-from quantkit.qtensor import concatenate
+from quantkit.qtensor import as_grid, concatenate
 
 INVARIANT_SPLITS: Final = 8
 """Number of thread blocks per sequence in attention where results must not depend on the batch."""
@@ -319,7 +319,7 @@ class CudaDecoder:
         joined = concatenate([module.qtensor.to(self.device) for module in modules])
         if gated and bias is not None:
             bias = layout.interleave_halves(bias)
-        return (Product(None, layout.prepack(joined, gated), bias, form, activation),)
+        return (Product(None, layout.prepack(as_grid(joined), gated), bias, form, activation),)
 
     def _bias(self, linears: Sequence[Linear]) -> Tensor | None:
         if all(linear.bias is None for linear in linears):

@@ -46,7 +46,7 @@ class CudaKernel:
         if problem.dtype not in DTYPES:
             return f"activations are {problem.dtype}, want float16 or bfloat16"
         spec = problem.spec
-        if not isinstance(spec, QuantSpec):
+        if not isinstance(spec, QuantSpec) or spec.blocks is not None:
             return f"codes are {spec.describe()}, want integers or fp8_e4m3"
         if reason := unfit(spec, problem.shape):
             return reason
@@ -70,7 +70,12 @@ class CudaKernel:
 
     def rounds(self, spec: WeightSpec, activation: ActivationSpec) -> bool:
         """Say whether :meth:`matmul_rounded` can take activations of this grid to weights of ``spec``."""
-        if not isinstance(spec, QuantSpec) or not spec.symmetric or spec.dtype not in ("int8", "fp8_e4m3"):
+        if (
+            not isinstance(spec, QuantSpec)
+            or spec.blocks is not None
+            or not spec.symmetric
+            or spec.dtype not in ("int8", "fp8_e4m3")
+        ):
             return False
         return activation.dynamic and activation.grid == token_activations(spec.dtype).grid
 

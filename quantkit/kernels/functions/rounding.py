@@ -11,12 +11,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quantkit.dtypes import SCALE_DTYPES
+from quantkit.dtypes import DTYPES, SCALE_DTYPES
 from quantkit.errors import SpecError
 from quantkit.kernels import build
 from quantkit.kernels.build import compiled
-from quantkit.numerics import descent, grid, search
+from quantkit.numerics import block_scales, descent, grid, search
 from quantkit.numerics import sweep as plain
+from quantkit.numerics.ggml import BlockType, Content
 from quantkit.spec import QuantSpec
 
 
@@ -59,9 +60,17 @@ def search_qparams(
     return scale.to(SCALE_DTYPES[spec.scale_dtype]), None if spec.symmetric else zero
 
 
+def search_blocks(weight: Tensor, kind: BlockType, importance: Tensor | None = None) -> Content:
+    """Choose the scales of ggml's blocks; see :func:`quantkit.numerics.block_scales.search`."""
+    scale = None
+    if kind.minimums is None and DTYPES[kind.dtype].values is None:
+        scale, _ = search_qparams(weight, QuantSpec(kind.dtype, (1, kind.group), scale_dtype="float32"), importance)
+    return block_scales.search(weight, kind, importance, scale)
+
+
 def sweep(weight: Tensor, qparams: tuple[Tensor, Tensor | None], spec: QuantSpec, order: Tensor, factor: Tensor) -> Tensor:
     """Round column by column with error compensation; see :func:`quantkit.numerics.sweep.sweep`."""
-    if weight.device.type != "cpu" or not compiled("grid search and GPTQ"):
+    if weight.device.type != "cpu" or not spec.is_integer or not compiled("grid search and GPTQ"):
         return plain.sweep(weight, qparams, spec, order, factor)
     rows, columns = weight.shape
     lanes = build.library().qk_sweep_rows()
@@ -99,7 +108,7 @@ def descend(
     residual: Tensor, codes: Tensor, qparams: tuple[Tensor, Tensor | None], spec: QuantSpec, order: Tensor, hessian: Tensor
 ) -> Tensor:
     """Choose the codes of each column again with all others fixed; see :func:`quantkit.numerics.descent.descend`."""
-    if residual.device.type != "cpu" or not compiled("grid search and GPTQ"):
+    if residual.device.type != "cpu" or not spec.is_integer or not compiled("grid search and GPTQ"):
         return descent.descend(residual, codes, qparams, spec, order, hessian)
     rows, columns = residual.shape
     padding = -rows % build.library().qk_sweep_rows()
