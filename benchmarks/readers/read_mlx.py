@@ -4,11 +4,12 @@ import importlib.metadata
 import json
 import sys
 import time
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
-from pathlib import Path
 
 
 def main(job: dict) -> None:
@@ -17,12 +18,13 @@ def main(job: dict) -> None:
     started = time.perf_counter()
     model, _ = load_model(Path(job["path"]))
     load_s = time.perf_counter() - started
-    ids, logits = list(job["prompt"]), []
+    cache, step, tokens, logits = make_prompt_cache(model), job["prompt"], [], []
     for _ in range(job["tokens"]):
-        logits.append(np.array(model(mx.array([ids]))[0, -1].astype(mx.float32)))
-        ids.append(int(logits[-1].argmax()))
+        logits.append(np.array(model(mx.array([step]), cache=cache)[0, -1].astype(mx.float32)))
+        step = [int(logits[-1].argmax())]
+        tokens += step
     version = " + ".join(f"{name} {importlib.metadata.version(name)}" for name in ("mlx-lm", "mlx"))
-    np.savez(job["out"], logits=np.stack(logits), tokens=ids[len(job["prompt"]) :], load_s=load_s, version=version)
+    np.savez(job["out"], logits=np.stack(logits), tokens=tokens, load_s=load_s, version=version)
 
 
 if __name__ == "__main__":

@@ -18,13 +18,21 @@ def main(job: dict) -> None:
         job["path"], dtype=job["dtype"], device_map="cpu", **job.get("options", {})
     ).eval()
     load_s = time.perf_counter() - started
-    ids, logits = list(job["prompt"]), []
-    for _ in range(job["tokens"]):
-        logits.append(model(input_ids=torch.tensor([ids])).logits[0, -1].float().numpy())
-        ids.append(int(logits[-1].argmax()))
+    prompt = torch.tensor([job["prompt"]])
+    found = model.generate(
+        input_ids=prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=job["tokens"],
+        min_new_tokens=job["tokens"],
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    logits = torch.cat(found.logits).float().numpy()
+    tokens = found.sequences[0, prompt.shape[1] :].tolist()
     names = ["transformers", *job.get("packages", [])]
     version = " + ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
-    np.savez(job["out"], logits=np.stack(logits), tokens=ids[len(job["prompt"]) :], load_s=load_s, version=version)
+    np.savez(job["out"], logits=logits, tokens=tokens, load_s=load_s, version=version)
 
 
 if __name__ == "__main__":

@@ -43,12 +43,14 @@ class Source:
         plan: layer name to the scheme it has in the other format; empty for float.
         again: names of the layers that are rounded again.
         dtype: dtype of what is written in float, where that was codes.
+        all_floats: whether the other floats get it, too.
     """
 
     opened: Opened
     plan: dict[str, Scheme]
     dtype: torch.dtype
     again: tuple[str, ...] = field(default=())
+    all_floats: bool = False
 
     def qtensor(self, site: Site) -> GridTensor:
         """Return a layer as it is written."""
@@ -64,7 +66,8 @@ class Source:
         """Return a tensor that is written in float."""
         opened = self.opened
         if entry.name not in opened.stored:
-            return opened.reader.read(entry.name)
+            own = opened.reader.read(entry.name)
+            return own.to(self.dtype) if self.all_floats and own.is_floating_point() else own
         assert entry.site is not None
         alone = dataclasses.replace(entry, source=dataclasses.replace(entry.source, pieces=(_whole(entry),)))
         weight = read_site(entry.site, [alone], opened.stored, opened.reader.read).dequantize(self.dtype)
@@ -86,7 +89,7 @@ def open_source(path: Path, format: str, *, lossy: bool = False, dtype: torch.dt
     with open_checkpoint(path) as opened:
         stated = str(opened.config.get("dtype") or opened.config.get("torch_dtype") or "float32").removeprefix("torch.")
         floats = dtype or getattr(torch, stated)
-        _prepare(opened, floats)
+        _prepare(opened, floats, everything=dtype is not None)
         plan: dict[str, Scheme] = {}
         again: list[str] = []
         if format != FLOAT:
@@ -98,7 +101,7 @@ def open_source(path: Path, format: str, *, lossy: bool = False, dtype: torch.dt
             if refused := rejections_in(opened.contents, plan, format, name):
                 site_name, reason = next(iter(refused.items()))
                 raise FormatError(f"format {format}: {site_name}: {reason}")
-        yield Source(opened, plan, floats, tuple(again))
+        yield Source(opened, plan, floats, tuple(again), dtype is not None)
 
 
 def _choose(opened: Opened, site: Site, scheme: Scheme, format: str, dtype: str, lossy: bool) -> tuple[Scheme, bool]:
@@ -124,11 +127,12 @@ def _choose(opened: Opened, site: Site, scheme: Scheme, format: str, dtype: str,
     raise FormatError(f"format {format}: {site.name}: {first}; formats that hold it: {', '.join(holds) or 'none'}; {way_out}")
 
 
-def _prepare(opened: Opened, floats: torch.dtype) -> None:
+def _prepare(opened: Opened, floats: torch.dtype, *, everything: bool) -> None:
     """Make the empty model say what the files hold: dtypes, ties, files beside the weights."""
     model, reader = opened.contents.model, opened.reader
     for entry in opened.contents.entries:
-        dtype = floats if entry.name in opened.stored else reader.headers[entry.name].dtype
+        own = floats if entry.name in opened.stored else reader.headers[entry.name].dtype
+        dtype = floats if everything and own.is_floating_point else own
         for piece in entry.source.pieces:
             _retype(model, piece.parameter, dtype)
     with building:

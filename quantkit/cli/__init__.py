@@ -187,4 +187,5 @@ def _settings(
     os.environ.setdefault("TQDM_DISABLE", "1")  # bars of the libraries below would fight with ours
 
 
-from quantkit.cli import init, search, run, sweep, chat, serve, inspect, build  # noqa: E402, F401, I001  (they add their commands)
+# The order is that of the commands in --help.
+from quantkit.cli import init, search, run, sweep, convert, chat, serve, inspect, build  # noqa: E402, F401, I001

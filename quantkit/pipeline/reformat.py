@@ -44,7 +44,7 @@ def reformat(
         lossy: round layers again whose numbers the format does not have, to the nearest of a grid that it has; the divergence
             (KL in nats per token) from the source on the built-in text is measured, recorded and returned.
         overwrite: replace a model that is in ``out`` already.
-        dtype: for ``"float"``, dtype of the weights that codes stand for; None for that of the checkpoint.
+        dtype: for ``"float"``, dtype of all weights; None keeps that of the checkpoint.
 
     Returns:
         A mapping: ``path``, ``format``, ``from`` (the format read), ``layers`` (how many were quantized), ``rounded`` (names of
