@@ -145,8 +145,8 @@ class QuantSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready mapping; :meth:`from_dict` reverses it."""
-        found: dict[str, Any] = {**dataclasses.asdict(self), "block": list(self.block)}
-        usual = {"blocks": None, "offset": False}  # left out, so that what was written before these were there reads the same
+        found: dict[str, Any] = dataclasses.asdict(self) | {"block": list(self.block)}
+        usual: dict[str, Any] = {"blocks": None, "offset": False}  # left out, as they were before there were others
         return {name: value for name, value in found.items() if name not in usual or value != usual[name]}
 
     @classmethod

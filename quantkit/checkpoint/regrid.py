@@ -13,7 +13,7 @@ from torch import Tensor
 
 from quantkit.dtypes import SCALE_DTYPES
 from quantkit.numerics import grid
-from quantkit.qtensor import GridTensor
+from quantkit.qtensor import GridTensor, QTensor
 from quantkit.spec import QuantSpec, Scheme
 
 _BLOCKS = ((1, 128), (1, 64), (1, 32), (1, -1))
@@ -52,11 +52,13 @@ def roundings(scheme: Scheme, dtype: str) -> Iterator[Scheme]:
             yield Scheme(QuantSpec(f"int{width}", block, symmetric, scale), activation)
 
 
-def regridded(qtensor: GridTensor, spec: QuantSpec) -> GridTensor | None:
+def regridded(qtensor: QTensor, spec: QuantSpec) -> QTensor | None:
     """Return the same weight, number for number, on the grid ``spec``; None if that grid does not have its numbers."""
-    own = qtensor.spec
-    if own == spec:
+    if qtensor.spec == spec:
         return qtensor
+    if not isinstance(qtensor, GridTensor):
+        return None
+    own = qtensor.spec
     if own.dtype != spec.dtype or own.has_global_scale or own.offset or spec.offset or spec.rejects(qtensor.shape):
         return None
     if (scale := _repeated(qtensor.scale, own, spec, qtensor.shape)) is None:
@@ -74,7 +76,7 @@ def regridded(qtensor: GridTensor, spec: QuantSpec) -> GridTensor | None:
     return dataclasses.replace(qtensor, scale=stored.contiguous(), zero_point=zero, spec=spec)
 
 
-def rounded(qtensor: GridTensor, scheme: Scheme) -> GridTensor:
+def rounded(qtensor: QTensor, scheme: Scheme) -> GridTensor:
     """Return the weight rounded to the nearest numbers of another grid."""
     weight = qtensor.dequantize()
     scale, zero = grid.choose_qparams(weight, scheme.weight)

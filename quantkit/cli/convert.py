@@ -8,7 +8,7 @@ import typer
 
 from quantkit.cli import app
 from quantkit.cli.console import facts, say
-from quantkit.cli.inspect import AsJson
+from quantkit.cli.options import AsJson
 
 
 @app.command()

@@ -110,7 +110,8 @@ def _pack(codes: Tensor) -> Tensor:
 def _unpack(words: Tensor, out: int) -> Tensor:
     """Reverse :func:`_pack`."""
     back = sorted(range(_FIELDS), key=_ORDER.__getitem__)
-    return unpack(words.contiguous(), _BITS, out).unflatten(1, (-1, _FIELDS))[..., back].flatten(1)
+    codes: Tensor = unpack(words.contiguous(), _BITS, out).unflatten(1, (-1, _FIELDS))[..., back].flatten(1)
+    return codes
 
 
 def _gemv_words(groups: int, group: int) -> int:

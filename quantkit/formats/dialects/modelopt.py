@@ -101,8 +101,8 @@ def untwin(content: Mapping[str, Any]) -> dict[str, Any]:
     found = content.get("quantization")
     if not isinstance(found, dict):
         raise FormatError(f"{FILE}: quantization is {found!r}, want a mapping")
-    names = {"exclude_modules": "ignore", "kv_cache_quant_algo": "kv_cache_scheme"}
-    return {"quant_method": "modelopt", **{names.get(key, key): value for key, value in found.items()}}
+    names: dict[str, str] = {"exclude_modules": "ignore", "kv_cache_quant_algo": "kv_cache_scheme"}
+    return {"quant_method": "modelopt", **{names.get(str(key), str(key)): value for key, value in found.items()}}
 
 
 def _entry(algo: str) -> dict[str, Any]:
