@@ -40,4 +40,6 @@ def convert(
         }
     )
     if found["rounded"]:
-        say(f"note: {found['rounded'][0]} and others are other numbers than in the source; quantize the float model again instead")
+        say(
+            f"note: {found['rounded'][0]} and others are other numbers than in the source; quantize the float model again instead"
+        )
