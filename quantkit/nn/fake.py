@@ -292,11 +292,17 @@ def quantized(model: nn.Module) -> None:
     """Put the quantized layer where each trainable stand-in of ``model`` is, in place.
 
     Raises:
-        SpecError: a weight holds NaN or infinity, or there is no such layer.
+        SpecError: a weight holds NaN or infinity, parameters are spread over processes, or there is no such layer.
     """
     swap = _Convert(model)
     if not swap.places:
         raise SpecError("the model has no layer that is being trained; make one by quantkit.prepare")
+    if sharded := next((name for name, one in model.named_parameters() if hasattr(one, "full_tensor")), None):
+        raise SpecError(
+            f"{sharded} is spread over processes (a DTensor, as fully_shard makes them); gather the state with "
+            "torch.distributed.checkpoint.state_dict.get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)), "
+            "and load it into a prepared model of one process"
+        )
     swap.carry_out()
     for name, _ in swap.places:
         forbid_saving(model, name)

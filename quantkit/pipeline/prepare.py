@@ -112,7 +112,7 @@ def convert(model: nn.Module) -> nn.Module:
     training left it.
 
     Raises:
-        SpecError: a weight holds NaN or infinity, or the model is not prepared.
+        SpecError: a weight holds NaN or infinity, the parameters are spread over processes, or the model is not prepared.
     """
     fake.quantized(model)
     return model.eval()
