@@ -299,9 +299,9 @@ def quantized(model: nn.Module) -> None:
         raise SpecError("the model has no layer that is being trained; make one by quantkit.prepare")
     if sharded := next((name for name, one in model.named_parameters() if hasattr(one, "full_tensor")), None):
         raise SpecError(
-            f"{sharded} is spread over processes (a DTensor, as fully_shard makes them); gather the state with "
-            "torch.distributed.checkpoint.state_dict.get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)), "
-            "and load it into a prepared model of one process"
+            f"{sharded} is spread over processes (fully_shard); gather the state with get_model_state_dict(model, "
+            "options=StateDictOptions(full_state_dict=True)) of torch.distributed.checkpoint.state_dict, and load it into a "
+            "prepared model of one process"
         )
     swap.carry_out()
     for name, _ in swap.places:
