@@ -88,6 +88,8 @@ def _how_to_load(kind: str, quantization: Mapping[str, Any]) -> list[str]:
         "```",
         "",
     ]
+    if method == "gguf":
+        return [*own, "With llama.cpp:", "", "```sh", "llama-cli -m path/to/this/directory/model.gguf", "```"]
     if method != "compressed-tensors":
         return [*own, f"The format `{method}` is read by quantkit alone."]
     return [
