@@ -97,10 +97,10 @@ def options(member: type) -> str:
 def schemes() -> str:
     """Return the table of presets."""
     from quantkit.formats.base import FORMATS
-    from quantkit.presets import NAMED, PRESETS, preset
+    from quantkit.presets import MIXES, NAMED, PRESETS, preset
 
     rows = []
-    for name in (*PRESETS, *NAMED):
+    for name in (*PRESETS, *NAMED, *MIXES):
         scheme = preset(name, [CHECKED_SHAPE[1]])
         stored = [f"`{key}`" for key, one in FORMATS if one.rejects(scheme, CHECKED_SHAPE, "float16") is None]
         inputs = scheme.describe().partition(", inputs ")[2] or "float"

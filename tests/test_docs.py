@@ -17,7 +17,7 @@ from quantkit.cli import app
 from quantkit.engine.drafters import DRAFTERS
 from quantkit.formats.base import FORMATS
 from quantkit.kernels import KERNELS
-from quantkit.presets import NAMED, PRESETS
+from quantkit.presets import MIXES, NAMED, PRESETS
 from quantkit.quantizers.base import QUANTIZERS
 from quantkit.transforms.base import STEPS
 from tests import tiny
@@ -124,7 +124,7 @@ def test_every_member_is_in_its_table_and_says_what_it_is(generate, family):
 
 def test_schemes_and_recipe_keys_are_all_there(generate):
     schemes = generate.schemes()
-    assert all(f"| `{name}` |" in schemes for name in (*PRESETS, *NAMED))
+    assert all(f"| `{name}` |" in schemes for name in (*PRESETS, *NAMED, *MIXES))
     recipe = generate.recipe()
     assert all(f"| `{name}` |" in recipe for name in (*quantkit.Recipe.model_fields, "samples", "format", "strict", "match"))
 

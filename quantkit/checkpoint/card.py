@@ -89,6 +89,8 @@ def _how_to_load(kind: str, method: str, quantization: Mapping[str, Any]) -> lis
         "```",
         "",
     ]
+    if method == "gguf":
+        return [*own, "With llama.cpp:", "", "```sh", "llama-cli -m path/to/this/directory/model.gguf", "```"]
     if method != "compressed-tensors":
         usage = FORMATS.get(method).usage
         return [*own, f"With {usage}" if usage else f"The format `{method}` is read by quantkit alone."]

@@ -31,7 +31,7 @@ _RANGES = tuple(1.04 - 0.05 * i for i in range(11))
 _SIZES = (1.0, 0.97, 0.94, 1.03, 1.08)
 """Factors by which the step between integer scales is scaled."""
 
-_LARGEST = 65504.0
+_LARGEST, _SMALLEST = 65504.0, 2.0**-24
 
 
 def search(weight: Tensor, kind: BlockType, importance: Tensor | None = None, scale: Tensor | None = None) -> Content:
@@ -98,7 +98,9 @@ def _half(value: Tensor) -> Tensor:
             f"a scale is not finite in float16, which is what blocks of a GGUF file have (largest {value.abs().max():.4g}); "
             "leave the layer in float by a rule"
         )
-    return value.half()
+    stored = value.half()
+    lost = (stored == 0) & (value != 0)  # the smallest step that there is, and few of them, are better than none
+    return torch.where(lost, torch.copysign(torch.full_like(value, _SMALLEST), value).half(), stored)
 
 
 def _nearest(w: Tensor, scale: Tensor, minimum: Tensor | None, kind: BlockType) -> Tensor:

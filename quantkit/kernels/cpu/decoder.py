@@ -57,7 +57,7 @@ def rejects(program: Program) -> str | None:
             return f"weights are on {weight.device}, not on the CPU"
         if isinstance(weight, Tensor):
             continue
-        if not weight.spec.is_integer:
+        if not weight.spec.is_integer and weight.spec.blocks is None:  # blocks are unpacked to floats
             return f"weights are {weight.spec.describe()}, want integer weights"
         if weight.activation is not None:  # the verification of a program would not notice: the modules round as well
             how = f"the inputs of layers are rounded to {weight.activation.describe()}"

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantkit.kernels.blocks import Unpacked
 from quantkit.kernels.build import DTYPE_CODES
 from quantkit.kernels.cpu import layout
 from quantkit.kernels.cpu.huge_pages import Arena
@@ -188,4 +189,6 @@ def _prepacked(linear: Linear, arena: Arena) -> layout.Prepacked:
     state = weight.prepacked(torch.float32, linear.expert or 0)
     if isinstance(state, State):
         return state.weight
+    if isinstance(state, Unpacked):
+        return layout.prepack_float(state.weight, arena.empty)
     return layout.prepack(weight.qtensor if linear.expert is None else weight.qtensor[linear.expert]).moved(arena.copy)

@@ -70,6 +70,8 @@ def _rejects_linear(linear: Linear) -> str | None:
         return None
     if module.activation is not None and (module.activation.rotated or not CudaKernel().rounds(module.spec, module.activation)):
         return f"the inputs of a layer are rounded to {module.activation.describe()}, which these kernels cannot do"
+    if module.spec.blocks is not None:
+        return f"blocks {module.spec.blocks} of a GGUF file have no kernel there"
     if not module.spec.is_integer and torch.cuda.is_available() and torch.cuda.get_device_capability() < FP8_CAPABILITY:
         return "fp8 products need compute capability 8.9 or later"
     return unfit(module.spec, module.shape[-2:])

@@ -1,6 +1,6 @@
 """GGUF files of one size: quantkit's GPTQ on ggml's blocks beside llama-quantize, from the same statistics.
 
-    python benchmarks/gguf.py MODEL --data calib.txt --eval-data eval.txt --llama BIN --mix Q4_0 Q4_K_M Q3_K_M Q2_K --json FILE
+    python benchmarks/gguf_mixes.py MODEL --data calib.txt --eval-data eval.txt --llama BIN --work FOLDER --json FILE
 
 MODEL is a float directory of a Llama, BIN the folder of ``llama-quantize``. The float model runs over the calibration text
 once; from that come the Hessians for quantkit and, as their diagonals, llama.cpp's importance matrix (E[x^2] of every input
