@@ -123,7 +123,9 @@ class GridTensor:
         if self.zero_point is not None and tuple(self.zero_point.shape) != blocks:
             raise SpecError(f"zero_point: shape {tuple(self.zero_point.shape)}, want {blocks}")
         if self.zero_point is not None and self.zero_point.is_floating_point() != self.spec.offset:
-            raise SpecError(f"zero_point: {self.zero_point.dtype} for {self.spec.describe()}; an offset is a float, a code is not")
+            raise SpecError(
+                f"zero_point: {self.zero_point.dtype} for {self.spec.describe()}; an offset is a float, a code is not"
+            )
         if self.spec.has_global_scale != (self.global_scale is not None):
             wanted = "given" if self.spec.has_global_scale else "absent"
             raise SpecError(f"global_scale must be {wanted} for {self.spec.describe()} with {self.spec.scale_dtype} scales")

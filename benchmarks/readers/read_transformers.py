@@ -14,7 +14,9 @@ from transformers import AutoModelForCausalLM
 def main(job: dict) -> None:
     """Answer one job."""
     started = time.perf_counter()
-    model = AutoModelForCausalLM.from_pretrained(job["path"], dtype=job["dtype"], device_map="cpu", **job.get("options", {})).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        job["path"], dtype=job["dtype"], device_map="cpu", **job.get("options", {})
+    ).eval()
     load_s = time.perf_counter() - started
     prompt = torch.tensor([job["prompt"]])
     found = model.generate(

@@ -26,7 +26,13 @@ def main(job: dict) -> None:
     sampling = SamplingParams(temperature=0.0, max_tokens=job["tokens"], ignore_eos=True, logprobs=-1)
     found = llm.generate([TokensPrompt(prompt_token_ids=job["prompt"])], sampling)[0].outputs[0]
     logits = [[step[i].logprob for i in range(len(step))] for step in found.logprobs]
-    np.savez(job["out"], logits=np.array(logits, np.float32), tokens=found.token_ids, load_s=load_s, version=f"vllm {vllm.__version__}")
+    np.savez(
+        job["out"],
+        logits=np.array(logits, np.float32),
+        tokens=found.token_ids,
+        load_s=load_s,
+        version=f"vllm {vllm.__version__}",
+    )
 
 
 if __name__ == "__main__":

@@ -104,9 +104,7 @@ def open_source(path: Path, format: str, *, lossy: bool = False, dtype: torch.dt
         yield Source(opened, plan, floats, tuple(again), dtype is not None)
 
 
-def _choose(
-    opened: Opened, site: Site, scheme: Scheme, format: str, dtype: str, lossy: bool
-) -> tuple[Scheme, bool]:
+def _choose(opened: Opened, site: Site, scheme: Scheme, format: str, dtype: str, lossy: bool) -> tuple[Scheme, bool]:
     """Return the scheme of a layer in another format, and whether it has the same numbers there."""
     rule = FORMATS.get(format)
     shapes = {entry.weight_shape for entry in opened.contents.entries if entry.site == site}

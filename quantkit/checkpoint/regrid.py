@@ -1,7 +1,7 @@
 """The same numbers on another grid: what of a quantized weight fits where another format wants it.
 
-Exact are: zero points where there were none (the middle code), wider scales, narrower ones that hold the same numbers, and smaller
-blocks that repeat the scale of a larger one. Everything else rounds again.
+Exact are: zero points where there were none (the middle code), wider scales, narrower ones that hold the same numbers, and
+smaller blocks that repeat the scale of a larger one. Everything else rounds again.
 """
 
 import dataclasses
@@ -29,7 +29,9 @@ def neighbours(scheme: Scheme, dtype: str) -> Iterator[Scheme]:
         dtype: dtype of the checkpoint's unquantized weights, which many formats want scales in.
     """
     spec = scheme.weight
-    scales = (spec.scale_dtype,) if spec.scale_dtype not in _SCALES else tuple(dict.fromkeys((spec.scale_dtype, dtype, *_SCALES)))
+    scales = (
+        (spec.scale_dtype,) if spec.scale_dtype not in _SCALES else tuple(dict.fromkeys((spec.scale_dtype, dtype, *_SCALES)))
+    )
     points = (spec.symmetric, not spec.symmetric) if spec.is_integer and not spec.offset else (spec.symmetric,)
     for block, symmetric, scale in itertools.product(dict.fromkeys((spec.block, *_BLOCKS)), points, scales):
         if scale in SCALE_DTYPES:

@@ -101,7 +101,9 @@ def test_float_is_what_the_codes_stand_for(tmp_path: Path, family: str) -> None:
     opened, _ = quantkit.open_model(tmp_path / "float")
     assert next(opened.parameters()).dtype == torch.float32
     reformat(source, "float", tmp_path / "half", dtype="float16")
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "half").model.layers[0].self_attn.q_proj.weight.dtype == torch.float16
+    assert (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "half").model.layers[0].self_attn.q_proj.weight.dtype == torch.float16
+    )
 
 
 def test_experts_are_converted_one_by_one(tmp_path: Path) -> None:

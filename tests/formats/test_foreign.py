@@ -65,7 +65,14 @@ def test_zero_points_of_the_other_version_are_noticed(name: str, label: str) -> 
 
 
 def gptq_config(**values: Any) -> dict[str, Any]:
-    base = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "sym": False, "desc_act": False, "checkpoint_format": "gptq"}
+    base = {
+        "quant_method": "gptq",
+        "bits": 4,
+        "group_size": GROUP,
+        "sym": False,
+        "desc_act": False,
+        "checkpoint_format": "gptq",
+    }
     return {**base, **values}
 
 
@@ -123,7 +130,11 @@ def test_a_g_idx_that_cannot_be_is_refused(change: Callable[[Tensor], Tensor], s
 
 
 def test_dynamic_rules_are_matched_in_order_from_the_beginning() -> None:
-    rules = {"-:.*\\.mlp\\.gate$": {}, "+:m\\.layers\\.[0-1]\\.": {"bits": 8, "group_size": 64}, "m\\.layers\\.2": {"sym": True}}
+    rules = {
+        "-:.*\\.mlp\\.gate$": {},
+        "+:m\\.layers\\.[0-1]\\.": {"bits": 8, "group_size": 64},
+        "m\\.layers\\.2": {"sym": True},
+    }
     match = FORMATS.get("gptq").dialect.load_config(gptq_config(dynamic=rules), "float16", {})
     found = {name: match(f"m.layers.{name}") for name in ("0.mlp.gate", "1.q", "2.q", "3.q")}
     assert found["0.mlp.gate"] is None
@@ -274,9 +285,16 @@ def test_modelopt_is_what_vllm_registers_and_reads_back(algo: str) -> None:
     stored = rule.codec(scheme).encode(qtensor)
     assert {name: (str(t.dtype)[6:], tuple(t.shape)) for name, t in stored.items()} == VLLM_MODELOPT[algo]
     back = rule.codec(scheme).decode(stored, scheme.weight, (OUT, IN))
-    assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(back.parts().values(), qtensor.parts().values()))
+    assert all(
+        torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+        for a, b in zip(back.parts().values(), qtensor.parts().values(), strict=True)
+    )
     if "weight_scale_2" in stored:
-        want = table("fp4_e2m1")[0][codes.long()] * stored["weight_scale"].float().repeat_interleave(16, 1) * stored["weight_scale_2"]
+        want = (
+            table("fp4_e2m1")[0][codes.long()]
+            * stored["weight_scale"].float().repeat_interleave(16, 1)
+            * stored["weight_scale_2"]
+        )
         assert torch.allclose(back.dequantize(), want, rtol=3e-7, atol=0)
     config = rule.dialect.dump_config({"m.layers.0.q": scheme}, ["m.layers.0.gate", "lm_head"], "bfloat16")
     assert config["quant_algo"] == algo
@@ -301,7 +319,11 @@ def test_bitsandbytes_nf4_is_read(nested: bool) -> None:
     flat = codes.flatten()
     absmax = torch.rand(OUT)
     state: dict[str, Any] = {"quant_type": "nf4", "blocksize": 64, "dtype": "float16", "shape": [OUT, IN]}
-    stored = {"weight": ((flat[::2] << 4) | flat[1::2]).reshape(-1, 1), "weight.absmax": absmax, "weight.quant_map": table("nf4")[0]}
+    stored = {
+        "weight": ((flat[::2] << 4) | flat[1::2]).reshape(-1, 1),
+        "weight.absmax": absmax,
+        "weight.quant_map": table("nf4")[0],
+    }
     if nested:
         second, outer, values = torch.randint(0, 256, (OUT,), dtype=torch.uint8), torch.rand(1) + 1, torch.linspace(-1, 1, 256)
         absmax = values[second.long()] * outer + 0.25

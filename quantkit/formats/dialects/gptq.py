@@ -1,12 +1,12 @@
 """``gptq``: its ``quantization_config``, read and written, and that of AutoRound's checkpoints in the same layout, read.
 
 The config has one grid for all layers (``bits``, ``group_size``, -1 for one group, ``sym``) and ``dynamic``, an ordered
-mapping of ``+:`` or ``-:`` and a regular expression that is matched from the beginning of a module's name: the first that matches
-overrides the grid, or leaves the module in float. Of several schemes the commonest becomes the grid, the others rules; linear
-modules that stay in float get ``-:`` rules. Rules also match the names that vLLM gives to layers it joins.
+mapping of ``+:`` or ``-:`` and a regular expression that is matched from the beginning of a module's name: the first that
+matches overrides the grid, or leaves the module in float. Of several schemes the commonest becomes the grid, the others rules;
+linear modules that stay in float get ``-:`` rules. Rules also match the names that vLLM gives to layers it joins.
 
-``checkpoint_format`` says truthfully which of the two layouts of :mod:`quantkit.formats.codecs.gptq` is written: ``gptq``, which
-every reader knows, for symmetric grids, and ``gptq_v2`` under the name ``gptq-v2`` for all.
+``checkpoint_format`` says truthfully which of the two layouts of :mod:`quantkit.formats.codecs.gptq` is written: ``gptq``,
+which every reader knows, for symmetric grids, and ``gptq_v2`` under the name ``gptq-v2`` for all.
 
 Which layers are quantized is read from the files, because older configs do not say it. AutoRound's configs (``quant_method``
 ``auto-round``, ``packing_format`` ``auto_round:auto_gptq``) have ``extra_config`` by module instead of ``dynamic``.
@@ -79,7 +79,9 @@ class Gptq:
         if scheme.activation is not None:
             return f"gptq says nothing of activations ({scheme.describe()}); use compressed-tensors or native"
         if self.version == 1 and not spec.symmetric:
-            return "gptq stores zero points less one, so that 0 has no place in it; use format gptq-v2, awq or compressed-tensors"
+            return (
+                "gptq stores zero points less one, so that 0 has no place in it; use format gptq-v2, awq or compressed-tensors"
+            )
         return rejects_scales(spec, dtype)
 
     def dump_config(self, plan: Mapping[str, Scheme], ignore: Sequence[str], dtype: str) -> dict[str, Any]:
@@ -129,7 +131,11 @@ class Gptq:
             if not is_stored(module, tensors, SUFFIXES):
                 return None
             overrides = next((values for fits, values in rules if fits(module)), {})
-            if overrides is None or int(overrides.get("bits", 4)) >= 16 or (not tensors and not head and not in_a_block(module)):
+            if (
+                overrides is None
+                or int(overrides.get("bits", 4)) >= 16
+                or (not tensors and not head and not in_a_block(module))
+            ):
                 return None
             scales = tensors.get(f"{module}.scales")
             spec = spec_of({**base, **overrides}, dtype if scales is None else str(scales.dtype).removeprefix("torch."))
@@ -161,7 +167,9 @@ def is_stored(module: str, tensors: Mapping[str, Held], suffixes: Iterable[str])
 
 def rejects_scales(spec: QuantSpec, dtype: str | None) -> str | None:
     """Say why readers that hold scales in the checkpoint's dtype would round them; None if they do not."""
-    if spec.scale_dtype not in ("float16", "bfloat16", "float32") or (dtype is not None and dtype not in (spec.scale_dtype, "float32")):
+    if spec.scale_dtype not in ("float16", "bfloat16", "float32") or (
+        dtype is not None and dtype not in (spec.scale_dtype, "float32")
+    ):
         return (
             f"scales are {spec.scale_dtype} but the checkpoint is {dtype}, and readers would round them to it; "
             f"use scale_dtype {dtype}, or format native"
