@@ -1,7 +1,7 @@
 """The same numbers on another grid: what of a quantized weight fits where another format wants it.
 
-Exact are: zero points where there were none (the middle code), wider scales, narrower ones that hold the same numbers, and smaller
-blocks that repeat the scale of a larger one. Everything else rounds again.
+Exact are: zero points where there were none (the middle code), wider scales, narrower ones that hold the same numbers, and
+smaller blocks that repeat the scale of a larger one. Everything else rounds again.
 """
 
 import dataclasses

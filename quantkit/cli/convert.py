@@ -40,6 +40,4 @@ def convert(
         }
     )
     if found["rounded"]:
-        say(
-            f"note: {found['rounded'][0]} and others are other numbers than in the source; quantize the float model again instead"
-        )
+        say(f"note: {found['rounded'][0]} is other numbers than in the source; better quantize the float model again")

@@ -1,8 +1,8 @@
 """``gptq`` and ``gptq-v2``: the checkpoints that GPTQModel, vLLM, SGLang and transformers read.
 
 The name is that of the format, not of the algorithm: codes of any quantizer can be stored. ``gptq`` has the older
-``checkpoint_format``, which every reader knows and which has no place for zero points of 0: symmetric grids only. ``gptq-v2`` has
-them all. vLLM reads 4 and 8 bits, symmetric, of both; GPTQModel 2, 3, 4 and 8 bits.
+``checkpoint_format``, which every reader knows and which has no place for zero points of 0: symmetric grids only. ``gptq-v2``
+has them all. vLLM reads 4 and 8 bits, symmetric, of both; GPTQModel 2, 3, 4 and 8 bits.
 """
 
 from quantkit.formats.base import FORMATS, Format

@@ -1,6 +1,7 @@
-"""``mlx``: checkpoints that mlx-lm reads on Apple's and other processors.
+"""``mlx``: checkpoints that mlx-lm reads, on Apple's and other processors.
 
-Symmetric grids are stored in the checkpoint's dtype, exactly. Zero points make scales and biases float32, and MLX compute in it.
+Symmetric grids are stored in the checkpoint's dtype, exactly. Zero points make scales and biases float32, and MLX then
+computes in it.
 """
 
 from quantkit.formats.base import FORMATS, Format

@@ -286,7 +286,8 @@ def test_modelopt_is_what_vllm_registers_and_reads_back(algo: str) -> None:
     assert {name: (str(t.dtype)[6:], tuple(t.shape)) for name, t in stored.items()} == VLLM_MODELOPT[algo]
     back = rule.codec(scheme).decode(stored, scheme.weight, (OUT, IN))
     assert all(
-        torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(back.parts().values(), qtensor.parts().values())
+        torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+        for a, b in zip(back.parts().values(), qtensor.parts().values(), strict=True)
     )
     if "weight_scale_2" in stored:
         want = (

@@ -1,13 +1,15 @@
 """The codecs of ``awq``: 4-bit codes with zero points as AutoAWQ lays them out, which vLLM, SGLang and transformers read.
 
-- ``gemm``, the usual one: ``qweight`` int32 (in, out / 8), ``qzeros`` int32 (in / group, out / 8), ``scales`` (in / group, out).
-  A word holds eight *output* channels of one input channel; its fields, lowest first, are channels 0, 2, 4, 6, 1, 3, 5, 7.
+- ``gemm``, the usual one: ``qweight`` int32 (in, out / 8), ``qzeros`` int32 (in / group, out / 8), ``scales`` (in / group,
+  out). A word holds eight *output* channels of one input channel; its fields, lowest first, are channels 0, 2, 4, 6, 1, 3, 5,
+  7.
 - ``gemv``: ``qweight`` int32 (out, in / 8), fields in order; ``qzeros`` int32 (out, words) and ``scales`` (out, 8 * words) with
   columns of padding behind those of the groups. It is only read.
 
 ``w = (code - zero point) * scale``; zero points are stored as they are, for every group.
 """
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -117,4 +119,5 @@ def _unpack(words: Tensor, out: int) -> Tensor:
 def _gemv_words(groups: int, group: int) -> int:
     """Return the words of a row of zero points: AutoAWQ rounds them up to 4, 2 or 1 where groups are of 32, 64 or more."""
     multiple = {32: 4, 64: 2}.get(group, 1)
-    return -(-(-(-groups // _FIELDS)) // multiple) * multiple
+    words = math.ceil(groups / _FIELDS)
+    return math.ceil(words / multiple) * multiple

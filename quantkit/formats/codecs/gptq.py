@@ -110,7 +110,7 @@ class GptqCodec:
         if less and bool((stored == top).any()):
             count = int((stored == top).sum())
             raise FormatError(
-                f"qzeros: {count} of {stored.numel()} stored zero points are -1, which checkpoint_format gptq has no place for; "
+                f"qzeros: {count} of {stored.numel()} stored zero points are -1, which checkpoint_format gptq cannot mean; "
                 "quantize again as gptq_v2"
             )
         return stored + less

@@ -5,10 +5,11 @@ Tensors of a weight (out, in), 2, 3, 4, 5, 6 or 8 bits, groups of 32, 64 or 128 
 - ``weight`` uint32 (out, in * bits / 32): a dense stream of codes, low bits first;
 - ``scales``, ``biases`` (out, in / group): ``w = code * scale + bias``, both of one dtype, which readers compute in.
 
-MLX itself chooses scale and bias and rounds both, so its bias is no whole number of scales: such a weight is read as a grid with
-an offset. Ours is ``-zero_point * scale``. On a symmetric grid that is a power of two times the scale, exact in every dtype. A
-zero point makes the product up to 8 bits longer than the scale, so that it is exact only in float32: scales of float16 or bfloat16
-and their biases are then both stored as float32, which makes MLX compute in it; float32 scales would need a longer dtype.
+MLX itself chooses scale and bias and rounds both, so its bias is no whole number of scales: such a weight is read as a grid
+with an offset. Ours is ``-zero_point * scale``. On a symmetric grid that is a power of two times the scale, exact in every
+dtype. A zero point makes the product up to 8 bits longer than the scale, so that it is exact only in float32: scales of float16
+or bfloat16 and their biases are then both stored as float32, which makes MLX compute in it; float32 scales would need a longer
+dtype.
 """
 
 from collections.abc import Mapping

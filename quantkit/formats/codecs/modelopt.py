@@ -5,10 +5,10 @@
 - ``W4A16_NVFP4``: ``weight`` uint8 (out, in / 2), the even column in the low nibble; ``weight_scale`` float8_e4m3fn
   (out, in / 16); ``weight_scale_2`` float32 (), by which the others are *multiplied*.
 
-Names, dtypes and shapes are those that vLLM 0.32 registers (``model_executor/layers/quantization/modelopt.py``: KFp8StaticTensor,
-KFp8StaticChannel, KNvfp4Static). A :class:`~quantkit.qtensor.GridTensor` divides by its global scale, the inverse of
-``weight_scale_2``. Inverting twice gives the same float32 number where the first inverse was rounded from another number; ours are
-chosen so (:func:`quantkit.numerics.grid.choose_global_scale`), and others are refused when they are written.
+Names, dtypes and shapes are those that vLLM 0.32 registers (``model_executor/layers/quantization/modelopt.py``:
+KFp8StaticTensor, KFp8StaticChannel, KNvfp4Static). A :class:`~quantkit.qtensor.GridTensor` divides by its global scale, the
+inverse of ``weight_scale_2``. Inverting twice gives the same float32 number where the first inverse was rounded from another
+number; ours are chosen so (:func:`quantkit.numerics.grid.choose_global_scale`), and others are refused when they are written.
 """
 
 import dataclasses
@@ -92,7 +92,7 @@ class NvFp4:
         inverse = 1 / qtensor.global_scale
         if not torch.equal(1 / inverse, qtensor.global_scale):
             raise FormatError(
-                "weight_scale_2 is the inverse of the global scale, which this one does not survive; quantize again, or use native"
+                "weight_scale_2 is an inverse that does not give this global scale back; quantize again, or use native"
             )
         return {
             "weight": as_bytes(qtensor.packed).view(*qtensor.packed.shape[:-1], -1),

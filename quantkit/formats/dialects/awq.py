@@ -1,8 +1,8 @@
 """``awq``: its ``quantization_config``, read and written, and that of AutoRound's checkpoints in the same layout, read.
 
 One grid for the whole model: 4 bits with zero points (``zero_point`` true) and one ``group_size`` (-1 for one group). Linear
-modules that stay in float are named in ``modules_to_not_convert``, which readers look for anywhere in a module's name; so where a
-name to be left out is part of one that is quantized, the plan is refused. No reader takes a quantized output head.
+modules that stay in float are named in ``modules_to_not_convert``, which readers look for anywhere in a module's name; so where
+a name to be left out is part of one that is quantized, the plan is refused. No reader takes a quantized output head.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,10 +18,10 @@ _CODECS: dict[str, Codec] = {"gemm": AwqGemm(), "gemv": AwqGemv()}
 
 
 def hidden(plan: Mapping[str, Scheme], ignore: Sequence[str], format: str) -> str | None:
-    """Say which quantized layer readers would leave out that look for names of float layers anywhere in a name; None if none."""
+    """Say which quantized layer is left out by readers that look for names of float layers anywhere in a name."""
     for name in ignore:
         if odd := next((one for one in plan if name in one), None):
-            return f"{odd}: its name contains {name}, which stays in float, and readers of {format} would leave out both; use native"
+            return f"{odd}: its name contains {name}, which stays in float: readers of {format} leave out both; use native"
     return None
 
 

@@ -1,12 +1,12 @@
 """``gptq``: its ``quantization_config``, read and written, and that of AutoRound's checkpoints in the same layout, read.
 
 The config has one grid for all layers (``bits``, ``group_size``, -1 for one group, ``sym``) and ``dynamic``, an ordered
-mapping of ``+:`` or ``-:`` and a regular expression that is matched from the beginning of a module's name: the first that matches
-overrides the grid, or leaves the module in float. Of several schemes the commonest becomes the grid, the others rules; linear
-modules that stay in float get ``-:`` rules. Rules also match the names that vLLM gives to layers it joins.
+mapping of ``+:`` or ``-:`` and a regular expression that is matched from the beginning of a module's name: the first that
+matches overrides the grid, or leaves the module in float. Of several schemes the commonest becomes the grid, the others rules;
+linear modules that stay in float get ``-:`` rules. Rules also match the names that vLLM gives to layers it joins.
 
-``checkpoint_format`` says truthfully which of the two layouts of :mod:`quantkit.formats.codecs.gptq` is written: ``gptq``, which
-every reader knows, for symmetric grids, and ``gptq_v2`` under the name ``gptq-v2`` for all.
+``checkpoint_format`` says truthfully which of the two layouts of :mod:`quantkit.formats.codecs.gptq` is written: ``gptq``,
+which every reader knows, for symmetric grids, and ``gptq_v2`` under the name ``gptq-v2`` for all.
 
 Which layers are quantized is read from the files, because older configs do not say it. AutoRound's configs (``quant_method``
 ``auto-round``, ``packing_format`` ``auto_round:auto_gptq``) have ``extra_config`` by module instead of ``dynamic``.

@@ -1,9 +1,8 @@
 """``mlx``: its ``quantization``, read and written; config.json has it under that name and as ``quantization_config``.
 
 ``group_size``, ``bits`` and ``mode`` (``affine``) are those of all layers; a layer with others has an entry under its name, or
-``false`` if it stays in float. Readers believe the tensors before the config, as is done here: sizes say bits and group size. What
-the config cannot say, whether zero points are codes, is read from the biases. The other modes (``mxfp4``, ``nvfp4``, ``mxfp8``) are
-not read.
+``false`` if it stays in float. What the config cannot say, whether zero points are codes, is read from the biases. The other
+modes (``mxfp4``, ``nvfp4``, ``mxfp8``) are not read.
 
 Not representable: mixtures of experts, whose stacks have names of MLX's own; an embedding table is quantized like a linear
 layer, and so is a tied head.

@@ -1,9 +1,9 @@
 """``modelopt``: its ``quantization_config`` and ``hf_quant_config.json``, read and written.
 
-``quant_algo`` says how all layers are stored; ``MIXED_PRECISION`` has ``quantized_layers``, one by one. Linear modules that stay
-in float, routers and heads among them, are named in ``ignore`` (``exclude_modules`` in the file of its own): readers take every
-linear layer for quantized that is not. vLLM 0.32 looks for these names anywhere in a module's name, so a plan is refused where one
-is part of a quantized layer's. The list may have wildcards (``*``, ``?``).
+``quant_algo`` says how all layers are stored; ``MIXED_PRECISION`` has ``quantized_layers``, one by one. Linear modules that
+stay in float, routers and heads among them, are named in ``ignore`` (``exclude_modules`` in the file of its own): readers take
+every linear layer for quantized that is not. vLLM 0.32 looks for these names anywhere in a module's name, so a plan is refused
+where one is part of a quantized layer's. The list may have wildcards (``*``, ``?``).
 
 Not read: ``NVFP4``, whose activations are rounded to FP4 as well, block FP8 and MXFP8, AWQ variants with ``pre_quant_scale``,
 key/value caches in FP8.
@@ -42,7 +42,7 @@ class ModelOpt:
             return reason
         if algorithm(scheme) is None:
             return (
-                "modelopt stores fp8-tensor-static, fp8-dynamic (with float32 scales, which are chosen where the format is named) "
+                "modelopt stores fp8-tensor-static, fp8-dynamic (with float32 scales, as chosen where the format is named) "
                 f"and nvfp4, not {scheme.describe()}; use compressed-tensors or native"
             )
         return None
@@ -76,7 +76,7 @@ class ModelOpt:
         if (cache := config.get("kv_cache_scheme")) is not None:
             raise FormatError(f"quantization_config.kv_cache_scheme is {cache!r}, which quantkit cannot load yet")
         algo = str(config["quant_algo"]).upper()
-        layers = {name: _known(entry) for name, entry in config["quantized_layers"].items()} if algo == _MIXED else None
+        layers = {str(name): _known(entry) for name, entry in config["quantized_layers"].items()} if algo == _MIXED else None
         usual = None if layers is not None else _known(config)
         left_out = [str(name) for name in config.get("ignore") or ()]
 
@@ -101,7 +101,7 @@ def untwin(content: Mapping[str, Any]) -> dict[str, Any]:
     found = content.get("quantization")
     if not isinstance(found, dict):
         raise FormatError(f"{FILE}: quantization is {found!r}, want a mapping")
-    names: dict[str, str] = {"exclude_modules": "ignore", "kv_cache_quant_algo": "kv_cache_scheme"}
+    names = {"exclude_modules": "ignore", "kv_cache_quant_algo": "kv_cache_scheme"}
     return {"quant_method": "modelopt", **{names.get(str(key), str(key)): value for key, value in found.items()}}
 
 
