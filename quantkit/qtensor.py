@@ -143,7 +143,7 @@ class GridTensor:
         return cls(
             torch.empty((*shape[:-1], packed_words(shape[-1], spec.bits)), dtype=torch.int32, device=device),
             torch.empty(blocks, dtype=SCALE_DTYPES[spec.scale_dtype], device=device),
-            None if spec.symmetric else torch.empty(blocks, dtype=zero_dtype(spec), device=device),
+            None if spec.symmetric else torch.empty(blocks, dtype=grid.zero_dtype(spec), device=device),
             spec,
             shape,
             torch.empty((*shape[:-2], 1), device=device) if spec.has_global_scale else None,
@@ -353,11 +353,6 @@ def empty_qtensor(spec: QuantSpec, shape: tuple[int, ...], device: torch.device 
 
 PARTS = ("packed", "scale", "zero_point", "global_scale", "input_scale")
 """The tensors of a :class:`QTensor`; all but the first two may be None."""
-
-
-def zero_dtype(spec: QuantSpec) -> torch.dtype:
-    """Return the dtype of zero points: codes, or an offset in the dtype of the scales."""
-    return SCALE_DTYPES[spec.scale_dtype] if spec.offset else torch.uint8
 
 
 def as_grid(qtensor: QTensor) -> GridTensor:

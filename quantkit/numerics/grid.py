@@ -181,6 +181,11 @@ def quantize(weight: Tensor, scale: Tensor, zero_point: Tensor | None, spec: Qua
     return (weight.float() / step).round_().add_(zero).clamp_(0, 2**spec.bits - 1).to(torch.uint8)
 
 
+def zero_dtype(spec: QuantSpec) -> torch.dtype:
+    """Return the dtype of zero points: codes, or an offset in the dtype of the scales."""
+    return SCALE_DTYPES[spec.scale_dtype] if spec.offset else torch.uint8
+
+
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
     """Return ``(codes - zero_point) * scale`` in float32, same shape as ``codes`` (..., out, in).
 
