@@ -19,7 +19,7 @@ from quantkit.formats.base import FORMATS
 from quantkit.hf.building import building
 from quantkit.hf.experts import enable_experts
 from quantkit.hf.ledger import Ledger, keep_ledger
-from quantkit.hf.load import PreTrainedModel, read_generation_config
+from quantkit.hf.load import PreTrainedModel, load_float, read_generation_config
 from quantkit.kernels import ComputeMode
 from quantkit.kernels.cpu import layout
 from quantkit.kernels.cpu.huge_pages import Arena
@@ -58,7 +58,8 @@ def load(
     (:mod:`quantkit.checkpoint.prepacked`), so that the next load of the same files need not make it again.
 
     Args:
-        path: directory written by quantkit (any format) or by another writer of compressed-tensors integer weights.
+        path: directory written by quantkit (any format) or by another writer of compressed-tensors integer weights; or one
+            GGUF file of anybody's, whose weights become floats.
         dtype: dtype of the unquantized tensors, or its name (``"bfloat16"``); None keeps what the files hold.
         device: where the model goes.
         ignore_activations: run a checkpoint that asks for quantized activations (W8A8) with float ones.
@@ -75,6 +76,8 @@ def load(
     """
     check_compute(compute)
     dtype, device = float_dtype(dtype), known_device(device)
+    if Path(path).suffix == ".gguf" and Path(path).is_file():
+        return _load_gguf(Path(path), dtype, device, verify)
     on_cpu = device.type == "cpu"
     with open_checkpoint(path) as opened:
         contents = opened.contents
@@ -109,6 +112,15 @@ def load(
         if isinstance(part, QuantEmbedding | QuantParameter) and dtype is not None:
             part.like = part.like.to(dtype)  # of what a look-up returns, or a reader sees
     set_compute(loaded, compute)
+    return loaded
+
+
+def _load_gguf(path: Path, dtype: torch.dtype | None, device: torch.device, verify: bool) -> PreTrainedModel:
+    """Return a model with the floats that a GGUF file stands for."""
+    if verify:
+        raise FormatError(f"{path} has no checksums; give its directory, if quantkit wrote it, or load it without verify")
+    model: Any = load_float(path, dtype)[0]
+    loaded: PreTrainedModel = model.requires_grad_(False).eval().to(device)
     return loaded
 
 

@@ -124,4 +124,4 @@ def _settings(
     os.environ.setdefault("TQDM_DISABLE", "1")  # bars of the libraries below would fight with ours
 
 
-from quantkit.cli import build, inspect, run, search, serve, sweep  # noqa: E402, F401  (they add their commands to the app)
+from quantkit.cli import build, collect, inspect, run, search, serve, sweep  # noqa: E402, F401  (they add their commands to the app)
