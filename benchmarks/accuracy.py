@@ -2,8 +2,8 @@
 
     python benchmarks/accuracy.py --data calib.txt --eval-data eval.txt --recipe gptq --scheme w4a16-asym-g64 w3a16-asym-g64
 
-A scheme may be a budget (``"4.31 bpw"``), whose plan is searched first, or a mix of llama.cpp's (``Q4_K_M``), which only
-``--peer llama.cpp`` knows.
+A scheme may be a budget (``"4.31 bpw"``), whose plan is searched first, or a mix of llama.cpp's (``Q4_K_M``): quantkit writes a
+GGUF of the same bytes, and ``--peer llama.cpp`` its own; the token table is left in float by both while they are scored.
 
 Every row is one recipe on one scheme, quantized in a process of its own: seconds and processor seconds (of all threads, which
 say more on a busy machine) are those of the quantizing call, calibration included; loading the model and writing files are
@@ -88,7 +88,7 @@ def measure(arguments: argparse.Namespace) -> None:
     score = Scorer()
     for scheme in arguments.scheme:
         for tool, name, command in tools:
-            if scheme in LLAMA_MIXES and tool != "llama.cpp":
+            if scheme in LLAMA_MIXES and tool not in ("llama.cpp", "quantkit"):
                 continue
             row = {"scheme": scheme, "tool": tool, "recipe": name, **(extra if tool == "quantkit" else {})}
             report.measure(row, command, work / f"{scheme}-{name}", score)
@@ -215,12 +215,12 @@ def run_quantkit(job: dict) -> dict:
     result = quantkit.quantize(
         model, scheme, method=quantizer, steps=[*transforms, *([distill] if distill else [])],
         calibration=calibration, run=quantkit.Run(compute=compute, progress=progress),
-        tokenizer=tokenizer,
+        tokenizer=tokenizer, rules=[quantkit.Rule("embedding", skip=True)] if job["scheme"] in LLAMA_MIXES else [],
     )  # fmt: skip
     cost = clock.cost() | {"marks": marks}
     cost |= {"distill_kl": result.metadata["distill"]["kl"]} if distill else {}
     rotated = any(scheme.rotated for scheme in result.plan.values())  # which no format but ours can say
-    form = "native" if rotated else "compressed-tensors"
+    form = "gguf" if job["scheme"] in LLAMA_MIXES else "native" if rotated else "compressed-tensors"
     quantkit.save(result.model, job["out"], tokenizer=tokenizer, format=form, overwrite=True)
     return cost
 

@@ -1,7 +1,7 @@
 """The hub value: a quantized tensor. Quantizers make it, formats store it, kernels repack it.
 
-:class:`QTensor` is what every kind has. Code that stores, moves, counts or dequantizes a weight asks for no more and loops over
-:meth:`QTensor.parts`; code that reads codes and scales asks for a :class:`GridTensor`. The other kind is :class:`BlockTensor`.
+:class:`QTensor` is what every kind has: enough to store, move, count or dequantize a weight. Code that reads codes and scales
+asks for a :class:`GridTensor`. The other kind is :class:`BlockTensor`.
 """
 
 import dataclasses
@@ -269,12 +269,12 @@ class BlockTensor:
     @classmethod
     def from_content(cls, content: Content, spec: QuantSpec) -> "BlockTensor":
         """Pack the blocks of a weight (..., out, in): leading dimensions of ``content`` are (..., out, blocks)."""
-        return cls(_kind(spec).pack(content).flatten(-2), spec)
+        return cls(ggml.BLOCK_TYPES[str(spec.blocks)].pack(content).flatten(-2), spec)
 
     @property
     def kind(self) -> BlockType:
         """The type of the blocks."""
-        return _kind(self.spec)
+        return ggml.BLOCK_TYPES[str(self.spec.blocks)]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -330,10 +330,6 @@ class BlockTensor:
         return cls(torch.stack([part.data for part in parts]), parts[0].spec)
 
 
-def _kind(spec: QuantSpec) -> BlockType:
-    return ggml.BLOCK_TYPES[str(spec.blocks)]
-
-
 def block_layout(spec: QuantSpec, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return the shape (..., out, bytes of a row) of a weight's blocks.
 
@@ -342,7 +338,7 @@ def block_layout(spec: QuantSpec, shape: tuple[int, ...]) -> tuple[int, ...]:
     """
     if reason := spec.rejects(shape):
         raise SpecError(reason)
-    kind = _kind(spec)
+    kind = ggml.BLOCK_TYPES[str(spec.blocks)]
     return (*shape[:-1], shape[-1] // kind.size * kind.nbytes)
 
 

@@ -133,12 +133,13 @@ class QuantSpec:
         """Say why a weight of ``shape`` (..., out, in) cannot be blocked this way; None if it can."""
         if self.blocks is not None:
             size = BLOCK_GRIDS[self.blocks][3]
-            fits = "use Q8_0, Q5_0, Q4_0 or IQ4_NL" if shape[-1] % 32 == 0 else "leave it in float"
-            return f"in={shape[-1]} is not a multiple of {size}, a block of {self.blocks}; {fits}" if shape[-1] % size else None
+            instead = "use Q8_0, Q5_0, Q4_0 or IQ4_NL" if shape[-1] % 32 == 0 else "leave it in float"
+            fits = shape[-1] % size == 0
+            return None if fits else f"in={shape[-1]} is not a multiple of {size}, a block of {self.blocks}; {instead}"
         for axis, size, block in (("out", shape[-2], self.block[0]), ("in", shape[-1], self.block[1])):
             if block != -1 and size % block:
-                fits = [g for g in (*AUTO_GROUP_SIZES, 16, 8) if size % g == 0 and g < block]
-                way_out = f"use {fits[0]} or channel" if fits else "use channel"
+                smaller = [g for g in (*AUTO_GROUP_SIZES, 16, 8) if size % g == 0 and g < block]
+                way_out = f"use {smaller[0]} or channel" if smaller else "use channel"
                 what = "group_size" if axis == "in" else "block rows"
                 return f"{axis}={size} is not a multiple of {what} {block}; {way_out}"
         return None

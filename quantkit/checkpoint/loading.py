@@ -20,7 +20,7 @@ from quantkit.formats.base import FORMATS
 from quantkit.hf.building import building
 from quantkit.hf.experts import enable_experts
 from quantkit.hf.ledger import Ledger, keep_ledger
-from quantkit.hf.load import PreTrainedModel, read_generation_config
+from quantkit.hf.load import PreTrainedModel, load_float, read_generation_config
 from quantkit.kernels.cpu import layout
 from quantkit.kernels.cpu.huge_pages import Arena
 from quantkit.kernels.cpu.layout import Prepacked
@@ -58,7 +58,8 @@ def load(
     (:mod:`quantkit.checkpoint.prepacked`), so that the next load of the same files need not make it again.
 
     Args:
-        path: directory written by quantkit (any format) or by another writer of compressed-tensors integer weights.
+        path: directory written by quantkit (any format) or by another writer of compressed-tensors integer weights; or one
+            GGUF file of anybody's, whose weights become floats.
         dtype: dtype of the unquantized tensors, or its name (``"bfloat16"``); None keeps what the files hold.
         device: where the model goes.
         ignore_activations: run a checkpoint that asks for quantized activations (W8A8) with float ones.
@@ -77,6 +78,8 @@ def load(
     """
     check_choice(compute)
     dtype, device = float_dtype(dtype), known_device(device)
+    if Path(path).suffix == ".gguf" and Path(path).is_file():
+        return _load_gguf(Path(path), dtype, device, verify)
     on_cpu = device.type == "cpu"
     with open_checkpoint(path) as opened:
         contents = opened.contents
@@ -124,6 +127,15 @@ def _set_compute(model: nn.Module, chosen: Chosen, compute: ComputeChoice, path:
             raise
         chosen, rounding = Chosen("float", f"int8 activations would do ({chosen.reason}), but {error}"), 0
     log.info("%s: %s%s", path, chosen, f", in {rounding} layers" if rounding else "")
+
+
+def _load_gguf(path: Path, dtype: torch.dtype | None, device: torch.device, verify: bool) -> PreTrainedModel:
+    """Return a model with the floats that a GGUF file stands for."""
+    if verify:
+        raise FormatError(f"{path} has no checksums; give its directory, if quantkit wrote it, or load it without verify")
+    model: Any = load_float(path, dtype)[0]
+    loaded: PreTrainedModel = model.requires_grad_(False).eval().to(device)
+    return loaded
 
 
 def _holders(model: Any, name: str) -> list[Any]:

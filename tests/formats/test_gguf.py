@@ -24,6 +24,7 @@ from quantkit.hf.load import load_float
 from quantkit.hf.structure import describe
 from quantkit.kernels import KERNELS
 from quantkit.kernels.select import Problem
+from quantkit.pipeline.imatrix import save_imatrix
 from quantkit.spec import block_spec
 from tests.tiny import FAMILIES, TEXT, tiny_llama, tiny_tokenizer
 
@@ -210,3 +211,27 @@ def test_the_kernel_of_blocks_multiplies_what_they_stand_for() -> None:
     x, bias = torch.randn(5, 256), torch.randn(24)
     assert torch.allclose(kernel.matmul(x, state, bias), x @ qtensor.dequantize().T + bias, atol=1e-5)
     assert kernel.matmul(x.bfloat16(), state, None).dtype == torch.bfloat16
+
+
+def test_an_importance_matrix_has_every_weight_and_every_expert(tmp_path: Path) -> None:
+    model = FAMILIES["qwen3_moe"]()
+    calibration = quantkit.Calibration([TEXT], samples=4, length=32, all_experts=True)
+    statistics, _ = quantkit.collect(model, ("mean_square",), calibration=calibration, tokenizer=tiny_tokenizer())
+    save_imatrix(tmp_path / "x.gguf", model, statistics, length=32)
+    reader = gguf.GGUFReader(tmp_path / "x.gguf")
+    tensors = {tensor.name: tensor.data for tensor in reader.tensors}
+    assert reader.fields["general.type"].contents() == "imatrix"
+    assert reader.fields["imatrix.chunk_count"].contents() == 4
+    layer = statistics["model.layers.1.mlp.experts.gate_up_proj"]
+    for name in ("gate", "up"):
+        total, count = tensors[f"blk.1.ffn_{name}_exps.weight.in_sum2"], tensors[f"blk.1.ffn_{name}_exps.weight.counts"]
+        assert total.shape == (4, 64)
+        assert count[:, 0].tolist() == list(layer.tokens) == [128] * 4
+        assert torch.allclose(torch.from_numpy(total / count), layer.results["mean_square"].float(), rtol=1e-5)
+    assert tensors["blk.0.attn_q.weight.in_sum2"].shape == (1, 64)
+    assert len(tensors) == 2 * 2 * 7
+
+
+def test_a_file_is_loaded_as_floats(tmp_path: Path) -> None:
+    result = write(tmp_path / "x", tiny_llama(num_hidden_layers=1), "Q8_0")
+    assert torch.allclose(logits(quantkit.load(tmp_path / "x" / FILE)), logits(result.model), atol=1e-4)
