@@ -10,10 +10,12 @@ import typer
 
 from quantkit.cli import app
 from quantkit.cli.console import facts, parse_settings, print_json, say, size, table
+from quantkit.cli.fits import COMPARED, show_fits
 from quantkit.cli.options import (
     AsJson,
     BudgetText,
     Choices,
+    Device,
     Dtype,
     Format,
     Include,
@@ -57,6 +59,11 @@ def plan(
     length: Length = 512,
     format: Format = "compressed-tensors",
     dtype: Dtype = "auto",
+    serve: Annotated[bool, typer.Option("--serve", help="What fits this machine: memory and ms per token.")] = False,
+    context: Annotated[list[int] | None, typer.Option(help="With --serve: tokens of context; several times.")] = None,
+    users: Annotated[list[int] | None, typer.Option(help="With --serve: users at the same time; several times.")] = None,
+    kv: Annotated[str, typer.Option("--kv", help="With --serve: keys and values in float or int8.")] = "float",
+    device: Device = "auto",
     revision: Revision = None,
     as_json: AsJson = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -66,16 +73,33 @@ def plan(
     from quantkit.recipe.run import plan_recipe
     from quantkit.recipe.schema import load_recipe
 
-    if is_recipe(recipe):
-        loaded = load_recipe(recipe, parse_settings(settings))
-    else:
-        loaded = recipe_from(
+    def of_model(scheme: str | None) -> Any:
+        return recipe_from(
             at_revision(recipe, revision), Path("(--out)"), scheme_or_budget(scheme, budget, choice, include), method=method,
             steps=step or [], dtype=dtype, data=None, column=None, template=None, samples=samples, length=length, format=format,
         )  # fmt: skip
+
+    shown: dict[str, Any] = {"kv": kv, "device": device, "as_json": as_json}
+    if serve and _is_checkpoint(recipe):
+        show_fits(recipe, None, context, users, **shown)
+        return
+    loaded = load_recipe(recipe, parse_settings(settings)) if is_recipe(recipe) else of_model(scheme)
     if trust_remote_code:
         trust_code(loaded.model)
-    _show_plan(plan_recipe(loaded), recipe, as_json)
+    if not serve:
+        _show_plan(plan_recipe(loaded), recipe, as_json)
+    elif is_recipe(recipe) or scheme or budget:
+        show_fits(recipe, {scheme or budget or Path(recipe).name: plan_recipe(loaded)}, context, users, **shown)
+    else:
+        show_fits(recipe, {name: plan_recipe(of_model(name)) for name in COMPARED}, context, users, **shown)
+
+
+def _is_checkpoint(text: str) -> bool:
+    """Return whether a name is that of a directory with a quantized model."""
+    from quantkit.system.files import read_json
+
+    config = Path(text) / "config.json"
+    return os.path.isfile(config) and "quantization_config" in read_json(config)
 
 
 def is_recipe(text: str) -> bool:

@@ -1,6 +1,5 @@
 """The command that compares: sweep."""
 
-import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -105,10 +104,11 @@ def _made(data: dict[str, Any]) -> Any:
 
 def _show(result: Any, html: Path | None, as_json: bool) -> None:
     """Print the table of a sweep."""
+    from quantkit.sweeps.rows import COLUMNS
     from quantkit.sweeps.show import sweep_table, unmade
 
     if as_json:
-        print_json([dataclasses.asdict(row) for row in result.rows])
+        print_json([{name: getattr(row, name) for name in COLUMNS} for row in result.rows])
         return
     console().print(sweep_table(result))
     for name, status, reason in unmade(result):

@@ -13,6 +13,7 @@ from quantkit.checkpoint import activations
 from quantkit.checkpoint.activations import choose
 from quantkit.errors import KernelError, QuantkitError
 from quantkit.evaluation import evaluate
+from quantkit.hf import cache, paged
 from quantkit.hf.backend import make_backend
 from quantkit.kernels import build
 from quantkit.nn.install import describe_compute
@@ -168,3 +169,30 @@ def test_families_with_experts_biases_and_tied_weights_are_measured_too(family, 
     cost = result.metadata["quality"]["int8_activations"]
     assert cost["layers"] > 0
     assert 0 < cost["kl_mean"] < result.metadata["quality"]["kl_mean"]
+
+
+def test_how_a_model_can_run_is_found_out_with_exact_products(saved, monkeypatch):
+    """Rounded ones differ with the order of sums, in a deep model by more than the checks allow: it then ran one by one."""
+    seen = {}
+    for module, name in ((paged, "_verify"), (cache, "_find_way")):
+        plain = getattr(module, name)
+
+        def watched(model, *arguments, name=name, plain=plain):
+            seen[name] = describe_compute(model)
+            return plain(model, *arguments)
+
+        monkeypatch.setattr(module, name, watched)
+    model = checkpoint.load(saved[0].path)
+    assert isinstance(make_backend(model, engine="modules"), paged.PagedBackend)
+    cache.TransformersStep(model)
+    assert seen == {"_verify": "exact", "_find_way": "exact"}
+    assert describe_compute(model) == "int8 activations"
+
+
+def test_a_model_that_leaves_the_cpu_is_exact_there(saved):
+    """The meta device stands for a GPU: no layer rounds there, and none fails because no kernel of it would."""
+    model = checkpoint.load(saved[0].path)
+    layer = next(part for part in model.modules() if part is not model and getattr(part, "compute", "") == "int8")
+    moved = layer.to("meta")
+    assert describe_compute(moved) == "exact"
+    assert moved(torch.empty(1, layer.in_features, device="meta")).shape == (1, layer.out_features)

@@ -16,6 +16,7 @@ from quantkit.cli.chat import HELP
 from quantkit.errors import QuantkitError
 from quantkit.generation.chat import Conversation
 from quantkit.generation.generate import generate
+from quantkit.hf import source
 from quantkit.recipe.starter import recipe_schema
 from tests.tiny import tiny_llama, tiny_tokenizer
 
@@ -216,7 +217,7 @@ def test_the_schema_takes_every_recipe_that_is_read_and_refuses_typing_errors():
     good = {"model": "demo", "output": {"path": "x"}}
     assert checker.is_valid(good)
     for bad in (
-        {"modell": "x"},
+        {"mode": "x"},
         {"method": "gtpq"},
         {"calibration": {"samples": 0}},
         {"steps": ["awk"]},
@@ -242,3 +243,71 @@ def test_help_groups_the_commands_and_names_the_first_step():
     )
     assert "quantkit quantize MODEL --out DIR" in " ".join(shown.split())
     assert "--install-completion" in shown
+
+
+def test_inspect_says_why_a_layer_was_skipped(tiny_quantized, tiny_float, tmp_path):
+    rows = json.loads(call("inspect", tiny_quantized, "--layers", "--json").stdout)["layers"]
+    assert {row["reason"] for row in rows if row["layer"] == "model.embed_tokens.weight"} == {"embedding"}
+    shown = call("inspect", tiny_quantized, "--layers").stdout
+    assert "model.layers.1.mlp.down_proj" in shown
+    model = quantkit.load(tiny_quantized)
+    quantkit.save(model, tmp_path / "saved")
+    said = call("inspect", tmp_path / "saved", "--layers", code=2).stderr
+    assert "does not record what became of its layers" in said
+
+
+def test_three_schemes_are_compared_without_a_file(tiny_float, tiny_text, tmp_path):
+    options = ("--data", tiny_text, "--eval-data", tiny_text, "--samples", 4, "--length", 32, "--windows", 2, "--method", "rtn")
+    schemes = [part for name in ("w8a16", "w4a16", "w3a16") for part in ("--scheme", name)]
+    rows = json.loads(call("sweep", tiny_float, "--out", tmp_path / "s", *schemes, *options, "--json").stdout)
+    assert [row["scheme"] for row in rows[1:]] == ["w8a16", "w4a16", "w3a16"]
+    assert rows[1]["kl"] < rows[2]["kl"] < rows[3]["kl"]
+    assert "wants --out and --scheme" in call("sweep", tiny_float, "--out", tmp_path / "t", code=2).stderr
+    assert "w3a61" in call("sweep", tiny_float, "--out", tmp_path / "t", "--scheme", "w3a61", code=2).stderr
+
+
+def test_a_revision_of_the_hub_goes_to_the_hub(tiny_float, monkeypatch):
+    asked = []
+
+    def download(name, revision=None, **options):
+        asked.append((name, revision))
+        return str(tiny_float)
+
+    monkeypatch.setattr(source, "snapshot_download", download)
+    assert call("generate", "owner/name", "the cat", "--revision", "v2", "-n", 2).stdout
+    assert call("generate", "owner/name@v3", "the cat", "-n", 2).stdout
+    call("generate", "owner/name", "the cat", "-n", 2)
+    assert asked == [("owner/name", "v2"), ("owner/name", "v3"), ("owner/name", None)]
+    assert source.hub_name("name@main") == ("name", "main")
+    for path in ("./a@b", "/a@b", "a/b/c@d", "a@", str(tiny_float)):
+        assert source.hub_name(path) == (path, None)
+
+
+def test_tables_for_notebooks(tiny_float, tmp_path):
+    result = quantkit.quantize(tiny_float, "w4a16", method="rtn", rules=[quantkit.Rule("*.0.mlp.down_proj", skip=True)])
+    table = result.layers()
+    assert len(table) == len(result.coverage)
+    kept = next(row for row in result.coverage if row.name == "model.layers.0.mlp.down_proj")
+    assert "skipped by rule 1" in kept.reason
+    assert "skipped by rule 1" in result.coverage._repr_html_()
+    assert repr(result.coverage).startswith(f"Coverage of {len(result.coverage)} weights\n")
+    assert len(repr(result.coverage).splitlines()) < 10
+    plan = quantkit.plan(tiny_float, "w4a16")
+    assert "model.layers.*.mlp.down_proj" in plan._repr_html_()
+    assert result._repr_html_().startswith("<table>")
+
+
+def test_plan_says_what_fits_this_machine(tiny_float, tiny_quantized, tmp_path):
+    options = ("--serve", "--context", 64, "--context", 128, "--users", 2)
+    found = json.loads(call("plan", tiny_float, *options, "--json").stdout)
+    assert [(row["weights"], row["context"]) for row in found["rows"]] == [
+        (name, context) for name in ("float32", "w8a16", "w4a16-asym") for context in (64, 128)
+    ]
+    sizes = {row["weights"]: row["weight_bytes"] for row in found["rows"]}
+    assert sizes["float32"] > sizes["w8a16"] > sizes["w4a16-asym"]
+    shown = call("plan", tiny_quantized, "--serve", "--kv", "int8").stdout
+    assert "what fits, with int8 keys and values" in shown
+    assert "of reading alone" in shown
+    of_scheme = json.loads(call("plan", tiny_float, *options, "--scheme", "w3a16", "--json").stdout)
+    assert {row["weights"] for row in of_scheme["rows"]} == {"float32", "w3a16"}
+    assert "the model takes 512 tokens at most" in call("plan", tiny_float, "--serve", "--context", 9999, code=2).stderr
