@@ -27,7 +27,7 @@ from quantkit.hf.building import building
 from quantkit.hf.ledger import Ledger, keep_ledger
 from quantkit.hf.load import read_generation_config
 from quantkit.nn.sites import Site
-from quantkit.qtensor import GridTensor
+from quantkit.qtensor import QTensor
 from quantkit.spec import Scheme
 
 FLOAT = "float"
@@ -52,7 +52,7 @@ class Source:
     again: tuple[str, ...] = field(default=())
     all_floats: bool = False
 
-    def qtensor(self, site: Site) -> GridTensor:
+    def qtensor(self, site: Site) -> QTensor:
         """Return a layer as it is written."""
         found, scheme = self.opened.qtensor(site), self.plan[site.name]
         if site.name in self.again:
@@ -60,7 +60,7 @@ class Source:
         same = regridded(found, scheme.weight)
         if same is None:
             raise FormatError(f"{site.name}: its numbers are not on the grid {scheme.weight.describe()}")
-        return same if scheme.static else dataclasses.replace(same, input_scale=None)
+        return same if scheme.static else same.with_parts({"input_scale": None})
 
     def floats(self, entry: Entry) -> Tensor:
         """Return a tensor that is written in float."""
