@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -10,6 +10,9 @@ from quantkit.cli import app
 from quantkit.cli.console import facts, parse_settings, say, size, table
 from quantkit.cli.options import TrustRemoteCode
 from quantkit.registry import Registry
+
+if TYPE_CHECKING:
+    from quantkit.recipe.run import Preview
 
 Settings = Annotated[
     list[str] | None,
@@ -45,11 +48,31 @@ def plan(recipe: Path, settings: Settings = None, as_json: AsJson = False, trust
             "checkpoint": f"{size(found.total_bytes)} (float: {size(found.float_bytes)}), {preview.recipe.output.format}",
             "written to": str(preview.recipe.output.path),
             "peak memory, about": size(found.peak_bytes),
+            **_training_time(preview),
             "passes": "\n".join(found.passes),
         }
     )
     for note in preview.resolution.notes:
         say(f"note: {note}")
+
+
+def _training_time(preview: "Preview") -> dict[str, str]:
+    """Return how long the updates of a recipe will take here, if it has any, as a fact to show."""
+    from quantkit.pipeline.training.timing import training_seconds
+
+    recipe, contents = preview.recipe, preview.contents
+    if recipe.train is None:
+        return {}
+    sites = [site for site in contents.structure.sites if site.name in preview.resolution.plan]
+    seconds = training_seconds(recipe.train, contents.model, sites, recipe.calibration.length)
+    if seconds is None:
+        return {}
+    each = seconds / recipe.train.steps
+    return {
+        "updates, about": f"{seconds / 60:.0f} minutes on this machine, {each:.2g} s each"
+        if seconds > 90
+        else f"{seconds:.1f} s"
+    }
 
 
 @app.command()

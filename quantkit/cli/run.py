@@ -1,7 +1,8 @@
 """Commands that work: demo, run, eval, bench, generate."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,6 +22,10 @@ from quantkit.cli.options import (
     TrustRemoteCode,
     read_drafter,
 )
+from quantkit.system.progress import Progress
+
+if TYPE_CHECKING:
+    from quantkit.recipe.schema import Recipe
 
 
 @app.command()
@@ -83,15 +88,26 @@ def demo(
 @app.command()
 def run(recipe: Path, settings: Settings = None, trust_remote_code: TrustRemoteCode = False) -> None:
     """Carry out a recipe: quantize, write, prove, measure. An interrupted run continues."""
+    from quantkit.recipe.schema import load_recipe
+
+    _run(load_recipe(recipe, parse_settings(settings)), trust_remote_code)
+
+
+def _run(loaded: "Recipe", trust_remote_code: bool, after_event: Callable[[], None] | None = None) -> None:
+    """Carry out a recipe that has been read; ``after_event`` is called after every event of its progress."""
     from quantkit.hf.code import trust_code
     from quantkit.recipe.run import run_recipe
-    from quantkit.recipe.schema import load_recipe
     from quantkit.report import comparison_table, coverage_table
 
-    loaded = load_recipe(recipe, parse_settings(settings))
     if trust_remote_code:
         trust_code(loaded.model)
-    with progress_bars() as progress:
+    with progress_bars() as bars:
+
+        def progress(event: Progress) -> None:
+            bars(event)
+            if after_event is not None:
+                after_event()
+
         outcome = run_recipe(loaded, progress)
     for note in outcome.preview.resolution.notes:
         say(f"note: {note}")
@@ -102,14 +118,24 @@ def run(recipe: Path, settings: Settings = None, trust_remote_code: TrustRemoteC
 
 
 @app.command()
-def train(recipe: Path, settings: Settings = None, trust_remote_code: TrustRemoteCode = False) -> None:
+def train(
+    recipe: Path,
+    settings: Settings = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page with the losses so far here, again and again.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
     """Train a quantized model behind its rounding, as the section train of a recipe says; an interrupted run continues."""
     from quantkit.errors import RecipeError
     from quantkit.recipe.schema import load_recipe
+    from quantkit.report.trained import LivePage
 
-    if load_recipe(recipe, parse_settings(settings)).train is None:
+    loaded = load_recipe(recipe, parse_settings(settings))
+    if loaded.train is None:
         raise RecipeError(f"{recipe}: there is no section train; add one, such as train: {{steps: 200}}, or use quantkit run")
-    run(recipe, settings, trust_remote_code)
+    page = LivePage(Path(str(loaded.output.path)), html, f"{loaded.model}: training") if html is not None else None
+    _run(loaded, trust_remote_code, page)
+    if page is not None:
+        page(over=True)
 
 
 @app.command("eval")
@@ -156,7 +182,7 @@ def evaluate(
         report.save(out)
     if html is not None:
         found = Path(model) / PLAN_FILE
-        write_html(html, [report], search=found if found.is_file() else None)
+        write_html(html, [report], search=found if found.is_file() else None, training=Path(model))
 
 
 @app.command()

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from quantkit.errors import QuantkitError
 from quantkit.evaluation.coverage import CoverageRow, shortfall
 from quantkit.spec import Scheme
 
@@ -55,6 +56,18 @@ class QuantizeResult:
             found["perplexity"] = f"{quality['perplexity']:.2f}, {quality['base_perplexity']:.2f} before"
             found["same top-1 token"] = f"{quality['same_top1']:.1%}"
         return found | {"checkpoint": str(self.path) if self.path else "not written"}
+
+    def plot_training(self) -> Any:
+        """Return a figure of what :func:`quantkit.train` has seen: the loss of every update, and of the held-out windows.
+
+        Raises:
+            QuantkitError: nothing was trained, or matplotlib is missing.
+        """
+        from quantkit.pipeline.training.picture import draw
+
+        if "training" not in self.metadata:
+            raise QuantkitError("this model was quantized, not trained; quantkit.train trains one")
+        return draw(self.metadata["training"])
 
     def __repr__(self) -> str:
         facts = self.facts()
