@@ -128,7 +128,7 @@ def formats() -> str:
     """Return the table of formats."""
     from quantkit.formats.base import FORMATS
 
-    return table(["Name", "What it is"], [[f"`{name}`", of_file(one)] for name, one in FORMATS])
+    return table(["Name", "What it is"], [[f"`{name}`", of_file(one.dialect)] for name, one in FORMATS])
 
 
 def kernels() -> str:

@@ -16,20 +16,15 @@ def main(job: dict) -> None:
     started = time.perf_counter()
     model = GPTQModel.load(job["path"], device="cpu", backend=BACKEND.TORCH, dtype=getattr(torch, job["dtype"])).model.eval()
     load_s = time.perf_counter() - started
-    prompt = torch.tensor([job["prompt"]])
-    found = model.generate(
-        input_ids=prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=job["tokens"],
-        min_new_tokens=job["tokens"],
-        do_sample=False,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-    logits = torch.cat(found.logits).float().numpy()
-    tokens = found.sequences[0, prompt.shape[1] :].tolist()
+    step, past, tokens, logits = list(job["prompt"]), None, [], []
+    for _ in range(job["tokens"]):
+        found = model(input_ids=torch.tensor([step]), past_key_values=past, use_cache=True)
+        past = found.past_key_values
+        logits.append(found.logits[0, -1].float().numpy())
+        step = [int(logits[-1].argmax())]
+        tokens += step
     version = f"gptqmodel {importlib.metadata.version('gptqmodel')}"
-    np.savez(job["out"], logits=logits, tokens=tokens, load_s=load_s, version=version)
+    np.savez(job["out"], logits=np.stack(logits), tokens=tokens, load_s=load_s, version=version)
 
 
 if __name__ == "__main__":

@@ -58,8 +58,8 @@ def load(
     (:mod:`quantkit.checkpoint.prepacked`), so that the next load of the same files need not make it again.
 
     Args:
-        path: directory written by quantkit (any format) or by another writer of compressed-tensors integer weights; or one
-            GGUF file of anybody's, whose weights become floats.
+        path: directory written by quantkit or by another writer of a format that is read; or one GGUF file of anybody's, whose
+            weights become floats.
         dtype: dtype of the unquantized tensors, or its name (``"bfloat16"``); None keeps what the files hold.
         device: where the model goes.
         ignore_activations: run a checkpoint that asks for quantized activations (W8A8) with float ones.

@@ -326,6 +326,7 @@ class CheckpointWriter:
         config = {key: value for key, value in config.items() if key not in ("quantization_config", "quantization")}
         if said := self._rule.dialect.dump_config(plan, ignore, dtype):
             config["quantization_config"] = said
+        config |= self._rule.also(config)
         carried = {"carried_over": list(self._ledger.carried)} if self._ledger and self._ledger.carried else {}
         config[SECTION] = {"version": __version__, "format": self.format, **metadata, **carried}
         return config

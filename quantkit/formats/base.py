@@ -128,6 +128,7 @@ class Format:
         packed: transformers loads it without unpacking the weights, with the faults that :mod:`quantkit.hf.reader` knows.
         scale_dtype: dtype of all stored scales, where the format fixes one; None for the checkpoint's.
         usage: which other programs load it, and how, for the model card; after "With".
+        also: returns what else its readers look for in config.json, of what the model's config says there.
         recognises: says whether a ``quantization_config`` is this format's; None asks for the dialect's ``quant_method``.
         rejects_plan: says what cannot be stored in one checkpoint of what can be stored layer by layer; it is given checkpoint
             module names with their schemes and the names of linear modules that stay in float.
@@ -142,6 +143,7 @@ class Format:
     packed: bool = False
     scale_dtype: str | None = None
     usage: str = ""
+    also: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda config: {}
     recognises: Callable[[Mapping[str, Any]], bool] | None = None
     rejects_plan: Callable[[Mapping[str, Scheme], Sequence[str]], str | None] = lambda plan, ignore: None
     refuses: Callable[[Mapping[str, Any], Iterable[str], Mapping[str, Any] | None], str | None] | None = None

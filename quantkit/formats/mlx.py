@@ -7,7 +7,7 @@ computes in it.
 from quantkit.formats.base import FORMATS, Format
 from quantkit.formats.codecs.mlx import MlxCodec
 from quantkit.formats.containers.directory import SafetensorsDirectory, Twin
-from quantkit.formats.dialects.mlx import KEY, Mlx
+from quantkit.formats.dialects.mlx import KEY, Mlx, rotary
 
 _DIALECT = Mlx()
 FORMATS.register("mlx")(
@@ -16,6 +16,7 @@ FORMATS.register("mlx")(
         SafetensorsDirectory("model", Twin(KEY)),
         _DIALECT,
         usage="mlx-lm: `mlx_lm.generate --model path/to/this/directory --prompt TEXT`.",
+        also=rotary,
         recognises=_DIALECT.recognises,
         rejects_plan=_DIALECT.rejects_plan,
     )

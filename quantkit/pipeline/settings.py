@@ -35,7 +35,7 @@ class Output:
 
     Args:
         path: directory; None writes nothing.
-        format: name in the registry of formats: ``"compressed-tensors"``, ``"native"`` or ``"gguf"``.
+        format: name in the registry of formats, such as ``"compressed-tensors"``, ``"gptq"``, ``"gguf"`` or ``"native"``.
         overwrite: replace a checkpoint that is already there, at the very end.
         fused: layers that serving engines run as one (query, key and value; gate and up; the experts of a layer) must have one
             scheme; False allows rules that part them, in a checkpoint for readers that do not join layers.

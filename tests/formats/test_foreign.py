@@ -3,21 +3,25 @@
 import json
 import struct
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import quantkit
 from quantkit.dtypes import table
 from quantkit.errors import FormatError
 from quantkit.formats.base import FORMATS, Held
 from quantkit.formats.codecs.bitsandbytes import STATE
 from quantkit.formats.codecs.modelopt import SCHEMES
 from quantkit.formats.dialects.gptq import expressions, with_joined
+from quantkit.formats.dialects.mlx import rotary
 from quantkit.qtensor import GridTensor
 from quantkit.spec import QuantSpec, Scheme
 from tests.qtensors import assert_same, random_qtensor
+from tests.tiny import tiny_llama
 
 OUT, IN, GROUP = 32, 64, 32
 
@@ -351,3 +355,17 @@ def test_bitsandbytes_int8_is_read() -> None:
     stored["weight_format"] += 2
     with pytest.raises(FormatError, match="weight_format is 2"):
         found.codec.decode(stored, found.scheme.weight, (OUT, IN))
+
+
+def test_mlx_finds_rotary_settings_under_the_names_it_knows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_llama(rope_parameters={"rope_type": "linear", "rope_theta": 5e4, "factor": 2.0})
+    quantkit.quantize(model, "w4a16-g32", method="rtn", output=quantkit.Output(tmp_path / "out", format="mlx"))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["rope_theta"] == 5e4
+    assert config["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
+    assert config["quantization"] == config["quantization_config"] == {"group_size": 32, "bits": 4, "mode": "affine"}
+    ids = torch.arange(3, 23)[None]
+    with torch.no_grad():
+        assert torch.allclose(quantkit.load(tmp_path / "out")(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-4)
+    assert rotary({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}) == {}
+    assert "may not find the rotary settings" in caplog.text

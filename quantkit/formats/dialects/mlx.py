@@ -8,6 +8,7 @@ Not representable: mixtures of experts, whose stacks have names of MLX's own; an
 layer, and so is a tied head.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,10 +21,29 @@ from quantkit.formats.codecs.mlx import WIDE, MlxCodec, rejects, zero_points
 from quantkit.formats.dialects.gptq import is_stored, rejects_scales
 from quantkit.spec import QuantSpec, Scheme
 
+log = logging.getLogger(__name__)
+
 KEY = "quantization"
 """Where config.json has it first."""
 
 _DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
+
+
+def rotary(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the rotary settings of a model's config under the names that mlx-lm reads.
+
+    transformers 5 writes them as ``rope_parameters``; mlx-lm 0.32 reads ``rope_theta`` and ``rope_scaling``, and takes 10000 and
+    no scaling where they are missing, without a word.
+    """
+    found = config.get("rope_parameters")
+    if not isinstance(found, dict):
+        return {}
+    if "rope_theta" not in found:
+        log.warning("mlx-lm may not find the rotary settings of this model (rope_parameters); compare its answers with quantkit's")
+        return {}
+    scaling = {key: value for key, value in found.items() if key != "rope_theta"}
+    theta = {"rope_theta": found["rope_theta"]}
+    return theta if scaling.get("rope_type", "default") == "default" else {**theta, "rope_scaling": scaling}
 
 
 class Mlx:
