@@ -24,6 +24,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from peers import PEERS, Clock, calibration_ids
@@ -78,14 +79,7 @@ def measure(arguments: argparse.Namespace) -> None:
     if not (work / "calibration.safetensors").exists():
         work.mkdir(parents=True, exist_ok=True)
         prepare(arguments, work)
-    protocol = {name: getattr(arguments, name) for name in PROTOCOL}
-    protocol |= {name: protocol[name] and Path(protocol[name]).name for name in ("data", "eval_data")}
-    report = protocol | {"cpu": cpu_name(), "rows": []}
-    if arguments.json and Path(arguments.json).exists():
-        found = json.loads(Path(arguments.json).read_text())
-        if different := [name for name in protocol if found.get(name) != protocol[name]]:
-            sys.exit(f"{arguments.json} was measured with another {different[0]}; give --json another name")
-        report["rows"] = found["rows"]
+    report = Report(arguments, PROTOCOL)
     tools = [("quantkit", name, [sys.executable, __file__, "--worker", "quantkit", "--job"]) for name in arguments.recipe]
     peers = str(Path(__file__).with_name("peers.py"))
     for name, where in (peer.split("=", 1) for peer in arguments.peer):
@@ -97,17 +91,36 @@ def measure(arguments: argparse.Namespace) -> None:
             if scheme in LLAMA_MIXES and tool != "llama.cpp":
                 continue
             row = {"scheme": scheme, "tool": tool, "recipe": name, **(extra if tool == "quantkit" else {})}
-            if any(row.items() <= done.items() for done in report["rows"]):
-                continue
-            job = {**vars(arguments), **row, **grid_of(scheme), "work": str(work), "out": str(work / f"{scheme}-{name}")}
-            cost = call([*command, json.dumps(job)])
-            quality = score(job | cost)
-            cost.pop("weights", None)  # where they lie says nothing
-            report["rows"].append({**row, **cost, **quality})
-            print(json.dumps(report["rows"][-1]), flush=True)
-            if arguments.json:
-                Path(arguments.json).write_text(json.dumps(report, indent=2) + "\n")
-    print_table(report)
+            report.measure(row, command, work / f"{scheme}-{name}", score)
+    print_table(report.found)
+
+
+class Report:
+    """Rows and the protocol that they were measured with, in a file if one is given; what it holds is not measured again."""
+
+    def __init__(self, arguments: argparse.Namespace, settings: Sequence[str]) -> None:
+        self.arguments = arguments
+        protocol = {name: getattr(arguments, name) for name in settings}
+        protocol |= {name: protocol[name] and Path(protocol[name]).name for name in ("data", "eval_data")}
+        self.found = protocol | {"cpu": cpu_name(), "rows": []}
+        if arguments.json and Path(arguments.json).exists():
+            found = json.loads(Path(arguments.json).read_text())
+            if different := [name for name in protocol if found.get(name) != protocol[name]]:
+                sys.exit(f"{arguments.json} was measured with another {different[0]}; give --json another name")
+            self.found["rows"] = found["rows"]
+
+    def measure(self, row: dict, command: Sequence[str], out: Path, score: "Scorer") -> None:
+        """Have ``command`` make a row's model beside ``out``, score it, and note both, unless that is done."""
+        if any(row.items() <= done.items() for done in self.found["rows"]):
+            return
+        job = {**vars(self.arguments), **row, **grid_of(row["scheme"]), "work": str(out.parent), "out": str(out)}
+        cost = call([*command, json.dumps(job)])
+        quality = score(job | cost)
+        cost.pop("weights", None)  # where they lie says nothing
+        self.found["rows"].append({**row, **cost, **quality})
+        print(json.dumps(self.found["rows"][-1]), flush=True)
+        if self.arguments.json:
+            Path(self.arguments.json).write_text(json.dumps(self.found, indent=2) + "\n")
 
 
 def parse() -> argparse.Namespace:

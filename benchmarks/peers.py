@@ -119,6 +119,65 @@ def gptqmodel(job: dict) -> dict:
     return cost | write_weights(model, job, nominal) | {"note": f"{len(ids)} windows"}
 
 
+def torchao_qat(job: dict) -> dict:
+    """QAT of torchao towards the float model's predictions: the windows, steps and products of quantkit's training.
+
+    Its grids follow the weights' extremes anew in every forward. ``job["options"]`` has ``steps``, ``windows`` per step and
+    ``peer_rate``, AdamW's highest learning rate, which rises and falls as quantkit's does.
+    """
+    import copy
+    import math
+
+    import torch
+    from safetensors.torch import load_file
+    from torch.nn import functional as F
+    from torchao.quantization import quantize_
+    from torchao.quantization.qat import FakeQuantizedLinear, IntxFakeQuantizeConfig, QATConfig
+
+    model, _ = load(job)
+    teacher = copy.deepcopy(model).to(torch.bfloat16)
+    options = {"steps": 200, "windows": 4, "peer_rate": 2e-5, "warm_steps": 10, **job["options"]}
+    grid = IntxFakeQuantizeConfig(
+        getattr(torch, f"int{job['bits']}"), group_size=job["group_size"], is_symmetric=job["symmetric"]
+    )
+    linears = {name for name, one in model.named_modules() if isinstance(one, torch.nn.Linear) and ".layers." in name}
+    quantize_(model, QATConfig(weight_config=grid, step="prepare"), filter_fn=lambda _one, name: name in linears)
+    fakes = [one for one in model.modules() if isinstance(one, FakeQuantizedLinear)]
+    assert len(fakes) == len(linears), "torchao left layers out"
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    weights = [one.weight.requires_grad_(True) for one in fakes]
+    optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    ids = load_file(Path(job["work"]) / "training.safetensors")["ids"]
+    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))
+    clock, losses = Clock(), []
+    for step in range(options["steps"]):
+        places = [order[i % len(ids)] for i in range(step * options["windows"], (step + 1) * options["windows"])]
+        for row in (ids[place][None] for place in places):
+            with torch.no_grad():
+                wanted = teacher(input_ids=row, use_cache=False).logits.float().log_softmax(-1).flatten(0, 1)
+            with torch.autocast("cpu", torch.bfloat16):
+                found = model(input_ids=row, use_cache=False).logits
+            loss = F.kl_div(found.float().log_softmax(-1).flatten(0, 1), wanted, log_target=True, reduction="batchmean")
+            (loss / len(places)).backward()
+            losses.append(loss.item())
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        warm, rest = options["warm_steps"], options["steps"] - options["warm_steps"]
+        falling = 0.5 * (1 + math.cos(math.pi * min(1.0, max(0, step - warm) / max(1, rest))))
+        optimizer.param_groups[0]["lr"] = options["peer_rate"] * min((step + 1) / (warm + 1), 1.0) * falling
+        optimizer.step()
+        optimizer.zero_grad()
+    cost = clock.cost()
+    clean, _ = load(job)
+    with torch.no_grad():
+        for name in linears:
+            layer = model.get_submodule(name)
+            clean.get_submodule(name).weight.copy_(layer.weight_fake_quantizer(layer.weight))
+    bits = job["bits"] + (16 + (0 if job["symmetric"] else job["bits"])) / job["group_size"]
+    note = f"AdamW {options['peer_rate']:g}, {len(losses)} windows"
+    return cost | write_weights(clean, job, bits) | {"note": note, "training_kl": losses}
+
+
 def llama_cpp(job: dict) -> dict:
     """llama.cpp with an importance matrix over all windows: Q4_0, every matrix alike (``--pure``), or the mix that is named.
 
@@ -239,6 +298,7 @@ PEERS = {
     "llm-compressor-awq": llm_compressor_awq,
     "hqq": hqq,
     "gptqmodel": gptqmodel,
+    "torchao-qat": torchao_qat,
     "llama.cpp": llama_cpp,
 }
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import accuracy
 from peers import Clock
-from quantize_time import cpu_name, prepare
+from quantize_time import prepare
 
 SHARES = (("KL", "kl", 0.0), ("KL, other text", "other_kl", 0.0), ("perplexity", "perplexity", None))
 
@@ -34,35 +34,26 @@ def main() -> None:
         print_shares(json.loads(Path(arguments.table).read_text()))
         return
     work = Path(arguments.work or tempfile.mkdtemp(prefix="qat-"))
-    if not (work / "calibration.safetensors").exists():
+    if not (work / "training.safetensors").exists():
         work.mkdir(parents=True, exist_ok=True)
         prepare(arguments, work)
-    protocol = {name: getattr(arguments, name) for name in (*accuracy.PROTOCOL, "train_samples")}
-    protocol |= {name: protocol[name] and Path(protocol[name]).name for name in ("data", "eval_data")}
-    report = protocol | {"cpu": cpu_name(), "rows": []}
-    if arguments.json and Path(arguments.json).exists():
-        found = json.loads(Path(arguments.json).read_text())
-        if different := [name for name in protocol if found.get(name) != protocol[name]]:
-            sys.exit(f"{arguments.json} was measured with another {different[0]}; give --json another name")
-        report["rows"] = found["rows"]
-    score = accuracy.Scorer()
+        prepare_training(arguments, work)
+    report, score = accuracy.Report(arguments, (*accuracy.PROTOCOL, "train_samples")), accuracy.Scorer()
     by_recipe = [sys.executable, accuracy.__file__, "--worker", "quantkit", "--job"]
     by_training = [sys.executable, __file__, "--worker", "--job"]
+    peers, settings = str(Path(__file__).with_name("peers.py")), accuracy.options(arguments.set)
     for scheme in arguments.scheme:
-        rows = [(name, {}, by_recipe) for name in ("rtn", *arguments.ptq)]
-        for name, options, command in [*rows, ("qat", accuracy.options(arguments.set), by_training)]:
-            row = {"scheme": scheme, "tool": "quantkit", "recipe": name, "options": options, "distill": {}}
-            if any(row.items() <= done.items() for done in report["rows"]):
-                continue
-            places = {"work": str(work), "out": str(work / f"{scheme}-{name}")}
-            job = {**vars(arguments), **row, **accuracy.grid_of(scheme), **places}
-            cost = accuracy.call([*command, json.dumps(job)])
-            report["rows"].append({**row, **cost, **score(job | cost)})
-            print(json.dumps(report["rows"][-1]), flush=True)
-            if arguments.json:
-                Path(arguments.json).write_text(json.dumps(report, indent=2) + "\n")
-    accuracy.print_table(report)
-    print_shares(report)
+        rows = [("quantkit", name, {}, by_recipe) for name in ("rtn", *arguments.ptq)]
+        rows.append(("quantkit", "qat", settings, by_training))
+        for name, where in (peer.split("=", 1) for peer in arguments.peer):
+            rows.append((name, name, settings | {"peer_rate": arguments.peer_rate}, [where, peers, name]))
+        for tool, name, options, command in rows:
+            row = {"scheme": scheme, "tool": tool, "recipe": name, "options": options, "distill": {}}
+            if name == "qat":
+                row["start"] = arguments.start
+            report.measure(row, command, work / f"{scheme}-{name}", score)
+    accuracy.print_table(report.found)
+    print_shares(report.found)
 
 
 def parse() -> argparse.Namespace:
@@ -71,6 +62,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--eval-data", help="evaluation text file")
     parser.add_argument("--scheme", nargs="+", default=["w4a16-asym-g64"])
     parser.add_argument("--ptq", nargs="*", default=["gptq+distill"], choices=sorted(accuracy.RECIPES))
+    parser.add_argument("--start", default="gptq", choices=sorted(accuracy.RECIPES), help="what training begins with")
+    parser.add_argument("--peer", action="append", default=[], help="torchao-qat=python, with as many steps")
+    parser.add_argument("--peer-rate", type=float, default=2e-5, help="the peer's highest learning rate")
     parser.add_argument("--set", action="append", default=[], help="key=value, a setting of training")
     parser.add_argument("--train-samples", type=int, default=512)
     parser.add_argument("--compute", default="default", help=argparse.SUPPRESS)
@@ -87,28 +81,39 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def training_ids(job: dict, tokenizer):
-    """Return the windows (n, 512) that are trained on, spread evenly over the text."""
+def prepare_training(arguments: argparse.Namespace, work: Path) -> None:
+    """Write the windows (n, length) that are trained on, spread evenly over the text."""
     import torch
+    from safetensors.torch import save_file
 
     from quantkit.calibrate.texts import encoder, load_texts, text_default
+    from quantkit.hf.load import load_tokenizer
 
-    texts = load_texts(job["data"]) if job["data"] else text_default()[0]
+    tokenizer = load_tokenizer(work / "float")
+    texts = load_texts(arguments.data) if arguments.data else text_default()[0]
     tokens = torch.tensor([token for text in texts for token in encoder(tokenizer)(text)])
-    rows = tokens[: len(tokens) // job["length"] * job["length"]].view(-1, job["length"])
-    count = min(job["train_samples"], len(rows))
-    return rows[[i * len(rows) // count for i in range(count)]]
+    rows = tokens[: len(tokens) // arguments.length * arguments.length].view(-1, arguments.length)
+    count = min(arguments.train_samples, len(rows))
+    save_file({"ids": rows[[i * len(rows) // count for i in range(count)]].contiguous()}, work / "training.safetensors")
 
 
 def run_training(job: dict) -> dict:
+    from safetensors.torch import load_file
+
     import quantkit
     from quantkit.hf.load import load_float
+    from quantkit.quantizers.base import QUANTIZERS
+    from quantkit.transforms.distill import Distill
 
     model, tokenizer = load_float(Path(job["work"]) / "float")
+    ids = load_file(Path(job["work"]) / "training.safetensors")["ids"]
+    start = accuracy.RECIPES[job["start"]]
     clock = Clock()
     result = quantkit.train(
         model, job["scheme"], out=job["out"], training=quantkit.Training(**job["options"]),
-        calibration=quantkit.Calibration(list(training_ids(job, tokenizer).split(8))), tokenizer=tokenizer,
+        method=QUANTIZERS.get(start["quantizer"])(**start.get("options", {})),
+        steps=[Distill(**start["distill"])] if "distill" in start else [],
+        calibration=quantkit.Calibration(list(ids.split(8))), tokenizer=tokenizer,
         run=quantkit.Run(progress=lambda event: print(event, file=sys.stderr, flush=True)),
     )  # fmt: skip
     return clock.cost() | {"training": result.metadata["training"]}
@@ -120,7 +125,7 @@ def print_shares(report: dict) -> None:
     print("|---" * 8 + "|")
     for scheme in dict.fromkeys(row["scheme"] for row in report["rows"]):
         rows = {row["recipe"]: row for row in report["rows"] if row["scheme"] == scheme}
-        ptq = [row for name, row in rows.items() if name != "rtn" and not name.startswith("qat")]
+        ptq = [row for name, row in rows.items() if name in accuracy.RECIPES and name != "rtn"]
         if "qat" not in rows or "rtn" not in rows or not ptq:
             continue
         for title, key, ideal in SHARES:

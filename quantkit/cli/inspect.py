@@ -128,11 +128,31 @@ def _show_plan(preview: "Preview", recipe: str, as_json: bool) -> None:
             "checkpoint": f"{size(found.total_bytes)} (float: {size(found.float_bytes)}), {preview.recipe.output.format}",
             **({"written to": str(preview.recipe.output.path)} if of_recipe else {}),
             "peak memory, about": size(found.peak_bytes),
+            **_training_time(preview),
             "passes": "\n".join(found.passes),
         }
     )
     for note in preview.resolution.notes:
         say(f"note: {note}")
+
+
+def _training_time(preview: "Preview") -> dict[str, str]:
+    """Return how long the updates of a recipe will take here, if it has any, as a fact to show."""
+    from quantkit.pipeline.training.timing import training_seconds
+
+    recipe, contents = preview.recipe, preview.contents
+    if recipe.train is None:
+        return {}
+    sites = [site for site in contents.structure.sites if site.name in preview.resolution.plan]
+    seconds = training_seconds(recipe.train, contents.model, sites, recipe.calibration.length)
+    if seconds is None:
+        return {}
+    each = seconds / recipe.train.steps
+    return {
+        "updates, about": f"{seconds / 60:.0f} minutes on this machine, {each:.2g} s each"
+        if seconds > 90
+        else f"{seconds:.1f} s"
+    }
 
 
 @app.command()

@@ -1,6 +1,7 @@
 """Commands that work: demo, run, train, eval, bench, generate."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,6 +36,7 @@ from quantkit.cli.options import (
     read_drafter,
     read_prompt,
 )
+from quantkit.system.progress import Progress
 
 
 @app.command()
@@ -109,15 +111,21 @@ def run(
     carry_out(load_recipe(recipe, asked | parse_settings(settings)), as_json, trust_remote_code)
 
 
-def carry_out(recipe: Any, json: bool, trust_remote_code: bool) -> None:
-    """Carry out a checked recipe and show what became of it."""
+def carry_out(recipe: Any, json: bool, trust_remote_code: bool, after_event: Callable[[], None] | None = None) -> None:
+    """Carry out a checked recipe and show what became of it; ``after_event`` is called after every event of its progress."""
     from quantkit.hf.code import trust_code
     from quantkit.recipe.run import run_recipe
     from quantkit.report import comparison_table, coverage_table
 
     if trust_remote_code:
         trust_code(recipe.model)
-    with progress_bars() as progress:
+    with progress_bars() as bars:
+
+        def progress(event: Progress) -> None:
+            bars(event)
+            if after_event is not None:
+                after_event()
+
         outcome = run_recipe(recipe, progress)
     result, report = outcome.result, outcome.report
     if json:
@@ -137,6 +145,7 @@ def carry_out(recipe: Any, json: bool, trust_remote_code: bool) -> None:
 def train(
     recipe: RecipeFile,
     settings: Settings = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page with the losses so far here, again and again.")] = None,
     device: Device = "auto",
     as_json: AsJson = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -144,10 +153,16 @@ def train(
     """Train a quantized model behind its rounding, as the section train of a recipe says; an interrupted run continues."""
     from quantkit.errors import RecipeError
     from quantkit.recipe.schema import load_recipe
+    from quantkit.report.trained import LivePage
 
-    if load_recipe(recipe, parse_settings(settings)).train is None:
+    asked = {"run.device": device} if device != "auto" else {}
+    loaded = load_recipe(recipe, asked | parse_settings(settings))
+    if loaded.train is None:
         raise RecipeError(f"{recipe}: there is no section train; add one, such as train: {{steps: 200}}, or use quantkit run")
-    run(recipe, settings, device, as_json, trust_remote_code)
+    page = LivePage(Path(str(loaded.output.path)), html, f"{loaded.model}: training") if html is not None else None
+    carry_out(loaded, as_json, trust_remote_code, page)
+    if page is not None:
+        page(over=True)
 
 
 @app.command("eval")
@@ -203,7 +218,7 @@ def evaluate(
         say(f"written: {out}", stderr=True)
     if html is not None:
         found = Path(model) / PLAN_FILE
-        write_html(html, [report], search=found if found.is_file() else None)
+        write_html(html, [report], search=found if found.is_file() else None, training=Path(model))
         say(f"written: {html} (open it in a browser)", stderr=True)
 
 

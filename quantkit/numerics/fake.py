@@ -128,6 +128,23 @@ def scale_factor(spec: QuantSpec, shape: tuple[int, ...]) -> float:
     return float((rows * columns * highest) ** -0.5)
 
 
+def whole_scale_gradient(by_scale: Tensor, by_weight: Tensor, weight: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
+    r"""Return the gradient by scales of weights that keep their place in the grid: as if they grew along with their scale.
+
+    With w = s u, what is rounded is s v(u), and its gradient by s at a fixed u is v, where :func:`fake_weight_gradient` holds w
+    fixed and returns v - u. A weight that begins with its code's own value has v = u: then the latter is nothing but noise.
+
+    Args:
+        by_scale: gradient by scales, multiplied by :func:`scale_factor`, of the scale's shape.
+        by_weight: gradient by the weight (..., out, in).
+        weight: of that shape.
+        scale: float32 (..., out_blocks, in_blocks).
+        spec: the kind of grid; its scales are learned, so there is no global one.
+    """
+    along = grid.to_blocks(by_weight * weight, spec).sum(-1) / scale
+    return by_scale / scale_factor(spec, tuple(weight.shape)) + along
+
+
 def nearest_in_cell(weight: Tensor, codes: Tensor, stored: WeightGrid, spec: QuantSpec, share: float = 1.0) -> Tensor:
     """Return the weight closest to ``weight`` that still rounds to ``codes``, float32.
 

@@ -20,6 +20,8 @@ from quantkit.pipeline.checks import report_fallen, report_lossy
 from quantkit.pipeline.plan import Resolution
 from quantkit.pipeline.result import QuantizeResult
 from quantkit.pipeline.resume import versions
+from quantkit.pipeline.settings import Output, Run
+from quantkit.spec import Plan
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +79,17 @@ class Unfinished:
             path = writer.finish(facts, outside=outside, tokenizer=self.tokenizer, run=record, check=check)
             facts["quality"] = {**facts["quality"], **reread}
         return QuantizeResult(model, self.tokenizer, self.resolution.plan, coverage, losses, path, facts)
+
+
+def open_writer(
+    output: Output, run: Run, model: PreTrainedModel, plan: Plan, key: checkpoint.Key | None
+) -> checkpoint.CheckpointWriter | None:
+    """Open the checkpoint that the blocks of a run go to; None if nothing is to be written."""
+    if output.path is None:
+        return None
+    return checkpoint.CheckpointWriter(
+        output.path, model, plan=plan, format=output.format, overwrite=output.overwrite, key=key, resume=run.resume
+    )
 
 
 def metadata_of(

@@ -37,7 +37,7 @@ from quantkit.pipeline.checks import (
     refuse_absent,
     refuse_run,
 )
-from quantkit.pipeline.finish import Unfinished, metadata_of
+from quantkit.pipeline.finish import Unfinished, metadata_of, open_writer
 from quantkit.pipeline.plan import Resolution, make_plan, resolve, scale_dtype_for
 from quantkit.pipeline.result import QuantizeResult
 from quantkit.pipeline.resume import ResumeStore, run_key
@@ -237,19 +237,8 @@ class _Job:
 
     def open_store(self, key: checkpoint.Key | None) -> ResumeStore | None:
         """Open the checkpoint that finished blocks go to."""
-        output = self.output
-        if output.path is None:
-            return None
-        writer = checkpoint.CheckpointWriter(
-            output.path,
-            self.model,
-            plan=self.plan,
-            format=output.format,
-            overwrite=output.overwrite,
-            key=key,
-            resume=self.run.resume,
-        )
-        return ResumeStore(writer)
+        writer = open_writer(self.output, self.run, self.model, self.plan, key)
+        return None if writer is None else ResumeStore(writer)
 
 
 def _carry_out(job: _Job, key: checkpoint.Key | None, batches: Sequence[Batch], read: Mapping[str, Any]) -> QuantizeResult:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from quantkit.checkpoint.activations import choose
+from quantkit.errors import QuantkitError
 from quantkit.evaluation.coverage import Coverage, CoverageRow, shortfall
 from quantkit.spec import Scheme
 from quantkit.system.tables import facts_html, frame
@@ -62,6 +63,18 @@ class QuantizeResult:
         if "int8_activations" in quality:
             found["loaded on a CPU"] = str(choose(self.metadata))
         return found | {"checkpoint": str(self.path) if self.path else "not written"}
+
+    def plot_training(self) -> Any:
+        """Return a figure of what :func:`quantkit.train` has seen: the loss of every update, and of the held-out windows.
+
+        Raises:
+            QuantkitError: nothing was trained, or matplotlib is missing.
+        """
+        from quantkit.pipeline.training.picture import draw
+
+        if "training" not in self.metadata:
+            raise QuantkitError("this model was quantized, not trained; quantkit.train trains one")
+        return draw(self.metadata["training"])
 
     def __repr__(self) -> str:
         facts = self.facts()

@@ -31,7 +31,7 @@ from quantkit.nn.sites import Site, Structure, read_weight, sharing_copy
 from quantkit.numerics.inputs import InputQuantizer
 from quantkit.pipeline.again import finished_result
 from quantkit.pipeline.checks import check_model, check_settings, refuse_absent, refuse_run
-from quantkit.pipeline.finish import Unfinished, metadata_of
+from quantkit.pipeline.finish import Unfinished, metadata_of, open_writer
 from quantkit.pipeline.plan import Resolution, resolve, scale_dtype_for
 from quantkit.pipeline.prepare import Start, check_training, convert, prepare, started
 from quantkit.pipeline.quantize import open_float, quantize
@@ -40,7 +40,7 @@ from quantkit.pipeline.resume import run_key
 from quantkit.pipeline.rules import Rule, SchemeChoice
 from quantkit.pipeline.settings import Output, Run
 from quantkit.pipeline.steps import make_steps
-from quantkit.pipeline.training.loop import History, Learner, SaveState, carry_out, narrowed
+from quantkit.pipeline.training.loop import Learner, SaveState, carry_out, narrowed
 from quantkit.pipeline.training.loss import Objective
 from quantkit.pipeline.training.settings import START_WINDOWS, Training
 from quantkit.pipeline.training.state import TrainingState
@@ -267,23 +267,11 @@ def _carry_out(job: _Job, key: checkpoint.Key | None, batches: Sequence[Batch], 
     results = _installed_best(model, learner, origins)
     writer = _written(job, key, results)
     metadata = metadata_of(job.resolution, job.beginning.describe(), batches, read, results)
-    metadata["training"] = facts_of(training, learner.history)
+    metadata["training"] = {"settings": repr(training), **learner.history.facts()}
     done = Unfinished(model, job.tokenizer, job.structure, job.resolution, rows, sanity, writer).finish(results, metadata)
     if state is not None:
         state.clear()
     return done
-
-
-def facts_of(training: Training, history: History) -> dict[str, Any]:
-    """Return what a checkpoint records of its training."""
-    return {
-        "settings": repr(training),
-        "steps": len(history.steps),
-        "best_after": history.evaluations[history.best][0],
-        "kl": [kl for kl, _ in history.steps],
-        "nll": [nll for _, nll in history.steps],
-        "evaluations": [{"steps": steps, "kl": kl, "nll": nll} for steps, kl, nll in history.evaluations],
-    }
 
 
 def _installed_best(model: nn.Module, learner: Learner, origins: Mapping[str, Tensor]) -> dict[str, Quantized]:
@@ -301,18 +289,9 @@ def _installed_best(model: nn.Module, learner: Learner, origins: Mapping[str, Te
 
 def _written(job: _Job, key: checkpoint.Key | None, results: Mapping[str, Quantized]) -> checkpoint.CheckpointWriter | None:
     """Write every block; a run that was killed while it wrote goes on."""
-    output = job.output
-    if output.path is None:
+    writer = open_writer(job.output, job.run, job.model, job.plan, key)
+    if writer is None:
         return None
-    writer = checkpoint.CheckpointWriter(
-        output.path,
-        job.model,
-        plan=job.plan,
-        format=output.format,
-        overwrite=output.overwrite,
-        key=key,
-        resume=job.run.resume,
-    )
     for index, block in list(enumerate(writer.structure.blocks))[writer.finished :]:
         writer.write_block(index, {site.name: results[site.name].qtensor for site in block.sites if site.name in results})
     return writer

@@ -12,8 +12,9 @@ from typing import Any
 from quantkit.errors import CalibrationError
 from quantkit.evaluation.coverage import KINDS, CoverageRow, CoverageSummary, shortfall, summarise
 from quantkit.evaluation.record import EvalReport
+from quantkit.mixed.recorded import SearchRecord
 from quantkit.mixed.result import SearchResult
-from quantkit.report import plots, searched
+from quantkit.report import plots, searched, trained
 from quantkit.report.cells import DASH, columns, mib, protocol_lines, significant, token_range
 from quantkit.report.findings import findings, headline
 from quantkit.system.files import write_atomic
@@ -31,7 +32,9 @@ def write_html(
     coverage: Iterable[CoverageRow] | None = None,
     losses: Losses | None = None,
     search: SearchResult | str | Path | None = None,
+    training: trained.Course | str | Path | None = None,
     title: str = "Quantization report",
+    reload_s: int = 0,
 ) -> None:
     """Write the page, atomically.
 
@@ -41,13 +44,19 @@ def write_html(
         coverage: what was done with every weight of one of the models.
         losses: relative squared output error of every layer of one of the models.
         search: what :func:`quantkit.search` found for one of the models, or the ``search.json`` beside its checkpoint.
+        training: ``metadata["training"]`` of a result of :func:`quantkit.train`, or the directory that it writes to, also
+            while it is at work. A directory in which nothing was trained adds nothing.
         title: heading of the page.
+        reload_s: have browsers load the page again after so many seconds; 0 never does.
 
     Raises:
-        CalibrationError: there is neither a report nor a search.
+        CalibrationError: there is nothing to show.
         FormatError: the file of a search is damaged.
     """
-    write_atomic(path, render_html(reports, coverage=coverage, losses=losses, search=search, title=title))
+    page = render_html(
+        reports, coverage=coverage, losses=losses, search=search, training=training, title=title, reload_s=reload_s
+    )
+    write_atomic(path, page)
 
 
 def render_html(
@@ -56,13 +65,16 @@ def render_html(
     coverage: Iterable[CoverageRow] | None = None,
     losses: Losses | None = None,
     search: SearchResult | str | Path | None = None,
+    training: trained.Course | str | Path | None = None,
     title: str = "Quantization report",
+    reload_s: int = 0,
 ) -> str:
     """Return the page as HTML; arguments as in :func:`write_html`."""
     import jinja2
     from markupsafe import Markup
 
-    if not reports and search is None:
+    course = trained.course_of(training) if training is not None else None
+    if not reports and search is None and course is None:
         raise CalibrationError("no evaluation report to show; give at least one")
     record = searched.record_of(search) if search is not None else None
     environment = jinja2.Environment(
@@ -77,11 +89,13 @@ def render_html(
     loss_map = plots.losses_by_block([(kind, block, loss) for _, kind, block, loss in rows])
     return environment.get_template("report.html").render(
         title=title,
+        reload_s=reload_s,
         dash=DASH,
-        headline=headline(reports) if record is None or reports else searched.headline(record),
+        headline=_headline(reports, record, course),
         findings=findings(reports),
         protocol=protocol_lines(reports),
         search=record and searched.section(record),
+        training=course and trained.section(course),
         columns=[(column.title, column.meaning) for column in shown],
         cells=[[column.cell(report) for column in shown] for report in reports],
         figures=_figures(reports),
@@ -89,6 +103,12 @@ def render_html(
         worst=[(site, significant(loss)) for site, _, _, loss in sorted(rows, key=lambda row: -row[3])[:8]],
         coverage=_coverage(summarise(weights), shortfall(weights)) if coverage is not None else None,
     )
+
+
+def _headline(reports: Sequence[EvalReport], record: SearchRecord | None, course: trained.Course | None) -> str:
+    if reports:
+        return headline(reports)
+    return searched.headline(record) if record is not None else trained.headline(course or {})
 
 
 def site_losses(losses: Losses) -> list[tuple[str, str, int, float]]:

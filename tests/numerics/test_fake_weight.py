@@ -121,3 +121,17 @@ def test_a_scale_that_is_learned_is_rounded_as_it_is_stored() -> None:
     learned = scale.float() * 1.0001
     seen = fake.fake_weight(weight, fake.stored_grid(learned, zero, None, spec), spec)
     assert torch.equal(seen, fake.fake_weight(weight, (learned.half(), zero, None), spec))
+
+
+@each_spec
+def test_the_gradient_of_scales_whose_weights_move_along_is_that_of_fixed_codes(spec: QuantSpec) -> None:
+    if spec.has_global_scale:
+        return  # its scales are not learned
+    weight, stored = problem(spec, 2)
+    scale, zero, _ = stored
+    slope = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+    by_weight, by_scale, _ = fake.fake_weight_gradient(slope, weight, stored, spec)
+    found = fake.whole_scale_gradient(by_scale, by_weight, weight, scale.float(), spec)
+    levels = grid.dequantize(fake.weight_codes(weight, stored, spec), torch.ones_like(scale.float()), zero, spec)
+    want = grid.to_blocks(slope * levels, spec).sum(-1)
+    torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))

@@ -11,11 +11,15 @@ import torch
 from torch import Tensor
 
 import quantkit
+from quantkit.checkpoint.contents import contents_of
 from quantkit.errors import CalibrationError, FormatError, QuantkitError, SpecError
-from quantkit.pipeline.training import loop
+from quantkit.pipeline.training import loop, timing
 from quantkit.pipeline.training.loop import rise_and_fall
 from quantkit.pipeline.training.loss import Losses, Objective
+from quantkit.pipeline.training.picture import smoothed
 from quantkit.pipeline.training.settings import Training
+from quantkit.report.cells import significant
+from quantkit.report.trained import LivePage
 from quantkit.system.progress import Progress
 from tests.tiny import FAMILIES, tiny_llama
 
@@ -54,9 +58,23 @@ def test_the_loss_falls_and_the_result_says_so(loss: str) -> None:
     assert sum(total[-4:]) < 0.9 * sum(total[:4])
     assert len(total) == 24 == sum(event.stage == "train" for event in events)
     assert {row.kind for row in result.coverage} == {"quantized", "skipped"}
+    (axes,) = result.plot_training().axes
+    assert axes.get_ylabel().startswith("KL" if share < 1 else "NLL")
     assert result.metadata["quality"]["kl_mean"] > 0
     best = min(facts["evaluations"], key=lambda one: (1 - share) * (one["kl"] or 0) + share * one["nll"])
     assert best["steps"] == facts["best_after"]
+
+
+def test_scales_alone_bring_the_model_closer() -> None:
+    """Weights that begin with their codes' own values leave scales no gradient unless they move along."""
+    text = dataclasses.replace(TEXT, data=[torch.randint(3, 190, (32, 24), generator=torch.Generator().manual_seed(1))])
+    training = dataclasses.replace(SETTINGS, steps=24, windows=8, evaluate_every=24, rate=1e-9, scale_rate=0.01, warm_steps=2)
+    result = trained(None, training, calibration=text)
+    before, after = (one["kl"] for one in result.metadata["training"]["evaluations"])
+    assert after < 0.96 * before  # 0.99 if they do not
+    codes = {name: one.qtensor.codes() for name, one in result.model.named_modules() if hasattr(one, "qtensor")}
+    start = quantkit.quantize(tiny_llama(), "w2a16-asym-g32", method="rtn", calibration=text).model
+    assert all(torch.equal(start.get_submodule(name).qtensor.codes(), mine) for name, mine in codes.items())
 
 
 def test_the_checkpoint_is_the_best_that_was_seen_and_is_known_again(whole: Path) -> None:
@@ -215,3 +233,81 @@ def test_tables_are_trained_with_frozen_narrow_scales() -> None:
 
 def same(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def test_a_page_shows_a_run_at_work_and_the_finished_one(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, file = tmp_path / "out", tmp_path / "page.html"
+    page, seen = LivePage(out, file, "a run"), []
+
+    def look(event: Progress) -> None:
+        page()
+        seen.append(file.read_text() if file.exists() else "")
+
+    with monkeypatch.context() as patch:
+        kill(patch, loop.Learner, "step", 6)
+        with pytest.raises(Killed):
+            trained(out, run=quantkit.Run(progress=look))
+    assert 'http-equiv="refresh"' in seen[-1]
+    assert "4 updates" in seen[-1]  # the state of the fifth is written after its event
+    trained(out, run=quantkit.Run(progress=look))
+    page(over=True)
+    text = file.read_text()
+    first, best = (significant(one["kl"]) for one in (evaluations(out)[0], min(evaluations(out), key=lambda one: one["kl"])))
+    assert f"goes from {first} to {best}" in text
+    assert "refresh" not in text
+    assert text.count("<svg") == 1
+    with pytest.raises(CalibrationError, match="'kl' is missing"):
+        quantkit.write_html(file, [], training={})
+    with pytest.raises(CalibrationError, match="no evaluation report"):
+        quantkit.write_html(file, [], training=tmp_path)
+
+
+def evaluations(out: Path) -> list[dict]:
+    return json.loads((out / "config.json").read_text())["quantkit"]["training"]["evaluations"]
+
+
+def test_the_line_through_losses_keeps_their_ends_and_mean() -> None:
+    assert smoothed([3.0, 1.0]) == [3.0, 1.0]
+    straight = [float(i) for i in range(50)]
+    assert smoothed(straight) == pytest.approx(straight)
+    assert min(smoothed([1.0, -1.0] * 50)[5:-5]) > -0.3
+
+
+def test_a_searched_plan_is_trained_as_it_is() -> None:
+    found = quantkit.search(tiny_llama(), "4 bpw", choices=["w2a16-asym-g32", "w4a16-asym-g32"], calibration=TEXT)
+    training = dataclasses.replace(SETTINGS, steps=2)
+    result = quantkit.train(tiny_llama(), found.plan, method="rtn", training=training, calibration=TEXT, output=NATIVE)
+    assert result.plan == found.plan
+    assert {scheme.weight.bits for scheme in result.plan.values()} == {2, 4}
+    installed = {name: one.qtensor.spec for name, one in result.model.named_modules() if hasattr(one, "qtensor")}
+    assert installed == {name: scheme.weight for name, scheme in found.plan.items()}
+
+
+def test_the_expected_time_counts_every_product_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_llama()
+    contents = contents_of(model.config)
+    sites = contents.structure.sites
+    timed: list[tuple[int, ...]] = []
+
+    def product(rows: int, out: int, features: int, dtype: torch.dtype) -> float:
+        timed.append((out, features))
+        return float(out * features)
+
+    monkeypatch.setattr(timing, "_timed_product", product)
+    monkeypatch.setattr(timing, "_timed_attention", lambda *_: (10.0, 20.0))
+    training = Training(steps=10, windows=3, evaluate_every=5, held_out=2, dtype="float32")
+    weights, table = sum(site.numel for site in sites), model.get_input_embeddings().weight.numel()
+    once, back = weights + table + 10, 2 * weights + table + 20
+    want = timing.REST * (30 * (2 * once + back) + 3 * 2 * 2 * once)
+    assert timing.training_seconds(training, contents.model, sites, 16) == pytest.approx(want)
+    assert sorted(timed) == sorted({site.shape for site in sites} | {tuple(model.lm_head.weight.shape)})
+    alone = dataclasses.replace(training, loss="next-token")
+    want = timing.REST * (30 * (once + back) + 3 * 2 * once)
+    assert timing.training_seconds(alone, contents.model, sites, 16) == pytest.approx(want)
+
+
+def test_parts_of_a_step_are_really_timed() -> None:
+    contents = contents_of(tiny_llama().config)
+    assert timing.training_seconds(SETTINGS, contents.model, contents.structure.sites, 16) > 0
+    mixture = contents_of(FAMILIES["mixtral"]().config)
+    assert timing.training_seconds(SETTINGS, mixture.model, mixture.structure.sites, 16) > 0

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from quantkit.errors import CalibrationError
 from quantkit.nn.fake import FakeModule
+from quantkit.numerics import grid
+from quantkit.numerics.fake import whole_scale_gradient
 from quantkit.pipeline.training.loss import Losses, Objective
 from quantkit.pipeline.training.settings import Training
 from quantkit.qtensor import GridTensor
@@ -38,6 +40,16 @@ class History:
     steps: list[tuple[float | None, float | None]] = field(default_factory=list)
     evaluations: list[tuple[int, float | None, float | None]] = field(default_factory=list)
     best: int = 0
+
+    def facts(self) -> dict[str, Any]:
+        """Return what a checkpoint records of its training."""
+        return {
+            "steps": len(self.steps),
+            "best_after": self.evaluations[self.best][0] if self.evaluations else 0,
+            "kl": [kl for kl, _ in self.steps],
+            "nll": [nll for _, nll in self.steps],
+            "evaluations": [{"steps": steps, "kl": kl, "nll": nll} for steps, kl, nll in self.evaluations],
+        }
 
 
 class Learner:
@@ -89,14 +101,28 @@ class Learner:
             raise CalibrationError(
                 f"training: the loss of step {self.done + 1} is not finite; use lower rates, or dtype float32"
             )
+        scales = self._move_along()
         if self.training.clip:
             torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.training.clip, foreach=True)
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * factor
         self.optimizer.step()
+        for layer, scale in scales:
+            layer.weight.data.mul_(grid.expand(layer.scale.detach() / scale, layer.spec, layer.shape))
         self.optimizer.zero_grad()
         self.history.steps.append((_known(losses.kl), _known(losses.nll)))
         return losses
+
+    def _move_along(self) -> list[tuple[FakeModule, Tensor]]:
+        """Give learned scales the gradient they have if weights move along; return their layers and present values."""
+        found = [layer for layer in self.layers.values() if layer.tied_to is None and layer.scale.grad is not None]
+        for layer in found:
+            assert layer.scale.grad is not None
+            assert layer.weight.grad is not None
+            layer.scale.grad = whole_scale_gradient(
+                layer.scale.grad, layer.weight.grad, layer.weight.detach(), layer.scale.detach(), layer.spec
+            )
+        return [(layer, layer.scale.detach().clone()) for layer in found]
 
     def evaluate(self) -> Losses:
         """Measure the losses on the held-out windows; keep what the model is if it was never better."""

@@ -129,6 +129,17 @@ class TrainingState(SaveState):
             file.unlink(missing_ok=True)
 
 
+def course_so_far(out: Path) -> dict[str, Any] | None:
+    """Return what a run into ``out`` has seen when it last wrote its state, as :meth:`History.facts`; None if there is none."""
+    file = out / FOLDER / STATE
+    if not file.is_file():
+        return None
+    try:
+        return _HISTORY.validate_python(read_json(file).get("history")).facts()
+    except ValidationError as error:
+        raise FormatError(f"{file}: the state of training cannot be read: {error}") from error
+
+
 def _differ(found: Mapping[str, Any], key: Key) -> list[str]:
     """Return the topics in which a state's key is another."""
     known = found.get("key", {})
