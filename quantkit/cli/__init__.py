@@ -36,9 +36,9 @@ _PANELS = {
 """Headings of the help, with the commands under them."""
 _KEYS = {"overwrite": "output.overwrite", "resume": "run.resume"}
 """Arguments that messages of the library name, and their keys in a recipe."""
-_ARGUMENT = re.compile(r"""(?<!\.\.\., )(?<![\w.\[])(?<!\w\()([a-z]\w*)=('[^']*'|"[^"]*"|[\w.+-]*\w)""")
+_ARGUMENT = re.compile(r"""(?<![\w.\[])([a-z]\w*)=('[^']*'|"[^"]*"|[\w.+-]*\w)""")
 _SETTING = re.compile(r"\b[A-Z]\w+\((\w+)=([^()]*)\)(?=: )")
-_SUBJECT = re.compile(r"^(\w+)(?=: )")
+_SUBJECT = re.compile(r"^(?:[a-z_]+\.)*([a-z_]+?)(s?)(?:\.\d+)?(?=: )")
 _CALL = re.compile(r",? ?(?:or )?quantkit\.\w+\(\.\.\., [^)]*\)(?: and give the model itself in place of its name)?")
 
 
@@ -53,7 +53,7 @@ def in_options(message: str, command: Any) -> str:
 
     def option(found: re.Match[str]) -> str:
         name, value = found.groups()
-        if name in options:
+        if name in options and not _within_call(found.string, found.start()):
             known = options[name]
             if value in ("True", "False"):
                 no = [*known.secondary_opts, f"--no-{name.replace('_', '-')}"]
@@ -62,8 +62,25 @@ def in_options(message: str, command: Any) -> str:
         return f"--set {_KEYS[name]}={value.lower()}" if "settings" in options and name in _KEYS else found[0]
 
     plain = _SETTING.sub(lambda found: f"{found[1]}={found[2]}" if found[1] in options else found[0], _CALL.sub("", message))
-    named = _SUBJECT.sub(lambda found: options[found[1]].opts[0] if found[1] in options else found[1], plain)
+    named = _SUBJECT.sub(lambda found: _option_for(found, options) or found[0], plain)
     return _ARGUMENT.sub(option, named)
+
+
+def _option_for(subject: re.Match[str], options: dict[str, Any]) -> str | None:
+    """Return the option that a recipe's key stands for: ``calibration.samples`` is ``--samples``, ``steps.0`` is ``--step``."""
+    known = next((one for name in (subject[1] + subject[2], subject[1]) if (one := options.get(name))), None)
+    return known and str(known.opts[0])
+
+
+def _within_call(message: str, position: int) -> bool:
+    """Return whether a place in a message is between the brackets of what looks like a call, as in ``GPTQ(damping=0.01)``."""
+    calls: list[bool] = []
+    for index, letter in enumerate(message[:position]):
+        if letter == "(":
+            calls.append(index > 0 and (message[index - 1].isalnum() or message[index - 1] == "_"))
+        elif letter == ")" and calls:
+            calls.pop()
+    return any(calls)
 
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show results and errors, not what is going on.")]
@@ -183,6 +200,7 @@ def _settings(
         handler.addFilter(_shown_by_nobody)
         handler.setFormatter(_Plain("%(levelname)s %(name)s: %(message)s"))
     logging.getLogger("quantkit").setLevel(level)
+    logging.getLogger("huggingface_hub").setLevel(level if debug or verbose else logging.ERROR)  # a line per retry
     logging.getLogger("quantkit.told").setLevel(min(level, logging.INFO))
     os.environ.setdefault("TQDM_DISABLE", "1")  # bars of the libraries below would fight with ours
 

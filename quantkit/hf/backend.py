@@ -138,8 +138,8 @@ def _make_backend(model: PreTrainedModel, scheme: KVScheme, *, engine: str, comp
         _fall_back(f"{type(model).__name__} runs through its modules, not natively: {decoder}")
     if compute != "auto" and compute != ("int8" if _rounds(model) else "exact"):
         raise QuantkitError(
-            f"compute={compute!r} needs the native CPU engine, and this model runs through its modules; load it so"
-            + (", or leave it out" if compute == "float32" else f": quantkit.load(..., compute={compute!r})")
+            f"compute={compute!r} needs the native CPU engine, and this model runs through its modules; leave it out"
+            + ("" if compute == "float32" else f", or quantkit.load(..., compute={compute!r})")
         )
     if batch_invariant:
         raise QuantkitError("batch_invariant=True needs a native engine, and this model runs through its modules; leave it out")

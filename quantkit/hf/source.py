@@ -17,7 +17,7 @@ from quantkit.hf.sizes import check_config_of
 
 MODEL_FILES: Final = ("*.json", "*.safetensors", "*.model", "*.tiktoken", "*.spm", "*.txt", "*.jinja", "LICENSE*", "NOTICE*")
 """What is fetched from the hub."""
-_HUB_ID: Final = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_HUB_ID: Final = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 OTHER_FORMATS: Final = ("consolidated*", "original/*", "onnx/*", "*.fp16.safetensors")
 
 
@@ -65,12 +65,15 @@ def directory_of(source: str | Path, *, trust_remote_code: bool = False) -> Path
     refuse_mistyped(source)
     if Path(source).is_dir():
         return Path(source)
-    wanted = [*MODEL_FILES, *(["*.py"] if trust_remote_code else [])]
+    found = _snapshot(source, [*MODEL_FILES, *(["*.py"] if trust_remote_code else [])])
+    return found if any(found.glob("*.safetensors")) else _snapshot(source, ["pytorch_model*.bin"])
+
+
+def _snapshot(source: str | Path, wanted: list[str]) -> Path:
+    """Return the directory of the cache that holds files of a model of the hub, fetched if need be."""
     name, revision = hub_name(source)
     try:
-        found = Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=[*OTHER_FORMATS]))
-        if not any(found.glob("*.safetensors")):
-            snapshot_download(name, revision=revision, allow_patterns=["pytorch_model*.bin"])
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=[*OTHER_FORMATS]))
     except LocalEntryNotFoundError as error:
         way_out = "give the path of a directory, or try again with a connection"
         raise QuantkitError(
@@ -78,7 +81,6 @@ def directory_of(source: str | Path, *, trust_remote_code: bool = False) -> Path
         ) from error
     except (OSError, ValueError) as error:
         raise QuantkitError(f"cannot load a model from {source}: {error}") from error
-    return found
 
 
 @names_source("cannot read the config of")
@@ -91,13 +93,13 @@ def load_config(source: str | Path) -> PretrainedConfig:
     place = locate(source)
     refuse_mistyped(place)
     gguf = Path(place).suffix == ".gguf"
-    name, revision = hub_name(place)
-    options = {} if revision is None else {"revision": revision}
+    if not gguf and not os.path.exists(place):
+        place = _snapshot(place, ["*.json"])
     try:
         if not gguf:
-            check_config_of(name, **options)
+            check_config_of(place)
         config: PretrainedConfig = (
-            read_gguf(AutoConfig, Path(place)) if gguf else AutoConfig.from_pretrained(name, trust_remote_code=False, **options)
+            read_gguf(AutoConfig, Path(place)) if gguf else AutoConfig.from_pretrained(place, trust_remote_code=False)
         )
     except ImportError as error:
         raise QuantkitError(

@@ -178,6 +178,9 @@ def test_a_device_or_dtype_that_is_none_is_an_error_in_the_commands_words(tiny_q
         ("kv: no effect (engine=modules)", "--kv: no effect (--engine modules)"),
         ("Output(kv=None): want a name", "--kv None: want a name"),
         ("Output(path=3): want a name", "Output(path=3): want a name"),
+        ("there GPTQ(a=1, kv=2), kv=2", "there GPTQ(a=1, kv=2), --kv 2"),
+        ("output.kv: unknown 'x'", "--kv: unknown 'x'"),
+        ("engines.0: unknown 'x'", "--engine: unknown 'x'"),
         ("it is; say --kv, or quantkit.load(..., kv='x') and give the model itself in place of its name", "it is; say --kv"),
     ],
 )
@@ -278,9 +281,20 @@ def test_a_revision_of_the_hub_goes_to_the_hub(tiny_float, monkeypatch):
     assert call("generate", "owner/name@v3", "the cat", "-n", 2).stdout
     call("generate", "owner/name", "the cat", "-n", 2)
     assert asked == [("owner/name", "v2"), ("owner/name", "v3"), ("owner/name", None)]
-    assert source.hub_name("name@main") == ("name", "main")
-    for path in ("./a@b", "/a@b", "a/b/c@d", "a@", str(tiny_float)):
+    asked.clear()
+    assert "int3" in call("plan", "owner/name@v3", "--scheme", "w3a16").stdout
+    assert set(asked) == {("owner/name", "v3")}
+    assert source.hub_name("own/er@main") == ("own/er", "main")
+    for path in ("./a@b", "/a@b", "a/b/c@d", "a/b@", "a@b", str(tiny_float)):
         assert source.hub_name(path) == (path, None)
+
+
+def test_a_mistyped_name_never_asks_the_hub(monkeypatch):
+    monkeypatch.setattr(source, "snapshot_download", None)
+    for command in (("generate", "smolm2-w4", "a"), ("quantize", "smolm2", "--out", "x"), ("plan", "smolm2")):
+        said = call(*command, code=2).stderr
+        assert "there is no such file or directory" in said
+        assert "owner/name" in said
 
 
 def test_tables_for_notebooks(tiny_float, tmp_path):
