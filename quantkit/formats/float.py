@@ -3,13 +3,32 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from quantkit.errors import FormatError
 from quantkit.formats.base import FORMATS, Format, Held, Matcher
-from quantkit.formats.codecs.native import codec_of
+from quantkit.formats.containers.base import Layout
 from quantkit.formats.containers.directory import SafetensorsDirectory
-from quantkit.spec import Scheme
+from quantkit.qtensor import GridTensor
+from quantkit.spec import QuantSpec, Scheme
 
 _REFUSAL = "format float stores no codes; quantize into another format, then quantkit convert --to float"
+
+
+class NoCodec:
+    """The codec of a format without codes."""
+
+    def layout(self, spec: QuantSpec, shape: tuple[int, ...]) -> Layout:
+        """Refuse."""
+        raise FormatError(_REFUSAL)
+
+    def encode(self, qtensor: GridTensor) -> dict[str, Tensor]:
+        """Refuse."""
+        raise FormatError(_REFUSAL)
+
+    def decode(self, tensors: Mapping[str, Tensor], spec: QuantSpec, shape: tuple[int, ...]) -> GridTensor:
+        """Refuse."""
+        raise FormatError(_REFUSAL)
 
 
 class Float:
@@ -36,7 +55,7 @@ class Float:
 
 FORMATS.register("float")(
     Format(
-        codec_of,
+        lambda scheme: NoCodec(),
         SafetensorsDirectory("model"),
         Float(),
         usage="transformers, and everything that reads its directories.",
