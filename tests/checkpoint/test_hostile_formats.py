@@ -32,7 +32,24 @@ FORMATS: dict[str, Any] = {
     "native": Scheme(QuantSpec("nf4", (1, 32))),
 }
 FEW = 25
-ODD: tuple[Any, ...] = (None, 0, -1, 3, 7, 1e9, True, "", "gptq_v2", "\0", [], [1], {}, {"bits": 2}, {"-:(a+)+$": {}}, {"(": {}})
+ODD: tuple[Any, ...] = (
+    None,
+    0,
+    -1,
+    3,
+    7,
+    1e9,
+    True,
+    "",
+    "gptq_v2",
+    "\0",
+    [],
+    [1],
+    {},
+    {"bits": 2},
+    {"-:(a+)+$": {}},
+    {"(": {}},
+)
 
 
 def small(format: str, path: Path) -> Path:

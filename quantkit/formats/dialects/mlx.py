@@ -39,7 +39,9 @@ def rotary(config: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(found, dict):
         return {}
     if "rope_theta" not in found:
-        log.warning("mlx-lm may not find the rotary settings of this model (rope_parameters); compare its answers with quantkit's")
+        log.warning(
+            "mlx-lm may not find the rotary settings of this model (rope_parameters); compare its answers with quantkit's"
+        )
         return {}
     scaling = {key: value for key, value in found.items() if key != "rope_theta"}
     theta = {"rope_theta": found["rope_theta"]}
