@@ -210,10 +210,12 @@ def _check_tensors(
     expected |= set(carried)
     _check_ties(path, contents, reader)
     ignorable = getattr(contents.model, "_keys_to_ignore_on_load_unexpected", None) or []
+    no_bias = {f"{entry.module}.bias" for entry in contents.entries if entry.name in stored}  # AutoGPTQ wrote zeros for them
     extra = [
         name
         for name in reader.headers
         if name not in expected
+        and not (name in no_bias and not bool(reader.read(name).any()))
         and name not in contents.model.all_tied_weights_keys
         and not any(re.search(pattern, name) for pattern in ignorable)
     ]

@@ -16,7 +16,7 @@ _REFUSAL = "format float stores no codes; quantize into another format, then qua
 
 
 class NoCodec:
-    """The codec of a format that stores no codes."""
+    """The codec of a format without codes."""
 
     def layout(self, spec: QuantSpec, shape: tuple[int, ...]) -> Layout:
         """Refuse."""
