@@ -197,6 +197,18 @@ def test_hostile_files_are_one_error(tmp_path: Path) -> None:
         (tmp_path / "damaged").write_bytes(damaged)
         with contextlib.suppress(FormatError):  # damage may also be in a name, which is then another
             GgufHeader(tmp_path / "damaged")
+    config = json.loads((tmp_path / "x" / "config.json").read_text())
+    for change in ({"num_hidden_layers": 10**9}, {"num_attention_heads": 0}, {"num_key_value_heads": 3}, {"hidden_size": "x"}):
+        (tmp_path / "x" / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(QuantkitError, match=r"config|heads"):
+            quantkit.load(tmp_path / "x")
+    names = {"tensors": {"model.layers.{}.{0.__class__}.weight": ["blk.{}.attn_q.weight", "float32"]}}
+    for broken in (names, {"tensors": 3}, {"tensors": {}}, {"types": 3}, {"types": {"Q9": ["a"]}}, {"version": 9}):
+        damaged_config = config | {"quantization_config": config["quantization_config"] | broken}
+        (tmp_path / "x" / "config.json").write_text(json.dumps(damaged_config))
+        with pytest.raises(QuantkitError):
+            quantkit.load(tmp_path / "x")
+    (tmp_path / "x" / "config.json").write_text(json.dumps(config))
     file.write_bytes(whole[:-100])
     with pytest.raises(FormatError, match="outside the file"):
         quantkit.load(tmp_path / "x")

@@ -87,6 +87,18 @@ def test_compensation_and_fitting_beat_rounding(kind: BlockType) -> None:
     assert losses[3] < 0.75 * losses[1]
 
 
+def test_inputs_that_were_never_active_do_no_harm() -> None:
+    x = torch.randn(300, 256, generator=torch.Generator().manual_seed(4))
+    x[:, :64] = 0
+    hessian, weight = x.T @ x / 300, torch.randn(8, 256)
+    seen = SiteStatistics({"hessian": hessian}, (300,))
+    for name in BLOCK_GRIDS:
+        one = quantize_site(GPTQ(), "x", weight, block_spec(name), seen)
+        dead = (one.qtensor.dequantize()[:, :64] - weight[:, :64]).square().mean()
+        assert dead < 0.3
+        assert one.loss < 0.2
+
+
 @KINDS
 def test_fitting_never_makes_it_worse_and_says_the_residual(kind: BlockType) -> None:
     generator = torch.Generator().manual_seed(3)

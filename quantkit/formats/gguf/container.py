@@ -169,6 +169,9 @@ class GgufReader:
         names = quantization.get("tensors") if isinstance(quantization, dict) else None
         if not isinstance(names, dict) or not all(isinstance(one, list) and len(one) == 2 for one in names.values()):
             raise FormatError(f"{where}: quantization_config.tensors does not say what is in {FILE}; copy the whole checkpoint")
+        layers = config.get("num_hidden_layers")
+        if not isinstance(layers, int) or not 0 <= layers <= len(self._file.tensors):
+            raise FormatError(f"{where}: {layers!r} layers, but {FILE} holds {len(self._file.tensors)} tensors")
         self.headers: dict[str, Header] = {}
         self._target: dict[str, Target] = {}
         found = {name: dtype for name, dtype in _expanded(names, self._file)}
@@ -187,7 +190,7 @@ class GgufReader:
         shape = stored.shape if target.expert is None else stored.shape[1:]
         if target.expert is not None and (len(stored.shape) != 3 or target.expert >= stored.shape[0]):
             raise FormatError(f"{self._file.path}: {target.name} {stored.shape} has no expert {target.expert}")
-        if target.heads is not None and (not shape or shape[0] % (2 * target.heads)):
+        if target.heads is not None and (target.heads < 1 or not shape or shape[0] % (2 * target.heads)):
             raise FormatError(f"{self._file.path}: {target.name} {shape} does not divide into {target.heads} heads")
         if (block := BLOCK_TYPES.get(stored.type)) is not None:
             return Header(FILE, torch.uint8, (*shape[:-1], shape[-1] // block.size * block.nbytes))
@@ -199,7 +202,7 @@ class GgufReader:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        return
+        self._file.close()
 
     def read(self, name: str, *, copy: bool = True) -> Tensor:
         """See :class:`quantkit.formats.containers.base.Reader`."""

@@ -60,6 +60,11 @@ class GgufHeader:
         except (struct.error, UnicodeDecodeError, IndexError, OverflowError, MemoryError) as error:
             raise FormatError(f"{path}: not a whole GGUF file ({error}); copy or download it again") from error
 
+    def close(self) -> None:
+        """Let go of the file."""
+        if isinstance(self._map, mmap.mmap):
+            self._map.close()
+
     def data(self, name: str) -> Tensor:
         """Return the bytes of a tensor, uint8 (nbytes,), a copy."""
         stored = self.tensors[name]
