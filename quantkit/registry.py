@@ -109,7 +109,8 @@ class Registry(Generic[T]):
     def _advice(self, name: str) -> str:
         """Return what is said of an unknown name: where it belongs, or the nearest of the names here."""
         known = f"known: {', '.join(sorted(self._members)) or 'none'}"
-        others = sorted((one for one in _FAMILIES if one is not self and name in one), key=lambda one: [*_PLACES].index(one.kind))
+        places = [*_PLACES]
+        others = sorted((one for one in _FAMILIES if one is not self and name in one), key=lambda one: places.index(one.kind))
         if (other := next(iter(others), None)) is not None:
             return f"it is the name of a {other.kind}, which goes under {_PLACES[other.kind]}; {known}"
         meant = self._meant(name)
