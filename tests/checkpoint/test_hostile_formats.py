@@ -1,4 +1,4 @@
-"""Damaged checkpoints of every format, ours and other people's: one error that says what is wrong, or the numbers that stand there.
+"""Damaged checkpoints of every format: one error that says what is wrong, or the numbers that stand there.
 
 ``python -m tests.checkpoint.test_hostile_formats 300`` tries 300 per format.
 """
