@@ -56,8 +56,8 @@ def test_act_order_checkpoints_run(tmp_path: Path, scheme: str) -> None:
     for name, tensor in tensors.items():
         if name.endswith("g_idx"):
             tensors[name] = tensor[torch.randperm(len(tensor))].contiguous()
+    edit(path, tensors)
     with pytest.raises(FormatError, match="desc_act is false"):
-        edit(path, tensors)
         loaded(path)
     edit(path, desc_act=True)
     with open_checkpoint(path) as opened:
@@ -107,8 +107,8 @@ def test_a_mixed_plan_with_a_head_comes_back_from_its_rules(tmp_path: Path) -> N
     assert config["lm_head"]
     assert (config["bits"], config["desc_act"], config["checkpoint_format"]) == (4, False, "gptq")
     assert {key[:2] for key in config["dynamic"]} == {"+:", "-:"}
+    asym = quantkit.plan(FAMILIES["llama"](), "w4a16-asym-g32", rules=[quantkit.Rule("*.mlp.*", scheme="w4a16-asym-g16")])
     with pytest.raises(SpecError, match="one grid for all layers"):
-        asym = quantkit.plan(FAMILIES["llama"](), "w4a16-asym-g32", rules=[quantkit.Rule("*.mlp.*", scheme="w4a16-asym-g16")])
         quantkit.quantize(FAMILIES["llama"](), asym, method="rtn", output=Output(tmp_path / "awq", format="awq"))
 
 

@@ -32,8 +32,8 @@ _DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: 
 def rotary(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the rotary settings of a model's config under the names that mlx-lm reads.
 
-    transformers 5 writes them as ``rope_parameters``; mlx-lm 0.32 reads ``rope_theta`` and ``rope_scaling``, and takes 10000 and
-    no scaling where they are missing, without a word.
+    transformers 5 writes them as ``rope_parameters``; mlx-lm 0.32 reads ``rope_theta`` and ``rope_scaling``, and takes 10000
+    and no scaling where they are missing, without a word.
     """
     found = config.get("rope_parameters")
     if not isinstance(found, dict):
