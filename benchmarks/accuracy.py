@@ -250,7 +250,7 @@ def run_scores(first: dict) -> None:
             quantized, bits = load_float(Path(job["work"]) / "float")[0], job["bits_per_weight"]
             quantized.load_state_dict(load_file(job["weights"]), strict=False)
         else:
-            quantized = quantkit.load(job["out"], dtype=torch.float32)
+            quantized = quantkit.load(job["out"], dtype=torch.float32, compute="exact")
             bits = quantkit.inspect(job["out"])["quantized_bits_per_weight"]
         quality = score(quantized, windows, base, kl_windows=job["kl_windows"])
         divergence, elsewhere = quality.divergence, score(quantized, other, base).divergence

@@ -35,7 +35,7 @@ class Quantkit:
         model, tokenizer = open_model(path, head="int8" if quantized else "float")
         self.model: Any = model.eval()
         self.load_s = time.perf_counter() - start
-        compute = "int8" if kind.endswith("int8") else "float"
+        compute = "int8" if kind.endswith("int8") else "exact"
         backend: Any = make_backend(self.model, engine="native", compute=compute)
         self.step = OneSequence(backend, 2048 + 256)
         self.vocabulary = self.model.config.vocab_size

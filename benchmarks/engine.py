@@ -192,7 +192,7 @@ def main() -> None:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--head", default="float", help="int8 rounds the output head")
-    parser.add_argument("--compute", default="float", help="speculate: int8 rounds them")
+    parser.add_argument("--compute", default="exact", help="speculate: int8 rounds them")
     parser.add_argument("--engine", default="auto")
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=3)

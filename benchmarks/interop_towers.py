@@ -98,7 +98,7 @@ def main() -> None:
         result = {
             "model": f"{NAME} with vision tower, {SCHEME}, float32",
             "float": compare(args.vllm_python, path.parent / "float", floats),
-            "quantized": compare(args.vllm_python, path, quantkit.load(path)),
+            "quantized": compare(args.vllm_python, path, quantkit.load(path, compute="exact")),
         }
     result["passed"] = all(
         result[kind]["vllm_tokens_chosen_here"] == TOKENS and result[kind]["largest_logprob_difference"] <= args.largest

@@ -67,11 +67,11 @@ def compare(path: Path, prompt: str, tokens: int, python: str, dtype: str, allow
     tokenizer = AutoTokenizer.from_pretrained(path)
     ids: list[int] = tokenizer(prompt)["input_ids"]
     theirs, their_gaps = run_vllm(python, path, ids, tokens, dtype)
-    engine = Engine(checkpoint.load(path), limits=Limits(running=1, kv_tokens=len(ids) + tokens + 32))
+    engine = Engine(checkpoint.load(path, compute="exact"), limits=Limits(running=1, kv_tokens=len(ids) + tokens + 32))
     request = engine.submit(ids, max_new_tokens=tokens)
     list(engine.run())
     ours = request.ids
-    exact = checkpoint.load(path, dtype=torch.float32)
+    exact = checkpoint.load(path, dtype=torch.float32, compute="exact")
     logits = exact(input_ids=torch.tensor([ids + theirs])).logits[0, len(ids) - 1 : -1].float()
     top = logits.topk(2, -1)
     gaps = (top.values[:, 0] - top.values[:, 1]).tolist()

@@ -30,7 +30,7 @@ API = {
     "What a run is told": ["Calibration", "Output", "Run", "Rule", "SchemeChoice", "Compute", "Progress"],
     "Quantizers": ["RTN", "ImportanceRTN", "HQQ", "GPTQ", "GPTAQ", "AutoRound"],
     "Steps": ["AWQ", "SmoothQuant", "Rotate", "BiasCorrection", "Distill"],
-    "Checkpoints": ["load", "save", "inspect", "open_model"],
+    "Checkpoints": ["load", "save", "inspect", "reformat", "open_model"],
     "Generate": ["generate", "Generation", "Engine", "Limits", "Sampling"],
     "Measure": ["evaluate", "EvalReport", "BaseLogits", "compare_latency", "comparison_table", "write_html"],
     "Compare": ["sweep", "SweepResult", "SweepRow", "SweepRecipe", "load_sweep", "run_sweep"],
@@ -128,7 +128,7 @@ def formats() -> str:
     """Return the table of formats."""
     from quantkit.formats.base import FORMATS
 
-    return table(["Name", "What it is"], [[f"`{name}`", of_file(one)] for name, one in FORMATS])
+    return table(["Name", "What it is"], [[f"`{name}`", of_file(one.dialect)] for name, one in FORMATS])
 
 
 def kernels() -> str:

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from quantkit.pipeline.plan import Resolution
     from quantkit.pipeline.prepare import convert, prepare
     from quantkit.pipeline.quantize import collect, plan, quantize
+    from quantkit.pipeline.reformat import reformat
     from quantkit.pipeline.result import QuantizeResult
     from quantkit.pipeline.rules import Rule, SchemeChoice
     from quantkit.pipeline.settings import Output, Run
@@ -140,6 +141,7 @@ _HOME = {
     "prepare": "pipeline.prepare",
     "preset": "presets",
     "quantize": "pipeline.quantize",
+    "reformat": "pipeline.reformat",
     "run_recipe": "recipe.run",
     "run_sweep": "sweeps.run",
     "save": "checkpoint",
@@ -220,6 +222,7 @@ __all__ = [
     "prepare",
     "preset",
     "quantize",
+    "reformat",
     "run_recipe",
     "run_sweep",
     "save",

@@ -39,6 +39,7 @@ NAMED: dict[str, tuple[str, tuple[int, int], str | None, Literal["dynamic", "sta
     "fp8-block": ("fp8_e4m3", (128, 128), None, None),
     "fp8-dynamic": ("fp8_e4m3", (1, -1), None, "dynamic"),
     "fp8-static": ("fp8_e4m3", (1, -1), None, "static"),
+    "fp8-tensor-static": ("fp8_e4m3", (-1, -1), None, "static"),
     "nf4": ("nf4", (1, 64), None, None),
     "mxfp4": ("fp4_e2m1", (1, 32), "float8_e8m0fnu", None),
     "nvfp4": ("fp4_e2m1", (1, 16), "float8_e4m3fn", None),

@@ -1,7 +1,7 @@
 """The hub value: a quantized tensor. Quantizers make it, formats store it, kernels repack it.
 
-:class:`QTensor` is what every kind has. Code that stores, moves, counts or dequantizes a weight asks for no more and loops over
-:meth:`QTensor.parts`; code that reads codes and scales asks for a :class:`GridTensor`. The other kind is :class:`BlockTensor`.
+:class:`QTensor` is what every kind has: enough to store, move, count or dequantize a weight. Code that reads codes and scales
+asks for a :class:`GridTensor`. The other kind is :class:`BlockTensor`.
 """
 
 import dataclasses
@@ -90,7 +90,8 @@ class GridTensor:
     Attributes:
         packed: int32 (..., out, ceil(in * bits / 32)); see :mod:`quantkit.numerics.pack`.
         scale: (..., out_blocks, in_blocks) in ``spec.scale_dtype``.
-        zero_point: uint8 of the scale's shape, or None for a symmetric grid (the middle code).
+        zero_point: uint8 of the scale's shape, or None for a symmetric grid (the middle code). A grid with an offset
+            (:attr:`quantkit.spec.QuantSpec.offset`) has that here, in the scale's dtype: ``w ~ code * scale + offset``.
         spec: the grid.
         shape: (out, in), or (experts, out, in).
         global_scale: float32 (..., 1) where scales are FP8 (NVFP4), else None: what the weight was multiplied by before it was
@@ -122,6 +123,10 @@ class GridTensor:
             raise SpecError(f"zero_point must be {'absent' if self.spec.symmetric else 'given'} for {self.spec.describe()}")
         if self.zero_point is not None and tuple(self.zero_point.shape) != blocks:
             raise SpecError(f"zero_point: shape {tuple(self.zero_point.shape)}, want {blocks}")
+        if self.zero_point is not None and self.zero_point.is_floating_point() != self.spec.offset:
+            raise SpecError(
+                f"zero_point: {self.zero_point.dtype} for {self.spec.describe()}; an offset is a float, a code is not"
+            )
         if self.spec.has_global_scale != (self.global_scale is not None):
             wanted = "given" if self.spec.has_global_scale else "absent"
             raise SpecError(f"global_scale must be {wanted} for {self.spec.describe()} with {self.spec.scale_dtype} scales")
@@ -138,7 +143,7 @@ class GridTensor:
         return cls(
             torch.empty((*shape[:-1], packed_words(shape[-1], spec.bits)), dtype=torch.int32, device=device),
             torch.empty(blocks, dtype=SCALE_DTYPES[spec.scale_dtype], device=device),
-            None if spec.symmetric else torch.empty(blocks, dtype=torch.uint8, device=device),
+            None if spec.symmetric else torch.empty(blocks, dtype=grid.zero_dtype(spec), device=device),
             spec,
             shape,
             torch.empty((*shape[:-2], 1), device=device) if spec.has_global_scale else None,
@@ -172,7 +177,8 @@ class GridTensor:
     @property
     def nbytes(self) -> int:
         """Bytes of the packed form: codes with row padding, all scales, and zero points at the width of a code."""
-        zero_bits = 0 if self.zero_point is None else self.zero_point.numel() * self.spec.bits
+        width = self.scale.element_size() * 8 if self.spec.offset else self.spec.bits
+        zero_bits = 0 if self.zero_point is None else self.zero_point.numel() * width
         single = sum(one.nbytes for one in (self.global_scale, self.input_scale) if one is not None)
         return self.packed.nbytes + self.scale.nbytes + -(-zero_bits // 8) + single
 
@@ -263,12 +269,12 @@ class BlockTensor:
     @classmethod
     def from_content(cls, content: Content, spec: QuantSpec) -> "BlockTensor":
         """Pack the blocks of a weight (..., out, in): leading dimensions of ``content`` are (..., out, blocks)."""
-        return cls(_kind(spec).pack(content).flatten(-2), spec)
+        return cls(ggml.BLOCK_TYPES[str(spec.blocks)].pack(content).flatten(-2), spec)
 
     @property
     def kind(self) -> BlockType:
         """The type of the blocks."""
-        return _kind(self.spec)
+        return ggml.BLOCK_TYPES[str(self.spec.blocks)]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -324,10 +330,6 @@ class BlockTensor:
         return cls(torch.stack([part.data for part in parts]), parts[0].spec)
 
 
-def _kind(spec: QuantSpec) -> BlockType:
-    return ggml.BLOCK_TYPES[str(spec.blocks)]
-
-
 def block_layout(spec: QuantSpec, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return the shape (..., out, bytes of a row) of a weight's blocks.
 
@@ -336,7 +338,7 @@ def block_layout(spec: QuantSpec, shape: tuple[int, ...]) -> tuple[int, ...]:
     """
     if reason := spec.rejects(shape):
         raise SpecError(reason)
-    kind = _kind(spec)
+    kind = ggml.BLOCK_TYPES[str(spec.blocks)]
     return (*shape[:-1], shape[-1] // kind.size * kind.nbytes)
 
 

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 _PLACES = {"scheme": "scheme", "quantizer": "method", "step": "steps", "format": "format"}
-"""Families whose names are taken for each other, and where recipes, options and arguments have them."""
+"""Families whose names are taken for each other, the likeliest first, and where recipes, options and arguments have them."""
 _FAMILIES: "list[Registry[Any]]" = []
 
 
@@ -109,7 +109,9 @@ class Registry(Generic[T]):
     def _advice(self, name: str) -> str:
         """Return what is said of an unknown name: where it belongs, or the nearest of the names here."""
         known = f"known: {', '.join(sorted(self._members)) or 'none'}"
-        if (other := next((one for one in _FAMILIES if one is not self and name in one), None)) is not None:
+        places = [*_PLACES]
+        others = sorted((one for one in _FAMILIES if one is not self and name in one), key=lambda one: places.index(one.kind))
+        if (other := next(iter(others), None)) is not None:
             return f"it is the name of a {other.kind}, which goes under {_PLACES[other.kind]}; {known}"
         meant = self._meant(name)
         return f"did you mean {meant!r}? {known}" if meant in self._members else nearest(name, self._members)

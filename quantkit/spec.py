@@ -54,6 +54,8 @@ class QuantSpec:
             input channels, ``(1, -1)`` per output channel, ``(-1, -1)`` per tensor.
         symmetric: the zero point is the middle code and is not stored.
         scale_dtype: dtype of stored scales; scales are rounded to it before codes are chosen.
+        offset: an asymmetric grid whose zero point is no code: what is stored is the value of code 0, in the dtype of the
+            scales. Only read, from files whose writers rounded both (MLX).
         blocks: a key of :data:`BLOCK_GRIDS` where scales are those of a GGUF file: small integers times a float16 of the whole
             block, and minimums in place of zero points (:mod:`quantkit.numerics.ggml`). :func:`block_spec` makes such specs.
     """
@@ -62,10 +64,11 @@ class QuantSpec:
     block: tuple[int, int] = (1, -1)
     symmetric: bool = True
     scale_dtype: str = "float16"
+    offset: bool = False
     blocks: str | None = None
 
     def __post_init__(self) -> None:
-        _want(self, dtype=str, block=tuple, symmetric=bool, scale_dtype=str)
+        _want(self, dtype=str, block=tuple, symmetric=bool, scale_dtype=str, offset=bool)
         if self.blocks is not None or self.dtype == "iq4_nl":
             self._check_blocks()
             return
@@ -75,6 +78,8 @@ class QuantSpec:
             raise SpecError(f"unknown scale_dtype {self.scale_dtype!r}; {nearest(self.scale_dtype, SCALE_DTYPES)}")
         if not self.is_integer and not self.symmetric:
             raise SpecError(f"dtype {self.dtype} has no zero point; use symmetric=True")
+        if self.offset and self.symmetric:
+            raise SpecError("a grid with an offset is asymmetric; use symmetric=False")
         if self.is_integer and self.scale_dtype == "float8_e8m0fnu":
             raise SpecError(f"scale_dtype float8_e8m0fnu goes with fp4_e2m1, fp8_e4m3 and nf4, not {self.dtype}; use float16")
         if self.has_global_scale and self.dtype != "fp4_e2m1":
@@ -122,7 +127,7 @@ class QuantSpec:
         if self.blocks is not None:
             return self.blocks
         shape = f"g{self.group_size}" if self.strategy == "group" else self.strategy
-        return f"{self.dtype} {shape}{'' if self.symmetric else ' asym'}"
+        return f"{self.dtype} {shape}{'' if self.symmetric else ' offset' if self.offset else ' asym'}"
 
     def rejects(self, shape: tuple[int, ...]) -> str | None:
         """Say why a weight of ``shape`` (..., out, in) cannot be blocked this way; None if it can."""
@@ -141,8 +146,9 @@ class QuantSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready mapping; :meth:`from_dict` reverses it."""
-        found: dict[str, Any] = {**dataclasses.asdict(self), "block": list(self.block)}
-        return found if self.blocks is not None else {name: value for name, value in found.items() if name != "blocks"}
+        found: dict[str, Any] = dataclasses.asdict(self) | {"block": list(self.block)}
+        usual: dict[str, Any] = {"blocks": None, "offset": False}  # left out, as they were before there were others
+        return {name: value for name, value in found.items() if name not in usual or value != usual[name]}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "QuantSpec":
@@ -198,6 +204,8 @@ class ActivationSpec:
         _want(self, grid=QuantSpec, dynamic=bool, rotated=bool)
         if not self.dynamic and (self.grid.block != (-1, -1) or not self.grid.symmetric):
             raise SpecError(f"static activations {self.grid.describe()}: want a symmetric grid with one scale per tensor")
+        if self.grid.offset:
+            raise SpecError(f"activations {self.grid.describe()}: want zero points that are codes, or none")
         if self.grid.strategy == "block":
             raise SpecError(f"activations {self.grid.describe()}: want one scale per tensor, per token, or per token and group")
 

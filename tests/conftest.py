@@ -54,6 +54,20 @@ def _compiled_once(tmp_path_factory):
     build.find_or_make = find_or_make
 
 
+@pytest.fixture(scope="session", autouse=True)
+def exact_unless_asked_for():
+    """Let ``compute="auto"`` multiply exactly: tests compare what was loaded with what was saved, to the last bit.
+
+    Yields:
+        The share below which activations are rounded where no test runs.
+    """
+    from quantkit.checkpoint import activations
+
+    share, activations.SHARE = activations.SHARE, 0.0
+    yield share
+    activations.SHARE = share
+
+
 @pytest.fixture(scope="session")
 def tiny_float(tmp_path_factory) -> Path:
     """A directory with a tiny float llama and its tokenizer, as transformers writes it."""

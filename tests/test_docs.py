@@ -87,7 +87,7 @@ def test_what_a_page_shows_runs(path, demo, tmp_path, monkeypatch):
     before, names = set(sys.modules), {"__name__": path.stem}
     for block in blocks(path):
         text = block.text.replace('"demo"', repr(demo)).replace("model: demo", f"model: {demo}")
-        text = re.sub(r"(?m)^(quantkit \w+) demo(?=\s)", rf"\1 {demo}", text)
+        text = re.sub(r"(?m)^quantkit .*$", lambda line: re.sub(r"(?<= )demo(?= |$)", demo, line[0]), text)
         if block.title:
             Path(block.title).write_text(text)
         elif block.language == "python":

@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from quantkit.formats.base import FORMATS
 from quantkit.system.files import write_atomic
 
 CARD: Final = "README.md"
@@ -21,6 +22,7 @@ _FACTS: Final = (
     ("measured over", ("quality", "tokens"), " tokens"),
     ("KL to the float model, mean", ("quality", "kl_mean"), " nats per token"),
     ("KL to the float model, 99th percentile", ("quality", "kl_p99"), " nats per token"),
+    ("KL that int8 activations on a CPU add", ("quality", "int8_activations", "kl_mean"), " nats per token"),
     ("most likely token is the float model's", ("quality", "same_top1"), " of all tokens"),
     ("perplexity", ("quality", "perplexity"), ""),
     ("perplexity of the float model", ("quality", "base_perplexity"), ""),
@@ -50,13 +52,13 @@ def is_users_card(out: Path) -> bool:
 def card(config: Mapping[str, Any], facts: Mapping[str, Any], base: str) -> str:
     """Return the text of the card; see :func:`write_card`."""
     record = config["quantkit"]
-    method, kind = config["quantization_config"]["quant_method"], config["architectures"][0]
+    method, kind = record["format"], config["architectures"][0]
     named = base if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists() else None
     head = ["---", *([f"base_model: {named}"] if named else []), "tags:", "- quantkit", f"- {method}", "---", ""]
     title = f"# {named or kind}, quantized by quantkit"
     rows = [("model class", f"`{kind}`"), *_rows(record), *((label, str(text)) for label, text in facts.items())]
     table = ["| | |", "|---|---|", *(f"| {label} | {_cell(text)} |" for label, text in rows)]
-    how = _how_to_load(kind, config["quantization_config"])
+    how = _how_to_load(kind, method, config.get("quantization_config", {}))
     return "\n".join([*head, _MARK, "", title, "", *table, "", *how]) + "\n"
 
 
@@ -76,8 +78,7 @@ def _rows(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def _how_to_load(kind: str, quantization: Mapping[str, Any]) -> list[str]:
-    method = quantization["quant_method"]
+def _how_to_load(kind: str, method: str, quantization: Mapping[str, Any]) -> list[str]:
     own = [
         "## How to load it",
         "",
@@ -91,7 +92,8 @@ def _how_to_load(kind: str, quantization: Mapping[str, Any]) -> list[str]:
     if method == "gguf":
         return [*own, "With llama.cpp:", "", "```sh", "llama-cli -m path/to/this/directory/model.gguf", "```"]
     if method != "compressed-tensors":
-        return [*own, f"The format `{method}` is read by quantkit alone."]
+        usage = FORMATS.get(method).usage
+        return [*own, f"With {usage}" if usage else f"The format `{method}` is read by quantkit alone."]
     return [
         *own,
         *_with_transformers(kind, quantization["config_groups"].values()),

@@ -16,6 +16,7 @@ from quantkit.checkpoint.contents import (
     Entry,
     carried_layout,
     contents_of,
+    linear_modules,
     lookup,
     parameter_of,
     rejections_of,
@@ -114,6 +115,10 @@ def rejections_in(contents: Contents, plan: Plan, format: str, dtype: str) -> di
         return None
 
     refused = rejections_of(contents, plan, ask)
+    stored = {e.name: plan[e.site.name] for e in contents.entries if e.site and e.site.name in plan}
+    named = {name.removesuffix(".weight"): scheme for name, scheme in stored.items()}
+    if not refused and named and (reason := rule.rejects_plan(named, linear_modules(contents, stored))):
+        refused[next(iter(plan))] = reason
     for name, scheme in plan.items():
         rows = scheme.weight.block[0]
         cuts = [p for e in contents.entries if e.site and e.site.name == name for p in e.source.pieces]
@@ -121,7 +126,7 @@ def rejections_in(contents: Contents, plan: Plan, format: str, dtype: str) -> di
         block = height if rows == -1 else rows
         if name not in refused and any(p.start % block or p.stop % block for p in cuts):
             refused[name] = f"the checkpoint cuts it in rows that split a block of {block}; use channel or a group size"
-    return refused or (_readers_faults(contents, plan) if rule.foreign else {})
+    return refused or (_readers_faults(contents, plan) if rule.packed else {})
 
 
 def _readers_faults(contents: Contents, plan: Plan) -> dict[str, str]:

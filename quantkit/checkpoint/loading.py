@@ -10,22 +10,22 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.checkpoint import prepacked
+from quantkit.checkpoint.activations import Chosen, ComputeChoice, check_choice, choose
 from quantkit.checkpoint.contents import read_floats
-from quantkit.checkpoint.read import Opened, open_checkpoint
+from quantkit.checkpoint.read import RECORD, Opened, open_checkpoint
 from quantkit.checkpoint.record import check_sums
 from quantkit.dtypes import float_dtype
-from quantkit.errors import FormatError
+from quantkit.errors import FormatError, KernelError
 from quantkit.formats.base import FORMATS
 from quantkit.hf.building import building
 from quantkit.hf.experts import enable_experts
 from quantkit.hf.ledger import Ledger, keep_ledger
 from quantkit.hf.load import PreTrainedModel, load_float, read_generation_config
-from quantkit.kernels import ComputeMode
 from quantkit.kernels.cpu import layout
 from quantkit.kernels.cpu.huge_pages import Arena
 from quantkit.kernels.cpu.layout import Prepacked
 from quantkit.kernels.cpu.matmul import CpuKernel, State
-from quantkit.kernels.select import Problem, check_compute, select
+from quantkit.kernels.select import Problem, select
 from quantkit.nn.embedding import QuantEmbedding
 from quantkit.nn.install import install, set_compute
 from quantkit.nn.linear import QuantModule, QuantWeight
@@ -47,7 +47,7 @@ def load(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str = "cpu",
     ignore_activations: bool = False,
-    compute: ComputeMode = "float",
+    compute: ComputeChoice = "auto",
     cache: bool = True,
     verify: bool = False,
 ) -> PreTrainedModel:
@@ -58,29 +58,32 @@ def load(
     (:mod:`quantkit.checkpoint.prepacked`), so that the next load of the same files need not make it again.
 
     Args:
-        path: directory written by quantkit (any format) or by another writer of compressed-tensors integer weights; or one
-            GGUF file of anybody's, whose weights become floats.
+        path: directory written by quantkit or by another writer of a format that is read; or one GGUF file of anybody's, whose
+            weights become floats.
         dtype: dtype of the unquantized tensors, or its name (``"bfloat16"``); None keeps what the files hold.
         device: where the model goes.
         ignore_activations: run a checkpoint that asks for quantized activations (W8A8) with float ones.
-        compute: what quantized layers make of their inputs on a CPU: ``"float"``, nothing, or ``"int8"``, rounded block by
-            block, which is faster and has an error of its own (:mod:`quantkit.kernels.cpu.matmul`).
+        compute: what quantized layers make of their inputs on a CPU: ``"exact"``, nothing; ``"int8"``, rounded block by
+            block, which is about twice as fast and has an error of its own (:mod:`quantkit.kernels.cpu.matmul`); ``"auto"``,
+            int8 where the checkpoint records that this adds less than 5 % to its KL, else exact
+            (:mod:`quantkit.checkpoint.activations`). The log says which and why, and so does :func:`inspect`.
         cache: keep the kernels' layout of this checkpoint on the disk, and use what is kept; False does neither.
         verify: first read every tensor and compare it with the checksum that was noted when the checkpoint was written.
 
     Raises:
-        KernelError: ``compute`` is neither.
+        KernelError: ``compute`` is none of these, or int8 on another device than a CPU, or where no layer has such a kernel.
         SpecError: ``dtype`` is no float dtype, or ``device`` is none of this machine.
         FormatError: the checkpoint is unfinished, damaged, contradicts itself, or cannot be represented exactly; with
             ``verify`` also, a tensor differs from its checksum, or there are none.
     """
-    check_compute(compute)
+    check_choice(compute)
     dtype, device = float_dtype(dtype), known_device(device)
     if Path(path).suffix == ".gguf" and Path(path).is_file():
         return _load_gguf(Path(path), dtype, device, verify)
     on_cpu = device.type == "cpu"
     with open_checkpoint(path) as opened:
         contents = opened.contents
+        chosen = choose(opened.config.get(RECORD, {}), compute, on_cpu=on_cpu)
         if verify:
             check_sums(opened.path, opened.reader)
         model: Any = contents.model  # Any: transformers types neither eval nor to
@@ -111,8 +114,19 @@ def load(
     for part in loaded.modules():
         if isinstance(part, QuantEmbedding | QuantParameter) and dtype is not None:
             part.like = part.like.to(dtype)  # of what a look-up returns, or a reader sees
-    set_compute(loaded, compute)
+    _set_compute(loaded, chosen, compute, path)
     return loaded
+
+
+def _set_compute(model: nn.Module, chosen: Chosen, compute: ComputeChoice, path: str | Path) -> None:
+    """Let layers multiply as chosen; where this machine cannot and nobody insists, exactly."""
+    try:
+        rounding = set_compute(model, chosen.compute)
+    except KernelError as error:
+        if compute != "auto":
+            raise
+        chosen, rounding = Chosen("float", f"int8 activations would do ({chosen.reason}), but {error}"), 0
+    log.info("%s: %s%s", path, chosen, f", in {rounding} layers" if rounding else "")
 
 
 def _load_gguf(path: Path, dtype: torch.dtype | None, device: torch.device, verify: bool) -> PreTrainedModel:

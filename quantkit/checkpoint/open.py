@@ -8,14 +8,16 @@ import torch
 from torch import nn
 
 from quantkit import checkpoint
+from quantkit.checkpoint.activations import ComputeChoice, check_choice
 from quantkit.dtypes import float_dtype
 from quantkit.errors import SpecError
+from quantkit.formats.base import FORMATS
 from quantkit.hf.code import trust_code
 from quantkit.hf.load import load_float, load_tokenizer
 from quantkit.hf.source import locate
-from quantkit.kernels import ComputeMode
-from quantkit.nn.install import quantize_head
-from quantkit.system.files import named_path, read_json
+from quantkit.nn.install import describe_compute, quantize_head, set_compute
+from quantkit.system.compute import known_device
+from quantkit.system.files import named_path
 
 HEADS = ("float", "int8")
 """What :func:`open_model` can make of an output head."""
@@ -25,17 +27,19 @@ def open_model(
     source: str | Path,
     dtype: torch.dtype | str | None = None,
     *,
-    compute: ComputeMode = "float",
+    compute: ComputeChoice = "auto",
     head: str = "float",
+    device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
 ) -> tuple[nn.Module, Any]:
     """Open a quantized checkpoint, a float directory, a hub id, a GGUF file, or ``"demo"``, the embedded default.
 
     Args:
-        source: what to open.
+        source: what to open; of the hub also ``owner/name@revision``.
         dtype: dtype of the unquantized weights, or its name; None keeps what the files hold.
-        compute: what quantized layers make of their inputs; see :func:`quantkit.checkpoint.load`.
+        compute: what the layers of a quantized checkpoint make of their inputs; see :func:`quantkit.checkpoint.load`.
         head: ``"int8"`` rounds a float output head in memory, see :func:`quantkit.nn.install.quantize_head`.
+        device: where the model goes: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or ``"auto"``, the GPU if there is one.
         trust_remote_code: run the code that the model brings with it; see :func:`quantkit.hf.code.trust_code`.
 
     Returns:
@@ -46,16 +50,21 @@ def open_model(
     """
     if head not in HEADS:
         raise SpecError(f"head={head!r}: want one of {', '.join(HEADS)}")
+    check_choice(compute)
+    device = known_device(device)
     dtype, place = float_dtype(dtype), locate(source)
     if _is_quantized(named_path(place)):
         if trust_remote_code:
             trust_code(place)
-        model = checkpoint.load(place, dtype=dtype, compute=compute)
+        model = checkpoint.load(place, dtype=dtype, device=device, compute=compute)
         tokenizer = load_tokenizer(place, trust_remote_code=trust_remote_code)
     else:
-        model, tokenizer = load_float(place, dtype, trust_remote_code=trust_remote_code)
+        floating, tokenizer = load_float(place, dtype, trust_remote_code=trust_remote_code)
+        model = floating.to(device)  # type: ignore[arg-type]  # transformers types it so
     if head == "int8":
         quantize_head(model)
+        if compute == "int8" or describe_compute(model) not in ("", "exact"):
+            set_compute(model, "int8")  # the head as the other layers
     return model, tokenizer
 
 
@@ -63,5 +72,5 @@ def _is_quantized(path: Path) -> bool:
     """Whether a directory is for :func:`quantkit.checkpoint.load`: also an unfinished one, so that it can say what is wrong."""
     if os.path.exists(path / checkpoint.INCOMPLETE):  # which, unlike Path.exists, is False for names that cannot be
         return True
-    config = path / "config.json"
-    return os.path.isfile(config) and "quantization_config" in read_json(config)
+    configs = (rule.container.config(path) for _, rule in FORMATS) if os.path.isdir(path) else ()
+    return any(config is not None and "quantization_config" in config for config in configs)

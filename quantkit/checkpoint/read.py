@@ -1,5 +1,6 @@
 """Reading: everything is validated before a model is built, and nothing in a file is trusted."""
 
+import functools
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantkit.checkpoint.activations import choose
 from quantkit.checkpoint.contents import Contents, contents_of, read_site, same_bits
 from quantkit.checkpoint.publish import is_marked
 from quantkit.checkpoint.record import check_sums
 from quantkit.errors import FormatError, QuantkitError
-from quantkit.formats.base import FORMATS, Format, Matcher, Stored
+from quantkit.formats.base import FORMATS, Format, Held, Matcher, Stored
 from quantkit.formats.containers.base import Reader
 from quantkit.hf.load import read_config
 from quantkit.nn.sites import Site
@@ -107,10 +109,10 @@ def _find_format(path: Path) -> tuple[str, Format, dict[str, Any]]:
         where, quantization = path / rule.container.key_file, config.get("quantization_config")
         if not isinstance(quantization, dict):
             odd = f"{where} has no quantization_config: a float model; load it with transformers, or quantize it"
-        elif quantization.get("quant_method") == rule.dialect.quant_method:
+        elif rule.claims(quantization):
             return name, rule, config
         else:
-            known = ", ".join(other.dialect.quant_method for _, other in FORMATS)
+            known = ", ".join(dict.fromkeys(other.dialect.quant_method for _, other in FORMATS))
             odd = f"{where}: quant_method is {quantization.get('quant_method')!r}; quantkit reads {known}"
     files = ", ".join(dict.fromkeys(rule.container.key_file for _, rule in FORMATS))
     absent = "has none of the files of a checkpoint" if path.is_dir() else "is not a directory; want a checkpoint with one of"
@@ -136,7 +138,9 @@ def _contents(path: Path, where: Path, values: Mapping[str, Any], reader: Reader
 
 def _matcher(where: Path, rule: Format, config: Mapping[str, Any], reader: Reader) -> Matcher:
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
-    tensors = {name: header.dtype for name, header in reader.headers.items()}
+    tensors = {
+        name: Held(header.dtype, header.shape, functools.partial(reader.read, name)) for name, header in reader.headers.items()
+    }
     try:
         return rule.dialect.load_config(config["quantization_config"], dtype, tensors)
     except QuantkitError as error:
@@ -206,10 +210,12 @@ def _check_tensors(
     expected |= set(carried)
     _check_ties(path, contents, reader)
     ignorable = getattr(contents.model, "_keys_to_ignore_on_load_unexpected", None) or []
+    no_bias = {f"{entry.module}.bias" for entry in contents.entries if entry.name in stored}  # AutoGPTQ wrote zeros for them
     extra = [
         name
         for name in reader.headers
         if name not in expected
+        and not (name in no_bias and not bool(reader.read(name).any()))
         and name not in contents.model.all_tied_weights_keys
         and not any(re.search(pattern, name) for pattern in ignorable)
     ]
@@ -290,6 +296,7 @@ def inspect(path: str | Path, *, verify: bool = False) -> dict[str, Any]:
             "bytes": sum(files.values()),
             "bits_per_weight": sum(files.values()) * 8 / every,
             "shards": files,
+            "compute": str(choose(opened.config.get(RECORD, {}))),
             "metadata": {key: value for key, value in opened.config.get(RECORD, {}).items() if key != "carried_over"},
         }
 

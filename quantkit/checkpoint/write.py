@@ -59,6 +59,7 @@ class CheckpointWriter:
         overwrite: replace a model that is already there, at the very end.
         key: what decides the codes and floats that will be written; with it, a killed run can be continued.
         resume: continue an unfinished run of the same key; otherwise what is left of any run goes.
+        floats: returns a tensor that is stored in float; None takes them from the model.
 
     Raises:
         FormatError: see :func:`check_output`.
@@ -74,9 +75,10 @@ class CheckpointWriter:
         overwrite: bool = False,
         key: Key | None = None,
         resume: bool = True,
+        floats: Callable[[Entry], Tensor] | None = None,
     ) -> None:
         self.path, self.model, self.plan, self.format = Path(path), model, dict(plan), format
-        self._rule = FORMATS.get(format)
+        self._rule, self._floats = FORMATS.get(format), floats
         self._contents = contents_of(config_of(model))
         check(self._contents, self.path, model, plan, format, overwrite)
         if not (self.path / self._rule.container.key_file).exists():
@@ -296,7 +298,8 @@ class CheckpointWriter:
 
     def _encode(self, entry: Entry, qtensors: Mapping[str, QTensor]) -> dict[str, Tensor]:
         if entry.name not in self._stored or entry.site is None:
-            return {entry.name: float_tensor(self.model, entry, self._contents.transposed)}
+            own = self._floats(entry) if self._floats else float_tensor(self.model, entry, self._contents.transposed)
+            return {entry.name: own}
         scheme, codec = self._stored[entry.name].scheme, self._stored[entry.name].codec
         qtensor = qtensors[entry.site.name]
         if qtensor.spec != scheme.weight or qtensor.shape != entry.site.shape:
@@ -320,7 +323,10 @@ class CheckpointWriter:
         plan = {name: self._stored[e.name].scheme for e in quantized.values() for name in aliases(e)}
         dtype = dtype_name(self.model)
         ignore = sorted({*linear_modules(self._contents, quantized), *carried_linears(self._ledger)})
-        config["quantization_config"] = self._rule.dialect.dump_config(plan, ignore, dtype)
+        config = {key: value for key, value in config.items() if key not in ("quantization_config", "quantization")}
+        if said := self._rule.dialect.dump_config(plan, ignore, dtype):
+            config["quantization_config"] = said
+        config |= self._rule.also(config)
         carried = {"carried_over": list(self._ledger.carried)} if self._ledger and self._ledger.carried else {}
         config[SECTION] = {"version": __version__, "format": self.format, **metadata, **carried}
         return config

@@ -2,10 +2,14 @@
 
 import contextlib
 import functools
+import json
+import logging
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+import typer
 
 from quantkit.errors import RecipeError
 from quantkit.system.progress import Progress, ProgressCallback
@@ -31,9 +35,17 @@ def console(stderr: bool = False) -> "Console":
     return found
 
 
+def hush(quiet: bool) -> None:
+    """Show nothing of what is going on from now on, or do show it."""
+    if quiet:
+        logging.getLogger("quantkit.told").setLevel(logging.WARNING)
+    if quiet or console.cache_info().currsize:
+        console(stderr=True).quiet = quiet
+
+
 def say(text: str, stderr: bool = False) -> None:
     """Print a line as it is; a terminal may wrap it, but a path in it stays whole."""
-    console(stderr).print(text, markup=False, highlight=False, soft_wrap=True)
+    (console(stderr=True) if stderr else console()).print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -59,6 +71,11 @@ def facts(values: Mapping[str, str]) -> None:
     for name, value in values.items():
         grid.add_row(Text(name, style="bold"), Text(value))
     console().print(grid)
+
+
+def print_json(value: Any) -> None:
+    """Print a value as JSON."""
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
 
 
 def size(nbytes: float) -> str:

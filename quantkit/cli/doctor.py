@@ -9,6 +9,7 @@ import torch
 
 from quantkit import kernels
 from quantkit.checkpoint import prepacked
+from quantkit.checkpoint.activations import SHARE
 from quantkit.engine.drafters import DRAFTERS
 from quantkit.errors import KernelError
 from quantkit.kernels import build
@@ -32,6 +33,7 @@ def examine() -> dict[str, Any]:
         "cache": str(cache_dir()),
         "prepacked": prepacked.describe(),
         "decoder": _decoder(),
+        "int8 activations": _int8_activations(),
         "drafters": ", ".join(DRAFTERS.names()),
         "kernels": kernels.report(),
     }
@@ -43,6 +45,16 @@ def _decoder() -> str:
     except KernelError as error:
         return f"models run through their modules: {error}"
     return "native: a model that lowers to a program runs in one call per step"
+
+
+def _int8_activations() -> str:
+    try:
+        build.library()
+    except KernelError:
+        return "never here: they need the compiled kernels"
+    return (
+        f"where a checkpoint records that they add less than {SHARE:.0%} to its KL (quantkit inspect says), or --compute int8"
+    )
 
 
 def _version(package: str) -> str:

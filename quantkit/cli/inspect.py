@@ -1,14 +1,36 @@
 """Commands that look and do not change anything: plan, inspect, list, doctor."""
 
+import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from quantkit.cli import app
-from quantkit.cli.console import facts, parse_settings, say, size, table
-from quantkit.cli.options import TrustRemoteCode
+from quantkit.cli.console import facts, parse_settings, print_json, say, size, table
+from quantkit.cli.fits import COMPARED, show_fits
+from quantkit.cli.options import (
+    AsJson,
+    BudgetText,
+    Choices,
+    Device,
+    Dtype,
+    Format,
+    Include,
+    Length,
+    Method,
+    Revision,
+    Samples,
+    Scheme,
+    Steps,
+    TrustRemoteCode,
+    at_revision,
+    recipe_from,
+    scheme_or_budget,
+)
+from quantkit.errors import QuantkitError
 from quantkit.registry import Registry
 
 if TYPE_CHECKING:
@@ -18,35 +40,93 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe, e.g. calibration.samples=8."),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+
+
+RecipeFile = Annotated[Path, typer.Argument(help="Recipe (YAML); quantkit init MODEL writes one to begin with.")]
 
 
 @app.command()
-def plan(recipe: Path, settings: Settings = None, as_json: AsJson = False, trust_remote_code: TrustRemoteCode = False) -> None:
-    """Predict bits, bytes, peak memory and passes of a recipe, without touching weights."""
-    import dataclasses
-
+def plan(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE or MODEL", help="Recipe (YAML), or a model and options.")],
+    settings: Settings = None,
+    scheme: Scheme = None,
+    budget: BudgetText = None,
+    choice: Choices = None,
+    include: Include = None,
+    method: Method = "gptq",
+    step: Steps = None,
+    samples: Samples = 128,
+    length: Length = 512,
+    format: Format = "compressed-tensors",
+    dtype: Dtype = "auto",
+    serve: Annotated[bool, typer.Option("--serve", help="What fits this machine: memory and ms per token.")] = False,
+    context: Annotated[list[int] | None, typer.Option(help="With --serve: tokens of context; several times.")] = None,
+    users: Annotated[list[int] | None, typer.Option(help="With --serve: users at the same time; several times.")] = None,
+    kv: Annotated[str, typer.Option("--kv", help="With --serve: keys and values in float or int8.")] = "float",
+    device: Device = "auto",
+    revision: Revision = None,
+    as_json: AsJson = False,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Predict bits, bytes, peak memory and passes of a recipe, or of quantkit quantize MODEL, without touching weights."""
     from quantkit.hf.code import trust_code
     from quantkit.recipe.run import plan_recipe
     from quantkit.recipe.schema import load_recipe
 
-    loaded = load_recipe(recipe, parse_settings(settings))
+    def of_model(scheme: str | None) -> Any:
+        return recipe_from(
+            at_revision(recipe, revision), Path("(--out)"), scheme_or_budget(scheme, budget, choice, include), method=method,
+            steps=step or [], dtype=dtype, data=None, column=None, template=None, samples=samples, length=length, format=format,
+        )  # fmt: skip
+
+    shown: dict[str, Any] = {"kv": kv, "device": device, "as_json": as_json}
+    if serve and _is_checkpoint(recipe):
+        show_fits(recipe, None, context, users, **shown)
+        return
+    loaded = load_recipe(recipe, parse_settings(settings)) if is_recipe(recipe) else of_model(scheme)
     if trust_remote_code:
         trust_code(loaded.model)
-    preview = plan_recipe(loaded)
+    if not serve:
+        _show_plan(plan_recipe(loaded), recipe, as_json)
+    elif is_recipe(recipe) or scheme or budget:
+        show_fits(recipe, {scheme or budget or Path(recipe).name: plan_recipe(loaded)}, context, users, **shown)
+    else:
+        show_fits(recipe, {name: plan_recipe(of_model(name)) for name in COMPARED}, context, users, **shown)
+
+
+def _is_checkpoint(text: str) -> bool:
+    """Return whether a name is that of a directory with a quantized model."""
+    from quantkit.system.files import read_json
+
+    config = Path(text) / "config.json"
+    return os.path.isfile(config) and "quantization_config" in read_json(config)
+
+
+def is_recipe(text: str) -> bool:
+    """Return whether a name is that of a recipe rather than of a model."""
+    path = Path(text)
+    return path.suffix in (".yaml", ".yml") or (os.path.isfile(text) and path.suffix != ".gguf")
+
+
+def _show_plan(preview: "Preview", recipe: str, as_json: bool) -> None:
     found = preview.estimate
     if as_json:
         sites = {name: scheme.weight.describe() for name, scheme in preview.resolution.plan.items()}
-        typer.echo(json.dumps({**dataclasses.asdict(found), "plan": sites, "notes": preview.resolution.notes}, indent=2))
+        print_json({**dataclasses.asdict(found), "plan": sites, "notes": preview.resolution.notes})
         return
     rows = [(name, "quantized", str(count), f"{weights:,}") for name, (count, weights) in found.schemes.items()]
     rows += [(reason, "kept", str(count), f"{numel:,}") for reason, (count, numel) in found.kept.items()]
-    table(f"{preview.recipe.model} with {recipe}", ("scheme or reason", "", "tensors", "parameters"), rows)
+    of_recipe = is_recipe(recipe)
+    table(
+        f"{preview.recipe.model}{f' with {recipe}' if of_recipe else ''}",
+        ("scheme or reason", "", "tensors", "parameters"),
+        rows,
+    )
     facts(
         {
             "bits per quantized weight": f"{found.bits_per_weight:.3f}",
             "checkpoint": f"{size(found.total_bytes)} (float: {size(found.float_bytes)}), {preview.recipe.output.format}",
-            "written to": str(preview.recipe.output.path),
+            **({"written to": str(preview.recipe.output.path)} if of_recipe else {}),
             "peak memory, about": size(found.peak_bytes),
             **_training_time(preview),
             "passes": "\n".join(found.passes),
@@ -79,14 +159,20 @@ def _training_time(preview: "Preview") -> dict[str, str]:
 def inspect(
     path: Path,
     verify: Annotated[bool, typer.Option("--verify", help="Compare every tensor with its checksum.")] = False,
+    layers: Annotated[bool, typer.Option("--layers", help="What became of every layer, and why some stayed in float.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Describe a quantized checkpoint without loading it."""
+    """Describe a quantized checkpoint without loading it; --layers says why a layer was skipped."""
     from quantkit.checkpoint import inspect as look
 
     found = look(path, verify=verify)
+    rows = _layers(path) if layers else []
     if as_json:
-        typer.echo(json.dumps(found, indent=2))
+        print_json(found | ({"layers": rows} if layers else {}))
+        return
+    if layers:
+        heads = ("layer", "kind", "scheme", "loss", "reason")
+        table(f"{path}", heads, [tuple(row[head] for head in heads) for row in rows])
         return
     facts(
         {
@@ -96,6 +182,7 @@ def inspect(
             "parameters": f"{found['parameters']:,} ({found['quantized_parameters']:,} quantized)",
             "bits per quantized weight": f"{found['quantized_bits_per_weight']:.3f}",
             "bits per parameter": f"{found['bits_per_weight']:.3f}",
+            "on a CPU": found["compute"],
             "carried over": f"{found['carried_over']['tensors']} tensors, {size(found['carried_over']['bytes'])}",
             "size": f"{size(found['bytes'])} in {len(found['shards'])} file(s)",
             **({"verified": "every tensor has its checksum"} if verify else {}),
@@ -132,7 +219,7 @@ def doctor(as_json: AsJson = False) -> None:
 
     found = examine()
     if as_json:
-        typer.echo(json.dumps(found, indent=2))
+        print_json(found)
         return
     rows = [(row["kernel"], "yes" if row["available"] else "no", _reason(row)) for row in found.pop("kernels")]
     facts({name: json.dumps(value) if isinstance(value, dict) else str(value) for name, value in found.items()})
@@ -154,6 +241,32 @@ def cache(
         say(f"removed {size(prepacked.clear() + gguf.clear())}")
     say(prepacked.describe())
     say(f"{size(gguf.used_bytes())} read from GGUF files")
+
+
+def _layers(path: Path) -> list[dict[str, str]]:
+    """Return what a checkpoint records of every layer.
+
+    Raises:
+        QuantkitError: it records nothing.
+    """
+    from quantkit.checkpoint import read_record
+
+    record = read_record(path)
+    if record is None or not record.run:
+        raise QuantkitError(
+            f"{path} does not record what became of its layers: no run of quantkit wrote it; leave --layers out"
+        )
+    losses = record.run["losses"]
+    return [
+        {
+            "layer": row["name"],
+            "kind": row["kind"],
+            "scheme": row["scheme"] or "",
+            "loss": f"{losses[row['name']]:.2e}" if row["name"] in losses else "",
+            "reason": row["reason"] or "",
+        }
+        for row in record.run["coverage"]
+    ]
 
 
 def _flat(value: Any, name: str = "recorded") -> dict[str, str]:

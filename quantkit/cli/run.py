@@ -1,31 +1,42 @@
-"""Commands that work: demo, run, eval, bench, generate."""
+"""Commands that work: demo, run, train, eval, bench, generate."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
 from quantkit.cli import app
-from quantkit.cli.console import console, facts, parse_settings, progress_bars, say, size, table
-from quantkit.cli.inspect import Settings
+from quantkit.cli.console import console, facts, parse_settings, print_json, progress_bars, say, size, table
+from quantkit.cli.inspect import RecipeFile, Settings
 from quantkit.cli.options import (
+    AsJson,
     Column,
     ComputeMode,
     Data,
+    Device,
     DrafterName,
+    Dtype,
     Engine,
     Head,
     KeysAndValues,
+    MaxNewTokens,
+    MinP,
     Model,
+    RepetitionPenalty,
+    Revision,
+    Seed,
+    Temperature,
     Template,
+    TopK,
+    TopP,
     TrustRemoteCode,
+    load,
     read_drafter,
+    read_prompt,
 )
 from quantkit.system.progress import Progress
-
-if TYPE_CHECKING:
-    from quantkit.recipe.schema import Recipe
 
 
 @app.command()
@@ -86,21 +97,28 @@ def demo(
 
 
 @app.command()
-def run(recipe: Path, settings: Settings = None, trust_remote_code: TrustRemoteCode = False) -> None:
+def run(
+    recipe: RecipeFile,
+    settings: Settings = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
     """Carry out a recipe: quantize, write, prove, measure. An interrupted run continues."""
     from quantkit.recipe.schema import load_recipe
 
-    _run(load_recipe(recipe, parse_settings(settings)), trust_remote_code)
+    asked = {"run.device": device} if device != "auto" else {}
+    carry_out(load_recipe(recipe, asked | parse_settings(settings)), as_json, trust_remote_code)
 
 
-def _run(loaded: "Recipe", trust_remote_code: bool, after_event: Callable[[], None] | None = None) -> None:
-    """Carry out a recipe that has been read; ``after_event`` is called after every event of its progress."""
+def carry_out(recipe: Any, json: bool, trust_remote_code: bool, after_event: Callable[[], None] | None = None) -> None:
+    """Carry out a checked recipe and show what became of it; ``after_event`` is called after every event of its progress."""
     from quantkit.hf.code import trust_code
     from quantkit.recipe.run import run_recipe
     from quantkit.report import comparison_table, coverage_table
 
     if trust_remote_code:
-        trust_code(loaded.model)
+        trust_code(recipe.model)
     with progress_bars() as bars:
 
         def progress(event: Progress) -> None:
@@ -108,20 +126,28 @@ def _run(loaded: "Recipe", trust_remote_code: bool, after_event: Callable[[], No
             if after_event is not None:
                 after_event()
 
-        outcome = run_recipe(loaded, progress)
-    for note in outcome.preview.resolution.notes:
+        outcome = run_recipe(recipe, progress)
+    result, report = outcome.result, outcome.report
+    if json:
+        print_json(result.to_dict() | ({"evaluation": report.to_dict()} if report else {}))
+        return
+    for note in outcome.preview.resolution.notes if not result.metadata.get("search") else ():
         say(f"note: {note}")
-    console().print(coverage_table(outcome.result.coverage))
-    if outcome.report is not None:
-        console().print(comparison_table([outcome.report]))
-    say(f"{'already done:' if outcome.result.already_done else 'written to'} {outcome.result.path}")
+    console().print(coverage_table(result.coverage))
+    if report is not None:
+        console().print(comparison_table([report]))
+    facts(result.facts())
+    say(f"{'already done:' if result.already_done else 'written to'} {result.path}")
+    say(f"next: quantkit chat {result.path}, quantkit eval {result.path} --base {recipe.model}", stderr=True)
 
 
 @app.command()
 def train(
-    recipe: Path,
+    recipe: RecipeFile,
     settings: Settings = None,
     html: Annotated[Path | None, typer.Option(help="Write a page with the losses so far here, again and again.")] = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Train a quantized model behind its rounding, as the section train of a recipe says; an interrupted run continues."""
@@ -129,11 +155,12 @@ def train(
     from quantkit.recipe.schema import load_recipe
     from quantkit.report.trained import LivePage
 
-    loaded = load_recipe(recipe, parse_settings(settings))
+    asked = {"run.device": device} if device != "auto" else {}
+    loaded = load_recipe(recipe, asked | parse_settings(settings))
     if loaded.train is None:
         raise RecipeError(f"{recipe}: there is no section train; add one, such as train: {{steps: 200}}, or use quantkit run")
     page = LivePage(Path(str(loaded.output.path)), html, f"{loaded.model}: training") if html is not None else None
-    _run(loaded, trust_remote_code, page)
+    carry_out(loaded, as_json, trust_remote_code, page)
     if page is not None:
         page(over=True)
 
@@ -152,19 +179,24 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="Write the report here (JSON).")] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page with plots here.")] = None,
     head: Head = "float",
+    compute: ComputeMode = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    revision: Revision = None,
+    as_json: AsJson = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Measure a model: perplexity, distance from a base model, speed, size."""
-    from quantkit.checkpoint.open import open_model
     from quantkit.evaluation import evaluate as measure
     from quantkit.mixed.recorded import PLAN_FILE
     from quantkit.report import comparison_table, write_html
 
-    opened, tokenizer = open_model(model, head=head, trust_remote_code=trust_remote_code)
+    place: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    opened, tokenizer = load(model, revision=revision, compute=compute, head=head, **place)
     with progress_bars() as progress:
         report = measure(
             opened,
-            open_model(base, trust_remote_code=trust_remote_code)[0] if base else None,
+            load(base, **place)[0] if base else None,
             data=data,
             column=column,
             template=template,
@@ -177,12 +209,17 @@ def evaluate(
             base_label=base,
             progress=progress,
         )
-    console().print(comparison_table([report]))
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        console().print(comparison_table([report]))
     if out is not None:
         report.save(out)
+        say(f"written: {out}", stderr=True)
     if html is not None:
         found = Path(model) / PLAN_FILE
         write_html(html, [report], search=found if found.is_file() else None, training=Path(model))
+        say(f"written: {html} (open it in a browser)", stderr=True)
 
 
 @app.command()
@@ -190,17 +227,22 @@ def bench(
     models: Annotated[list[str], typer.Argument(help="Models to time; speed-ups are against the first.")],
     context: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 256,
     new_tokens: Annotated[int, typer.Option(help="Tokens decoded per round.")] = 32,
-    rounds: int = 5,
+    rounds: Annotated[int, typer.Option(help="Rounds in which every model is timed once.")] = 5,
     engine: Engine = "auto",
-    compute: ComputeMode = "float",
+    compute: ComputeMode = "auto",
     head: Head = "float",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    as_json: AsJson = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Time several models in turn, round by round."""
-    from quantkit.checkpoint.open import open_model
+    import dataclasses
+
     from quantkit.evaluation import compare_latency
 
-    opened = {name: open_model(name, head=head, trust_remote_code=trust_remote_code)[0] for name in models}
+    place: dict[str, Any] = {"device": device, "dtype": dtype, "compute": compute, "head": head}
+    opened = {name: load(name, trust_remote_code=trust_remote_code, **place)[0] for name in models}
     with progress_bars() as progress:
         found = compare_latency(
             opened,
@@ -211,6 +253,9 @@ def bench(
             compute=compute,
             progress=progress,
         )
+    if as_json:
+        print_json({name: dataclasses.asdict(one) for name, one in found.items()})
+        return
     rows = [
         (
             name,
@@ -230,27 +275,36 @@ def bench(
 @app.command()
 def generate(
     model: Model,
-    prompt: str,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    repetition_penalty: float = 1.0,
-    seed: int | None = None,
+    prompt: Annotated[str | None, typer.Argument(help="Text to continue; - or nothing reads it from a pipe.")] = None,
+    max_new_tokens: MaxNewTokens = 128,
+    temperature: Temperature = 0.0,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    seed: Seed = None,
     kv: KeysAndValues = "float",
     drafter: DrafterName = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt through the model's chat template.")] = False,
     engine: Engine = "auto",
-    compute: ComputeMode = "float",
+    compute: ComputeMode = "auto",
     head: Head = "float",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    revision: Revision = None,
+    as_json: AsJson = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Continue a prompt and show the text as it comes."""
-    from quantkit.checkpoint.open import open_model
-    from quantkit.generation.generate import generate as continue_text
+    import dataclasses
 
-    opened, tokenizer = open_model(model, head=head, trust_remote_code=trust_remote_code)
+    from quantkit.generation.generate import generate as continue_text
+    from quantkit.nn.install import describe_compute
+
+    prompt = read_prompt(prompt)
+    opened, tokenizer = load(
+        model, device=device, dtype=dtype, revision=revision, compute=compute, head=head, trust_remote_code=trust_remote_code
+    )
     done = continue_text(
         opened,
         [{"role": "user", "content": prompt}] if chat else prompt,
@@ -264,13 +318,24 @@ def generate(
         seed=seed,
         kv=kv,
         drafter=read_drafter(drafter),
-        stream=lambda piece: typer.echo(piece, nl=False),
+        stream=None if as_json else _show,
         engine=engine,
         compute=compute,
     )
+    if as_json:
+        print_json(dataclasses.asdict(done))
+        return
     typer.echo()
     later = sorted(done.decode_ms)
     speed = f", {later[len(later) // 2]:.1f} ms per token (median)" if later else ""
     guessed = f", {done.accepted} of {done.drafted} drafts accepted" if drafter else ""
     first = f"first token after {done.prefill_ms:.0f} ms"
-    say(f"[{len(done.ids)} tokens, {done.finish_reason}; {first}{speed}{guessed}]", stderr=True)
+    rounds = describe_compute(opened)
+    how = f"; {rounds}" if rounds not in ("", "exact") else ""
+    say(f"[{len(done.ids)} tokens, {done.finish_reason}; {first}{speed}{guessed}{how}]", stderr=True)
+
+
+def _show(piece: str) -> None:
+    """Print a piece of text at once."""
+    typer.echo(piece, nl=False)
+    sys.stdout.flush()

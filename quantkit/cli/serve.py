@@ -6,8 +6,22 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quantkit.cli import app
-from quantkit.cli.console import console, facts, progress_bars, say, size, table
-from quantkit.cli.options import ComputeMode, DrafterName, Engine, KeysAndValues, Model, TrustRemoteCode, read_drafter
+from quantkit.cli.console import console, facts, print_json, progress_bars, say, size, table
+from quantkit.cli.options import (
+    AsJson,
+    ComputeMode,
+    Device,
+    DrafterName,
+    Dtype,
+    Engine,
+    Head,
+    KeysAndValues,
+    Model,
+    Revision,
+    TrustRemoteCode,
+    load,
+    read_drafter,
+)
 from quantkit.errors import QuantkitError, nearest
 
 if TYPE_CHECKING:
@@ -42,16 +56,21 @@ def serve(
         int | None, typer.Option(help="Longest prompt and answer in tokens; default: the model's limit.")
     ] = None,
     engine: Engine = "auto",
-    compute: ComputeMode = "float",
+    compute: ComputeMode = "auto",
+    head: Head = "float",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Serve a model to OpenAI clients, in one process and for a few users. For many users, use vLLM."""
-    from quantkit.checkpoint.open import open_model
     from quantkit.engine.request import Limits
     from quantkit.serve.run import check_port, open_server, run_server
 
     check_port(host, port)
-    opened, tokenizer = open_model(model, trust_remote_code=trust_remote_code)
+    opened, tokenizer = load(
+        model, device=device, dtype=dtype, revision=revision, compute=compute, head=head, trust_remote_code=trust_remote_code
+    )
     limits = Limits(running=running, waiting=waiting, kv_tokens=kv_tokens, context_tokens=context)
     server = open_server(
         opened,
@@ -105,18 +124,22 @@ def trace(
     running: Annotated[int, typer.Option(help="Requests that run at the same time.")] = 8,
     kv: KeysAndValues = "float",
     engine: Engine = "auto",
-    compute: ComputeMode = "float",
+    compute: ComputeMode = "auto",
     batching: Annotated[str, typer.Option(help="Kinds to compare: padded, static, continuous.")] = "padded,continuous",
     price: Annotated[float | None, typer.Option(help="Price of this machine per hour; adds the cost of tokens.")] = None,
     seed: int = 0,
     out: Annotated[Path | None, typer.Option(help="Write the numbers here (JSON).")] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page with plots here.")] = None,
+    head: Head = "float",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    revision: Revision = None,
+    as_json: AsJson = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Simulate requests and measure time to first token, time between tokens and throughput, for several kinds of batching."""
     import math
 
-    from quantkit.checkpoint.open import open_model
     from quantkit.engine.request import Limits
     from quantkit.evaluation.trace import poisson_trace, read_lengths, serve_trace
     from quantkit.generation.engine import Engine as Runner
@@ -124,7 +147,9 @@ def trace(
     from quantkit.report import trace_rows, write_trace_html
     from quantkit.system.files import write_json
 
-    opened, _ = open_model(model, trust_remote_code=trust_remote_code)
+    opened, _ = load(
+        model, device=device, dtype=dtype, revision=revision, compute=compute, head=head, trust_remote_code=trust_remote_code
+    )
     arrivals = poisson_trace(
         requests,
         rate_per_s=rate or math.inf,
@@ -149,7 +174,10 @@ def trace(
             found[kind] = serve_trace(runner, arrivals, padded=kind == "padded", progress=progress)
     pace = f"{rate} arrivals per second" if rate else "all at the start"
     title = f"{requests} requests, {sum(a.new_tokens for a in arrivals)} new tokens, {running} running, {pace}"
-    table(title, *trace_rows(found, price))
+    if as_json:
+        print_json({kind: one.to_dict() for kind, one in found.items()})
+    else:
+        table(title, *trace_rows(found, price))
     if html is not None:
         write_trace_html(html, found, price=price, title=f"{model}: {title}")
     if out is not None:

@@ -1,29 +1,77 @@
 """The command that compares: sweep."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from quantkit.cli import app
-from quantkit.cli.console import console, facts, parse_settings, progress_bars, say
-from quantkit.cli.inspect import Settings
+from quantkit.cli.console import console, facts, parse_settings, print_json, progress_bars, say
+from quantkit.cli.inspect import Settings, is_recipe
+from quantkit.cli.options import (
+    AsJson,
+    Column,
+    Data,
+    Device,
+    Dtype,
+    Length,
+    Revision,
+    Samples,
+    Template,
+    TrustRemoteCode,
+    at_revision,
+)
+from quantkit.errors import QuantkitError
 from quantkit.system.progress import Progress
 
 
 @app.command()
 def sweep(
-    recipe: Path,
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE or MODEL", help="Sweep (YAML), or a model and options.")],
     settings: Settings = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Directory of the sweep of a model; it can be continued and extended.")
+    ] = None,
+    scheme: Annotated[list[str] | None, typer.Option(help="A scheme to compare; give it several times.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="A quantizer to compare; gptq if none is given.")] = None,
+    budget: Annotated[list[str] | None, typer.Option(help="A size to compare, such as 4.25 bpw or 100 MB.")] = None,
+    data: Data = None,
+    column: Column = None,
+    template: Template = None,
+    samples: Samples = 128,
+    length: Length = 512,
+    windows: Annotated[int, typer.Option(help="Windows that rows are scored on, as long as those of calibration.")] = 16,
+    eval_data: Annotated[
+        str | None, typer.Option(help="Text that rows are scored on; default: text that every Python carries.")
+    ] = None,
+    latency: Annotated[bool, typer.Option("--latency", help="Time decoding, too.")] = False,
     ray: Annotated[bool, typer.Option("--ray", help="Make rows as tasks of a Ray cluster (extra ray).")] = False,
     html: Annotated[Path | None, typer.Option(help="Write a page with the table and pictures here.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    revision: Revision = None,
+    as_json: AsJson = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Quantize a model in many ways from one calibration, and score all of them. An interrupted sweep continues."""
+    from quantkit.hf.code import trust_code
     from quantkit.sweeps.run import run_sweep
-    from quantkit.sweeps.schema import load_sweep
-    from quantkit.sweeps.show import sweep_table, unmade
 
-    loaded = load_sweep(recipe, parse_settings(settings))
+    run = {"run.device": device} if device != "auto" else {}
+    if is_recipe(recipe):
+        loaded = _load(recipe, run | parse_settings(settings))
+    else:
+        if out is None or not (scheme or budget):
+            raise QuantkitError(
+                f"a sweep of {recipe} wants --out and --scheme, the last several times: --scheme w4a16 --scheme w3a16"
+            )
+        text = {"data": data, "column": column, "template": template, "samples": samples, "length": length}
+        scored = {"data": eval_data, "windows": windows, "length": length, "latency": latency}
+        axes = {"schemes": scheme or [], "quantizers": method or ["gptq"], "budgets": budget or []}
+        output = {"output": {"path": str(out)}, "run": {"device": device}, "dtype": dtype}
+        loaded = _made({"model": at_revision(recipe, revision), **axes, "calibration": text, "evaluate": scored, **output})
+    if trust_remote_code:
+        trust_code(loaded.model)
     with progress_bars(again=True) as bars:
 
         def show(event: Progress) -> None:
@@ -33,12 +81,36 @@ def sweep(
                 bars(event)
 
         result = run_sweep(loaded, show, ray=ray)
-    console().print(sweep_table(result))
-    for name, status, reason in unmade(result):
-        say(f"{status}: {name}{': ' if reason else ''}{reason}")
     if html is not None:
         result.save_html(html)
-    facts({"rows": str(result.directory), **({"page": f"{html} (open it in a browser)"} if html else {})})
+    _show(result, html, as_json)
     if any(row.status == "failed" for row in result.rows):
         say("the same command again tries the failed rows once more", stderr=True)
         raise typer.Exit(1)
+
+
+def _load(recipe: str, overrides: dict[str, Any]) -> Any:
+    from quantkit.sweeps.schema import load_sweep
+
+    return load_sweep(recipe, overrides)
+
+
+def _made(data: dict[str, Any]) -> Any:
+    from quantkit.recipe.schema import recipe_of
+    from quantkit.sweeps.schema import SweepRecipe
+
+    return recipe_of(data, SweepRecipe)
+
+
+def _show(result: Any, html: Path | None, as_json: bool) -> None:
+    """Print the table of a sweep."""
+    from quantkit.sweeps.rows import COLUMNS
+    from quantkit.sweeps.show import sweep_table, unmade
+
+    if as_json:
+        print_json([{name: getattr(row, name) for name in COLUMNS} for row in result.rows])
+        return
+    console().print(sweep_table(result))
+    for name, status, reason in unmade(result):
+        say(f"{status}: {name}{': ' if reason else ''}{reason}")
+    facts({"rows": str(result.directory), **({"page": f"{html} (open it in a browser)"} if html else {})})

@@ -28,6 +28,7 @@ from quantkit.evaluation.reference import BaseLogits
 from quantkit.evaluation.through_cache import ThroughCache
 from quantkit.evaluation.windows import Windows, cut_windows, from_batches
 from quantkit.nn.embedding import input_table, max_positions
+from quantkit.nn.install import describe_compute
 from quantkit.nn.linear import QuantLinear, QuantWeight
 from quantkit.spec import KVScheme
 from quantkit.system.keywords import check_names, take
@@ -147,6 +148,7 @@ def evaluate(
         environment=describe_environment(parameter.dtype, parameter.device),
         latency=latency or None,
         base=base_name,
+        compute=describe_compute(model),
     )
 
 
@@ -164,7 +166,8 @@ def is_answer(
     compared with the same base, and timed if timing is wanted.
     """
     cut, _ = choose_windows(data, tokenizer, max_positions(model), **take(options, _WINDOWS))
-    return (report.protocol.fingerprint, report.base) == (cut.fingerprint(), base) and (not latency or bool(report.latency))
+    same = (report.protocol.fingerprint, report.base) == (cut.fingerprint(), base)
+    return same and report.compute in ("", describe_compute(model)) and (not latency or bool(report.latency))
 
 
 def _kv_name(kv: str | KVScheme) -> str:

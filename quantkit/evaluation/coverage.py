@@ -16,6 +16,7 @@ from quantkit.hf.ledger import Ledger, ledger_of
 from quantkit.nn.quantized import Quantized
 from quantkit.nn.sites import Structure, read_weight
 from quantkit.spec import Plan
+from quantkit.system.tables import table_html
 
 KINDS = ("quantized", "fell back", "skipped", "carried over")
 
@@ -74,6 +75,22 @@ class CoverageSummary:
     bytes_before: int
     bytes_after: int
     tokens: tuple[int, int] | None = None
+
+
+class Coverage(list[CoverageRow]):
+    """The rows of a model. Printed and in a notebook it is the summary that :func:`summarise` makes; iterate for the rows."""
+
+    def __repr__(self) -> str:
+        lines = [f"{g.count:6,} {g.kind:12} {g.module_type}, {g.scheme or g.reason or 'as it was'}" for g in summarise(self)]
+        return "\n".join([f"Coverage of {len(self)} weights", *lines])
+
+    def _repr_html_(self) -> str:
+        heads = ("", "module", "scheme", "tensors", "weights", "MiB before", "MiB after", "reason")
+        rows = [
+            (g.kind, g.module_type, g.scheme, g.count, g.parameters, g.bytes_before / 2**20, g.bytes_after / 2**20, g.reason)
+            for g in summarise(self)
+        ]
+        return table_html(heads, rows)
 
 
 def summarise(rows: Iterable[CoverageRow]) -> list[CoverageSummary]:

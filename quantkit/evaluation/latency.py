@@ -91,7 +91,7 @@ def measure_latency(
     new_tokens: int = 32,
     rounds: int = 3,
     engine: str = "auto",
-    compute: str = "float",
+    compute: str = "auto",
     progress: ProgressCallback = ignore,
 ) -> Latency:
     """Measure one model; arguments as in :func:`compare_latency`."""
@@ -115,7 +115,7 @@ def compare_latency(
     new_tokens: int = 32,
     rounds: int = 3,
     engine: str = "auto",
-    compute: str = "float",
+    compute: str = "auto",
     progress: ProgressCallback = ignore,
 ) -> dict[str, Latency]:
     """Measure several models alternately, in one run.

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import html
 import importlib.metadata
 import json
 import platform
@@ -20,6 +19,7 @@ from quantkit.evaluation.footprint import Footprint
 from quantkit.evaluation.latency import Latency
 from quantkit.evaluation.quality import Quality
 from quantkit.system.files import write_json
+from quantkit.system.tables import facts_html
 from quantkit.version import __version__
 
 SCHEMA = "quantkit.eval-report/1"
@@ -99,6 +99,8 @@ class EvalReport:
         environment: machine and software.
         latency: timings, or None.
         base: label of the base model, or None.
+        compute: how quantized layers multiplied while the quality was measured: ``"exact"``, or with int8 activations; empty
+            for a float model, and where an older report does not say.
     """
 
     label: str
@@ -108,6 +110,7 @@ class EvalReport:
     environment: Environment
     latency: Latency | None = None
     base: str | None = None
+    compute: str = ""
 
     def summary(self) -> dict[str, str]:
         """Return the most important measurements as name and text, with units and one standard error."""
@@ -115,6 +118,8 @@ class EvalReport:
         if (divergence := self.quality.divergence) is not None:
             found["KL"] = f"{_with_error(divergence.mean, divergence.mean_se)} nats from {self.base or 'the base'}"
             found["same top-1"] = f"{100 * divergence.same_top1:.1f} %"
+        if self.compute:
+            found["measured with"] = f"{self.compute} products" if self.compute == "exact" else self.compute
         found["bits per weight"] = f"{self.footprint.bits_per_weight:.2f}"
         if self.latency is not None:
             found["decode"] = f"{self.latency.decode_ms.median:.2f} ms per token"
@@ -126,12 +131,7 @@ class EvalReport:
 
     def _repr_html_(self) -> str:
         """Return the summary as an HTML table, for notebooks."""
-        left = 'style="text-align:left"'
-        rows = "".join(
-            f"<tr><th {left}>{html.escape(name)}</th><td {left}>{html.escape(value)}</td></tr>"
-            for name, value in self.summary().items()
-        )
-        return f"<table><caption {left}>{html.escape(self.label)}</caption>{rows}</table>"
+        return facts_html(self.summary(), self.label)
 
     def to_dict(self) -> dict[str, Any]:
         """Return a mapping for JSON; :meth:`from_dict` reverses it exactly."""

@@ -16,12 +16,13 @@ from quantkit.calibrate.chat import Passage
 from quantkit.calibrate.data import Batch, check_fit, cut_batches
 from quantkit.calibrate.texts import chosen_opening, encode_passages, text_default
 from quantkit.checkpoint.check import converted_buffers
-from quantkit.errors import CalibrationError, FormatError
+from quantkit.errors import CalibrationError, FormatError, KernelError
 from quantkit.evaluation.quality import score
 from quantkit.evaluation.reference import run_model
 from quantkit.evaluation.windows import Windows, from_batches
 from quantkit.nn.block_calls import running_alone
 from quantkit.nn.embedding import input_table, max_positions
+from quantkit.nn.install import set_compute
 from quantkit.system.compute import evaluation_mode
 
 WINDOWS, LENGTH = 2, 128
@@ -96,6 +97,30 @@ class SanityCheck:
                 f"the checkpoint read back differs from the model in memory: KL {kl:.3g}, want <= {MAX_RELOAD_KL:g}{why}"
             )
         return kl
+
+    def cost_of_int8(self, floating: "SanityCheck", model: nn.Module) -> dict[str, Any]:
+        """Measure what int8 activations add to a quantized model, whose exact predictions are recorded here.
+
+        Args:
+            floating: predictions of the float model on the same windows.
+            model: the quantized model, on a CPU; it multiplies exactly before and after.
+
+        Returns:
+            A mapping for JSON, as :mod:`quantkit.checkpoint.activations` reads it: kl_mean and kl_p99 (KL(exact || rounded) in
+            nats per token), tokens, kl_to_float (KL(float || rounded)), layers (how many round); or the reason why not.
+        """
+        try:
+            layers = set_compute(model, "int8")
+            rounded = self.recorded_of(model)
+            added, whole = self.measure(rounded), floating.measure(rounded)
+        except (KernelError, CalibrationError) as error:
+            return {"unmeasured": str(error).partition("\n")[0]}
+        finally:
+            set_compute(model, "float")
+        if not layers:
+            return {"unmeasured": "no layer multiplies by a quantized weight"}
+        kept = {name: added[name] for name in ("tokens", "kl_mean", "kl_p99")}
+        return {**kept, "kl_to_float": whole["kl_mean"], "layers": layers}
 
     def _answer(self, ids: Tensor) -> Tensor:
         return self.logits[_key(ids)]

@@ -50,6 +50,21 @@ class Stored:
     codec: Codec
 
 
+@dataclass(frozen=True, slots=True)
+class Held:
+    """One tensor of a checkpoint's files, for a config that does not say everything.
+
+    Attributes:
+        dtype: its dtype.
+        shape: its shape.
+        read: returns a copy of its content.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+
+
 Matcher = Callable[[str], Stored | None]
 """Checkpoint module name to how it is stored; None for a module that is not quantized."""
 
@@ -87,13 +102,13 @@ class Dialect(Protocol):
         """
         ...
 
-    def load_config(self, config: Mapping[str, Any], dtype: str, tensors: Mapping[str, torch.dtype]) -> Matcher:
+    def load_config(self, config: Mapping[str, Any], dtype: str, tensors: Mapping[str, Held]) -> Matcher:
         """Read ``quantization_config``.
 
         Args:
             config: the dictionary that :meth:`dump_config` or another writer made.
             dtype: dtype of the checkpoint's unquantized weights.
-            tensors: dtype of every tensor in the checkpoint, for a config that does not name the dtype of scales.
+            tensors: every tensor in the checkpoint by name.
 
         Raises:
             FormatError: it describes something that cannot be represented exactly.
@@ -109,8 +124,14 @@ class Format:
         codec: the codec of a scheme that :meth:`rejects` accepts.
         container: the files.
         dialect: the config.
-        foreign: others read it, too: transformers (:mod:`quantkit.hf.reader`), and engines that run several layers as one
-            (:mod:`quantkit.pipeline.fused`).
+        foreign: engines read it, too, that run several layers as one (:mod:`quantkit.pipeline.fused`).
+        packed: transformers loads it without unpacking the weights, with the faults that :mod:`quantkit.hf.reader` knows.
+        scale_dtype: dtype of all stored scales, where the format fixes one; None for the checkpoint's.
+        usage: which other programs load it, and how, for the model card; after "With".
+        also: returns what else its readers look for in config.json, of what the model's config says there.
+        recognises: says whether a ``quantization_config`` is this format's; None asks for the dialect's ``quant_method``.
+        rejects_plan: says what cannot be stored in one checkpoint of what can be stored layer by layer; it is given checkpoint
+            module names with their schemes and the names of linear modules that stay in float.
         refuses: says why a whole model cannot be stored, or None: it is given config.json, the names of all tensors, and
             tokenizer.json where that is known. None takes every model.
     """
@@ -119,11 +140,23 @@ class Format:
     container: Container
     dialect: Dialect
     foreign: bool = False
+    packed: bool = False
+    scale_dtype: str | None = None
+    usage: str = ""
+    also: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda config: {}
+    recognises: Callable[[Mapping[str, Any]], bool] | None = None
+    rejects_plan: Callable[[Mapping[str, Scheme], Sequence[str]], str | None] = lambda plan, ignore: None
     refuses: Callable[[Mapping[str, Any], Iterable[str], Mapping[str, Any] | None], str | None] | None = None
 
     def rejects(self, scheme: Scheme, shape: tuple[int, ...], dtype: str | None = None) -> str | None:
         """Say why a weight of ``shape`` (..., out, in) cannot be stored; see :meth:`Dialect.rejects`."""
         return self.dialect.rejects(scheme, shape, dtype)
+
+    def claims(self, config: Mapping[str, Any]) -> bool:
+        """Return whether a ``quantization_config`` is this format's."""
+        if self.recognises is not None:
+            return self.recognises(config)
+        return config.get("quant_method") == self.dialect.quant_method
 
 
 FORMATS: Registry[Format] = Registry("format", package="quantkit.formats", error=FormatError)

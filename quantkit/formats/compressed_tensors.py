@@ -12,4 +12,6 @@ from quantkit.formats.codecs.compressed_tensors import codec_of
 from quantkit.formats.containers.directory import SafetensorsDirectory
 from quantkit.formats.dialects.compressed_tensors import CompressedTensors
 
-FORMATS.register("compressed-tensors")(Format(codec_of, SafetensorsDirectory("model"), CompressedTensors(), foreign=True))
+FORMATS.register("compressed-tensors")(
+    Format(codec_of, SafetensorsDirectory("model"), CompressedTensors(), foreign=True, packed=True)
+)

@@ -33,8 +33,9 @@ class Engine(TokenEngine):
             or any :class:`~quantkit.engine.drafters.Drafter`.
         engine: ``"native"`` (one native call per step), ``"modules"`` (the model's own forward), or ``"auto"``: native if
             possible, else modules.
-        compute: ``"float"``; ``"int8"``, which is faster and less exact; or ``"float32"``, which keeps a bfloat16 model
-            from rounding activations to bfloat16 where that is faster. The last two need the native CPU engine.
+        compute: ``"auto"``, what the model was loaded with (:func:`quantkit.load`); ``"exact"``; ``"int8"``, which is faster
+            and less exact; or ``"float32"``, which keeps a bfloat16 model from rounding activations to bfloat16 where that is
+            faster. What differs from how the model was loaded needs the native CPU engine.
         batch_invariant: answers are bitwise independent of the other requests and of drafts. The native CPU engine guarantees
             this always; on CUDA, prompts are read several times slower.
 
@@ -51,7 +52,7 @@ class Engine(TokenEngine):
         limits: Limits | None = None,
         drafter: DrafterChoice = None,
         engine: str = "auto",
-        compute: str = "float",
+        compute: str = "auto",
         batch_invariant: bool = False,
     ) -> None:
         options: dict[str, Any] = {"engine": engine, "compute": compute, "batch_invariant": batch_invariant}

@@ -25,7 +25,7 @@ from quantkit.hf.paged import PagedBackend, context_tokens, describe_layers
 from quantkit.kernels.cpu.decoder import NativeDecoder
 from quantkit.kernels.cuda.decoder import CudaDecoder
 from quantkit.nn.embedding import input_table
-from quantkit.nn.linear import QuantLinear, QuantWeight
+from quantkit.nn.install import describe_compute
 from quantkit.spec import KVScheme, QuantSpec, kv_preset
 from quantkit.system.turns import turn
 
@@ -35,7 +35,7 @@ FALLBACKS: collections.Counter[str] = collections.Counter()
 """Number of fallbacks by message, which names the model class and the reason."""
 
 ENGINES = ("auto", "native", "modules")
-COMPUTE_MODES = ("float", "float32", "int8")
+COMPUTE_MODES = ("auto", "exact", "float32", "int8")
 _NATIVE_KV = {KVScheme(): "float32", kv_preset("int8"): "int8"}
 _INT4_TOKENS = QuantSpec("int4", (1, 32), False)
 _CUDA_KV = {KVScheme(): "float", kv_preset("int8"): "int8", KVScheme(_INT4_TOKENS, _INT4_TOKENS): "int4"}
@@ -89,7 +89,7 @@ def make_backend(
     kv: str | KVScheme = "float",
     *,
     engine: str = "auto",
-    compute: str = "float",
+    compute: str = "auto",
     batch_invariant: bool = False,
 ) -> Backend:
     """Return the fastest backend that can run ``model`` with these options.
@@ -99,10 +99,10 @@ def make_backend(
         kv: how keys and values are stored: a scheme or its name.
         engine: ``"native"`` (one native call per step), ``"modules"`` (the model's own forward), or ``"auto"``: native if
             possible, else modules.
-        compute: ``"float"`` keeps activations in float, except that a bfloat16 model on a CPU rounds them to bfloat16 in
+        compute: ``"exact"`` keeps activations in float, except that a bfloat16 model on a CPU rounds them to bfloat16 in
             products with bfloat16 weights if this CPU is faster with it; ``"float32"`` never does that. ``"int8"`` rounds them
-            in products with quantized weights, which is faster and less exact, and needs the native CPU engine. A model that
-            was loaded with int8 activations always rounds them.
+            in products with quantized weights, which is faster and less exact. ``"auto"`` does what the model was loaded with.
+            Anything else than that needs the native CPU engine.
         batch_invariant: require that an answer does not depend on the other requests of a batch. The native CPU engine
             guarantees it always, the CUDA engine at the cost of speed, modules never.
 
@@ -129,16 +129,17 @@ def _make_backend(model: PreTrainedModel, scheme: KVScheme, *, engine: str, comp
             return NativeBackend(
                 decoder,
                 kv="bfloat16" if narrow and not scheme.quantized else _NATIVE_KV[scheme],
-                exact=compute != "int8" and not _rounds(model),
+                exact=compute in ("exact", "float32") or (compute == "auto" and not _rounds(model)),
                 bfloat16=narrow and compute != "float32",
                 context_tokens=context_tokens(model),
             )
         if engine == "native":
             raise QuantkitError(f"{type(model).__name__} cannot run natively: {decoder}; use engine='modules'")
         _fall_back(f"{type(model).__name__} runs through its modules, not natively: {decoder}")
-    if compute != "float":
+    if compute != "auto" and compute != ("int8" if _rounds(model) else "exact"):
         raise QuantkitError(
             f"compute={compute!r} needs the native CPU engine, and this model runs through its modules; leave it out"
+            + ("" if compute == "float32" else f", or quantkit.load(..., compute={compute!r})")
         )
     if batch_invariant:
         raise QuantkitError("batch_invariant=True needs a native engine, and this model runs through its modules; leave it out")
@@ -157,16 +158,16 @@ def describe_engine(model: PreTrainedModel) -> str:
 
 
 def _rounds(model: PreTrainedModel) -> bool:
-    """Return whether the model was loaded with compute="int8"."""
-    return any(m.compute == "int8" for m in model.modules() if isinstance(m, QuantLinear | QuantWeight))
+    """Return whether quantized layers of the model round their inputs to int8."""
+    return describe_compute(model) not in ("", "exact")
 
 
-def _native(model: PreTrainedModel, scheme: KVScheme, compute: str = "float") -> Decoder | str:
+def _native(model: PreTrainedModel, scheme: KVScheme, compute: str = "auto") -> Decoder | str:
     """Return the model's native decoder, or the reason why it cannot run natively with these options."""
     if device_types(model) == {"cuda"}:
         if scheme not in _CUDA_KV:
             return f"on CUDA keys and values can be float, int8 or int4 in groups of 32, not {scheme.describe()}"
-        if compute != "float" or _rounds(model):
+        if compute == "int8":
             return "on CUDA activations are rounded only where the model's scheme says so"
     elif scheme not in _NATIVE_KV:
         return f"natively keys and values can be float or int8, not {scheme.describe()}"
@@ -177,11 +178,18 @@ def _modules(model: PreTrainedModel, scheme: KVScheme) -> Backend:
     """Return a backend that runs the model's own modules: paged if possible, else sequential."""
     known = describe_layers(model)
     if not isinstance(known, str):
-        return PagedBackend(model, scheme, known)
+        return _named(PagedBackend(model, scheme, known), model)
     if scheme.quantized:
         raise QuantkitError(f"kv={scheme.describe()!r} needs paged keys and values, but {known}; use kv='float'")
     _fall_back(f"{known}: sequences run one after another on transformers' own cache")
-    return SequentialBackend(model, known)
+    return _named(SequentialBackend(model, known), model)
+
+
+def _named(backend: PagedBackend | SequentialBackend, model: PreTrainedModel) -> Backend:
+    """Return a backend whose name says it where the model's layers round their inputs."""
+    if _rounds(model):
+        backend.engine = f"{backend.engine}, int8 activations"
+    return backend
 
 
 def _fall_back(notice: str) -> None:

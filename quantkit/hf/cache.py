@@ -27,6 +27,7 @@ from transformers import DynamicCache, PreTrainedModel
 from quantkit.errors import QuantkitError
 from quantkit.nn.block_calls import CANNOT_RUN, running_alone
 from quantkit.nn.embedding import input_table
+from quantkit.nn.install import float_activations
 
 logger = logging.getLogger(__name__)
 
@@ -156,7 +157,8 @@ def _way_of(model: PreTrainedModel) -> _Way:
         QuantkitError: it returns no logits, or its predictions depend on later tokens.
     """
     if model not in _ways:
-        _ways[model] = _find_way(model)
+        with float_activations(model):
+            _ways[model] = _find_way(model)
     return _ways[model]
 
 

@@ -31,6 +31,7 @@ from quantkit.hf.cache import LENGTH_DEPENDENT_ROPE, rope_types
 from quantkit.hf.structure import towers
 from quantkit.nn.block_calls import running_alone
 from quantkit.nn.embedding import input_table
+from quantkit.nn.install import float_activations
 from quantkit.spec import KVScheme
 from quantkit.system.turns import turn
 
@@ -225,7 +226,8 @@ def _describe(model: PreTrainedModel) -> tuple[LayerShape, ...] | str:
             raise _CannotPage(f"it has layers of kind {', '.join(sorted(unknown))}")
         if "position_ids" not in inspect.signature(model.forward).parameters:
             raise _CannotPage("it takes no position_ids")
-        return _verify(model, kinds)
+        with float_activations(model):
+            return _verify(model, kinds)
     except _CannotPage as reason:
         return f"{name}: {reason}"
 

@@ -17,7 +17,7 @@ from quantkit.hf.sizes import check_config_of
 
 MODEL_FILES: Final = ("*.json", "*.safetensors", "*.model", "*.tiktoken", "*.spm", "*.txt", "*.jinja", "LICENSE*", "NOTICE*")
 """What is fetched from the hub."""
-_HUB_ID: Final = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_HUB_ID: Final = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 OTHER_FORMATS: Final = ("consolidated*", "original/*", "onnx/*", "*.fp16.safetensors")
 
 
@@ -29,6 +29,18 @@ def locate(source: str | Path) -> str | Path:
     return demo_model_path() if str(source) == DEMO_MODEL else source
 
 
+def hub_name(source: str | Path) -> tuple[str, str | None]:
+    """Return the id and the revision of what a user names as ``owner/name@revision``; any other source, and None.
+
+    A revision is a branch, a tag or a commit of the hub. What exists here under the whole name is no hub id.
+    """
+    text = str(source)
+    name, _, revision = text.partition("@")
+    if not revision or not _HUB_ID.fullmatch(name) or os.path.lexists(text):
+        return text, None
+    return name, revision
+
+
 def refuse_mistyped(source: str | Path) -> None:
     """Refuse what is meant as a path of this machine and is not there: the hub, asked for it, answers in riddles.
 
@@ -37,8 +49,8 @@ def refuse_mistyped(source: str | Path) -> None:
     """
     text = str(source)
     meant = isinstance(source, Path) or text.startswith((".", "~", os.sep)) or text.endswith(".gguf")
-    if (meant or not _HUB_ID.fullmatch(text)) and not os.path.lexists(text):
-        wanted = "a directory, a .gguf file, 'demo', or the id of a model on the hub (owner/name)"
+    if (meant or not _HUB_ID.fullmatch(hub_name(source)[0])) and not os.path.lexists(text):
+        wanted = "a directory, a .gguf file, 'demo', or the id of a model on the hub (owner/name, owner/name@revision)"
         raise QuantkitError(f"cannot load a model from {text}: there is no such file or directory; want {wanted}")
 
 
@@ -53,11 +65,15 @@ def directory_of(source: str | Path, *, trust_remote_code: bool = False) -> Path
     refuse_mistyped(source)
     if Path(source).is_dir():
         return Path(source)
-    wanted = [*MODEL_FILES, *(["*.py"] if trust_remote_code else [])]
+    found = _snapshot(source, [*MODEL_FILES, *(["*.py"] if trust_remote_code else [])])
+    return found if any(found.glob("*.safetensors")) else _snapshot(source, ["pytorch_model*.bin"])
+
+
+def _snapshot(source: str | Path, wanted: list[str]) -> Path:
+    """Return the directory of the cache that holds files of a model of the hub, fetched if need be."""
+    name, revision = hub_name(source)
     try:
-        found = Path(snapshot_download(str(source), allow_patterns=wanted, ignore_patterns=[*OTHER_FORMATS]))
-        if not any(found.glob("*.safetensors")):
-            snapshot_download(str(source), allow_patterns=["pytorch_model*.bin"])
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=[*OTHER_FORMATS]))
     except LocalEntryNotFoundError as error:
         way_out = "give the path of a directory, or try again with a connection"
         raise QuantkitError(
@@ -65,7 +81,6 @@ def directory_of(source: str | Path, *, trust_remote_code: bool = False) -> Path
         ) from error
     except (OSError, ValueError) as error:
         raise QuantkitError(f"cannot load a model from {source}: {error}") from error
-    return found
 
 
 @names_source("cannot read the config of")
@@ -78,6 +93,8 @@ def load_config(source: str | Path) -> PretrainedConfig:
     place = locate(source)
     refuse_mistyped(place)
     gguf = Path(place).suffix == ".gguf"
+    if not gguf and not os.path.exists(place):
+        place = _snapshot(place, ["*.json"])
     try:
         if not gguf:
             check_config_of(place)

@@ -1,6 +1,5 @@
 """What a search found: a plan, why, and what a little more or less would buy."""
 
-import html
 import math
 import re
 from collections import Counter
@@ -15,6 +14,7 @@ from quantkit.mixed.budget import Budget
 from quantkit.mixed.groups import Menu
 from quantkit.pipeline.plan import Resolution
 from quantkit.spec import Scheme
+from quantkit.system.tables import facts_html
 
 POINTS = 40
 """Points of a frontier."""
@@ -116,7 +116,7 @@ class Scores:
             return "add smaller choices"
         return (
             f"{rest / 1e6:.4g} MB are taken by what is not searched (embedding and head, unless included; norms; tokenizer); "
-            "include embedding and head, or add smaller choices"
+            "include embedding and head (--include embedding --include head, --format native), or add smaller choices"
         )
 
     def _least(self, budget: Budget) -> list[int]:
@@ -326,8 +326,7 @@ class SearchResult(Resolution):
         return "SearchResult\n" + "\n".join(f"  {name:{width}}  {value}" for name, value in facts.items())
 
     def _repr_html_(self) -> str:
-        rows = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in self.facts().items())
-        return f"<table>{rows}</table>"
+        return facts_html(self.facts())
 
 
 def kind_of(name: str) -> str:

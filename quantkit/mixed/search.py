@@ -141,7 +141,7 @@ def search(
     batches = calibration.batches(tokenizer)
     check_fit(batches, opened)
     check_model(opened)
-    structure, compute = prepare_blocks(opened, structure, run.compute or Compute.default(opened))
+    structure, compute = prepare_blocks(opened, structure, run.compute or Compute.default(opened, run.device))
     found = _Search(
         opened, replace(menu, structure=structure), quantizer, calibration, scoring, replace(run, compute=compute), tokenizer
     )

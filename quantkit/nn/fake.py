@@ -74,6 +74,8 @@ class FakeModule(nn.Module):
         super().__init__()
         register()
         qtensor = as_grid(module.qtensor)
+        if qtensor.spec.offset:
+            raise SpecError(f"weights {qtensor.spec.describe()} are only read, and cannot be trained; start from a float model")
         self.spec, self.shape, self.activation, self.tied_to = qtensor.spec, qtensor.shape, module.activation, module.tied_to
         self._key = spec_key(self.spec)
         self._input_key = spec_key(self.activation.grid) if self.activation is not None else ""
@@ -290,11 +292,17 @@ def quantized(model: nn.Module) -> None:
     """Put the quantized layer where each trainable stand-in of ``model`` is, in place.
 
     Raises:
-        SpecError: a weight holds NaN or infinity, or there is no such layer.
+        SpecError: a weight holds NaN or infinity, parameters are spread over processes, or there is no such layer.
     """
     swap = _Convert(model)
     if not swap.places:
         raise SpecError("the model has no layer that is being trained; make one by quantkit.prepare")
+    if sharded := next((name for name, one in model.named_parameters() if hasattr(one, "full_tensor")), None):
+        raise SpecError(
+            f"{sharded} is spread over processes (fully_shard); gather the state with get_model_state_dict(model, "
+            "options=StateDictOptions(full_state_dict=True)) of torch.distributed.checkpoint.state_dict, and load it into a "
+            "prepared model of one process"
+        )
     swap.carry_out()
     for name, _ in swap.places:
         forbid_saving(model, name)

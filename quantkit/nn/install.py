@@ -6,13 +6,16 @@ A linear layer's whole module is replaced by a :class:`~quantkit.nn.linear.Quant
 :class:`~quantkit.nn.parameter.QuantParameter`. The float weight is freed as soon as nobody else holds it.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, Final, NoReturn
 
+import torch
 from torch import Tensor, nn
 
-from quantkit.errors import QuantkitError, SpecError
+from quantkit.errors import KernelError, QuantkitError, SpecError
 from quantkit.kernels import ComputeMode
-from quantkit.kernels.select import check_compute
+from quantkit.kernels.select import FORCE_VARIABLE, Problem, check_compute, select
 from quantkit.nn.embedding import QuantEmbedding
 from quantkit.nn.linear import QuantLinear, QuantWeight
 from quantkit.nn.parameter import QuantParameter
@@ -133,16 +136,74 @@ def _install_table(model: nn.Module, site: Site, weight: Tensor, qtensor: QTenso
     _forget_ties(model, sharing)  # they are one GridTensor now
 
 
-def set_compute(model: nn.Module, compute: ComputeMode) -> None:
-    """Say what the quantized layers of ``model`` make of their inputs from now on: ``"float"``, nothing, or ``"int8"``.
+def set_compute(model: nn.Module, compute: ComputeMode) -> int:
+    """Say what the quantized layers of ``model`` make of their inputs on a CPU from now on.
+
+    Args:
+        model: any model.
+        compute: ``"float"``, nothing, or ``"int8"``, rounded in every layer that a kernel does so for; others stay exact.
+
+    Returns:
+        The number of layers that round.
 
     Raises:
-        KernelError: if ``compute`` is neither.
+        KernelError: ``compute`` is neither, or no kernel rounds for any of the layers; the message has the kernels' reasons.
     """
     check_compute(compute)
-    for module in model.modules():
-        if isinstance(module, QuantLinear | QuantWeight):
-            module.compute = compute
+    layers = [module for module in model.modules() if isinstance(module, QuantLinear | QuantWeight)]
+    refused = {one.spec: reason for one in layers if compute == "int8" and (reason := _cannot_round(one))}
+    for module in layers:
+        module.compute = "float" if module.spec in refused else compute
+    rounding = sum(module.compute == "int8" for module in layers)
+    if refused and not rounding:
+        raise KernelError(next(iter(refused.values())))
+    return rounding
+
+
+def _cannot_round(layer: QuantLinear | QuantWeight) -> str | None:
+    """Return the reasons why no kernel of this CPU rounds the inputs of a layer; None if one does."""
+    try:
+        kernel = select(Problem(layer.spec, (layer.shape[-2], layer.shape[-1]), "cpu", torch.float32), "int8")
+    except KernelError as error:
+        return str(error)
+    return None if kernel.compute == "int8" else f"{FORCE_VARIABLE} asks for a kernel that leaves activations as they are"
+
+
+def describe_compute(model: nn.Module) -> str:
+    """Return how the quantized layers of ``model`` multiply: ``"exact"``, ``"int8 activations"``, or in how many of them.
+
+    Empty for a model without such layers.
+    """
+    layers = [module for module in model.modules() if isinstance(module, QuantLinear | QuantWeight)]
+    rounding = sum(module.compute == "int8" and module.device.type == "cpu" for module in layers)
+    if not rounding:
+        return "exact" if layers else ""
+    return "int8 activations" + (f" in {rounding} of {len(layers)} layers" if rounding < len(layers) else "")
+
+
+@contextlib.contextmanager
+def float_activations(model: nn.Module) -> Iterator[None]:
+    """Switch off the rounding of activations in quantized layers, which would blur the comparison of values.
+
+    A difference of the last bit decides how a value is rounded, and from layer to layer more of them: two ways to run a model
+    that are both right then differ as much as rounded activations differ from exact ones.
+
+    Activations that are rounded in a rotated basis stay as they are, because the rotation is part of the rounding.
+    """
+    layers = [m for m in model.modules() if isinstance(m, QuantLinear | QuantWeight)]
+    before = [(module, module.compute, module.activation) for module in layers]
+    try:
+        for module in layers:
+            if module.compute != "float":
+                module.compute = "float"
+            if module.activation is not None and not module.activation.rotated:
+                module.activation = None
+        yield
+    finally:
+        for module, compute, activation in before:
+            module.activation = activation
+            if module.compute != compute:
+                module.compute = compute
 
 
 def _find(model: nn.Module, site: Site) -> tuple[nn.Module, Tensor]:

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantkit.errors import SpecError
 from quantkit.kernels.functions.learning import drift_levels, expand_groups, reduce_groups, settle_levels
 from quantkit.nn.sites import Site
 from quantkit.numerics import grid
@@ -62,6 +63,8 @@ class TunedWeight(nn.Module):
         origin: Tensor | None = None,
     ) -> None:
         super().__init__()
+        if qtensor.spec.offset:
+            raise SpecError(f"weights {qtensor.spec.describe()} are only read, and cannot be trained; start from a float model")
         self.spec, self.shape, self.inputs = qtensor.spec, qtensor.shape, InputQuantizer(activation)
         rows, cols = grid.block_size(qtensor.spec, qtensor.shape)
         *lead, out, features = qtensor.shape

@@ -175,10 +175,10 @@ class _Multiplier(QuantModule):
 
     @property
     def compute(self) -> ComputeMode:
-        """What kernels make of x: ``"float"``, nothing (the default), or ``"int8"``, rounded block by block.
+        """What kernels make of x on a CPU: ``"float"``, nothing (the default), or ``"int8"``, rounded block by block.
 
-        :mod:`quantkit.kernels.cpu.matmul` states the error of the second. Where a gradient is wanted, x is always left as it
-        is.
+        :mod:`quantkit.kernels.cpu.matmul` states the error of the second. On another device, and where a gradient is wanted, x
+        is always left as it is.
         """
         return self._compute
 
@@ -204,7 +204,9 @@ class _Multiplier(QuantModule):
             value = self.value
             if isinstance(value, Packed) and value.dtype is dtype:
                 return value
-            kernel = select(Problem(self.spec, (self.shape[-2], self.shape[-1]), value.device.type, dtype), self._compute)
+            device = value.device.type
+            compute = self._compute if device == "cpu" else "float"
+            kernel = select(Problem(self.spec, (self.shape[-2], self.shape[-1]), device, dtype), compute)
             packed = value.run_by(kernel, dtype) if isinstance(value, Packed) else Packed.of(value, kernel, dtype)
             self.value = packed
         return packed

@@ -121,6 +121,7 @@ def choose_qparams(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | No
     Returns:
         scale (..., out_blocks, in_blocks) in ``spec.scale_dtype``; zero point uint8 of the same shape, or None if symmetric.
     """
+    _refuse_offset(spec)
     blocks = to_blocks(weight.float(), spec)
     if not spec.is_integer:
         largest, most = DTYPES[spec.dtype].largest, blocks.abs().amax(-1)
@@ -136,9 +137,10 @@ def choose_qparams(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | No
 def choose_global_scale(largest: Tensor, spec: QuantSpec) -> Tensor:
     """Return what a weight whose largest magnitude is ``largest`` (...) is multiplied by so that its scales use all of FP8.
 
-    That is 448 * max v / largest (NVIDIA's NVFP4 recipe), float32 in ``largest``'s shape; 1 for a weight of zeros.
+    That is 448 * max v / largest (NVIDIA's NVFP4 recipe), float32 in ``largest``'s shape; 1 for a weight of zeros. Some formats
+    divide by it and some multiply by its inverse: it is a number that is the inverse of its own inverse in float32.
     """
-    wanted = FP8_LARGEST * DTYPES[spec.dtype].largest / largest.float()
+    wanted = 1 / (1 / (FP8_LARGEST * DTYPES[spec.dtype].largest / largest.float()))
     return torch.where(largest > 0, wanted, torch.ones_like(wanted))
 
 
@@ -170,6 +172,7 @@ def zero_code(spec: QuantSpec) -> int:
 
 def quantize(weight: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
     """Round ``weight`` (..., out, in) to the nearest codes, clamped to the grid; returns uint8 of the same shape."""
+    _refuse_offset(spec)
     shape = tuple(weight.shape)
     step = expand(scale.float(), spec, shape)
     if not spec.is_integer:
@@ -178,13 +181,28 @@ def quantize(weight: Tensor, scale: Tensor, zero_point: Tensor | None, spec: Qua
     return (weight.float() / step).round_().add_(zero).clamp_(0, 2**spec.bits - 1).to(torch.uint8)
 
 
+def zero_dtype(spec: QuantSpec) -> torch.dtype:
+    """Return the dtype of zero points: codes, or an offset in the dtype of the scales."""
+    return SCALE_DTYPES[spec.scale_dtype] if spec.offset else torch.uint8
+
+
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
-    """Return ``(codes - zero_point) * scale`` in float32, same shape as ``codes`` (..., out, in)."""
+    """Return ``(codes - zero_point) * scale`` in float32, same shape as ``codes`` (..., out, in).
+
+    Where the grid has an offset, ``zero_point`` is that: ``codes * scale + zero_point``.
+    """
     shape = tuple(codes.shape)
+    if spec.offset and zero_point is not None:
+        return codes.float().mul_(expand(scale, spec, shape).float()).add_(expand(zero_point, spec, shape).float())
     if not spec.is_integer:
         return table(spec.dtype)[0].to(codes.device)[codes.int()].mul_(expand(scale.float(), spec, shape))
     zero: Tensor | int = zero_code(spec) if zero_point is None else expand(zero_point, spec, shape).float()
     return (codes.float() - zero).mul_(expand(scale, spec, shape).float())
+
+
+def _refuse_offset(spec: QuantSpec) -> None:
+    if spec.offset:
+        raise SpecError(f"{spec.describe()}: weights with an offset are only read; quantize with zero points (-asym)")
 
 
 def nearest_in_table(values: Tensor, dtype: str) -> Tensor:

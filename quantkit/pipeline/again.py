@@ -80,7 +80,7 @@ def finished_result(
     _write_missing(path, record.files, model, tokenizer)
     try:
         facts = _FACTS.validate_python(record.run)
-        loaded: Any = checkpoint.load(path, verify=True)
+        loaded: Any = checkpoint.load(path, compute="exact", verify=True)
     except (ValidationError, QuantkitError) as error:
         if output.overwrite and not replaced:
             log.warning("%s is made again: %s", path, error)

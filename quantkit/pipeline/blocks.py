@@ -28,7 +28,7 @@ from quantkit.quantizers.rtn import RTN
 from quantkit.spec import ActivationSpec, Plan, Scheme
 from quantkit.system.compute import Compute, on_device
 from quantkit.system.memory import drop_pages, mapped_pages, return_freed_memory
-from quantkit.system.progress import Progress, ProgressCallback, ignore
+from quantkit.system.progress import Progress, ProgressCallback, ignore, told
 from quantkit.transforms.base import Correction
 from quantkit.transforms.scaling_groups import shared_global_scales
 
@@ -80,7 +80,7 @@ def quantize_blocks(run: BlockRun) -> dict[str, Quantized]:
     model, structure, plan, store = run.model, run.structure, run.plan, run.store
     finished = store.finished() if store else 0
     if finished:
-        log.info("continuing after %d finished blocks", finished)
+        told.info("continuing after block %d of %d", finished, len(structure.blocks))
         if run.chain is not None and run.chain.state and store is not None:
             run.chain.state = store.load_chain()
     results: dict[str, Quantized] = {}

@@ -63,16 +63,21 @@ class Unfinished:
             log.warning("%s", warning)
         quantized = self.sanity.recorded_of(model)
         facts = {**metadata, "quality": self.sanity.measure(quantized)}
+        reread: dict[str, Any] = {}
 
         def check(stage: Path) -> dict[str, Any]:
             checkpoint.verify(stage, model)
-            return {"reload_kl": quantized.check_reloaded(model, checkpoint.load(stage, cache=False))}
+            reloaded = checkpoint.load(stage, compute="exact", cache=False)
+            reread["reload_kl"] = quantized.check_reloaded(model, reloaded)
+            reread["int8_activations"] = quantized.cost_of_int8(self.sanity, reloaded)
+            return reread
 
         path, losses = None, {name: one.loss for name, one in results.items()}
         if writer is not None:
             outside = {site.name: results[site.name].qtensor for site in self.structure.after if site.name in results}
             record = record_of(coverage, losses)
             path = writer.finish(facts, outside=outside, tokenizer=self.tokenizer, run=record, check=check)
+            facts["quality"] = {**facts["quality"], **reread}
         return QuantizeResult(model, self.tokenizer, self.resolution.plan, coverage, losses, path, facts)
 
 

@@ -26,12 +26,18 @@ from quantkit.pipeline.fused import fused_groups
 from quantkit.pipeline.rules import EMBEDDING, HEAD, Rule, SchemeChoice, choice_of
 from quantkit.presets import MIXES, SCHEMES
 from quantkit.spec import AUTO_GROUP_SIZES, Plan, Scheme
+from quantkit.system.tables import table_html
 
 OUTSIDE = "outside the decoder layers, not named by a rule"
 
 
-def scale_dtype_for(dtype: torch.dtype) -> str:
-    """Return the dtype of a model's scales: the checkpoint's, in which its readers hold them; float16 for a float32 model."""
+def scale_dtype_for(dtype: torch.dtype, format: str | None = None) -> str:
+    """Return the dtype of a model's scales: the checkpoint's, in which its readers hold them; float16 for a float32 model.
+
+    A format that fixes another one has that.
+    """
+    if format is not None and (fixed := FORMATS.get(format).scale_dtype) is not None:
+        return fixed
     return "bfloat16" if dtype == torch.bfloat16 else "float16"
 
 
@@ -57,6 +63,12 @@ class Resolution:
         schemes = Counter(scheme.describe() for scheme in self.plan.values())
         parts = [*(f"{count} layers {name}" for name, count in schemes.items()), f"{len(self.skipped)} left in float"]
         return f"Resolution({'; '.join(parts)})"
+
+    def _repr_html_(self) -> str:
+        """Return what every layer gets, for notebooks: layers of one kind and scheme in one row."""
+        groups = Counter((re.sub(r"\d+", "*", name), one.describe(), self.remarks.get(name)) for name, one in self.plan.items())
+        groups.update((re.sub(r"\d+", "*", name), "float", reason) for name, reason in self.skipped.items())
+        return table_html(("layers", "scheme", "remark", "number"), [(*key, count) for key, count in groups.items()])
 
 
 def make_plan(
@@ -272,6 +284,8 @@ def check_plan(plan: Plan, structure: Structure, format_name: str | None) -> Non
         if name not in known:
             raise SpecError(f"the plan names {name!r}, which is no layer of the model; {nearest(name, known)}")
         reason = scheme.weight.rejects(known[name].shape)
+        if reason is None and scheme.weight.offset:
+            reason = f"weights {scheme.weight.describe()} are only read; use zero points (-asym)"
         if known[name] == structure.embedding and (scheme.activation is not None or scheme.weight.block[0] != 1):
             reason = f"an embedding table wants float activations and a scale per row or group, not {scheme.describe()}"
         if known[name].read and scheme.activation is not None:
@@ -282,6 +296,8 @@ def check_plan(plan: Plan, structure: Structure, format_name: str | None) -> Non
             reason = FORMATS.get(format_name).rejects(scheme, known[name].shape)
         if reason is not None:
             refused.append(f"{name}: {reason}")
+    if not refused and format_name is not None and (reason := FORMATS.get(format_name).rejects_plan(plan, ())):
+        refused.append(reason)
     if refused:
         more = f" (and {len(refused) - 1} more layers)" if len(refused) > 1 else ""
         raise SpecError(f"{refused[0]}{more}")

@@ -112,7 +112,7 @@ def convert(model: nn.Module) -> nn.Module:
     training left it.
 
     Raises:
-        SpecError: a weight holds NaN or infinity, or the model is not prepared.
+        SpecError: a weight holds NaN or infinity, the parameters are spread over processes, or the model is not prepared.
     """
     fake.quantized(model)
     return model.eval()
@@ -133,7 +133,7 @@ def started(start: Start) -> PreTrainedModel:
         SpecError: it is no quantized model.
     """
     given = start.model if isinstance(start, QuantizeResult) else start
-    model = given if isinstance(given, nn.Module) else checkpoint.load(given, cache=False)
+    model = given if isinstance(given, nn.Module) else checkpoint.load(given, compute="exact", cache=False)
     if not any(isinstance(part, QuantModule) for part in model.modules()):
         raise SpecError(
             f"start={type(start).__name__}: it has no quantized layer; give a result, a quantized model or a checkpoint"

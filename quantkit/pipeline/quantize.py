@@ -110,7 +110,7 @@ def quantize(
             model=model,
             tokenizer=tokenizer,
             structure=structure,
-            resolution=resolve(structure, scheme, rules, scale_dtype_for(next(model.parameters()).dtype)),
+            resolution=resolve(structure, scheme, rules, scale_dtype_for(next(model.parameters()).dtype, target.format)),
             method=quantizer,
             steps=todo,
             calibration=calibration,
@@ -149,7 +149,7 @@ class _Job:
 
     @cached_property
     def compute(self) -> Compute:
-        return self.run.compute or Compute.default(self.model)
+        return self.run.compute or Compute.default(self.model, self.run.device)
 
     @cached_property
     def statistics(self) -> Mapping[str, SiteStatistics] | None:
@@ -318,7 +318,7 @@ def collect(
     batches = calibration.batches(tokenizer)
     check_fit(batches, model)
     check_model(model)
-    structure, compute = prepare_blocks(model, structure, run.compute or Compute.default(model))
+    structure, compute = prepare_blocks(model, structure, run.compute or Compute.default(model, run.device))
     with all_experts_shown(model, calibration.all_experts):
         found = collect_statistics(
             model,

@@ -1,6 +1,6 @@
 """What :func:`quantkit.quantize` returns, and how it shows itself."""
 
-import html
+import dataclasses
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,9 +8,11 @@ from typing import Any
 
 from torch import nn
 
+from quantkit.checkpoint.activations import choose
 from quantkit.errors import QuantkitError
-from quantkit.evaluation.coverage import CoverageRow, shortfall
+from quantkit.evaluation.coverage import Coverage, CoverageRow, shortfall
 from quantkit.spec import Scheme
+from quantkit.system.tables import facts_html, frame
 
 
 @dataclass(frozen=True, repr=False)
@@ -21,7 +23,7 @@ class QuantizeResult:
         model: the quantized model, ready to run.
         tokenizer: its tokenizer, if one is known.
         plan: layer name to scheme, as carried out.
-        coverage: one row per weight of the model: quantized, skipped or fell back, and why.
+        coverage: one row per weight of the model: quantized, skipped or fell back, and why; notebooks show the summary.
         losses: layer name to relative squared output error over the calibration inputs.
         path: the checkpoint directory, or None if none was asked for.
         metadata: what was recorded in the checkpoint: scheme, quantizer, calibration, versions, measured quality.
@@ -36,6 +38,9 @@ class QuantizeResult:
     path: Path | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
     already_done: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "coverage", Coverage(self.coverage))
 
     def facts(self) -> dict[str, str]:
         """Return what a reader wants to know first, label to value."""
@@ -55,6 +60,8 @@ class QuantizeResult:
             found["KL to the float model"] = f"{quality['kl_mean']:.4f} nats on {quality['tokens']} tokens ({quality['text']})"
             found["perplexity"] = f"{quality['perplexity']:.2f}, {quality['base_perplexity']:.2f} before"
             found["same top-1 token"] = f"{quality['same_top1']:.1%}"
+        if "int8_activations" in quality:
+            found["loaded on a CPU"] = str(choose(self.metadata))
         return found | {"checkpoint": str(self.path) if self.path else "not written"}
 
     def plot_training(self) -> Any:
@@ -75,5 +82,35 @@ class QuantizeResult:
         return "QuantizeResult\n" + "\n".join(f"  {name:{width}}  {value}" for name, value in facts.items())
 
     def _repr_html_(self) -> str:
-        rows = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in self.facts().items())
-        return f"<table>{rows}</table>"
+        return facts_html(self.facts())
+
+    def layers(self) -> Any:
+        """Return one row per weight of the model: a pandas data frame where pandas is installed, else a list of mappings.
+
+        The columns: ``layer``, ``kind``, ``module``, ``scheme``, ``weights``, ``bits`` (stored per weight), ``bytes_before``,
+        ``bytes_after``, ``loss`` (relative squared output error), ``tokens`` (the fewest that any expert saw), ``reason``.
+        """
+        return frame(
+            [
+                {
+                    "layer": row.name,
+                    "kind": row.kind,
+                    "module": row.module_type,
+                    "scheme": row.scheme,
+                    "weights": row.parameters,
+                    "bits": row.bytes_after * 8 / row.parameters if row.parameters else None,
+                    "bytes_before": row.bytes_before,
+                    "bytes_after": row.bytes_after,
+                    "loss": self.losses.get(row.name),
+                    "tokens": min(row.tokens, default=None),
+                    "reason": row.reason,
+                }
+                for row in self.coverage
+            ]
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a mapping for JSON: path, what was recorded in the checkpoint, and the coverage of every weight."""
+        rows = [dataclasses.asdict(row) | {"loss": self.losses.get(row.name)} for row in self.coverage]
+        path = None if self.path is None else str(self.path)
+        return {"path": path, "already_done": self.already_done, **self.metadata, "coverage": rows}

@@ -6,9 +6,9 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Strict
 
-from quantkit.errors import FormatError, QuantkitError
+from quantkit.errors import FormatError, QuantkitError, SpecError
 from quantkit.formats.base import FORMATS
-from quantkit.system.compute import Compute
+from quantkit.system.compute import Compute, known_device
 from quantkit.system.progress import ProgressCallback, ignore
 from quantkit.system.settings import Flag, settings
 
@@ -21,13 +21,21 @@ def _known_format(name: str) -> str:
     return name
 
 
+def _known_place(name: str) -> str:
+    try:
+        known_device(name)
+    except SpecError as error:
+        raise ValueError(str(error)) from None
+    return name
+
+
 @settings(FormatError)
 class Output:
     """Where a checkpoint goes, and in which format.
 
     Args:
         path: directory; None writes nothing.
-        format: name in the registry of formats: ``"compressed-tensors"``, ``"native"`` or ``"gguf"``.
+        format: name in the registry of formats, such as ``"compressed-tensors"``, ``"gptq"``, ``"gguf"`` or ``"native"``.
         overwrite: replace a checkpoint that is already there, at the very end.
         fused: layers that serving engines run as one (query, key and value; gate and up; the experts of a layer) must have one
             scheme; False allows rules that part them, in a checkpoint for readers that do not join layers.
@@ -67,12 +75,14 @@ class Run:
         strict: fail if a linear layer or expert would be left in float without a rule that says so, or falls back to plain
             rounding; the first is found before any work, the second when it happens.
         resume: continue an interrupted run of the same settings, or read back what it has finished; False starts over.
-        compute: device and dtype of the block at work; None is the GPU if there is one, else the CPU in float32.
+        device: where the block at work is: ``cpu``, ``cuda``, ``cuda:1``, or ``auto``, the GPU if there is one.
+        compute: device and dtype of the block at work; None is ``device`` in the model's dtype, the CPU in float32.
         progress: receives :class:`quantkit.Progress` events.
     """
 
     strict: Flag = False
     resume: Flag = True
+    device: Annotated[str, Strict(), AfterValidator(_known_place)] = "auto"
     compute: Compute | None = None
     progress: Any = ignore
 

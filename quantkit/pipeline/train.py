@@ -47,6 +47,7 @@ from quantkit.pipeline.training.state import TrainingState
 from quantkit.quantizers.base import QUANTIZERS, Quantizer, relative_error
 from quantkit.quantizers.rtn import RTN
 from quantkit.spec import Plan, Scheme
+from quantkit.system.progress import told
 from quantkit.transforms.base import Step
 
 log = logging.getLogger(__name__)
@@ -103,7 +104,7 @@ def train(
         model, tokenizer = open_float(model, tokenizer, target)
         refuse_absent(model, empty=True)
         structure = describe(model)
-        resolution = resolve(structure, scheme, rules, scale_dtype_for(next(model.parameters()).dtype))
+        resolution = resolve(structure, scheme, rules, scale_dtype_for(next(model.parameters()).dtype, target.format))
         check_training(structure, resolution.plan, has_start=True)
         job = _Job(
             model, tokenizer, structure, resolution, training, _Beginning(quantizer, todo.all, start), calibration, target, run
@@ -256,7 +257,7 @@ def _carry_out(job: _Job, key: checkpoint.Key | None, batches: Sequence[Batch], 
     before = {parameter: parameter.requires_grad for parameter in model.parameters()}
     learner = Learner(model, Objective(teacher, training.next_token_share, training.together), training, windows, held_out)
     if state is not None and state.restore(learner):
-        log.info("going on after %d of %d steps", learner.done, training.steps)
+        told.info("continuing after step %d of %d", learner.done, training.steps)
     with narrowed(model, dtype):
         carry_out(learner, state or SaveState(), job.run.report)
     if state is not None:

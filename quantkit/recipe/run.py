@@ -70,7 +70,7 @@ def plan_recipe(recipe: Recipe) -> Preview:
     if isinstance(recipe.scheme, Searched):
         resolution = guess(contents.model, recipe.scheme, recipe.rules, recipe.method.build(), recipe.output)
     else:
-        resolution = recipe.resolve(contents.structure, scale_dtype_for(dtype))
+        resolution = recipe.resolve(contents.structure, scale_dtype_for(dtype, recipe.output.format))
     check_plan(resolution.plan, contents.structure, None)
     if recipe.output.keeps_together:
         refuse_parted(contents.structure, resolution.plan, resolution.skipped)

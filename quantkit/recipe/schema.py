@@ -157,14 +157,14 @@ def load_as(
         raise RecipeError(_explain(error, source, overrides or {}, kind, moved)) from None
 
 
-def recipe_of(data: Mapping[str, Any]) -> Recipe:
-    """Return the recipe that a mapping says, as a file would.
+def recipe_of(data: Mapping[str, Any], kind: type[SectionT] = Recipe) -> SectionT:  # type: ignore[assignment]  # mypy: 3812
+    """Return the recipe, or another ``kind`` of one, that a mapping says, as a file would.
 
     Raises:
         RecipeError: with the key, for anything that is not a valid recipe.
     """
     try:
-        return Recipe.model_validate(data)
+        return kind.model_validate(data)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         dotted = ".".join(map(str, first["loc"])) or "recipe"

@@ -21,7 +21,7 @@ from quantkit.pipeline.plan import Resolution
 from quantkit.pipeline.resume import run_key
 from quantkit.recipe.schema import Recipe
 from quantkit.system.files import clear_errors
-from quantkit.system.progress import ProgressCallback
+from quantkit.system.progress import ProgressCallback, told
 
 log = logging.getLogger(__name__)
 
@@ -46,13 +46,15 @@ def searched(recipe: Recipe, asked: Searched, model: Any, tokenizer: Any, progre
     method, batches = recipe.method.build(), recipe.calibration.batches(tokenizer)
     replaced = model.device.type == "meta"
     about = {
-        "search": repr((asked, tuple(recipe.rules), recipe.output.format, recipe.output.fused, recipe.run.compute)),
+        "search": repr(
+            (asked, tuple(recipe.rules), recipe.output.format, recipe.output.fused, recipe.run.compute or recipe.run.device)
+        ),
         **run_key(model, {}, (method,), batches, tokenizer=tokenizer),
     }
     ignored = OF_THE_INPUT if replaced else ()
     for file, ignore in ((out / NEXT_FILE, ()), (out / PLAN_FILE, ignored)):
         if file.is_file() and recipe.run.resume and not _differing(read_key(file), about, ignore):
-            log.info("%s: the plan was found before", file)
+            told.info("continuing with the plan that was found before (%s)", file)
             return load_plan(file)
     if out.is_dir() and is_complete(out) and (replaced or not recipe.output.overwrite):
         return _of_another_version(out, about, ignored)

@@ -190,6 +190,9 @@ def protocol_lines(reports: Sequence[EvalReport]) -> list[str]:
             f"Text: {p.source}; {p.windows} of {p.available_windows} windows of {p.length} tokens{overlap}, "
             f"{'each with a' if p.bos else 'no'} BOS token; {p.tokens:,} tokens scored{compared}."
         )
+    for compute in _distinct(report.compute for report in reports if report.compute):
+        rows = [report.label for report in reports if report.compute == compute]
+        lines.append(f"Quality was measured with {compute}{' products' if compute == 'exact' else ''}: {', '.join(rows)}.")
     timed = [r.latency for r in reports if r.latency]
     for setting in _distinct((t.context_tokens, t.new_tokens, t.rounds, t.engine) for t in timed):
         lines.append("Speed: batch 1, prompt of {} tokens, {} decoded, {} rounds, engine: {}.".format(*setting))

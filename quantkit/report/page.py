@@ -17,9 +17,8 @@ from quantkit.mixed.result import SearchResult
 from quantkit.report import plots, searched, trained
 from quantkit.report.cells import DASH, columns, mib, protocol_lines, significant, token_range
 from quantkit.report.findings import findings, headline
+from quantkit.report.render import render
 from quantkit.system.files import write_atomic
-
-TEMPLATES = Path(__file__).parent / "templates"
 
 Losses = Mapping[str, float] | Sequence[Mapping[str, Any]]
 """Layer name to loss, or rows ``{"site": name, "block": number, "loss": value}``."""
@@ -70,24 +69,17 @@ def render_html(
     reload_s: int = 0,
 ) -> str:
     """Return the page as HTML; arguments as in :func:`write_html`."""
-    import jinja2
     from markupsafe import Markup
 
     course = trained.course_of(training) if training is not None else None
     if not reports and search is None and course is None:
         raise CalibrationError("no evaluation report to show; give at least one")
     record = searched.record_of(search) if search is not None else None
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     rows, weights = site_losses(losses or {}), list(coverage or ())
     shown = columns(reports)
     loss_map = plots.losses_by_block([(kind, block, loss) for _, kind, block, loss in rows])
-    return environment.get_template("report.html").render(
+    return render(
+        "report.html",
         title=title,
         reload_s=reload_s,
         dash=DASH,

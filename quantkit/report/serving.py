@@ -6,7 +6,7 @@ from pathlib import Path
 from quantkit.evaluation.latency import Spread
 from quantkit.evaluation.trace import Served
 from quantkit.report import plots
-from quantkit.report.page import TEMPLATES
+from quantkit.report.render import render
 from quantkit.system.files import write_atomic
 
 
@@ -33,12 +33,8 @@ def write_trace_html(
     path: str | Path, found: Mapping[str, Served], *, price: float | None = None, title: str = "Serving a trace"
 ) -> None:
     """Write a self-contained HTML page, atomically; arguments as in :func:`trace_rows`."""
-    import jinja2
     from markupsafe import Markup
 
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
-    )
     columns, rows = trace_rows(found, price)
     names = {"Time to the first token": "first_token_ms", "Time between tokens": "token_ms"}
     drawn = [(name, plots.percentiles({kind: getattr(s, field) for kind, s in found.items()})) for name, field in names.items()]
@@ -48,9 +44,7 @@ def write_trace_html(
     slowest, fastest = max(found, key=lambda kind: found[kind].seconds), min(found, key=lambda kind: found[kind].seconds)
     saving = f": {fastest} took {found[fastest].seconds / found[slowest].seconds:.0%} of the time of {slowest}"
     headline = f"{first.requests} requests, {first.new_tokens} new tokens{saving if fastest != slowest else ''}"
-    page = environment.get_template("trace.html").render(
-        title=title, headline=headline, columns=columns, rows=rows, figures=figures
-    )
+    page = render("trace.html", title=title, headline=headline, columns=columns, rows=rows, figures=figures)
     write_atomic(path, page)
 
 

@@ -114,7 +114,7 @@ class Bench:
     @cached_property
     def compute(self) -> Compute:
         """Where blocks run."""
-        return self.setup.run.compute or Compute.default(self.model)
+        return self.setup.run.compute or Compute.default(self.model, self.setup.run.device)
 
     @cached_property
     def about(self) -> Key:

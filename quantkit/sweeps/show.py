@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantkit.report.cells import DASH, plus_minus, protocol_lines, significant
-from quantkit.report.page import TEMPLATES
 from quantkit.report.plots import Point
+from quantkit.report.render import render
 from quantkit.report.trade_off import TradeOff, svg_of
 from quantkit.sweeps.result import COSTS, LOSSES, SweepResult, megabytes, place_of, placed
 from quantkit.sweeps.rows import SweepRow
@@ -126,22 +126,15 @@ def _family(row: SweepRow) -> str:
 
 def write_page(result: SweepResult, path: str | Path, title: str) -> None:
     """Write the page, atomically."""
-    import jinja2
     from markupsafe import Markup
 
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     heads, rows = cells(result)
     pictures = [(x, trade_off(result, x, "kl")) for x in ("bytes", "bits", "ms")]
     names = {"bytes": "Size against loss", "bits": "Bits against loss", "ms": "Speed against loss"}
     figures = [(Markup(svg_of(picture, x)), names[x]) for x, picture in pictures if picture is not None]
     reports = [row.report for row in result.rows if row.report is not None]
-    page = environment.get_template("sweep.html").render(
+    page = render(
+        "sweep.html",
         title=title,
         headline=headline(result),
         columns=[(head, MEANINGS[head]) for head in heads],

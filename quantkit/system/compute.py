@@ -26,14 +26,15 @@ class Compute:
     products: torch.dtype | None = None
 
     @classmethod
-    def default(cls, model: nn.Module) -> "Compute":
-        """Return the GPU with the model's dtype if there is one, else the CPU with float32.
+    def default(cls, model: nn.Module, device: str = "auto") -> "Compute":
+        """Return a GPU with the model's dtype, or the CPU with float32; ``"auto"`` is the GPU if there is one.
 
         On a CPU with bfloat16 instructions, products round their inputs to bfloat16, which halves their time.
         """
-        if torch.cuda.is_available():
-            return cls(torch.device("cuda"), next(model.parameters()).dtype)
-        return cls(torch.device("cpu"), torch.float32, torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else None)
+        place = known_device(device)
+        if place.type != "cpu":
+            return cls(place, next(model.parameters()).dtype)
+        return cls(place, torch.float32, torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else None)
 
     def rounding_products(self, enabled: bool = True) -> contextlib.AbstractContextManager[object]:
         """Return a context in which matrix products round their inputs to ``products`` (or, if not ``enabled``, do not).
@@ -46,15 +47,17 @@ class Compute:
 
 
 def known_device(device: torch.device | str) -> torch.device:
-    """Return a device of this machine.
+    """Return a device of this machine; ``"auto"`` is the GPU if there is one, else the CPU.
 
     Raises:
         SpecError: torch does not know it, or this machine does not have it.
     """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         found = torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise SpecError(f"device={device!r}: want cpu or cuda, or one of several as cuda:1") from error
+        raise SpecError(f"device={device!r}: want cpu or cuda, one of several as cuda:1, or auto") from error
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise SpecError(f"device={device!r}: torch sees {torch.cuda.device_count()} GPUs on this machine; use cpu")
     return found

@@ -1,7 +1,11 @@
 """Progress of long operations, reported through a callback; the library itself prints nothing."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+
+told = logging.getLogger("quantkit.told")
+"""Of what users want to know without asking, such as that a run goes on after its tenth block; the command shows it."""
 
 
 @dataclass(frozen=True, slots=True)

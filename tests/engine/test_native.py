@@ -142,15 +142,15 @@ def test_activations_are_narrow_only_in_a_narrow_model():
     asked = {
         (dtype, compute): make_backend(tiny_llama().to(dtype), compute=compute)
         for dtype in (torch.float32, torch.bfloat16)
-        for compute in ("float", "float32", "int8")
+        for compute in ("exact", "float32", "int8")
     }
     rounds = {key for key, backend in asked.items() if isinstance(backend, NativeBackend) and backend.bfloat16}
-    assert rounds == {(torch.bfloat16, "float"), (torch.bfloat16, "int8")}
+    assert rounds == {(torch.bfloat16, "exact"), (torch.bfloat16, "int8")}
     assert {key[1] for key, backend in asked.items() if isinstance(backend, NativeBackend) and not backend.exact} == {"int8"}
 
 
 def test_a_model_loaded_to_round_activations_is_run_so_and_shares_its_weights(tiny_quantized):
-    exact, rounding = load(tiny_quantized), load(tiny_quantized, compute="int8")
+    exact, rounding = load(tiny_quantized, compute="exact"), load(tiny_quantized, compute="int8")
     prompt = prompt_of(30)
     assert make_backend(exact).engine == "native"
     assert make_backend(rounding).engine == "native, int8 activations"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from quantkit.dtypes import SCALE_DTYPES
 from quantkit.errors import FormatError
-from quantkit.formats.base import Format, Matcher, Stored, check_layout
+from quantkit.formats.base import Format, Held, Matcher, Stored, check_layout
 from quantkit.formats.containers.base import UNFINISHED, Header, Layout, Reader, Writer
 from quantkit.numerics import grid
 from quantkit.qtensor import GridTensor
@@ -167,7 +167,7 @@ class Plain:
         """Write down the plan."""
         return {"quant_method": self.quant_method, "modules": {name: scheme.to_dict() for name, scheme in plan.items()}}
 
-    def load_config(self, config: Mapping[str, Any], dtype: str, tensors: Mapping[str, torch.dtype]) -> Matcher:
+    def load_config(self, config: Mapping[str, Any], dtype: str, tensors: Mapping[str, Held]) -> Matcher:
         """Read it back."""
         if not isinstance(modules := config.get("modules"), dict):
             raise FormatError("quantization_config.modules is malformed: it is no mapping")

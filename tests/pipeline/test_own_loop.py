@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import quantkit
 from quantkit.nn.fake import FakeModule
@@ -88,7 +91,8 @@ def test_accelerate_with_mixed_precision_and_accumulated_gradients() -> None:
     quantkit.convert(trained)
 
 
-def test_two_processes_are_one_with_the_same_batch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", ["replicated", "sharded"])
+def test_two_processes_are_one_with_the_same_batch(way: str, tmp_path: Path) -> None:
     """Gradients averaged by gloo; plain descent, which does not turn a rounded zero into a step of full size."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -97,27 +101,29 @@ def test_two_processes_are_one_with_the_same_batch(tmp_path: Path) -> None:
 
     def begin(rank: int, world: int) -> subprocess.Popen:
         env = {**base, "RANK": str(rank), "WORLD_SIZE": str(world)}
-        return subprocess.Popen([sys.executable, __file__, str(tmp_path / f"{world}-{rank}.json")], env=env)
+        return subprocess.Popen([sys.executable, __file__, way, str(tmp_path / f"{world}-{rank}.json")], env=env)
 
     processes = [begin(0, 1), begin(0, 2), begin(1, 2)]
     assert [one.wait(timeout=300) for one in processes] == [0, 0, 0]
     alone, first, second = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("1-0", "2-0", "2-1"))
-    assert first["sums"] == second["sums"]
+    if way == "replicated":
+        assert first["sums"] == second["sums"]
     assert first["losses"][0] != pytest.approx(second["losses"][0])
     for name, value in alone["sums"].items():
         assert first["sums"][name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
+    assert first["refused"] == (way == "sharded")
     together = [(a + b) / 2 for a, b in zip(first["losses"], second["losses"], strict=True)]
     assert together == pytest.approx(alone["losses"], rel=1e-3)
 
 
-def run_rank(out: Path) -> None:
+def run_rank(way: str, out: Path) -> None:
     """Train on this rank's rows, and write losses and sums of all trained parameters."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     model = quantkit.prepare(tiny_llama(), "w4a16-asym-g32")
     trained = model
     if world > 1:
         torch.distributed.init_process_group("gloo")
-        model = nn.parallel.DistributedDataParallel(model)
+        model = nn.parallel.DistributedDataParallel(model) if way == "replicated" else sharded(model)
     optimizer = torch.optim.SGD([p for p in trained.parameters() if p.requires_grad], lr=0.05)
     rows, losses = IDS[rank::world], []
     for _ in range(4):
@@ -126,11 +132,28 @@ def run_rank(out: Path) -> None:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
-    sums = {name: float(p.detach().double().sum()) for name, p in trained.named_parameters()}
-    out.write_text(json.dumps({"losses": losses, "sums": sums}))
+    state, refused = trained.state_dict(), False
+    if world > 1 and way == "sharded":
+        state = get_model_state_dict(trained, options=StateDictOptions(full_state_dict=True))
+        try:
+            quantkit.convert(trained)
+        except quantkit.SpecError as error:
+            refused = "spread over processes" in str(error)
+    if state:  # gathered on the first
+        whole = quantkit.prepare(tiny_llama(), "w4a16-asym-g32")
+        whole.load_state_dict(state)
+        state = dict(quantkit.convert(whole).named_parameters()) | state
+    sums = {name: float(p.detach().double().sum()) for name, p in state.items() if p.is_floating_point()}
+    out.write_text(json.dumps({"losses": losses, "sums": sums, "refused": refused}))
     if world > 1:
         torch.distributed.destroy_process_group()
 
 
+def sharded(model: nn.Module) -> nn.Module:
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
+    return fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+
+
 if __name__ == "__main__":
-    run_rank(Path(sys.argv[1]))
+    run_rank(sys.argv[1], Path(sys.argv[2]))

@@ -5,7 +5,7 @@ Tensors of a weight (..., out, in), where ``...`` is empty or the number of expe
 - ``packed`` int32 (..., out, ceil(in * bits / 32)), the layout of :mod:`quantkit.numerics.pack`;
 - ``scale`` (..., out_blocks, in_blocks) in the spec's scale dtype;
 - ``zero_point`` int32 (..., in_blocks, ceil(out_blocks * bits / 32)), the codes of the zero points of one column of
-  blocks packed like weights; absent for symmetric grids;
+  blocks packed like weights; absent for symmetric grids. Where the grid has an offset, that, as the scales are;
 - ``global_scale`` float32 (..., 1), where scales are FP8;
 - ``input_scale`` (..., 1), where the grid of the inputs is static, in its scale dtype.
 
@@ -41,7 +41,9 @@ class NativeCodec:
             "packed": (torch.int32, (*shape[:-1], packed_words(shape[-1], spec.bits))),
             "scale": (SCALE_DTYPES[spec.scale_dtype], (*lead, out_blocks, in_blocks)),
         }
-        if not spec.symmetric:
+        if spec.offset:
+            layout["zero_point"] = layout["scale"]
+        elif not spec.symmetric:
             layout["zero_point"] = (torch.int32, (*lead, in_blocks, packed_words(out_blocks, spec.bits)))
         if spec.has_global_scale:
             layout["global_scale"] = (torch.float32, (*lead, 1))
@@ -53,7 +55,11 @@ class NativeCodec:
         """See :class:`quantkit.formats.base.Codec`."""
         tensors = {"packed": qtensor.packed.contiguous(), "scale": qtensor.scale.contiguous()}
         if qtensor.zero_point is not None:
-            tensors["zero_point"] = pack(qtensor.zero_point.transpose(-1, -2).contiguous(), qtensor.spec.bits)
+            tensors["zero_point"] = (
+                qtensor.zero_point.contiguous()
+                if qtensor.spec.offset
+                else pack(qtensor.zero_point.transpose(-1, -2).contiguous(), qtensor.spec.bits)
+            )
         for name in ("global_scale", "input_scale"):
             if (value := getattr(qtensor, name)) is not None:
                 tensors[name] = value.contiguous()
@@ -62,10 +68,10 @@ class NativeCodec:
     def decode(self, tensors: Mapping[str, Tensor], spec: QuantSpec, shape: tuple[int, ...]) -> GridTensor:
         """See :class:`quantkit.formats.base.Codec`."""
         check_layout(tensors, self.layout(spec, shape))
-        zero = None
-        if not spec.symmetric:
+        zero = tensors.get("zero_point")
+        if zero is not None and not spec.offset:
             out_blocks = tensors["scale"].shape[-2]
-            zero = unpack(tensors["zero_point"], spec.bits, out_blocks).transpose(-1, -2).contiguous()
+            zero = unpack(zero, spec.bits, out_blocks).transpose(-1, -2).contiguous()
         single = {name: tensors.get(name) for name in ("global_scale", "input_scale")}
         return GridTensor(tensors["packed"], tensors["scale"], zero, spec, shape, **single)
 

@@ -8,7 +8,7 @@ may only name plain files of its own directory.
 """
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -32,25 +32,59 @@ MAX_FILE_BYTES = 5_000_000_000
 
 
 @dataclass(frozen=True, slots=True)
+class Twin:
+    """Another place where readers look for ``quantization_config``: a file beside config.json, or a key in it.
+
+    Attributes:
+        name: of the file, ending in ``.json``, or of the key.
+        dump: returns what stands there, of ``quantization_config``.
+        load: reverses it.
+    """
+
+    name: str
+    dump: Callable[[Mapping[str, Any]], dict[str, Any]] = dict
+    load: Callable[[Mapping[str, Any]], dict[str, Any]] = dict
+
+    @property
+    def is_file(self) -> bool:
+        """Whether it is a file of its own."""
+        return self.name.endswith(".json")
+
+
+@dataclass(frozen=True, slots=True)
 class SafetensorsDirectory:
-    """The container; ``stem`` is the first part of the names of its files: ``"model"`` is what transformers looks for."""
+    """The container.
+
+    Attributes:
+        stem: the first part of the names of its files: ``"model"`` is what transformers looks for.
+        twin: where else ``quantization_config`` stands; read where config.json has none.
+    """
 
     stem: str
+    twin: Twin | None = None
     key_file: ClassVar[str] = CONFIG
 
     @property
     def patterns(self) -> tuple[str, ...]:
         """See :class:`quantkit.formats.containers.base.Container`; other files of safetensors are not this container's."""
         digits = "[0-9]" * 5
-        return (CONFIG, _file_name(self.stem, 0, 1), f"{self.stem}-{digits}-of-{digits}.safetensors", _index_name(self.stem))
+        twin = (self.twin.name,) if self.twin is not None and self.twin.is_file else ()
+        files = (_file_name(self.stem, 0, 1), f"{self.stem}-{digits}-of-{digits}.safetensors", _index_name(self.stem))
+        return (CONFIG, *twin, *files)
 
     def writer(self, path: Path, parts: Sequence[Layout]) -> Writer:
         """See :class:`quantkit.formats.containers.base.Container`."""
-        return DirectoryWriter(path, self.stem, parts)
+        return DirectoryWriter(path, self.stem, parts, self.twin)
 
     def config(self, path: Path) -> dict[str, Any] | None:
         """See :class:`quantkit.formats.containers.base.Container`."""
-        return read_json(path / CONFIG) if (path / CONFIG).is_file() else None
+        if not (path / CONFIG).is_file():
+            return None
+        config, twin = read_json(path / CONFIG), self.twin
+        if twin is None or isinstance(config.get("quantization_config"), dict):
+            return config
+        found = read_json(path / twin.name) if twin.is_file and (path / twin.name).is_file() else config.get(twin.name)
+        return {**config, "quantization_config": twin.load(found)} if isinstance(found, dict) else config
 
     def reader(self, path: Path) -> Reader:
         """See :class:`quantkit.formats.containers.base.Container`."""
@@ -60,12 +94,12 @@ class SafetensorsDirectory:
 class DirectoryWriter:
     """Writes a directory of safetensors files; see :class:`quantkit.formats.containers.base.Writer`."""
 
-    def __init__(self, path: Path, stem: str, parts: Sequence[Layout]) -> None:
-        self.path, self.stem = path, stem
+    def __init__(self, path: Path, stem: str, parts: Sequence[Layout], twin: Twin | None = None) -> None:
+        self.path, self.stem, self._twin = path, stem, twin
         layouts = _split(parts)
         self._total = sum(_nbytes(layout) for layout in layouts)
         self._names = [_file_name(stem, index, len(layouts)) for index in range(len(layouts))]
-        for name in (CONFIG, _index_name(stem)):
+        for name in (CONFIG, _index_name(stem), *((twin.name,) if twin is not None and twin.is_file else ())):
             (path / name).unlink(missing_ok=True)
         for name in self._names:
             if (path / name).exists():
@@ -99,6 +133,12 @@ class DirectoryWriter:
         if len(self._names) > 1:
             weight_map = {name: self._names[index] for name, index in sorted(self._file_of.items())}
             write_json(self.path / _index_name(self.stem), {"metadata": {"total_size": self._total}, "weight_map": weight_map})
+        if (twin := self._twin) is not None and "quantization_config" in config:
+            also = twin.dump(config["quantization_config"])
+            if twin.is_file:
+                write_json(self.path / twin.name, also)
+            else:
+                config = {**config, twin.name: also}
         write_json(self.path / CONFIG, config)
 
     def _unfinished(self, name: str) -> Path:

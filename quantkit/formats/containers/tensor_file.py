@@ -26,6 +26,7 @@ DTYPES: dict[str, torch.dtype] = {
     "I64": torch.int64,
     "F64": torch.float64,
     "F32": torch.float32,
+    "U32": torch.uint32,
     "I32": torch.int32,
     "BF16": torch.bfloat16,
     "F16": torch.float16,

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from quantkit.errors import FormatError, SpecError
-from quantkit.formats.base import Codec, Matcher, Stored, group_by_scheme
+from quantkit.formats.base import Codec, Held, Matcher, Stored, group_by_scheme
 from quantkit.formats.codecs.compressed_tensors import (
     FP4_GRIDS,
     FP4_LAYOUTS,
@@ -55,6 +55,8 @@ class CompressedTensors:
             return f"blocks {spec.blocks} go into GGUF files; use format gguf"
         if reason := spec.rejects(shape):
             return reason
+        if spec.offset:
+            return f"compressed-tensors stores zero points that are codes, not {spec.describe()}; use format mlx or native"
         if fp4 := fp4_name(spec):
             return f"activations beside {fp4} weights are not written; use format native" if scheme.activation else None
         if not spec.is_integer and (spec.dtype != "fp8_e4m3" or spec.strategy not in ("channel", "tensor")):
@@ -95,7 +97,7 @@ class CompressedTensors:
             "kv_cache_scheme": None,
         }
 
-    def load_config(self, config: Mapping[str, Any], dtype: str, tensors: Mapping[str, torch.dtype]) -> Matcher:
+    def load_config(self, config: Mapping[str, Any], dtype: str, tensors: Mapping[str, Held]) -> Matcher:
         """Read our own and other writers' configs; targets are matched in order, like compressed-tensors does.
 
         A config that does not name the dtype of scales means the one that the files have.
@@ -106,12 +108,12 @@ class CompressedTensors:
             raise FormatError(f"quantization_config is malformed: {error!r}") from error
 
 
-def _scale_dtype(tensors: Mapping[str, torch.dtype]) -> str | None:
+def _scale_dtype(tensors: Mapping[str, Held]) -> str | None:
     """Return the dtype that all scales have which are floats of the checkpoint; FP4's scales have dtypes of their own.
 
     None if there are none, or several: then a group that does not name its own has the checkpoint's.
     """
-    found = {dtype for name, dtype in tensors.items() if name.endswith(".weight_scale")} & _SCALES
+    found = {held.dtype for name, held in tensors.items() if name.endswith(".weight_scale")} & _SCALES
     names = sorted(str(dtype).removeprefix("torch.") for dtype in found)
     return names[0] if len(names) == 1 else None
 

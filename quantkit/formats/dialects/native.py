@@ -3,10 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
 from quantkit.errors import FormatError, SpecError
-from quantkit.formats.base import Matcher, Stored, group_by_scheme
+from quantkit.formats.base import Held, Matcher, Stored, group_by_scheme
 from quantkit.formats.codecs.native import codec_of
 from quantkit.spec import Scheme
 
@@ -31,7 +29,7 @@ class Native:
         groups = [{"scheme": scheme.to_dict(), "modules": names} for scheme, names in group_by_scheme(plan).items()]
         return {"quant_method": self.quant_method, "version": VERSION, "groups": groups, "ignore": list(ignore)}
 
-    def load_config(self, config: Mapping[str, Any], dtype: str, tensors: Mapping[str, torch.dtype]) -> Matcher:
+    def load_config(self, config: Mapping[str, Any], dtype: str, tensors: Mapping[str, Held]) -> Matcher:
         """Reverse :meth:`dump_config`; every scheme names the dtype of its scales."""
         if config.get("version") != VERSION:
             raise FormatError(

@@ -6,10 +6,8 @@ The config is there for the model's class and for quantkit; llama.cpp reads the 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
 from quantkit.errors import FormatError, SpecError
-from quantkit.formats.base import Matcher, Stored, group_by_scheme
+from quantkit.formats.base import Held, Matcher, Stored, group_by_scheme
 from quantkit.formats.gguf.codec import BlockCodec
 from quantkit.spec import BLOCK_GRIDS, Scheme, block_spec
 
@@ -39,7 +37,7 @@ class Gguf:
         types = {str(scheme.weight.blocks): names for scheme, names in group_by_scheme(plan).items()}
         return {"quant_method": self.quant_method, "version": VERSION, "types": types}
 
-    def load_config(self, config: Mapping[str, Any], dtype: str, tensors: Mapping[str, torch.dtype]) -> Matcher:
+    def load_config(self, config: Mapping[str, Any], dtype: str, tensors: Mapping[str, Held]) -> Matcher:
         """Reverse :meth:`dump_config`."""
         if config.get("version") != VERSION:
             raise FormatError(

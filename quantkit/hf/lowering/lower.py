@@ -12,8 +12,6 @@ that change large values only, such as clipping a projection, cannot be found by
 refused by name. Weights are shared with the model; norms are copied in float32.
 """
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -28,7 +26,7 @@ from quantkit.hf.structure import find_stack
 from quantkit.kernels.program import reference
 from quantkit.kernels.program.definition import Experts, Layer, Linear, Norm, Program
 from quantkit.nn.embedding import QuantEmbedding
-from quantkit.nn.linear import QuantLinear, QuantWeight
+from quantkit.nn.install import float_activations
 from quantkit.system.memory import return_freed_memory
 
 _CLIPPING = ("clip_qkv",)
@@ -60,7 +58,7 @@ def lower(model: PreTrainedModel) -> Program:
         CannotLower: the model has an operation that programs cannot describe, or the verification failed.
     """
     try:
-        with _float_activations(model):
+        with float_activations(model):
             return _lower(model)
     except (CannotWatch, SpecError) as error:
         raise CannotLower(str(error)) from error
@@ -80,28 +78,6 @@ def _lower(model: PreTrainedModel) -> Program:
     if limit > 2 * TOKENS:
         _verify(program, watch(model, stack, limit - TOKENS))
     return program
-
-
-@contextlib.contextmanager
-def _float_activations(model: PreTrainedModel) -> Iterator[None]:
-    """Switch off the rounding of activations in quantized layers, which would blur the comparison of values.
-
-    Activations that are rounded in a rotated basis stay as they are, because the rotation is part of the rounding.
-    """
-    layers = [m for m in model.modules() if isinstance(m, QuantLinear | QuantWeight)]
-    before = [(module, module.compute, module.activation) for module in layers]
-    try:
-        for module in layers:
-            if module.compute != "float":
-                module.compute = "float"
-            if module.activation is not None and not module.activation.rotated:
-                module.activation = None
-        yield
-    finally:
-        for module, compute, activation in before:
-            module.activation = activation
-            if module.compute != compute:
-                module.compute = compute
 
 
 def _write(model: PreTrainedModel, trace: Trace) -> Program:

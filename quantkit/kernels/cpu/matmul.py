@@ -63,6 +63,8 @@ class CpuKernel:
             return f"activations are {problem.dtype}, want float32, float16 or bfloat16"
         if not isinstance(problem.spec, QuantSpec) or not problem.spec.is_integer or problem.spec.blocks is not None:
             return f"codes are {problem.spec.describe()}, want integers"
+        if problem.spec.offset:
+            return f"the grid {problem.spec.describe()} has zero points that are no codes"
         if 0 in problem.shape:
             return f"the weight {problem.shape} is empty"
         try:

@@ -105,6 +105,8 @@ def unfit(spec: QuantSpec, shape: tuple[int, ...]) -> str | None:
     """Say why a weight does not go into the layout; None if it does."""
     if not spec.is_integer and spec.dtype != "fp8_e4m3":
         return f"codes are {spec.dtype}, want integers or fp8_e4m3"
+    if spec.offset:
+        return f"the grid {spec.describe()} has zero points that are no codes"
     if spec.scale_dtype not in ("float16", "bfloat16"):
         return f"scales are {spec.scale_dtype}, want float16 or bfloat16"
     if 0 in shape:

