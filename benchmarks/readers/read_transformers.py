@@ -23,9 +23,7 @@ def main(job: dict) -> None:
         made = AutoModelForCausalLM.from_pretrained(job["model"], quantization_config=how, device_map="cpu", dtype=job["dtype"])
         made.save_pretrained(job["path"])
     started = time.perf_counter()
-    model = AutoModelForCausalLM.from_pretrained(
-        job["path"], dtype=job["dtype"], device_map="cpu", **job.get("options", {})
-    ).eval()
+    model = AutoModelForCausalLM.from_pretrained(job["path"], dtype=job["dtype"], device_map="cpu").eval()
     load_s = time.perf_counter() - started
     step, past, tokens, logits = list(job["prompt"]), None, [], []
     for _ in range(job["tokens"]):
