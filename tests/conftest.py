@@ -3,6 +3,7 @@
 import fcntl
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,13 @@ def exact_unless_asked_for():
     share, activations.SHARE = activations.SHARE, 0.0
     yield share
     activations.SHARE = share
+
+
+@pytest.fixture(autouse=True)
+def _console_of_its_own():
+    """Let a test make its own console, as a process does: one that another test has made has the width of its output."""
+    if (module := sys.modules.get("quantkit.cli.console")) is not None:
+        module.console.cache_clear()
 
 
 @pytest.fixture(scope="session")

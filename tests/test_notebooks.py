@@ -49,6 +49,7 @@ def test_what_is_stored_is_small_and_says_nothing_of_the_machine(path):
         assert not re.search(r"(?<![\w.])/(tmp|home|root|work|usr)/", str(output.get("text", "")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
 def test_runs_and_shows_something(path, tmp_path):
     notebook = run(path, tmp_path)

@@ -33,6 +33,7 @@ from quantkit.nn.parameter import QuantParameter
 from quantkit.nn.sites import Site
 from quantkit.qtensor import as_grid, empty_qtensor
 from quantkit.system.compute import known_device
+from quantkit.system.files import named_path
 from quantkit.system.memory import HeapWatch
 
 log = logging.getLogger(__name__)
@@ -78,8 +79,8 @@ def load(
     """
     check_choice(compute)
     dtype, device = float_dtype(dtype), known_device(device)
-    if Path(path).suffix == ".gguf" and Path(path).is_file():
-        return _load_gguf(Path(path), dtype, device, verify)
+    if (file := named_path(path)).suffix == ".gguf" and file.is_file():
+        return _load_gguf(file, dtype, device, verify)
     on_cpu = device.type == "cpu"
     with open_checkpoint(path) as opened:
         contents = opened.contents

@@ -20,7 +20,7 @@ NO_TEXT = "no-such-folder/no-such-file.txt"
         ("-1 MB", FEW, [], "want a number and a unit"),
         ("nan bpw", FEW, [], "want a number and a unit"),
         ("1 bpw", FEW, [], "out of reach; the choices reach from 3."),
-        ("20 kB", FEW, [], "include embedding and head, or add smaller choices"),
+        ("20 kB", FEW, [], "include embedding and head (--include embedding --include head, --format native), or add"),
         ("4 bpw", FEW[:1], [], "at least two"),
         ("4 bpw", [FEW[0], FEW[0]], [], "'w3a16-asym-g32' is given twice"),
         ("4 bpw", [*FEW, "w4a61"], [], "w4a61"),
