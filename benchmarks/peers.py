@@ -34,6 +34,45 @@ def auto_round(job: dict) -> dict:
     )
 
 
+def auto_scheme(job: dict) -> dict:
+    """AutoScheme of AutoRound, choosing from quantkit's own default choices within ``job["scheme"]`` bits per weight.
+
+    Scored as it does by default, fused layers alike, over 16 windows of 256 tokens of the same text; carried out by AutoRound
+    as in :func:`auto_round`. The bits that it ends with are counted from what every layer was given.
+    """
+    import torch
+    from auto_round import AutoRound, AutoScheme
+    from auto_round.schemes import QuantizationScheme
+
+    model, tokenizer = load(job)
+    ids = calibration_ids(job, at_most=96)
+    lines = [json.dumps({"text": tokenizer.decode(row.flatten())}) for row in ids.split(2)]  # cut to length by AutoRound
+    text = Path(job["out"] + "-text.jsonl")
+    text.write_text("\n".join(lines) + "\n")
+    bits = float(job["scheme"].removesuffix("bpw"))
+    samples = len(lines)
+    choices = [(2, 32, False), *((one, 64, False) for one in (2, 3, 4, 5, 6)), (8, 64, True)]
+    clock = Clock()
+    chooser = AutoScheme(
+        avg_bits=bits, options=[QuantizationScheme(one, size, even) for one, size, even in choices],
+        shared_layers=[["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]], device_map="cpu",
+    )  # fmt: skip
+    tuner = AutoRound(
+        model, tokenizer, scheme=chooser, iters=24, nsamples=samples, seqlen=ids.shape[1], batch_size=4,
+        dataset=str(text), device_map="cpu", amp=False, enable_torch_compile=False,
+    )  # fmt: skip
+    model, plan = tuner.quantize()
+    cost = clock.cost()
+    linears = {name: one for name, one in model.model.layers.named_modules() if isinstance(one, torch.nn.Linear)}
+    taken = weights = 0
+    for name, layer in linears.items():
+        given = plan[f"model.layers.{name}"]
+        zero = 0 if given["sym"] else given["bits"]
+        taken += layer.weight.numel() * (given["bits"] + (16 + zero) / given["group_size"])
+        weights += layer.weight.numel()
+    return cost | write_weights(model, job, taken / weights) | {"note": f"24 iterations, {samples} windows"}
+
+
 def llm_compressor_gptq(job: dict) -> dict:
     """GPTQ of llm-compressor, with its default of static activation order."""
     from llmcompressor.modifiers.gptq import GPTQModifier
@@ -294,6 +333,7 @@ class Clock:
 
 PEERS = {
     "auto-round": auto_round,
+    "auto-scheme": auto_scheme,
     "llm-compressor-gptq": llm_compressor_gptq,
     "llm-compressor-awq": llm_compressor_awq,
     "hqq": hqq,
