@@ -7,8 +7,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from quantkit.calibrate.backward import Counted
 from quantkit.calibrate.collectors import COLLECTORS
 from quantkit.calibrate.flow import Flow, Passes, run_order
+from quantkit.calibrate.guidance import TokenWeights, by_batch, token_weights
 from quantkit.calibrate.walk import Gather, record_inputs, walk_block
 from quantkit.errors import CalibrationError
 from quantkit.nn.block_calls import call_block, cast_call, record_block_calls
@@ -17,9 +19,6 @@ from quantkit.system.compute import Compute, on_device
 from quantkit.system.progress import Progress, ProgressCallback
 
 Visit = Callable[[Site, Gather], None]
-
-Counted = Sequence[Tensor | None]
-"""For every batch which of its tokens enter statistics, bool (B, T); None for all. An empty sequence: all of all."""
 
 
 class BlockWalk(Protocol):
@@ -56,6 +55,7 @@ def block_walk(
     *,
     with_float: bool = False,
     counted: Counted = (),
+    weights: TokenWeights | None = None,
 ) -> BlockWalk:
     """Return ``batches`` (int64 (B, T), without padding) before the first block.
 
@@ -66,17 +66,18 @@ def block_walk(
         compute: where blocks run, if they run one by one.
         with_float: also run the float model, for quantizers that compare.
         counted: which tokens enter statistics.
+        weights: how much they count for statistics that are guided.
 
     Raises:
         CalibrationError: some tokens do not count, and blocks are entangled.
     """
     if structure.entangled is None:
-        return Chain(model, structure, batches, compute, with_float=with_float, counted=counted)
+        return Chain(model, structure, batches, compute, with_float=with_float, counted=counted, weights=weights)
     if any(marks is not None for marks in counted):
         raise CalibrationError("answers_only=True: the model can only run as a whole, where every token counts; leave it out")
     order = run_order(model, structure, batches[0][:1, :8].to(next(model.parameters()).device))
     whole = Flow if order == list(range(len(structure.blocks))) else Passes
-    return whole(model, structure, batches, with_float=with_float)
+    return whole(model, structure, batches, with_float=with_float, weights=weights)
 
 
 class Chain:
@@ -89,6 +90,7 @@ class Chain:
         compute: where blocks run.
         with_float: also run the float blocks over what the float blocks before them produce, for quantizers that compare.
         counted: which tokens enter statistics.
+        weights: how much they count for statistics that are guided.
 
     Attributes:
         hidden: current input of the next block, one (B, T, H) per batch.
@@ -104,8 +106,9 @@ class Chain:
         *,
         with_float: bool = False,
         counted: Counted = (),
+        weights: TokenWeights | None = None,
     ) -> None:
-        self.counted = counted
+        self.counted, self.weights = counted, by_batch(weights, len(batches))
         self.model, self.structure, self.compute = model, structure, compute
         recorded = [record_block_calls(model, structure, ids) for ids in batches]
         self.hidden: list[Tensor] = [one.hidden.to(compute.dtype) for one in recorded]
@@ -164,8 +167,8 @@ class Chain:
                 self.float_hidden, float_inputs = record_inputs(module, block.name, sites, runs)
             pending, self.hidden = self.hidden, []
             runs = [forward(pending, i) for i in range(len(self.calls))]
-            products, counted = self.compute.products, self.counted
-            outputs = walk_block(module, block.name, sites, runs, visit_exactly, float_inputs, products, counted)
+            products, counted, weights = self.compute.products, self.counted, self.weights
+            outputs = walk_block(module, block.name, sites, runs, visit_exactly, float_inputs, products, counted, weights)
         if any(not bool(torch.isfinite(out.sum())) for out in outputs):
             raise CalibrationError(f"{block.name}: its output holds NaN or infinity; check the model and its dtype")
         self.hidden = outputs
@@ -215,7 +218,10 @@ def visit_statistics(
             f"{paired[0]} compares inputs behind quantized layers with the float model's, and can only be collected while "
             "quantizing; leave it out"
         )
-    chain = block_walk(model, structure, batches, compute, counted=counted)
+    weights = None
+    if any(COLLECTORS.get(name).guided for name in needs):
+        weights = token_weights(model, structure, batches, counted=counted, compute=compute, progress=progress)
+    chain = block_walk(model, structure, batches, compute, counted=counted, weights=weights)
     for index, block in enumerate(structure.blocks):
         with torch.no_grad(), chain.placed(index):
             chain.advance(index, block.sites, lambda site, gather: visit(site, gather(needs)))

@@ -25,9 +25,11 @@ class Collector(Protocol):
 
     Attributes:
         paired: rows are twice as wide: each as a layer sees it behind quantized ones and, beside it, as the float model has it.
+        guided: rows have been multiplied by the root of how much their tokens count (:mod:`quantkit.calibrate.guidance`).
     """
 
     paired: ClassVar[bool] = False
+    guided: ClassVar[bool] = False
     state: dict[str, Tensor]
 
     def __init__(self, features: int) -> None: ...
@@ -139,6 +141,23 @@ class Drift(_Sum):
     def result(self) -> Tensor:
         """Return E[(x' - x) x^T]."""
         return self._mean("sum")
+
+
+@COLLECTORS.register("guided_hessian")
+class GuidedHessian(Hessian):
+    """Second-moment matrix in which tokens count as much as the predictions care, E[w x x^T]: float32 (features, features).
+
+    (Kim et al. 2025, GuidedQuant, arXiv 2505.07004; see :mod:`quantkit.calibrate.guidance`.)
+    """
+
+    guided: ClassVar[bool] = True
+
+
+@COLLECTORS.register("guided_drift")
+class GuidedDrift(Drift):
+    """Drift in which tokens count as much as the predictions care, E[w (x' - x) x^T]: float32 (features, features)."""
+
+    guided: ClassVar[bool] = True
 
 
 @COLLECTORS.register("abs_max")

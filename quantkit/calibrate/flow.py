@@ -17,7 +17,7 @@ A run that was interrupted sends the text again through the blocks that are fini
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any
 
@@ -25,6 +25,7 @@ import greenlet
 import torch
 from torch import Tensor, nn
 
+from quantkit.calibrate.guidance import TokenWeights, by_batch
 from quantkit.calibrate.walk import Batch, Gather, Inputs, attach, end_batches, gatherer, walk_batches
 from quantkit.errors import CalibrationError
 from quantkit.nn.block_calls import own_containers
@@ -42,8 +43,16 @@ class _Stopped(Exception):
 class _Whole:
     """What the two ways of running a whole model have in common; see :class:`quantkit.calibrate.chain.BlockWalk`."""
 
-    def __init__(self, model: nn.Module, structure: Structure, batches: Sequence[Tensor], *, with_float: bool = False) -> None:
-        self.model, self.structure = model, structure
+    def __init__(
+        self,
+        model: nn.Module,
+        structure: Structure,
+        batches: Sequence[Tensor],
+        *,
+        with_float: bool = False,
+        weights: TokenWeights | None = None,
+    ) -> None:
+        self.model, self.structure, self.weights = model, structure, by_batch(weights, len(batches))
         device = next(model.parameters()).device
         self.batches = [ids.to(device) for ids in batches]
         self.float_model = sharing_copy(model) if with_float else None
@@ -73,15 +82,24 @@ class Flow(_Whole):
         batches: int64 token ids (B, T), without padding.
         with_float: also run a copy of the float model, for quantizers that compare. The copy shares the weights' memory with
             the model, and so keeps float weights that were replaced.
+        weights: how much tokens count for statistics that are guided.
 
     Attributes:
         hidden: the last block's output, one (B, T, H) per batch.
         float_hidden: the same in the float model; empty if not asked for.
     """
 
-    def __init__(self, model: nn.Module, structure: Structure, batches: Sequence[Tensor], *, with_float: bool = False) -> None:
-        super().__init__(model, structure, batches, with_float=with_float)
-        self._stream = _Stream(model, structure, self.batches)
+    def __init__(
+        self,
+        model: nn.Module,
+        structure: Structure,
+        batches: Sequence[Tensor],
+        *,
+        with_float: bool = False,
+        weights: TokenWeights | None = None,
+    ) -> None:
+        super().__init__(model, structure, batches, with_float=with_float, weights=weights)
+        self._stream = _Stream(model, structure, self.batches, self.weights)
         self._float = _Stream(self.float_model, structure, self.batches) if self.float_model is not None else None
 
     def advance(self, index: int, sites: Sequence[Site], visit: Visit) -> None:
@@ -112,8 +130,10 @@ class Flow(_Whole):
 class _Stream:
     """Forwards of a whole model, one per batch, that are stopped before a block and go on from there."""
 
-    def __init__(self, model: nn.Module, structure: Structure, batches: Sequence[Tensor]) -> None:
-        self._model, self._ids = model, batches
+    def __init__(
+        self, model: nn.Module, structure: Structure, batches: Sequence[Tensor], weights: Sequence[Mapping[str, Tensor]] = ()
+    ) -> None:
+        self._model, self._ids, self._weights = model, batches, weights
         self._blocks = structure.blocks
         self._stop = 0
         self.batches: list[Batch] = []
@@ -132,6 +152,8 @@ class _Stream:
             return
         self.end()
         self.batches = [Batch(functools.partial(self._forward, ids)) for ids in self._ids]
+        for batch, weights in zip(self.batches, self._weights, strict=False):
+            batch.weights = weights
         self.run(index, _switch)
 
     def run(self, stop: int, work: Callable[[list[Batch]], None]) -> None:
@@ -240,7 +262,8 @@ class Passes(_Whole):
         found: dict[str, list[Inputs]] = {site.name: [] for site in sites}
         outputs: list[Tensor] = []
         calls: list[Call | None] = []
-        for ids in self.batches:
+        for number, ids in enumerate(self.batches):
+            weights = self.weights[number] if self.weights else {}
             entered: list[Call] = []
             left: list[Tensor] = []
 
@@ -253,7 +276,12 @@ class Passes(_Whole):
             with ExitStack() as hooks:
                 hooks.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
                 hooks.callback(module.register_forward_hook(after).remove)
-                for undo in attach(module, name, sites, lambda site, inputs: found[site.name].append(inputs)):
+
+                def keep(site: Site, inputs: Inputs, weights: Mapping[str, Tensor] = weights) -> None:
+                    inputs.weights = weights.get(site.name)
+                    found[site.name].append(inputs)
+
+                for undo in attach(module, name, sites, keep):
                     hooks.callback(undo)
                 model(input_ids=ids, use_cache=False, **_last_logits(model))
             outputs += left

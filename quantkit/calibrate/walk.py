@@ -20,6 +20,7 @@ A batch need not end with the block: where a model can only run as a whole (:mod
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Protocol
 
 import greenlet
@@ -44,12 +45,14 @@ class Inputs:
         float_x: what the float model multiplies at the same place, of x's shape, if that is known.
         counted: bool (B, T), the tokens of the batch whose rows enter statistics; None for all. Where x has other rows than
             the batch has tokens (experts), all count.
+        weights: float32 (B, T), how much each token counts for this layer, where that is known.
     """
 
     x: Tensor
     expert_ids: Tensor | None = None
     float_x: Tensor | None = None
     counted: Tensor | None = None
+    weights: Tensor | None = None
 
     def rows(self, of: Tensor) -> Tensor:
         """Return ``of``, which has x's shape, as the rows (n, in) that count."""
@@ -57,6 +60,12 @@ class Inputs:
         if self.counted is None or self.counted.numel() != rows.shape[0]:
             return rows
         return rows[self.counted.reshape(-1).to(rows.device)]
+
+    def roots(self) -> Tensor | None:
+        """Return the root of how much each of the :meth:`rows` that count counts, (n, 1); None if all do alike."""
+        if self.weights is None or self.expert_ids is not None or self.weights.numel() * self.x.shape[-1] != self.x.numel():
+            return None
+        return self.rows(self.weights.unsqueeze(-1)).sqrt()
 
 
 def collect(
@@ -92,13 +101,16 @@ def collect(
             if not torch.isfinite(rows.sum()):  # NaN and infinity survive a sum
                 raise CalibrationError(f"{site.name}: calibration inputs hold NaN or infinity; check the model and its dtype")
             tokens[expert] += rows.shape[0]
+            roots = one.roots()
             for collector in collectors[expert].values():
+                seen = rows
                 if collector.paired:
                     assert one.float_x is not None
                     float_x = one.rows(one.float_x)
-                    collector.update(torch.cat([rows, quantizer.prepare_input(float_x).to(rows)], 1))
-                else:
-                    collector.update(rows)
+                    seen = torch.cat([rows, quantizer.prepare_input(float_x).to(rows)], 1)
+                if collector.guided and roots is not None:
+                    seen = (seen * roots.to(seen.device)).to(seen.dtype)
+                collector.update(seen)
     return SiteStatistics({name: _stack(site, [c[name] for c in collectors], tokens) for name in needs}, tuple(tokens))
 
 
@@ -140,6 +152,7 @@ class Batch(greenlet.greenlet):
     output: Tensor | None = None
     float_inputs: dict[str, Tensor] | None = None
     counted: Tensor | None = None  # bool (B, T): which of its tokens enter statistics
+    weights: Mapping[str, Tensor] = MappingProxyType({})  # layer name to how much its tokens count, (B, T)
     rounded: tuple[weakref.ref[Tensor], Tensor] | None = None  # the last input that was rounded, and what became of it
 
     def __init__(self, run: Callable[[], Tensor | None]) -> None:
@@ -194,6 +207,7 @@ def walk_block(
     float_inputs: Sequence[dict[str, Tensor]] = (),
     products: torch.dtype | None = None,
     counted: Sequence[Tensor | None] = (),
+    weights: Sequence[Mapping[str, Tensor]] = (),
 ) -> list[Tensor]:
     """Run ``block`` once over all batches, visiting each site when all its inputs are known.
 
@@ -209,6 +223,7 @@ def walk_block(
             needed; emptied on the way.
         products: what the products of ``forwards`` round their inputs to, if they do; see :func:`collect`.
         counted: for every batch which of its tokens enter statistics, bool (B, T); None, or nothing, for all.
+        weights: for every batch layer name to how much its tokens count there, (B, T); nothing for all alike.
 
     Returns:
         The outputs of ``forwards``, in order.
@@ -218,6 +233,8 @@ def walk_block(
         batch.float_inputs = float_x
     for batch, marks in zip(batches, counted, strict=False):
         batch.counted = marks
+    for batch, own in zip(batches, weights, strict=False):
+        batch.weights = own
     try:
         walk_batches(batches, block, block_name, sites, visit, products)
     finally:
@@ -255,7 +272,7 @@ def walk_batches(
             inputs.x = batch.rounds(inputs.x, products)
         if site.name not in done:
             inputs.float_x = batch.float_inputs.pop(site.name, None) if batch.float_inputs else None
-            inputs.counted = batch.counted
+            inputs.counted, inputs.weights = batch.counted, batch.weights.get(site.name)
             batch.waiting, batch.inputs = site.name, inputs
             batch.parent.switch()
 
@@ -295,6 +312,8 @@ def gatherer(site: Site, inputs: list[Inputs], known: dict[str, SiteStatistics],
 
     def gather(needs: Sequence[str], quantizer: InputQuantizer = UNCHANGED) -> SiteStatistics:
         key = ",".join([*sorted(needs), *(["rotated"] if quantizer.rotated else [])])
+        if any(COLLECTORS.get(name).guided for name in needs):  # tokens count differently for each
+            key += f" of {site.name}"
         if key not in known:
             known[key] = collect(site, needs, inputs, products, quantizer=quantizer)
         return known[key]

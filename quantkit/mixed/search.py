@@ -2,7 +2,7 @@
 
 1. the menu: which groups of layers can have which of the choices, and what each takes (:mod:`quantkit.mixed.groups`);
 2. the scores: what each is expected to cost, from one forward and backward pass over a few windows of calibration text
-   (:mod:`quantkit.mixed.fisher`, :mod:`quantkit.mixed.scores`);
+   (:mod:`quantkit.calibrate.backward`, :mod:`quantkit.mixed.scores`);
 3. the allocation: the best choices for every budget at once (:mod:`quantkit.mixed.allocate`).
 
 A budget in milliseconds is measured before and after, one in KL after; see :mod:`quantkit.mixed.measured`.
@@ -18,19 +18,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
+from quantkit.calibrate.backward import Backward
+from quantkit.calibrate.collectors import COLLECTORS
 from quantkit.calibrate.data import Batch, Calibration, check_fit, unpadded
 from quantkit.checkpoint.extras import write_extras
 from quantkit.errors import SpecError
 from quantkit.hf.load import PreTrainedModel
 from quantkit.hf.structure import describe
 from quantkit.mixed.budget import Budget
-from quantkit.mixed.fisher import Backward
 from quantkit.mixed.groups import Menu, make_menu
 from quantkit.mixed.measured import Decoding, choice_times, divergence, milliseconds, one_at_a_time, plan_shares
 from quantkit.mixed.result import Scores, SearchResult
 from quantkit.mixed.scores import Sensitivity, score
+from quantkit.mixed.watch import Watch
 from quantkit.nn.block_calls import stack_by_length
 from quantkit.nn.sites import Site, Structure, read_weight, sharing_copy
 from quantkit.pipeline.checks import check_model, check_settings, prepare_blocks
@@ -225,7 +228,7 @@ class _Search:
             times = choice_times(self.model, self.menu, self.scoring.decoding, self.run.report)
             no_losses(self.menu, times).solve(budget)  # refuses one that no choices meet before any text runs
         if self.scoring.kind == "measured":
-            needed = [name for name in self.method.needs if name != "drift"]
+            needed = [name for name in self.method.needs if not COLLECTORS.get(name).paired]
             settings = {"calibration": self.calibration, "run": self.run, "tokenizer": self.tokenizer}
             statistics = collect(self.model, needed, **settings)[0] if needed else {}
             report = self.run.report
@@ -258,9 +261,12 @@ class _Search:
 
         assert self.run.compute is not None
         text = {name: tuple(specs) for name, specs in noises.items()}
-        compensates = "hessian" in self.method.needs
-        structure, compute = self.menu.structure, self.run.compute
-        backward = Backward(self.model, structure, windows, text, compensates, compute, self.run.report)
+        compensates = not {"hessian", "guided_hessian"}.isdisjoint(self.method.needs)
+
+        def watcher(products: torch.dtype | None) -> Watch:
+            return Watch(text, compensates, products)
+
+        backward = Backward(self.model, self.menu.structure, windows, text, watcher, self.run.compute, self.run.report)
         backward.run(visit, self.scoring.seed)
         if unseen:
             log.warning("%d layers were not reached by the text and get the smallest choice: %s ...", len(unseen), unseen[0])

@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from quantkit.calibrate.backward import frozen
 from quantkit.kernels.functions.learning import divergence_gradient
-from quantkit.mixed.fisher import frozen
 from quantkit.mixed.watch import Watch
 from quantkit.nn.sites import Site
 from quantkit.system.progress import Progress, ProgressCallback

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from quantkit.calibrate.backward import Watcher
 from quantkit.calibrate.collectors import COLLECTORS
 from quantkit.mixed.scores import Sensitivity, compensation, input_noise, rotated_moment, seen_rows
 from quantkit.nn.probes import attach_watcher
@@ -46,7 +47,7 @@ class _Sums:
     squares: Tensor | None = None
 
 
-class Watch:
+class Watch(Watcher[list[tuple[int, Sensitivity]]]):
     """Adds up inputs and output gradients of layers while blocks run forward and back.
 
     All windows must have run forward before the first runs back. Rows of a batch are windows; where a layer gets the tokens of
@@ -63,6 +64,7 @@ class Watch:
         self, noises: Mapping[str, Sequence[ActivationSpec]], compensates: bool, products: torch.dtype | None = None
     ) -> None:
         self.noises, self.compensates, self.products = noises, compensates, products
+        self.looks_ahead = compensates  # gradients are multiplied by what all inputs say
         self.sums: dict[str, list[_Sums]] = {}
         self._last: tuple[Tensor, _Moment] | None = None
         self._rows: tuple[Tensor | None, dict[bool, Tensor]] = (None, {})
@@ -193,3 +195,10 @@ class Watch:
                 fisher = {rotated: total / tokens for rotated, total in sums.fisher.items()}
                 parts.append((index, Sensitivity(fisher, sums.gradient / tokens, noise, sums.moment is not None)))
         return parts
+
+    def of_table(self, site: Site, windows: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[tuple[int, Sensitivity]]:
+        """Return the sensitivity of an embedding: a row counts as often as its token, a token that was not seen half."""
+        ids = torch.cat([one.flatten() for one in windows])
+        count = torch.bincount(ids.cpu(), minlength=site.shape[0]).float() + 0.5
+        squares = torch.cat([one.flatten(0, -2).float().square() for one in gradients]).mean(0)
+        return [(0, Sensitivity.of_weights((count / count.sum())[:, None] * squares))]

@@ -13,8 +13,10 @@ from itertools import zip_longest
 import torch
 from torch import Tensor, nn
 
-from quantkit.calibrate.chain import BlockWalk, Counted, block_walk, relative_distance
+from quantkit.calibrate.backward import Counted
+from quantkit.calibrate.chain import BlockWalk, block_walk, relative_distance
 from quantkit.calibrate.collectors import COLLECTORS
+from quantkit.calibrate.guidance import token_weights
 from quantkit.calibrate.walk import Gather, block_sites
 from quantkit.errors import CalibrationError
 from quantkit.nn.install import install
@@ -117,14 +119,21 @@ def calibration_chain(
     method: Quantizer,
     compute: Compute,
     counted: Counted = (),
+    progress: ProgressCallback = ignore,
 ) -> BlockWalk:
-    """Return the calibration batches (int64 (B, T), without padding) before the first block, as a quantizer wants them."""
+    """Return the calibration batches (int64 (B, T), without padding) before the first block, as a quantizer wants them.
+
+    A quantizer whose statistics are guided has a backward pass run over them first.
+    """
     if method.batch_size is not None:
         size = method.batch_size
         counted = [part for ids, marks in zip_longest(batches, counted) for part in _split(marks, size, len(ids))]
         batches = [part for ids in batches for part in ids.split(size)]
     compares = method.refines_blocks or any(COLLECTORS.get(name).paired for name in method.needs)
-    return block_walk(model, structure, batches, compute, with_float=compares, counted=counted)
+    weights = None
+    if any(COLLECTORS.get(name).guided for name in method.needs):
+        weights = token_weights(model, structure, batches, counted=counted, compute=compute, progress=progress)
+    return block_walk(model, structure, batches, compute, with_float=compares, counted=counted, weights=weights)
 
 
 def _split(marks: Tensor | None, size: int, rows: int) -> Sequence[Tensor | None]:

@@ -250,7 +250,7 @@ def _carry_out(job: _Job, key: checkpoint.Key | None, batches: Sequence[Batch], 
     structure = apply_transforms(
         model, job.structure, job.plan, job.steps.before, texts, counted=counted, compute=compute, progress=progress
     )
-    chain = calibration_chain(model, structure, texts, job.method, compute, counted) if job.walks else None
+    chain = calibration_chain(model, structure, texts, job.method, compute, counted, progress) if job.walks else None
     rows = coverage_before(model, structure, job.plan, job.resolution.skipped)
     store = job.open_store(key)
     learning = Learning.record(job.steps.after, store, model, structure, texts, compute=compute, progress=progress)

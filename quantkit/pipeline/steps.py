@@ -7,7 +7,8 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from quantkit.calibrate.chain import Counted, collect_statistics
+from quantkit.calibrate.backward import Counted
+from quantkit.calibrate.chain import collect_statistics
 from quantkit.errors import SpecError
 from quantkit.hf.structure import describe
 from quantkit.nn.quantized import Quantized

@@ -58,14 +58,17 @@ class Quantizer(Protocol):
     that works without calibration, on integer grids, one layer at a time.
 
     Attributes:
-        needs: names of the collectors it wants; empty means that it works without calibration.
         any_grid: it also takes grids that are no integers.
         refines_blocks: it goes on with all layers of a block together: :meth:`refine_block`.
     """
 
-    needs: ClassVar[tuple[str, ...]] = ()
     any_grid: ClassVar[bool] = False
     refines_blocks: ClassVar[bool] = False
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Names of the collectors it wants; empty means that it works without calibration."""
+        return ()
 
     @property
     def batch_size(self) -> int | None:
@@ -213,8 +216,9 @@ def relative_error(weight: Tensor, approximation: Tensor, statistics: SiteStatis
     weight = grid.shifted(weight, shift)
     error = weight - grid.shifted(approximation, shift)
     results = {} if statistics is None else statistics.results
-    if "hessian" in results:
-        hessian = usual_size(results["hessian"])
+    moments = results.get("hessian", results.get("guided_hessian"))
+    if moments is not None:
+        hessian = usual_size(moments)
         noise, signal = ((e @ hessian) * e for e in (error, weight))
     elif "mean_square" in results:
         noise, signal = (e.double().square() * usual_size(results["mean_square"]) for e in (error, weight))

@@ -15,7 +15,6 @@ one block in memory. Sites with experts, whose rows differ between the two model
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -36,12 +35,16 @@ class GPTAQ(GPTQ):
     """
 
     correction: float = 0.5
-    needs: ClassVar[tuple[str, ...]] = ("hessian", "drift")
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Names of the collectors: the second moment of the inputs and their drift, with all tokens alike or not."""
+        return ("guided_hessian", "guided_drift") if self.guided else ("hessian", "drift")
 
     def _target(self, weight: Tensor, statistics: SiteStatistics) -> Tensor:
-        if "drift" not in statistics.results:
+        if self.needs[1] not in statistics.results:
             return weight
-        return weight + self.correction * (weight @ statistics.derived(_Shift(self.damping, weight.device)))
+        return weight + self.correction * (weight @ statistics.derived(_Shift(self.needs, self.damping, weight.device)))
 
     def cost(self, size: RunSize) -> BlockCost:
         """Return the float block's pass, and the float model's activations, inputs of layers and their moments."""
@@ -55,10 +58,12 @@ class GPTAQ(GPTQ):
 class _Shift:
     """Computes what layers with the same inputs share: E[(x' - x) x^T] H^-1."""
 
+    moments: tuple[str, ...]
     damping: float
     device: torch.device
 
     def __call__(self, statistics: SiteStatistics) -> Tensor:
-        damped = damp(statistics.results["hessian"].to(self.device), self.damping)
-        shift: Tensor = torch.linalg.solve(damped, statistics.results["drift"].to(damped).T)
+        moment, drift = (statistics.results[name] for name in self.moments)
+        damped = damp(moment.to(self.device), self.damping)
+        shift: Tensor = torch.linalg.solve(damped, drift.to(damped).T)
         return shift.T

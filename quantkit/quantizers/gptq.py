@@ -23,7 +23,7 @@ Cost: out x in^2 / 2 multiply-adds, one factorisation and one triangular inverse
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -50,26 +50,33 @@ class GPTQ(Quantizer):
         act_order: visit columns by falling importance; otherwise from first to last.
         clip: how grids are chosen: ``"importance"`` (weighted search), ``"mse"`` (unweighted search) or ``"absmax"``.
         rounds: how often, after the sweep, scales are fitted to the codes and codes chosen again by coordinate descent.
+        guided: weigh every token by what the predictions make of its error (:mod:`quantkit.calibrate.guidance`); takes a
+            backward pass over the calibration text.
     """
 
     damping: float = 0.01
     act_order: bool = True
     clip: Literal["importance", "mse", "absmax"] = "importance"
     rounds: int = 1
-    needs: ClassVar[tuple[str, ...]] = ("hessian",)
+    guided: bool = False
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Names of the collectors: the second moment of the inputs, with all tokens alike or not."""
+        return ("guided_hessian" if self.guided else "hessian",)
 
     def quantize(
         self, weight: Tensor, spec: QuantSpec, statistics: SiteStatistics | None
     ) -> tuple[GridTensor | BlockTensor, tuple[str, ...]]:
-        """Quantize ``weight`` (out, in) against ``statistics.results["hessian"]`` (in, in).
+        """Quantize ``weight`` (out, in) against the second moment of its inputs (in, in).
 
         Without statistics the weight is rounded to nearest, and the note says so.
         """
         if statistics is None:
             return rounded(weight, spec), ("no calibration input: rounded to nearest",)
-        hessian = usual_size(statistics.results["hessian"].to(weight.device))
+        hessian = usual_size(statistics.results[self.needs[0]].to(weight.device))
         weight = self._target(weight, statistics)
-        inverse = statistics.derived(_Factorise(self.damping, self.act_order, weight.device))
+        inverse = statistics.derived(_Factorise(self.needs[0], self.damping, self.act_order, weight.device))
         raised = inverse.damping > self.damping * 1.5
         note = f"Cholesky factorisation needed damping {inverse.damping:g} instead of {self.damping:g}"
         choose = self._on_grid if spec.blocks is None else self._in_blocks
@@ -136,12 +143,13 @@ class InverseHessian:
 class _Factorise:
     """Computes what layers with the same inputs share: column order and U."""
 
+    moment: str
     damping: float
     act_order: bool
     device: torch.device
 
     def __call__(self, statistics: SiteStatistics) -> InverseHessian:
-        hessian = usual_size(statistics.results["hessian"].to(self.device))
+        hessian = usual_size(statistics.results[self.moment].to(self.device))
         importance = hessian.diagonal()
         order = torch.arange(len(importance), device=hessian.device)
         if self.act_order:

@@ -3,13 +3,14 @@
 import pytest
 import torch
 
+from quantkit.calibrate.backward import Backward, _drawn_loss
 from quantkit.calibrate.data import Calibration
 from quantkit.errors import SpecError
 from quantkit.hf.structure import describe
-from quantkit.mixed.fisher import Backward, _drawn_loss
 from quantkit.mixed.scores import compensation, rounding_error, score, seen_rows
 from quantkit.mixed.search import Scoring, search
 from quantkit.mixed.shares import shares
+from quantkit.mixed.watch import Watch
 from quantkit.nn.sites import SiteStatistics, read_weight, sharing_copy, write_weight
 from quantkit.numerics import grid
 from quantkit.presets import preset
@@ -31,7 +32,7 @@ def run(model, stacks, noises, compensates):
     found = {}
     compute = Compute(torch.device("cpu"), torch.float32)
     structure = describe(model)
-    Backward(model, structure, stacks, noises, compensates, compute, ignore).run(
+    Backward(model, structure, stacks, noises, lambda products: Watch(noises, compensates, products), compute, ignore).run(
         lambda site, parts: found.setdefault(site.name, parts), SEED
     )
     return found

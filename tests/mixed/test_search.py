@@ -281,7 +281,7 @@ def test_a_time_that_nothing_reaches_is_refused_before_text_runs(monkeypatch):
     def runs(*_arguments):
         raise AssertionError("text has run")
 
-    monkeypatch.setattr("quantkit.mixed.fisher.Backward.run", runs)
+    monkeypatch.setattr("quantkit.calibrate.backward.Backward.run", runs)
     scoring = Scoring(decoding=quantkit.Decoding(context=8, new_tokens=2, rounds=1))
     settings = {"method": "rtn", "calibration": TEXT, "scoring": scoring, "tokenizer": tiny.tiny_tokenizer()}
     with pytest.raises(SpecError, match="out of reach"):

@@ -1,31 +1,58 @@
 """The backward pass that tells how much every layer's errors count, one block after the other from the last to the first.
 
+What runs back is the gradient of the log-probability of tokens *drawn from the model's own predictions*: its squares are the
+Fisher information of the predictions, and so the curvature of their KL divergence (Martens 2020, New insights and perspectives
+on the natural gradient method, arXiv 1412.1193, section 9).
+
 The text runs forward once, block by block; the input of every block is kept, in the dtype that blocks are computed in. Then the
-gradient runs back: each block is computed again with gradients, and is forgotten when its layers have been scored, so that a
+gradient runs back: each block is computed again with gradients, and is forgotten when its layers have been looked at, so that a
 model larger than the device's memory works. Where blocks cannot run one by one, the whole model runs, one window at a time.
 
-Beside the model, memory is tokens x hidden x blocks for the inputs, and for one block the graph of all windows, one second
-moment per layer's input and one F (:mod:`quantkit.mixed.scores`) per layer (of all layers where the model runs as a whole).
+Beside the model, memory is tokens x hidden x blocks for the inputs, and what a :class:`Watcher` keeps. One that wants all
+windows to run forward before the first runs back also holds the graph of all windows of one block.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from quantkit.errors import CalibrationError
-from quantkit.mixed.scores import Sensitivity
-from quantkit.mixed.watch import Watch
 from quantkit.nn.block_calls import call_block, cast_call, finish, record_block_calls
 from quantkit.nn.sites import Site, Structure
-from quantkit.spec import ActivationSpec
 from quantkit.system.compute import Compute, on_device
 from quantkit.system.progress import Progress, ProgressCallback
 
-Visit = Callable[[Site, list[tuple[int, Sensitivity]]], None]
-"""Called once per layer with the number of every matrix of it (0 for a plain one) that mattered, and its sensitivity."""
+Found = TypeVar("Found", covariant=True)
+
+Counted = Sequence[Tensor | None]
+"""For every batch which of its tokens enter statistics, bool (B, T); None for all. An empty sequence: all of all."""
+
+
+class Watcher(Protocol[Found]):
+    """Adds up what it sees of layers while blocks run forward and back.
+
+    Attributes:
+        looks_ahead: every window must have run forward before the first runs back.
+    """
+
+    looks_ahead: bool
+
+    def on(self, model: nn.Module, sites: Sequence[Site], *, forward: bool = True) -> AbstractContextManager[None]:
+        """Watch ``sites`` of a model meanwhile; without ``forward`` only what runs back, the rest having been seen before."""
+
+    def gather(self, model: nn.Module, sites: Sequence[Site]) -> None:
+        """Take the gradients that parameters have got from one window."""
+
+    def found(self, site: Site, tokens: int) -> Found:
+        """Return, and forget, what was seen of a layer in ``tokens`` tokens."""
+
+    def of_table(self, site: Site, windows: Sequence[Tensor], gradients: Sequence[Tensor]) -> Found:
+        """Return what the tokens, int64 (B, T), and the gradients (B, T, H) of their rows say of an embedding."""
 
 
 @contextlib.contextmanager
@@ -41,33 +68,37 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-@dataclass(frozen=True, slots=True)
-class Backward:
+@dataclass(frozen=True)
+class Backward(Generic[Found]):
     """A backward pass.
 
     Attributes:
         model: the float model, not changed.
         structure: its blocks and layers.
         windows: int64 token ids (B, T), without padding; rows are windows of their own.
-        noises: layer name to the ways in which its inputs may be rounded; layers that are not named are not looked at.
-        compensates: whether the quantizer makes up for errors in later columns.
+        names: the layers that are looked at.
+        watcher: makes what looks, given what products round their inputs to, if they do.
         compute: where blocks run.
         progress: gets one event per block.
+        stage: what events call this.
+        counted: which tokens' predictions count.
     """
 
     model: nn.Module
     structure: Structure
     windows: Sequence[Tensor]
-    noises: Mapping[str, Sequence[ActivationSpec]]
-    compensates: bool
+    names: Collection[str]
+    watcher: Callable[[torch.dtype | None], Watcher[Found]]
     compute: Compute
     progress: ProgressCallback
+    stage: str = "search"
+    counted: Counted = ()
 
-    def run(self, visit: Visit, seed: int) -> None:
-        """Show ``visit`` the sensitivity of every layer, from the last block to the first.
+    def run(self, visit: Callable[[Site, Found], None], seed: int) -> None:
+        """Show ``visit`` what was found of every layer, from the last block to the first.
 
         Args:
-            visit: what it is told about one layer in two calls adds up.
+            visit: called once per layer; for a head that is also the embedding twice, and both count.
             seed: of the tokens that are drawn from the model's predictions.
 
         Raises:
@@ -80,17 +111,14 @@ class Backward:
             else:
                 self._as_a_whole(visit, generator)
 
-    def _watch(self, products: torch.dtype | None = None) -> Watch:
-        return Watch(self.noises, self.compensates, products)
-
     def _wanted(self, sites: Sequence[Site]) -> list[Site]:
-        return [site for site in sites if site.name in self.noises]
+        return [site for site in sites if site.name in self.names]
 
     @property
     def _tokens(self) -> int:
         return sum(ids.numel() for ids in self.windows)
 
-    def _one_by_one(self, visit: Visit, generator: torch.Generator) -> None:
+    def _one_by_one(self, visit: Callable[[Site, Found], None], generator: torch.Generator) -> None:
         model, blocks, compute = self.model, self.structure.blocks, self.compute
         recorded = [record_block_calls(model, self.structure, ids) for ids in self.windows]
         hidden = [one.hidden.to(compute.dtype) for one in recorded]
@@ -105,15 +133,16 @@ class Backward:
             inputs.append(hidden)
             with torch.no_grad(), on_device(model.get_submodule(block.name), compute):
                 hidden = [run(index, window, x).to("cpu", compute.dtype) for window, x in enumerate(hidden)]
-            self.progress(Progress("search", index + 1, 2 * len(blocks), f"forward, {block.name}"))
+            self.progress(Progress(self.stage, index + 1, 2 * len(blocks), f"forward, {block.name}"))
         gradients = self._from_the_head(hidden, visit, generator)
         for index in reversed(range(len(blocks))):
-            sites, watch = self._wanted(blocks[index].sites), self._watch(compute.products)
+            sites, watch = self._wanted(blocks[index].sites), self.watcher(compute.products)
             with on_device(model.get_submodule(blocks[index].name), compute), watch.on(model, sites), torch.enable_grad():
                 starts = [x.to(compute.device).detach().requires_grad_(True) for x in inputs.pop()]
-                ends = [run(index, window, start) for window, start in enumerate(starts)]
+                ends = [run(index, window, start) for window, start in enumerate(starts)] if watch.looks_ahead else starts
                 for window, start in enumerate(starts):
-                    end, ends[window] = ends[window], starts[window]  # the graph goes as soon as it has been run through
+                    end = ends[window] if watch.looks_ahead else run(index, window, start)
+                    ends[window] = start  # the graph goes as soon as it has been run through
                     end.backward(gradients[window].to(end.device, end.dtype))  # type: ignore[no-untyped-call]
                     del end
                     watch.gather(model, sites)
@@ -121,68 +150,73 @@ class Backward:
                     gradients[window] = start.grad.to("cpu", compute.dtype)
             for site in sites:
                 visit(site, watch.found(site, self._tokens))
-            self.progress(Progress("search", 2 * len(blocks) - index, 2 * len(blocks), f"backward, {blocks[index].name}"))
+            self.progress(Progress(self.stage, 2 * len(blocks) - index, 2 * len(blocks), f"backward, {blocks[index].name}"))
         table = self.structure.embedding
-        if table is not None and table.name in self.noises:
-            visit(table, [(0, _of_table(table, self.windows, gradients))])
+        if table is not None and table.name in self.names:
+            visit(table, watch.of_table(table, self.windows, gradients))
 
-    def _from_the_head(self, hidden: Sequence[Tensor], visit: Visit, generator: torch.Generator) -> list[Tensor]:
+    def _from_the_head(
+        self, hidden: Sequence[Tensor], visit: Callable[[Site, Found], None], generator: torch.Generator
+    ) -> list[Tensor]:
         """Return the gradient of every window's drawn tokens with respect to the last block's output, and visit the head."""
         outside, table, head = self._wanted(self.structure.outside), self.structure.embedding, self.structure.head
-        tied = self.structure.tied and table is not None and table.name in self.noises and head is not None
+        tied = self.structure.tied and table is not None and table.name in self.names and head is not None
         if tied and table is not None and head is not None:
             outside.append(Site(head, head, "weight", table.shape))
-        watch, gradients = self._watch(), []
-        if outside and self.compensates:
+        watch, gradients = self.watcher(None), []
+        if outside and watch.looks_ahead:
             with watch.on(self.model, outside), torch.no_grad():
                 for row in (row for end in hidden for row in end.split(1)):
                     finish(self.model, self.structure, row)
-        with watch.on(self.model, outside, forward=not self.compensates), torch.enable_grad():
-            for end in hidden:
+        with watch.on(self.model, outside, forward=not watch.looks_ahead), torch.enable_grad():
+            for window, end in enumerate(hidden):
                 rows = [row.detach().requires_grad_(True) for row in end.split(1)]
-                for row in rows:  # one by one: logits are large
-                    _drawn_loss(finish(self.model, self.structure, row), generator).backward()  # type: ignore[no-untyped-call]
+                for row, marks in zip(rows, self._marks(window, len(rows)), strict=True):  # one by one: logits are large
+                    _drawn_loss(finish(self.model, self.structure, row), generator, marks).backward()  # type: ignore[no-untyped-call]
                 gradients.append(torch.cat([row.grad for row in rows if row.grad is not None]))
         for site in outside:
             own = table if tied and table is not None and site.name == head else site
             visit(own, watch.found(site, self._tokens))
         return gradients
 
-    def _as_a_whole(self, visit: Visit, generator: torch.Generator) -> None:
-        sites, watch = self._wanted((*self.structure.sites, *self.structure.outside)), self._watch()
+    def _marks(self, window: int, rows: int) -> Sequence[Tensor | None]:
+        """Return which tokens of every row of a window count."""
+        marks = self.counted[window] if self.counted else None
+        return [None] * rows if marks is None else marks.split(1)
+
+    def _as_a_whole(self, visit: Callable[[Site, Found], None], generator: torch.Generator) -> None:
+        sites, watch = self._wanted((*self.structure.sites, *self.structure.outside)), self.watcher(None)
         device = next(self.model.parameters()).device
         table: nn.Module = self.model.get_input_embeddings()  # type: ignore[operator]
         undo = table.register_forward_hook(lambda _module, _args, output: output.requires_grad_(True))
         try:
-            with watch.on(self.model, sites), torch.no_grad():
-                for ids in self.windows:
-                    self.model(input_ids=ids.to(device), use_cache=False)
-            with watch.on(self.model, sites, forward=False), torch.enable_grad():
+            if watch.looks_ahead:
+                with watch.on(self.model, sites), torch.no_grad():
+                    for ids in self.windows:
+                        self.model(input_ids=ids.to(device), use_cache=False)
+            with watch.on(self.model, sites, forward=not watch.looks_ahead), torch.enable_grad():
                 for index, ids in enumerate(self.windows):
                     logits = self.model(input_ids=ids.to(device), use_cache=False).logits
-                    _drawn_loss(logits, generator).backward()  # type: ignore[no-untyped-call]
+                    marks = self.counted[index] if self.counted else None
+                    _drawn_loss(logits, generator, marks).backward()  # type: ignore[no-untyped-call]
                     watch.gather(self.model, sites)
-                    self.progress(Progress("search", index + 1, len(self.windows), "forward and backward"))
+                    self.progress(Progress(self.stage, index + 1, len(self.windows), "forward and backward"))
         finally:
             undo.remove()
         for site in sites:
             visit(site, watch.found(site, self._tokens))
 
 
-def _drawn_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """Return minus the log-probability of tokens drawn from the predictions (B, T, vocabulary) themselves, summed."""
+def _drawn_loss(logits: Tensor, generator: torch.Generator, marks: Tensor | None = None) -> Tensor:
+    """Return minus the log-probability of tokens drawn from the predictions (B, T, vocabulary) themselves, summed.
+
+    With ``marks``, bool (B, T), only the predictions at these places count.
+    """
     predicted = logits.float().log_softmax(-1)
     if not bool(torch.isfinite(predicted.detach().amax(-1)).all()):
         raise CalibrationError("logits are not finite; check the model and its dtype")
     below = predicted.detach().flatten(0, 1).exp().cumsum_(-1)  # several times as fast as multinomial
     place = torch.rand(len(below), 1, generator=generator).to(below) * below[:, -1:]
     drawn = torch.searchsorted(below, place).clamp_(max=below.shape[1] - 1)
-    return -predicted.flatten(0, 1).gather(-1, drawn).sum()
-
-
-def _of_table(site: Site, windows: Sequence[Tensor], gradients: Sequence[Tensor]) -> Sensitivity:
-    """Return the sensitivity of an embedding: a row counts as often as its token, a token that was not seen half."""
-    ids = torch.cat([one.flatten() for one in windows])
-    count = torch.bincount(ids.cpu(), minlength=site.shape[0]).float() + 0.5
-    squares = torch.cat([one.flatten(0, -2).float().square() for one in gradients]).mean(0)
-    return Sensitivity.of_weights((count / count.sum())[:, None] * squares)
+    found = predicted.flatten(0, 1).gather(-1, drawn)
+    return -(found if marks is None else found[marks.flatten().to(found.device)]).sum()
