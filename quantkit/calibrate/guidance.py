@@ -7,21 +7,20 @@ the output (:mod:`quantkit.calibrate.backward`). Averaged over output channels t
 
 .. math:: \omega_t = \|\delta_t\|, \qquad H = E[\omega_t\, x_t x_t^T],
 
-and H in place of :math:`E[x_t x_t^T]` makes any method for the squared output error one for the end loss (Kim, El Halabi, Park,
-Lee, Song 2025, GuidedQuant, arXiv 2505.07004, with one group of output channels and :math:`\|\delta_t\|^2`). The root of
-their weight is taken because every :math:`\delta_t` comes of one drawn token: its square is a fair but wild estimate, a few
-tokens then outweigh all others, and on SmolLM2 the root loses a tenth less. Weights are those of the float model; the x that they
-are applied to may be those behind quantized layers.
+and H in place of :math:`E[x_t x_t^T]` makes any method for the squared output error one for the end loss (Kim, El Halabi,
+Park, Lee, Song 2025, GuidedQuant, arXiv 2505.07004, with one group of output channels and :math:`\|\delta_t\|^2`). The root
+of their weight is taken because every :math:`\delta_t` comes of one drawn token: its square is a fair but wild estimate, a few
+tokens then outweigh all others, and on SmolLM2 the root loses a tenth less. Weights are those of the float model; the x that
+they are applied to may be those behind quantized layers.
 
 Cost: a forward and a backward pass over the calibration text without gradients of weights, about as much as three forward
-passes. Memory: four bytes per token and layer, and during the pass the inputs of all blocks for as many batches at a time as take
-:data:`CHUNK_BYTES`.
+passes. Memory: four bytes per token and layer, and during the pass the inputs of all blocks for as many batches at a time as
+take :data:`CHUNK_BYTES`.
 """
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from quantkit.calibrate.backward import Backward, Counted, Watcher

@@ -1,4 +1,4 @@
-"""How much tokens count: against plain automatic differentiation, in every way that a model can run, and in what GPTQ makes of it."""
+"""How much tokens count: against plain automatic differentiation, however a model can run, and what GPTQ makes of it."""
 
 import dataclasses
 
@@ -27,14 +27,14 @@ def batches(model):
 
 
 def by_autograd(model, texts, counted=(None, None)):
-    """Return the length of the gradient of every token's output in every layer, and the layer's inputs, from the whole model."""
+    """Return the length of the gradient of every token's output, by layer, and the layers' inputs, from the whole model."""
     generator, found, inputs = torch.Generator().manual_seed(SEED), {}, {}
     names = [site.name for site in describe(model).sites if len(site.shape) == 2]
     for ids, marks in zip(texts, counted, strict=True):
         outputs, hooks = {}, []
         for name in names:
 
-            def keep(_module, args, output, name=name):
+            def keep(_module, args, output, name=name, outputs=outputs):
                 output.retain_grad()
                 outputs[name] = output
                 inputs.setdefault(name, []).append(args[0].detach())
