@@ -48,9 +48,10 @@ class GPTAQ(GPTQ):
 
     def cost(self, size: RunSize) -> BlockCost:
         """Return the float block's pass, and the float model's activations, inputs of layers and their moments."""
+        guided = super().cost(size)
         return BlockCost(
-            ("and one of the float block",),
-            4 * (size.tokens * (2 * size.hidden + 2 * size.widest) + 2 * size.widest**2),
+            ("and one of the float block", *guided.passes),
+            guided.nbytes + 4 * (size.tokens * (2 * size.hidden + 2 * size.widest) + 2 * size.widest**2),
         )
 
 

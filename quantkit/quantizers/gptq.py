@@ -31,9 +31,10 @@ from torch import Tensor
 from quantkit.errors import CalibrationError
 from quantkit.kernels.functions import rounding
 from quantkit.nn.sites import SiteStatistics
+from quantkit.nn.sizes import RunSize
 from quantkit.numerics import block_scales, descent, ggml, grid
 from quantkit.qtensor import BlockTensor, GridTensor
-from quantkit.quantizers.base import QUANTIZERS, Quantizer, usual_size
+from quantkit.quantizers.base import QUANTIZERS, BlockCost, Quantizer, usual_size
 from quantkit.quantizers.rtn import rounded
 from quantkit.spec import QuantSpec, Scheme
 
@@ -81,6 +82,11 @@ class GPTQ(Quantizer):
         note = f"Cholesky factorisation needed damping {inverse.damping:g} instead of {self.damping:g}"
         choose = self._on_grid if spec.blocks is None else self._in_blocks
         return choose(weight, spec, hessian, inverse), (note,) if raised else ()
+
+    def cost(self, size: RunSize) -> BlockCost:
+        """Return the backward pass that guides it, if one does, and the weights of all tokens, for about seven layers a block."""
+        first = ("and before all of them one forward and one backward pass",)
+        return BlockCost(first, 4 * 7 * size.tokens * size.blocks) if self.guided else BlockCost()
 
     def rejects(self, scheme: Scheme) -> str | None:
         """Say why layers of a scheme cannot be quantized by this; None if they can."""
