@@ -29,6 +29,7 @@ class RTN(Quantizer):
 
     clip: Literal["absmax", "mse"] = "absmax"
     any_grid: ClassVar[bool] = True
+    by_rows: ClassVar[bool] = True
 
     def quantize(
         self, weight: Tensor, spec: QuantSpec, statistics: SiteStatistics | None
