@@ -2,19 +2,21 @@
 
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from quantkit.calibrate.collect import Gather
 from quantkit.calibrate.collectors import COLLECTORS
 from quantkit.calibrate.flow import Flow, Passes, run_order
-from quantkit.calibrate.walk import Gather, record_inputs, walk_block
+from quantkit.calibrate.walk import batches_of, record_inputs, run_batches
 from quantkit.errors import CalibrationError
 from quantkit.nn.block_calls import call_block, cast_call, record_block_calls
 from quantkit.nn.sites import Site, SiteStatistics, Structure
 from quantkit.system.compute import Compute, on_device
 from quantkit.system.progress import Progress, ProgressCallback
+from quantkit.system.scratch import MEMORY, Scratch
 
 Visit = Callable[[Site, Gather], None]
 
@@ -56,6 +58,7 @@ def block_walk(
     *,
     with_float: bool = False,
     counted: Counted = (),
+    scratch: Scratch = MEMORY,
 ) -> BlockWalk:
     """Return ``batches`` (int64 (B, T), without padding) before the first block.
 
@@ -66,12 +69,13 @@ def block_walk(
         compute: where blocks run, if they run one by one.
         with_float: also run the float model, for quantizers that compare.
         counted: which tokens enter statistics.
+        scratch: where activations lie, of blocks that run one by one.
 
     Raises:
         CalibrationError: some tokens do not count, and blocks are entangled.
     """
     if structure.entangled is None:
-        return Chain(model, structure, batches, compute, with_float=with_float, counted=counted)
+        return Chain(model, structure, batches, compute, with_float=with_float, counted=counted, scratch=scratch)
     if any(marks is not None for marks in counted):
         raise CalibrationError("answers_only=True: the model can only run as a whole, where every token counts; leave it out")
     order = run_order(model, structure, batches[0][:1, :8].to(next(model.parameters()).device))
@@ -89,6 +93,7 @@ class Chain:
         compute: where blocks run.
         with_float: also run the float blocks over what the float blocks before them produce, for quantizers that compare.
         counted: which tokens enter statistics.
+        scratch: where activations lie.
 
     Attributes:
         hidden: current input of the next block, one (B, T, H) per batch.
@@ -104,12 +109,16 @@ class Chain:
         *,
         with_float: bool = False,
         counted: Counted = (),
+        scratch: Scratch = MEMORY,
     ) -> None:
-        self.counted = counted
+        self.counted, self.scratch = counted, scratch
         self.model, self.structure, self.compute = model, structure, compute
-        recorded = [record_block_calls(model, structure, ids) for ids in batches]
-        self.hidden: list[Tensor] = [one.hidden.to(compute.dtype) for one in recorded]
-        self.calls = [one.calls for one in recorded]
+        self.hidden: list[Tensor] = []
+        self.calls: list[tuple[tuple[tuple[Any, ...], dict[str, Any]], ...]] = []
+        for ids in batches:
+            one = record_block_calls(model, structure, ids)
+            self.hidden.append(scratch.keep(one.hidden.to(compute.dtype)))
+            self.calls.append(one.calls)
         self.float_hidden = list(self.hidden) if with_float else []
 
     @property
@@ -119,7 +128,8 @@ class Chain:
 
     @state.setter
     def state(self, tensors: list[Tensor]) -> None:
-        self.hidden, self.float_hidden = tensors[: len(self.calls)], tensors[len(self.calls) :]
+        kept = [self.scratch.keep(tensor) for tensor in tensors]
+        self.hidden, self.float_hidden = kept[: len(self.calls)], kept[len(self.calls) :]
 
     def placed(self, index: int) -> contextlib.AbstractContextManager[object]:
         """Return the context in which block ``index`` is on the compute device."""
@@ -149,7 +159,7 @@ class Chain:
             def run() -> Tensor:
                 # The chain gives up its reference, so that a block's input is freed as soon as the block is done with it.
                 hidden, pending[batch] = pending[batch], pending[batch].new_empty(0)
-                return self.call(index, batch, hidden).to("cpu", self.compute.dtype)
+                return self.scratch.keep(self.call(index, batch, hidden).to("cpu", self.compute.dtype))
 
             return run
 
@@ -161,11 +171,12 @@ class Chain:
         with self.compute.rounding_products():
             if self.float_hidden:
                 runs = [forward(self.float_hidden, i) for i in range(len(self.calls))]
-                self.float_hidden, float_inputs = record_inputs(module, block.name, sites, runs)
+                self.float_hidden, float_inputs = record_inputs(module, block.name, sites, runs, self.scratch)
             pending, self.hidden = self.hidden, []
             runs = [forward(pending, i) for i in range(len(self.calls))]
             products, counted = self.compute.products, self.counted
-            outputs = walk_block(module, block.name, sites, runs, visit_exactly, float_inputs, products, counted)
+            walking = batches_of(runs, float_inputs, counted)
+            outputs = run_batches(walking, module, block.name, sites, visit_exactly, products, self.scratch)
         if any(not bool(torch.isfinite(out.sum())) for out in outputs):
             raise CalibrationError(f"{block.name}: its output holds NaN or infinity; check the model and its dtype")
         self.hidden = outputs

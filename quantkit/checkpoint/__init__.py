@@ -9,6 +9,7 @@ the same bytes, in one go or continued (:mod:`quantkit.checkpoint.staging`).
 
 from quantkit.checkpoint.check import check_output, rejections
 from quantkit.checkpoint.loading import load
+from quantkit.checkpoint.on_disk import load_on_disk
 from quantkit.checkpoint.publish import INCOMPLETE
 from quantkit.checkpoint.read import inspect
 from quantkit.checkpoint.record import Record, read_record
@@ -26,6 +27,7 @@ __all__ = [
     "claim",
     "inspect",
     "load",
+    "load_on_disk",
     "read_record",
     "rejections",
     "save",

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.calibrate.chain import BlockWalk, Counted, block_walk, relative_distance
+from quantkit.calibrate.collect import Gather
 from quantkit.calibrate.collectors import COLLECTORS
-from quantkit.calibrate.walk import Gather, block_sites
+from quantkit.calibrate.walk import block_sites
 from quantkit.errors import CalibrationError
 from quantkit.nn.install import install
 from quantkit.nn.quantized import Quantized
@@ -51,6 +52,7 @@ class BlockRun:
         store: where finished blocks are kept, or None.
         progress: gets one event per layer.
         strict: a layer that falls back to plain rounding ends the run.
+        keep: finished blocks stay in memory, for a step that goes on with them, although they are in a store.
     """
 
     model: nn.Module
@@ -64,6 +66,7 @@ class BlockRun:
     store: ResumeStore | None = None
     progress: ProgressCallback = ignore
     strict: bool = False
+    keep: bool = False
 
     def needs(self, name: str) -> tuple[str, ...]:
         """Return the statistics wanted of a layer's inputs."""
@@ -100,9 +103,12 @@ def quantize_blocks(run: BlockRun) -> dict[str, Quantized]:
                 quantized = _quantize_block(run, index, sites, global_scales, report)
         for site in sites:
             _write_bias(model, site, quantized[site.name])
-            install(model, site, quantized[site.name].qtensor, plan[site.name].activation)
         if store is not None and index >= finished:
             store.save(index, quantized, run.chain.state if run.chain else [])
+        if store is not None and not run.keep:
+            quantized = store.on_disk(index, quantized)
+        for site in sites:
+            install(model, site, quantized[site.name].qtensor, plan[site.name].activation)
         results |= quantized
         drop_pages(mapped)
         return_freed_memory()
@@ -150,7 +156,11 @@ def _placed(run: BlockRun, index: int) -> contextlib.AbstractContextManager[obje
     """Return the context in which a block is where it is quantized."""
     if run.chain is not None:
         return run.chain.placed(index)
-    return on_device(run.model.get_submodule(run.structure.blocks[index].name), run.compute)
+    module = run.model.get_submodule(run.structure.blocks[index].name)
+    here = all(parameter.device == run.compute.device for parameter in module.parameters())
+    if here and run.compute.device.type == "cpu" and run.compute.dtype == torch.float32:
+        return contextlib.nullcontext()  # quantizers widen what they are at work on; nobody runs the block
+    return on_device(module, run.compute)
 
 
 def needs_of(method: Quantizer, scheme: Scheme) -> tuple[str, ...]:
@@ -240,11 +250,12 @@ def _quantize_block(
 
 
 def _quantize_layer(run: BlockRun, site: Site, statistics: SiteStatistics | None, global_scale: Tensor | None) -> Quantized:
-    """Quantize one layer, and write the quantized weight into the model, for later layers and blocks to see."""
+    """Quantize one layer and, where calibration text runs, write it into the model, for later layers and blocks to see."""
     scheme = run.plan[site.name]
     weight = _weight_to_store(run.model, site, scheme)
     one = quantize_site(run.method, site.name, weight, scheme.weight, statistics, global_scale)
-    _write_stored(run.model, site, scheme, one.qtensor.dequantize())
+    if run.chain is not None:
+        _write_stored(run.model, site, scheme, one.qtensor.dequantize())
     qtensor = one.qtensor.to("cpu")
     if scheme.activation is not None and scheme.static:
         qtensor = qtensor.with_parts({"input_scale": calibrated_scale(site, scheme.activation, statistics)})

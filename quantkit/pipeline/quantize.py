@@ -26,6 +26,7 @@ from quantkit.evaluation.sanity import SanityCheck
 from quantkit.hf.load import PreTrainedModel, adopt, load_float
 from quantkit.hf.source import load_config, locate
 from quantkit.hf.structure import describe
+from quantkit.nn.lean import is_large, leaving
 from quantkit.nn.probes import all_experts_shown
 from quantkit.nn.sites import SiteStatistics, Structure
 from quantkit.pipeline.again import finished_result, replaced_model
@@ -170,6 +171,11 @@ class _Job:
     def reads_text(self) -> bool:
         return self.walks or bool(self.steps.after) or any(step.needs for step in self.steps.before)
 
+    @cached_property
+    def leaving(self) -> tuple[str, ...]:
+        """The paths of the blocks, if the model is so large that they leave memory after each use."""
+        return tuple(block.name for block in self.structure.blocks) if is_large(self.model) else ()
+
     @property
     def runs_blocks(self) -> bool:
         """Whether blocks are run at all: with text, or on a few tokens to see what reads what."""
@@ -180,7 +186,8 @@ class _Job:
         """Return the job with what is known of how its blocks can run, if they have to."""
         if not self.runs_blocks:
             return self
-        structure, compute = prepare_blocks(self.model, self.structure, self.compute)
+        with leaving(self.model, self.leaving):
+            structure, compute = prepare_blocks(self.model, self.structure, self.compute)
         return replace(self, structure=structure, run=replace(self.run, compute=compute))
 
     def refuse(self) -> None:
@@ -245,7 +252,7 @@ class _Job:
 def _carry_out(job: _Job, key: checkpoint.Key | None, batches: Sequence[Batch], read: Mapping[str, Any]) -> QuantizeResult:
     """Transform, quantize, learn, measure and write; ``read`` is what is recorded of the calibration text."""
     model, compute, progress, texts = job.model, job.compute, job.run.report, unpadded(batches)
-    sanity = SanityCheck.start(model, job.tokenizer, job.calibration.bos or None)
+    sanity = SanityCheck.start(model, job.tokenizer, job.calibration.bos or None, job.leaving)
     counted = unpadded_counts(batches)
     structure = apply_transforms(
         model, job.structure, job.plan, job.steps.before, texts, counted=counted, compute=compute, progress=progress
@@ -266,6 +273,7 @@ def _carry_out(job: _Job, key: checkpoint.Key | None, batches: Sequence[Batch], 
         store,
         progress,
         job.run.strict,
+        keep=bool(job.steps.after),
     )
     with all_experts_shown(model, job.calibration.all_experts):
         results = quantize_blocks(blocks)

@@ -1,7 +1,7 @@
 """What a quantizer is, and the one place that runs it on a layer."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -17,10 +17,6 @@ from quantkit.qtensor import QTensor, concatenate
 from quantkit.registry import Registry
 from quantkit.spec import ActivationSpec, QuantSpec, Scheme
 from quantkit.system.compute import Compute
-
-
-_SLICE = 1 << 16
-"""Weights that are quantized at a time where rows do not depend on each other: with what is made of them they fit the cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +188,7 @@ def _quantize_matrix(
     parts: list[QTensor] = []
     notes: list[str] = []
     lost, noise, signal = 0, 0.0, 0.0
-    for rows in _slices(weight, spec) if quantizer.by_rows else [slice(0, len(weight))]:
+    for rows in grid.row_slices(weight, spec) if quantizer.by_rows else [slice(0, len(weight))]:
         part = weight[rows].float()
         qtensor, said = _quantize_rows(quantizer, part, spec, statistics, shift, own)
         rounded = qtensor.dequantize()
@@ -230,22 +226,13 @@ def _quantize_rows(
     return qtensor, notes
 
 
-def _slices(weight: Tensor, spec: QuantSpec) -> Iterator[slice]:
-    """Yield the rows of a weight (out, in) in parts that fit the cache, whole blocks each."""
-    block, _ = grid.block_size(spec, tuple(weight.shape))
-    step = max(_SLICE // weight.shape[-1] // block, 1) * block
-    for start in range(0, len(weight), step):
-        yield slice(start, min(start + step, len(weight)))
-
-
 def _largest(weight: Tensor) -> Tensor:
     """Return the largest magnitude of a weight (out, in), float32 ().
 
     Raises:
         CalibrationError: the weight holds NaN or infinity.
     """
-    ends = weight.aminmax() if weight.numel() else None  # which keep NaN
-    largest = torch.zeros(()) if ends is None else torch.maximum(ends.min.abs(), ends.max.abs()).float()
+    largest = grid.largest_magnitude(weight).float() if weight.numel() else torch.zeros(())
     if not bool(torch.isfinite(largest)):
         raise CalibrationError("the weight holds NaN or infinity; repair or reload the model")
     return largest

@@ -146,7 +146,7 @@ class _Factorise:
         order = torch.arange(len(importance), device=hessian.device)
         if self.act_order:
             order = importance.argsort(descending=True, stable=True)
-        return InverseHessian(order, *inverse_factor(hessian[order][:, order], self.damping))
+        return InverseHessian(order, *inverse_factor(hessian[order[:, None], order], self.damping))
 
 
 def damp(hessian: Tensor, damping: float) -> Tensor:
@@ -177,12 +177,13 @@ def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
         CalibrationError: if even damping by the full mean does not help.
     """
     while True:
-        damped = damp(hessian, damping)
         # With J the reversal and J H J = L L^T, the wanted factor is J L^-1 J: no inverse of H, no second factorisation.
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        lower, failed = torch.linalg.cholesky_ex(damp(hessian, damping).flip(0, 1))
         if not int(failed):
             identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
-            upper = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
+            upper = torch.linalg.solve_triangular(lower, identity, upper=False)
+            del lower, identity  # of a wide layer each is as large as its block
+            upper = upper.flip(0, 1)
             if bool(torch.isfinite(upper).all()):
                 return upper, damping
         if damping * 10 > _MAX_DAMPING:
