@@ -1,7 +1,7 @@
 """The calibration text on its way through a model's blocks, and statistics of a float model in one pass."""
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +15,7 @@ from quantkit.errors import CalibrationError
 from quantkit.nn.block_calls import call_block, cast_call, record_block_calls
 from quantkit.nn.sites import Site, SiteStatistics, Structure
 from quantkit.system.compute import Compute, on_device
+from quantkit.system.memory import drop_pages, mapped_pages
 from quantkit.system.progress import Progress, ProgressCallback
 from quantkit.system.scratch import MEMORY, Scratch
 
@@ -131,9 +132,14 @@ class Chain:
         kept = [self.scratch.keep(tensor) for tensor in tensors]
         self.hidden, self.float_hidden = kept[: len(self.calls)], kept[len(self.calls) :]
 
-    def placed(self, index: int) -> contextlib.AbstractContextManager[object]:
+    @contextlib.contextmanager
+    def placed(self, index: int) -> Iterator[None]:
         """Return the context in which block ``index`` is on the compute device."""
-        return on_device(self.model.get_submodule(self.structure.blocks[index].name), self.compute)
+        module = self.model.get_submodule(self.structure.blocks[index].name)
+        mapped = mapped_pages(module.parameters())
+        with on_device(module, self.compute):
+            drop_pages(mapped)  # what was read to be widened is not needed; what is used as it is comes back
+            yield
 
     def rerunner(self, index: int) -> Callable[[int], Tensor]:
         """Return what runs block ``index`` again on the present inputs."""

@@ -1,7 +1,7 @@
 """Run collectors over what waits at a layer; of a stack of experts over a few experts at a time.
 
-A second moment per expert of a large mixture is gigabytes: 128 experts with 2048 inputs have 2 GiB of them. A quantizer wants one
-after the other, so they are computed in slices of experts, whose size is at most :data:`SLICE_BYTES`, when they are asked for.
+A second moment per expert of a large mixture is gigabytes: 2 GiB for 128 experts with 2048 inputs. A quantizer wants one after
+the other, so they are computed in slices of experts, whose size is at most :data:`SLICE_BYTES`, when they are asked for.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -186,6 +186,7 @@ def walk_batches(
         batch = greenlet.getcurrent()
         if not isinstance(batch, Batch):
             return
+        scratch.move(inputs.x)
         if inputs.expert_ids is None:
             inputs.x = batch.rounds(inputs.x, products)
         if site.name not in done:

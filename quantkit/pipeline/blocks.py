@@ -30,6 +30,7 @@ from quantkit.spec import ActivationSpec, Plan, Scheme
 from quantkit.system.compute import Compute, on_device
 from quantkit.system.memory import drop_pages, mapped_pages, return_freed_memory
 from quantkit.system.progress import Progress, ProgressCallback, ignore, told
+from quantkit.system.scratch import MEMORY, Scratch
 from quantkit.transforms.base import Correction
 from quantkit.transforms.scaling_groups import shared_global_scales
 
@@ -123,6 +124,7 @@ def calibration_chain(
     method: Quantizer,
     compute: Compute,
     counted: Counted = (),
+    scratch: Scratch = MEMORY,
 ) -> BlockWalk:
     """Return the calibration batches (int64 (B, T), without padding) before the first block, as a quantizer wants them."""
     if method.batch_size is not None:
@@ -130,7 +132,7 @@ def calibration_chain(
         counted = [part for ids, marks in zip_longest(batches, counted) for part in _split(marks, size, len(ids))]
         batches = [part for ids in batches for part in ids.split(size)]
     compares = method.refines_blocks or any(COLLECTORS.get(name).paired for name in method.needs)
-    return block_walk(model, structure, batches, compute, with_float=compares, counted=counted)
+    return block_walk(model, structure, batches, compute, with_float=compares, counted=counted, scratch=scratch)
 
 
 def _split(marks: Tensor | None, size: int, rows: int) -> Sequence[Tensor | None]:
@@ -259,6 +261,8 @@ def _quantize_layer(run: BlockRun, site: Site, statistics: SiteStatistics | None
     qtensor = one.qtensor.to("cpu")
     if scheme.activation is not None and scheme.static:
         qtensor = qtensor.with_parts({"input_scale": calibrated_scale(site, scheme.activation, statistics)})
+    if run.chain is None:
+        drop_pages(mapped_pages([weight]))
     one = replace(one, qtensor=qtensor)
     for correction in run.corrections.get(site.name, ()):
         one = correction.correct(run.model.get_submodule(site.module), weight, one, statistics)

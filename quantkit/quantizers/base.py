@@ -87,6 +87,15 @@ class Quantizer(Protocol):
             The quantized weight and notes on anything unusual (extra damping, a fallback), empty when all went well.
         """
 
+    def quantize_at_once(self, weight: Tensor, spec: QuantSpec) -> tuple[QTensor, float, float, int] | None:
+        """Quantize a whole weight (out, in) of any dtype and usual size without statistics, if there is a quick way.
+
+        Returns:
+            None if there is none; else the quantized weight, the same as from :meth:`quantize`; the sums of squared errors and
+            of squared weights; and the number of rows with weights that have all become zero.
+        """
+        return None
+
     def refine_block(self, block: QuantizedBlock) -> dict[Site, QTensor]:
         """Return better codes and scales for the layers of a block whose layers are quantized, if :attr:`refines_blocks`.
 
@@ -188,7 +197,10 @@ def _quantize_matrix(
     parts: list[QTensor] = []
     notes: list[str] = []
     lost, noise, signal = 0, 0.0, 0.0
-    for rows in grid.row_slices(weight, spec) if quantizer.by_rows else [slice(0, len(weight))]:
+    if not shift and own is None and (done := quantizer.quantize_at_once(weight, spec)) is not None:
+        qtensor, noise, signal, lost = done
+        parts.append(qtensor)
+    for rows in () if parts else grid.row_slices(weight, spec) if quantizer.by_rows else [slice(0, len(weight))]:
         part = weight[rows].float()
         qtensor, said = _quantize_rows(quantizer, part, spec, statistics, shift, own)
         rounded = qtensor.dequantize()

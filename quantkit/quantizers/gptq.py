@@ -146,7 +146,7 @@ class _Factorise:
         order = torch.arange(len(importance), device=hessian.device)
         if self.act_order:
             order = importance.argsort(descending=True, stable=True)
-        return InverseHessian(order, *inverse_factor(hessian[order[:, None], order], self.damping))
+        return InverseHessian(order, *inverse_factor(hessian, self.damping, order))
 
 
 def damp(hessian: Tensor, damping: float) -> Tensor:
@@ -163,12 +163,19 @@ def damp(hessian: Tensor, damping: float) -> Tensor:
     return damped
 
 
-def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
+def _ordered(hessian: Tensor, order: Tensor | None) -> Tensor:
+    return hessian if order is None else hessian[order[:, None], order]
+
+
+def inverse_factor(hessian: Tensor, damping: float, order: Tensor | None = None) -> tuple[Tensor, float]:
     """Factorise the damped inverse Hessian, raising the damping tenfold until it works.
+
+    Beside ``hessian`` three matrices of its size are in memory at a time; that of a wide layer is as large as its block.
 
     Args:
         hessian: float32 (n, n), symmetric, positive semi-definite; rows of dead inputs are zero.
         damping: fraction of the mean of the non-zero diagonal.
+        order: int64 (n,), which row and column of ``hessian`` come first; None leaves them as they are.
 
     Returns:
         U, upper triangular (n, n), with U^T U = (H + lambda I)^-1, and the damping that was used.
@@ -178,12 +185,14 @@ def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
     """
     while True:
         # With J the reversal and J H J = L L^T, the wanted factor is J L^-1 J: no inverse of H, no second factorisation.
-        lower, failed = torch.linalg.cholesky_ex(damp(hessian, damping).flip(0, 1))
+        lower, failed = torch.linalg.cholesky_ex(damp(_ordered(hessian, order), damping).flip(0, 1))
         if not int(failed):
-            identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
-            upper = torch.linalg.solve_triangular(lower, identity, upper=False)
-            del lower, identity  # of a wide layer each is as large as its block
-            upper = upper.flip(0, 1)
+            # The library works in place on columns that are contiguous; the identity is its own transpose.
+            inverse = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device).T
+            inverse = torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+            del lower
+            upper = inverse.flip(0, 1)
+            del inverse
             if bool(torch.isfinite(upper).all()):
                 return upper, damping
         if damping * 10 > _MAX_DAMPING:

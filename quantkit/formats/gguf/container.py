@@ -78,7 +78,7 @@ class GgufWriter:
         return self._parts.read(name)
 
     def view(self, name: str) -> Tensor:
-        """See :class:`quantkit.formats.containers.base.Writer`; the file is kept, without a name, as long as there is a view."""
+        """See :class:`quantkit.formats.containers.base.Writer`; the file stays, without a name, while there is a view."""
         return self._parts.view(name)
 
     def flush(self) -> None:
