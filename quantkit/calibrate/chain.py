@@ -1,22 +1,25 @@
 """The calibration text on its way through a model's blocks, and statistics of a float model in one pass."""
 
 import contextlib
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from quantkit.calibrate.backward import Counted
+from quantkit.calibrate.collect import Gather
 from quantkit.calibrate.collectors import COLLECTORS
 from quantkit.calibrate.flow import Flow, Passes, run_order
 from quantkit.calibrate.guidance import TokenWeights, by_batch, token_weights
-from quantkit.calibrate.walk import Gather, record_inputs, walk_block
+from quantkit.calibrate.walk import batches_of, record_inputs, run_batches
 from quantkit.errors import CalibrationError
 from quantkit.nn.block_calls import call_block, cast_call, record_block_calls
 from quantkit.nn.sites import Site, SiteStatistics, Structure
 from quantkit.system.compute import Compute, on_device
+from quantkit.system.memory import drop_pages, mapped_pages
 from quantkit.system.progress import Progress, ProgressCallback
+from quantkit.system.scratch import MEMORY, Scratch
 
 Visit = Callable[[Site, Gather], None]
 
@@ -56,6 +59,7 @@ def block_walk(
     with_float: bool = False,
     counted: Counted = (),
     weights: TokenWeights | None = None,
+    scratch: Scratch = MEMORY,
 ) -> BlockWalk:
     """Return ``batches`` (int64 (B, T), without padding) before the first block.
 
@@ -67,12 +71,14 @@ def block_walk(
         with_float: also run the float model, for quantizers that compare.
         counted: which tokens enter statistics.
         weights: how much they count for statistics that are guided.
+        scratch: where activations lie, of blocks that run one by one.
 
     Raises:
         CalibrationError: some tokens do not count, and blocks are entangled.
     """
     if structure.entangled is None:
-        return Chain(model, structure, batches, compute, with_float=with_float, counted=counted, weights=weights)
+        settings = {"with_float": with_float, "counted": counted, "weights": weights, "scratch": scratch}
+        return Chain(model, structure, batches, compute, **settings)
     if any(marks is not None for marks in counted):
         raise CalibrationError("answers_only=True: the model can only run as a whole, where every token counts; leave it out")
     order = run_order(model, structure, batches[0][:1, :8].to(next(model.parameters()).device))
@@ -91,6 +97,7 @@ class Chain:
         with_float: also run the float blocks over what the float blocks before them produce, for quantizers that compare.
         counted: which tokens enter statistics.
         weights: how much they count for statistics that are guided.
+        scratch: where activations lie.
 
     Attributes:
         hidden: current input of the next block, one (B, T, H) per batch.
@@ -107,12 +114,16 @@ class Chain:
         with_float: bool = False,
         counted: Counted = (),
         weights: TokenWeights | None = None,
+        scratch: Scratch = MEMORY,
     ) -> None:
-        self.counted, self.weights = counted, by_batch(weights, len(batches))
+        self.counted, self.weights, self.scratch = counted, by_batch(weights, len(batches)), scratch
         self.model, self.structure, self.compute = model, structure, compute
-        recorded = [record_block_calls(model, structure, ids) for ids in batches]
-        self.hidden: list[Tensor] = [one.hidden.to(compute.dtype) for one in recorded]
-        self.calls = [one.calls for one in recorded]
+        self.hidden: list[Tensor] = []
+        self.calls: list[tuple[tuple[tuple[Any, ...], dict[str, Any]], ...]] = []
+        for ids in batches:
+            one = record_block_calls(model, structure, ids)
+            self.hidden.append(scratch.keep(one.hidden.to(compute.dtype)))
+            self.calls.append(one.calls)
         self.float_hidden = list(self.hidden) if with_float else []
 
     @property
@@ -122,11 +133,17 @@ class Chain:
 
     @state.setter
     def state(self, tensors: list[Tensor]) -> None:
-        self.hidden, self.float_hidden = tensors[: len(self.calls)], tensors[len(self.calls) :]
+        kept = [self.scratch.keep(tensor) for tensor in tensors]
+        self.hidden, self.float_hidden = kept[: len(self.calls)], kept[len(self.calls) :]
 
-    def placed(self, index: int) -> contextlib.AbstractContextManager[object]:
+    @contextlib.contextmanager
+    def placed(self, index: int) -> Iterator[None]:
         """Return the context in which block ``index`` is on the compute device."""
-        return on_device(self.model.get_submodule(self.structure.blocks[index].name), self.compute)
+        module = self.model.get_submodule(self.structure.blocks[index].name)
+        mapped = mapped_pages(module.parameters())
+        with on_device(module, self.compute):
+            drop_pages(mapped)  # what was read to be widened is not needed; what is used as it is comes back
+            yield
 
     def rerunner(self, index: int) -> Callable[[int], Tensor]:
         """Return what runs block ``index`` again on the present inputs."""
@@ -152,7 +169,7 @@ class Chain:
             def run() -> Tensor:
                 # The chain gives up its reference, so that a block's input is freed as soon as the block is done with it.
                 hidden, pending[batch] = pending[batch], pending[batch].new_empty(0)
-                return self.call(index, batch, hidden).to("cpu", self.compute.dtype)
+                return self.scratch.keep(self.call(index, batch, hidden).to("cpu", self.compute.dtype))
 
             return run
 
@@ -164,11 +181,11 @@ class Chain:
         with self.compute.rounding_products():
             if self.float_hidden:
                 runs = [forward(self.float_hidden, i) for i in range(len(self.calls))]
-                self.float_hidden, float_inputs = record_inputs(module, block.name, sites, runs)
+                self.float_hidden, float_inputs = record_inputs(module, block.name, sites, runs, self.scratch)
             pending, self.hidden = self.hidden, []
             runs = [forward(pending, i) for i in range(len(self.calls))]
-            products, counted, weights = self.compute.products, self.counted, self.weights
-            outputs = walk_block(module, block.name, sites, runs, visit_exactly, float_inputs, products, counted, weights)
+            walking = batches_of(runs, float_inputs, self.counted, self.weights)
+            outputs = run_batches(walking, module, block.name, sites, visit_exactly, self.compute.products, self.scratch)
         if any(not bool(torch.isfinite(out.sum())) for out in outputs):
             raise CalibrationError(f"{block.name}: its output holds NaN or infinity; check the model and its dtype")
         self.hidden = outputs

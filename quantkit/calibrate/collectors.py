@@ -47,6 +47,10 @@ class Collector(Protocol):
 COLLECTORS: Registry[type[Collector]] = Registry("collector", package="quantkit.calibrate", error=CalibrationError)
 
 
+_STRIP = 1024
+"""Rows of a matrix that are mirrored at a time."""
+
+
 class _Sum(Collector, Protocol):
     """Base of collectors whose state is a sum over rows and the number of rows."""
 
@@ -114,8 +118,12 @@ class Hessian(_Sum):
 
     def result(self) -> Tensor:
         """Return E[x x^T], symmetric."""
-        upper = self._mean("sum").triu_()
-        return upper + upper.triu(1).T
+        whole = self._mean("sum")
+        for start in range(0, len(whole), _STRIP):  # in place: the matrix of a wide layer is as large as its block
+            strip = slice(start, start + _STRIP)
+            whole[strip, strip] = whole[strip, strip].triu() + whole[strip, strip].triu(1).T
+            whole[strip.stop :, strip] = whole[strip, strip.stop :].T
+        return whole
 
 
 @COLLECTORS.register("drift")

@@ -25,8 +25,9 @@ import greenlet
 import torch
 from torch import Tensor, nn
 
+from quantkit.calibrate.collect import Gather, Inputs, gatherer
 from quantkit.calibrate.guidance import TokenWeights, by_batch
-from quantkit.calibrate.walk import Batch, Gather, Inputs, attach, end_batches, gatherer, walk_batches
+from quantkit.calibrate.walk import Batch, attach, end_batches, walk_batches
 from quantkit.errors import CalibrationError
 from quantkit.nn.block_calls import own_containers
 from quantkit.nn.probing import first_tensor, watch_block

@@ -19,124 +19,17 @@ A batch need not end with the block: where a model can only run as a whole (:mod
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Protocol
 
 import greenlet
 import torch
 from torch import Tensor, nn
 
-from quantkit.calibrate.collectors import COLLECTORS, Collector
-from quantkit.errors import CalibrationError
+from quantkit.calibrate.collect import Gather, Inputs, gatherer
 from quantkit.nn.probes import attach_probe
 from quantkit.nn.sites import Block, Site, SiteStatistics
-from quantkit.numerics.inputs import UNCHANGED, InputQuantizer
 from quantkit.system.memory import HeapWatch
-
-
-@dataclass(slots=True)
-class Inputs:
-    """Rows that are about to be multiplied by a site's weight.
-
-    Attributes:
-        x: (..., in) as the module received it.
-        expert_ids: int64 (rows,) expert of every row, for a 3-D site; None otherwise.
-        float_x: what the float model multiplies at the same place, of x's shape, if that is known.
-        counted: bool (B, T), the tokens of the batch whose rows enter statistics; None for all. Where x has other rows than
-            the batch has tokens (experts), all count.
-        weights: float32 (B, T), how much each token counts for this layer, where that is known.
-    """
-
-    x: Tensor
-    expert_ids: Tensor | None = None
-    float_x: Tensor | None = None
-    counted: Tensor | None = None
-    weights: Tensor | None = None
-
-    def rows(self, of: Tensor) -> Tensor:
-        """Return ``of``, which has x's shape, as the rows (n, in) that count."""
-        rows = of.detach().reshape(-1, of.shape[-1])
-        if self.counted is None or self.counted.numel() != rows.shape[0]:
-            return rows
-        return rows[self.counted.reshape(-1).to(rows.device)]
-
-    def roots(self) -> Tensor | None:
-        """Return the root of how much each of the :meth:`rows` that count counts, (n, 1); None if all do alike."""
-        if self.weights is None or self.expert_ids is not None or self.weights.numel() * self.x.shape[-1] != self.x.numel():
-            return None
-        return self.rows(self.weights.unsqueeze(-1)).sqrt()
-
-
-def collect(
-    site: Site,
-    needs: Sequence[str],
-    inputs: Sequence[Inputs],
-    products: torch.dtype | None = None,
-    *,
-    quantizer: InputQuantizer = UNCHANGED,
-) -> SiteStatistics:
-    """Run the named collectors over all ``inputs`` of ``site``; those that compare with the float model only where its input is
-    known.
-
-    Args:
-        site: the site.
-        needs: names of collectors.
-        inputs: one per batch.
-        products: what the product rounds its input to, and so what the collectors see; None leaves inputs as they are.
-        quantizer: look at inputs in the basis that it rounds them in.
-
-    Raises:
-        CalibrationError: if an input holds NaN or infinity.
-    """
-    experts = site.shape[0] if len(site.shape) == 3 else 1
-    float_inputs = all(one.float_x is not None for one in inputs)
-    needs = [name for name in needs if float_inputs or not COLLECTORS.get(name).paired]
-    collectors = [{name: COLLECTORS.get(name)(site.in_features) for name in needs} for _ in range(experts)]
-    tokens = [0] * experts
-    for one in inputs:
-        for expert, rows in _rows_by_expert(one, experts):
-            rows = quantizer.prepare_input(rows)
-            rows = rows if products is None else rows.to(products)
-            if not torch.isfinite(rows.sum()):  # NaN and infinity survive a sum
-                raise CalibrationError(f"{site.name}: calibration inputs hold NaN or infinity; check the model and its dtype")
-            tokens[expert] += rows.shape[0]
-            roots = one.roots()
-            for collector in collectors[expert].values():
-                seen = rows
-                if collector.paired:
-                    assert one.float_x is not None
-                    float_x = one.rows(one.float_x)
-                    seen = torch.cat([rows, quantizer.prepare_input(float_x).to(rows)], 1)
-                if collector.guided and roots is not None:
-                    seen = (seen * roots.to(seen.device)).to(seen.dtype)
-                collector.update(seen)
-    return SiteStatistics({name: _stack(site, [c[name] for c in collectors], tokens) for name in needs}, tuple(tokens))
-
-
-def _rows_by_expert(inputs: Inputs, experts: int) -> list[tuple[int, Tensor]]:
-    if inputs.expert_ids is None:
-        rows = inputs.rows(inputs.x)
-        return [(0, rows)] if rows.shape[0] else []
-    rows = inputs.x.detach().reshape(-1, inputs.x.shape[-1])
-    return [(e, rows[inputs.expert_ids == e]) for e in range(experts) if bool((inputs.expert_ids == e).any())]
-
-
-def _stack(site: Site, collectors: list[Collector], tokens: list[int]) -> Tensor:
-    if len(site.shape) == 2:
-        return collectors[0].result()
-    seen = [c.result() if n else None for c, n in zip(collectors, tokens, strict=True)]
-    like = next((r for r in seen if r is not None), None)
-    if like is None:
-        raise CalibrationError(f"{site.name}: no token reached any expert during calibration; use more calibration text")
-    return torch.stack([torch.zeros_like(like) if r is None else r for r in seen])
-
-
-class Gather(Protocol):
-    """Runs collectors over what waits at a layer."""
-
-    def __call__(self, needs: Sequence[str], quantizer: InputQuantizer = UNCHANGED) -> SiteStatistics:
-        """Return the statistics called ``needs`` of the inputs, or of the inputs after a Hadamard transform."""
+from quantkit.system.scratch import MEMORY, Scratch
 
 
 class Batch(greenlet.greenlet):
@@ -174,7 +67,11 @@ class Batch(greenlet.greenlet):
 
 
 def record_inputs(
-    block: nn.Module, block_name: str, sites: Sequence[Site], forwards: Sequence[Callable[[], Tensor]]
+    block: nn.Module,
+    block_name: str,
+    sites: Sequence[Site],
+    forwards: Sequence[Callable[[], Tensor]],
+    scratch: Scratch = MEMORY,
 ) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
     """Run ``block`` once over all batches and keep the input of every 2-D site; arguments as for :func:`walk_block`.
 
@@ -187,6 +84,7 @@ def record_inputs(
 
         def keep(site: Site, inputs: Inputs, batch: dict[str, Tensor] = batch) -> None:
             if inputs.expert_ids is None:
+                scratch.move(inputs.x)
                 batch[site.name] = inputs.x
 
         hooks = attach(block, block_name, sites, keep)
@@ -228,6 +126,16 @@ def walk_block(
     Returns:
         The outputs of ``forwards``, in order.
     """
+    return run_batches(batches_of(forwards, float_inputs, counted, weights), block, block_name, sites, visit, products)
+
+
+def batches_of(
+    forwards: Sequence[Callable[[], Tensor]],
+    float_inputs: Sequence[dict[str, Tensor]] = (),
+    counted: Sequence[Tensor | None] = (),
+    weights: Sequence[Mapping[str, Tensor]] = (),
+) -> list[Batch]:
+    """Return batches that have not begun; arguments as for :func:`walk_block`."""
     batches = [Batch(run) for run in forwards]
     for batch, float_x in zip(batches, float_inputs, strict=False):
         batch.float_inputs = float_x
@@ -235,8 +143,24 @@ def walk_block(
         batch.counted = marks
     for batch, own in zip(batches, weights, strict=False):
         batch.weights = own
+    return batches
+
+
+def run_batches(
+    batches: Sequence[Batch],
+    block: nn.Module,
+    block_name: str,
+    sites: Sequence[Site],
+    visit: Callable[[Site, Gather], None],
+    products: torch.dtype | None = None,
+    scratch: Scratch = MEMORY,
+) -> list[Tensor]:
+    """Let ``batches`` run to their end and return their outputs; arguments as for :func:`walk_block`.
+
+    The inputs of batches that are suspended lie in ``scratch``.
+    """
     try:
-        walk_batches(batches, block, block_name, sites, visit, products)
+        walk_batches(batches, block, block_name, sites, visit, products, scratch)
     finally:
         end_batches(batches)
     return [batch.output for batch in batches if batch.output is not None]
@@ -256,6 +180,7 @@ def walk_batches(
     sites: Sequence[Site],
     visit: Callable[[Site, Gather], None],
     products: torch.dtype | None = None,
+    scratch: Scratch = MEMORY,
 ) -> None:
     """Let ``batches`` go on until each has ended or is parked; arguments as for :func:`walk_block`."""
     order = {site.name: i for i, site in enumerate(sites)}
@@ -268,11 +193,13 @@ def walk_batches(
         batch = greenlet.getcurrent()
         if not isinstance(batch, Batch):
             return
+        scratch.move(inputs.x)
         if inputs.expert_ids is None:
             inputs.x = batch.rounds(inputs.x, products)
         if site.name not in done:
             inputs.float_x = batch.float_inputs.pop(site.name, None) if batch.float_inputs else None
             inputs.counted, inputs.weights = batch.counted, batch.weights.get(site.name)
+            scratch.move(inputs.x)
             batch.waiting, batch.inputs = site.name, inputs
             batch.parent.switch()
 
@@ -286,6 +213,7 @@ def walk_batches(
                 batch.waiting = None
                 batch.switch()
                 heap.check()
+                scratch.check()
             waiting = [batch for batch in batches if not batch.dead and not batch.parked]
             if not waiting:
                 break
@@ -295,7 +223,7 @@ def walk_batches(
             inputs = [batch.inputs for batch in running if batch.inputs is not None]
             if len(inputs) != len(previous) or any(one.x is not ref() for one, ref in zip(inputs, previous, strict=True)):
                 known = {}
-            visit(site, gatherer(site, inputs, known, products))
+            visit(site, gatherer(site, inputs, known, products, scratch))
             done.add(name)
             previous = [weakref.ref(one.x) for one in inputs]
             for batch in running:
@@ -305,20 +233,6 @@ def walk_batches(
     finally:
         for hook in hooks:
             hook()
-
-
-def gatherer(site: Site, inputs: list[Inputs], known: dict[str, SiteStatistics], products: torch.dtype | None = None) -> Gather:
-    """Return what runs collectors over ``inputs``; ``known`` remembers what has been computed of them."""
-
-    def gather(needs: Sequence[str], quantizer: InputQuantizer = UNCHANGED) -> SiteStatistics:
-        key = ",".join([*sorted(needs), *(["rotated"] if quantizer.rotated else [])])
-        if any(COLLECTORS.get(name).guided for name in needs):  # tokens count differently for each
-            key += f" of {site.name}"
-        if key not in known:
-            known[key] = collect(site, needs, inputs, products, quantizer=quantizer)
-        return known[key]
-
-    return gather
 
 
 def attach(

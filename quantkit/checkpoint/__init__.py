@@ -9,13 +9,15 @@ the same bytes, in one go or continued (:mod:`quantkit.checkpoint.staging`).
 
 from quantkit.checkpoint.check import check_output, rejections
 from quantkit.checkpoint.loading import load
+from quantkit.checkpoint.on_disk import load_on_disk
 from quantkit.checkpoint.publish import INCOMPLETE
 from quantkit.checkpoint.read import inspect
 from quantkit.checkpoint.record import Record, read_record
+from quantkit.checkpoint.save import save
 from quantkit.checkpoint.staging import claim
 from quantkit.checkpoint.state import Key
 from quantkit.checkpoint.verify import verify
-from quantkit.checkpoint.write import CheckpointWriter, save
+from quantkit.checkpoint.write import CheckpointWriter
 
 __all__ = [
     "INCOMPLETE",
@@ -26,6 +28,7 @@ __all__ = [
     "claim",
     "inspect",
     "load",
+    "load_on_disk",
     "read_record",
     "rejections",
     "save",

@@ -235,8 +235,11 @@ def same_bits(a: Tensor | None, b: Tensor | None) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(as_bytes(a), as_bytes(b))  # so NaN equals itself
 
 
-def float_tensor(model: nn.Module, entry: Entry, transposed: frozenset[str]) -> Tensor:
-    """Assemble an unquantized checkpoint tensor from the model, on the CPU, in storage of its own."""
+def float_tensor(model: nn.Module, entry: Entry, transposed: frozenset[str], *, copy: bool = True) -> Tensor:
+    """Assemble an unquantized checkpoint tensor from the model, on the CPU, in storage of its own.
+
+    Without ``copy`` it may be a view of the model's, good to look at.
+    """
     parts = []
     for piece in entry.source.pieces:
         tensor = lookup(model, piece.parameter)
@@ -245,7 +248,7 @@ def float_tensor(model: nn.Module, entry: Entry, transposed: frozenset[str]) -> 
         parts.append(_slice(tensor, piece))
     joined = parts[0] if len(parts) == 1 else torch.cat(parts, 0)
     joined = (joined.transpose(-1, -2) if entry.source.transposed else joined).cpu().contiguous()
-    return joined if joined.untyped_storage().nbytes() == joined.nbytes else joined.clone()
+    return joined if not copy or joined.untyped_storage().nbytes() == joined.nbytes else joined.clone()
 
 
 def _slice(tensor: Tensor, piece: Piece) -> Tensor:

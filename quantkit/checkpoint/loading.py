@@ -92,7 +92,7 @@ def load(
         kernels = _kernels(opened, quantized) if on_cpu else {}
         found = _from_cache(opened, kernels, dtype) if cache and kernels and prepacked.enabled() else None
         for name, tensor in found.floats.items() if found else _floats(opened, dtype):
-            _put(model, name, tensor)
+            put(model, name, tensor)
         arena, heap = Arena(), HeapWatch(_HEAP_BYTES)
         for name, site in quantized.items():
             scheme = opened.schemes[name]
@@ -106,9 +106,7 @@ def load(
             states = [State(part, part.struct()) for part in parts]
             for module in _holders(model, name):
                 module.adopt(kernels[name], states)
-        _finish(model, path)
-        reopen = functools.partial(FORMATS.get(opened.format_name).container.reader, opened.path)
-        keep_ledger(model, Ledger(opened.path, opened.reader.headers, {}, opened.carried, reopen, is_source=False))
+        finish_model(model, opened)
     loaded: PreTrainedModel = model.requires_grad_(False).eval()
     if not on_cpu:
         loaded = model.to(device)
@@ -145,8 +143,9 @@ def _holders(model: Any, name: str) -> list[Any]:
     return [model.get_submodule(name), *tied]
 
 
-def _finish(model: Any, path: str | Path) -> None:
-    """Tie, check that nothing is missing, and set what the files say beside the weights."""
+def finish_model(model: Any, opened: Opened) -> None:
+    """Tie, check that nothing is missing, set what the files say beside the weights, and remember what else they hold."""
+    path = opened.path
     quantized = {name: part for name, part in model.named_modules() if isinstance(part, QuantModule)}
     with building:  # which, in another thread, is without ties for a while
         model.tie_weights(recompute_mapping=False)  # what is quantized is not on its list any more
@@ -157,8 +156,10 @@ def _finish(model: Any, path: str | Path) -> None:
     if any(isinstance(module, QuantWeight) for module in model.modules()):
         enable_experts(model)
     model.config.dtype = model.dtype
-    if (Path(path) / "generation_config.json").exists() and hasattr(model, "generation_config"):
+    if (path / "generation_config.json").exists() and hasattr(model, "generation_config"):
         model.generation_config = read_generation_config(path)
+    reopen = functools.partial(FORMATS.get(opened.format_name).container.reader, opened.path)
+    keep_ledger(model, Ledger(opened.path, opened.reader.headers, {}, opened.carried, reopen, is_source=False))
 
 
 def _kernels(opened: Opened, sites: dict[str, Site]) -> dict[str, CpuKernel]:
@@ -223,7 +224,8 @@ def _own(model: nn.Module, name: str) -> tuple[nn.Module, Tensor]:
     return module, getattr(module, attribute)
 
 
-def _put(model: nn.Module, name: str, value: Tensor) -> None:
+def put(model: nn.Module, name: str, value: Tensor) -> None:
+    """Give a parameter or buffer of an empty model its value."""
     module, own = _own(model, name)
     setattr(
         module, name.rpartition(".")[2], nn.Parameter(value, requires_grad=False) if isinstance(own, nn.Parameter) else value

@@ -86,8 +86,7 @@ def tensor_sums(reader: Reader) -> dict[str, str]:
     found = {}
     for name, digest in sums((name, reader.read(name, copy=False)) for name in sorted(reader.headers)):
         found[name] = digest
-        if not len(found) % 64:
-            reader.release()
+        reader.release()
     reader.release()
     return found
 

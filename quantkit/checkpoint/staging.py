@@ -173,7 +173,7 @@ class Stage:
             FormatError: it is not what was written.
         """
         path, wanted = self._chain(self.finished - 1), self._state.blocks[str(self.finished - 1)].chain
-        found, _ = self._read(path)
+        found, _ = self._read(path, copy=False)
         if digest_of(found) != wanted:
             raise FormatError(f"{path} is not what was written; the disk lost bits; {start_over(self.path)}")
         return list(found.values())
@@ -246,14 +246,17 @@ class Stage:
     def _chain(self, index: int) -> Path:
         return self._run / f"chain-{index:05d}.safetensors"
 
-    def _read(self, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return copies of the tensors in a file of this run, in the order of their names, and what it says of its changes."""
+    def _read(self, path: Path, *, copy: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return the tensors in a file of this run, in the order of their names, and what it says of its changes.
+
+        Without ``copy`` they are mapped from the file, which may be deleted meanwhile.
+        """
         try:
             with safe_open(path, "pt") as file:
                 names = sorted(file.keys())
-                return {name: file.get_tensor(name).clone() for name in names}, json.loads(
-                    (file.metadata() or {}).get("changes", "{}")
-                )
+                found = {name: file.get_tensor(name) for name in names}
+                changes = json.loads((file.metadata() or {}).get("changes", "{}"))
+                return {name: one.clone() if copy else one for name, one in found.items()}, changes
         except (OSError, SafetensorError, ValueError) as error:
             raise FormatError(f"{path} is damaged ({error}); {start_over(self.path)}") from error
 

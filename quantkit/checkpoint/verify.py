@@ -13,6 +13,7 @@ from quantkit.hf.ledger import Ledger, ledger_of
 from quantkit.nn.linear import QuantModule
 from quantkit.qtensor import QTensor
 from quantkit.spec import QuantSpec, Scheme
+from quantkit.system.memory import PageRelease
 
 
 def installed(model: nn.Module) -> dict[str, QTensor]:
@@ -57,20 +58,28 @@ def verify(path: str | Path, model: nn.Module) -> None:
 
 
 def _compare(path: Path, model: nn.Module) -> None:
-    found = installed(model)
+    found = {name: module for name, module in _owners(model) if _grid_of(name, module)}
     with open_checkpoint(path) as opened:
         if found.keys() != opened.schemes.keys():
             odd = sorted(found.keys() ^ opened.schemes.keys())
             raise FormatError(f"{path}: {odd[0]} is quantized {'in memory only' if odd[0] in found else 'in the files only'}")
-        for name, memory in found.items():
-            file = opened.qtensor(opened.contents.sites[name])
-            if not _same_qtensor(file, memory):
+        pages = PageRelease()
+        for name, module in found.items():
+            file, memory = opened.qtensor(opened.contents.sites[name], copy=False), module.qtensor
+            same = same_qtensor(file, memory)
+            pages.add(*file.parts().values(), *module.release())
+            if not same:
                 raise FormatError(f"{path}: {name} differs from the model in memory; the disk or the format lost bits")
         for entry in opened.contents.entries:
             if entry.name in opened.stored:
                 continue
-            if not same_bits(opened.reader.read(entry.name), float_tensor(model, entry, opened.contents.transposed)):
+            own = float_tensor(model, entry, opened.contents.transposed, copy=False)
+            file_own = opened.reader.read(entry.name, copy=False)
+            same = same_bits(file_own, own)
+            pages.add(own, file_own)
+            if not same:
                 raise FormatError(f"{path}: {entry.name} differs from the model in memory; the disk lost bits")
+        pages.flush()
         _compare_carried(path, opened, ledger_of(model))
 
 
@@ -89,7 +98,8 @@ def _compare_carried(path: Path, opened: Opened, ledger: Ledger | None) -> None:
             opened.reader.release()
 
 
-def _same_qtensor(a: QTensor, b: QTensor) -> bool:
+def same_qtensor(a: QTensor, b: QTensor) -> bool:
+    """Say whether two weights have the same grid, shape and, bit for bit, parts."""
     parts, others = a.parts(), b.parts()
     same = (a.spec, a.shape, parts.keys()) == (b.spec, b.shape, others.keys())
     return same and all(same_bits(parts[name], others[name]) for name in parts)

@@ -24,20 +24,23 @@ from quantkit.checkpoint.contents import (
 )
 from quantkit.checkpoint.digests import Digest
 from quantkit.checkpoint.extras import write_extras
+from quantkit.checkpoint.on_disk import place_of
 from quantkit.checkpoint.publish import INCOMPLETE, container_files, mark_incomplete
 from quantkit.checkpoint.read import RECORD as SECTION
 from quantkit.checkpoint.record import RECORD, Record, tensor_sums
-from quantkit.checkpoint.staging import Stage, claim
+from quantkit.checkpoint.staging import Stage
 from quantkit.checkpoint.state import Key
-from quantkit.checkpoint.verify import installed, installed_plan, verify
+from quantkit.checkpoint.verify import same_qtensor
 from quantkit.errors import FormatError
 from quantkit.formats.base import FORMATS, Stored
 from quantkit.hf.ledger import ledger_of
 from quantkit.hf.load import PreTrainedModel
+from quantkit.nn.on_disk import OnDisk
 from quantkit.nn.sites import Structure
 from quantkit.qtensor import QTensor
 from quantkit.spec import Plan
 from quantkit.system.files import clear_errors, write_atomic
+from quantkit.system.memory import PageRelease, drop_pages, mapped_pages
 from quantkit.version import __version__
 
 Check = Callable[[Path], Mapping[str, Any]]
@@ -95,6 +98,7 @@ class CheckpointWriter:
         self._files = self._rule.container.writer(self._stage.path, [*self._layouts.values(), *carried])
         self._stage.begin()
         self._written = set(range(self._stage.finished))
+        self._sums: dict[str, str] = {}
         self._carry_out_changes()
 
     @property
@@ -149,16 +153,32 @@ class CheckpointWriter:
             raise FormatError(f"block {index}: got {sorted(qtensors)}, the plan wants {sorted(wanted)}")
         if index in self._written:
             raise FormatError(f"block {index} is written twice")
-        recorded, digest = self._stage.key is not None and index < len(self.structure.blocks), Digest()
+        digest, pages = Digest(), PageRelease()
         for entry in self._entries(index):
             tensors = self._encode(entry, qtensors)
             self._files.write(tensors)
-            if recorded:
-                digest.add(tensors)
-        if recorded:
+            digest.add(tensors)
+            pages.add(*tensors.values())
+        pages.flush()
+        if self._stage.key is not None and index < len(self.structure.blocks):
             self._files.flush()
             self._stage.record(index, digest.hexdigest(), facts or {}, chain)
+        self._sums |= digest.sums
         self._written.add(index)
+
+    def on_disk(self, index: int, qtensors: Mapping[str, QTensor]) -> dict[str, OnDisk]:
+        """Return where the quantized sites of a written block are, for who does not want to keep them in memory.
+
+        Raises:
+            FormatError: what is read there is not ``qtensors``, bit for bit: the disk, or the format, lost bits.
+        """
+        entries, found = self._entries(index), {}
+        for site in dict.fromkeys(e.site for e in entries if e.site and e.name in self._stored):
+            found[site.name] = place = place_of(site, self.plan[site.name], entries, self._stored, self._files.view)
+            if not same_qtensor(place.read(), qtensors[site.name]):
+                raise FormatError(f"{self._stage.path}: {site.name} is not what was written; the disk or the format lost bits")
+        drop_pages(mapped_pages(view for place in found.values() for view in place.views))
+        return found
 
     def restore_block(self, index: int) -> tuple[dict[str, QTensor], dict[str, Any]]:
         """Return the quantized sites of finished block ``index`` by name, and its facts.
@@ -172,6 +192,7 @@ class CheckpointWriter:
         recorded, facts = self._stage.block(index)
         found = Digest()
         found.add(tensors)
+        self._sums |= found.sums
         if found.hexdigest() != recorded:
             raise FormatError(
                 f"{self._stage.path}: block {index} is not what was written; "
@@ -207,6 +228,7 @@ class CheckpointWriter:
                 digest.add(tensors)
                 changed |= {name: tensor for name, tensor in tensors.items() if not same_bits(self._files.read(name), tensor)}
             digests[index] = digest.hexdigest()
+            self._sums |= digest.sums
         if self._stage.key is None:
             self._files.write(changed)
             return
@@ -266,6 +288,8 @@ class CheckpointWriter:
         files = {RECORD, *container_files(self._stage.path), *self._stage.extra_names}
         with self._rule.container.reader(self._stage.path) as reader:
             tensors = tensor_sums(reader)
+        if lost := next((name for name, one in self._sums.items() if tensors.get(name) != one), None):
+            raise FormatError(f"{self._stage.path}: {lost} is not what was written; the disk lost bits; run it again")
         record = Record(__version__, self.format, sorted(files), tensors, dict(self._stage.key or {}), dict(run))
         with self._stage.extras() as folder:
             write_atomic(folder / RECORD, record.text())
@@ -298,7 +322,9 @@ class CheckpointWriter:
 
     def _encode(self, entry: Entry, qtensors: Mapping[str, QTensor]) -> dict[str, Tensor]:
         if entry.name not in self._stored or entry.site is None:
-            own = self._floats(entry) if self._floats else float_tensor(self.model, entry, self._contents.transposed)
+            own = (
+                self._floats(entry) if self._floats else float_tensor(self.model, entry, self._contents.transposed, copy=False)
+            )
             return {entry.name: own}
         scheme, codec = self._stored[entry.name].scheme, self._stored[entry.name].codec
         qtensor = qtensors[entry.site.name]
@@ -330,47 +356,3 @@ class CheckpointWriter:
         carried = {"carried_over": list(self._ledger.carried)} if self._ledger and self._ledger.carried else {}
         config[SECTION] = {"version": __version__, "format": self.format, **metadata, **carried}
         return config
-
-
-def save(
-    model: PreTrainedModel,
-    path: str | Path,
-    *,
-    plan: Plan | None = None,
-    format: str = "compressed-tensors",
-    tokenizer: Any = None,
-    metadata: Mapping[str, Any] | None = None,
-    overwrite: bool = False,
-    check: Check | None = None,
-) -> Path:
-    """Write a model whose sites are already quantized, and compare the files bit for bit before they are published.
-
-    Args:
-        model: model with :class:`QuantLinear` and :class:`QuantWeight` in place.
-        path: directory.
-        plan: site name to scheme; None takes what is installed as it is.
-        format: name in :data:`quantkit.formats.base.FORMATS`.
-        tokenizer: saved along.
-        metadata: JSON-able facts for the ``quantkit`` section of the config.
-        overwrite: replace a model that is already there.
-        check: something else to look at before publishing, see :meth:`CheckpointWriter.finish`.
-
-    Raises:
-        FormatError: see :func:`check_output` and :func:`verify`.
-    """
-    found = installed(model)
-    plan = installed_plan(model) if plan is None else plan
-    if found.keys() != plan.keys():
-        odd = sorted(found.keys() ^ plan.keys())
-        raise FormatError(f"{odd[0]} is {'quantized' if odd[0] in found else 'not quantized'} in the model, unlike in the plan")
-    with claim(path):
-        writer = CheckpointWriter(path, model, plan=plan, format=format, overwrite=overwrite)
-        for i, block in enumerate(writer.structure.blocks):
-            writer.write_block(i, {site.name: found[site.name] for site in block.sites if site.name in found})
-        outside = {site.name: found[site.name] for site in writer.structure.after if site.name in found}
-
-        def check_all(stage: Path) -> Mapping[str, Any]:
-            verify(stage, model)
-            return check(stage) if check is not None else {}
-
-        return writer.finish(metadata, outside=outside, tokenizer=tokenizer, check=check_all)

@@ -20,6 +20,7 @@ from quantkit.cli.options import (
     Format,
     Include,
     Length,
+    MaxMemory,
     Method,
     Revision,
     Samples,
@@ -59,6 +60,7 @@ def plan(
     length: Length = 512,
     format: Format = "compressed-tensors",
     dtype: Dtype = "auto",
+    max_memory: MaxMemory = None,
     serve: Annotated[bool, typer.Option("--serve", help="What fits this machine: memory and ms per token.")] = False,
     context: Annotated[list[int] | None, typer.Option(help="With --serve: tokens of context; several times.")] = None,
     users: Annotated[list[int] | None, typer.Option(help="With --serve: users at the same time; several times.")] = None,
@@ -77,13 +79,15 @@ def plan(
         return recipe_from(
             at_revision(recipe, revision), Path("(--out)"), scheme_or_budget(scheme, budget, choice, include), method=method,
             steps=step or [], dtype=dtype, data=None, column=None, template=None, samples=samples, length=length, format=format,
+            run={"max_memory": max_memory},
         )  # fmt: skip
 
     shown: dict[str, Any] = {"kv": kv, "device": device, "as_json": as_json}
     if serve and _is_checkpoint(recipe):
         show_fits(recipe, None, context, users, **shown)
         return
-    loaded = load_recipe(recipe, parse_settings(settings)) if is_recipe(recipe) else of_model(scheme)
+    asked = {"run.max_memory": max_memory} if max_memory is not None else {}
+    loaded = load_recipe(recipe, asked | parse_settings(settings)) if is_recipe(recipe) else of_model(scheme)
     if trust_remote_code:
         trust_code(loaded.model)
     if not serve:
@@ -128,6 +132,7 @@ def _show_plan(preview: "Preview", recipe: str, as_json: bool) -> None:
             "checkpoint": f"{size(found.total_bytes)} (float: {size(found.float_bytes)}), {preview.recipe.output.format}",
             **({"written to": str(preview.recipe.output.path)} if of_recipe else {}),
             "peak memory, about": size(found.peak_bytes),
+            "on the disk, at most": size(found.disk_bytes),
             **_training_time(preview),
             "passes": "\n".join(found.passes),
         }

@@ -54,6 +54,9 @@ Samples = Annotated[int, typer.Option(help="Calibration windows.")]
 Length = Annotated[int, typer.Option(help="Tokens of a calibration window.")]
 Format = Annotated[str, typer.Option(help="Format of the checkpoint; quantkit list has their names.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, one of several as cuda:1, or auto: the GPU if there is one.")]
+MaxMemory = Annotated[
+    str | None, typer.Option(help="Most memory that the process may take, such as 4GiB; kept to, or refused before work.")
+]
 Dtype = Annotated[str, typer.Option(help="Dtype of float weights: auto, as the files have them; float32, bfloat16 or float16.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a model of the hub; the same as MODEL@REVISION.")]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", help="Longest answer in tokens.")]

@@ -21,6 +21,7 @@ from quantkit.cli.options import (
     Engine,
     Head,
     KeysAndValues,
+    MaxMemory,
     MaxNewTokens,
     MinP,
     Model,
@@ -101,6 +102,7 @@ def run(
     recipe: RecipeFile,
     settings: Settings = None,
     device: Device = "auto",
+    max_memory: MaxMemory = None,
     as_json: AsJson = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -108,6 +110,7 @@ def run(
     from quantkit.recipe.schema import load_recipe
 
     asked = {"run.device": device} if device != "auto" else {}
+    asked |= {"run.max_memory": max_memory} if max_memory is not None else {}
     carry_out(load_recipe(recipe, asked | parse_settings(settings)), as_json, trust_remote_code)
 
 

@@ -18,6 +18,7 @@ from quantkit.cli.options import (
     Format,
     Include,
     Length,
+    MaxMemory,
     Method,
     Model,
     Revision,
@@ -58,6 +59,7 @@ def quantize(
         bool, typer.Option("--resume/--no-resume", help="Continue an interrupted run, or start over.", show_default=True)
     ] = True,
     device: Device = "auto",
+    max_memory: MaxMemory = None,
     revision: Revision = None,
     as_json: AsJson = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -67,7 +69,7 @@ def quantize(
     recipe = recipe_from(
         at_revision(model, revision), out, chosen, method=method, steps=step or [], dtype=dtype, data=data, column=column,
         template=template, samples=samples, length=length, format=format, overwrite=overwrite,
-        run={"resume": resume, "device": device},
+        run={"resume": resume, "device": device, "max_memory": max_memory},
     )  # fmt: skip
     carry_out(recipe, as_json, trust_remote_code)
 

@@ -5,8 +5,9 @@ through the checkpoint after it was read back from the disk. This verifies the f
 :func:`quantkit.evaluation.evaluate` gives accurate numbers.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from quantkit.evaluation.windows import Windows, from_batches
 from quantkit.nn.block_calls import running_alone
 from quantkit.nn.embedding import input_table, max_positions
 from quantkit.nn.install import set_compute
+from quantkit.nn.lean import leaving, side_by_side
 from quantkit.system.compute import evaluation_mode
 
 WINDOWS, LENGTH = 2, 128
@@ -40,28 +42,32 @@ class SanityCheck:
         windows: token windows.
         text: description of the text.
         logits: logits (1, T, V) of each window, by its tokens.
+        blocks: paths of the blocks that leave memory once they have run (:mod:`quantkit.nn.lean`); of a small model none.
     """
 
     windows: Windows
     text: str
     logits: Mapping[bytes, Tensor]
+    blocks: tuple[str, ...] = ()
 
     @classmethod
-    def start(cls, model: nn.Module, tokenizer: Any, bos: bool | None = None) -> "SanityCheck":
+    def start(cls, model: nn.Module, tokenizer: Any, bos: bool | None = None, blocks: Sequence[str] = ()) -> "SanityCheck":
         """Record the logits of ``model`` on held-out text, or on fixed random tokens without a tokenizer.
 
         Args:
             model: the float model.
             tokenizer: its tokenizer, or None.
             bos: whether windows begin with BOS; None does what the tokenizer does with a text, as the model is used.
+            blocks: see the class.
         """
-        windows, text = _windows(model, tokenizer, bos)
+        with leaving(model, blocks):
+            windows, text = _windows(model, tokenizer, bos)
         with running_alone(model):
-            return cls(windows, text, _logits(model, windows))
+            return cls(windows, text, _logits(model, windows, blocks), tuple(blocks))
 
     def recorded_of(self, model: nn.Module) -> "SanityCheck":
         """Record the logits of another model on the same windows."""
-        return SanityCheck(self.windows, self.text, _logits(model, self.windows))
+        return SanityCheck(self.windows, self.text, _logits(model, self.windows, self.blocks), self.blocks)
 
     def measure(self, other: "SanityCheck") -> dict[str, Any]:
         """Compare another model, recorded on the same windows, with this one.
@@ -126,9 +132,11 @@ class SanityCheck:
         return self.logits[_key(ids)]
 
 
-def _logits(model: nn.Module, windows: Windows) -> dict[bytes, Tensor]:
+def _logits(model: nn.Module, windows: Windows, blocks: Sequence[str]) -> dict[bytes, Tensor]:
+    each = windows.ids.split(1)
     with evaluation_mode(model):
-        return {_key(ids): run_model(model, ids) for ids in windows.ids.split(1)}
+        found = side_by_side(model, blocks, [partial(run_model, model, ids) for ids in each])
+    return {_key(ids): logits for ids, logits in zip(each, found, strict=True)}
 
 
 def _key(ids: Tensor) -> bytes:

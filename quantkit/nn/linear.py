@@ -1,7 +1,8 @@
 """Modules that run quantized weights: :class:`QuantLinear` for a linear layer, :class:`QuantWeight` for an expert stack.
 
-Each holds its weight once, as one value: a :class:`~quantkit.qtensor.QTensor` until the first product, from then on the
-layout of the kernel that runs it, :class:`~quantkit.nn.packed.Packed`. The kernel is picked for the device and dtype of that
+Each holds its weight once, as one value: a :class:`~quantkit.qtensor.QTensor`, which may be one in a file
+(:class:`~quantkit.nn.on_disk.OnDisk`), until the first product, from then on the layout of the kernel that runs it,
+:class:`~quantkit.nn.packed.Packed`. The kernel is picked for the device and dtype of that
 product; a product under a gradient leaves the value alone. ``module.qtensor`` is the weight in either state, made again from
 the kernel's layout bit for bit, and can be assigned. Saving, copying and moving go the same way.
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from quantkit.errors import SpecError
 from quantkit.kernels.cpu.matmul import State
 from quantkit.kernels.select import ComputeMode, Kernel, Problem, RoundingKernel, select
+from quantkit.nn.on_disk import OnDisk
 from quantkit.nn.packed import Packed
 from quantkit.numerics.inputs import InputQuantizer
 from quantkit.qtensor import QTensor
@@ -68,7 +70,7 @@ class QuantModule(nn.Module):
     def qtensor(self) -> QTensor:
         """The quantized weight: what is held, or made again from it. Assigning replaces the weight by one of its kind."""
         value = self.value
-        return value.canonical() if isinstance(value, Packed) else value
+        return value.canonical() if isinstance(value, Packed | OnDisk) else value
 
     @qtensor.setter
     def qtensor(self, value: QTensor) -> None:
@@ -98,6 +100,13 @@ class QuantModule(nn.Module):
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the weight, computed in float32 and rounded once to ``dtype``."""
         return self.qtensor.dequantize(dtype)
+
+    def release(self) -> Sequence[Tensor]:
+        """Hold no more than the place of the weight, if it is in a file; return the views of that file, if any."""
+        value = self.value
+        if isinstance(value, Packed) and value.origin is not None:
+            self.value = value = value.origin
+        return value.views if isinstance(value, OnDisk) else ()
 
     @contextlib.contextmanager
     def placed_on(self, device: torch.device) -> Iterator[None]:
@@ -270,7 +279,8 @@ class _Multiplier(QuantModule):
         value = self.value
         if isinstance(value, Packed):
             return value.part(expert)
-        return value if len(self.shape) == 2 else value[expert]
+        whole = self.qtensor
+        return whole if len(self.shape) == 2 else whole[expert]
 
 
 class QuantLinear(_Multiplier):

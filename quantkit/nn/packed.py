@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from quantkit.kernels.select import Kernel
+from quantkit.nn.on_disk import OnDisk
 from quantkit.qtensor import QTensor
 from quantkit.spec import WeightSpec
 
@@ -25,6 +26,7 @@ class Packed:
         dtype: dtype of the activations that the kernel was chosen for; None: it has to be chosen again.
         spec, shape, device, nbytes, input_scale: those of the QTensor.
         whole: the QTensor itself, where the states are it or views of it; None where they hold the weight on their own.
+        origin: where in a file the weight is, if it was read from there.
     """
 
     kernel: Kernel
@@ -36,15 +38,18 @@ class Packed:
     nbytes: int
     input_scale: Tensor | None
     whole: QTensor | None = None
+    origin: OnDisk | None = None
 
     @classmethod
-    def of(cls, qtensor: QTensor, kernel: Kernel, dtype: torch.dtype) -> "Packed":
+    def of(cls, weight: QTensor, kernel: Kernel, dtype: torch.dtype) -> "Packed":
         """Let ``kernel`` repack every matrix of a weight, for activations of ``dtype``."""
+        origin = weight if isinstance(weight, OnDisk) else None
+        qtensor = weight.read() if isinstance(weight, OnDisk) else weight
         parts = [qtensor] if len(qtensor.shape) == 2 else [qtensor[expert] for expert in range(qtensor.shape[0])]
         states = [kernel.prepack(part) for part in parts]
         own = all(state is part for state, part in zip(states, parts, strict=True))
         return dataclasses.replace(
-            cls.adopted(qtensor, kernel, states, qtensor.device), dtype=dtype, whole=qtensor if own else None
+            cls.adopted(qtensor, kernel, states, qtensor.device), dtype=dtype, whole=qtensor if own else None, origin=origin
         )
 
     @classmethod
@@ -68,7 +73,7 @@ class Packed:
         """Return the same weight for another kernel; kernels of one class share their states."""
         if type(kernel) is type(self.kernel):
             return dataclasses.replace(self, kernel=kernel, dtype=dtype)
-        return Packed.of(self.canonical(), kernel, dtype)
+        return Packed.of(self.origin or self.canonical(), kernel, dtype)
 
     def to(self, device: torch.device | str) -> "Packed | QTensor":
         """Return the weight on ``device``; as a QTensor where it has to move."""

@@ -16,6 +16,7 @@ of two (MXFP4) follow the OCP rule, :math:`s = 2^{\lfloor\log_2 \max|w|\rfloor -
 
 import functools
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -26,6 +27,9 @@ from quantkit.spec import QuantSpec
 
 FP8_LARGEST = 448.0
 """Largest number of FP8 e4m3."""
+
+_SLICE = 1 << 16
+"""Numbers in a part of a weight that fits the second-level cache several times."""
 
 _LEAST_EXPONENT = 120
 """Blocks smaller than 2 to the minus this count as zero where scales are powers of two; E8M0 ends at -127."""
@@ -41,6 +45,14 @@ def block_size(spec: QuantSpec, shape: tuple[int, ...]) -> tuple[int, int]:
         raise SpecError(reason)
     rows, cols = spec.block
     return (shape[-2] if rows == -1 else rows, shape[-1] if cols == -1 else cols)
+
+
+def row_slices(weight: Tensor, spec: QuantSpec) -> Iterator[slice]:
+    """Yield the rows of a weight (out, in) in parts that fit the cache with all that is made of them, whole blocks each."""
+    block, _ = block_size(spec, tuple(weight.shape))
+    step = max(_SLICE // weight.shape[-1] // block, 1) * block
+    for start in range(0, len(weight), step):
+        yield slice(start, min(start + step, len(weight)))
 
 
 def to_blocks(weight: Tensor, spec: QuantSpec) -> Tensor:
@@ -98,9 +110,15 @@ def scale_bounds(scale_dtype: str) -> tuple[float, float]:
     return max(8 * info.tiny * info.eps, 2.0**-126), info.max / 1.25
 
 
+def largest_magnitude(values: Tensor) -> Tensor:
+    """Return the largest magnitude of some numbers, (); NaN if one is. Nothing of their size is allocated."""
+    ends = values.aminmax()
+    return torch.maximum(ends.min.abs(), ends.max.abs())
+
+
 def exponent_shift(values: Tensor) -> int:
     """Return k so that ``values * 2^k`` can be squared and summed in float32 without loss; 0 for numbers of usual size."""
-    largest = float(values.abs().amax()) if values.numel() else 0.0
+    largest = float(largest_magnitude(values)) if values.numel() else 0.0
     if largest == 0 or not math.isfinite(largest) or 2.0**-40 <= largest <= 2.0**40:
         return 0
     return -math.frexp(largest)[1]

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from quantkit.calibrate.backward import Counted
 from quantkit.calibrate.chain import BlockWalk, block_walk, relative_distance
+from quantkit.calibrate.collect import Gather
 from quantkit.calibrate.collectors import COLLECTORS
 from quantkit.calibrate.guidance import token_weights
-from quantkit.calibrate.walk import Gather, block_sites
+from quantkit.calibrate.walk import block_sites
 from quantkit.errors import CalibrationError
 from quantkit.nn.install import install
 from quantkit.nn.quantized import Quantized
@@ -31,6 +32,7 @@ from quantkit.spec import ActivationSpec, Plan, Scheme
 from quantkit.system.compute import Compute, on_device
 from quantkit.system.memory import drop_pages, mapped_pages, return_freed_memory
 from quantkit.system.progress import Progress, ProgressCallback, ignore, told
+from quantkit.system.scratch import MEMORY, Scratch
 from quantkit.transforms.base import Correction
 from quantkit.transforms.scaling_groups import shared_global_scales
 
@@ -53,6 +55,7 @@ class BlockRun:
         store: where finished blocks are kept, or None.
         progress: gets one event per layer.
         strict: a layer that falls back to plain rounding ends the run.
+        keep: finished blocks stay in memory, for a step that goes on with them, although they are in a store.
     """
 
     model: nn.Module
@@ -66,6 +69,7 @@ class BlockRun:
     store: ResumeStore | None = None
     progress: ProgressCallback = ignore
     strict: bool = False
+    keep: bool = False
 
     def needs(self, name: str) -> tuple[str, ...]:
         """Return the statistics wanted of a layer's inputs."""
@@ -102,9 +106,12 @@ def quantize_blocks(run: BlockRun) -> dict[str, Quantized]:
                 quantized = _quantize_block(run, index, sites, global_scales, report)
         for site in sites:
             _write_bias(model, site, quantized[site.name])
-            install(model, site, quantized[site.name].qtensor, plan[site.name].activation)
         if store is not None and index >= finished:
             store.save(index, quantized, run.chain.state if run.chain else [])
+        if store is not None and not run.keep:
+            quantized = store.on_disk(index, quantized)
+        for site in sites:
+            install(model, site, quantized[site.name].qtensor, plan[site.name].activation)
         results |= quantized
         drop_pages(mapped)
         return_freed_memory()
@@ -120,6 +127,7 @@ def calibration_chain(
     compute: Compute,
     counted: Counted = (),
     progress: ProgressCallback = ignore,
+    scratch: Scratch = MEMORY,
 ) -> BlockWalk:
     """Return the calibration batches (int64 (B, T), without padding) before the first block, as a quantizer wants them.
 
@@ -133,7 +141,8 @@ def calibration_chain(
     weights = None
     if any(COLLECTORS.get(name).guided for name in method.needs):
         weights = token_weights(model, structure, batches, counted=counted, compute=compute, progress=progress)
-    return block_walk(model, structure, batches, compute, with_float=compares, counted=counted, weights=weights)
+    settings = {"with_float": compares, "counted": counted, "weights": weights, "scratch": scratch}
+    return block_walk(model, structure, batches, compute, **settings)
 
 
 def _split(marks: Tensor | None, size: int, rows: int) -> Sequence[Tensor | None]:
@@ -159,7 +168,11 @@ def _placed(run: BlockRun, index: int) -> contextlib.AbstractContextManager[obje
     """Return the context in which a block is where it is quantized."""
     if run.chain is not None:
         return run.chain.placed(index)
-    return on_device(run.model.get_submodule(run.structure.blocks[index].name), run.compute)
+    module = run.model.get_submodule(run.structure.blocks[index].name)
+    here = all(parameter.device == run.compute.device for parameter in module.parameters())
+    if here and run.compute.device.type == "cpu" and run.compute.dtype == torch.float32:
+        return contextlib.nullcontext()  # quantizers widen what they are at work on; nobody runs the block
+    return on_device(module, run.compute)
 
 
 def needs_of(method: Quantizer, scheme: Scheme) -> tuple[str, ...]:
@@ -249,14 +262,17 @@ def _quantize_block(
 
 
 def _quantize_layer(run: BlockRun, site: Site, statistics: SiteStatistics | None, global_scale: Tensor | None) -> Quantized:
-    """Quantize one layer, and write the quantized weight into the model, for later layers and blocks to see."""
+    """Quantize one layer and, where calibration text runs, write it into the model, for later layers and blocks to see."""
     scheme = run.plan[site.name]
     weight = _weight_to_store(run.model, site, scheme)
     one = quantize_site(run.method, site.name, weight, scheme.weight, statistics, global_scale)
-    _write_stored(run.model, site, scheme, one.qtensor.dequantize())
+    if run.chain is not None:
+        _write_stored(run.model, site, scheme, one.qtensor.dequantize())
     qtensor = one.qtensor.to("cpu")
     if scheme.activation is not None and scheme.static:
         qtensor = qtensor.with_parts({"input_scale": calibrated_scale(site, scheme.activation, statistics)})
+    if run.chain is None:
+        drop_pages(mapped_pages([weight]))
     one = replace(one, qtensor=qtensor)
     for correction in run.corrections.get(site.name, ()):
         one = correction.correct(run.model.get_submodule(site.module), weight, one, statistics)

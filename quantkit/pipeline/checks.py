@@ -17,6 +17,7 @@ from quantkit.nn.block_calls import CANNOT_RUN, why_entangled
 from quantkit.nn.embedding import input_table
 from quantkit.nn.quantized import LARGE_ERROR, Quantized
 from quantkit.nn.sites import Site, SiteStatistics, Structure
+from quantkit.numerics import grid
 from quantkit.pipeline.blocks import needs_of
 from quantkit.pipeline.fused import refuse_parted
 from quantkit.pipeline.plan import Resolution, check_plan
@@ -24,6 +25,7 @@ from quantkit.pipeline.settings import Output, Run
 from quantkit.quantizers.base import Quantizer, quantizer_name
 from quantkit.spec import Plan
 from quantkit.system.compute import Compute
+from quantkit.system.memory import PageRelease
 from quantkit.transforms.base import Setup, Step, step_name
 
 log = logging.getLogger(__name__)
@@ -190,9 +192,12 @@ def refuse_absent(model: nn.Module, *, empty: bool = False) -> None:
 def check_model(model: nn.Module) -> None:
     """Make sure that the model's numbers are sound, before hours are spent."""
     refuse_absent(model)
+    pages = PageRelease()
     for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter.detach().abs().amax())):
+        if parameter.numel() and not bool(torch.isfinite(grid.largest_magnitude(parameter.detach()))):
             raise CalibrationError(f"{name}: the weight holds NaN or infinity; repair or reload the model")
+        pages.add(parameter)
+    pages.flush()
     enable_experts(model)
 
 

@@ -1,15 +1,7 @@
 """What a run will do, estimated from the model's config alone: no weight is read, nothing is written.
 
 Bytes are exact: they come from the same layouts that the format writes. They count tensors, not the few kilobytes of
-headers, config and tokenizer. Peak memory is an estimate: the sum of what is alive at the widest moment of the walk,
-
-- the model as loaded, and the finished codes;
-- one block in float32;
-- with calibration: tokens x (2 hidden + 3 widest input) x 4 bytes, the suspended batches of one block (a gated MLP's);
-- with calibration: 5 x widest input^2 x 4 bytes, a Hessian, its damped copy, factor and inverse;
-- the logits of one window in float32, three times over, while the result is measured;
-- what the quantizer and the steps say they take beside that;
-- what Python and torch need to exist.
+headers, config and tokenizer. Peak memory is an estimate; :mod:`quantkit.pipeline.memory` says what it is made of.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,9 +14,9 @@ from quantkit.calibrate.data import Calibration
 from quantkit.checkpoint.check import layout_bytes, layout_of
 from quantkit.checkpoint.contents import Contents, Entry, carried_layout
 from quantkit.hf.ledger import ledger_of
-from quantkit.nn.sites import Site, Structure
-from quantkit.nn.sizes import WINDOW, RunSize
+from quantkit.nn.sites import Structure
 from quantkit.pipeline.blocks import needs_of
+from quantkit.pipeline.memory import memory_of, run_size
 from quantkit.pipeline.training.cost import training_cost
 from quantkit.pipeline.training.settings import START_WINDOWS, Training
 from quantkit.qtensor import empty_qtensor
@@ -32,8 +24,6 @@ from quantkit.quantizers.base import Quantizer
 from quantkit.spec import Plan
 from quantkit.transforms.base import Step
 
-RUNTIME_BYTES = 450 << 20
-"""Resident size of a process that has imported torch and transformers."""
 DEFAULT_CALIBRATION = Calibration()
 
 
@@ -48,7 +38,8 @@ class Estimate:
         kept_bytes: every other parameter, in the checkpoint's dtype, and what is carried over from the source as it is.
         float_bytes: the whole model in the checkpoint's dtype, unquantized, with what is carried over.
         bits_per_weight: stored bits per quantized weight: codes, scales, zero points and row padding.
-        peak_bytes: estimated peak memory of the run.
+        peak_bytes: estimated peak memory of the run (resident size of the process).
+        disk_bytes: most that the run has on the disk at a time: the checkpoint, what a continued run wants, activations.
         passes: what will be run through the model, in order.
         kept: reason to (tensors, parameters), for everything that stays in float.
     """
@@ -60,6 +51,7 @@ class Estimate:
     float_bytes: int
     bits_per_weight: float
     peak_bytes: int
+    disk_bytes: int
     passes: tuple[str, ...]
     kept: dict[str, tuple[int, int]]
 
@@ -79,6 +71,7 @@ def estimate(
     format: str = "compressed-tensors",
     reasons: Mapping[str, str] | None = None,
     training: Training | None = None,
+    max_memory: int | None = None,
 ) -> Estimate:
     """Estimate size, memory and passes of a run.
 
@@ -91,6 +84,10 @@ def estimate(
         format: checkpoint format.
         reasons: layer name to why it stays in float.
         training: what is trained afterwards, if anything is.
+        max_memory: most bytes of memory that the run may take.
+
+    Raises:
+        QuantkitError: the run cannot keep to ``max_memory``.
     """
     model, structure = contents.model, contents.structure
     sites = [site for site in contents.sites.values() if site.name in plan]
@@ -107,7 +104,8 @@ def estimate(
     calibrates = any(needs_of(method, scheme) for scheme in plan.values()) or any(step.needs for step in steps)
     if training is not None:
         calibration = replace(calibration, samples=min(calibration.samples, START_WINDOWS))
-    size = _size(model, structure, sites, calibration, calibrates)
+    tokens = calibration.samples * calibration.length if calibrates else 0
+    size = run_size(model, structure, sites, tokens, calibration.length)
     costs = [step.cost(size) for step in steps] + ([training_cost(training, size)] if training is not None else [])
     passes = [text for cost in costs for text in cost.first]
     if size.tokens:
@@ -115,15 +113,20 @@ def estimate(
         passes.append(f"each of {size.blocks} blocks in turn: {', '.join((forward, *method.cost(size).passes))}")
     passes += [text for cost in costs for text in cost.last]
     passes.append("the written files once, to compare them with the model in memory")
-    working = max(_working_bytes(size, method), *(cost.nbytes for cost in costs), 0)
+    memory = memory_of(model, structure, plan, size, method, steps)
+    spills = memory.choose(max_memory)
+    peak = max(memory.peak(spills), memory.runtime + float_bytes + costs[-1].nbytes if training is not None else 0)
+    quantized, rest = nbytes(chosen, plan), nbytes(kept, plan) + carried
+    handed = 2 * size.tokens * size.hidden * 4 + (memory.on_disk if spills else 0)
     return Estimate(
         schemes=_tally((plan[site.name].weight.describe(), site.numel) for site in sites),
         weights=weights,
-        quantized_bytes=nbytes(chosen, plan),
-        kept_bytes=nbytes(kept, plan) + carried,
+        quantized_bytes=quantized,
+        kept_bytes=rest,
         float_bytes=float_bytes + carried,
         bits_per_weight=codes * 8 / weights,
-        peak_bytes=float_bytes + codes + working + RUNTIME_BYTES,
+        peak_bytes=peak,
+        disk_bytes=quantized + rest + handed,
         passes=tuple(passes),
         kept=_kept(model, structure, plan, reasons or {}),
     )
@@ -147,27 +150,3 @@ def _tally(rows: Iterable[tuple[str, int]]) -> dict[str, tuple[int, int]]:
         count, total = found.get(name, (0, 0))
         found[name] = (count + 1, total + size)
     return found
-
-
-def _size(model: nn.Module, structure: Structure, sites: list[Site], calibration: Calibration, calibrates: bool) -> RunSize:
-    """Return the sizes that costs are estimated from."""
-    vocabulary, hidden = model.get_input_embeddings().weight.shape  # type: ignore[operator]
-    blocks = [model.get_submodule(block.name) for block in structure.blocks]
-    return RunSize(
-        tokens=calibration.samples * calibration.length if calibrates else 0,
-        length=calibration.length,
-        blocks=len(blocks),
-        block=max((sum(p.numel() for p in block.parameters()) for block in blocks), default=0),
-        hidden=hidden,
-        vocabulary=vocabulary,
-        widest=max(site.in_features for site in sites),
-        weights=sum(site.numel for site in sites),
-    )
-
-
-def _working_bytes(size: RunSize, method: Quantizer) -> int:
-    """Return the estimated bytes of everything that lives only while a block is at work or a window is measured."""
-    calibrating = 0
-    if size.tokens:
-        calibrating = 4 * (size.tokens * (2 * size.hidden + 3 * size.widest) + 5 * size.widest**2) + method.cost(size).nbytes
-    return 4 * size.block + max(calibrating, 4 * 3 * WINDOW * size.vocabulary)

@@ -67,7 +67,8 @@ class Unfinished:
 
         def check(stage: Path) -> dict[str, Any]:
             checkpoint.verify(stage, model)
-            reloaded = checkpoint.load(stage, compute="exact", cache=False)
+            large = bool(self.sanity.blocks)
+            reloaded = checkpoint.load_on_disk(stage) if large else checkpoint.load(stage, compute="exact", cache=False)
             reread["reload_kl"] = quantized.check_reloaded(model, reloaded)
             reread["int8_activations"] = quantized.cost_of_int8(self.sanity, reloaded)
             return reread

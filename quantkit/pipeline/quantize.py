@@ -20,12 +20,13 @@ from quantkit.calibrate.data import Batch, Calibration, check_fit, unpadded, unp
 from quantkit.calibrate.data import fingerprint as data_fingerprint
 from quantkit.calibrate.statistics import load_statistics
 from quantkit.checkpoint.contents import contents_of
-from quantkit.errors import SpecError
+from quantkit.errors import QuantkitError, SpecError
 from quantkit.evaluation.coverage import coverage_before
 from quantkit.evaluation.sanity import SanityCheck
 from quantkit.hf.load import PreTrainedModel, adopt, load_float
 from quantkit.hf.source import load_config, locate
 from quantkit.hf.structure import describe
+from quantkit.nn.lean import is_large, leaving
 from quantkit.nn.probes import all_experts_shown
 from quantkit.nn.sites import SiteStatistics, Structure
 from quantkit.pipeline.again import finished_result, replaced_model
@@ -38,6 +39,7 @@ from quantkit.pipeline.checks import (
     refuse_run,
 )
 from quantkit.pipeline.finish import Unfinished, metadata_of, open_writer
+from quantkit.pipeline.memory import memory_of, run_size, scratch_in
 from quantkit.pipeline.plan import Resolution, make_plan, resolve, scale_dtype_for
 from quantkit.pipeline.result import QuantizeResult
 from quantkit.pipeline.resume import ResumeStore, run_key
@@ -90,7 +92,9 @@ def quantize(
         tokenizer: needed for text; found by itself when ``model`` is a path.
 
     Returns:
-        A :class:`QuantizeResult`. Where ``out`` already holds what the same call has written, it is read back, and the result
+        A :class:`QuantizeResult`. With ``out``, the layers of its model are read from the written files, mapped, when they are
+        first run, so that a large model leaves none of itself in memory; the files may be renamed, replaced or deleted before,
+        but not written to. Where ``out`` already holds what the same call has written, it is read back, and the result
         says ``already_done``.
 
     Raises:
@@ -120,6 +124,7 @@ def quantize(
         job.refuse()
         batches, read = calibration.read(tokenizer) if job.reads_text else ([], {})
         check_fit(batches, model)
+        job = job.within_memory(batches)
         key = job.key(batches)
         if key is not None and (done := finished_result(model, tokenizer, target, run, key)):
             return done
@@ -142,6 +147,7 @@ class _Job:
     calibration: Calibration
     output: Output
     run: Run
+    spills: bool = False  # activations lie on the disk
 
     @property
     def plan(self) -> dict[str, Scheme]:
@@ -170,6 +176,11 @@ class _Job:
     def reads_text(self) -> bool:
         return self.walks or bool(self.steps.after) or any(step.needs for step in self.steps.before)
 
+    @cached_property
+    def leaving(self) -> tuple[str, ...]:
+        """The paths of the blocks, if the model is so large that they leave memory after each use."""
+        return tuple(block.name for block in self.structure.blocks) if is_large(self.model) else ()
+
     @property
     def runs_blocks(self) -> bool:
         """Whether blocks are run at all: with text, or on a few tokens to see what reads what."""
@@ -180,8 +191,26 @@ class _Job:
         """Return the job with what is known of how its blocks can run, if they have to."""
         if not self.runs_blocks:
             return self
-        structure, compute = prepare_blocks(self.model, self.structure, self.compute)
+        with leaving(self.model, self.leaving):
+            structure, compute = prepare_blocks(self.model, self.structure, self.compute)
+        if structure.entangled is not None and self.run.max_memory is not None:
+            raise QuantkitError(f"max_memory cannot be kept to by a model that only runs as a whole: {structure.entangled}")
         return replace(self, structure=structure, run=replace(self.run, compute=compute))
+
+    def within_memory(self, batches: Sequence[Batch]) -> "_Job":
+        """Return the job with what keeps it within the memory that it may take.
+
+        Raises:
+            QuantkitError: nothing does.
+        """
+        if self.model.device.type == "meta":  # there is nothing left to do
+            return self
+        sites = [site for site in (*self.structure.sites, *self.structure.after) if site.name in self.plan]
+        tokens = sum(batch.ids.numel() for batch in batches)
+        size = run_size(self.model, self.structure, sites, tokens if self.walks else 0, self.calibration.length)
+        written = self.output.path is not None
+        memory = memory_of(self.model, self.structure, self.plan, size, self.method, self.steps.all, written=written)
+        return replace(self, spills=memory.choose(self.run.max_memory))
 
     def refuse(self) -> None:
         """Raise what is wrong with the run as far as can be seen without working."""
@@ -234,7 +263,8 @@ class _Job:
     def scratch_bytes(self, batches: Sequence[Batch]) -> int:
         """Return the size of what two blocks hand on, which is on the disk at the same time for a moment."""
         hidden = getattr(self.model.config.get_text_config(), "hidden_size", 0) or 0
-        return 2 * sum(batch.ids.numel() for batch in batches) * hidden * self.compute.dtype.itemsize if self.walks else 0
+        handed = 2 * sum(batch.ids.numel() for batch in batches) * hidden * self.compute.dtype.itemsize if self.walks else 0
+        return handed * 4 if self.spills else handed
 
     def open_store(self, key: checkpoint.Key | None) -> ResumeStore | None:
         """Open the checkpoint that finished blocks go to."""
@@ -245,12 +275,13 @@ class _Job:
 def _carry_out(job: _Job, key: checkpoint.Key | None, batches: Sequence[Batch], read: Mapping[str, Any]) -> QuantizeResult:
     """Transform, quantize, learn, measure and write; ``read`` is what is recorded of the calibration text."""
     model, compute, progress, texts = job.model, job.compute, job.run.report, unpadded(batches)
-    sanity = SanityCheck.start(model, job.tokenizer, job.calibration.bos or None)
+    sanity = SanityCheck.start(model, job.tokenizer, job.calibration.bos or None, job.leaving)
     counted = unpadded_counts(batches)
     structure = apply_transforms(
         model, job.structure, job.plan, job.steps.before, texts, counted=counted, compute=compute, progress=progress
     )
-    chain = calibration_chain(model, structure, texts, job.method, compute, counted, progress) if job.walks else None
+    scratch, method = scratch_in(job.output.path, job.spills), job.method
+    chain = calibration_chain(model, structure, texts, method, compute, counted, progress, scratch) if job.walks else None
     rows = coverage_before(model, structure, job.plan, job.resolution.skipped)
     store = job.open_store(key)
     learning = Learning.record(job.steps.after, store, model, structure, texts, compute=compute, progress=progress)
@@ -266,6 +297,7 @@ def _carry_out(job: _Job, key: checkpoint.Key | None, batches: Sequence[Batch], 
         store,
         progress,
         job.run.strict,
+        keep=bool(job.steps.after),
     )
     with all_experts_shown(model, job.calibration.all_experts):
         results = quantize_blocks(blocks)

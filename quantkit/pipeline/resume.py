@@ -13,6 +13,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,11 @@ class ResumeStore:
         """Return the quantized sites of finished block ``index``; its other tensors, such as biases, go into the model."""
         qtensors, facts = self.writer.restore_block(index)
         return {name: _restored(qtensor, facts[name]) for name, qtensor in qtensors.items()}
+
+    def on_disk(self, index: int, quantized: Mapping[str, Quantized]) -> dict[str, Quantized]:
+        """Return the sites of a written block as they are in its file, compared bit for bit, and no longer in memory."""
+        places = self.writer.on_disk(index, {name: one.qtensor for name, one in quantized.items()})
+        return {name: replace(one, qtensor=places[name]) for name, one in quantized.items()}
 
     def load_chain(self) -> list[Tensor]:
         """Return the outputs of the last of the finished blocks."""

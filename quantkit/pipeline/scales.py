@@ -18,6 +18,7 @@ from quantkit.nn.sites import Site, Structure, read_weight
 from quantkit.numerics import grid
 from quantkit.pipeline.plan import Resolution
 from quantkit.spec import Scheme
+from quantkit.system.memory import PageRelease
 
 log = logging.getLogger(__name__)
 
@@ -68,14 +69,18 @@ def fit_scales(model: nn.Module, structure: Structure, resolution: Resolution, f
     """
     plan, remarks, notes = dict(resolution.plan), dict(resolution.remarks), list(resolution.notes)
     changed: list[str] = []
+    pages = PageRelease()
     for site in (*structure.sites, *structure.after):
         if (scheme := plan.get(site.name)) is None:
             continue
-        chosen, remark = _choose(read_weight(model, site), site, scheme, format, dtype)
+        weight = read_weight(model, site)
+        chosen, remark = _choose(weight, site, scheme, format, dtype)
+        pages.add(weight)
         plan[site.name] = chosen
         if remark is not None:
             remarks[site.name] = "; ".join(filter(None, (remarks.get(site.name), remark)))
             changed.append(site.name)
+    pages.flush()
     if changed:
         more = f"; {len(changed) - 1} more layers likewise" if len(changed) > 1 else ""
         notes.append(f"{changed[0]}: {remarks[changed[0]]}{more}")
@@ -119,7 +124,7 @@ def _wanted(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     spec = scheme.weight
     wanted, used = [], []
     for part in _matrices(weight):
-        one = grid.wanted_scales(part, spec)
+        one = torch.cat([grid.wanted_scales(part[rows], spec) for rows in grid.row_slices(part, spec)])
         used.append((one > 0).flatten())
         if spec.has_global_scale:
             one = one * grid.choose_global_scale(part.float().abs().amax(), spec)

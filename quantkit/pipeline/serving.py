@@ -23,7 +23,7 @@ import torch
 from quantkit.checkpoint.check import layout_bytes, layout_of
 from quantkit.checkpoint.contents import Contents
 from quantkit.errors import SpecError
-from quantkit.pipeline.estimate import RUNTIME_BYTES
+from quantkit.pipeline.memory import RUNTIME_BYTES
 from quantkit.spec import Plan
 from quantkit.system.compute import known_device
 from quantkit.system.memory import available_bytes

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Strict
+from pydantic import AfterValidator, ByteSize, Field, Strict
 
 from quantkit.errors import FormatError, QuantkitError, SpecError
 from quantkit.formats.base import FORMATS
@@ -77,6 +77,9 @@ class Run:
         resume: continue an interrupted run of the same settings, or read back what it has finished; False starts over.
         device: where the block at work is: ``cpu``, ``cuda``, ``cuda:1``, or ``auto``, the GPU if there is one.
         compute: device and dtype of the block at work; None is ``device`` in the model's dtype, the CPU in float32.
+        max_memory: most memory that the process may take (its resident size), such as ``"4GiB"``, or bytes; the run keeps to
+            it, or is refused before it begins. None: blocks leave memory as they are done with, activations of more than 1 GiB
+            lie on the disk, and what that takes is taken.
         progress: receives :class:`quantkit.Progress` events.
     """
 
@@ -84,6 +87,7 @@ class Run:
     resume: Flag = True
     device: Annotated[str, Strict(), AfterValidator(_known_place)] = "auto"
     compute: Compute | None = None
+    max_memory: Annotated[ByteSize, Field(gt=0)] | None = None
     progress: Any = ignore
 
     @property

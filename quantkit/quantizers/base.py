@@ -13,7 +13,7 @@ from quantkit.nn.quantized import Quantized
 from quantkit.nn.sites import Site, SiteStatistics
 from quantkit.nn.sizes import RunSize
 from quantkit.numerics import grid
-from quantkit.qtensor import QTensor
+from quantkit.qtensor import QTensor, concatenate
 from quantkit.registry import Registry
 from quantkit.spec import ActivationSpec, QuantSpec, Scheme
 from quantkit.system.compute import Compute
@@ -60,10 +60,13 @@ class Quantizer(Protocol):
     Attributes:
         any_grid: it also takes grids that are no integers.
         refines_blocks: it goes on with all layers of a block together: :meth:`refine_block`.
+        by_rows: codes of one row (or of the rows that share scales) do not depend on the others, so that a weight may be
+            handed over in slices of rows, which stay in the cache and need no memory of the weight's size.
     """
 
     any_grid: ClassVar[bool] = False
     refines_blocks: ClassVar[bool] = False
+    by_rows: ClassVar[bool] = False
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -86,6 +89,15 @@ class Quantizer(Protocol):
         Returns:
             The quantized weight and notes on anything unusual (extra damping, a fallback), empty when all went well.
         """
+
+    def quantize_at_once(self, weight: Tensor, spec: QuantSpec) -> tuple[QTensor, float, float, int] | None:
+        """Quantize a whole weight (out, in) of any dtype and usual size without statistics, if there is a quick way.
+
+        Returns:
+            None if there is none; else the quantized weight, the same as from :meth:`quantize`; the sums of squared errors and
+            of squared weights; and the number of rows with weights that have all become zero.
+        """
+        return None
 
     def refine_block(self, block: QuantizedBlock) -> dict[Site, QTensor]:
         """Return better codes and scales for the layers of a block whose layers are quantized, if :attr:`refines_blocks`.
@@ -144,8 +156,6 @@ def quantize_site(
         raise SpecError(f"{name}: {reason}")
     if reason := quantizer.rejects(Scheme(spec)):
         raise SpecError(f"{name}: {reason}")
-    if not bool(torch.isfinite(weight).all()):
-        raise CalibrationError(f"{name}: the weight holds NaN or infinity; repair or reload the model")
     seen = statistics.tokens if statistics is not None else ()
     try:
         if weight.dim() == 2:
@@ -177,15 +187,50 @@ def _notes(parts: Sequence[Quantized]) -> tuple[str, ...]:
 def _quantize_matrix(
     quantizer: Quantizer, weight: Tensor, spec: QuantSpec, statistics: SiteStatistics | None, global_scale: Tensor | None = None
 ) -> Quantized:
-    """Quantize one matrix; one of extreme numbers is brought to a usual size first, by a power of two, and its scales back."""
-    weight = weight.float()
-    shift = grid.exponent_shift(weight) if spec.blocks is None else 0  # float16 of a block holds no extreme numbers
-    usual = grid.shifted(weight, shift)
+    """Quantize one matrix; one of extreme numbers is brought to a usual size first, by a power of two, and its scales back.
+
+    Where rows do not depend on each other they are done slice by slice.
+    """
+    largest = _largest(weight)
+    shift = grid.exponent_shift(largest) if spec.blocks is None else 0  # float16 of a block holds no extreme numbers
+    own = None
     if spec.has_global_scale:
-        shared = None if global_scale is None else grid.shifted(global_scale.to(weight), -shift)
-        own = shared if shared is not None else grid.choose_global_scale(usual.abs().amax().view(1), spec).to(weight)
-        qtensor, notes = quantizer.quantize(usual * own, spec, statistics)
-        qtensor = qtensor.with_parts({"global_scale": grid.shifted(own, shift)})
+        shared = None if global_scale is None else grid.shifted(global_scale.to(largest), -shift)
+        own = shared if shared is not None else grid.choose_global_scale(grid.shifted(largest, shift).view(1), spec).to(largest)
+    parts: list[QTensor] = []
+    notes: list[str] = []
+    lost, noise, signal = 0, 0.0, 0.0
+    if not shift and own is None and (done := quantizer.quantize_at_once(weight, spec)) is not None:
+        qtensor, noise, signal, lost = done
+        parts.append(qtensor)
+    for rows in () if parts else grid.row_slices(weight, spec) if quantizer.by_rows else [slice(0, len(weight))]:
+        part = weight[rows].float()
+        qtensor, said = _quantize_rows(quantizer, part, spec, statistics, shift, own)
+        rounded = qtensor.dequantize()
+        lost += int(((part != 0).any(-1) & (rounded == 0).all(-1)).sum())
+        sizes = error_sizes(part, rounded, statistics, grid.exponent_shift(largest))
+        noise, signal = noise + sizes[0], signal + sizes[1]
+        parts.append(qtensor)
+        notes += [note for note in said if note not in notes]
+    if lost:
+        notes.append(f"{lost} of {len(weight)} output channels become zero: they are far smaller than what shares their scale")
+    whole = parts[0] if len(parts) == 1 else concatenate(parts)
+    return Quantized(whole, noise / max(signal, 1e-30), tuple(notes), bool(quantizer.needs) and statistics is None)
+
+
+def _quantize_rows(
+    quantizer: Quantizer,
+    weight: Tensor,
+    spec: QuantSpec,
+    statistics: SiteStatistics | None,
+    shift: int,
+    global_scale: Tensor | None,
+) -> tuple[QTensor, tuple[str, ...]]:
+    """Quantize rows (n, in) in float32, multiplied by ``2^shift`` and, where the grid has one, by the global scale for that."""
+    usual = grid.shifted(weight, shift)
+    if global_scale is not None:
+        qtensor, notes = quantizer.quantize(usual * global_scale, spec, statistics)
+        qtensor = qtensor.with_parts({"global_scale": grid.shifted(global_scale, shift)})
     else:
         qtensor, notes = quantizer.quantize(usual, spec, statistics)
         if shift:
@@ -193,14 +238,19 @@ def _quantize_matrix(
             qtensor = qtensor.with_parts({"scale": grid.shifted(scale.float(), -shift).to(scale.dtype)})
     for name in ("scale", "global_scale"):
         _refuse_lost_scales(qtensor.parts().get(name), spec)
-    fell_back = bool(quantizer.needs) and statistics is None
-    rounded = qtensor.dequantize()
-    if lost := int(((weight != 0).any(-1) & (rounded == 0).all(-1)).sum()):
-        notes = (
-            *notes,
-            f"{lost} of {len(weight)} output channels become zero: they are far smaller than what shares their scale",
-        )
-    return Quantized(qtensor, relative_error(weight, rounded, statistics), notes, fell_back)
+    return qtensor, notes
+
+
+def _largest(weight: Tensor) -> Tensor:
+    """Return the largest magnitude of a weight (out, in), float32 ().
+
+    Raises:
+        CalibrationError: the weight holds NaN or infinity.
+    """
+    largest = grid.largest_magnitude(weight).float() if weight.numel() else torch.zeros(())
+    if not bool(torch.isfinite(largest)):
+        raise CalibrationError("the weight holds NaN or infinity; repair or reload the model")
+    return largest
 
 
 def _refuse_lost_scales(scale: Tensor | None, spec: QuantSpec) -> None:
@@ -212,7 +262,14 @@ def _refuse_lost_scales(scale: Tensor | None, spec: QuantSpec) -> None:
 
 def relative_error(weight: Tensor, approximation: Tensor, statistics: SiteStatistics | None) -> float:
     """Return ||(W - Q) x||^2 / ||W x||^2 in expectation over the calibration inputs (plain weights without statistics)."""
-    shift = grid.exponent_shift(weight)
+    noise, signal = error_sizes(weight, approximation, statistics, grid.exponent_shift(weight))
+    return noise / max(signal, 1e-30)
+
+
+def error_sizes(
+    weight: Tensor, approximation: Tensor, statistics: SiteStatistics | None, shift: int = 0
+) -> tuple[float, float]:
+    """Return numerator and denominator of :func:`relative_error`, of weights multiplied by ``2^shift``; sums over rows."""
     weight = grid.shifted(weight, shift)
     error = weight - grid.shifted(approximation, shift)
     results = {} if statistics is None else statistics.results
@@ -224,7 +281,7 @@ def relative_error(weight: Tensor, approximation: Tensor, statistics: SiteStatis
         noise, signal = (e.double().square() * usual_size(results["mean_square"]) for e in (error, weight))
     else:
         noise, signal = error.square(), weight.square()
-    return float(noise.sum(dtype=torch.float64) / signal.sum(dtype=torch.float64).clamp(min=1e-30))
+    return float(noise.sum(dtype=torch.float64)), float(signal.sum(dtype=torch.float64))
 
 
 def usual_size(moments: Tensor) -> Tensor:

@@ -84,7 +84,7 @@ class GPTQ(Quantizer):
         return choose(weight, spec, hessian, inverse), (note,) if raised else ()
 
     def cost(self, size: RunSize) -> BlockCost:
-        """Return the backward pass that guides it, if one does, and the weights of all tokens, for about seven layers a block."""
+        """Return the backward pass that guides it, if one does, and the weights of all tokens, for seven layers a block."""
         first = ("and before all of them one forward and one backward pass",)
         return BlockCost(first, 4 * 7 * size.tokens * size.blocks) if self.guided else BlockCost()
 
@@ -160,7 +160,7 @@ class _Factorise:
         order = torch.arange(len(importance), device=hessian.device)
         if self.act_order:
             order = importance.argsort(descending=True, stable=True)
-        return InverseHessian(order, *inverse_factor(hessian[order][:, order], self.damping))
+        return InverseHessian(order, *inverse_factor(hessian, self.damping, order))
 
 
 def damp(hessian: Tensor, damping: float) -> Tensor:
@@ -177,12 +177,19 @@ def damp(hessian: Tensor, damping: float) -> Tensor:
     return damped
 
 
-def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
+def _ordered(hessian: Tensor, order: Tensor | None) -> Tensor:
+    return hessian if order is None else hessian[order[:, None], order]
+
+
+def inverse_factor(hessian: Tensor, damping: float, order: Tensor | None = None) -> tuple[Tensor, float]:
     """Factorise the damped inverse Hessian, raising the damping tenfold until it works.
+
+    Beside ``hessian`` three matrices of its size are in memory at a time; that of a wide layer is as large as its block.
 
     Args:
         hessian: float32 (n, n), symmetric, positive semi-definite; rows of dead inputs are zero.
         damping: fraction of the mean of the non-zero diagonal.
+        order: int64 (n,), which row and column of ``hessian`` come first; None leaves them as they are.
 
     Returns:
         U, upper triangular (n, n), with U^T U = (H + lambda I)^-1, and the damping that was used.
@@ -191,12 +198,15 @@ def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
         CalibrationError: if even damping by the full mean does not help.
     """
     while True:
-        damped = damp(hessian, damping)
         # With J the reversal and J H J = L L^T, the wanted factor is J L^-1 J: no inverse of H, no second factorisation.
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        lower, failed = torch.linalg.cholesky_ex(damp(_ordered(hessian, order), damping).flip(0, 1))
         if not int(failed):
-            identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
-            upper = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
+            # The library works in place on columns that are contiguous; the identity is its own transpose.
+            inverse = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device).T
+            inverse = torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+            del lower
+            upper = inverse.flip(0, 1)
+            del inverse
             if bool(torch.isfinite(upper).all()):
                 return upper, damping
         if damping * 10 > _MAX_DAMPING:

@@ -17,6 +17,7 @@ Cost: about fifteen passes over the weight per round.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -49,6 +50,7 @@ class HQQ(Quantizer):
     p: float = 0.7
     beta: float = 10.0
     rounds: int = 20
+    by_rows: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 < self.p <= 1 or self.beta <= 0 or self.rounds < 0:

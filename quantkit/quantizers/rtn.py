@@ -12,7 +12,7 @@ from torch import Tensor
 from quantkit.kernels.functions import rounding
 from quantkit.nn.sites import SiteStatistics
 from quantkit.numerics import ggml, grid
-from quantkit.qtensor import BlockTensor, GridTensor
+from quantkit.qtensor import BlockTensor, GridTensor, QTensor
 from quantkit.quantizers.base import QUANTIZERS, Quantizer
 from quantkit.spec import QuantSpec, Scheme
 
@@ -29,6 +29,15 @@ class RTN(Quantizer):
 
     clip: Literal["absmax", "mse"] = "absmax"
     any_grid: ClassVar[bool] = True
+    by_rows: ClassVar[bool] = True
+
+    def quantize_at_once(self, weight: Tensor, spec: QuantSpec) -> tuple[QTensor, float, float, int] | None:
+        """Round a weight that a kernel rounds in one pass, on the grid of its range."""
+        done = rounding.round_to_nearest(weight, spec) if self.clip == "absmax" else None
+        if done is None:
+            return None
+        qtensor = GridTensor(done.packed, done.scale, done.zero_point, spec, tuple(weight.shape))
+        return qtensor, done.noise, done.signal, done.lost
 
     def quantize(
         self, weight: Tensor, spec: QuantSpec, statistics: SiteStatistics | None

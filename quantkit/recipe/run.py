@@ -91,6 +91,7 @@ def plan_recipe(recipe: Recipe) -> Preview:
         format=recipe.output.format,
         reasons=resolution.skipped,
         training=recipe.train,
+        max_memory=recipe.run.max_memory,
     )
     return Preview(recipe, contents, resolution, predicted, dtype)
 

@@ -12,6 +12,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Iterable
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from torch import Tensor
@@ -96,6 +97,28 @@ def drop_pages(pages: Iterable[tuple[int, int]]) -> None:
             edges = np.flatnonzero(unchanged[1:] != unchanged[:-1]) * PAGE_BYTES + first
             for start, end in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True):
                 advise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
+
+
+class PageRelease:
+    """Drop the pages of mapped tensors as they are done with, in lots: asking costs as much as reading a megabyte."""
+
+    LOT_BYTES: ClassVar[int] = 16 << 20
+
+    def __init__(self) -> None:
+        self._done: list[Tensor] = []
+        self._bytes = 0
+
+    def add(self, *tensors: Tensor) -> None:
+        """Let go of tensors; who still uses one that is mapped reads the file again."""
+        self._done += tensors
+        self._bytes += sum(tensor.nbytes for tensor in tensors)
+        if self._bytes >= self.LOT_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Drop the pages of everything that was added."""
+        drop_pages(mapped_pages(self._done))
+        self._done, self._bytes = [], 0
 
 
 def _file_regions() -> list[tuple[int, int]]:

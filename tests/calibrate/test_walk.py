@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quantkit.calibrate.walk import Inputs, collect, record_inputs, walk_block
+from quantkit.calibrate.collect import Inputs, collect
+from quantkit.calibrate.walk import record_inputs, walk_block
 from quantkit.errors import CalibrationError
 from quantkit.nn.sites import Site, SiteStatistics
 

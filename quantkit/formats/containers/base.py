@@ -48,6 +48,10 @@ class Writer(Protocol):
         """Return a copy of what has been written as ``name``; bytes that nobody wrote are undefined."""
         ...
 
+    def view(self, name: str) -> Tensor:
+        """Return what has been written as ``name``, mapped from the file, which nobody may cut off or write to afterwards."""
+        ...
+
     def flush(self) -> None:
         """Make what has been written durable: it is still there after the process was killed or the power failed."""
         ...

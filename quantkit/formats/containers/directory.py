@@ -118,6 +118,10 @@ class DirectoryWriter:
         """See :class:`quantkit.formats.containers.base.Writer`."""
         return self._files[self._file_of[name]].read(name)
 
+    def view(self, name: str) -> Tensor:
+        """See :class:`quantkit.formats.containers.base.Writer`."""
+        return self._files[self._file_of[name]].view(name)
+
     def flush(self) -> None:
         """See :class:`quantkit.formats.containers.base.Writer`."""
         for file in self._files:

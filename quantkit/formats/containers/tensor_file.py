@@ -10,6 +10,7 @@ name, so that the bytes are those of ``safetensors.torch.save_file``. Memory: th
 """
 
 import json
+import mmap
 import os
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,7 @@ class TensorFile:
         self.path, self.layout = path, layout
         header, begins = _plan(path, layout)
         self._begins = {name: len(header) + begin for name, begin in begins.items()}
+        self._mapped: Tensor | None = None
         size = max((self._begins[name] + _nbytes(*layout[name]) for name in layout), default=len(header))
         try:
             path.touch()
@@ -100,6 +102,18 @@ class TensorFile:
             if file.readinto(memoryview(content)) < len(content):
                 raise FormatError(f"{self.path}: it ends within {name}; start over with resume=False")
         return data.view(dtype).view(shape)
+
+    def view(self, name: str) -> Tensor:
+        """Return the place of ``name`` itself, mapped: it shows what is written there, and takes memory only while it is used.
+
+        It outlives this object and the name of the file. Writing to it changes a private copy.
+        """
+        if self._mapped is None:
+            with clear_errors(f"map {self.path}"), self.path.open("rb") as file:
+                self._mapped = torch.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), dtype=torch.uint8)
+        dtype, shape = self.layout[name]
+        place = self._mapped[self._begins[name] :][: _nbytes(dtype, shape)]
+        return place.view(dtype).view(shape)
 
     def flush(self) -> None:
         """Make everything written so far durable."""

@@ -77,6 +77,10 @@ class GgufWriter:
         """See :class:`quantkit.formats.containers.base.Writer`."""
         return self._parts.read(name)
 
+    def view(self, name: str) -> Tensor:
+        """See :class:`quantkit.formats.containers.base.Writer`; the file stays, without a name, while there is a view."""
+        return self._parts.view(name)
+
     def flush(self) -> None:
         """See :class:`quantkit.formats.containers.base.Writer`."""
         self._parts.flush()

@@ -7,6 +7,7 @@ memory in every step, and are 20 to 100 times faster. Without a compiler the pla
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from quantkit.kernels.build import compiled
 from quantkit.numerics import block_scales, descent, grid, search
 from quantkit.numerics import sweep as plain
 from quantkit.numerics.ggml import BlockType, Content
+from quantkit.numerics.pack import packed_words
 from quantkit.spec import QuantSpec
 
 
@@ -58,6 +60,66 @@ def search_qparams(
     if not bool(torch.isfinite(scale).all()):
         raise SpecError(f"a scale is not finite in {spec.scale_dtype}; use scale_dtype float32")
     return scale.to(SCALE_DTYPES[spec.scale_dtype]), None if spec.symmetric else zero
+
+
+class Rounded(NamedTuple):
+    """A weight that was rounded to nearest.
+
+    Attributes:
+        packed, scale, zero_point: as in :class:`quantkit.qtensor.GridTensor`.
+        noise, signal: sums of the squared errors and of the squared weights.
+        lost: number of rows with weights that have all become zero.
+    """
+
+    packed: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    noise: float
+    signal: float
+    lost: int
+
+
+def round_to_nearest(weight: Tensor, spec: QuantSpec) -> Rounded | None:
+    """Round a weight to nearest on the grid of its range, in one pass; None where there is no kernel for that.
+
+    What it returns is, to the last bit, what :mod:`quantkit.numerics.grid` and :mod:`quantkit.numerics.pack` define.
+
+    Args:
+        weight: finite (out, in) of a size that can be squared, of float32, bfloat16 or float16.
+        spec: a grid of integers that divides it.
+
+    Raises:
+        SpecError: a scale is too large for its stored dtype.
+    """
+    plain_grid = spec.is_integer and not spec.has_global_scale and not spec.offset and spec.blocks is None
+    dtypes = (weight.dtype, SCALE_DTYPES[spec.scale_dtype])
+    if not plain_grid or spec.block[0] != 1 or weight.device.type != "cpu" or not {*dtypes} <= build.DTYPE_CODES.keys():
+        return None
+    if not compiled("grid search and GPTQ"):
+        return None
+    rows, columns = weight.shape
+    _, group = grid.block_size(spec, (rows, columns))
+    values = weight.contiguous()
+    packed = torch.empty(rows, packed_words(columns, spec.bits), dtype=torch.int32)
+    scale = torch.empty(rows, columns // group)
+    zero = torch.empty(rows, columns // group, dtype=torch.uint8)
+    sums, lost = torch.empty(rows, 2, dtype=torch.float64), torch.empty(rows, dtype=torch.uint8)
+    build.library().qk_round(
+        *(tensor.data_ptr() for tensor in (values, scale, zero, packed, sums, lost)),
+        rows,
+        columns,
+        group,
+        4 * packed.shape[1],
+        build.DTYPE_CODES[dtypes[0]],
+        spec.bits,
+        grid.zero_code(spec) if spec.symmetric else -1,
+        build.DTYPE_CODES[dtypes[1]],
+        torch.get_num_threads(),
+    )
+    if not bool(torch.isfinite(scale).all()):
+        raise SpecError(f"a scale is not finite in {spec.scale_dtype}; use scale_dtype float32")
+    noise, signal = sums.sum(0).tolist()
+    return Rounded(packed, scale.to(dtypes[1]), None if spec.symmetric else zero, noise, signal, int(lost.sum()))
 
 
 def search_blocks(weight: Tensor, kind: BlockType, importance: Tensor | None = None) -> Content:

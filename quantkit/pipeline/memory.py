@@ -1,0 +1,222 @@
+"""How much memory a run takes, said before it begins, and what keeps it within what it may take.
+
+The process holds, at its widest moment, the sum of
+
+- *runtime*: Python, torch and transformers, before any weight is read;
+- *held*: what stays in memory all the time. A model that lies in safetensors files and is quantized into a checkpoint holds
+  nothing: its blocks are read from the mapped files and leave memory when they are done with. Experts that transformers joins,
+  weights in another dtype than the files', a model that somebody else has loaded or that a step rewrites are held, and so are
+  codes that go to no checkpoint, or that a step goes on with;
+
+and the largest of three stages:
+
+- *looking*: the model is compared with itself. Of a large model one block and the tensors outside the blocks are in memory;
+  a small one is there as a whole, in float, then as codes laid out for the kernels, twice (with the checkpoint that was read);
+- *rounding* a block without calibration: the widest layer, and the codes of the block three times;
+- *calibrating* a block: its weights in the dtype of the computation, the widest layer four times, four matrices of its inputs
+  (a second moment, a factor, what is made of them), the activations, and what the quantizer and the steps say they take.
+
+Activations are tokens x (8 hidden + 2 or 4 widest) bytes: every window waits in the middle of the block while a layer is
+quantized. Where they are more than :data:`SPILL_BYTES`, or do not fit, they lie in nameless files on the disk
+(:mod:`quantkit.system.scratch`), but for the residual of every token, 4 hidden.
+"""
+
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from quantkit.errors import QuantkitError
+from quantkit.hf.ledger import ledger_of
+from quantkit.nn.lean import LARGE_BYTES
+from quantkit.nn.sites import Site, Structure
+from quantkit.nn.sizes import WINDOW, RunSize
+from quantkit.qtensor import empty_qtensor
+from quantkit.quantizers.base import Quantizer
+from quantkit.spec import Plan
+from quantkit.system.memory import mapped_pages
+from quantkit.system.scratch import Scratch
+from quantkit.transforms.base import Step
+
+RUNTIME_BYTES = 400 << 20
+"""Resident size of a process that has imported torch and transformers."""
+
+SPILL_BYTES = 1 << 30
+"""Activations of more than this lie on the disk."""
+
+_BATCH = 8
+_MARGIN = 1.05
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What a run takes, in bytes; see the module.
+
+    Attributes:
+        runtime, held, looking, rounding, calibrating: as there; ``calibrating`` without activations, 0 without calibration.
+        activations, spilled: what activations take in memory, if they are there, and if they are on the disk.
+        on_disk: what they take on the disk then.
+        lean: the model is so large that its blocks leave memory after each use.
+    """
+
+    runtime: int
+    held: int
+    looking: int
+    rounding: int
+    calibrating: int = 0
+    activations: int = 0
+    spilled: int = 0
+    on_disk: int = 0
+    lean: bool = False
+
+    @property
+    def spills(self) -> bool:
+        """Whether activations lie on the disk when nobody asks."""
+        return self.activations > SPILL_BYTES
+
+    def peak(self, spills: bool | None = None) -> int:
+        """Return the most that is in memory at a time."""
+        spills = self.spills if spills is None else spills
+        calibrating = self.calibrating and self.calibrating + (self.spilled if spills else self.activations)
+        return self.runtime + self.held + max(self.looking, self.rounding, calibrating)
+
+    def choose(self, limit: int | None) -> bool:
+        """Return whether activations lie on the disk, so that the run keeps to ``limit`` bytes; None is no limit.
+
+        Raises:
+            QuantkitError: it cannot; the message says what is needed, and for what.
+        """
+        if limit is None or self.peak() * _MARGIN <= limit:
+            return self.spills
+        if self.peak(True) * _MARGIN <= limit:
+            return True
+        parts = {
+            "Python and torch": self.runtime,
+            "what stays in memory": self.held,
+            "comparing the models": self.looking,
+            "calibrating a block": self.calibrating and self.calibrating + self.spilled,
+            "rounding a block": self.rounding,
+        }
+        needed = int(min(self.peak(), self.peak(True)) * _MARGIN)
+        said = ", ".join(f"{name} {_mib(size)}" for name, size in parts.items() if size)
+        raise QuantkitError(
+            f"max_memory={_mib(limit)}: the run needs {_mib(needed)} (of these the first two and the largest of the others: "
+            f"{said}); allow that much, calibrate with fewer tokens, or use method rtn, which needs no calibration"
+        )
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.0f} MiB"
+
+
+def memory_of(
+    model: nn.Module,
+    structure: Structure,
+    plan: Plan,
+    size: RunSize,
+    method: Quantizer,
+    steps: Sequence[Step] = (),
+    *,
+    written: bool = True,
+) -> Memory:
+    """Predict what a run takes.
+
+    Args:
+        model: the float model, or an empty one with an account of its files.
+        structure: its blocks and layers.
+        plan: layer name to scheme.
+        size: how large the run is.
+        method: the quantizer.
+        steps: what else is done.
+        written: whether the result goes to a checkpoint.
+    """
+    sites = {site.name: site for site in (*structure.sites, *structure.after) if site.name in plan}
+    codes = {name: empty_qtensor(plan[name].weight, site.shape).nbytes for name, site in sites.items()}
+    floats = _nbytes(model.parameters())
+    blocks = [_nbytes(model.get_submodule(block.name).parameters()) for block in structure.blocks]
+    block = max(blocks, default=0)
+    of_block = max((sum(codes.get(site.name, 0) for site in one.sites) for one in structure.blocks), default=0)
+    lean = floats >= LARGE_BYTES
+    kept = 0 if written and not any(step.stage == "after" for step in steps) else sum(codes.values())
+    rewritten = any(step.stage == "before" for step in steps)
+    outside = floats - sum(blocks)
+    logits = 12 * WINDOW * size.vocabulary
+    widest = max((torch.Size(site.shape[-2:]).numel() for site in sites.values()), default=0)
+    found = Memory(
+        runtime=RUNTIME_BYTES,
+        held=(floats if rewritten else held_bytes(model)) + kept,
+        looking=logits + (outside + block if lean else max(floats, 3 * sum(codes.values()) + 2 * outside)),
+        rounding=8 * widest + max(3 * of_block, *(codes.get(site.name, 0) + 2 * site.numel for site in structure.after), 0),
+        lean=lean,
+    )
+    return found if not size.tokens else _calibrating(found, size, method, steps, sites, widest)
+
+
+def _calibrating(
+    found: Memory, size: RunSize, method: Quantizer, steps: Sequence[Step], sites: Mapping[str, Site], widest: int
+) -> Memory:
+    """Add what calibration takes."""
+    rounded = 2 if torch.cpu._is_avx512_bf16_supported() else 4
+    batch = min(_BATCH * size.length, size.tokens)
+    running = batch * 4 * size.widest * 4
+    stacks = max((site.numel for site in sites.values() if len(site.shape) == 3), default=0)
+    experts = max((site.shape[0] for site in sites.values() if len(site.shape) == 3), default=1)
+    second = 4 * size.widest**2 * 4 + (min(experts * 4 * size.widest**2, 256 << 20) if experts > 1 else 0)
+    own = 4 * size.block + max(16 * widest, 4 * stacks) + second + running
+    costs = max((step.cost(size).nbytes for step in steps), default=0)
+    return Memory(
+        **{name: getattr(found, name) for name in ("runtime", "held", "looking", "rounding", "lean")},
+        calibrating=own + max(method.cost(size).nbytes, costs),
+        activations=size.tokens * (8 * size.hidden + rounded * size.widest),
+        spilled=size.tokens * 4 * size.hidden + (256 << 20),
+        on_disk=size.tokens * (12 * size.hidden + rounded * size.widest),
+    )
+
+
+def _nbytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def held_bytes(model: nn.Module) -> int:
+    """Return the bytes of a float model's parameters that are not parts of mapped files, or will not be once it is loaded."""
+    ledger = ledger_of(model)
+    parameters = dict(model.named_parameters())
+    if not any(parameter.is_meta for parameter in parameters.values()):
+        mapped = sum(last - first for first, last in mapped_pages(parameters.values()))
+        return max(0, _nbytes(parameters.values()) - mapped)
+    if ledger is None:
+        return sum(parameter.nbytes for parameter in parameters.values() if parameter.ndim > 2)
+    whole = {
+        name
+        for name, one in parameters.items()
+        if len(ledger.fills.get(name, ())) == 1 and ledger.source_dtype(name) == one.dtype
+    }
+    return sum(parameter.nbytes for name, parameter in parameters.items() if name not in whole)
+
+
+def run_size(model: nn.Module, structure: Structure, sites: Iterable[Site], tokens: int, length: int) -> RunSize:
+    """Return the sizes that costs are estimated from; ``tokens`` run through every block, in windows of ``length``."""
+    vocabulary, hidden = model.get_input_embeddings().weight.shape  # type: ignore[operator]
+    blocks = [model.get_submodule(block.name) for block in structure.blocks]
+    found = list(sites)
+    return RunSize(
+        tokens=tokens,
+        length=length,
+        blocks=len(blocks),
+        block=max((sum(p.numel() for p in block.parameters()) for block in blocks), default=0),
+        hidden=hidden,
+        vocabulary=vocabulary,
+        widest=max(site.in_features for site in found),
+        weights=sum(site.numel for site in found),
+    )
+
+
+def scratch_in(out: str | Path | None, spills: bool) -> Scratch:
+    """Return where activations lie: in memory, or on the disk of the checkpoint, else that of temporary files."""
+    if not spills:
+        return Scratch()
+    folder = Path(out) if out is not None else Path(tempfile.gettempdir())
+    return Scratch(next(one for one in (folder, *folder.absolute().parents) if one.is_dir()))
