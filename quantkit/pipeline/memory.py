@@ -50,6 +50,9 @@ LARGE_BYTES = 1 << 30
 SPILL_BYTES = 1 << 30
 """Activations of more than this lie on the disk."""
 
+_SEEN = 256
+"""Tokens that models are compared on."""
+
 _BATCH = 8
 _MARGIN = 1.05
 
@@ -169,7 +172,7 @@ def memory_of(
         runtime=RUNTIME_BYTES,
         held=(floats if rewritten else held_bytes(model)) + kept,
         looking=logits + max(floats, 3 * sum(codes.values()) + 2 * outside),
-        looking_lean=logits + outside + block,
+        looking_lean=4 * _SEEN * size.vocabulary + outside + block,
         rounding=8 * widest + max(3 * of_block, *(codes.get(site.name, 0) + 2 * site.numel for site in structure.after), 0),
         usual=Ways(floats >= LARGE_BYTES),
     )
