@@ -17,14 +17,6 @@ from torch import Tensor, nn
 from quantkit.nn.linear import QuantModule
 from quantkit.system.memory import drop_pages, mapped_pages, return_freed_memory
 
-LARGE_BYTES = 1 << 30
-"""Size from which a model's weights leave memory again."""
-
-
-def is_large(model: nn.Module) -> bool:
-    """Say whether the weights of a float model are to leave memory after use."""
-    return sum(parameter.nbytes for parameter in model.parameters()) >= LARGE_BYTES
-
 
 def let_go(part: nn.Module) -> None:
     """Drop from memory what a part of a model has in mapped files; the next use reads it again."""

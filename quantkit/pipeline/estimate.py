@@ -114,10 +114,10 @@ def estimate(
     passes += [text for cost in costs for text in cost.last]
     passes.append("the written files once, to compare them with the model in memory")
     memory = memory_of(model, structure, plan, size, method, steps)
-    spills = memory.choose(max_memory)
-    peak = max(memory.peak(spills), memory.runtime + float_bytes + costs[-1].nbytes if training is not None else 0)
+    ways = memory.choose(max_memory)
+    peak = max(memory.peak(ways), memory.runtime + float_bytes + costs[-1].nbytes if training is not None else 0)
     quantized, rest = nbytes(chosen, plan), nbytes(kept, plan) + carried
-    handed = 2 * size.tokens * size.hidden * 4 + (memory.on_disk if spills else 0)
+    handed = 2 * size.tokens * size.hidden * 4 + (memory.on_disk if ways.spills else 0)
     return Estimate(
         schemes=_tally((plan[site.name].weight.describe(), site.numel) for site in sites),
         weights=weights,

@@ -23,15 +23,15 @@ quantized. Where they are more than :data:`SPILL_BYTES`, or do not fit, they lie
 
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from quantkit.errors import QuantkitError
 from quantkit.hf.ledger import ledger_of
-from quantkit.nn.lean import LARGE_BYTES
 from quantkit.nn.sites import Site, Structure
 from quantkit.nn.sizes import WINDOW, RunSize
 from quantkit.qtensor import empty_qtensor
@@ -44,11 +44,33 @@ from quantkit.transforms.base import Step
 RUNTIME_BYTES = 400 << 20
 """Resident size of a process that has imported torch and transformers."""
 
+LARGE_BYTES = 1 << 30
+"""Size of a float model from which blocks leave memory after each use."""
+
 SPILL_BYTES = 1 << 30
 """Activations of more than this lie on the disk."""
 
+_SEEN = 256
+"""Tokens that models are compared on."""
+
 _BATCH = 8
 _MARGIN = 1.05
+
+
+class Ways(NamedTuple):
+    """What a run does to take less memory.
+
+    Attributes:
+        lean: blocks leave memory after each use (:mod:`quantkit.nn.lean`).
+        spills: activations lie on the disk.
+    """
+
+    lean: bool = False
+    spills: bool = False
+
+
+PLAIN = Ways()
+"""Everything in memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,60 +78,62 @@ class Memory:
     """What a run takes, in bytes; see the module.
 
     Attributes:
-        runtime, held, looking, rounding, calibrating: as there; ``calibrating`` without activations, 0 without calibration.
+        runtime, held, rounding, calibrating: as there; ``calibrating`` without activations, 0 without calibration.
+        looking: with the whole model in memory.
+        looking_lean: with a block at a time.
         activations, spilled: what activations take in memory, if they are there, and if they are on the disk.
         on_disk: what they take on the disk then.
-        lean: the model is so large that its blocks leave memory after each use.
+        usual: what is done when nobody asks.
     """
 
     runtime: int
     held: int
     looking: int
+    looking_lean: int
     rounding: int
     calibrating: int = 0
     activations: int = 0
     spilled: int = 0
     on_disk: int = 0
-    lean: bool = False
+    usual: Ways = PLAIN
 
-    @property
-    def spills(self) -> bool:
-        """Whether activations lie on the disk when nobody asks."""
-        return self.activations > SPILL_BYTES
+    def stages(self, ways: Ways) -> dict[str, int]:
+        """Return what each stage takes beside what is there all the time."""
+        activations = self.spilled if ways.spills else self.activations
+        return {
+            "comparing the models": self.looking_lean if ways.lean else self.looking,
+            "rounding a block": self.rounding,
+            "calibrating a block": self.calibrating and self.calibrating + activations,
+        }
 
-    def peak(self, spills: bool | None = None) -> int:
-        """Return the most that is in memory at a time."""
-        spills = self.spills if spills is None else spills
-        calibrating = self.calibrating and self.calibrating + (self.spilled if spills else self.activations)
-        return self.runtime + self.held + max(self.looking, self.rounding, calibrating)
+    def peak(self, ways: Ways | None = None) -> int:
+        """Return the most that is in memory at a time; None is what is done when nobody asks."""
+        return self.runtime + self.held + max(self.stages(ways or self.usual).values())
 
-    def choose(self, limit: int | None) -> bool:
-        """Return whether activations lie on the disk, so that the run keeps to ``limit`` bytes; None is no limit.
+    def choose(self, limit: int | None) -> Ways:
+        """Return what is done to keep to ``limit`` bytes; None is no limit.
 
         Raises:
-            QuantkitError: it cannot; the message says what is needed, and for what.
+            QuantkitError: nothing helps; the message says what is needed, and for what.
         """
-        if limit is None or self.peak() * _MARGIN <= limit:
-            return self.spills
-        if self.peak(True) * _MARGIN <= limit:
-            return True
-        parts = {
-            "Python and torch": self.runtime,
-            "what stays in memory": self.held,
-            "comparing the models": self.looking,
-            "calibrating a block": self.calibrating and self.calibrating + self.spilled,
-            "rounding a block": self.rounding,
-        }
-        needed = int(min(self.peak(), self.peak(True)) * _MARGIN)
-        said = ", ".join(f"{name} {_mib(size)}" for name, size in parts.items() if size)
+        spilling = self.usual._replace(spills=self.usual.spills or bool(self.calibrating))
+        tries = (self.usual, self.usual._replace(lean=True), spilling, Ways(True, spilling.spills))
+        for ways in tries:
+            if limit is None or self.peak(ways) * _MARGIN <= limit:
+                return ways
+        least = min(tries, key=self.peak)
+        needed = int(self.peak(least) * _MARGIN) + 1
+        parts = {"Python and torch": self.runtime, "what stays in memory": self.held}
+        always = ", ".join(f"{name} {_mib(size)}" for name, size in parts.items() if size)
+        stages = ", ".join(f"{name} {_mib(size)}" for name, size in self.stages(least).items() if size)
         raise QuantkitError(
-            f"max_memory={_mib(limit)}: the run needs {_mib(needed)} (of these the first two and the largest of the others: "
-            f"{said}); allow that much, calibrate with fewer tokens, or use method rtn, which needs no calibration"
+            f"max_memory={_mib(limit)}: the run needs {_mib(needed)}: {always}, and the largest of {stages}; allow that much, "
+            "calibrate with fewer tokens, or use method rtn, which needs no calibration"
         )
 
 
 def _mib(size: int) -> str:
-    return f"{size / 2**20:,.0f} MiB"
+    return f"{-(-size // 2**20):,} MiB"
 
 
 def memory_of(
@@ -139,7 +163,6 @@ def memory_of(
     blocks = [_nbytes(model.get_submodule(block.name).parameters()) for block in structure.blocks]
     block = max(blocks, default=0)
     of_block = max((sum(codes.get(site.name, 0) for site in one.sites) for one in structure.blocks), default=0)
-    lean = floats >= LARGE_BYTES
     kept = 0 if written and not any(step.stage == "after" for step in steps) else sum(codes.values())
     rewritten = any(step.stage == "before" for step in steps)
     outside = floats - sum(blocks)
@@ -148,9 +171,10 @@ def memory_of(
     found = Memory(
         runtime=RUNTIME_BYTES,
         held=(floats if rewritten else held_bytes(model)) + kept,
-        looking=logits + (outside + block if lean else max(floats, 3 * sum(codes.values()) + 2 * outside)),
+        looking=logits + max(floats, 3 * sum(codes.values()) + 2 * outside),
+        looking_lean=4 * _SEEN * size.vocabulary + outside + block,
         rounding=8 * widest + max(3 * of_block, *(codes.get(site.name, 0) + 2 * site.numel for site in structure.after), 0),
-        lean=lean,
+        usual=Ways(floats >= LARGE_BYTES),
     )
     return found if not size.tokens else _calibrating(found, size, method, steps, sites, widest)
 
@@ -167,12 +191,14 @@ def _calibrating(
     second = 4 * size.widest**2 * 4 + (min(experts * 4 * size.widest**2, 256 << 20) if experts > 1 else 0)
     own = 4 * size.block + max(16 * widest, 4 * stacks) + second + running
     costs = max((step.cost(size).nbytes for step in steps), default=0)
-    return Memory(
-        **{name: getattr(found, name) for name in ("runtime", "held", "looking", "rounding", "lean")},
+    activations = size.tokens * (8 * size.hidden + rounded * size.widest)
+    return replace(
+        found,
         calibrating=own + max(method.cost(size).nbytes, costs),
-        activations=size.tokens * (8 * size.hidden + rounded * size.widest),
+        activations=activations,
         spilled=size.tokens * 4 * size.hidden + (256 << 20),
         on_disk=size.tokens * (12 * size.hidden + rounded * size.widest),
+        usual=found.usual._replace(spills=activations > SPILL_BYTES),
     )
 
 

@@ -26,7 +26,7 @@ from quantkit.evaluation.sanity import SanityCheck
 from quantkit.hf.load import PreTrainedModel, adopt, load_float
 from quantkit.hf.source import load_config, locate
 from quantkit.hf.structure import describe
-from quantkit.nn.lean import is_large, leaving
+from quantkit.nn.lean import leaving
 from quantkit.nn.probes import all_experts_shown
 from quantkit.nn.sites import SiteStatistics, Structure
 from quantkit.pipeline.again import finished_result, replaced_model
@@ -39,7 +39,7 @@ from quantkit.pipeline.checks import (
     refuse_run,
 )
 from quantkit.pipeline.finish import Unfinished, metadata_of, open_writer
-from quantkit.pipeline.memory import memory_of, run_size, scratch_in
+from quantkit.pipeline.memory import PLAIN, Ways, memory_of, run_size, scratch_in
 from quantkit.pipeline.plan import Resolution, make_plan, resolve, scale_dtype_for
 from quantkit.pipeline.result import QuantizeResult
 from quantkit.pipeline.resume import ResumeStore, run_key
@@ -147,7 +147,7 @@ class _Job:
     calibration: Calibration
     output: Output
     run: Run
-    spills: bool = False  # activations lie on the disk
+    ways: Ways = PLAIN
 
     @property
     def plan(self) -> dict[str, Scheme]:
@@ -176,10 +176,10 @@ class _Job:
     def reads_text(self) -> bool:
         return self.walks or bool(self.steps.after) or any(step.needs for step in self.steps.before)
 
-    @cached_property
+    @property
     def leaving(self) -> tuple[str, ...]:
-        """The paths of the blocks, if the model is so large that they leave memory after each use."""
-        return tuple(block.name for block in self.structure.blocks) if is_large(self.model) else ()
+        """The paths of the blocks, if they leave memory after each use."""
+        return tuple(block.name for block in self.structure.blocks) if self.ways.lean else ()
 
     @property
     def runs_blocks(self) -> bool:
@@ -210,7 +210,7 @@ class _Job:
         size = run_size(self.model, self.structure, sites, tokens if self.walks else 0, self.calibration.length)
         written = self.output.path is not None
         memory = memory_of(self.model, self.structure, self.plan, size, self.method, self.steps.all, written=written)
-        return replace(self, spills=memory.choose(self.run.max_memory))
+        return replace(self, ways=memory.choose(self.run.max_memory))
 
     def refuse(self) -> None:
         """Raise what is wrong with the run as far as can be seen without working."""
@@ -264,7 +264,7 @@ class _Job:
         """Return the size of what two blocks hand on, which is on the disk at the same time for a moment."""
         hidden = getattr(self.model.config.get_text_config(), "hidden_size", 0) or 0
         handed = 2 * sum(batch.ids.numel() for batch in batches) * hidden * self.compute.dtype.itemsize if self.walks else 0
-        return handed * 4 if self.spills else handed
+        return handed * 4 if self.ways.spills else handed
 
     def open_store(self, key: checkpoint.Key | None) -> ResumeStore | None:
         """Open the checkpoint that finished blocks go to."""
@@ -280,7 +280,7 @@ def _carry_out(job: _Job, key: checkpoint.Key | None, batches: Sequence[Batch], 
     structure = apply_transforms(
         model, job.structure, job.plan, job.steps.before, texts, counted=counted, compute=compute, progress=progress
     )
-    scratch, method = scratch_in(job.output.path, job.spills), job.method
+    scratch, method = scratch_in(job.output.path, job.ways.spills), job.method
     chain = calibration_chain(model, structure, texts, method, compute, counted, progress, scratch) if job.walks else None
     rows = coverage_before(model, structure, job.plan, job.resolution.skipped)
     store = job.open_store(key)

@@ -30,7 +30,7 @@ class Scratch:
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder
-        self._alive: list[weakref.ref[Tensor]] = []
+        self._alive: dict[int, weakref.ref[Tensor]] = {}
         self._last = resident_bytes()
 
     def keep(self, tensor: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ class Scratch:
         Raises:
             DiskError: the disk is full or refuses.
         """
-        if self.folder is None or tensor.device.type != "cpu" or tensor.nbytes < self.LEAST_BYTES:
+        if self.folder is None or tensor.device.type != "cpu" or tensor.nbytes < max(self.LEAST_BYTES, 1):
             return tensor
         with (
             clear_errors(f"write {tensor.nbytes:,} bytes of activations to {self.folder}"),
@@ -53,16 +53,21 @@ class Scratch:
         found = torch.frombuffer(place, dtype=tensor.dtype).view(tensor.shape)
         found.copy_(tensor)
         drop_pages(mapped_pages([found]))
-        self._alive.append(weakref.ref(found))
+        self._alive[id(found)] = weakref.ref(found)
         return found
 
     def move(self, tensor: Tensor) -> None:
         """Let a tensor lie where :meth:`keep` would put it; it stays the same object."""
-        if self.folder is not None and not any(ref() is tensor for ref in self._alive[-8:]):
-            kept = self.keep(tensor)
-            if kept is not tensor:
-                tensor.data = kept
-                self._alive[-1] = weakref.ref(tensor)
+        if self.folder is None or self._is_here(tensor):
+            return
+        kept = self.keep(tensor)
+        if kept is not tensor:
+            tensor.data = kept
+            self._alive[id(tensor)] = weakref.ref(tensor)
+
+    def _is_here(self, tensor: Tensor) -> bool:
+        ref = self._alive.get(id(tensor))
+        return ref is not None and ref() is tensor
 
     def check(self) -> None:
         """Give back the memory of tensors on the disk, if the process has grown by more than :data:`STEP_BYTES`."""
@@ -70,8 +75,8 @@ class Scratch:
             return
         now = resident_bytes()
         if now > self._last + self.STEP_BYTES:
-            self._alive = [ref for ref in self._alive if ref() is not None]
-            drop_pages(mapped_pages(found for ref in self._alive if (found := ref()) is not None))
+            self._alive = {key: ref for key, ref in self._alive.items() if ref() is not None}
+            drop_pages(mapped_pages(found for ref in self._alive.values() if (found := ref()) is not None))
             now = self._last = resident_bytes()
         self._last = min(self._last, now)
 
