@@ -144,8 +144,9 @@ def test_a_source_is_never_written_to(tmp_path: Path) -> None:
         with pytest.raises(FormatError, match="is the checkpoint that is to be converted"):
             reformat(source, "gptq", target, overwrite=True)
     reformat(source, "gptq", tmp_path / "out")
+    assert reformat(source, "gptq", tmp_path / "out")["already_done"]
     with pytest.raises(FormatError, match="already holds a model"):
-        reformat(source, "gptq", tmp_path / "out")
+        reformat(source, "native", tmp_path / "out")
     with pytest.raises(FormatError, match="goes with format float"):
         reformat(source, "gptq", tmp_path / "new", dtype="float16")
     with pytest.raises(FormatError, match="unknown format"):

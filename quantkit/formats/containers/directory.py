@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -91,6 +91,15 @@ class SafetensorsDirectory:
         return DirectoryReader(path, self.stem)
 
 
+class Place(NamedTuple):
+    """Where the data of a tensor are: the file's final name, and the offset of the first byte in it."""
+
+    file: str
+    begin: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
 class DirectoryWriter:
     """Writes a directory of safetensors files; see :class:`quantkit.formats.containers.base.Writer`."""
 
@@ -140,6 +149,14 @@ class DirectoryWriter:
             else:
                 config = {**config, twin.name: also}
         write_json(self.path / CONFIG, config)
+
+    def places(self) -> dict[str, Place]:
+        """Return where every tensor is, for files beside these that point into them."""
+        found = {}
+        for name, index in self._file_of.items():
+            file = self._files[index]
+            found[name] = Place(self._names[index], file.begin(name), *file.layout[name])
+        return found
 
     def _unfinished(self, name: str) -> Path:
         return self.path / f"{name}{UNFINISHED}"

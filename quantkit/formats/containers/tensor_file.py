@@ -101,6 +101,10 @@ class TensorFile:
                 raise FormatError(f"{self.path}: it ends within {name}; start over with resume=False")
         return data.view(dtype).view(shape)
 
+    def begin(self, name: str) -> int:
+        """Return the offset in the file of the first byte of ``name``."""
+        return self._begins[name]
+
     def flush(self) -> None:
         """Make everything written so far durable."""
         try:
