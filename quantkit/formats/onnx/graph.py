@@ -177,7 +177,7 @@ class _Graph:
             parts = [self.stored(f"{module}.{part}") for part in ("codes", "scales")]
             parts += [] if spec["symmetric"] else [self.stored(f"{module}.zero_points")]
             (rows, blocks, nbytes), size = self.places[f"{module}.codes"].shape, int(spec["block"][1])
-            given = {"K": blocks * size, "N": rows, "bits": nbytes * 8 // size, "block_size": size}
+            given: dict[str, Any] = {"K": blocks * size, "N": rows, "bits": nbytes * 8 // size, "block_size": size}
             given |= {"accuracy_level": self.level} if self.level else {}
             found = self.node("MatMulNBits", value, *parts, output=product, domain=_CONTRIB, **given)
         return self.node("Add", found, self.floats(f"{module}.bias"), output=output) if bias else found
@@ -240,7 +240,7 @@ def _head_norm(graph: _Graph, config: Mapping[str, Any], value: str, module: str
 def _serialized(config: Mapping[str, Any], graph: _Graph, layers: int) -> bytes:
     """Return the model's bytes, the same for the same graph."""
     helper, kinds = graph.onnx.helper, graph.onnx.TensorProto
-    cached = ["batch", int(config.get("num_key_value_heads") or config["num_attention_heads"])]
+    cached: list[str | int] = ["batch", int(config.get("num_key_value_heads") or config["num_attention_heads"])]
 
     def value(name: str, kind: int, *shape: str | int) -> Any:
         return helper.make_tensor_value_info(name, kind, list(shape))
