@@ -8,6 +8,7 @@ may only name plain files of its own directory.
 """
 
 import contextlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,6 +99,24 @@ class Place(NamedTuple):
     begin: int
     dtype: torch.dtype
     shape: tuple[int, ...]
+
+
+def places_of(path: Path, stem: str) -> dict[str, Place]:
+    """Return where every tensor of a written checkpoint is.
+
+    Raises:
+        FormatError: a file is missing or damaged.
+    """
+    found = {}
+    with DirectoryReader(path, stem) as reader:  # which checks the files
+        for file in {header.file for header in reader.headers.values()}:
+            with clear_errors(f"read {path / file}"), (path / file).open("rb") as opened:
+                length = int.from_bytes(opened.read(8), "little")
+                header = json.loads(opened.read(length))
+            for name, what in header.items():
+                if name in reader.headers:
+                    found[name] = Place(file, 8 + length + what["data_offsets"][0], *reader.headers[name][1:])
+    return found
 
 
 class DirectoryWriter:

@@ -9,7 +9,7 @@ and attends, ``MatMulNBits`` for quantized weights, ``FusedMatMul`` for float on
 Everything is computed in float32; weights in half precision are widened by a ``Cast`` that ONNX Runtime carries out once.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from quantkit.errors import FormatError
 from quantkit.formats import decoder
 from quantkit.formats.containers.directory import Place
+from quantkit.formats.onnx import attention
 
 FAMILIES: Final[dict[str, Mapping[str, tuple[Any, ...]]]] = {
     "llama": decoder.SILU,
@@ -83,12 +84,13 @@ def _check(config: Mapping[str, Any]) -> None:
         raise FormatError(f"heads of {decoder.head_size(config)} channels: GroupQueryAttention rotates multiples of 16")
 
 
-def graph_of(config: Mapping[str, Any], places: Mapping[str, Place]) -> bytes:
+def graph_of(config: Mapping[str, Any], places: Mapping[str, Place], *, plain: bool = False) -> bytes:
     """Return ``model.onnx``.
 
     Args:
         config: what config.json says, with ``quantization_config``.
         places: where the data of every tensor of the checkpoint are.
+        plain: attention in operators of ONNX alone (:mod:`.attention`).
 
     Raises:
         FormatError: see :func:`refuse_model`.
@@ -98,9 +100,9 @@ def graph_of(config: Mapping[str, Any], places: Mapping[str, Place]) -> bytes:
     layers = int(config["num_hidden_layers"])
     hidden = graph.node("Gather", graph.stored("model.embed_tokens.weight"), "input_ids")
     hidden = graph.widened(hidden, places["model.embed_tokens.weight"].dtype)
-    shared = _attention_inputs(graph, config)
+    attend = _plain_attention(graph, config) if plain else _attention(graph, config)
     for index in range(layers):
-        hidden = _layer(graph, config, index, hidden, shared)
+        hidden = _layer(graph, config, index, hidden, attend)
     hidden = graph.norm(hidden, "model.norm", config)
     head = "lm_head" if graph.has("lm_head") else "model.embed_tokens"
     graph.linear(hidden, head, output="logits")
@@ -191,35 +193,62 @@ class _Graph:
         return int(known[dtype])
 
 
-def _attention_inputs(graph: _Graph, config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return what every attention reads: last positions, length, cosines and sines of all positions."""
+Attend = Callable[[tuple[str, str, str], list[str], tuple[str, str]], str]
+"""Adds the attention of a layer: of queries, keys and values, past ones, and the names of the new ones; its output."""
+
+
+def _attention(graph: _Graph, config: Mapping[str, Any]) -> Attend:
+    """Return what adds ``GroupQueryAttention``, and add what all of them read: last positions, length, cosines and sines."""
     int32 = int(graph.onnx.TensorProto.INT32)
     one = graph.constant("one", torch.ones(1, dtype=torch.int64))
     tokens = graph.node("ReduceSum", "attention_mask", one, keepdims=0)
     last = graph.node("Cast", graph.node("Sub", tokens, one), to=int32)
     length = graph.node("Squeeze", graph.node("Shape", "attention_mask", start=1, end=2))
+    given = (last, graph.node("Cast", length, to=int32), *_tables(graph, config))
+    heads, kv_heads, size = _heads(config)
+
+    def attend(inputs: tuple[str, str, str], past: list[str], present: tuple[str, str]) -> str:
+        return graph.node(
+            "GroupQueryAttention", *inputs, *past, *given, outputs=present, domain=_CONTRIB, num_heads=heads,
+            kv_num_heads=kv_heads, scale=size**-0.5, do_rotary=1, rotary_interleaved=0, local_window_size=_window(config),
+        )  # fmt: skip
+
+    return attend
+
+
+def _plain_attention(graph: _Graph, config: Mapping[str, Any]) -> Attend:
+    """Return what adds attention of plain operators, and add what all layers read."""
+    shared = attention.shared(graph, *_tables(graph, config), _window(config))
+    return lambda inputs, past, present: attention.attend(graph, inputs, past, present, _heads(config), shared)
+
+
+def _tables(graph: _Graph, config: Mapping[str, Any]) -> tuple[str, str]:
+    """Add cosines and sines of all positions."""
     angles = torch.outer(torch.arange(int(config["max_position_embeddings"])).float(), decoder.inverse_frequencies(config))
-    tables = (graph.constant("cosines", angles.cos()), graph.constant("sines", angles.sin()))
-    return (last, graph.node("Cast", length, to=int32), *tables)
+    return graph.constant("cosines", angles.cos()), graph.constant("sines", angles.sin())
 
 
-def _layer(graph: _Graph, config: Mapping[str, Any], index: int, hidden: str, shared: tuple[str, ...]) -> str:
-    """Add one layer; return its output."""
-    prefix, size = f"model.layers.{index}", decoder.head_size(config)
+def _heads(config: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Return the numbers of heads and of key/value heads, and the channels of one."""
     heads = int(config["num_attention_heads"])
-    kv_heads = int(config.get("num_key_value_heads") or heads)
+    return heads, int(config.get("num_key_value_heads") or heads), decoder.head_size(config)
+
+
+def _window(config: Mapping[str, Any]) -> int:
+    """Return how many tokens a query sees, -1 for all."""
+    window = config.get("sliding_window")
+    return window if isinstance(window, int) and config.get("model_type") == "mistral" else -1
+
+
+def _layer(graph: _Graph, config: Mapping[str, Any], index: int, hidden: str, attend: Attend) -> str:
+    """Add one layer; return its output."""
+    prefix, (heads, kv_heads, _) = f"model.layers.{index}", _heads(config)
     value = graph.norm(hidden, f"{prefix}.input_layernorm", config)
     query, key, values = (graph.linear(value, f"{prefix}.self_attn.{part}_proj") for part in "qkv")
     query = _head_norm(graph, config, query, f"{prefix}.self_attn.q_norm", heads)
     key = _head_norm(graph, config, key, f"{prefix}.self_attn.k_norm", kv_heads)
     past = [f"past_key_values.{index}.{what}" for what in ("key", "value")]
-    present = tuple(f"present.{index}.{what}" for what in ("key", "value"))
-    window = config.get("sliding_window")
-    attended = graph.node(
-        "GroupQueryAttention", query, key, values, *past, *shared, outputs=present, domain=_CONTRIB, num_heads=heads,
-        kv_num_heads=kv_heads, scale=size**-0.5, do_rotary=1, rotary_interleaved=0,
-        local_window_size=int(window) if isinstance(window, int) and config.get("model_type") == "mistral" else -1,
-    )  # fmt: skip
+    attended = attend((query, key, values), past, (f"present.{index}.key", f"present.{index}.value"))
     hidden = graph.node("Add", hidden, graph.linear(attended, f"{prefix}.self_attn.o_proj"))
     value = graph.norm(hidden, f"{prefix}.post_attention_layernorm", config)
     gate, up = (graph.linear(value, f"{prefix}.mlp.{part}_proj") for part in ("gate", "up"))
