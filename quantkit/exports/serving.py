@@ -10,6 +10,7 @@ ollama     gguf                              ``Modelfile``
 =========  ================================  ==========================================================
 """
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -72,10 +73,16 @@ def package(path: str | Path, server: str, *, overwrite: bool = False) -> list[P
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("quantkit.exports"), undefined=jinja2.StrictUndefined, keep_trailing_newline=True
     )
+    environment.filters["quoted"] = _quoted
     for template, target in targets.items():
         target.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(target, environment.get_template(template).render(values))
     return list(targets.values())
+
+
+def _quoted(value: Any) -> str:
+    """Return a text as YAML, JSON, protobuf's text format and Modelfiles all quote it."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _values(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
