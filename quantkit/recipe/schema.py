@@ -212,7 +212,8 @@ def _explain(
 
 def _in_file(keys: Sequence[Any], data: Mapping[str, Any]) -> Sequence[Any]:
     """Return where a file has what a recipe has at ``keys``: a list of outputs is the first with the others in it."""
-    if keys[:1] != ("output",) or not isinstance(data.get("output"), list):
+    outputs = data.get("output")
+    if keys[:1] != ("output",) or not isinstance(outputs, list) or not outputs:
         return keys
     return ("output", keys[2] + 1, *keys[3:]) if keys[1:2] == ("also",) and len(keys) > 2 else ("output", 0, *keys[1:])
 

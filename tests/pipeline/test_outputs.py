@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import quantkit
 from quantkit import Output, QuantSpec, Run, Scheme, reformat
 from quantkit.checkpoint.read import open_checkpoint
 from quantkit.checkpoint.reformat import open_source
 from quantkit.checkpoint.regrid import regridded
+from quantkit.cli import app
 from quantkit.errors import FormatError, RecipeError, SpecError
 from quantkit.pipeline import outputs
 from quantkit.pipeline.reformat import convert, key_of
@@ -171,3 +173,17 @@ def test_no_resume_makes_all_of_them_again(made: tuple[Path, Any], tmp_path: Pat
     quantize(tmp_path, ("native", "gptq"))
     with pytest.raises(FormatError, match="already holds a model"):
         quantize(tmp_path, ("native", "gptq"), run=Run(resume=False))
+
+
+def test_the_command_takes_a_format_several_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr("quantkit.cli.search.carry_out", lambda recipe, *args: seen.append(recipe))
+    out = tmp_path / "out"
+    for arguments in (["--format", "gptq", "--format", "mlx"], ["--format", "gptq"], []):
+        done = CliRunner().invoke(app, ["quantize", "demo", "--out", str(out), *arguments])
+        assert done.exit_code == 0, done.output
+    paths = [[(Path(str(one.path)), one.format) for one in recipe.output.all] for recipe in seen]
+    assert paths == [[(out / "gptq", "gptq"), (out / "mlx", "mlx")], [(out, "gptq")], [(out, "compressed-tensors")]]
+    assert (
+        CliRunner().invoke(app, ["quantize", "demo", "--out", str(out), "--format", "gptq", "--format", "gptq"]).exit_code != 0
+    )
