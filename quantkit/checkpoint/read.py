@@ -18,6 +18,7 @@ from quantkit.checkpoint.record import check_sums
 from quantkit.errors import FormatError, QuantkitError
 from quantkit.formats.base import FORMATS, Format, Held, Matcher, Stored
 from quantkit.formats.containers.base import Reader
+from quantkit.hf.gguf_header import inspect_gguf
 from quantkit.hf.load import read_config
 from quantkit.nn.sites import Site
 from quantkit.qtensor import QTensor
@@ -258,12 +259,16 @@ def inspect(path: str | Path, *, verify: bool = False) -> dict[str, Any]:
     """Describe a checkpoint without loading it: formats, schemes, bytes, shards, metadata. JSON-able.
 
     Args:
-        path: its directory.
+        path: its directory; or a GGUF file, whoever wrote it.
         verify: read every tensor and compare it with its checksum.
 
     Raises:
         FormatError: as :func:`load`.
     """
+    if (file := named_path(path)).suffix == ".gguf" and file.is_file():
+        if verify:
+            raise FormatError(f"{file} has no checksums to verify it with; leave verify out")
+        return inspect_gguf(file)
     with open_checkpoint(path) as opened:
         if verify:
             check_sums(opened.path, opened.reader)

@@ -7,7 +7,7 @@ published: every tensor must be the one that was encoded, and decode to the very
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from quantkit.checkpoint.check import rejections_in
 from quantkit.checkpoint.contents import Entry, read_site, same_bits
 from quantkit.checkpoint.read import Opened, open_checkpoint
-from quantkit.checkpoint.regrid import neighbours, regridded, rounded, roundings
+from quantkit.checkpoint.regrid import regridded, rounded, roundings
+from quantkit.checkpoint.shared import accepted, holders, refusal, shapes_of
+from quantkit.checkpoint.state import Key
 from quantkit.checkpoint.write import CheckpointWriter
 from quantkit.errors import FormatError
 from quantkit.formats.base import FORMATS
@@ -106,25 +108,20 @@ def open_source(path: Path, format: str, *, lossy: bool = False, dtype: torch.dt
 
 def _choose(opened: Opened, site: Site, scheme: Scheme, format: str, dtype: str, lossy: bool) -> tuple[Scheme, bool]:
     """Return the scheme of a layer in another format, and whether it has the same numbers there."""
-    rule = FORMATS.get(format)
-    shapes = {entry.weight_shape for entry in opened.contents.entries if entry.site == site}
-
-    def refusal(candidate: Scheme) -> str | None:
-        return next((reason for shape in shapes if (reason := rule.rejects(candidate, shape, dtype))), None)
-
-    first = refusal(scheme)
+    shapes = shapes_of(opened.contents, site)
+    first = refusal(scheme, shapes, format, dtype)
     if first is None:
         return scheme, True
-    accepted = [one for one in neighbours(scheme, dtype) if one != scheme and refusal(one) is None]
-    found = opened.qtensor(site) if accepted else None
-    for candidate in accepted:
+    candidates = [one for one in accepted(scheme, shapes, format, dtype) if one != scheme]
+    found = opened.qtensor(site) if candidates else None
+    for candidate in candidates:
         if found is not None and regridded(found, candidate.weight) is not None:
             return candidate, True
-    if lossy and (close := next((one for one in roundings(scheme, dtype) if refusal(one) is None), None)) is not None:
+    if lossy and (close := next((one for one in roundings(scheme, dtype) if not refusal(one, shapes, format, dtype)), None)):
         return close, False
     way_out = "pass lossy=True (--lossy) to round it again" if not lossy else "leave it where it is"
-    holds = [name for name, other in FORMATS if all(other.rejects(scheme, shape, dtype) is None for shape in shapes)]
-    raise FormatError(f"format {format}: {site.name}: {first}; formats that hold it: {', '.join(holds) or 'none'}; {way_out}")
+    holds = ", ".join(holders(scheme, shapes, dtype)) or "none"
+    raise FormatError(f"format {format}: {site.name}: {first}; formats that hold it: {holds}; {way_out}")
 
 
 def _prepare(opened: Opened, floats: torch.dtype, *, everything: bool) -> None:
@@ -153,19 +150,31 @@ def _retype(model: nn.Module, name: str, dtype: torch.dtype) -> None:
     setattr(module, attribute, nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new)
 
 
-def write(source: Source, out: Path, format: str, *, overwrite: bool, facts: Mapping[str, Any], check: Any) -> Path:
-    """Write a source in another format, and compare the files with it before they are published; ``out`` is claimed."""
+def write(
+    source: Source,
+    out: Path,
+    format: str,
+    *,
+    overwrite: bool,
+    key: Key,
+    facts: Mapping[str, Any],
+    check: Callable[[Path], Mapping[str, Any]],
+) -> Path:
+    """Write a source in another format, and compare the files with it before they are published; ``out`` is claimed.
+
+    A run of the same ``key`` that was killed is continued.
+    """
     opened = source.opened
     model: Any = opened.contents.model
-    writer = CheckpointWriter(out, model, plan=source.plan, format=format, overwrite=overwrite, floats=source.floats)
-    for index, block in enumerate(writer.structure.blocks):
+    writer = CheckpointWriter(out, model, plan=source.plan, format=format, overwrite=overwrite, key=key, floats=source.floats)
+    for index, block in list(enumerate(writer.structure.blocks))[writer.finished :]:
         writer.write_block(index, {site.name: source.qtensor(site) for site in block.sites if site.name in source.plan})
         opened.reader.release()
     outside = {site.name: source.qtensor(site) for site in writer.structure.after if site.name in source.plan}
 
     def compare(stage: Path) -> Mapping[str, Any]:
         _verify(source, stage, format)
-        return check(stage)  # type: ignore[no-any-return]
+        return check(stage)
 
     return writer.finish(facts, outside=outside, check=compare)
 

@@ -33,7 +33,9 @@ def convert(
     quality = found.get("quality", {})
     facts(
         {
-            "written to": f"{found['path']}, {found['format']} (from {found['from']})",
+            (
+                "already there" if found["already_done"] else "written to"
+            ): f"{found['path']}, {found['format']} (from {found['from']})",
             "layers": f"{found['layers']}, read back and compared bit for bit",
             **({"rounded again": f"{len(found['rounded'])} layers"} if found["rounded"] else {}),
             **({"KL to the source": f"{quality['kl_mean']:.4g} nats per token, {quality['text']}"} if quality else {}),

@@ -17,7 +17,7 @@ from quantkit.cli.options import (
     Choices,
     Device,
     Dtype,
-    Format,
+    Formats,
     Include,
     Length,
     MaxMemory,
@@ -58,7 +58,7 @@ def plan(
     step: Steps = None,
     samples: Samples = 128,
     length: Length = 512,
-    format: Format = "compressed-tensors",
+    format: Formats = None,
     dtype: Dtype = "auto",
     max_memory: MaxMemory = None,
     serve: Annotated[bool, typer.Option("--serve", help="What fits this machine: memory and ms per token.")] = False,
@@ -78,8 +78,8 @@ def plan(
     def of_model(scheme: str | None) -> Any:
         return recipe_from(
             at_revision(recipe, revision), Path("(--out)"), scheme_or_budget(scheme, budget, choice, include), method=method,
-            steps=step or [], dtype=dtype, data=None, column=None, template=None, samples=samples, length=length, format=format,
-            run={"max_memory": max_memory},
+            steps=step or [], dtype=dtype, data=None, column=None, template=None, samples=samples, length=length,
+            formats=format, run={"max_memory": max_memory},
         )  # fmt: skip
 
     shown: dict[str, Any] = {"kv": kv, "device": device, "as_json": as_json}
@@ -130,6 +130,7 @@ def _show_plan(preview: "Preview", recipe: str, as_json: bool) -> None:
         {
             "bits per quantized weight": f"{found.bits_per_weight:.3f}",
             "checkpoint": f"{size(found.total_bytes)} (float: {size(found.float_bytes)}), {preview.recipe.output.format}",
+            **({"and with the same codes": ", ".join(also)} if (also := preview.recipe.output.formats[1:]) else {}),
             **({"written to": str(preview.recipe.output.path)} if of_recipe else {}),
             "peak memory, about": size(found.peak_bytes),
             "on the disk, at most": size(found.disk_bytes),

@@ -84,12 +84,23 @@ DrafterName = Annotated[
 ]
 
 
+Formats = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--format",
+        help="Format of the checkpoint, compressed-tensors if none is given; several times writes the same codes in several "
+        "formats, each into a folder of its own. quantkit list has their names.",
+    ),
+]
+
+
 def recipe_from(model: str, out: "Path", scheme: Any, **settings: Any) -> Any:
     """Return the recipe that the options of a command amount to."""
+    from quantkit.pipeline.settings import several
     from quantkit.recipe.schema import recipe_of
 
     data = {name: settings.pop(name) for name in ("data", "column", "template", "samples", "length")}
-    output = {"path": str(out), "format": settings.pop("format"), "overwrite": settings.pop("overwrite", False)}
+    output = several(out, settings.pop("formats") or ["compressed-tensors"], overwrite=settings.pop("overwrite", False))
     return recipe_of({"model": model, "scheme": scheme, "calibration": data, "output": output, **settings})
 
 

@@ -16,6 +16,7 @@ from quantkit.cli.options import (
     Device,
     Dtype,
     Format,
+    Formats,
     Include,
     Length,
     MaxMemory,
@@ -52,7 +53,7 @@ def quantize(
     template: Template = None,
     samples: Samples = 128,
     length: Length = 512,
-    format: Format = "compressed-tensors",
+    format: Formats = None,
     dtype: Dtype = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is already there.")] = False,
     resume: Annotated[
@@ -68,7 +69,7 @@ def quantize(
     chosen = scheme_or_budget(scheme, budget, choice, include)
     recipe = recipe_from(
         at_revision(model, revision), out, chosen, method=method, steps=step or [], dtype=dtype, data=data, column=column,
-        template=template, samples=samples, length=length, format=format, overwrite=overwrite,
+        template=template, samples=samples, length=length, formats=format, overwrite=overwrite,
         run={"resume": resume, "device": device, "max_memory": max_memory},
     )  # fmt: skip
     carry_out(recipe, as_json, trust_remote_code)

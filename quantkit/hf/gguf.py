@@ -28,6 +28,7 @@ from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorPr
 
 from quantkit.errors import QuantkitError
 from quantkit.hf.building import building, parameters_on_meta
+from quantkit.hf.gguf_header import refuse_hostile
 from quantkit.hf.gguf_rotary import TENSORS, stretch
 from quantkit.system.files import (
     atomic_path,
@@ -79,7 +80,13 @@ def _header(path: Path, _changed: int) -> Any:
 
 def _read(what: Any, path: Path) -> Any:
     """Let transformers read a config or a tokenizer, and add to a config what it passes over."""
-    found = what.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+    refuse_hostile(path)
+    try:
+        found = what.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+    except (QuantkitError, ImportError):
+        raise
+    except Exception as error:  # whatever a hostile file makes of libraries that trust it
+        raise QuantkitError(f"cannot read {path}: {error or type(error).__name__}") from error
     if what is AutoConfig:
         try:
             stretch(_header(path, path.stat().st_mtime_ns), found)
@@ -106,8 +113,10 @@ def load_gguf(path: Path, dtype: torch.dtype | None) -> tuple[Any, Mapping[str, 
         return config, _weights(path, config, dtype), tokenizer
     except ImportError as error:
         raise QuantkitError(f"reading {path.name} needs the gguf package: pip install 'quantkit[demo]' ({error})") from error
-    except (OSError, ValueError, KeyError, NotImplementedError) as error:
-        raise QuantkitError(f"cannot read {path}: {error}") from error
+    except QuantkitError:
+        raise
+    except Exception as error:  # see _read
+        raise QuantkitError(f"cannot read {path}: {error or type(error).__name__}") from error
     finally:
         _header.cache_clear()  # a vocabulary in memory, and the file's mapping
 

@@ -5,12 +5,13 @@ from dataclasses import dataclass
 
 from quantkit.checkpoint.check import config_of, dtype_name, layout_bytes, layout_of, rejections_in
 from quantkit.checkpoint.contents import Contents, carried_layout, contents_of
+from quantkit.checkpoint.shared import plan_for
 from quantkit.errors import SpecError
 from quantkit.hf.ledger import ledger_of
 from quantkit.hf.load import PreTrainedModel
 from quantkit.nn.sites import Site, Structure
 from quantkit.pipeline.fused import fused_groups
-from quantkit.pipeline.plan import Resolution, automatic_groups, make_plan, owners
+from quantkit.pipeline.plan import Resolution, automatic_groups, make_plan, owners, scale_dtype_for
 from quantkit.pipeline.rules import EMBEDDING, HEAD, Rule, SchemeChoice, choice_of
 from quantkit.pipeline.settings import Output
 from quantkit.quantizers.base import Quantizer
@@ -112,14 +113,14 @@ def make_menu(
     """
     if odd := [name for name in include if name not in (EMBEDDING, HEAD)]:
         raise SpecError(f"include={odd[0]!r}: want {EMBEDDING!r} or {HEAD!r}")
-    named, format = _named(choices), output.format
+    named, formats = _named(choices), tuple(one.format for one in output.all)
     contents = contents_of(config_of(model))
-    dtype = "bfloat16" if dtype_name(model) == "bfloat16" else "float16"
+    dtype = scale_dtype_for(model.dtype, *formats)
     ends = [Rule(match=name, scheme=SchemeChoice(name="w8a16")) for name in dict.fromkeys(include)]
     base = make_plan(structure, SchemeChoice(name="w8a16"), [*rules, *ends], scale_dtype=dtype)
     decided = {name for name, index in owners(structure, rules).items() if index >= 0 and rules[index].scheme is not None}
     free = [site for site in (*structure.sites, *structure.after) if site.name in base.plan and site.name not in decided]
-    maker = _Maker(contents, model, method, format, {name: _groups(one, free) for name, one in named.items()}, named, dtype)
+    maker = _Maker(contents, model, method, formats, {name: _groups(one, free) for name, one in named.items()}, named, dtype)
     groups = [maker.group(sites) for sites in _together(free, output.keeps_together)]
     if not groups:
         raise SpecError("nothing to search: rules decide every layer; leave some out")
@@ -133,7 +134,7 @@ def make_menu(
     every = sorted([*groups, *fixed], key=lambda group: order[group.sites[0].name])
     inside = {site.name for group in every for site in group.sites}
     rest = sum(
-        layout_bytes(layout_of(contents, contents.model, {}, format, e))
+        layout_bytes(layout_of(contents, contents.model, {}, output.format, e))
         for e in contents.entries
         if not (e.site and e.site.name in inside)
     )
@@ -181,15 +182,19 @@ class _Maker:
         contents: Contents,
         model: PreTrainedModel,
         method: Quantizer,
-        format: str,
+        formats: tuple[str, ...],
         sizes: Mapping[str, dict[int, int] | None],
         named: Mapping[str, SchemeChoice | None],
         scale_dtype: str,
     ) -> None:
-        self.contents, self.model, self.method, self.format = contents, model, method, format
+        self.contents, self.model, self.method, self.format = contents, model, method, formats[0]
         self.sizes, self.named, self.scale_dtype = sizes, named, scale_dtype
         plans = {name: self._plan_of(one) for name, one in named.items() if one is not None}
-        self.stored = {name: rejections_in(contents, plan, format, dtype_name(model)) for name, plan in plans.items()}
+        dtype = dtype_name(model)
+        self.stored = {name: rejections_in(contents, plan, self.format, dtype) for name, plan in plans.items()}
+        for other in formats[1:]:  # written with the same codes
+            for name, plan in plans.items():
+                self.stored[name] = plan_for(contents, plan, other, dtype)[1] | self.stored[name]
         self.refused: dict[str, str] = {}
         self.used: set[str] = set()
 

@@ -31,12 +31,12 @@ from quantkit.system.tables import table_html
 OUTSIDE = "outside the decoder layers, not named by a rule"
 
 
-def scale_dtype_for(dtype: torch.dtype, format: str | None = None) -> str:
+def scale_dtype_for(dtype: torch.dtype, *formats: str) -> str:
     """Return the dtype of a model's scales: the checkpoint's, in which its readers hold them; float16 for a float32 model.
 
-    A format that fixes another one has that.
+    Formats that fix another one have that, the first of them where there are several.
     """
-    if format is not None and (fixed := FORMATS.get(format).scale_dtype) is not None:
+    if fixed := next((one for name in formats if (one := FORMATS.get(name).scale_dtype) is not None), None):
         return fixed
     return "bfloat16" if dtype == torch.bfloat16 else "float16"
 

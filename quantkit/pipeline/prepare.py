@@ -167,6 +167,10 @@ def planned(
     return own
 
 
+_ALIKE = {"Q4_0": "w4a16-g32", "Q5_0": "w5a16-g32", "Q8_0": "w8a16-g32"}
+"""The schemes whose numbers are those of blocks with one scale each."""
+
+
 def check_training(structure: Structure, plan: Plan, has_start: bool) -> None:
     """Refuse layers that cannot be trained, by name.
 
@@ -177,6 +181,11 @@ def check_training(structure: Structure, plan: Plan, has_start: bool) -> None:
     for site in (*structure.sites, *structure.after):
         if site.name not in plan:
             continue
+        if (blocks := plan[site.name].weight.blocks) is not None:
+            raise SpecError(
+                f"{site.name}: {blocks}: scales of a GGUF file's blocks are not trained; train {_ALIKE.get(blocks, 'w4a16')} "
+                "and write that as GGUF with quantkit convert"
+            )
         if site.read:
             raise SpecError(
                 f"{site.name}: its module multiplies by it in its own way, so it cannot be trained behind rounding; leave it "

@@ -40,12 +40,13 @@ from quantkit.pipeline.checks import (
 )
 from quantkit.pipeline.finish import Unfinished, metadata_of, open_writer
 from quantkit.pipeline.memory import PLAIN, Ways, memory_of, run_size, scratch_in
+from quantkit.pipeline.outputs import check_others, claimed, with_others
 from quantkit.pipeline.plan import Resolution, make_plan, resolve, scale_dtype_for
 from quantkit.pipeline.result import QuantizeResult
 from quantkit.pipeline.resume import ResumeStore, run_key
 from quantkit.pipeline.rules import Rule, SchemeChoice
 from quantkit.pipeline.scales import fit_scales
-from quantkit.pipeline.settings import Output, Run
+from quantkit.pipeline.settings import Output, Run, as_output
 from quantkit.pipeline.steps import Learning, Steps, apply_transforms, corrections_of, make_steps
 from quantkit.quantizers.base import QUANTIZERS, Quantizer
 from quantkit.spec import Plan, Scheme
@@ -66,7 +67,7 @@ def quantize(
     steps: Sequence[str | Step] = (),
     rules: Sequence[Rule] = (),
     calibration: Calibration = DEFAULT_CALIBRATION,
-    output: Output = DEFAULT_OUTPUT,
+    output: Output | Sequence[Output] = DEFAULT_OUTPUT,
     run: Run = DEFAULT_RUN,
     tokenizer: Any = None,
 ) -> QuantizeResult:
@@ -87,7 +88,8 @@ def quantize(
         rules: layers that get another scheme or stay in float; the last rule that matches decides. See
             :class:`quantkit.Rule`.
         calibration: the text, or statistics collected earlier.
-        output: format of the checkpoint, and whether it may replace another.
+        output: format of the checkpoint, and whether it may replace another; a list of them writes the same codes in several
+            formats, each read back and compared. The first decides what :attr:`QuantizeResult.path` is.
         run: strictness, resuming, device, progress.
         tokenizer: needed for text; found by itself when ``model`` is a path.
 
@@ -101,12 +103,13 @@ def quantize(
         SpecError, CalibrationError, FormatError: before long work starts where that is possible.
         BusyError: another process is writing to ``out``.
     """
+    output = as_output(output)
     check_settings(calibration, output, run)
     quantizer = QUANTIZERS.get(method)() if isinstance(method, str) else method
     if not hasattr(quantizer, "rejects") or isinstance(quantizer, type):
         raise SpecError(f"method={method!r}: want a name such as 'gptq', or an instance such as quantkit.GPTQ()")
     todo, target = make_steps(steps), output.to(out)  # mistakes in names come before a model is loaded
-    with checkpoint.claim(target.path, "quantizing a model"):
+    with claimed(target, "quantizing a model"):
         model, tokenizer = open_float(model, tokenizer, target)
         refuse_absent(model, empty=True)
         structure = describe(model)
@@ -114,7 +117,7 @@ def quantize(
             model=model,
             tokenizer=tokenizer,
             structure=structure,
-            resolution=resolve(structure, scheme, rules, scale_dtype_for(next(model.parameters()).dtype, target.format)),
+            resolution=resolve(structure, scheme, rules, scale_dtype_for(next(model.parameters()).dtype, *target.formats)),
             method=quantizer,
             steps=todo,
             calibration=calibration,
@@ -126,12 +129,13 @@ def quantize(
         check_fit(batches, model)
         job = job.within_memory(batches)
         key = job.key(batches)
-        if key is not None and (done := finished_result(model, tokenizer, target, run, key)):
-            return done
-        check_model(model)
-        job = job.prepared().with_fitting_scales()
-        job.check_output(key, batches)
-        return _carry_out(job, key, batches, read)
+        done = None if key is None else finished_result(model, tokenizer, target, run, key)
+        if done is None:
+            check_model(model)
+            job = job.prepared().with_fitting_scales()
+            job.check_output(key, batches)
+            done = _carry_out(job, key, batches, read)
+        return with_others(done, target, key, resume=run.resume)
 
 
 @dataclass(frozen=True)
@@ -229,9 +233,8 @@ class _Job:
 
     def with_fitting_scales(self) -> "_Job":
         """Return the run with a plan whose scales hold the weights as they are."""
-        format = self.output.format if self.output.path is not None else None
         dtype = str(self.model.dtype).removeprefix("torch.")
-        return replace(self, resolution=fit_scales(self.model, self.structure, self.resolution, format, dtype))
+        return replace(self, resolution=fit_scales(self.model, self.structure, self.resolution, self.output.formats, dtype))
 
     def key(self, batches: Sequence[Batch]) -> checkpoint.Key | None:
         """Return what decides the files; None if nothing is to be written."""
@@ -259,6 +262,7 @@ class _Job:
             scratch=self.scratch_bytes(batches),
             tokenizer=self.tokenizer,
         )
+        check_others(output, self.model, self.plan, key, self.tokenizer, resume=self.run.resume)
 
     def scratch_bytes(self, batches: Sequence[Batch]) -> int:
         """Return the size of what two blocks hand on, which is on the disk at the same time for a moment."""

@@ -27,7 +27,9 @@ class QuantizeResult:
         losses: layer name to relative squared output error over the calibration inputs.
         path: the checkpoint directory, or None if none was asked for.
         metadata: what was recorded in the checkpoint: scheme, quantizer, calibration, versions, measured quality.
-        already_done: the checkpoint was there already, written by the same run earlier, and was read back.
+        already_done: the checkpoint was there already, written by the same run earlier, and was read back; all of them, where
+            there are several outputs.
+        outputs: the further checkpoints of the same codes: path, format, whether it was there already, and ``reload_kl``.
     """
 
     model: nn.Module
@@ -38,6 +40,7 @@ class QuantizeResult:
     path: Path | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
     already_done: bool = False
+    outputs: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "coverage", Coverage(self.coverage))
@@ -62,7 +65,8 @@ class QuantizeResult:
             found["same top-1 token"] = f"{quality['same_top1']:.1%}"
         if "int8_activations" in quality:
             found["loaded on a CPU"] = str(choose(self.metadata))
-        return found | {"checkpoint": str(self.path) if self.path else "not written"}
+        found["checkpoint"] = str(self.path) if self.path else "not written"
+        return found | {f"the same as {one['format']}": one["path"] for one in self.outputs}
 
     def plot_training(self) -> Any:
         """Return a figure of what :func:`quantkit.train` has seen: the loss of every update, and of the held-out windows.
@@ -113,4 +117,5 @@ class QuantizeResult:
         """Return a mapping for JSON: path, what was recorded in the checkpoint, and the coverage of every weight."""
         rows = [dataclasses.asdict(row) | {"loss": self.losses.get(row.name)} for row in self.coverage]
         path = None if self.path is None else str(self.path)
-        return {"path": path, "already_done": self.already_done, **self.metadata, "coverage": rows}
+        also = {"outputs": self.outputs} if self.outputs else {}
+        return {"path": path, "already_done": self.already_done, **also, **self.metadata, "coverage": rows}

@@ -7,13 +7,14 @@ a million times smaller than the rest, which are told of.
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from quantkit.checkpoint.shared import same_numbers
 from quantkit.errors import SpecError
-from quantkit.formats.base import FORMATS
 from quantkit.nn.sites import Site, Structure, read_weight
 from quantkit.numerics import grid
 from quantkit.pipeline.plan import Resolution
@@ -54,14 +55,16 @@ class _Fit:
         return self.large is None and self.share <= NEGLIGIBLE
 
 
-def fit_scales(model: nn.Module, structure: Structure, resolution: Resolution, format: str | None, dtype: str) -> Resolution:
+def fit_scales(
+    model: nn.Module, structure: Structure, resolution: Resolution, formats: Sequence[str], dtype: str
+) -> Resolution:
     """Return the plan with wider scales for the layers that need them.
 
     Args:
         model: the float model, with its weights.
         structure: its layers.
         resolution: the plan.
-        format: name of the checkpoint's format; None writes none.
+        formats: names of the formats that are written, all of which must hold the scales.
         dtype: dtype of the checkpoint's unquantized weights, which some formats impose on scales.
 
     Raises:
@@ -74,7 +77,7 @@ def fit_scales(model: nn.Module, structure: Structure, resolution: Resolution, f
         if (scheme := plan.get(site.name)) is None:
             continue
         weight = read_weight(model, site)
-        chosen, remark = _choose(weight, site, scheme, format, dtype)
+        chosen, remark = _choose(weight, site, scheme, formats, dtype)
         pages.add(weight)
         plan[site.name] = chosen
         if remark is not None:
@@ -88,7 +91,7 @@ def fit_scales(model: nn.Module, structure: Structure, resolution: Resolution, f
     return replace(resolution, plan=plan, remarks=remarks, notes=tuple(notes))
 
 
-def _choose(weight: Tensor, site: Site, scheme: Scheme, format: str | None, dtype: str) -> tuple[Scheme, str | None]:
+def _choose(weight: Tensor, site: Site, scheme: Scheme, formats: Sequence[str], dtype: str) -> tuple[Scheme, str | None]:
     """Return the scheme with scales that hold the weight, and what is to be said about it."""
     if scheme.weight.blocks is not None:  # which have one kind of scales, and say themselves what these cannot hold
         return scheme, None
@@ -100,14 +103,18 @@ def _choose(weight: Tensor, site: Site, scheme: Scheme, format: str | None, dtyp
     first = _fit(wanted, used, sizes, own)
     for wider in WIDER[WIDER.index(own) + 1 :] if own in WIDER else ():
         candidate = replace(scheme, weight=replace(scheme.weight, scale_dtype=wider))
-        refused = format is not None and FORMATS.get(format).rejects(candidate, site.shape[-2:], dtype)
+        refused = any(same_numbers(candidate, [site.shape[-2:]], format, dtype) is None for format in formats)
         fit = _fit(wanted, used, sizes, wider)
         if not refused and (fit.whole or (fit.tolerable and not first.tolerable)):
             return candidate, f"scales are {wider}, because {own} cannot hold them ({_range(wanted)})"
     if first.tolerable:
         return scheme, f"{first.small} of {first.blocks} blocks are too small for scales in {own} and become zero"
     what = "large" if first.large is not None else "small"
-    other = f"format {format} stores no wider ones here" if format and own in WIDER else "nothing wider exists for it"
+    other = (
+        f"format {' with '.join(formats)} stores no wider ones here"
+        if formats and own in WIDER
+        else "nothing wider exists for it"
+    )
     raise SpecError(
         f"{site.name}: its weights are too {what} for scales in {own} ({_range(wanted)}), and {other}; load the model in "
         "bfloat16 or float32, use format native, or skip the layer by a rule"

@@ -1,10 +1,11 @@
 """What a run of :func:`quantkit.quantize` is told beside model and scheme: where the checkpoint goes, and how to behave."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, ByteSize, Field, Strict
+from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, Strict
 
 from quantkit.errors import FormatError, QuantkitError, SpecError
 from quantkit.formats.base import FORMATS
@@ -48,11 +49,29 @@ class Output:
     format: Annotated[str, Strict(), AfterValidator(_known_format)] = "compressed-tensors"
     overwrite: Flag = False
     fused: Flag = True
+    also: tuple["Output", ...] = ()
+
+    def __post_init__(self) -> None:
+        if any(one.path is None or one.also for one in self.also):
+            raise ValueError("several outputs want a path each, and stand in one list")
+        places = [Path(str(one.path)).resolve() for one in (self, *self.also) if one.path is not None]
+        if len(set(places)) < len(places):
+            raise ValueError("two outputs have one path; give each a directory of its own")
+
+    @property
+    def all(self) -> "tuple[Output, ...]":
+        """This output alone, and those that go with it."""
+        return (replace(self, also=()), *self.also)
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """Names of all formats that are written, in order; empty if nothing is."""
+        return tuple(one.format for one in self.all if one.path is not None)
 
     @property
     def keeps_together(self) -> bool:
         """Whether layers that engines run as one must have one scheme."""
-        return self.fused and FORMATS.get(self.format).foreign
+        return any(one.fused and FORMATS.get(one.format).foreign for one in (self, *self.also))
 
     def to(self, out: str | Path | None) -> "Output":
         """Return these settings with the path that ``out=`` gives, if it gives one.
@@ -61,10 +80,59 @@ class Output:
             FormatError: both name a path, and not the same.
         """
         if out is None:
+            if self.also and self.path is None:
+                raise FormatError("the first of several outputs has no path; give it one, or out=")
             return self
         if self.path is not None and Path(self.path) != Path(out):
             raise FormatError(f"out={str(out)!r} and output.path={str(self.path)!r} disagree; give one of them")
         return replace(self, path=out)
+
+
+def output_of(value: object) -> object:
+    """Return one output for a list of them: the first, which the others go with; anything else stays as it is.
+
+    Raises:
+        ValueError: an empty list.
+    """
+    if isinstance(value, str | bytes | Output) or not isinstance(value, Sequence):
+        return value
+    if not value:
+        raise ValueError("an empty list; want at least one output with path and format")
+    first, *others = value
+    if isinstance(first, Output):
+        return replace(first, also=(*first.also, *others))
+    return {**first, "also": tuple(others)} if isinstance(first, dict) and others else first
+
+
+def as_output(value: Any) -> Output:
+    """Return :func:`output_of` of what a caller from Python gave; what is no output is left for others to refuse.
+
+    Raises:
+        FormatError: an empty list, or one with something else than outputs in it.
+    """
+    try:
+        found = output_of(value)
+    except ValueError as error:
+        raise FormatError(f"output={value!r}: {error}") from None
+    return found  # type: ignore[return-value]
+
+
+def several(path: str | Path, formats: Sequence[str], *, overwrite: bool = False) -> Output:
+    """Return the outputs of several formats: directories in ``path`` with their names; one format goes to ``path``.
+
+    Raises:
+        FormatError: an unknown format, or one twice.
+    """
+    if len(formats) == 1:
+        return Output(path, formats[0], overwrite)
+    if len(set(formats)) < len(formats):
+        raise FormatError(f"formats {', '.join(formats)}: one is there twice; name each once")
+    outputs = [Output(Path(path) / format, format, overwrite) for format in formats]
+    return replace(outputs[0], also=tuple(outputs[1:]))
+
+
+Outputs = Annotated[Output, BeforeValidator(output_of)]
+"""One output or a list of them, in a recipe."""
 
 
 @settings(QuantkitError)

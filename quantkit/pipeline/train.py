@@ -32,13 +32,14 @@ from quantkit.numerics.inputs import InputQuantizer
 from quantkit.pipeline.again import finished_result
 from quantkit.pipeline.checks import check_model, check_settings, refuse_absent, refuse_run
 from quantkit.pipeline.finish import Unfinished, metadata_of, open_writer
+from quantkit.pipeline.outputs import check_others, claimed, with_others
 from quantkit.pipeline.plan import Resolution, resolve, scale_dtype_for
 from quantkit.pipeline.prepare import Start, check_training, convert, prepare, started
 from quantkit.pipeline.quantize import open_float, quantize
 from quantkit.pipeline.result import QuantizeResult
 from quantkit.pipeline.resume import run_key
 from quantkit.pipeline.rules import Rule, SchemeChoice
-from quantkit.pipeline.settings import Output, Run
+from quantkit.pipeline.settings import Output, Run, as_output
 from quantkit.pipeline.steps import make_steps
 from quantkit.pipeline.training.loop import Learner, SaveState, carry_out, narrowed
 from quantkit.pipeline.training.loss import Objective
@@ -66,7 +67,7 @@ def train(
     start: Start | None = None,
     rules: Sequence[Rule] = (),
     calibration: Calibration = DEFAULT_CALIBRATION,
-    output: Output = DEFAULT_OUTPUT,
+    output: Output | Sequence[Output] = DEFAULT_OUTPUT,
     run: Run = DEFAULT_RUN,
     tokenizer: Any = None,
 ) -> QuantizeResult:
@@ -84,7 +85,7 @@ def train(
         start: a quantized model to begin with in place of that; see :func:`quantkit.prepare`.
         rules: as for :func:`quantkit.quantize`.
         calibration: the text that is trained on, and that the start is calibrated with.
-        output: format of the checkpoint, and whether it may replace another.
+        output: format of the checkpoint, and whether it may replace another; or several, as for :func:`quantkit.quantize`.
         run: strictness, resuming, progress. Training runs where the model is.
         tokenizer: needed for text; found by itself when ``model`` is a path.
 
@@ -95,16 +96,17 @@ def train(
         SpecError, CalibrationError, FormatError: before long work starts where that is possible.
         BusyError: another process is writing to ``out``.
     """
+    output = as_output(output)
     check_settings(calibration, output, run)
     if not isinstance(training, Training):
         raise SpecError(f"training={training!r}: want a quantkit.Training, such as quantkit.Training(steps=200)")
     quantizer = QUANTIZERS.get(method)() if isinstance(method, str) else method
     todo, target = make_steps(steps), output.to(out)
-    with checkpoint.claim(target.path, "training a model"):
+    with claimed(target, "training a model"):
         model, tokenizer = open_float(model, tokenizer, target)
         refuse_absent(model, empty=True)
         structure = describe(model)
-        resolution = resolve(structure, scheme, rules, scale_dtype_for(next(model.parameters()).dtype, target.format))
+        resolution = resolve(structure, scheme, rules, scale_dtype_for(next(model.parameters()).dtype, *target.formats))
         check_training(structure, resolution.plan, has_start=True)
         job = _Job(
             model, tokenizer, structure, resolution, training, _Beginning(quantizer, todo.all, start), calibration, target, run
@@ -115,7 +117,7 @@ def train(
         job.split(batches)
         key = job.key(batches)
         if key is not None and (done := finished_result(model, tokenizer, target, run, key)):
-            return done
+            return with_others(done, target, key, resume=run.resume)
         check_model(model)
         if target.path is not None:
             checkpoint.check_output(
@@ -127,7 +129,8 @@ def train(
                 key=key if run.resume else None,
                 scratch=2 * job.state_bytes,  # one state is written before the other goes
             )
-        return _carry_out(job, key, batches, read)
+            check_others(target, model, resolution.plan, key, tokenizer, resume=run.resume)
+        return with_others(_carry_out(job, key, batches, read), target, key, resume=run.resume)
 
 
 @dataclass(frozen=True)

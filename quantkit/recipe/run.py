@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from quantkit import checkpoint
-from quantkit.checkpoint.check import EVALUATION
+from quantkit.checkpoint.check import EVALUATION, dtype_name
 from quantkit.checkpoint.contents import Contents, contents_of
 from quantkit.checkpoint.open import open_model
+from quantkit.checkpoint.shared import shared_plan
 from quantkit.errors import FormatError, RecipeError
 from quantkit.evaluation import EvalReport, evaluate, is_answer
 from quantkit.hf.source import load_config, locate
@@ -22,6 +23,7 @@ from quantkit.pipeline.again import replaced_model
 from quantkit.pipeline.checks import refuse_combinations
 from quantkit.pipeline.estimate import Estimate, estimate
 from quantkit.pipeline.fused import refuse_parted
+from quantkit.pipeline.outputs import claimed
 from quantkit.pipeline.plan import Resolution, check_plan, scale_dtype_for
 from quantkit.pipeline.prepare import check_training
 from quantkit.pipeline.quantize import quantize
@@ -70,7 +72,7 @@ def plan_recipe(recipe: Recipe) -> Preview:
     if isinstance(recipe.scheme, Searched):
         resolution = guess(contents.model, recipe.scheme, recipe.rules, recipe.method.build(), recipe.output)
     else:
-        resolution = recipe.resolve(contents.structure, scale_dtype_for(dtype, recipe.output.format))
+        resolution = recipe.resolve(contents.structure, scale_dtype_for(dtype, *recipe.output.formats))
     check_plan(resolution.plan, contents.structure, None)
     if recipe.output.keeps_together:
         refuse_parted(contents.structure, resolution.plan, resolution.skipped)
@@ -82,6 +84,8 @@ def plan_recipe(recipe: Recipe) -> Preview:
     if refused:
         name, reason = next(iter(refused.items()))
         raise RecipeError(f"output.format {recipe.output.format}: {name}: {reason} ({len(refused)} sites in all)")
+    for one in recipe.output.also:
+        shared_plan(contents, resolution.plan, one.format, dtype_name(contents.model))
     predicted = estimate(
         contents,
         resolution.plan,
@@ -115,7 +119,7 @@ def run_recipe(recipe: Recipe, progress: ProgressCallback = ignore) -> Outcome:
     Raises:
         QuantkitError: before long work wherever that is possible; see :func:`plan_recipe`.
     """
-    with checkpoint.claim(recipe.output.path, "carrying out a recipe"):
+    with claimed(recipe.output, "carrying out a recipe"):
         preview = plan_recipe(recipe)
         for note in preview.resolution.notes:
             log.info(note)

@@ -16,7 +16,9 @@ and for a group size that does not divide. What rules mean: :mod:`quantkit.pipel
     calibration: {samples: 128, length: 512}
     output: {path: runs/mixed}
 
-With a section ``train`` the result is trained afterwards, as by :func:`quantkit.train`: ``train: {steps: 200, windows: 4}``.
+Several outputs are a list, ``output: [{path: runs/gptq, format: gptq}, {path: runs/mlx, format: mlx}]``: the same codes, each
+read back and compared. With a section ``train`` the result is trained afterwards, as by :func:`quantkit.train`:
+``train: {steps: 200, windows: 4}``.
 A scheme may also be searched: ``scheme: {budget: 4.25 bpw, choices: [w3a16-asym-g64, w4a16-asym-g64, w8a16]}``.
 """
 
@@ -34,7 +36,7 @@ from quantkit.mixed.recorded import Searched
 from quantkit.nn.sites import Structure
 from quantkit.pipeline.plan import Resolution, make_plan
 from quantkit.pipeline.rules import Rule, SchemeChoice, SchemeLike
-from quantkit.pipeline.settings import Output, Run
+from quantkit.pipeline.settings import Output, Outputs, Run
 from quantkit.pipeline.training.settings import Training
 from quantkit.recipe.choices import MethodChoice, Section, StepChoice, by_name
 from quantkit.recipe.yaml import MOST_DEPTH, Located, read_located
@@ -87,7 +89,7 @@ class Recipe(Section):
     steps: list[Annotated[StepChoice, BeforeValidator(by_name)]] = Field(default_factory=list)
     rules: list[Rule] = Field(default_factory=list)
     calibration: Calibration = Calibration()
-    output: Output
+    output: Outputs
     run: Run = Run()
     train: Training | None = None
     evaluate: Evaluation | None = None
@@ -202,10 +204,18 @@ def _explain(
         elif not isinstance(item["input"], dict | list | Section | Output | ArgsKwargs):
             message += f"; got {item['input']!r}"
         blamed = [key for key in overrides if f"{key}.".startswith(f"{dotted}.") or f"{dotted}.".startswith(f"{key}.")]
-        place = f"--set {blamed[0]}" if blamed else source.place(keys)
+        place = f"--set {blamed[0]}" if blamed else source.place(_in_file(keys, source.data))
         lines.append(f"{place}: {dotted}: {message}")
     lines += [f"and {len(found) - MOST_MISTAKES} more mistakes"] if len(found) > MOST_MISTAKES else []
     return "\n".join(lines)
+
+
+def _in_file(keys: Sequence[Any], data: Mapping[str, Any]) -> Sequence[Any]:
+    """Return where a file has what a recipe has at ``keys``: a list of outputs is the first with the others in it."""
+    outputs = data.get("output")
+    if keys[:1] != ("output",) or not isinstance(outputs, list) or not outputs:
+        return keys
+    return ("output", keys[2] + 1, *keys[3:]) if keys[1:2] == ("also",) and len(keys) > 2 else ("output", 0, *keys[1:])
 
 
 def _names_at(section: type, keys: Sequence[Any]) -> list[str]:

@@ -47,7 +47,7 @@ def searched(recipe: Recipe, asked: Searched, model: Any, tokenizer: Any, progre
     replaced = model.device.type == "meta"
     about = {
         "search": repr(
-            (asked, tuple(recipe.rules), recipe.output.format, recipe.output.fused, recipe.run.compute or recipe.run.device)
+            (asked, tuple(recipe.rules), recipe.output.formats, recipe.output.fused, recipe.run.compute or recipe.run.device)
         ),
         **run_key(model, {}, (method,), batches, tokenizer=tokenizer),
     }

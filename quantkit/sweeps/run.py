@@ -161,6 +161,8 @@ def _refuse(
         raise SpecError(f"calibrate={calibrate!r}: want once or each")
     if keep != "none" and output.path is None:
         raise SpecError(f"keep={keep!r} without a directory to keep checkpoints in; give out=")
+    if output.also:
+        raise SpecError("a sweep keeps checkpoints in one format; quantkit convert writes those that you choose in others")
     if calibration.statistics is not None:
         raise CalibrationError("statistics= in the calibration of a sweep, which collects its own, once; give the text")
     if ray is not False and output.path is None:
@@ -213,7 +215,7 @@ def _make_rows(
         axes,
         bench.structure,
         find(bench, axes, rules),
-        scale_dtype=scale_dtype_for(bench.model.dtype),
+        scale_dtype=scale_dtype_for(bench.model.dtype, *written.formats),
         rules=rules,
         calibrate=calibrate,
         output=written,

@@ -86,6 +86,8 @@ class SweepRecipe(Section):
     def _has_a_place(cls, output: Output) -> Output:
         if output.path is None:
             raise PydanticCustomError("output", "path is missing", {})
+        if output.also:
+            raise PydanticCustomError("output", "a sweep keeps checkpoints in one format; leave also out", {})
         return output
 
 

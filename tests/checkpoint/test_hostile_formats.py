@@ -29,6 +29,7 @@ FORMATS: dict[str, Any] = {
     "mlx": "w6a16-asym-g32",
     "modelopt": SCHEMES["W4A16_NVFP4"],
     "compressed-tensors": "w4a16-asym-g32",
+    "onnx": "w4a16-asym-g32",
     "native": Scheme(QuantSpec("nf4", (1, 32))),
 }
 FEW = 25

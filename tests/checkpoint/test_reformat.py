@@ -144,8 +144,9 @@ def test_a_source_is_never_written_to(tmp_path: Path) -> None:
         with pytest.raises(FormatError, match="is the checkpoint that is to be converted"):
             reformat(source, "gptq", target, overwrite=True)
     reformat(source, "gptq", tmp_path / "out")
+    assert reformat(source, "gptq", tmp_path / "out")["already_done"]
     with pytest.raises(FormatError, match="already holds a model"):
-        reformat(source, "gptq", tmp_path / "out")
+        reformat(source, "native", tmp_path / "out")
     with pytest.raises(FormatError, match="goes with format float"):
         reformat(source, "gptq", tmp_path / "new", dtype="float16")
     with pytest.raises(FormatError, match="unknown format"):
@@ -161,3 +162,31 @@ def test_a_truncated_source_leaves_nothing_that_loads(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="not a valid safetensors file"):
         reformat(source, "native", tmp_path / "out")
     shutil.rmtree(tmp_path / "out", ignore_errors=True)
+
+
+@pytest.mark.parametrize("scheme", ["Q4_0", "Q8_0", "Q4_1", "Q4_K_M"])
+def test_blocks_of_a_gguf_file_go_to_grids_and_back(tmp_path: Path, scheme: str) -> None:
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+    model = FAMILIES["llama"](num_hidden_layers=1, **sizes)
+    rules = [quantkit.Rule(match="embedding", skip=True), quantkit.Rule(match="head", skip=True)]
+    output = Output(tmp_path / "gguf", format="gguf")
+    quantkit.quantize(model, scheme, method="rtn", rules=rules, output=output, tokenizer=tiny_tokenizer())
+    if scheme == "Q4_K_M":  # some of its blocks have groups of 16, which no format but native has
+        with pytest.raises(FormatError, match="formats that hold it: gguf, native"):
+            reformat(tmp_path / "gguf", "mlx", tmp_path / "mlx")
+    to = {"Q4_1": "mlx", "Q4_K_M": "native"}.get(scheme, "gptq")
+    result = reformat(tmp_path / "gguf", to, tmp_path / "there")
+    assert (result["from"], result["rounded"], result["layers"]) == ("gguf", [], 7)
+    assert torch.allclose(logits(tmp_path / "there"), logits(tmp_path / "gguf"), atol=1e-5)
+    if scheme != "Q4_K_M":
+        reformat(tmp_path / "there", "gguf", tmp_path / "back")
+        assert (tmp_path / "back" / "model.gguf").read_bytes() == (tmp_path / "gguf" / "model.gguf").read_bytes()
+
+
+def test_lossy_into_gguf_takes_blocks_of_the_same_width(tmp_path: Path) -> None:
+    source = made(tmp_path / "source", "w4a16-asym-g32")
+    with pytest.raises(FormatError, match="a GGUF file holds blocks"):
+        reformat(source, "gguf", tmp_path / "out")
+    result = reformat(source, "gguf", tmp_path / "out", lossy=True)
+    assert result["rounded"]
+    assert {row["describe"] for row in quantkit.inspect(tmp_path / "out")["schemes"]} <= {"Q4_0", "Q4_1"}

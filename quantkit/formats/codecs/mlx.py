@@ -24,6 +24,7 @@ from quantkit.formats.base import check_layout
 from quantkit.formats.codecs.gptq import matrix
 from quantkit.formats.containers.base import Layout
 from quantkit.numerics import grid
+from quantkit.numerics.offsets import offsets, zero_points
 from quantkit.qtensor import GridTensor
 from quantkit.spec import QuantSpec
 
@@ -56,7 +57,8 @@ class MlxCodec:
         spec = qtensor.spec
         dtype = self.layout(spec, qtensor.shape)["scales"][0]
         scale = qtensor.scale.to(dtype)
-        bias = qtensor.zero_point if spec.offset else biases(scale, qtensor.zero_point, spec)
+        zero = grid.zero_code(spec) if qtensor.zero_point is None else qtensor.zero_point
+        bias = qtensor.zero_point if spec.offset else offsets(scale, zero)
         if bias is None:
             raise FormatError(f"{spec.describe()}: zero point times scale is not exact in {dtype}; use format native")
         return {
@@ -78,23 +80,6 @@ class MlxCodec:
         return GridTensor(
             packed, scale.to(SCALE_DTYPES[spec.scale_dtype]), None if spec.symmetric else points.contiguous(), spec, shape
         )
-
-
-def biases(scale: Tensor, zero: Tensor | None, spec: QuantSpec) -> Tensor | None:
-    """Return ``-zero_point * scale`` in the dtype of ``scale``; None if that is not exact."""
-    points = torch.full_like(scale, grid.zero_code(spec), dtype=torch.float64) if zero is None else zero.double()
-    exact = -(points * scale.double())
-    return rounded if torch.equal((rounded := exact.to(scale.dtype)).double(), exact) else None
-
-
-def zero_points(scale: Tensor, bias: Tensor, bits: int) -> Tensor | None:
-    """Return the uint8 zero points of which ``biases`` are exactly the products with ``scale``; None if there are none."""
-    wide = scale.double()
-    if not bool((wide != 0).all()) or not bool(torch.isfinite(wide).all()):
-        return None
-    points = (-bias.double() / wide).round()
-    fits = bool(((points >= 0) & (points < 2**bits)).all()) and torch.equal(-(points * wide), bias.double())
-    return points.to(torch.uint8) if fits else None
 
 
 def rejects(spec: QuantSpec, shape: tuple[int, ...]) -> str | None:

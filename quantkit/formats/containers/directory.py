@@ -8,11 +8,12 @@ may only name plain files of its own directory.
 """
 
 import contextlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -91,6 +92,33 @@ class SafetensorsDirectory:
         return DirectoryReader(path, self.stem)
 
 
+class Place(NamedTuple):
+    """Where the data of a tensor are: the file's final name, and the offset of the first byte in it."""
+
+    file: str
+    begin: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+def places_of(path: Path, stem: str) -> dict[str, Place]:
+    """Return where every tensor of a written checkpoint is.
+
+    Raises:
+        FormatError: a file is missing or damaged.
+    """
+    found = {}
+    with DirectoryReader(path, stem) as reader:  # which checks the files
+        for file in {header.file for header in reader.headers.values()}:
+            with clear_errors(f"read {path / file}"), (path / file).open("rb") as opened:
+                length = int.from_bytes(opened.read(8), "little")
+                header = json.loads(opened.read(length))
+            for name, what in header.items():
+                if name in reader.headers:
+                    found[name] = Place(file, 8 + length + what["data_offsets"][0], *reader.headers[name][1:])
+    return found
+
+
 class DirectoryWriter:
     """Writes a directory of safetensors files; see :class:`quantkit.formats.containers.base.Writer`."""
 
@@ -144,6 +172,14 @@ class DirectoryWriter:
             else:
                 config = {**config, twin.name: also}
         write_json(self.path / CONFIG, config)
+
+    def places(self) -> dict[str, Place]:
+        """Return where every tensor is, for files beside these that point into them."""
+        found = {}
+        for name, index in self._file_of.items():
+            file = self._files[index]
+            found[name] = Place(self._names[index], file.begin(name), *file.layout[name])
+        return found
 
     def _unfinished(self, name: str) -> Path:
         return self.path / f"{name}{UNFINISHED}"

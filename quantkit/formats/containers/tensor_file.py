@@ -115,6 +115,10 @@ class TensorFile:
         place = self._mapped[self._begins[name] :][: _nbytes(dtype, shape)]
         return place.view(dtype).view(shape)
 
+    def begin(self, name: str) -> int:
+        """Return the offset in the file of the first byte of ``name``."""
+        return self._begins[name]
+
     def flush(self) -> None:
         """Make everything written so far durable."""
         try:

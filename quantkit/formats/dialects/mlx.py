@@ -17,8 +17,9 @@ import torch
 
 from quantkit.errors import FormatError, SpecError
 from quantkit.formats.base import Held, Matcher, Stored
-from quantkit.formats.codecs.mlx import WIDE, MlxCodec, rejects, zero_points
+from quantkit.formats.codecs.mlx import WIDE, MlxCodec, rejects
 from quantkit.formats.dialects.gptq import is_stored, rejects_scales
+from quantkit.numerics.offsets import zero_points
 from quantkit.spec import QuantSpec, Scheme
 
 log = logging.getLogger(__name__)

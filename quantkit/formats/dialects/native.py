@@ -15,6 +15,7 @@ class Native:
     """The dialect; its ``quant_method`` is ``quantkit``."""
 
     quant_method = "quantkit"
+    codec = staticmethod(codec_of)
     conv1d = True
     embeddings = True
 
@@ -39,7 +40,7 @@ class Native:
         try:
             for group in config["groups"]:
                 scheme = Scheme.from_dict(group["scheme"])
-                entry = Stored(scheme, codec_of(scheme))
+                entry = Stored(scheme, self.codec(scheme))
                 stored.update(dict.fromkeys(group["modules"], entry))
         except (KeyError, TypeError, AttributeError, SpecError) as error:
             raise FormatError(f"quantization_config.groups is malformed: {error!r}") from error

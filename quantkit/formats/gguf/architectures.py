@@ -9,7 +9,6 @@ pairs neighbours. So the rows of query and key projections (and their biases) ar
 i + j n/2 of its head.
 """
 
-import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -19,6 +18,8 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import FormatError
+from quantkit.formats import decoder
+from quantkit.formats.decoder import SILU, WHOLE
 from quantkit.formats.gguf.file import package
 from quantkit.formats.gguf.tokenizer import pre_tokenizer
 
@@ -30,7 +31,7 @@ class Architecture:
     Attributes:
         name: llama.cpp's.
         turned: rows of queries and keys are turned.
-        written: keys of its config that are written, beside :data:`_WRITTEN`.
+        written: keys of its config that are written, beside :data:`quantkit.formats.decoder.WRITTEN`.
         fixed: keys with the only values that llama.cpp's code for this kind knows.
     """
 
@@ -40,75 +41,17 @@ class Architecture:
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
 
-_WRITTEN: Final = frozenset(
-    [
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "vocab_size",
-        "rms_norm_eps",
-        "max_position_embeddings",
-        "rope_theta",
-        "rope_parameters",
-        "rope_scaling",
-        "tie_word_embeddings",
-        "bos_token_id",
-        "eos_token_id",
-        "pad_token_id",
-        "unk_token_id",
-        "sep_token_id",
-        "attention_bias",
-        "mlp_bias",
-        "qkv_bias",
-        "num_local_experts",
-        "num_experts",
-        "num_experts_per_tok",
-    ]
-)
-"""Keys that are written or seen in the tensors themselves."""
-
-_HARMLESS: Final = frozenset(
-    [
-        "architectures",
-        "dtype",
-        "torch_dtype",
-        "transformers_version",
-        "model_type",
-        "use_cache",
-        "initializer_range",
-        "attention_dropout",
-        "pretraining_tp",
-        "quantization_config",
-        "quantkit",
-        "router_aux_loss_coef",
-        "router_jitter_noise",
-        "output_router_logits",
-        "max_window_layers",
-        "hidden_dropout",
-        "resid_pdrop",
-        "embd_pdrop",
-        "id2label",
-        "label2id",
-    ]
-)
-"""Keys that do not change what a model computes when it runs."""
-
-_SILU: Final[dict[str, tuple[Any, ...]]] = {"hidden_act": ("silu", "swish")}
-_WHOLE: Final[dict[str, tuple[Any, ...]]] = {"sliding_window": (None,), "use_sliding_window": (False,)}
 _MOE: Final = frozenset(("moe_intermediate_size", "shared_expert_intermediate_size"))
 _EVERY: Final[dict[str, tuple[Any, ...]]] = {"decoder_sparse_step": (1,), "mlp_only_layers": ([], None)}
 
 ARCHITECTURES: Final[dict[str, Architecture]] = {
-    "llama": Architecture("llama", True, fixed=_SILU),
-    "mistral": Architecture("llama", True, fixed=_SILU | _WHOLE),
-    "mixtral": Architecture("llama", True, fixed=_SILU | _WHOLE),
-    "qwen2": Architecture("qwen2", fixed=_SILU),
-    "qwen3": Architecture("qwen3", fixed=_SILU),
-    "qwen2_moe": Architecture("qwen2moe", written=_MOE, fixed=_SILU | _EVERY | {"norm_topk_prob": (False,)}),
-    "qwen3_moe": Architecture("qwen3moe", written=_MOE, fixed=_SILU | _EVERY | {"norm_topk_prob": (True,)}),
+    "llama": Architecture("llama", True, fixed=SILU),
+    "mistral": Architecture("llama", True, fixed=SILU | WHOLE),
+    "mixtral": Architecture("llama", True, fixed=SILU | WHOLE),
+    "qwen2": Architecture("qwen2", fixed=SILU),
+    "qwen3": Architecture("qwen3", fixed=SILU),
+    "qwen2_moe": Architecture("qwen2moe", written=_MOE, fixed=SILU | _EVERY | {"norm_topk_prob": (False,)}),
+    "qwen3_moe": Architecture("qwen3moe", written=_MOE, fixed=SILU | _EVERY | {"norm_topk_prob": (True,)}),
 }
 """By ``model_type`` of transformers."""
 
@@ -133,27 +76,8 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
     if kind not in ARCHITECTURES:
         raise FormatError(f"a GGUF of a {kind} model is not written, only of {', '.join(ARCHITECTURES)}; use another format")
     found = ARCHITECTURES[kind]
-    fixed = dict(found.fixed)
-    for key, value in config.items():
-        if key in fixed and value not in fixed[key] and not _same_window(key, value, config):
-            wanted = " or ".join(map(repr, fixed[key]))
-            raise FormatError(f"config: {key} is {value!r}, and llama.cpp computes a {kind} model as if it were {wanted}")
-    if "sliding_window" not in fixed and config.get("use_sliding_window"):
-        raise FormatError("config: use_sliding_window is true, which llama.cpp does not do for this kind of model")
-    if any(one != "full_attention" for one in config.get("layer_types") or ()):
-        raise FormatError(f"config: layer_types other than full_attention are not written for a {kind} model")
-    seen = _WRITTEN | _HARMLESS | found.written | fixed.keys() | {"layer_types", "sliding_window", "use_sliding_window"}
-    if odd := [k for k, v in config.items() if k not in seen and not k.startswith("_") and v not in (None, False, [], {})]:
-        raise FormatError(f"config: nothing is known here of {odd[0]}={config[odd[0]]!r}, which may change results")
-    rotary = _rotary(config)
-    if rotary.get("rope_type", "default") not in _ROTARY or rotary.get("partial_rotary_factor", 1.0) != 1.0:
-        raise FormatError(f"config: rotary embeddings {rotary} are not written; known: {', '.join(_ROTARY)}")
+    decoder.refuse_unknown(config, found.fixed, found.written, _ROTARY, reader="llama.cpp")
     return found
-
-
-def _same_window(key: str, value: Any, config: Mapping[str, Any]) -> bool:
-    """Whether a window is as wide as the longest text, and so none."""
-    return key == "sliding_window" and isinstance(value, int) and value >= int(config.get("max_position_embeddings", 0))
 
 
 def refuse_model(config: Mapping[str, Any], names: Iterable[str], tokenizer: Mapping[str, Any] | None) -> str | None:
@@ -207,16 +131,6 @@ def turned(rows: int, heads: int) -> Tensor:
     return torch.arange(rows).view(heads, 2, rows // heads // 2).transpose(1, 2).reshape(-1)
 
 
-def _rotary(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the parameters of rotary embeddings, whichever way the config says them."""
-    found = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    if any(isinstance(value, Mapping) for value in found.values()):
-        raise FormatError("config: rope_parameters differ by kind of layer, which is not written for this kind of model")
-    found.setdefault("rope_theta", config.get("rope_theta", 10000.0))
-    found.setdefault("rope_type", found.pop("type", "default"))
-    return found
-
-
 def add_keys(writer: Any, config: Mapping[str, Any]) -> None:
     """Write the hyper-parameters of a model.
 
@@ -224,12 +138,11 @@ def add_keys(writer: Any, config: Mapping[str, Any]) -> None:
         writer: a ``gguf.GGUFWriter``.
         config: what config.json says; :func:`architecture_of` has accepted it.
     """
-    heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
-    head = int(config.get("head_dim") or hidden // heads)
+    heads, head = int(config["num_attention_heads"]), decoder.head_size(config)
     writer.add_type("model")
     writer.add_block_count(int(config["num_hidden_layers"]))
     writer.add_context_length(int(config["max_position_embeddings"]))
-    writer.add_embedding_length(hidden)
+    writer.add_embedding_length(int(config["hidden_size"]))
     writer.add_feed_forward_length(int(config["intermediate_size"]))
     writer.add_head_count(heads)
     writer.add_head_count_kv(int(config.get("num_key_value_heads") or heads))
@@ -245,7 +158,7 @@ def add_keys(writer: Any, config: Mapping[str, Any]) -> None:
         writer.add_expert_feed_forward_length(int(size))
     if (size := config.get("shared_expert_intermediate_size")) is not None:
         writer.add_expert_shared_feed_forward_length(int(size))
-    _add_rotary(writer, _rotary(config))
+    _add_rotary(writer, decoder.rotary(config))
 
 
 def _add_rotary(writer: Any, rotary: Mapping[str, Any]) -> None:
@@ -263,12 +176,7 @@ def _add_rotary(writer: Any, rotary: Mapping[str, Any]) -> None:
 
 def extra_tensors(config: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return tensors of the file that say what the config says in numbers: what Llama 3.1 divides its frequencies by."""
-    rotary = _rotary(config)
+    rotary = decoder.rotary(config)
     if rotary["rope_type"] != "llama3":
         return {}
-    size = int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
-    lengths = 2 * math.pi * float(rotary["rope_theta"]) ** (torch.arange(0, size, 2).float() / size)
-    factor, first = float(rotary["factor"]), float(rotary["original_max_position_embeddings"])
-    low, high = float(rotary["low_freq_factor"]), float(rotary["high_freq_factor"])
-    smooth = ((first / lengths - low) / (high - low)).clamp(0, 1)
-    return {"rope_freqs.weight": 1.0 / ((1 - smooth) / factor + smooth)}
+    return {"rope_freqs.weight": decoder.llama3_divisors(config)}

@@ -29,7 +29,12 @@ FLOATS: Final = {"F32": (0, torch.float32), "F16": (1, torch.float16), "BF16": (
 _SCALARS: Final = ("B", "b", "H", "h", "I", "i", "f", "?", None, None, "Q", "q", "d")
 _STRING, _ARRAY = 8, 9
 _NAMES: Final = {number: name for name, (number, _) in FLOATS.items()} | {k.number: k.name for k in BLOCK_TYPES.values()}
-_MOST_TENSORS, _MOST_DIMENSIONS = 1 << 20, 4
+_SIZES: Final = {number: (1, dtype.itemsize) for number, dtype in FLOATS.values()} | {
+    kind.number: (kind.size, kind.nbytes) for kind in BLOCK_TYPES.values()
+}
+"""Weights and bytes of a block, by the type's number."""
+
+_MOST_TENSORS, _MOST_DIMENSIONS, _MOST_VALUES = 1 << 20, 4, 1 << 23
 
 
 class Stored(NamedTuple):
@@ -44,12 +49,17 @@ class Stored(NamedTuple):
 class GgufHeader:
     """The keys and tensors of a file; arrays are not read, only counted.
 
+    Args:
+        path: the file.
+        every: tensors of all types that the ``gguf`` package knows are listed, not only of those that can be read here.
+
     Raises:
-        FormatError: it is no GGUF file, of another version, damaged, or holds tensors of a type that is not known here.
+        FormatError: it is no GGUF file, of another version, damaged, or holds tensors of a type that is not known.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, every: bool = False) -> None:
         self.path = path
+        self._known, self._sizes = _types_of_the_package() if every else (_NAMES, _SIZES)
         self.keys: dict[str, Any] = {}
         self.tensors: dict[str, Stored] = {}
         with clear_errors(f"read {path}"), path.open("rb") as file:
@@ -103,7 +113,7 @@ class GgufHeader:
                 raise IndexError(f"a key of type {kind}")
             return self._take(str(_SCALARS[kind]))
         inner, count = self._take("I"), self._take("Q")
-        if depth or count > len(self._map) - self._at:
+        if depth or count > min(len(self._map) - self._at, _MOST_VALUES):
             raise IndexError(f"an array of {count} values in a file of {len(self._map)} bytes")
         if inner == _STRING:
             for _ in range(count):
@@ -142,20 +152,26 @@ class GgufHeader:
         return name, self._take("I"), shape, self._take("Q")
 
     def _place(self, name: str, kind: int, shape: tuple[int, ...], begin: int) -> None:
-        if kind not in _NAMES:
-            raise FormatError(f"{self.path}: {name} is of type {kind}, known: {', '.join(_NAMES.values())}")
+        if kind not in self._known:
+            raise FormatError(f"{self.path}: {name} is of type {kind}, known: {', '.join(self._known.values())}")
         if name in self.tensors:
             raise FormatError(f"{self.path}: {name} is there twice")
         count = 1
         for size in shape:
             count *= size
-        block = BLOCK_TYPES.get(_NAMES[kind])
-        if block is not None and (not shape or shape[-1] % block.size):
-            raise FormatError(f"{self.path}: {name} {shape} does not divide into {block.name} of {block.size}")
-        nbytes = count // block.size * block.nbytes if block else count * FLOATS[_NAMES[kind]][1].itemsize
+        size, bytes_of_block = self._sizes[kind]
+        if size > 1 and (not shape or shape[-1] % size):
+            raise FormatError(f"{self.path}: {name} {shape} does not divide into {self._known[kind]} of {size}")
+        nbytes = count // size * bytes_of_block
         if begin + nbytes > len(self._map):
             raise FormatError(f"{self.path}: {name} lies outside the file of {len(self._map)} bytes; copy or download it again")
-        self.tensors[name] = Stored(_NAMES[kind], shape, begin, nbytes)
+        self.tensors[name] = Stored(self._known[kind], shape, begin, nbytes)
+
+
+def _types_of_the_package() -> tuple[dict[int, str], dict[int, tuple[int, int]]]:
+    gguf = package()
+    names = {int(kind): str(kind.name) for kind in gguf.GGML_QUANT_SIZES}
+    return names, {int(kind): (int(size), int(nbytes)) for kind, (size, nbytes) in gguf.GGML_QUANT_SIZES.items()}
 
 
 class Planned(NamedTuple):
