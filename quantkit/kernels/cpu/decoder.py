@@ -25,10 +25,12 @@ from torch import Tensor
 
 from quantkit.errors import KernelError
 from quantkit.kernels import build
-from quantkit.kernels.cpu import huge_pages, structs
+from quantkit.kernels.cpu import huge_pages, layout, structs
 from quantkit.kernels.cpu.layout import Prepacked
 from quantkit.kernels.cpu.matmul import BLOCK
+from quantkit.kernels.cpu.tables import rejects_inputs
 from quantkit.kernels.program.definition import Program
+from quantkit.spec import QuantSpec
 
 PAGE_TOKENS: Final = 32
 """Tokens per page of keys and values."""
@@ -57,11 +59,12 @@ def rejects(program: Program) -> str | None:
             return f"weights are on {weight.device}, not on the CPU"
         if isinstance(weight, Tensor):
             continue
-        if not weight.spec.is_integer and weight.spec.blocks is None:  # blocks are unpacked to floats
-            return f"weights are {weight.spec.describe()}, want integer weights"
-        if weight.activation is not None:  # the verification of a program would not notice: the modules round as well
-            how = f"the inputs of layers are rounded to {weight.activation.describe()}"
-            return f"{how}, which only modules do (load with ignore_activations=True to keep them in float)"
+        if not isinstance(weight.spec, QuantSpec):
+            return f"weights are {weight.spec.describe()}, want a grid"
+        if reason := layout.rejects(weight.spec, linear.shape):
+            return reason
+        if reason := rejects_inputs(weight.activation, linear.shape[1]):  # verification would not notice: modules round as well
+            return f"{reason} (load with ignore_activations=True to keep them in float)"
     try:
         build.library()
     except KernelError as error:

@@ -20,7 +20,7 @@ from quantkit.kernels.cpu import layout, ops
 from quantkit.kernels.cpu.huge_pages import in_huge_pages
 from quantkit.kernels.cpu.layout import LinearStruct, Prepacked
 from quantkit.kernels.select import KERNELS, ComputeMode, Problem
-from quantkit.qtensor import GridTensor, QTensor, as_grid
+from quantkit.qtensor import QTensor
 from quantkit.spec import QuantSpec, WeightSpec
 
 BLOCK = 32
@@ -61,12 +61,13 @@ class CpuKernel:
             return f"runs on the cpu, not on {problem.device}"
         if problem.dtype not in build.DTYPE_CODES:
             return f"activations are {problem.dtype}, want float32, float16 or bfloat16"
-        if not isinstance(problem.spec, QuantSpec) or not problem.spec.is_integer or problem.spec.blocks is not None:
-            return f"codes are {problem.spec.describe()}, want integers"
-        if problem.spec.offset:
-            return f"the grid {problem.spec.describe()} has zero points that are no codes"
-        if 0 in problem.shape:
-            return f"the weight {problem.shape} is empty"
+        spec = problem.spec
+        if not isinstance(spec, QuantSpec):
+            return f"codes are {spec.describe()}, want a grid"
+        if reason := layout.rejects(spec, problem.shape):
+            return reason
+        if self.compute == "int8" and spec.dtype == "fp8_e4m3":
+            return f"codes are {spec.describe()}: no multiples of a step, so products stay float"
         try:
             build.library()
         except KernelError as error:
@@ -77,7 +78,7 @@ class CpuKernel:
 
     def prepack(self, qtensor: QTensor) -> State:
         """Copy a 2-D weight into blocks of 16 rows."""
-        weight = layout.prepack(as_grid(qtensor)).moved(in_huge_pages)
+        weight = layout.prepack(qtensor).moved(in_huge_pages)
         return State(weight, weight.struct())
 
     def matmul(self, x: Tensor, state: State, bias: Tensor | None) -> Tensor:
@@ -86,7 +87,7 @@ class CpuKernel:
             return ops.compute(x, *state, self._block, bias)  # the same function, without 3 us of dispatch
         return ops.wq_matmul()(x, *state.weight, self._block, bias)
 
-    def unpack(self, state: State, spec: WeightSpec) -> GridTensor:
+    def unpack(self, state: State, spec: WeightSpec) -> QTensor:
         """Return the weight that was prepacked."""
         assert isinstance(spec, QuantSpec)
         return layout.restore(state.weight, spec)
