@@ -8,8 +8,9 @@ the same call. The logits of a row depend neither on the other rows nor on the n
 
 With ``exact``, activations stay float32 and only the order of sums differs from the program's definition. Otherwise they are
 rounded to int8 in products with quantized weights, with one scale per :data:`~quantkit.kernels.cpu.matmul.BLOCK` columns;
-:mod:`quantkit.kernels.cpu.matmul` states the error. With ``bfloat16``, they are rounded to bfloat16 in products with bfloat16
-weights, as a bfloat16 model rounds its own activations, if this CPU multiplies bfloat16 faster than float32; sums are float32.
+:mod:`quantkit.kernels.cpu.matmul` states the error. With ``bfloat16``, they are rounded to bfloat16 in products with quantized
+and bfloat16 weights, as a bfloat16 model rounds its own activations, if this CPU multiplies bfloat16 faster than float32; sums
+are float32. Inputs that a scheme rounds (W8A8, FP8 and the like) are rounded by its rule, whatever the call says.
 """
 
 import ctypes
@@ -202,7 +203,7 @@ class NativeDecoder:
             rows: the rows.
             kv: pages for this program; the pages at the rows' positions are written.
             exact: keep float activations; False rounds them to int8 in products with quantized weights.
-            bfloat16: round activations to bfloat16 in products with bfloat16 weights, where that is faster.
+            bfloat16: round activations to bfloat16 in products with other than float32 weights, where that is faster.
             argmax: return the most likely tokens instead of logits.
             draft: read only the high plane of weights that are stored in planes (:meth:`split_planes`).
 

@@ -48,7 +48,7 @@ class LinearStruct(ctypes.Structure):
     """``qk::Linear`` of ``csrc/linear.h``. It points into tensors without keeping them alive."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in "codes scales zeros offsets supers table inputs bias".split()),
+        *((name, ctypes.c_void_p) for name in ["codes", "scales", "zeros", "offsets", "supers", "table", "inputs", "bias"]),
         *((name, ctypes.c_int64) for name in ("rows", "columns", "group", "super")),
         *((name, ctypes.c_int32) for name in ("kind", "zero_code", "scale_dtype")),
         ("factor", ctypes.c_float),
@@ -66,7 +66,7 @@ class Prepacked(NamedTuple):
         group: input channels per scale; K for float weights.
         kind: one of :data:`FLOAT32`, :data:`BFLOAT16`, :data:`U4`, :data:`U8`, :data:`PLANES`, :data:`HIGH_PLANE` (planes of
             which only the high one is read), :data:`T4` and :data:`F8`.
-        zero_code: zero point of a symmetric grid, and :data:`~quantkit.kernels.cpu.tables.MIDDLE` of tables; 0 for float weights.
+        zero_code: zero point of a symmetric grid, :data:`~quantkit.kernels.cpu.tables.MIDDLE` of tables, 0 for float weights.
         offset: what is added to a group, of the scale's dtype and shape; None for nothing.
         supers: float16 (1 or 2, blocks, groups / n, 16): what scales, and offsets, of n groups are multiples of; None for 1.
         global_scale: float32 (1,), what divides all scales; None for 1.

@@ -17,6 +17,10 @@ namespace {
 
 constexpr int64_t kChunk = 256;          // columns of a long group that are summed separately
 constexpr int64_t kAliasFloats = 1024;
+#ifndef AHEAD
+#define AHEAD 1024
+#endif
+constexpr int64_t kFloatAhead = AHEAD;
 
 // packed weights, to floats; kBFloats and codes, to pairs; and panels: numbers unpacked, as floats or pairs
 enum Source {
@@ -173,8 +177,8 @@ struct Sums {
       if (SOURCE < kPanel) {
 #pragma GCC unroll 2
         for (int u = 0; u < UNITS; ++u) {
-          __builtin_prefetch(words[u] + s * apart + kAhead);
-          if (kBoth<SOURCE>) __builtin_prefetch(words[u] + s * apart + low_plane + kAhead);
+          __builtin_prefetch(words[u] + s * apart + kFloatAhead);
+          if (kBoth<SOURCE>) __builtin_prefetch(words[u] + s * apart + low_plane + kFloatAhead);
         }
       }
       Packed<SOURCE> packed[UNITS];
@@ -210,9 +214,14 @@ inline Columns columns_of(const Rows& r, int64_t row) {
   return {reinterpret_cast<const float*>(r.pairs) + row * stride, stride, 0};
 }
 
+struct Unit {  // a register of outputs
+  const uint32_t* words;  // where its next chunk begins
+  Scales scales;
+};
+
 // Process STRANDS chunks from `walk` on, which moves past them. Several are possible only if all chunks have the same size.
 template <int SOURCE, int M, int UNITS, int STRANDS>
-inline void multiply(const Linear& l, const Rows& r, const Columns& from, const Tile& t, Walk& walk, const uint32_t** words) {
+inline void multiply(const Linear& l, const Rows& r, const Columns& from, const Tile& t, Walk& walk, Unit* units) {
   constexpr int kWord = kPaired<SOURCE> ? 2 : 1;  // columns per word of x
   Sums<SOURCE, M, UNITS, STRANDS> sums;
   const bool padded = r.form == kFormPairs;
@@ -225,12 +234,12 @@ inline void multiply(const Linear& l, const Rows& r, const Columns& from, const 
     sums.x[s] = from.x + (walk.group * before + walk.first_column() - from.first) / kWord;
 #pragma GCC unroll 2
     for (int u = 0; u < UNITS; ++u) {
-      load_offsets<SOURCE>(l, scale_of(l, unit_of(t, u)) + walk.group * kLanes, sums.offsets[s][u]);
+      load_offsets<SOURCE>(l, units[u].scales.at + walk.group * kLanes, sums.offsets[s][u]);
 #pragma GCC unroll 12
       for (int m = 0; m < M; ++m) sums.sum[s][u][m] = Floats{};
     }
   }
-  for (int u = 0; u < UNITS; ++u) sums.words[u] = words[u];
+  for (int u = 0; u < UNITS; ++u) sums.words[u] = units[u].words;
   sums.table = l.table ? l.table : &kWhole;
   sums.low_plane = kBoth<SOURCE> ? words_per_plane(l) : 0;
   const int64_t apart = stored / kColumns<SOURCE> * sums.kStep;
@@ -245,10 +254,10 @@ inline void multiply(const Linear& l, const Rows& r, const Columns& from, const 
   }
   const Rest rest(l, r);
 #pragma GCC unroll 2
-  for (int u = 0; u < UNITS; ++u) words[u] += STRANDS * apart;
+  for (int u = 0; u < UNITS; ++u) units[u].words += STRANDS * apart;
 #pragma GCC unroll 2
   for (int u = 0; u < UNITS; ++u) {
-    const Scales scales(l, unit_of(t, u));
+    const Scales& scales = units[u].scales;
 #pragma GCC unroll 8
     for (int s = 0; s < STRANDS; ++s) {
       const Floats scale = l.scales ? scales.scale(group[s]) : splat(1.0f);
@@ -283,22 +292,22 @@ struct FloatPath {
   template <int M>
   static void direct(const Linear& l, const Rows& r, const Chunks& chunks, const Tile& t) {
     constexpr int kStrands = M * kDirectUnits <= 2 ? 4 : M * kDirectUnits <= 4 ? 2 : 1;
-    const uint32_t* words[kDirectUnits];
-    for (int u = 0; u < kDirectUnits; ++u) words[u] = words_of(l, unit_of(t, u));
+    Unit units[kDirectUnits];
+    for (int u = 0; u < kDirectUnits; ++u) units[u] = {words_of(l, unit_of(t, u)), Scales(l, unit_of(t, u))};
     const Columns x = columns_of<SOURCE>(r, t.row);
     Walk walk(chunks, t.first);
     if ((r.form == kFormPairs ? chunks.padded : l.group) % chunks.length == 0)
-      while (walk.chunk + kStrands <= t.last) multiply<SOURCE, M, kDirectUnits, kStrands>(l, r, x, t, walk, words);
-    while (walk.chunk < t.last) multiply<SOURCE, M, kDirectUnits, 1>(l, r, x, t, walk, words);
+      while (walk.chunk + kStrands <= t.last) multiply<SOURCE, M, kDirectUnits, kStrands>(l, r, x, t, walk, units);
+    while (walk.chunk < t.last) multiply<SOURCE, M, kDirectUnits, 1>(l, r, x, t, walk, units);
   }
 
   template <int M>
   static void panel(const Linear& l, const Rows& r, const Chunks& chunks, const Tile& t) {
-    const uint32_t* words[kPanelUnits];
-    for (int u = 0; u < kPanelUnits; ++u) words[u] = t.words + u * kWidth;
+    Unit units[kPanelUnits];
+    for (int u = 0; u < kPanelUnits; ++u) units[u] = {t.words + u * kWidth, Scales(l, unit_of(t, u))};
     Columns x = columns_of<SOURCE>(r, t.row);
     if (x.stride % kAliasFloats == 0) x = gather<M>(l, x, chunks, t);
-    for (Walk walk(chunks, t.first); walk.chunk < t.last;) multiply<kPanelSource, M, kPanelUnits, 1>(l, r, x, t, walk, words);
+    for (Walk walk(chunks, t.first); walk.chunk < t.last;) multiply<kPanelSource, M, kPanelUnits, 1>(l, r, x, t, walk, units);
   }
 
   // Rows at a distance of a multiple of 4096 bytes share one set of the level-1 cache and evict each other; a copy does not.

@@ -60,11 +60,13 @@ inline void multiply(const Linear& l, const Rows& r, const Chunks& chunks, const
   const uint32_t* words[UNITS];
   const Zeros zeros(l);
   const uint8_t* zero[UNITS];
+  Scales scales[UNITS];
   const float unit = l.table ? l.table->unit : 1.0f;
 #pragma GCC unroll 8
   for (int u = 0; u < UNITS; ++u) {
     words[u] = start[u];
-    zero[u] = zeros.at(scale_of(l, unit_of(t, u)));
+    scales[u] = Scales(l, unit_of(t, u));
+    zero[u] = zeros.at(scales[u].at);
   }
   const int8_t* q = r.q + t.row * stride + chunks.stored_column(t.first);
   const float* x_scale = r.scale + t.first * r.m + t.row;
@@ -101,8 +103,7 @@ inline void multiply(const Linear& l, const Rows& r, const Chunks& chunks, const
     asm("" : "+r"(totals));  // prevents the compiler from keeping the totals of all chunks in registers, of which there are too few
 #pragma GCC unroll 8
     for (int u = 0; u < UNITS; ++u) {
-      const Scales scales(l, unit_of(t, u));
-      const Floats scale = scales.scale(walk.group) * unit;
+      const Floats scale = scales[u].scale(walk.group) * unit;
       const Ints minus_zero = (kDotOffset<kWide<SOURCE>> + kMiddle<SOURCE> - load_bytes(zero[u] + walk.group * zeros.step)) & 0xffff;
 #pragma GCC unroll 12
       for (int m = 0; m < M; ++m) {
@@ -112,7 +113,7 @@ inline void multiply(const Linear& l, const Rows& r, const Chunks& chunks, const
         FloatsAnywhere* total = reinterpret_cast<FloatsAnywhere*>(totals + (u * M + m) * kWidth);
         *total = multiply_add(to_floats(all), scale * splat(x_scale[m]), *total);
       }
-      if (l.offsets) add_offset<M>(scales.offset(walk.group), x_scale, x_sum, totals + u * M * kWidth);
+      if (l.offsets) add_offset<M>(scales[u].offset(walk.group), x_scale, x_sum, totals + u * M * kWidth);
     }
   }
 }

@@ -87,19 +87,24 @@ inline int64_t scale_of(const Linear& l, int64_t unit) {
 }
 
 // Scales and offsets of a unit by group.
-struct Scales {
-  const Linear& l;
-  int64_t at, over, offsets_over;  // places of the first group, and in `supers`
-  Scales(const Linear& linear, int64_t unit) : l(linear), at(scale_of(linear, unit)) {
-    const int64_t supers = l.columns / l.group >> l.super;
-    over = unit / kParts * supers * kLanes + unit % kParts * kWidth;
-    offsets_over = over + linear_blocks(l) * supers * kLanes;
+class Scales {
+ public:
+  int64_t at = 0;  // place of the first group
+  Scales() = default;
+  Scales(const Linear& linear, int64_t unit) : at(scale_of(linear, unit)), linear_(&linear) {
+    const int64_t supers = linear.columns / linear.group >> linear.super;
+    over_ = unit / kParts * supers * kLanes + unit % kParts * kWidth;
+    offsets_over_ = over_ + linear_blocks(linear) * supers * kLanes;
   }
-  Floats scale(int64_t group) const { return load(l.scales, group, over); }
-  Floats offset(int64_t group) const { return load(l.offsets, group, offsets_over); }
+  Floats scale(int64_t group) const { return load(linear_->scales, group, over_); }
+  Floats offset(int64_t group) const { return load(linear_->offsets, group, offsets_over_); }
 
  private:
+  const Linear* linear_ = nullptr;
+  int64_t over_ = 0, offsets_over_ = 0;  // in `supers`
+
   Floats load(const void* values, int64_t group, int64_t half) const {
+    const Linear& l = *linear_;
     const int64_t place = at + group * kLanes;
     if (l.scale_dtype <= kBFloat16) return load_floats(values, place, l.scale_dtype) * l.factor;
     const uint8_t* bytes = static_cast<const uint8_t*>(values) + place;
