@@ -53,7 +53,7 @@ struct Model {
       l.codes = owned.back()->p;
       float* scales = floats(blocks * columns / group * 16);
       for (int64_t i = 0; i < blocks * columns / group * 16; ++i) scales[i] *= 0.1f;
-      l.scales = scales, l.kind = qk::kWeightU4, l.zero_code = 8, l.scale_dtype = qk::kFloat32;
+      l.scales = scales, l.kind = qk::kWeightU4, l.zero_code = 8, l.scale_dtype = qk::kFloat32, l.factor = 1;
     } else {
       float* values = floats(blocks * padded * 16);
       l.codes = values, l.kind = qk::kWeightFloat32;
@@ -80,7 +80,10 @@ struct Model {
       keep(linear(kKvHeads * kHeadDim, kHidden, false, kind != 2));
       keep(linear(kKvHeads * kHeadDim, kHidden, quantized));
       a.qkv_count = 3;
-      a.out = keep(linear(kHidden, kHeads * kHeadDim, quantized));
+      qk::Linear out = linear(kHidden, kHeads * kHeadDim, quantized);
+      static const qk::Inputs tokens{nullptr, 0, kHeads * kHeadDim, 0, 127}, stored{nullptr, 0, kHeads * kHeadDim, 0.01f, 127};
+      if (kind) out.inputs = kind == 1 ? &tokens : &stored;  // rounded by a scheme
+      a.out = keep(out);
       a.heads = kHeads, a.kv_heads = kKvHeads, a.head_dim = kHeadDim;
       a.rotary = kind == 2 ? -1 : 0, a.window = kind == 0 ? 0 : 45, a.scale = 0.3f, a.softcap = kind == 1 ? 5.0f : 0.0f;
       if (kind == 0) a.q_norm = norm(kHeads * kHeadDim, false), a.k_norm = norm(kHeadDim, true);

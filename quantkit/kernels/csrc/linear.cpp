@@ -363,6 +363,7 @@ void prepare_blocks(const Rows& r, int64_t first, int64_t last, int64_t begin, i
 
 void linear_share(const Linear& l, const Rows& r, float* y, int64_t y_stride, int64_t begin, int64_t end, void* scratch) {
   if (r.form == kFormInt8) int8_share(l, r, y, y_stride, begin, end, scratch);
+  else if (r.form == kFormBFloat16 || r.form == kFormPairs) pairs_share(l, r, y, y_stride, begin, end, scratch);
   else float_share(l, r, y, y_stride, begin, end, scratch);
 }
 

@@ -122,6 +122,7 @@ template <int SOURCE>
 struct Int8Path {
   static constexpr int kBytes = 1, kPanelColumns = 4;  // bytes per activation; columns per word of a panel
   static constexpr int kRows = kPanelRows;
+  static constexpr int64_t kDirectRows = kSomeRows;
   static constexpr int kColumns = kEight<SOURCE> ? 8 : 4;
   static constexpr int kPanel = SOURCE == kNibbles ? kNarrowPanel : SOURCE == kHighPlane ? kHighPanel : kWidePanel;
 
@@ -214,6 +215,7 @@ inline void multiply_tiles(const Linear& l, const Rows& r, const Chunks& chunks,
 template <int SOURCE>
 struct TilePath : Int8Path<SOURCE> {
   static constexpr int kRows = kTileRows;
+  static constexpr int64_t kDirectRows = kFewRows;
 
   template <int M>
   static void panel(const Linear& l, const Rows& r, const Chunks& chunks, const Tile& t) {

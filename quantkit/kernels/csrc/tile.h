@@ -1,7 +1,7 @@
 // How a thread's share of a product is split into tiles, for int8 and for float activations.
 //
 // A tile is a few registers ("units") of output rows times a few rows of x. With few rows of x, a tile reads the packed weight
-// directly, once, along all of K. With many, the weights of a tile are unpacked, a panel of columns at a time, to scratch
+// directly, along all of K, one tile of rows after the other. With many, the weights of a tile are unpacked, a panel of columns at a time, to scratch
 // memory that stays in the level-2 cache while all rows of x are processed. Sums have the same order in both cases: the sum of
 // a chunk of columns is scaled and added to the total.
 #pragma once
@@ -13,7 +13,8 @@ namespace qk {
 constexpr int kPanelUnits = 2;                             // units of a tile that reads a panel
 constexpr int kPanelWidth = kPanelUnits * kWidth;          // its output rows
 constexpr int kPanelRows = kManyRegisters ? 12 : 4;        // its rows of x, at most, where they are vectors
-constexpr int kFewRows = kManyRegisters ? 8 : 4;            // up to this many rows of x, the packed weight is read directly
+constexpr int kFewRows = kManyRegisters ? 8 : 4;            // rows of x of a tile that reads the packed weight
+constexpr int64_t kSomeRows = kManyRegisters ? 64 : 4;      // up to this many rows, tiles read it: a unit stays in the cache
 constexpr int kDirectUnits = kParts < 2 ? kParts : 2;       // units of a tile that reads the packed weight: one stream
 constexpr int64_t kAhead = 1024;                           // words of the packed weight that are fetched ahead of their use
 constexpr int64_t kPanelBytes = kWidth == 4 ? 1 << 15 : 1 << 16;
@@ -103,7 +104,8 @@ class Scales {
   const Linear* linear_ = nullptr;
   int64_t over_ = 0, offsets_over_ = 0;  // in `supers`
 
-  Floats load(const void* values, int64_t group, int64_t half) const {
+  // Inline: a call would move all sums to memory.
+  __attribute__((always_inline)) Floats load(const void* values, int64_t group, int64_t half) const {
     const Linear& l = *linear_;
     const int64_t place = at + group * kLanes;
     if (l.scale_dtype <= kBFloat16) return load_floats(values, place, l.scale_dtype) * l.factor;
@@ -218,12 +220,13 @@ void panel_share(const Linear& l, const Rows& r, float* y, int64_t y_stride, int
 
 template <class Path>
 void share(const Linear& l, const Rows& r, float* y, int64_t y_stride, int64_t begin, int64_t end, void* scratch) {
-  if (r.m <= kFewRows) return direct_share<Path>(l, r, y, y_stride, begin * kParts, end * kParts);
+  if (r.m <= Path::kDirectRows) return direct_share<Path>(l, r, y, y_stride, begin * kParts, end * kParts);
   panel_share<Path>(l, r, y, y_stride, begin * kParts, end * kParts, scratch);
 }
 
-// The two kinds of products, in separate files so that they compile in parallel.
+// The kinds of products, in separate files so that they compile in parallel.
 void int8_share(const Linear&, const Rows&, float* y, int64_t y_stride, int64_t begin, int64_t end, void* scratch);
 void float_share(const Linear&, const Rows&, float* y, int64_t y_stride, int64_t begin, int64_t end, void* scratch);
+void pairs_share(const Linear&, const Rows&, float* y, int64_t y_stride, int64_t begin, int64_t end, void* scratch);
 
 }  // namespace qk
