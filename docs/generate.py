@@ -161,7 +161,8 @@ def products() -> str:
             return "-"
         return "int8" if whole(scheme) else "int8, numbers rounded to 1/127"
 
-    known = {name: preset(name, [256]) for name in (*PRESETS, *NAMED)} | {name: Scheme(block_spec(name)) for name in BLOCK_GRIDS}
+    known = {name: preset(name, [256]) for name in (*PRESETS, *NAMED)}
+    known |= {name: Scheme(block_spec(name)) for name in BLOCK_GRIDS}
     rows: dict[tuple[str, str], list[str]] = {}
     for name, scheme in known.items():
         rows.setdefault((product(scheme), faster(scheme)), []).append(f"`{name}`")

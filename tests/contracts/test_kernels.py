@@ -1,8 +1,8 @@
 """What every kernel in the registry promises: the float64 product of the dequantized weight, for every spec it accepts.
 
 Tolerance: float32 sums of K products, the rounding of the result to x's dtype, and what the kernel says it rounds weights to
-(the reference: x's dtype; others: nothing, but NF4's numbers to bfloat16 beside bfloat16 activations, and to whole numbers beside
-int8 ones). A kernel that rounds activations is held to the product of the rounded ones.
+(the reference: x's dtype; others: nothing, but NF4's numbers to bfloat16 beside bfloat16 activations, and to whole numbers
+beside int8 ones). A kernel that rounds activations is held to the product of the rounded ones.
 """
 
 import pytest

@@ -47,13 +47,13 @@ struct Model {
   qk::Linear linear(int64_t rows, int64_t columns, bool quantized, bool narrow = false) {
     const int64_t blocks = (rows + 15) / 16, group = quantized ? 8 : columns, padded = qk::round_up(group, 8);
     qk::Linear l{};
-    l.rows = rows, l.columns = columns, l.group = group, l.bias = floats(rows);
+    l.rows = rows, l.columns = columns, l.group = group, l.bias = floats(rows), l.factor = 1;
     if (quantized) {
       owned.push_back(new Exact(blocks * columns * 8));
       l.codes = owned.back()->p;
       float* scales = floats(blocks * columns / group * 16);
       for (int64_t i = 0; i < blocks * columns / group * 16; ++i) scales[i] *= 0.1f;
-      l.scales = scales, l.kind = qk::kWeightU4, l.zero_code = 8, l.scale_dtype = qk::kFloat32, l.factor = 1;
+      l.scales = scales, l.kind = qk::kWeightU4, l.zero_code = 8, l.scale_dtype = qk::kFloat32;
     } else {
       float* values = floats(blocks * padded * 16);
       l.codes = values, l.kind = qk::kWeightFloat32;

@@ -131,7 +131,7 @@ struct Rest {
       middle = l.kind == kWeightU4 ? 8 : l.kind == kWeightHighPlane ? 128 + kHighPlaneMiddle : 128;
     any = l.offsets || (middle && (l.zeros || l.zero_code != middle));
   }
-  __attribute__((always_inline)) Floats operator()(const Scales& scales, int64_t group, Floats scale) const {
+  Floats operator()(const Scales& scales, int64_t group, Floats scale) const {
     const Floats offset = l.offsets ? scales.offset(group) : Floats{};
     if (!middle) return offset;
     const int64_t place = scales.at + group * kLanes;
@@ -226,13 +226,15 @@ inline void multiply(const Linear& l, const Rows& r, const Columns& from, const 
   const bool padded = r.form == kFormPairs;
   const int64_t stored = walk.columns(), left = round_up(l.group - walk.first_column(), kWord), first = walk.chunk;
   const int64_t own = padded || stored < left ? stored : left, before = padded ? walk.chunks.padded : l.group;
-  int64_t group[STRANDS];
+  const Rest rest(l, r);
+  Floats scale[STRANDS][UNITS], other[STRANDS][UNITS];
 #pragma GCC unroll 8
   for (int s = 0; s < STRANDS; ++s, walk.next()) {
-    group[s] = walk.group;
     sums.x[s] = from.x + (walk.group * before + walk.first_column() - from.first) / kWord;
 #pragma GCC unroll 2
     for (int u = 0; u < UNITS; ++u) {
+      scale[s][u] = l.scales ? units[u].scales.scale(walk.group) : splat(1.0f);
+      if (rest.any) other[s][u] = rest(units[u].scales, walk.group, scale[s][u]);
       load_offsets<SOURCE>(l, units[u].scales.at + walk.group * kLanes, sums.offsets[s][u]);
 #pragma GCC unroll 12
       for (int m = 0; m < M; ++m) sums.sum[s][u][m] = Floats{};
@@ -251,25 +253,21 @@ inline void multiply(const Linear& l, const Rows& r, const Columns& from, const 
     sums.x[0] = tail[0];
     sums.add(apart, 8);
   }
-  const Rest rest(l, r);
 #pragma GCC unroll 2
   for (int u = 0; u < UNITS; ++u) units[u].words += STRANDS * apart;
 #pragma GCC unroll 2
   for (int u = 0; u < UNITS; ++u) {
-    const Scales& scales = units[u].scales;
 #pragma GCC unroll 8
     for (int s = 0; s < STRANDS; ++s) {
-      const Floats scale = l.scales ? scales.scale(group[s]) : splat(1.0f);
 #pragma GCC unroll 12
       for (int m = 0; m < M; ++m) {
         FloatsAnywhere* total = reinterpret_cast<FloatsAnywhere*>(t.totals + (u * M + m) * kWidth);
-        *total = multiply_add(scale, sums.sum[s][u][m], *total);
+        *total = multiply_add(scale[s][u], sums.sum[s][u][m], *total);
       }
       if (!rest.any) continue;
-      const Floats factor = rest(scales, group[s], scale);
       for (int m = 0; m < M; ++m) {
         FloatsAnywhere* total = reinterpret_cast<FloatsAnywhere*>(t.totals + (u * M + m) * kWidth);
-        *total = multiply_add(factor, splat(r.total[(first + s) * r.m + t.row + m]), *total);
+        *total = multiply_add(other[s][u], splat(r.total[(first + s) * r.m + t.row + m]), *total);
       }
     }
   }
@@ -281,6 +279,8 @@ struct FloatPath {
   static constexpr int kRows = kPanelRows;
   static constexpr int64_t kDirectRows = kSomeRows;
   static constexpr int kPanelSource = kPaired<SOURCE> ? kPairsPanel : kPanel;
+
+  static Factors factors(const Linear& l, const Rows& r) { return {l.factor, r.form == kFormPairs ? r.scale : nullptr}; }
 
   static int64_t chunk(const Linear&, const Rows& r) { return r.form == kFormPairs || r.form == kFormFloats ? r.block : kChunk; }
 

@@ -61,7 +61,6 @@ inline void multiply(const Linear& l, const Rows& r, const Chunks& chunks, const
   const Zeros zeros(l);
   const uint8_t* zero[UNITS];
   Scales scales[UNITS];
-  const float unit = l.table ? l.table->unit : 1.0f;
 #pragma GCC unroll 8
   for (int u = 0; u < UNITS; ++u) {
     words[u] = start[u];
@@ -72,6 +71,9 @@ inline void multiply(const Linear& l, const Rows& r, const Chunks& chunks, const
   const float* x_scale = r.scale + t.first * r.m + t.row;
   const int32_t* x_sum = r.sum + t.first * r.m + t.row;
   for (Walk walk(chunks, t.first); walk.chunk < t.last; walk.next(), x_scale += r.m, x_sum += r.m) {
+    Floats scale[UNITS];
+#pragma GCC unroll 8
+    for (int u = 0; u < UNITS; ++u) scale[u] = scales[u].scale(walk.group);
     Ints sum[UNITS][M][kSplit] = {};
     const int8_t* const stop = q + walk.columns();
     for (; q < stop; q += 8) {
@@ -103,7 +105,6 @@ inline void multiply(const Linear& l, const Rows& r, const Chunks& chunks, const
     asm("" : "+r"(totals));  // prevents the compiler from keeping the totals of all chunks in registers, of which there are too few
 #pragma GCC unroll 8
     for (int u = 0; u < UNITS; ++u) {
-      const Floats scale = scales[u].scale(walk.group) * unit;
       const Ints minus_zero = (kDotOffset<kWide<SOURCE>> + kMiddle<SOURCE> - load_bytes(zero[u] + walk.group * zeros.step)) & 0xffff;
 #pragma GCC unroll 12
       for (int m = 0; m < M; ++m) {
@@ -111,10 +112,11 @@ inline void multiply(const Linear& l, const Rows& r, const Chunks& chunks, const
         if (kSplit == 2) all += sum[u][m][1];
         all = add_product(all, minus_zero, splat_int(x_sum[m]));
         FloatsAnywhere* total = reinterpret_cast<FloatsAnywhere*>(totals + (u * M + m) * kWidth);
-        *total = multiply_add(to_floats(all), scale * splat(x_scale[m]), *total);
+        *total = multiply_add(to_floats(all), scale[u] * splat(x_scale[m]), *total);
       }
-      if (l.offsets) add_offset<M>(scales[u].offset(walk.group), x_scale, x_sum, totals + u * M * kWidth);
     }
+    if (!l.offsets) continue;
+    for (int u = 0; u < UNITS; ++u) add_offset<M>(scales[u].offset(walk.group), x_scale, x_sum, totals + u * M * kWidth);
   }
 }
 
@@ -125,6 +127,8 @@ struct Int8Path {
   static constexpr int64_t kDirectRows = kSomeRows;
   static constexpr int kColumns = kEight<SOURCE> ? 8 : 4;
   static constexpr int kPanel = SOURCE == kNibbles ? kNarrowPanel : SOURCE == kHighPlane ? kHighPanel : kWidePanel;
+
+  static Factors factors(const Linear& l, const Rows&) { return {l.table ? l.factor * l.table->unit : l.factor, nullptr}; }
 
   static int64_t chunk(const Linear&, const Rows& r) { return r.block; }
 
@@ -184,7 +188,6 @@ inline void multiply_tiles(const Linear& l, const Rows& r, const Chunks& chunks,
   const float* x_scale = r.scale + t.first * r.m + t.row;
   const int32_t* x_sum = r.sum + t.first * r.m + t.row;
   const Zeros zeros(l);
-  const float unit = l.table ? l.table->unit : 1.0f;
   for (Walk walk(chunks, t.first); walk.chunk < t.last; walk.next(), x_scale += r.m, x_sum += r.m) {
     _tile_zero(0);
     _tile_zero(1);
@@ -200,7 +203,7 @@ inline void multiply_tiles(const Linear& l, const Rows& r, const Chunks& chunks,
     _tile_stored(1, sums[1], kTileBytes);
     for (int u = 0; u < kPanelUnits; ++u) {
       const Scales scales(l, unit_of(t, u));
-      const Floats scale = scales.scale(walk.group) * unit;
+      const Floats scale = scales.scale(walk.group);
       const Ints minus_zero = kMiddle<SOURCE> - load_bytes(zeros.at(scales.at) + walk.group * zeros.step);
       for (int m = 0; m < kTileRows; ++m) {
         const Ints all = *reinterpret_cast<const Ints*>(sums[u][m]) + minus_zero * x_sum[m];

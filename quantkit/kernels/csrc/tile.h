@@ -87,7 +87,7 @@ inline int64_t scale_of(const Linear& l, int64_t unit) {
   return unit / kParts * (l.columns / l.group) * kLanes + unit % kParts * kWidth;
 }
 
-// Scales and offsets of a unit by group.
+// Scales and offsets of a unit by group, without the factor of all. Read before a chunk is summed: sums leave no registers.
 class Scales {
  public:
   int64_t at = 0;  // place of the first group
@@ -104,19 +104,18 @@ class Scales {
   const Linear* linear_ = nullptr;
   int64_t over_ = 0, offsets_over_ = 0;  // in `supers`
 
-  // Inline: a call would move all sums to memory.
-  __attribute__((always_inline)) Floats load(const void* values, int64_t group, int64_t half) const {
+  Floats load(const void* values, int64_t group, int64_t half) const {
     const Linear& l = *linear_;
     const int64_t place = at + group * kLanes;
-    if (l.scale_dtype <= kBFloat16) return load_floats(values, place, l.scale_dtype) * l.factor;
+    if (l.scale_dtype <= kBFloat16) return load_floats(values, place, l.scale_dtype);
     const uint8_t* bytes = static_cast<const uint8_t*>(values) + place;
     if (l.scale_dtype == kScaleInt8) {
       const Floats whole = to_floats(load_signed_bytes(reinterpret_cast<const int8_t*>(bytes)));
       return whole * load_halves(l.supers + half + (group >> l.super) * kLanes);
     }
     const Words code = (Words)load_bytes(bytes);
-    if (l.scale_dtype == kScaleE4M3) return from_e4m3(code << 24) * l.factor;
-    return (Floats)(code == 0u ? code + 0x400000u : code << 23) * l.factor;  // 2^-127 is subnormal
+    if (l.scale_dtype == kScaleE4M3) return from_e4m3(code << 24);
+    return (Floats)(code == 0u ? code + 0x400000u : code << 23);  // 2^-127 is subnormal
   }
 };
 
@@ -131,13 +130,18 @@ struct Zeros {
   const uint8_t* at(int64_t place) const { return step ? stored + place : code; }
 };
 
-// `scale`: of every row of x, or null.
-inline void store_tile(const Linear& l, const float* scale, const Tile& t, int units, int rows, float* y, int64_t y_stride) {
+// What totals are multiplied by.
+struct Factors {
+  float all;
+  const float* row;  // and by row of x, where one was rounded to floats by one scale; or null
+};
+
+inline void store_tile(const Linear& l, const Factors& by, const Tile& t, int units, int rows, float* y, int64_t y_stride) {
   for (int u = 0; u < units && t.unit + u < t.last_unit; ++u) {
     const int64_t at = (t.unit + u) * kWidth, count = l.rows - at;
     for (int m = 0; m < rows; ++m) {
-      Floats total = *reinterpret_cast<const FloatsAnywhere*>(t.totals + (u * rows + m) * kWidth);
-      if (scale) total *= scale[t.row + m];
+      Floats total = *reinterpret_cast<const FloatsAnywhere*>(t.totals + (u * rows + m) * kWidth) * by.all;
+      if (by.row) total *= by.row[t.row + m];
       float* out = y + (t.row + m) * y_stride + at;
       if (count >= kWidth) {
         if (l.bias) total += *reinterpret_cast<const FloatsAnywhere*>(l.bias + at);
@@ -149,16 +153,13 @@ inline void store_tile(const Linear& l, const float* scale, const Tile& t, int u
   }
 }
 
-// What a row of y is multiplied by: the scale of a whole row of x that was rounded to floats.
-inline const float* row_scale(const Rows& r) { return r.form == kFormPairs ? r.scale : nullptr; }
-
 template <class Path, int M>
 void direct_rows(const Linear& l, const Rows& r, const Chunks& chunks, Tile& t, float* y, int64_t y_stride) {
   for (; t.row + M <= r.m; t.row += M) {
     alignas(64) float totals[M * kDirectUnits * kWidth] = {};
     t.totals = totals;
     Path::template direct<M>(l, r, chunks, t);
-    store_tile(l, row_scale(r), t, kDirectUnits, M, y, y_stride);
+    store_tile(l, Path::factors(l, r), t, kDirectUnits, M, y, y_stride);
   }
   if constexpr (M > 1) direct_rows<Path, M == 4 ? 3 : M == 3 ? 2 : M / 2>(l, r, chunks, t, y, y_stride);
 }
@@ -183,12 +184,12 @@ void panel_rows(const Linear& l, const Rows& r, const Chunks& chunks, Tile& t, i
 
 // Store the totals of a slab, in the order of panel_rows.
 template <int M>
-void store_rows(const Linear& l, const float* scale, Tile& t, float* y, int64_t y_stride, int64_t last_row) {
-  for (; t.row + M <= last_row; t.row += M, t.totals += M * kPanelWidth) store_tile(l, scale, t, kPanelUnits, M, y, y_stride);
+void store_rows(const Linear& l, const Factors& by, Tile& t, float* y, int64_t y_stride, int64_t last_row) {
+  for (; t.row + M <= last_row; t.row += M, t.totals += M * kPanelWidth) store_tile(l, by, t, kPanelUnits, M, y, y_stride);
   if constexpr (M > 8)
-    store_rows<8>(l, scale, t, y, y_stride, last_row);
+    store_rows<8>(l, by, t, y, y_stride, last_row);
   else if constexpr (M > 1)
-    store_rows<M / 2>(l, scale, t, y, y_stride, last_row);
+    store_rows<M / 2>(l, by, t, y, y_stride, last_row);
 }
 
 template <class Path>
@@ -213,7 +214,7 @@ void panel_share(const Linear& l, const Rows& r, float* y, int64_t y_stride, int
         panel_rows<Path, kRows>(l, r, chunks, t, last_row);
       }
       t.row = row, t.totals = totals;
-      store_rows<kRows>(l, row_scale(r), t, y, y_stride, last_row);
+      store_rows<kRows>(l, Path::factors(l, r), t, y, y_stride, last_row);
     }
   }
 }
