@@ -29,4 +29,5 @@ def assert_same(got: QTensor, want: QTensor) -> None:
     assert ours.keys() == theirs.keys()
     for name, part in theirs.items():
         assert ours[name].dtype == part.dtype
-        assert torch.equal(*(one.contiguous().flatten().view(torch.uint8) for one in (ours[name], part)))
+        narrow = part.is_floating_point() and part.itemsize == 1  # which torch does not compare
+        assert torch.equal(*(one.float() if narrow else one for one in (ours[name], part)))

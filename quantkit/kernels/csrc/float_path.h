@@ -277,7 +277,7 @@ template <int SOURCE>
 struct FloatPath {
   static constexpr int kBytes = kPaired<SOURCE> ? 2 : 4, kPanelColumns = kPaired<SOURCE> ? 2 : 1;
   static constexpr int kRows = kPanelRows;
-  static constexpr int64_t kDirectRows = kSomeRows;
+  static constexpr int64_t kDirectRows = SOURCE == kFloat8Pairs ? kFewRows : kSomeRows;  // which takes long to decode
   static constexpr int kPanelSource = kPaired<SOURCE> ? kPairsPanel : kPanel;
 
   static Factors factors(const Linear& l, const Rows& r) { return {l.factor, r.form == kFormPairs ? r.scale : nullptr}; }

@@ -73,7 +73,10 @@ inline void multiply(const Linear& l, const Rows& r, const Chunks& chunks, const
   for (Walk walk(chunks, t.first); walk.chunk < t.last; walk.next(), x_scale += r.m, x_sum += r.m) {
     Floats scale[UNITS];
 #pragma GCC unroll 8
-    for (int u = 0; u < UNITS; ++u) scale[u] = scales[u].scale(walk.group);
+    for (int u = 0; u < UNITS; ++u) {
+      scale[u] = scales[u].scale(walk.group);
+      if (kPanel) asm("" : "+m"(scale[u]));  // not in a register meanwhile: sums need all of them
+    }
     Ints sum[UNITS][M][kSplit] = {};
     const int8_t* const stop = q + walk.columns();
     for (; q < stop; q += 8) {
