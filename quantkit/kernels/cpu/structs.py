@@ -169,9 +169,11 @@ class LaidOut:
         structs = []
         for linear in linears:
             bias = None if linear.bias is None else self._keep(linear.bias.detach().float().contiguous())
-            inputs = None
-            if not isinstance(linear.weight, Tensor) and (activation := linear.weight.activation) is not None:
-                inputs, mixing = inputs_struct(activation, linear.shape[1], linear.weight.input_scale(linear.expert or 0))
+            inputs, weight = None, linear.weight
+            activation: Any = None if isinstance(weight, Tensor) else weight.activation
+            if activation is not None:
+                module: Any = weight
+                inputs, mixing = inputs_struct(activation, linear.shape[1], module.input_scale(linear.expert or 0))
                 self._keep((inputs, mixing))
             structs.append(self._keep(_prepacked(linear, self._arena)).struct(bias, inputs))
         return ctypes.addressof(self._keep(_array(layout.LinearStruct, structs)))
