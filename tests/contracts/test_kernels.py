@@ -108,7 +108,7 @@ def other_weight(spec: QuantSpec, shape: tuple[int, int]) -> QTensor:
     kind, generator = ggml.BLOCK_TYPES[spec.blocks], torch.Generator().manual_seed(0)
     blocks = (shape[0], shape[1] // kind.size)
     content = kind.unpack(torch.randint(0, 256, (*blocks, kind.nbytes), dtype=torch.uint8, generator=generator))
-    d, low = (torch.rand(blocks, generator=generator).half() for _ in range(2))
+    d, low = ((torch.rand(blocks, generator=generator) / 64).half() for _ in range(2))
     return BlockTensor.from_content(content._replace(d=d, low=None if content.low is None else low), spec)
 
 

@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 
 from quantkit.kernels import build
-from quantkit.kernels.cpu import layout, structs
+from quantkit.kernels.cpu import layout, structs, tables
 from quantkit.kernels.cuda import attention, calls, norms, nvcc, prefill, sampling
 from tests.cuda import emulated
 
 CPU = {
     "qk::Linear": layout.LinearStruct,
+    "qk::Table": tables.TableStruct,
+    "qk::Inputs": tables.InputsStruct,
     "qk::Norm": structs.NormStruct,
     "qk::Attention": structs.AttentionStruct,
     "qk::Mlp": structs.MlpStruct,
