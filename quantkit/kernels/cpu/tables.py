@@ -2,12 +2,14 @@
 
 import ctypes
 import functools
+import math
 from typing import Final
 
 import torch
 from torch import Tensor
 
 from quantkit.dtypes import DTYPES, table
+from quantkit.errors import KernelError
 from quantkit.numerics.hadamard import rotation_factors
 from quantkit.spec import ActivationSpec
 
@@ -101,7 +103,12 @@ def inputs_struct(activation: ActivationSpec, columns: int, scale: float | None)
         activation: one that :func:`rejects_inputs` does not reject.
         columns: number of channels.
         scale: the stored scale of a static grid.
+
+    Raises:
+        KernelError: a stored scale that is no positive number.
     """
+    if scale is not None and not 0 < scale < math.inf:
+        raise KernelError(f"the stored scale of inputs is {scale}, want a positive number; quantize again")
     spec = activation.grid
     group = spec.block[1] if activation.dynamic and spec.block[1] > 0 else columns
     top = (1 << (spec.bits - 1)) - 1 if spec.is_integer else 0
