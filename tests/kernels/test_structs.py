@@ -75,7 +75,7 @@ def test_structs_of_the_cuda_kernels(source, tmp_path):
 
 def test_no_mirror_is_left_out():
     known = {mirror.__name__ for mirrors in (CPU, *CUDA.values()) for mirror in mirrors.values()}
-    modules = (layout, structs, attention, calls, norms, prefill, sampling)
+    modules = (layout, structs, tables, attention, calls, norms, prefill, sampling)
     found = {value.__name__ for module in modules for value in vars(module).values() if _is_struct(value)}
     assert found == known
 
