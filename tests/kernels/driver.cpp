@@ -132,7 +132,7 @@ static void run(const Case& c) {
   linear.table = c.kind == qk::kWeightT4 ? &numbers : nullptr;
   linear.rows = c.rows, linear.columns = c.columns, linear.group = c.group, linear.kind = c.kind;
   linear.zero_code = c.kind == qk::kWeightU4 ? 8 : 128, linear.scale_dtype = c.scale_dtype, linear.factor = 1;
-  if (c.offsets && c.kind != qk::kWeightT4) linear.zero_code = 0;
+  if (c.offsets) linear.zero_code = 0;
   check(qk_linear(&linear, c.biased ? bias.data() : nullptr, x.data(), y.data(), c.m, c.block, c.dtype, 1 + problems % 3) == 0,
         "status");
   const bool rounded = c.block && c.kind >= qk::kWeightU4 && c.kind != qk::kWeightF8;
@@ -188,7 +188,7 @@ int main(int count, char**) {
         for (int64_t m : {0, 1, 2, 3, 5, 13, 35}) {
           const int n = problems;
           const int64_t groups = kind < 2 ? 1 : 1 + n % 3, block = n % 4 < 2 ? 0 : n % 8 < 4 ? 32 : 64;
-          const bool offsets = kind > 1 && kind < 7 && n % 11 < 3;
+          const bool offsets = (kind == 2 || kind == 3) && n % 11 < 3;
         const int32_t stored = kind < 2 ? 0 : offsets ? (n % 4 ? n % 3 : 5) : n % 6;
         run({m, rows, group * groups, group, block, kind, stored, n / 2 % 3, (kind == 2 || kind == 3) && !offsets && n % 5 < 2, n % 7 < 3, offsets});
         }

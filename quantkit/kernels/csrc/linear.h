@@ -52,7 +52,7 @@ struct Linear {          // filled in Python through ctypes (kernels/cpu/layout.
   const void* codes;     // 64-byte aligned
   const void* scales;    // [block][group][16] of `scale_dtype`; null for float kinds
   const uint8_t* zeros;  // [block][group][16], or null if all are `zero_code`
-  const void* offsets;   // as scales, or null if all are 0; then there are no zeros
+  const void* offsets;   // as scales, or null if all are 0; with them there are neither zeros nor a table
   const uint16_t* supers;  // of kScaleInt8: half floats [block][groups / super][16], those of scales, then those of offsets
   const Table* table;    // of T4
   const Inputs* inputs;  // null: inputs are not rounded by a scheme
