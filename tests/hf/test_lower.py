@@ -255,9 +255,9 @@ def test_layers_that_round_their_inputs_run_natively_with_and_without(family, tm
     assert_same_logits(plain, some_ids(20))
     assert [Engine(one).backend.engine for one in (model, plain)] == ["native", "native"]
     with torch.inference_mode():
-        rounded, exact = (one(torch.tensor([some_ids(20)])).logits[0] for one in (model, plain))
+        rounded, exact = (one(torch.as_tensor(some_ids(20))[None]).logits[0] for one in (model, plain))
     decoder = native_decoder(model)
-    rows = Rows(some_ids(20), range(20), [0] * 20, torch.zeros(1, 1), range(20))
+    rows = Rows(torch.as_tensor(some_ids(20)), range(20), [0] * 20, torch.zeros(1, 1, dtype=torch.int32), range(20))
     ours = decoder.run(rows, KvPages(decoder.program, 1))
     assert (ours - rounded).abs().mean() < 0.3 * (exact - rounded).abs().mean()
 
