@@ -139,6 +139,36 @@ def kernels() -> str:
     return table(["Name", "Priority", "What it does"], [[f"`{name}`", one.priority, of_file(one)] for name, one in best])
 
 
+def products() -> str:
+    """Return the table of what the CPU multiplies, by scheme."""
+    from quantkit.kernels.cpu.tables import is_table, rejects_inputs
+    from quantkit.presets import NAMED, PRESETS, preset
+    from quantkit.spec import BLOCK_GRIDS, Scheme, block_spec
+
+    def whole(scheme: Scheme) -> bool:
+        return scheme.weight.is_integer or scheme.weight.dtype in ("fp4_e2m1", "iq4_nl")
+
+    def product(scheme: Scheme) -> str:
+        inputs = scheme.activation
+        if inputs is None:
+            return "float32 or bfloat16"
+        if rejects_inputs(inputs, 256):
+            return "through modules"
+        return "int8" if inputs.grid.is_integer and whole(scheme) else "bfloat16" if not inputs.grid.is_integer else "float32"
+
+    def faster(scheme: Scheme) -> str:
+        if scheme.activation is not None or not (scheme.weight.is_integer or is_table(scheme.weight.dtype)):
+            return "-"
+        return "int8" if whole(scheme) else "int8, numbers rounded to 1/127"
+
+    known = {name: preset(name, [256]) for name in (*PRESETS, *NAMED)}
+    known |= {name: Scheme(block_spec(name)) for name in BLOCK_GRIDS}
+    rows: dict[tuple[str, str], list[str]] = {}
+    for name, scheme in known.items():
+        rows.setdefault((product(scheme), faster(scheme)), []).append(f"`{name}`")
+    return table(["Schemes", "Product", 'With `compute="int8"`'], [[", ".join(names), *how] for how, names in rows.items()])
+
+
 def drafters() -> str:
     """Return the table of drafters."""
     from quantkit.engine.drafters.base import DRAFTERS
@@ -260,6 +290,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "steps": steps,
     "formats": formats,
     "kernels": kernels,
+    "products": products,
     "drafters": drafters,
     "collectors": collectors,
     "caches": caches,

@@ -7,9 +7,8 @@ import torch
 
 from quantkit import load, quantize
 from quantkit.calibrate.data import Calibration
-from quantkit.errors import CalibrationError, QuantkitError, SpecError
-from quantkit.hf.backend import make_backend
-from quantkit.hf.native import native_decoder
+from quantkit.errors import CalibrationError, SpecError
+from quantkit.generation.generate import generate
 from quantkit.nn.linear import QuantLinear
 from quantkit.numerics.fake import fake_quantize
 from quantkit.numerics.grid import choose_qparams
@@ -158,12 +157,14 @@ def test_a_rotated_layer_is_the_layer_on_turned_inputs() -> None:
     assert (learning.grad - exact.grad).norm() < 0.03 * exact.grad.norm()  # type: ignore[operator, union-attr]
 
 
-def test_no_native_engine_runs_rotated_inputs_unrotated() -> None:
+def test_the_native_engine_rotates_inputs_itself() -> None:
     model = tiny.FAMILIES["llama"]()
     quantize(model, "w8a8-rotated", method="rtn")
-    assert "inputs of layers are rounded to int8 channel rotated, which only modules do" in str(native_decoder(model))
-    with pytest.raises(QuantkitError, match="which only modules do"):
-        make_backend(model, engine="native")
+    prompt = ids()[0][0, :9]
+    found = generate(model, prompt.tolist(), max_new_tokens=1, logprobs=tiny.VOCAB, engine="native").logprobs[0].top
+    with torch.inference_mode():
+        want = model(prompt[None]).logits[0, -1].log_softmax(-1)
+    torch.testing.assert_close(torch.tensor([value for _, value in sorted(found)]), want, atol=2e-2, rtol=2e-2)
 
 
 def test_rotated_grids_that_make_no_sense_are_refused() -> None:

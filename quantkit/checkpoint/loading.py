@@ -31,7 +31,7 @@ from quantkit.nn.install import install, set_compute
 from quantkit.nn.linear import QuantModule, QuantWeight
 from quantkit.nn.parameter import QuantParameter
 from quantkit.nn.sites import Site
-from quantkit.qtensor import as_grid, empty_qtensor
+from quantkit.qtensor import empty_qtensor
 from quantkit.system.compute import known_device
 from quantkit.system.files import named_path
 from quantkit.system.memory import HeapWatch
@@ -204,7 +204,7 @@ def _prepack(opened: Opened, site: Site, heap: HeapWatch) -> Iterator[Prepacked]
     """Yield the matrices of a site in the kernel's layout, and let go of the pages of the files that were read for it."""
     qtensor = opened.qtensor(site, copy=False)
     for part in [qtensor] if len(site.shape) == 2 else (qtensor[expert] for expert in range(site.shape[0])):
-        yield layout.prepack(as_grid(part))
+        yield layout.prepack(part)
         heap.check()
     opened.reader.release()
 

@@ -21,7 +21,7 @@ class NativeBackend:
         decoder: the program, prepared for the CPU kernels; without LongRoPE, whose tables depend on the length of a sequence.
         kv: how keys and values are stored, a key of :data:`quantkit.kernels.cpu.decoder.KV_DTYPES`.
         exact: keep float activations; False rounds them to int8 in products with quantized weights.
-        bfloat16: round activations to bfloat16 in products with bfloat16 weights, where that is faster on this CPU.
+        bfloat16: round activations to bfloat16 in products with other than float32 weights, where that is faster on this CPU.
         context_tokens: longest sequence that the model supports.
 
     Attributes:

@@ -99,8 +99,8 @@ def make_backend(
         kv: how keys and values are stored: a scheme or its name.
         engine: ``"native"`` (one native call per step), ``"modules"`` (the model's own forward), or ``"auto"``: native if
             possible, else modules.
-        compute: ``"exact"`` keeps activations in float, except that a bfloat16 model on a CPU rounds them to bfloat16 in
-            products with bfloat16 weights if this CPU is faster with it; ``"float32"`` never does that. ``"int8"`` rounds them
+        compute: ``"exact"`` keeps activations in float, except that a bfloat16 model on a CPU rounds them to bfloat16, as its
+            modules do, if this CPU is faster with it; ``"float32"`` never does that. ``"int8"`` rounds them
             in products with quantized weights, which is faster and less exact. ``"auto"`` does what the model was loaded with.
             Anything else than that needs the native CPU engine.
         batch_invariant: require that an answer does not depend on the other requests of a batch. The native CPU engine

@@ -116,7 +116,7 @@ def _mark(model: PreTrainedModel) -> _Mark:
     quantized = [part for part in model.modules() if isinstance(part, QuantModule)]
     return (
         *((id(tensor), tensor.data_ptr(), _version(tensor)) for tensor in tensors),
-        *((id(part), 0, part.revision) for part in quantized),
+        *((id(part), hash(part.activation), part.revision) for part in quantized),
     )
 
 

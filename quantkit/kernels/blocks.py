@@ -1,7 +1,7 @@
 r"""Weights in the blocks of a GGUF file: dequantized once, multiplied as floats.
 
-There are no compiled kernels for blocks yet. The reference kernel would unpack the whole weight in every product; this one
-keeps it unpacked, which takes the memory of a float32 model.
+The compiled CPU kernels multiply by blocks as they are. Where they cannot (another device, no compiler), the reference kernel
+would unpack the whole weight in every product; this one keeps it unpacked, which takes the memory of a float32 model.
 """
 
 from typing import NamedTuple

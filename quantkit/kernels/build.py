@@ -40,7 +40,7 @@ from quantkit.system.files import atomic_path, private_directory, shared
 
 logger = logging.getLogger(__name__)
 
-ABI_VERSION: Final = 4
+ABI_VERSION: Final = 5
 """The number that ``qk_abi_version()`` of the library must return; increase both when a signature changes."""
 
 DTYPE_CODES: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}

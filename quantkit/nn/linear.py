@@ -271,6 +271,11 @@ class _Multiplier(QuantModule):
             return kernel.matmul_rounded(x, state, bias, activation)
         return kernel.matmul(inputs.round(x), state, bias)
 
+    def input_scale(self, expert: int = 0) -> float | None:
+        """Return the stored scale of the inputs of one matrix; None where their grid has none."""
+        scale = self._inputs(expert).scale
+        return None if scale is None else float(scale)
+
     def _inputs(self, expert: int) -> InputQuantizer:
         scale = self.value.input_scale
         return InputQuantizer(self.activation, scale if scale is None or scale.ndim == 1 else scale[expert])

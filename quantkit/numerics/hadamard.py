@@ -47,14 +47,14 @@ def hadamard_transform(x: Tensor, *, back: bool = False) -> Tensor:
         A tensor of x's shape and dtype, computed in float32 at least.
     """
     wide = x if x.dtype == torch.float64 else x.float()
-    mixing, doubling = (part.to(wide) for part in _factors(x.shape[-1]))
+    mixing, doubling = (part.to(wide) for part in rotation_factors(x.shape[-1]))
     parts = wide.reshape(-1, len(mixing), len(doubling))
     turned = ((mixing.T if back else mixing) @ parts) @ doubling  # Sylvester's matrix is its own transpose
     return turned.view(x.shape).to(x.dtype)
 
 
 @functools.lru_cache(maxsize=16)
-def _factors(size: int) -> tuple[Tensor, Tensor]:
+def rotation_factors(size: int) -> tuple[Tensor, Tensor]:
     """Return (a, a) and (b, b), orthogonal, a b = ``size``: a Hadamard matrix (or the identity) and Sylvester's."""
     small = size // (size & -size)
     while size % small == 0:

@@ -127,13 +127,13 @@ def test_a_checkpoint_whose_own_loss_is_small_stays_exact(tmp_path):
 
 def test_layers_that_no_kernel_rounds_for(tmp_path):
     """All of them: it is exact and says why; some: the others round."""
-    model, output = tiny_llama(intermediate_size=128), quantkit.Output(tmp_path / "nf4", format="native")
-    fully = quantkit.quantize(model, "nf4", method="rtn", output=output)
+    model, output = tiny_llama(intermediate_size=128), quantkit.Output(tmp_path / "fp8", format="native")
+    fully = quantkit.quantize(model, "fp8", method="rtn", output=output)
     assert "could not be measured: no kernel can run" in fully.facts()["loaded on a CPU"]
     assert describe_compute(checkpoint.load(fully.path)) == "exact"
     with pytest.raises(KernelError, match="no kernel can run"):
         checkpoint.load(fully.path, compute="int8")
-    rules = [quantkit.Rule("*.mlp.down_proj", "nf4")]
+    rules = [quantkit.Rule("*.mlp.down_proj", "fp8")]
     output = quantkit.Output(tmp_path / "mixed", format="native")
     mixed = quantkit.quantize(tiny_llama(intermediate_size=128), "w4a16-g32", method="rtn", rules=rules, output=output)
     model = checkpoint.load(mixed.path, compute="int8")

@@ -76,10 +76,17 @@ def test_every_grid_comes_back(spec, tmp_path):
             assert torch.equal(module.qtensor.scale, own.qtensor.scale)
 
 
-def test_grids_without_a_compiled_kernel_are_read_from_the_checkpoint(tmp_path):
-    model, path = save(tmp_path, spec=QuantSpec("nf4", (1, 32), scale_dtype="float32"))
-    assert torch.equal(logits(checkpoint.load(path)), logits(model))
-    assert not prepacked.files()
+@pytest.mark.parametrize(
+    "spec",
+    [QuantSpec("nf4", (1, 32), scale_dtype="float32"), QuantSpec("fp4_e2m1", (1, 32), scale_dtype="float8_e8m0fnu")],
+    ids=str,
+)
+def test_tables_and_narrow_scales_are_kept_too(tmp_path, spec):
+    model, path = save(tmp_path, spec=spec)
+    wanted = logits(model)
+    for _ in range(2):
+        assert torch.equal(logits(checkpoint.load(path)), wanted)
+    assert len(prepacked.files()) == 1
 
 
 def test_a_changed_checkpoint_is_never_served_stale(tmp_path):

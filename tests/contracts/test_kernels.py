@@ -1,7 +1,8 @@
 """What every kernel in the registry promises: the float64 product of the dequantized weight, for every spec it accepts.
 
 Tolerance: float32 sums of K products, the rounding of the result to x's dtype, and what the kernel says it rounds weights to
-(the reference: x's dtype; others: nothing). A kernel that rounds activations is held to the product of the rounded ones.
+(the reference: x's dtype; others: nothing, but NF4's numbers to bfloat16 beside bfloat16 activations, and to whole numbers
+beside int8 ones). A kernel that rounds activations is held to the product of the rounded ones.
 """
 
 import pytest
@@ -11,11 +12,11 @@ from hypothesis import strategies as st
 
 from quantkit.errors import KernelError
 from quantkit.kernels import KERNELS, Kernel, Problem, report, select
-from quantkit.kernels.cpu import ops
+from quantkit.kernels.cpu import layout, ops
 from quantkit.kernels.cpu.matmul import BLOCK
-from quantkit.numerics import grid
-from quantkit.qtensor import GridTensor
-from quantkit.spec import QuantSpec
+from quantkit.numerics import ggml, grid
+from quantkit.qtensor import BlockTensor, QTensor
+from quantkit.spec import BLOCK_GRIDS, QuantSpec, block_spec
 from tests.qtensors import assert_same, random_qtensor
 
 NAMES = [name for name in KERNELS.names() if name not in ("cuda", "blocks")]  # held to it in tests/{cuda,gpu,formats}
@@ -30,22 +31,38 @@ BLOCKS = {  # block -> K it is tried with
 }
 
 
-def kernel_for(name: str, qtensor: GridTensor, dtype: torch.dtype) -> Kernel:
+OTHERS = {  # what are not integers with a zero point, and a shape of odd sizes
+    "fp8": (QuantSpec("fp8_e4m3"), (37, 77)),
+    "fp8-tensor": (QuantSpec("fp8_e4m3", (-1, -1), True, "bfloat16"), (18, 40)),
+    "fp8-block": (QuantSpec("fp8_e4m3", (16, 24), True, "float32"), (48, 72)),
+    "nf4": (QuantSpec("nf4", (1, 64)), (35, 192)),
+    "nf4-odd": (QuantSpec("nf4", (1, 12)), (7, 36)),
+    "fp4": (QuantSpec("fp4_e2m1"), (33, 37)),
+    "mxfp4": (QuantSpec("fp4_e2m1", (1, 32), True, "float8_e8m0fnu"), (17, 96)),
+    "nvfp4": (QuantSpec("fp4_e2m1", (1, 16), True, "float8_e4m3fn"), (21, 80)),
+    "offset": (QuantSpec("int4", (1, 32), False, "bfloat16", offset=True), (19, 96)),
+    "offset-odd": (QuantSpec("int8", (1, 12), False, "float32", offset=True), (5, 36)),
+    **{name: (block_spec(name), (9, 512)) for name in BLOCK_GRIDS},
+}
+
+
+def kernel_for(name: str, qtensor: QTensor, dtype: torch.dtype) -> Kernel:
     kernel = KERNELS.get(name)
     reason = kernel.rejects(Problem(qtensor.spec, (qtensor.shape[0], qtensor.shape[1]), "cpu", dtype))
     assert reason is None
     return kernel
 
 
-def assert_product(name: str, y: torch.Tensor, x: torch.Tensor, qtensor: GridTensor, bias: torch.Tensor | None) -> None:
+def assert_product(name: str, y: torch.Tensor, x: torch.Tensor, qtensor: QTensor, bias: torch.Tensor | None) -> None:
     weight = qtensor.dequantize().double()
     dtype = x.dtype
     if KERNELS.get(name).compute == "int8":
         x = ops.round_activations(x, grid.block_size(qtensor.spec, qtensor.shape)[1], BLOCK)
+        weight = layout.dequantize(*layout.prepack(qtensor), whole=True).double()
     exact = x.double() @ weight.T + (0 if bias is None else bias.double())
     size = x.double().abs() @ weight.abs().T
     eps = torch.finfo(dtype).eps
-    rounded = eps if name == "reference" else 0.0
+    rounded = eps if name == "reference" or (qtensor.spec.dtype, dtype) == ("nf4", torch.bfloat16) else 0.0
     tolerance = (2 * torch.finfo(torch.float32).eps * x.shape[-1] ** 0.5 + rounded) * size + eps * exact.abs() + 1e-7
     assert y.dtype == dtype
     assert y.shape == exact.shape
@@ -82,6 +99,38 @@ def test_every_activation_dtype(name, dtype, biased):
         for m in (1, 2, 3, 5, 9, 17, 33, 101):
             x = torch.randn(m, 192).to(dtype)
             assert_product(name, kernel.matmul(x, state, bias), x, qtensor, bias)
+
+
+def other_weight(spec: QuantSpec, shape: tuple[int, int]) -> QTensor:
+    """Every code possible but NaN."""
+    if spec.blocks is None:
+        return random_qtensor(spec, shape)
+    kind, generator = ggml.BLOCK_TYPES[spec.blocks], torch.Generator().manual_seed(0)
+    blocks = (shape[0], shape[1] // kind.size)
+    content = kind.unpack(torch.randint(0, 256, (*blocks, kind.nbytes), dtype=torch.uint8, generator=generator))
+    d, low = ((torch.rand(blocks, generator=generator) / 64).half() for _ in range(2))
+    return BlockTensor.from_content(content._replace(d=d, low=None if content.low is None else low), spec)
+
+
+@pytest.mark.parametrize("which", OTHERS)
+@pytest.mark.parametrize("name", NAMES)
+def test_tables_small_floats_offsets_and_blocks(name, which):
+    spec, shape = OTHERS[which]
+    qtensor = other_weight(spec, shape)
+    if reason := KERNELS.get(name).rejects(Problem(spec, shape, "cpu", torch.float32)):
+        assert name == "cpu-int8"
+        assert "no multiples of a step" in reason
+        return
+    for dtype in DTYPES:
+        kernel = kernel_for(name, qtensor, dtype)
+        state = kernel.prepack(qtensor)
+        assert_same(kernel.unpack(state, spec), qtensor)
+        whole = torch.randn(33, shape[1]).to(dtype)
+        for m in (1, 2, 5, 9, 33):
+            y = kernel.matmul(whole[:m], state, None)
+            assert_product(name, y, whole[:m], qtensor, None)
+            if m == 9 and name != "reference":  # which leaves the order of sums to torch
+                assert torch.equal(y[:1], kernel.matmul(whole[:1], state, None))
 
 
 @pytest.mark.parametrize("scale_dtype", ["float16", "bfloat16", "float32"])

@@ -47,7 +47,7 @@ struct Model {
   qk::Linear linear(int64_t rows, int64_t columns, bool quantized, bool narrow = false) {
     const int64_t blocks = (rows + 15) / 16, group = quantized ? 8 : columns, padded = qk::round_up(group, 8);
     qk::Linear l{};
-    l.rows = rows, l.columns = columns, l.group = group, l.bias = floats(rows);
+    l.rows = rows, l.columns = columns, l.group = group, l.bias = floats(rows), l.factor = 1;
     if (quantized) {
       owned.push_back(new Exact(blocks * columns * 8));
       l.codes = owned.back()->p;
@@ -80,7 +80,10 @@ struct Model {
       keep(linear(kKvHeads * kHeadDim, kHidden, false, kind != 2));
       keep(linear(kKvHeads * kHeadDim, kHidden, quantized));
       a.qkv_count = 3;
-      a.out = keep(linear(kHidden, kHeads * kHeadDim, quantized));
+      qk::Linear out = linear(kHidden, kHeads * kHeadDim, quantized);
+      static const qk::Inputs tokens{nullptr, 0, kHeads * kHeadDim, 0, 127}, stored{nullptr, 0, kHeads * kHeadDim, 0.01f, 127};
+      if (kind) out.inputs = kind == 1 ? &tokens : &stored;  // rounded by a scheme
+      a.out = keep(out);
       a.heads = kHeads, a.kv_heads = kKvHeads, a.head_dim = kHeadDim;
       a.rotary = kind == 2 ? -1 : 0, a.window = kind == 0 ? 0 : 45, a.scale = 0.3f, a.softcap = kind == 1 ? 5.0f : 0.0f;
       if (kind == 0) a.q_norm = norm(kHeads * kHeadDim, false), a.k_norm = norm(kHeadDim, true);

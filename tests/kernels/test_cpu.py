@@ -15,8 +15,10 @@ from quantkit.kernels import KERNELS, build
 from quantkit.kernels.cpu import layout, ops
 from quantkit.kernels.cpu.matmul import BLOCK
 from quantkit.numerics import grid
+from quantkit.numerics.fake import fake_quantize
 from quantkit.qtensor import GridTensor
-from quantkit.spec import QuantSpec
+from quantkit.spec import QuantSpec, token_activations
+from tests.qtensors import random_qtensor
 
 CPU, INT8 = KERNELS.get("cpu"), KERNELS.get("cpu-int8")
 BOTH = pytest.mark.parametrize("kernel", [CPU, INT8], ids=["float", "int8"])
@@ -66,6 +68,42 @@ def test_every_instruction_set_gives_the_same_product(kernel):
                     size = (seen.double().abs() @ qtensor.dequantize().double().abs().T).max().item()
                     tolerance = {"atol": 1e-5 * size, "rtol": torch.finfo(dtype).eps}
                     torch.testing.assert_close(kernel.matmul(x, state, None).double(), exact, **tolerance)
+
+
+@pytest.mark.usefixtures("isa")
+def test_every_instruction_set_reads_tables_small_floats_and_narrow_scales():
+    for spec in (
+        QuantSpec("nf4", (1, 12)),
+        QuantSpec("fp8_e4m3", (1, -1)),
+        QuantSpec("fp4_e2m1", (1, 16), True, "float8_e4m3fn"),
+        QuantSpec("fp4_e2m1", (1, 32), True, "float8_e8m0fnu"),
+        QuantSpec("int4", (1, 32), False, "bfloat16", offset=True),
+    ):
+        qtensor = random_qtensor(spec, (37, 96))
+        for kernel in (CPU,) if spec.dtype == "fp8_e4m3" else (CPU, INT8):
+            state = kernel.prepack(qtensor)
+            for dtype in (torch.float32, torch.bfloat16):
+                x = torch.randn(33, 96).to(dtype)
+                block = BLOCK if kernel is INT8 else 0
+                got = kernel.matmul(x, state, None)
+                want = ops.wq_matmul_plain(x.float(), *state.weight, block, None)
+                nf4 = spec.dtype == "nf4" and dtype == torch.bfloat16  # whose numbers bfloat16 rounds
+                limit = (2.0**-8 if dtype == torch.bfloat16 else 1e-5) * (3 if nf4 else 1)
+                torch.testing.assert_close(got.float(), want, rtol=limit, atol=limit * want.abs().max().item())
+                for m in (1, 3, 9):
+                    assert torch.equal(kernel.matmul(x[:m], state, None), got[:m])
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("grid_of_inputs", ["int8", "fp8_e4m3"])
+def test_every_instruction_set_rounds_inputs_as_schemes_do(grid_of_inputs):
+    activation = token_activations(grid_of_inputs)
+    for spec in (QuantSpec("int8", (1, -1)), QuantSpec("int4", (1, 32), False), QuantSpec("fp8_e4m3", (1, -1))):
+        qtensor, x = random_qtensor(spec, (37, 96)), torch.randn(20, 96)
+        x[0] = -x[0].sign()  # the largest magnitude is negative: code -128
+        want = fake_quantize(x, activation.grid).double() @ qtensor.dequantize().double().T
+        got = CPU.matmul_rounded(x, CPU.prepack(qtensor), None, activation)
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5 * want.abs().max().item())
 
 
 def test_a_library_says_what_it_was_built_for(isa):

@@ -186,7 +186,7 @@ def test_activations_are_rounded_to_bfloat16_where_that_is_faster(family, monkey
             assert torch.equal(read(NativeDecoder(program, threads=threads), ids, pieces, bfloat16=True), rounded)
 
 
-def test_only_bfloat16_weights_make_activations_bfloat16():
+def test_float32_weights_keep_their_activations():
     program, ids = program_of("llama"), some_ids(30)
     assert torch.equal(read(NativeDecoder(program), ids, bfloat16=True), read(NativeDecoder(program), ids))
     model = tiny_llama().to(torch.bfloat16)

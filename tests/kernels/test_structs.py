@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 
 from quantkit.kernels import build
-from quantkit.kernels.cpu import layout, structs
+from quantkit.kernels.cpu import layout, structs, tables
 from quantkit.kernels.cuda import attention, calls, norms, nvcc, prefill, sampling
 from tests.cuda import emulated
 
 CPU = {
     "qk::Linear": layout.LinearStruct,
+    "qk::Table": tables.TableStruct,
+    "qk::Inputs": tables.InputsStruct,
     "qk::Norm": structs.NormStruct,
     "qk::Attention": structs.AttentionStruct,
     "qk::Mlp": structs.MlpStruct,
@@ -73,7 +75,7 @@ def test_structs_of_the_cuda_kernels(source, tmp_path):
 
 def test_no_mirror_is_left_out():
     known = {mirror.__name__ for mirrors in (CPU, *CUDA.values()) for mirror in mirrors.values()}
-    modules = (layout, structs, attention, calls, norms, prefill, sampling)
+    modules = (layout, structs, tables, attention, calls, norms, prefill, sampling)
     found = {value.__name__ for module in modules for value in vars(module).values() if _is_struct(value)}
     assert found == known
 

@@ -22,7 +22,7 @@ from tests.tiny import VOCAB, tiny_llama
 def test_the_reference_kernel_takes_it_and_the_others_say_why_not() -> None:
     problem = Problem(random_codebook((8, 16)).spec, (8, 16), "cpu", torch.float32)
     assert select(problem) is KERNELS.get("reference")
-    assert KERNELS.get("cpu").rejects(problem) == "codes are codebook of 16, want integers"
+    assert KERNELS.get("cpu").rejects(problem) == "codes are codebook of 16, want a grid"
     with pytest.raises(KernelError, match=r"codebook of 16(.|\n)*cpu \(float activations\): codes are codebook of 16"):
         select(problem, "int8")
     with pytest.raises(SpecError, match="codebook of 16 has no codes and scales on a grid"):

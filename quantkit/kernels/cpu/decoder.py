@@ -8,8 +8,9 @@ the same call. The logits of a row depend neither on the other rows nor on the n
 
 With ``exact``, activations stay float32 and only the order of sums differs from the program's definition. Otherwise they are
 rounded to int8 in products with quantized weights, with one scale per :data:`~quantkit.kernels.cpu.matmul.BLOCK` columns;
-:mod:`quantkit.kernels.cpu.matmul` states the error. With ``bfloat16``, they are rounded to bfloat16 in products with bfloat16
-weights, as a bfloat16 model rounds its own activations, if this CPU multiplies bfloat16 faster than float32; sums are float32.
+:mod:`quantkit.kernels.cpu.matmul` states the error. With ``bfloat16``, they are rounded to bfloat16 in products with quantized
+and bfloat16 weights, as a bfloat16 model rounds its own activations, if this CPU multiplies bfloat16 faster than float32; sums
+are float32. Inputs that a scheme rounds (W8A8, FP8 and the like) are rounded by its rule, whatever the call says.
 """
 
 import ctypes
@@ -25,10 +26,12 @@ from torch import Tensor
 
 from quantkit.errors import KernelError
 from quantkit.kernels import build
-from quantkit.kernels.cpu import huge_pages, structs
+from quantkit.kernels.cpu import huge_pages, layout, structs
 from quantkit.kernels.cpu.layout import Prepacked
 from quantkit.kernels.cpu.matmul import BLOCK
+from quantkit.kernels.cpu.tables import rejects_inputs
 from quantkit.kernels.program.definition import Program
+from quantkit.spec import QuantSpec
 
 PAGE_TOKENS: Final = 32
 """Tokens per page of keys and values."""
@@ -57,11 +60,12 @@ def rejects(program: Program) -> str | None:
             return f"weights are on {weight.device}, not on the CPU"
         if isinstance(weight, Tensor):
             continue
-        if not weight.spec.is_integer and weight.spec.blocks is None:  # blocks are unpacked to floats
-            return f"weights are {weight.spec.describe()}, want integer weights"
-        if weight.activation is not None:  # the verification of a program would not notice: the modules round as well
-            how = f"the inputs of layers are rounded to {weight.activation.describe()}"
-            return f"{how}, which only modules do (load with ignore_activations=True to keep them in float)"
+        if not isinstance(weight.spec, QuantSpec):
+            return f"weights are {weight.spec.describe()}, want a grid"
+        if reason := layout.rejects(weight.spec, linear.shape):
+            return reason
+        if reason := rejects_inputs(weight.activation, linear.shape[1]):  # verification would not notice: modules round as well
+            return f"{reason} (load with ignore_activations=True to keep them in float)"
     try:
         build.library()
     except KernelError as error:
@@ -199,7 +203,7 @@ class NativeDecoder:
             rows: the rows.
             kv: pages for this program; the pages at the rows' positions are written.
             exact: keep float activations; False rounds them to int8 in products with quantized weights.
-            bfloat16: round activations to bfloat16 in products with bfloat16 weights, where that is faster.
+            bfloat16: round activations to bfloat16 in products with other than float32 weights, where that is faster.
             argmax: return the most likely tokens instead of logits.
             draft: read only the high plane of weights that are stored in planes (:meth:`split_planes`).
 

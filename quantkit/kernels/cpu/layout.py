@@ -5,6 +5,10 @@ a multiple of 8. Codes of up to 4 bits are stored in 4 bits, wider ones in 8. Wi
 holds one of four consecutive columns and the high half one of the next four, so that one mask and one shift give operands for
 the int8 dot product. Products with float and with int8 activations read the same copy.
 
+Scales stay as they are stored: floats, powers of two (MXFP4), FP8 under a global scale (NVFP4), or the small integers of ggml's
+blocks, which multiply a float16 of several groups. So does what is added to a group, ``w = number * scale + offset``: the
+minimums of blocks, and grids whose zero point is no code.
+
 8-bit codes can also be stored as two planes of four bits, ``c = 16 h + l`` (:func:`split`). Products are the same bit for bit,
 and an approximation of the weight, ``(16 h + 8 - zero_point) * scale``, can be read at half the bytes for drafting.
 """
@@ -17,21 +21,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from quantkit.dtypes import SCALE_DTYPES
+from quantkit.dtypes import SCALE_DTYPES, table
 from quantkit.errors import KernelError
 from quantkit.kernels.build import DTYPE_CODES
-from quantkit.numerics import grid
+from quantkit.kernels.cpu.tables import MIDDLE, InputsStruct, is_table, table_struct, whole_numbers
+from quantkit.numerics import ggml, grid
+from quantkit.numerics.ggml import Content
 from quantkit.numerics.pack import pack, packed_words, unpack
-from quantkit.qtensor import GridTensor
+from quantkit.qtensor import BlockTensor, GridTensor, QTensor, as_grid
 from quantkit.spec import QuantSpec
 
 LANES: Final = 16
 """Rows per block."""
 
-FLOAT32, BFLOAT16, U4, U8, PLANES, HIGH_PLANE = range(6)
+FLOAT32, BFLOAT16, U4, U8, PLANES, HIGH_PLANE, T4, F8 = range(8)
 """Kinds of weight, numbered as in ``linear.h``."""
 
-_COLUMNS: Final = {FLOAT32: 1, BFLOAT16: 2, U4: 8, U8: 4}  # per 32-bit word
+_COLUMNS: Final = {FLOAT32: 1, BFLOAT16: 2, U4: 8, U8: 4, T4: 8, F8: 4}  # per 32-bit word
+_SCALE_TYPES: Final = {**DTYPE_CODES, torch.float8_e8m0fnu: 3, torch.float8_e4m3fn: 4, torch.int8: 5}
 _MIDDLE: Final = 8  # mean of what the low plane can add
 _PADDING: Final = 8
 _ROWS: Final = 256 * LANES
@@ -41,9 +48,10 @@ class LinearStruct(ctypes.Structure):
     """``qk::Linear`` of ``csrc/linear.h``. It points into tensors without keeping them alive."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("codes", "scales", "zeros", "bias")),
-        *((name, ctypes.c_int64) for name in ("rows", "columns", "group")),
+        *((name, ctypes.c_void_p) for name in ["codes", "scales", "zeros", "offsets", "supers", "table", "inputs", "bias"]),
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "group", "super")),
         *((name, ctypes.c_int32) for name in ("kind", "zero_code", "scale_dtype")),
+        ("factor", ctypes.c_float),
     )
 
 
@@ -52,13 +60,17 @@ class Prepacked(NamedTuple):
 
     Attributes:
         codes: int32 (blocks, groups, words per group, 16); for planes (2, blocks, groups, words per group, 16), high and low.
-        scale: float16, bfloat16 or float32 (blocks, groups, 16); None for float weights.
+        scale: a float dtype, or int8 where there are ``supers``, (blocks, groups, 16); None for float weights.
         zero: uint8 zero points of the scale's shape; None if all are ``zero_code``.
         rows: N; the last block may contain padding.
         group: input channels per scale; K for float weights.
-        kind: one of :data:`FLOAT32`, :data:`BFLOAT16`, :data:`U4`, :data:`U8`, :data:`PLANES` and :data:`HIGH_PLANE`; the last
-            one is planes of which only the high one is read.
-        zero_code: zero point of a symmetric grid; 0 for float weights.
+        kind: one of :data:`FLOAT32`, :data:`BFLOAT16`, :data:`U4`, :data:`U8`, :data:`PLANES`, :data:`HIGH_PLANE` (planes of
+            which only the high one is read), :data:`T4` and :data:`F8`.
+        zero_code: zero point of a symmetric grid, :data:`~quantkit.kernels.cpu.tables.MIDDLE` of tables, 0 for float weights.
+        offset: what is added to a group, of the scale's dtype and shape; None for nothing.
+        supers: float16 (1 or 2, blocks, groups / n, 16): what scales, and offsets, of n groups are multiples of; None for 1.
+        global_scale: float32 (1,), what divides all scales; None for 1.
+        numbers: name of the table's dtype, of T4; else empty.
     """
 
     codes: Tensor
@@ -68,6 +80,10 @@ class Prepacked(NamedTuple):
     group: int
     kind: int
     zero_code: int
+    offset: Tensor | None = None
+    supers: Tensor | None = None
+    global_scale: Tensor | None = None
+    numbers: str = ""
 
     @property
     def columns(self) -> int:
@@ -77,47 +93,98 @@ class Prepacked(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors."""
-        return sum(tensor.nbytes for tensor in (self.codes, self.scale, self.zero) if tensor is not None)
+        return sum(value.nbytes for value in self if isinstance(value, Tensor))
 
     def moved(self, copy: Callable[[Tensor], Tensor]) -> "Prepacked":
         """Return the same weight with every tensor replaced by ``copy(tensor)``."""
         tensors: dict[str, Any] = {name: copy(value) for name, value in self._asdict().items() if isinstance(value, Tensor)}
         return self._replace(**tensors)
 
-    def struct(self, bias: Tensor | None = None) -> LinearStruct:
-        """Return the C struct of this weight and an optional float32 ``bias`` (N,); keep both alive while it is used."""
+    def struct(self, bias: Tensor | None = None, inputs: InputsStruct | None = None) -> LinearStruct:
+        """Return the C struct of this weight, an optional float32 ``bias`` (N,) and how its inputs are rounded.
+
+        Keep all of them alive while it is used.
+        """
+        parts = (self.codes, self.scale, self.zero, self.offset, self.supers)
+        groups = 1 if self.supers is None else self.codes.shape[-3] // self.supers.shape[-2]
         return LinearStruct(
-            self.codes.data_ptr(),
-            None if self.scale is None else self.scale.data_ptr(),
-            None if self.zero is None else self.zero.data_ptr(),
+            *(None if part is None else part.data_ptr() for part in parts),
+            ctypes.addressof(table_struct(self.numbers)) if self.numbers else None,
+            None if inputs is None else ctypes.addressof(inputs),
             None if bias is None else bias.data_ptr(),
             self.rows,
             self.columns,
             self.group,
+            groups.bit_length() - 1,
             self.kind,
             self.zero_code,
-            0 if self.scale is None else DTYPE_CODES[self.scale.dtype],
+            0 if self.scale is None else _SCALE_TYPES[self.scale.dtype],
+            1.0 if self.global_scale is None else 1 / float(self.global_scale),
         )
 
 
 def stored_bits(spec: QuantSpec) -> int:
-    """Return the number of bits in which the layout stores a code of an integer grid."""
+    """Return the number of bits in which the layout stores a code."""
     return 4 if spec.bits <= 4 else 8
 
 
-def prepack(qtensor: GridTensor) -> Prepacked:
-    """Convert a quantized weight (N, K) to the layout, in new memory."""
+def rejects(spec: QuantSpec, shape: tuple[int, int]) -> str | None:
+    """Return why a weight (N, K) has no such layout; None if it has one."""
+    if not (spec.is_integer or is_table(spec.dtype) or spec.dtype == "fp8_e4m3"):
+        return f"codes are {spec.describe()}, want integers, a table of 16 numbers or fp8_e4m3"
+    return f"the weight {shape} is empty" if 0 in shape else spec.rejects(shape)
+
+
+def prepack(qtensor: QTensor) -> Prepacked:
+    """Convert a quantized weight (N, K) to the layout, in new memory.
+
+    Raises:
+        KernelError: a code means NaN.
+    """
+    if isinstance(qtensor, BlockTensor):
+        return _prepack_blocks(qtensor)
+    return _prepack_grid(as_grid(qtensor))
+
+
+def _kind(spec: QuantSpec) -> int:
+    if spec.is_integer:
+        return U4 if stored_bits(spec) == 4 else U8
+    return T4 if spec.bits == 4 else F8
+
+
+def _prepack_grid(qtensor: GridTensor) -> Prepacked:
     spec, (rows, columns) = qtensor.spec, qtensor.shape
     block_rows, group = grid.block_size(spec, qtensor.shape)
-    groups, bits = columns // group, stored_bits(spec)
-    kind = U4 if bits == 4 else U8
+    groups, bits, kind = columns // group, stored_bits(spec), _kind(spec)
+    if kind == F8 and bool((qtensor.codes() & 0x7F == 0x7F).any()):
+        raise KernelError(f"a code of a weight {spec.describe()} {qtensor.shape} is NaN; QUANTKIT_KERNEL=reference runs it")
     if bits == spec.bits and group % _PADDING == 0:
         words = qtensor.packed.view(rows, groups, -1)
     else:
         words = pack(F.pad(qtensor.codes().view(rows, groups, group), (0, -group % _PADDING)), bits)
-    codes = _interleave(_lanes(words)) if kind == U4 else _lanes(words)
-    zero = None if qtensor.zero_point is None else _per_lane(qtensor.zero_point, block_rows)
-    return Prepacked(codes, _per_lane(qtensor.scale, block_rows), zero, rows, group, kind, grid.zero_code(spec))
+    codes = _interleave(_lanes(words)) if bits == 4 else _lanes(words)
+    added = None if qtensor.zero_point is None else _per_lane(qtensor.zero_point, block_rows)
+    zero, offset = (None, added) if spec.offset else (added, None)
+    middle = (0 if spec.offset else grid.zero_code(spec)) if spec.is_integer else MIDDLE
+    scale = _per_lane(qtensor.scale, block_rows)
+    numbers = spec.dtype if kind == T4 else ""
+    return Prepacked(codes, scale, zero, rows, group, kind, middle, offset, None, qtensor.global_scale, numbers)
+
+
+def _prepack_blocks(qtensor: BlockTensor) -> Prepacked:
+    kind, spec, rows = qtensor.kind, qtensor.spec, qtensor.shape[0]
+    content = kind.unpack(qtensor.data.unflatten(-1, (-1, kind.nbytes)))
+    words = pack(content.codes.reshape(rows, -1, kind.group), stored_bits(spec))
+    codes = _interleave(_lanes(words)) if stored_bits(spec) == 4 else _lanes(words)
+    scale, offset, supers = content.d, None if content.low is None else -content.low, None
+    if content.scales is not None:
+        supers = torch.stack([_per_lane(part, 1) for part in (content.d, content.low) if part is not None])
+        scale = content.scales.flatten(1).to(torch.int8)
+        offset = None if content.minimums is None else -content.minimums.flatten(1).to(torch.int8)
+    middle = kind.zero if spec.is_integer else MIDDLE
+    added = None if offset is None else _per_lane(offset, 1)
+    numbers = "" if spec.is_integer else spec.dtype
+    return Prepacked(codes, _per_lane(scale, 1), None, rows, kind.group, _kind(spec), middle, added, supers, None, numbers)
 
 
 def prepack_float(weight: Tensor, empty: Callable[[Sequence[int], torch.dtype], Tensor] | None = None) -> Prepacked:
@@ -166,7 +233,7 @@ def join(state: Prepacked) -> Prepacked:
     return state._replace(codes=torch.stack(words, 3).flatten(2, 3), kind=U8)
 
 
-def restore(state: Prepacked, spec: QuantSpec) -> GridTensor:
+def restore(state: Prepacked, spec: QuantSpec) -> QTensor:
     """Return the quantized weight that :func:`prepack` was given, bit for bit.
 
     Args:
@@ -175,44 +242,86 @@ def restore(state: Prepacked, spec: QuantSpec) -> GridTensor:
     """
     state = join(state)
     rows, columns, group = state.rows, state.columns, state.group
-    block_rows, _ = grid.block_size(spec, (rows, columns))
     bits = 32 // _COLUMNS[state.kind]
-    words = _rows(_deinterleave(state.codes) if state.kind == U4 else state.codes, rows)  # (rows, groups, words)
+    words = _rows(_deinterleave(state.codes) if bits == 4 else state.codes, rows)  # (rows, groups, words)
+    assert state.scale is not None
+    scale, zero, offset = (None if t is None else _from_lanes(t, rows) for t in (state.scale, state.zero, state.offset))
+    assert scale is not None
+    if spec.blocks is not None:
+        supers = [] if state.supers is None else [_from_lanes(part, rows) for part in state.supers]
+        return _restore_blocks(unpack(words, bits, group), scale, offset, supers, spec)
     if bits == spec.bits and group % _PADDING == 0:
         packed = words.reshape(rows, packed_words(columns, bits))
     else:
         codes = unpack(words, bits, words.shape[-1] * 32 // bits)[..., :group]
         packed = pack(codes.reshape(rows, columns), spec.bits)
-    assert state.scale is not None
-    scale, zero = (None if t is None else _rows(t.unsqueeze(2), rows).squeeze(2) for t in (state.scale, state.zero))
-    assert scale is not None
+    block_rows, _ = grid.block_size(spec, (rows, columns))
     assert scale.dtype == SCALE_DTYPES[spec.scale_dtype]
-    scale = scale[::block_rows].contiguous()
-    return GridTensor(packed, scale, None if zero is None else zero[::block_rows].contiguous(), spec, (rows, columns))
+    added = offset if spec.offset else zero
+    scale, added = (None if t is None else t[::block_rows].contiguous() for t in (scale, added))
+    assert scale is not None
+    return GridTensor(packed, scale, added, spec, (rows, columns), state.global_scale)
 
 
-def dequantize(
-    codes: Tensor, scale: Tensor | None, zero: Tensor | None, rows: int, group: int, kind: int, zero_code: int
-) -> Tensor:
-    """Return the float32 weight (N, K) of the fields of a :class:`Prepacked`; this defines the layout."""
-    draft = kind == HIGH_PLANE
-    codes, *_, kind, zero_code = join(Prepacked(codes, scale, zero, rows, group, kind, zero_code))
-    words = _rows(_deinterleave(codes) if kind == U4 else codes, rows)  # (N, groups, words)
-    if scale is None:
+def _restore_blocks(
+    codes: Tensor, scale: Tensor, offset: Tensor | None, supers: Sequence[Tensor], spec: QuantSpec
+) -> BlockTensor:
+    """Return blocks of codes (N, groups, group), scales and offsets (N, groups) and what they are multiples of."""
+    size = ggml.BLOCK_TYPES[str(spec.blocks)].size
+    codes = codes.reshape(len(codes), -1, size)
+    if not supers:
+        return BlockTensor.from_content(Content(codes, scale, None, None if offset is None else -offset), spec)
+    each = (*codes.shape[:2], -1)
+    low, minimums = (None, None) if offset is None else (supers[1], -offset.short().view(each))
+    return BlockTensor.from_content(Content(codes, supers[0], scale.short().view(each), low, minimums), spec)
+
+
+def dequantize(*fields: Any, whole: bool = False) -> Tensor:
+    """Return the float32 weight (N, K) of the fields of a :class:`Prepacked`; this defines the layout.
+
+    With ``whole``, as int8 products see it: numbers of a table that are no multiples of one step are rounded to some.
+    """
+    given = Prepacked(*fields)
+    state = join(given)
+    rows, group, kind = state.rows, state.group, state.kind
+    bits = 32 // _COLUMNS[kind]
+    words = _rows(_deinterleave(state.codes) if bits == 4 else state.codes, rows)  # (N, groups, words)
+    if state.scale is None:
         dtype = torch.float32 if kind == FLOAT32 else torch.bfloat16
         return words.flatten(1).view(dtype)[:, :group].float()
-    bits = 32 // _COLUMNS[kind]
-    values = unpack(words, bits, words.shape[-1] * 32 // bits)[..., :group].float()
-    offset: Tensor | int = zero_code if zero is None else _rows(zero.unsqueeze(2), rows).float()
-    if draft:
-        offset = offset - _MIDDLE
-    return ((values - offset) * _rows(scale.unsqueeze(2), rows).float()).flatten(1)
+    codes = unpack(words, bits, words.shape[-1] * 32 // bits)[..., :group]
+    if kind == T4:
+        numbers, unit, _ = whole_numbers(state.numbers)
+        values = (numbers * unit if whole else table(state.numbers)[0])[codes.int()]
+    elif kind == F8:
+        values = codes.view(torch.float8_e4m3fn).float()
+    else:
+        zero: Tensor | int = state.zero_code if state.zero is None else _from_lanes(state.zero, rows).float().unsqueeze(2)
+        values = codes.float() - (zero - _MIDDLE if given.kind == HIGH_PLANE else zero)
+    scale, offset = (None if t is None else _from_lanes(t, rows).float() for t in (state.scale, state.offset))
+    assert scale is not None
+    if state.supers is not None:
+        over = [_from_lanes(part, rows).float().repeat_interleave(scale.shape[1] // part.shape[1], 1) for part in state.supers]
+        scale, offset = scale * over[0], None if offset is None else offset * over[1]
+    if state.global_scale is not None:
+        scale = scale / state.global_scale
+    values = values * scale.unsqueeze(2)
+    return (values if offset is None else values + offset.unsqueeze(2)).flatten(1)
 
 
 def _per_lane(values: Tensor, block_rows: int) -> Tensor:
     """Expand one value per block of the grid (row blocks, groups) to (blocks, groups, 16)."""
+    if values.dtype in (torch.float8_e8m0fnu, torch.float8_e4m3fn):  # which torch can hardly move
+        return _per_lane(values.view(torch.uint8), block_rows).view(values.dtype)
     per_row = values if block_rows == 1 else values.repeat_interleave(block_rows, 0)
     return _lanes(per_row.unsqueeze(-1)).squeeze(-2)
+
+
+def _from_lanes(values: Tensor, rows: int) -> Tensor:
+    """Rearrange (blocks, groups, 16) back to (rows, groups)."""
+    if values.dtype in (torch.float8_e8m0fnu, torch.float8_e4m3fn):
+        return _from_lanes(values.view(torch.uint8), rows).view(values.dtype)
+    return _rows(values.unsqueeze(2), rows).squeeze(2)
 
 
 def _lanes(values: Tensor) -> Tensor:

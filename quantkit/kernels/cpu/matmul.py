@@ -1,7 +1,9 @@
 r"""The compiled CPU kernels: ``cpu`` with float activations, ``cpu-int8`` with activations rounded to int8.
 
-Both read the one layout of :mod:`~quantkit.kernels.cpu.layout`. ``cpu`` never rounds a weight to a smaller float: codes become
-``code - zero_point`` exactly, products and sums are float32, and only the result is rounded to x's dtype.
+Both read the one layout of :mod:`~quantkit.kernels.cpu.layout`, whatever the codes are: integers, 16 numbers of a table (NF4,
+FP4, IQ4), FP8, the blocks of a GGUF file. ``cpu`` multiplies the numbers themselves, before they are scaled; sums are float32,
+and only the result is rounded to x's dtype. bfloat16 activations are multiplied as they are where this CPU does that faster
+than with floats: all numbers are exact in bfloat16 but those of NF4, which lose what a bfloat16 model's weights lose.
 
 ``cpu-int8`` rounds each block of :data:`BLOCK` activations (of a group, where that is smaller) to :math:`q \cdot \max|x| / 127`
 and sums int8 products exactly in int32, so the error of a product is that of the rounding: each activation moves by at
@@ -9,6 +11,8 @@ most 1/254 of the largest of its block. It is several times faster at many rows,
 arithmetic, and is never chosen by itself: ask for it with ``compute="int8"``.
 """
 
+import ctypes
+import dataclasses
 from typing import NamedTuple
 
 import torch
@@ -19,9 +23,10 @@ from quantkit.kernels import build
 from quantkit.kernels.cpu import layout, ops
 from quantkit.kernels.cpu.huge_pages import in_huge_pages
 from quantkit.kernels.cpu.layout import LinearStruct, Prepacked
+from quantkit.kernels.cpu.tables import inputs_struct, rejects_inputs
 from quantkit.kernels.select import KERNELS, ComputeMode, Problem
-from quantkit.qtensor import GridTensor, QTensor, as_grid
-from quantkit.spec import QuantSpec, WeightSpec
+from quantkit.qtensor import QTensor
+from quantkit.spec import ActivationSpec, QuantSpec, WeightSpec
 
 BLOCK = 32
 """Columns that share an int8 activation scale; a smaller or odd group has blocks of its own.
@@ -61,12 +66,13 @@ class CpuKernel:
             return f"runs on the cpu, not on {problem.device}"
         if problem.dtype not in build.DTYPE_CODES:
             return f"activations are {problem.dtype}, want float32, float16 or bfloat16"
-        if not isinstance(problem.spec, QuantSpec) or not problem.spec.is_integer or problem.spec.blocks is not None:
-            return f"codes are {problem.spec.describe()}, want integers"
-        if problem.spec.offset:
-            return f"the grid {problem.spec.describe()} has zero points that are no codes"
-        if 0 in problem.shape:
-            return f"the weight {problem.shape} is empty"
+        spec = problem.spec
+        if not isinstance(spec, QuantSpec):
+            return f"codes are {spec.describe()}, want a grid"
+        if reason := layout.rejects(spec, problem.shape):
+            return reason
+        if self.compute == "int8" and spec.dtype == "fp8_e4m3":
+            return f"codes are {spec.describe()}: no multiples of a step, so products stay float"
         try:
             build.library()
         except KernelError as error:
@@ -77,7 +83,7 @@ class CpuKernel:
 
     def prepack(self, qtensor: QTensor) -> State:
         """Copy a 2-D weight into blocks of 16 rows."""
-        weight = layout.prepack(as_grid(qtensor)).moved(in_huge_pages)
+        weight = layout.prepack(qtensor).moved(in_huge_pages)
         return State(weight, weight.struct())
 
     def matmul(self, x: Tensor, state: State, bias: Tensor | None) -> Tensor:
@@ -86,7 +92,18 @@ class CpuKernel:
             return ops.compute(x, *state, self._block, bias)  # the same function, without 3 us of dispatch
         return ops.wq_matmul()(x, *state.weight, self._block, bias)
 
-    def unpack(self, state: State, spec: WeightSpec) -> GridTensor:
+    def rounds(self, spec: WeightSpec, activation: ActivationSpec) -> bool:
+        """Say whether the kernels can round inputs so: at run time, for every token."""
+        return activation.dynamic and rejects_inputs(activation, abs(activation.grid.block[1])) is None
+
+    def matmul_rounded(self, x: Tensor, state: State, bias: Tensor | None, activation: ActivationSpec) -> Tensor:
+        """Round x to ``activation``, in the basis it is in, and multiply; int8 products are exact."""
+        inputs, _ = inputs_struct(dataclasses.replace(activation, rotated=False), state.weight.columns, None)
+        struct = LinearStruct.from_buffer_copy(state.struct)
+        struct.inputs = ctypes.addressof(inputs)
+        return ops.compute(x, state.weight, struct, self._block, bias)
+
+    def unpack(self, state: State, spec: WeightSpec) -> QTensor:
         """Return the weight that was prepacked."""
         assert isinstance(spec, QuantSpec)
         return layout.restore(state.weight, spec)

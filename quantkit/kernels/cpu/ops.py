@@ -20,7 +20,8 @@ from quantkit.kernels.cpu.layout import LinearStruct, Prepacked
 
 SCHEMA = (
     "wq_matmul(Tensor x, Tensor codes, Tensor? scale, Tensor? zero, "
-    "int rows, int group, int kind, int zero_code, int block, Tensor? bias) -> Tensor"
+    "int rows, int group, int kind, int zero_code, Tensor? offset, Tensor? supers, Tensor? global_scale, str numbers, "
+    "int block, Tensor? bias) -> Tensor"
 )
 
 LARGEST_BLOCK = 256
@@ -76,9 +77,11 @@ def round_activations(x: Tensor, group: int, block: int) -> Tensor:
 
 def wq_matmul_plain(x: Tensor, *arguments: Any) -> Tensor:
     """Compute :func:`wq_matmul` in plain torch; this is its definition."""
-    *weight, block, bias = arguments
-    wide = round_activations(x, weight[4], block) if block and weight[1] is not None else x.float()
-    y = F.linear(wide, layout.dequantize(*weight), None if bias is None else bias.float())
+    *fields, block, bias = arguments
+    weight = Prepacked(*fields)
+    rounds = bool(block) and weight.scale is not None and weight.kind != layout.F8
+    wide = round_activations(x, weight.group, block) if rounds else x.float()
+    y = F.linear(wide, layout.dequantize(*weight, whole=rounds), None if bias is None else bias.float())
     return y.to(x.dtype)
 
 

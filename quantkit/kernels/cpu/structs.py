@@ -15,6 +15,7 @@ from quantkit.kernels.build import DTYPE_CODES
 from quantkit.kernels.cpu import layout
 from quantkit.kernels.cpu.huge_pages import Arena
 from quantkit.kernels.cpu.matmul import State
+from quantkit.kernels.cpu.tables import inputs_struct
 from quantkit.kernels.program.definition import Attention, Experts, Layer, Linear, Mlp, Norm, Program
 from quantkit.kernels.program.reference import ACTIVATIONS
 
@@ -168,7 +169,13 @@ class LaidOut:
         structs = []
         for linear in linears:
             bias = None if linear.bias is None else self._keep(linear.bias.detach().float().contiguous())
-            structs.append(self._keep(_prepacked(linear, self._arena)).struct(bias))
+            inputs, weight = None, linear.weight
+            activation: Any = None if isinstance(weight, Tensor) else weight.activation
+            if activation is not None:
+                module: Any = weight
+                inputs, mixing = inputs_struct(activation, linear.shape[1], module.input_scale(linear.expert or 0))
+                self._keep((inputs, mixing))
+            structs.append(self._keep(_prepacked(linear, self._arena)).struct(bias, inputs))
         return ctypes.addressof(self._keep(_array(layout.LinearStruct, structs)))
 
     def _keep(self, value: Any) -> Any:

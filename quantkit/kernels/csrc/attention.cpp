@@ -260,9 +260,9 @@ void split_share(const AttentionJob& job, const Member& me) {
   }
 }
 
-// Attention of queries of one sequence and key/value head, chunk by chunk.
+// Attention of queries of one sequence and key/value head, chunk by chunk; `after` is the page that is read afterwards.
 template <typename T>
-void block(const AttentionJob& job, int64_t row, int64_t rows, int64_t kv_head, int64_t g, int64_t per_row) {
+void block(const AttentionJob& job, int64_t row, int64_t rows, int64_t kv_head, int64_t g, int64_t per_row, const void* after) {
   const Attention& a = *job.a;
   const int64_t size = a.head_dim + 2, count = rows * per_row;
   alignas(64) float running[kBlockQueries * (kMaxHeadDim + 2)], fresh[kQueries * (kMaxHeadDim + 2)];
@@ -280,6 +280,7 @@ void block(const AttentionJob& job, int64_t row, int64_t rows, int64_t kv_head, 
   const Context<T> context(job, job.batch->slots[row], kv_head);
   for (int64_t c = first_chunk; c < last_chunk; ++c) {
     const int64_t start = c * kChunkTokens;
+    const void* further = c + 1 < last_chunk ? context.keys_of((start + kChunkTokens) / kPageTokens) : after;
     for (int64_t i = 0; i < count; i += kQueries) {
       const int64_t some = count - i < kQueries ? count - i : kQueries;
       int64_t used = 0;
@@ -290,7 +291,7 @@ void block(const AttentionJob& job, int64_t row, int64_t rows, int64_t kv_head, 
           seeing[used] = queries[j];
           index[used++] = j;
         }
-      chunks<T>(job, context, start, seeing, used, context.keys_of(start / kPageTokens));
+      chunks<T>(job, context, start, seeing, used, i + kQueries < count ? context.keys_of(start / kPageTokens) : further);
       for (int64_t j = 0; j < used; ++j) merge(running + index[j] * size, seeing[j].partial, a.head_dim);
     }
   }
@@ -313,7 +314,11 @@ void block_share(const AttentionJob& job, const Member& me) {
     for (int64_t kv_head = 0; kv_head < a.kv_heads; ++kv_head)
       for (int64_t g = 0; g < group; g += per_row, ++item) {
         if (item % me.count != me.index) continue;
-        block<T>(job, row, rows, kv_head, g, group - g < per_row ? group - g : per_row);
+        const int64_t far = kv_head + me.count, own = far < a.kv_heads ? row : row + rows;  // what I read next, or near it
+        const int64_t next = own < job.batch->rows ? own : row;
+        const Context<T> further(job, job.batch->slots[next], far % a.kv_heads);
+        const void* after = further.keys_of(span(job, next).first_chunk * kChunkTokens / kPageTokens);
+        block<T>(job, row, rows, kv_head, g, group - g < per_row ? group - g : per_row, after);
       }
   }
 }

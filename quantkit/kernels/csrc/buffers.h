@@ -15,37 +15,39 @@ struct Ready {
   char* memory;
   int64_t kinds;
   int32_t rounding;
-  Rows rows[kForms];
+  Rows plain, rows[kForms];
 
   void fit(int64_t count, const Linear* linears, int64_t linear_count, int64_t block, int32_t round_to) {
     kinds = 0, rounding = round_to;
     const int64_t columns = linears->columns;
-    const Rows plain{x, count, columns, columns, columns, block, kFormFloat32, nullptr, nullptr, nullptr, nullptr};
-    rows[0] = plain;
+    plain = Rows{};
+    plain.x = x, plain.m = count, plain.stride = plain.columns = plain.group = columns, plain.block = block;
     char* at = memory;
     for (int64_t i = 0; i < linear_count; ++i) {
-      const int32_t form = form_of(linears[i], rounding);
-      if (form == kFormFloat32 || find(linears[i]) < kinds) continue;
+      if (find(linears[i]).form != kFormFloat32 || form_of(linears[i], rounding) == kFormFloat32) continue;
       Rows& r = rows[kinds++];
       r = plain;
-      r.form = form, r.group = linears[i].group;
+      fit_rows(r, linears[i], rounding, block);
       place_rows(r, at);
-      at += round_up(rows_bytes(r), 64);
+      at += rows_bytes(r);
     }
   }
 
-  // The rows as `linear` reads them. A linear that reads floats can use any copy.
-  const Rows& of(const Linear& linear) const {
-    const int64_t found = find(linear);
-    return rows[found < kinds ? found : 0];
-  }
+  // The rows as `linear` reads them.
+  const Rows& of(const Linear& linear) const { return find(linear); }
+
+  // The rounded rows, where all linears read the same; else the plain ones.
+  const Rows& common() const { return kinds ? rows[0] : plain; }
 
  private:
-  int64_t find(const Linear& linear) const {
-    const int32_t form = form_of(linear, rounding);
-    int64_t i = 0;
-    while (i < kinds && (rows[i].form != form || rows[i].group != linear.group)) ++i;
-    return i;
+  const Rows& find(const Linear& linear) const {
+    Rows wanted = plain;
+    fit_rows(wanted, linear, rounding, plain.block);
+    for (int64_t i = 0; i < kinds; ++i)
+      if (rows[i].form == wanted.form && rows[i].group == wanted.group && rows[i].block == wanted.block &&
+          same_inputs(rows[i].inputs, wanted.inputs))
+        return rows[i];
+    return plain;
   }
 };
 
@@ -117,11 +119,13 @@ struct Buffers {
   // Measure the memory per row for the common input of some linears.
   void fit(const Linear* linears, int64_t count, int64_t block) {
     input_ = most(input_, linears->columns);
-    Ready ready{};
-    ready.fit(1, linears, count, block, 1 << kFormInt8 | 1 << kFormBFloat16);
-    int64_t total = 0;
-    for (int64_t i = 0; i < ready.kinds; ++i) total += round_up(rows_bytes(ready.rows[i]), 64) + 64;
-    ready_bytes_ = most(ready_bytes_, total);
+    for (int32_t rounding = 0; rounding < 8; rounding += 2) {  // what a call may ask for: kFormInt8, kFormBFloat16
+      Ready ready{};
+      ready.fit(1, linears, count, block, rounding);
+      int64_t total = 0;
+      for (int64_t i = 0; i < ready.kinds; ++i) total += rows_bytes(ready.rows[i]) + 64;
+      ready_bytes_ = most(ready_bytes_, total);
+    }
   }
 
   template <typename T>

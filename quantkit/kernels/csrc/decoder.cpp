@@ -188,9 +188,9 @@ class Run {
   const Ready& activated(const Mlp& mlp, const Ready& ready, int64_t rows) {
     active_ = b_.active;
     active_.fit(rows, mlp.down, 1, batch_.activation_block, batch_.rounding);
-    const Rows& to = active_.rows[0];
+    const Rows& to = active_.common();
     const int64_t inner = mlp.down->columns;
-    if (to.group % 16 || to.block % 16 || mlp.up->rows != (mlp.gated && mlp.up_count == 1 ? 2 * inner : inner))
+    if (whole_rows(to) || to.group % 16 || to.block % 16 || mlp.up->rows != (mlp.gated && mlp.up_count == 1 ? 2 * inner : inner))
       return activated_apart(mlp, ready, rows);
     int64_t begin, end;
     share(me_, rows_blocks(to), 1, &begin, &end);

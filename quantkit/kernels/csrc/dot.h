@@ -30,6 +30,7 @@ struct Codes {
 };
 template <bool WIDE>
 constexpr int32_t kDotOffset = 0;
+constexpr bool kDotWhole = true;  // whether activations of -128 are multiplied by wide codes
 template <bool WIDE>
 inline Codes codes(Words word) {
   return {(Ints)word};
@@ -57,6 +58,7 @@ struct Codes {
 };
 template <bool WIDE>
 constexpr int32_t kDotOffset = WIDE ? 128 : 0;
+constexpr bool kDotWhole = false;
 #if defined(__AVX512BW__)
 template <bool WIDE>
 inline Codes codes(Words word) {
@@ -99,6 +101,7 @@ constexpr bool kSignedCodes = false;
 #endif
 template <bool WIDE>
 constexpr int32_t kDotOffset = WIDE && kSignedCodes ? 128 : 0;
+constexpr bool kDotWhole = true;
 template <bool WIDE>
 inline Codes codes(Words word) {
   return {WIDE && kSignedCodes ? word ^ 0x80808080u : word};
@@ -135,6 +138,9 @@ constexpr bool kDotPairs = true;
 inline Floats dot_pairs(Words w, Words x, Floats sum) {
   return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)x);
 }
+inline Words look_up_pairs(Words index, const uint16_t* table) {
+  return (Words)_mm512_maskz_permutexvar_epi16(0xffffffffu, (__m512i)index, _mm512_loadu_si512(table));
+}
 #elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
 #define QK_PAIRS " bf16"
 constexpr bool kDotPairs = true;
@@ -145,6 +151,15 @@ inline Floats dot_pairs(Words w, Words x, Floats sum) {
 #define QK_PAIRS ""
 constexpr bool kDotPairs = false;
 inline Floats dot_pairs(Words, Words, Floats sum) { return sum; }
+#endif
+
+// table[index % 32] for the two halves of every lane.
+#if !defined(__AVX512BF16__)
+inline Words look_up_pairs(Words index, const uint16_t* table) {
+  Words result;
+  for (int i = 0; i < kWidth; ++i) result[i] = table[index[i] & 31u] | static_cast<uint32_t>(table[index[i] >> 16 & 31u]) << 16;
+  return result;
+}
 #endif
 
 }  // namespace qk

@@ -6,11 +6,14 @@
 // padded to a multiple of 8. codes[block][group][word][16 lanes], a word holding consecutive columns of its lane's row:
 //   U4        8 columns: byte j has column j in its low half and column 4 + j in its high half
 //   U8        4 columns, byte j column j
+//   T4        as U4; a code stands for one of the 16 numbers of a table
+//   F8        as U8; a code is a float of 8 bits, e4m3
 //   BFloat16  2 columns, the first in the low half
 //   Float32   1 column
 //   Planes    codes of 8 bits as two planes of 4, c = 16 h + l: all of h in the layout of U4, then all of l
 //   HighPlane the same memory, of which only h is read, with 16 h + 8 for every code: an approximation of the weight at half
 //   the bytes
+// A weight is number * scale + offset, where the number of U4, U8 and planes is code - zero.
 // Float kinds have one group. Padding (rows past the last, columns past a group) does not affect the result.
 //
 // A row of y depends on its row of x only: it is bitwise independent of m, the number of threads and the other rows.
@@ -20,33 +23,69 @@
 namespace qk {
 
 enum WeightKind : int32_t {
-  kWeightFloat32 = 0, kWeightBFloat16 = 1, kWeightU4 = 2, kWeightU8 = 3, kWeightPlanes = 4, kWeightHighPlane = 5
+  kWeightFloat32 = 0, kWeightBFloat16 = 1, kWeightU4 = 2, kWeightU8 = 3, kWeightPlanes = 4, kWeightHighPlane = 5,
+  kWeightT4 = 6, kWeightF8 = 7
+};
+
+// How scales and offsets are stored: the float types of vector.h; powers of two; floats of 8 bits; integers of 8 bits that are
+// multiplied by a half float of several groups.
+enum ScaleType : int32_t { kScaleE8M0 = 3, kScaleE4M3 = 4, kScaleInt8 = 5 };
+
+struct Table {        // of T4, by code
+  float number[16];
+  uint16_t pair[32];  // the numbers as bfloat16, twice
+  uint8_t byte[16];   // 128 + the number in `unit`s, for int8 products
+  float unit;
+  int32_t exact;      // whether numbers are whole multiples of the unit
+};
+
+// What a scheme rounds the inputs of a linear to: integers of `top` = 127 for 8 bits and so on, or floats of 8 bits (top 0).
+struct Inputs {
+  const float* mixing;  // [mixes][mixes]: rotated before they are rounded, by (this matrix x Sylvester's); null: not rotated
+  int64_t mixes;
+  int64_t group;        // columns per scale
+  float scale;          // a stored one; 0: found for every row and group
+  int32_t top;
 };
 
 struct Linear {          // filled in Python through ctypes (kernels/cpu/layout.py); plain pointers, all owned elsewhere
   const void* codes;     // 64-byte aligned
   const void* scales;    // [block][group][16] of `scale_dtype`; null for float kinds
   const uint8_t* zeros;  // [block][group][16], or null if all are `zero_code`
+  const void* offsets;   // as scales, or null if all are 0; with them there are neither zeros nor a table
+  const uint16_t* supers;  // of kScaleInt8: half floats [block][groups / super][16], those of scales, then those of offsets
+  const Table* table;    // of T4
+  const Inputs* inputs;  // null: inputs are not rounded by a scheme
   const float* bias;     // [rows], or null
   int64_t rows, columns; // N, K of the model
   int64_t group;         // columns per scale; divides columns; columns itself for per-channel scales and float kinds
+  int64_t super;         // groups per half float of `supers`, as a power of two
   int32_t kind, zero_code;
-  int32_t scale_dtype;   // DType of vector.h
+  int32_t scale_dtype;   // DType of vector.h, or ScaleType
+  float factor;          // of all scales
 };
 
-// What activations are rounded to in a product: nothing; int8 (quantized weights); bfloat16 (bfloat16 weights).
-enum Form : int32_t { kFormFloat32 = 0, kFormInt8 = 1, kFormBFloat16 = 2 };
+// What a product reads of activations:
+//   Float32   x itself, not rounded
+//   Int8      q, rounded blocks (quantized weights)
+//   BFloat16  pairs, rounded (bfloat16 weights)
+//   Pairs     the same for codes: columns 0 2 1 3 of every four, groups padded as the weight's, and the sums of blocks
+//   Floats    a float32 copy, rounded as `inputs` say, and the sums of blocks
+enum Form : int32_t { kFormFloat32 = 0, kFormInt8 = 1, kFormBFloat16 = 2, kFormPairs = 3, kFormFloats = 4 };
 
 struct Rows {      // M rows of activations
   const float* x;  // [m][stride]
   int64_t m, stride, columns;
   int64_t group;   // the weight's; linears that share these rows share it (irrelevant where only `x` is read)
-  int64_t block;   // columns per activation scale, a multiple of 8; a group's last block may be shorter
+  int64_t block;   // columns per block (of one activation scale, or sum), a multiple of 8; a group's last one may be shorter
   int32_t form;    // which of the following exist, and what linear_share reads
+  const Inputs* inputs;  // how a scheme rounds, or null
   int8_t* q;       // [m][rows_q_stride]: int8 columns, groups padded as the weight's
-  float* scale;    // [rows_blocks][m]: x ~ q * scale
+  float* scale;    // [rows_blocks][m]: x ~ q * scale; of Pairs, [m], or null
   int32_t* sum;    // [rows_blocks][m]: sum of q, for zero points
   uint16_t* pairs; // [m][rows_pairs_stride]: bfloat16 columns, an odd last one followed by a zero
+  float* total;    // [rows_blocks][m]: sum of what Pairs and Floats hold
+  float* own;      // [m][columns]: rotated, or rounded to floats
 };
 
 constexpr int64_t kShareScratchBytes = 1 << 17;  // scratch memory of linear_share, 64-byte aligned
@@ -60,12 +99,32 @@ inline int64_t rows_blocks(const Rows& r) {
   const int64_t group = round_up(r.group, 8);
   return r.columns / r.group * ((group + r.block - 1) / r.block);
 }
-inline int64_t rows_q_stride(const Rows& r) { return round_up(r.columns / r.group * round_up(r.group, 8), 64) | 64; }
-inline int64_t rows_pairs_stride(const Rows& r) { return round_up(r.columns, 32) | 32; }  // of two bytes each
+inline int64_t rows_padded(const Rows& r) { return r.columns / r.group * round_up(r.group, 8); }  // columns, with padding
+inline int64_t rows_q_stride(const Rows& r) { return round_up(rows_padded(r), 64) | 64; }
+inline int64_t rows_pairs_stride(const Rows& r) {  // of two bytes each
+  return round_up(r.form == kFormPairs ? rows_padded(r) : r.columns, 32) | 32;
+}
 
-// Return what a call rounds activations to in the product with `l`. `rounding` is what it may round them to, a sum of 1 <<
-// Form; bfloat16 is used only if the machine multiplies it.
+// Return in which form a call reads activations in the product with `l`. `rounding` is what it may round them to where no
+// scheme says so, a sum of 1 << Form; bfloat16 is used only if the machine multiplies it fast.
 int32_t form_of(const Linear& l, int32_t rounding);
+
+// Whether bfloat16 numbers are multiplied, and faster than floats.
+bool fast_pairs();
+
+// Set form, group, block and inputs of rows for `l`; `block`: columns per scale of int8 activations that no scheme rounds.
+void fit_rows(Rows&, const Linear& l, int32_t rounding, int64_t block);
+
+// Whether rows fitted for one linear serve another.
+inline bool same_inputs(const Inputs* a, const Inputs* b) {
+  if (!a || !b) return a == b;
+  return a->mixing == b->mixing && a->group == b->group && a->scale == b->scale && a->top == b->top;
+}
+
+// Whether a block can be rounded only if the whole row is known.
+inline bool whole_rows(const Rows& r) {
+  return r.inputs && (r.inputs->mixing || (r.inputs->scale == 0 && r.inputs->group > r.block));
+}
 
 // The size of the rounded copy in bytes, and placing it in such memory (64-byte aligned).
 int64_t rows_bytes(const Rows&);
@@ -77,8 +136,9 @@ inline int64_t block_column(const Rows& r, int64_t block) {
   return block / per_group * r.group + block % per_group * r.block;
 }
 
-// Round activation blocks [begin, end) of rows [first, last). To int8: each block of x with scale max|x| / 127. A block that
-// holds an infinity or a NaN gets the scale NaN; one below 2^-100 throughout is zero.
+// Round activation blocks [begin, end) of rows [first, last); all of a row where `whole_rows`. To int8, unless a scheme has its
+// own rule: each block of x with scale max|x| / 127. A block that holds an infinity or a NaN gets the scale NaN; one below
+// 2^-100 throughout is zero.
 void prepare_blocks(const Rows&, int64_t first, int64_t last, int64_t begin, int64_t end);
 inline void prepare_rows(const Rows& r, int64_t first, int64_t last) { prepare_blocks(r, first, last, 0, rows_blocks(r)); }
 

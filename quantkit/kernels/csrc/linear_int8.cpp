@@ -1,5 +1,6 @@
 // Products with int8 activations: unsigned codes times int8 activations, summed exactly in int32 over a block of activations,
-// then total += (sum - zero * sum(q)) * (weight scale * activation scale) in float32, block after block.
+// then total += (sum - zero * sum(q)) * (weight scale * activation scale) in float32, block after block; and the weight's offset
+// times sum(q) * activation scale, where there are offsets. Codes of a table are looked up: its numbers, as bytes.
 #include "dot.h"
 #include "tile.h"
 #include "tiles.h"
@@ -7,20 +8,25 @@
 namespace qk {
 namespace {
 
-// packed U4, U8, Planes and HighPlane, and what they are unpacked to, a byte per code
-enum Source { kNibbles, kBytes, kPlanes, kHighPlane, kNarrowPanel, kWidePanel, kHighPanel };
+// packed U4, U8, Planes, HighPlane and T4, and what they are unpacked to, a byte per code
+enum Source { kNibbles, kBytes, kPlanes, kHighPlane, kTable, kNarrowPanel, kWidePanel, kHighPanel };
 
 template <int SOURCE>
 constexpr bool kWide = SOURCE != kNibbles && SOURCE != kNarrowPanel;
 template <int SOURCE>
-constexpr bool kEight = SOURCE == kNibbles || SOURCE == kPlanes || SOURCE == kHighPlane;  // columns per word, else 4
+constexpr bool kEight = SOURCE == kNibbles || SOURCE == kTable || SOURCE == kPlanes || SOURCE == kHighPlane;  // columns a word, else 4
 template <int SOURCE>
 constexpr int32_t kMiddle = SOURCE == kHighPlane || SOURCE == kHighPanel ? kHighPlaneMiddle : 0;
 
 // Operands of the dot product from a word of eight columns; `apart`: from the high plane to the low one.
 template <int SOURCE>
-inline void load_codes(const uint32_t* words, int64_t apart, Codes* code) {
+inline void load_codes(const Linear& l, const uint32_t* words, int64_t apart, Codes* code) {
   const Words word = *reinterpret_cast<const WordsAnywhere*>(words);
+  if (SOURCE == kTable) {
+    code[0] = codes<true>(look_up_bytes(word & 0x0f0f0f0fu, l.table->byte));
+    code[1] = codes<true>(look_up_bytes((word >> 4) & 0x0f0f0f0fu, l.table->byte));
+    return;
+  }
   if (SOURCE == kNibbles) {
     code[0] = codes<false>(word & 0x0f0f0f0fu);
     code[1] = codes<false>((word >> 4) & 0x0f0f0f0fu);
@@ -35,6 +41,15 @@ inline void load_codes(const uint32_t* words, int64_t apart, Codes* code) {
   code[1] = codes<true>(bytes.word[1]);
 }
 
+// The part of a block's sum that does not depend on codes.
+template <int M>
+inline void add_offset(Floats offset, const float* x_scale, const int32_t* x_sum, float* totals) {
+  for (int m = 0; m < M; ++m) {
+    FloatsAnywhere* total = reinterpret_cast<FloatsAnywhere*>(totals + m * kWidth);
+    *total = multiply_add(offset, splat(x_scale[m] * static_cast<float>(x_sum[m])), *total);
+  }
+}
+
 // UNITS registers of outputs for M rows of x. `words` advance by `step` from one word of a unit to the next.
 template <int SOURCE, int M, int UNITS>
 inline void multiply(const Linear& l, const Rows& r, const Chunks& chunks, const Tile& t, const uint32_t* const* start) {
@@ -44,18 +59,24 @@ inline void multiply(const Linear& l, const Rows& r, const Chunks& chunks, const
   const int64_t stride = rows_q_stride(r), apart = SOURCE == kPlanes ? words_per_plane(l) : 0;
   const uint32_t* words[UNITS];
   const Zeros zeros(l);
-  int64_t at[UNITS];
   const uint8_t* zero[UNITS];
+  Scales scales[UNITS];
 #pragma GCC unroll 8
   for (int u = 0; u < UNITS; ++u) {
     words[u] = start[u];
-    at[u] = scale_of(l, unit_of(t, u));
-    zero[u] = zeros.at(at[u]);
+    scales[u] = Scales(l, unit_of(t, u));
+    zero[u] = zeros.at(scales[u].at);
   }
   const int8_t* q = r.q + t.row * stride + chunks.stored_column(t.first);
   const float* x_scale = r.scale + t.first * r.m + t.row;
   const int32_t* x_sum = r.sum + t.first * r.m + t.row;
   for (Walk walk(chunks, t.first); walk.chunk < t.last; walk.next(), x_scale += r.m, x_sum += r.m) {
+    Floats scale[UNITS];
+#pragma GCC unroll 8
+    for (int u = 0; u < UNITS; ++u) {
+      scale[u] = scales[u].scale(walk.group);
+      if (kPanel) asm("" : "+m"(scale[u]));  // not in a register meanwhile: sums need all of them
+    }
     Ints sum[UNITS][M][kSplit] = {};
     const int8_t* const stop = q + walk.columns();
     for (; q < stop; q += 8) {
@@ -65,7 +86,7 @@ inline void multiply(const Linear& l, const Rows& r, const Chunks& chunks, const
 #pragma GCC unroll 8
         for (int u = 0; u < UNITS; ++u) {
           if (!kPanel) __builtin_prefetch(words[u] + kAhead);
-          if constexpr (kEight<SOURCE>) load_codes<SOURCE>(words[u], apart, code[u]);
+          if constexpr (kEight<SOURCE>) load_codes<SOURCE>(l, words[u], apart, code[u]);
           else code[u][0] = codes<kWide<SOURCE>>(*reinterpret_cast<const WordsAnywhere*>(words[u]));
           words[u] += kStep;
         }
@@ -87,8 +108,6 @@ inline void multiply(const Linear& l, const Rows& r, const Chunks& chunks, const
     asm("" : "+r"(totals));  // prevents the compiler from keeping the totals of all chunks in registers, of which there are too few
 #pragma GCC unroll 8
     for (int u = 0; u < UNITS; ++u) {
-      const int64_t place = at[u] + walk.group * kLanes;
-      const Floats scale = load_floats(l.scales, place, l.scale_dtype);
       const Ints minus_zero = (kDotOffset<kWide<SOURCE>> + kMiddle<SOURCE> - load_bytes(zero[u] + walk.group * zeros.step)) & 0xffff;
 #pragma GCC unroll 12
       for (int m = 0; m < M; ++m) {
@@ -96,9 +115,11 @@ inline void multiply(const Linear& l, const Rows& r, const Chunks& chunks, const
         if (kSplit == 2) all += sum[u][m][1];
         all = add_product(all, minus_zero, splat_int(x_sum[m]));
         FloatsAnywhere* total = reinterpret_cast<FloatsAnywhere*>(totals + (u * M + m) * kWidth);
-        *total = multiply_add(to_floats(all), scale * splat(x_scale[m]), *total);
+        *total = multiply_add(to_floats(all), scale[u] * splat(x_scale[m]), *total);
       }
     }
+    if (!l.offsets) continue;
+    for (int u = 0; u < UNITS; ++u) add_offset<M>(scales[u].offset(walk.group), x_scale, x_sum, totals + u * M * kWidth);
   }
 }
 
@@ -106,8 +127,11 @@ template <int SOURCE>
 struct Int8Path {
   static constexpr int kBytes = 1, kPanelColumns = 4;  // bytes per activation; columns per word of a panel
   static constexpr int kRows = kPanelRows;
+  static constexpr int64_t kDirectRows = kSomeRows;
   static constexpr int kColumns = kEight<SOURCE> ? 8 : 4;
   static constexpr int kPanel = SOURCE == kNibbles ? kNarrowPanel : SOURCE == kHighPlane ? kHighPanel : kWidePanel;
+
+  static Factors factors(const Linear& l, const Rows&) { return {l.table ? l.factor * l.table->unit : l.factor, nullptr}; }
 
   static int64_t chunk(const Linear&, const Rows& r) { return r.block; }
 
@@ -138,7 +162,9 @@ struct Int8Path {
       for (int64_t k = from; k < stop; k += kColumns, words += kLanes) {
         const Words word = *reinterpret_cast<const WordsAnywhere*>(words);
         Bytes bytes{{word, word}};
-        if (SOURCE == kNibbles) bytes = {{word & 0x0f0f0f0fu, (word >> 4) & 0x0f0f0f0fu}};
+        if (SOURCE == kNibbles || SOURCE == kTable) bytes = {{word & 0x0f0f0f0fu, (word >> 4) & 0x0f0f0f0fu}};
+        if (SOURCE == kTable)
+          for (Words& one : bytes.word) one = look_up_bytes(one, l.table->byte);
         if (SOURCE == kHighPlane) bytes = high_codes(word);
         if (SOURCE == kPlanes) bytes = join_planes(word, *reinterpret_cast<const WordsAnywhere*>(words + apart));
         for (int i = 0; i < (kEight<SOURCE> ? 2 : 1); ++i, to += kPanelWidth) *reinterpret_cast<WordsAnywhere*>(to) = bytes.word[i];
@@ -179,14 +205,15 @@ inline void multiply_tiles(const Linear& l, const Rows& r, const Chunks& chunks,
     _tile_stored(0, sums[0], kTileBytes);
     _tile_stored(1, sums[1], kTileBytes);
     for (int u = 0; u < kPanelUnits; ++u) {
-      const int64_t at = scale_of(l, unit_of(t, u)), place = at + walk.group * kLanes;
-      const Floats scale = load_floats(l.scales, place, l.scale_dtype);
-      const Ints minus_zero = kMiddle<SOURCE> - load_bytes(zeros.at(at) + walk.group * zeros.step);
+      const Scales scales(l, unit_of(t, u));
+      const Floats scale = scales.scale(walk.group);
+      const Ints minus_zero = kMiddle<SOURCE> - load_bytes(zeros.at(scales.at) + walk.group * zeros.step);
       for (int m = 0; m < kTileRows; ++m) {
         const Ints all = *reinterpret_cast<const Ints*>(sums[u][m]) + minus_zero * x_sum[m];
         FloatsAnywhere* total = reinterpret_cast<FloatsAnywhere*>(t.totals + (u * kTileRows + m) * kWidth);
         *total = multiply_add(to_floats(all), scale * splat(x_scale[m]), *total);
       }
+      if (l.offsets) add_offset<kTileRows>(scales.offset(walk.group), x_scale, x_sum, t.totals + u * kTileRows * kWidth);
     }
   }
 }
@@ -194,6 +221,7 @@ inline void multiply_tiles(const Linear& l, const Rows& r, const Chunks& chunks,
 template <int SOURCE>
 struct TilePath : Int8Path<SOURCE> {
   static constexpr int kRows = kTileRows;
+  static constexpr int64_t kDirectRows = kFewRows;
 
   template <int M>
   static void panel(const Linear& l, const Rows& r, const Chunks& chunks, const Tile& t) {
@@ -222,6 +250,7 @@ void int8_share(const Linear& l, const Rows& r, float* y, int64_t y_stride, int6
     case kWeightU4: return share_codes<kNibbles>(l, r, y, y_stride, begin, end, scratch);
     case kWeightPlanes: return share_codes<kPlanes>(l, r, y, y_stride, begin, end, scratch);
     case kWeightHighPlane: return share_codes<kHighPlane>(l, r, y, y_stride, begin, end, scratch);
+    case kWeightT4: return share_codes<kTable>(l, r, y, y_stride, begin, end, scratch);
     default: return share_codes<kBytes>(l, r, y, y_stride, begin, end, scratch);
   }
 }

@@ -93,17 +93,10 @@ bool run(Call call, int64_t m, int32_t threads) {
 }  // namespace
 }  // namespace qk
 
-QK_EXPORT int32_t qk_abi_version() { return 4; }
+QK_EXPORT int32_t qk_abi_version() { return 5; }
 
-// Whether the machine multiplies bfloat16 numbers, and faster than floats. AMD's cores make twice as many of them a
-// cycle; Intel's, which leave them to the tile unit, half as many (measured on Emerald Rapids).
-QK_EXPORT int32_t qk_multiplies_bfloat16() {
-#if defined(__x86_64__)
-  return qk::kDotPairs && __builtin_cpu_is("amd");
-#else
-  return qk::kDotPairs;
-#endif
-}
+// Whether the machine multiplies bfloat16 numbers, and faster than floats.
+QK_EXPORT int32_t qk_multiplies_bfloat16() { return qk::fast_pairs(); }
 
 QK_EXPORT const char* qk_isa() {
 #if defined(__AVX512F__)
@@ -125,9 +118,7 @@ QK_EXPORT int32_t qk_linear(const qk::Linear* linear, const float* bias, const v
   Call call{*linear, {}, nullptr, nullptr, nullptr, nullptr, dtype, nullptr};
   call.linear.bias = bias;
   call.rows.stride = call.rows.columns = linear->columns;
-  call.rows.group = linear->group;
-  call.rows.block = block ? block : 8;
-  call.rows.form = form_of(*linear, (block ? 1 << kFormInt8 : 0) | (dtype == kBFloat16 ? 1 << kFormBFloat16 : 0));
+  fit_rows(call.rows, *linear, (block ? 1 << kFormInt8 : 0) | (dtype == kBFloat16 ? 1 << kFormBFloat16 : 0), block ? block : 8);
   const int64_t size = dtype == kFloat32 ? 4 : 2;
   for (int64_t from = 0; from < m; from += kBatch) {
     call.x = static_cast<const char*>(x) + from * linear->columns * size;

@@ -1,7 +1,7 @@
 // How a thread's share of a product is split into tiles, for int8 and for float activations.
 //
 // A tile is a few registers ("units") of output rows times a few rows of x. With few rows of x, a tile reads the packed weight
-// directly, once, along all of K. With many, the weights of a tile are unpacked, a panel of columns at a time, to scratch
+// directly, along all of K, one tile of rows after the other. With many, the weights of a tile are unpacked, a panel of columns at a time, to scratch
 // memory that stays in the level-2 cache while all rows of x are processed. Sums have the same order in both cases: the sum of
 // a chunk of columns is scaled and added to the total.
 #pragma once
@@ -13,7 +13,8 @@ namespace qk {
 constexpr int kPanelUnits = 2;                             // units of a tile that reads a panel
 constexpr int kPanelWidth = kPanelUnits * kWidth;          // its output rows
 constexpr int kPanelRows = kManyRegisters ? 12 : 4;        // its rows of x, at most, where they are vectors
-constexpr int kFewRows = kManyRegisters ? 8 : 4;            // up to this many rows of x, the packed weight is read directly
+constexpr int kFewRows = kManyRegisters ? 8 : 4;            // rows of x of a tile that reads the packed weight
+constexpr int64_t kSomeRows = kManyRegisters ? 64 : 4;      // up to this many rows, tiles read it: a unit stays in the cache
 constexpr int kDirectUnits = kParts < 2 ? kParts : 2;       // units of a tile that reads the packed weight: one stream
 constexpr int64_t kAhead = 1024;                           // words of the packed weight that are fetched ahead of their use
 constexpr int64_t kPanelBytes = kWidth == 4 ? 1 << 15 : 1 << 16;
@@ -86,6 +87,38 @@ inline int64_t scale_of(const Linear& l, int64_t unit) {
   return unit / kParts * (l.columns / l.group) * kLanes + unit % kParts * kWidth;
 }
 
+// Scales and offsets of a unit by group, without the factor of all. Read before a chunk is summed: sums leave no registers.
+class Scales {
+ public:
+  int64_t at = 0;  // place of the first group
+  Scales() = default;
+  Scales(const Linear& linear, int64_t unit) : at(scale_of(linear, unit)), linear_(&linear) {
+    const int64_t supers = linear.columns / linear.group >> linear.super;
+    over_ = unit / kParts * supers * kLanes + unit % kParts * kWidth;
+    offsets_over_ = over_ + linear_blocks(linear) * supers * kLanes;
+  }
+  Floats scale(int64_t group) const { return load(linear_->scales, group, over_); }
+  Floats offset(int64_t group) const { return load(linear_->offsets, group, offsets_over_); }
+
+ private:
+  const Linear* linear_ = nullptr;
+  int64_t over_ = 0, offsets_over_ = 0;  // in `supers`
+
+  Floats load(const void* values, int64_t group, int64_t half) const {
+    const Linear& l = *linear_;
+    const int64_t place = at + group * kLanes;
+    if (l.scale_dtype <= kBFloat16) return load_floats(values, place, l.scale_dtype);
+    const uint8_t* bytes = static_cast<const uint8_t*>(values) + place;
+    if (l.scale_dtype == kScaleInt8) {
+      const Floats whole = to_floats(load_signed_bytes(reinterpret_cast<const int8_t*>(bytes)));
+      return whole * load_halves(l.supers + half + (group >> l.super) * kLanes);
+    }
+    const Words code = (Words)load_bytes(bytes);
+    if (l.scale_dtype == kScaleE4M3) return from_e4m3(code << 24);
+    return (Floats)(code == 0u ? code + 0x400000u : code << 23);  // 2^-127 is subnormal
+  }
+};
+
 // Zero points of a unit by group: the stored ones, or always the same one.
 struct Zeros {
   alignas(16) uint8_t code[kWidth];
@@ -97,11 +130,18 @@ struct Zeros {
   const uint8_t* at(int64_t place) const { return step ? stored + place : code; }
 };
 
-inline void store_tile(const Linear& l, const Tile& t, int units, int rows, float* y, int64_t y_stride) {
+// What totals are multiplied by.
+struct Factors {
+  float all;
+  const float* row;  // and by row of x, where one was rounded to floats by one scale; or null
+};
+
+inline void store_tile(const Linear& l, const Factors& by, const Tile& t, int units, int rows, float* y, int64_t y_stride) {
   for (int u = 0; u < units && t.unit + u < t.last_unit; ++u) {
     const int64_t at = (t.unit + u) * kWidth, count = l.rows - at;
     for (int m = 0; m < rows; ++m) {
-      Floats total = *reinterpret_cast<const FloatsAnywhere*>(t.totals + (u * rows + m) * kWidth);
+      Floats total = *reinterpret_cast<const FloatsAnywhere*>(t.totals + (u * rows + m) * kWidth) * by.all;
+      if (by.row) total *= by.row[t.row + m];
       float* out = y + (t.row + m) * y_stride + at;
       if (count >= kWidth) {
         if (l.bias) total += *reinterpret_cast<const FloatsAnywhere*>(l.bias + at);
@@ -119,7 +159,7 @@ void direct_rows(const Linear& l, const Rows& r, const Chunks& chunks, Tile& t, 
     alignas(64) float totals[M * kDirectUnits * kWidth] = {};
     t.totals = totals;
     Path::template direct<M>(l, r, chunks, t);
-    store_tile(l, t, kDirectUnits, M, y, y_stride);
+    store_tile(l, Path::factors(l, r), t, kDirectUnits, M, y, y_stride);
   }
   if constexpr (M > 1) direct_rows<Path, M == 4 ? 3 : M == 3 ? 2 : M / 2>(l, r, chunks, t, y, y_stride);
 }
@@ -144,12 +184,12 @@ void panel_rows(const Linear& l, const Rows& r, const Chunks& chunks, Tile& t, i
 
 // Store the totals of a slab, in the order of panel_rows.
 template <int M>
-void store_rows(const Linear& l, Tile& t, float* y, int64_t y_stride, int64_t last_row) {
-  for (; t.row + M <= last_row; t.row += M, t.totals += M * kPanelWidth) store_tile(l, t, kPanelUnits, M, y, y_stride);
+void store_rows(const Linear& l, const Factors& by, Tile& t, float* y, int64_t y_stride, int64_t last_row) {
+  for (; t.row + M <= last_row; t.row += M, t.totals += M * kPanelWidth) store_tile(l, by, t, kPanelUnits, M, y, y_stride);
   if constexpr (M > 8)
-    store_rows<8>(l, t, y, y_stride, last_row);
+    store_rows<8>(l, by, t, y, y_stride, last_row);
   else if constexpr (M > 1)
-    store_rows<M / 2>(l, t, y, y_stride, last_row);
+    store_rows<M / 2>(l, by, t, y, y_stride, last_row);
 }
 
 template <class Path>
@@ -174,19 +214,20 @@ void panel_share(const Linear& l, const Rows& r, float* y, int64_t y_stride, int
         panel_rows<Path, kRows>(l, r, chunks, t, last_row);
       }
       t.row = row, t.totals = totals;
-      store_rows<kRows>(l, t, y, y_stride, last_row);
+      store_rows<kRows>(l, Path::factors(l, r), t, y, y_stride, last_row);
     }
   }
 }
 
 template <class Path>
 void share(const Linear& l, const Rows& r, float* y, int64_t y_stride, int64_t begin, int64_t end, void* scratch) {
-  if (r.m <= kFewRows) return direct_share<Path>(l, r, y, y_stride, begin * kParts, end * kParts);
+  if (r.m <= Path::kDirectRows) return direct_share<Path>(l, r, y, y_stride, begin * kParts, end * kParts);
   panel_share<Path>(l, r, y, y_stride, begin * kParts, end * kParts, scratch);
 }
 
-// The two kinds of products, in separate files so that they compile in parallel.
+// The kinds of products, in separate files so that they compile in parallel.
 void int8_share(const Linear&, const Rows&, float* y, int64_t y_stride, int64_t begin, int64_t end, void* scratch);
 void float_share(const Linear&, const Rows&, float* y, int64_t y_stride, int64_t begin, int64_t end, void* scratch);
+void pairs_share(const Linear&, const Rows&, float* y, int64_t y_stride, int64_t begin, int64_t end, void* scratch);
 
 }  // namespace qk

@@ -5,7 +5,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
-#if defined(__AVX2__) || defined(__F16C__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #elif defined(__ARM_NEON)
 #include <arm_neon.h>
@@ -225,5 +225,62 @@ inline void store_one(void* p, int64_t i, int32_t dtype, float value) {
     static_cast<uint16_t*>(p)[i] = dtype == kFloat16 ? float_to_half(value) : float_to_bfloat(value);
   }
 }
+
+// table[index % 16] of every lane.
+inline Floats look_up(Words index, const float* table) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_maskz_permutexvar_ps(0xffff, (__m512i)index, _mm512_loadu_ps(table));
+#elif defined(__AVX2__)
+  const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), (__m256i)index);
+  const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), (__m256i)index);
+  return (Floats)_mm256_blendv_ps(low, high, (__m256)(index << 28));  // by bit 3
+#else
+  Floats result;
+  for (int i = 0; i < kWidth; ++i) result[i] = table[index[i] & 15u];
+  return result;
+#endif
+}
+
+// table[byte] of every byte, all of which are below 16.
+inline Words look_up_bytes(Words index, const uint8_t* table) {
+#if defined(__AVX512BW__)
+  const __m128i sixteen = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
+  return (Words)_mm512_shuffle_epi8(_mm512_maskz_broadcast_i32x4(0xffff, sixteen), (__m512i)index);
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+  const __m128i sixteen = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
+  return (Words)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(sixteen), (__m256i)index);
+#elif defined(__aarch64__)
+  return (Words)vqtbl1q_u8(vld1q_u8(table), (uint8x16_t)index);
+#else
+  Words result;
+  for (int i = 0; i < kWidth; ++i) {
+    uint32_t word = 0;
+    for (int byte = 0; byte < 32; byte += 8) word |= static_cast<uint32_t>(table[index[i] >> byte & 15u]) << byte;
+    result[i] = word;
+  }
+  return result;
+#endif
+}
+
+// Floats of 8 bits, e4m3, from the highest byte of every lane; codes that mean NaN are taken for 480. A small float is the
+// same bits at another place, too small by 2^120, subnormal ones included (unless the processor is told to flush those).
+inline Floats from_e4m3(Words top_bytes) { return (Floats)((Words)((Ints)top_bytes >> 4) & 0x87f00000u) * 0x1p120f; }
+
+// The nearest e4m3 to every number of magnitude up to 448, ties to even.
+inline Floats to_e4m3(Floats value) {
+  const Words bits = (Words)value;
+  const Floats normal = (Floats)((bits + 0x7ffffu + (bits >> 20 & 1u)) & 0xfff00000u);
+  const Floats small = (value + 0x1.8p14f) - 0x1.8p14f;  // a multiple of 2^-9
+  return (Floats)(bits & 0x7fffffffu) < 0x1p-6f ? small : normal;
+}
+
+// While this lives, the processor computes with subnormal numbers, whatever the thread chose.
+struct KeepSubnormals {
+#if defined(__SSE2__)
+  const unsigned before = _mm_getcsr();
+  KeepSubnormals() { _mm_setcsr(before & ~0x8040u); }
+  ~KeepSubnormals() { _mm_setcsr(before); }
+#endif
+};
 
 }  // namespace qk
