@@ -206,4 +206,4 @@ def _settings(
 
 
 # The order is that of the commands in --help.
-from quantkit.cli import init, search, run, sweep, convert, chat, serve, inspect, collect, build  # noqa: E402, F401, I001
+from quantkit.cli import init, search, run, evaluate, sweep, convert, chat, serve, inspect, collect, build  # noqa: E402, F401, I001

@@ -119,6 +119,9 @@ class Intake:
             self._compiling -= 1
 
     async def _receive(self, request: Request, kind: type[Generating]) -> Accepted:
+        media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if media != "application/json":
+            raise Refused(415, f"Content-Type is {media[:100]!r}, want application/json; send that header")
         body, announced = bytearray(), request.headers.get("content-length", "")
         if announced.isdecimal() and int(announced) > self._body_bytes:  # before a client that waits for 100 sends it
             raise self._too_large()

@@ -72,10 +72,10 @@ def form_grammar(
         tools: the tools, at least one.
         choice: ``"auto"``, ``"required"``, or the only tool that may be called.
         schema: the JSON schema of an answer without a call; None for any text.
-        several: more than one call is allowed, where the dialect can write them.
+        several: more than one call is allowed, where the dialect can write them, unless ``choice`` is a tool.
     """
     if not isinstance(choice, str):
-        tools = [tool for tool in tools if tool.function.name == choice.function.name]
+        tools, several = [tool for tool in tools if tool.function.name == choice.function.name], False
     required, rules = choice != "auto", ["%llguidance {}"]
     names = [f"call_{number}" for number in range(len(tools))]
     rules += (f"{name}: %json {written(_call_schema(tool, dialect))}" for name, tool in zip(names, tools, strict=True))

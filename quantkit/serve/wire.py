@@ -70,7 +70,7 @@ _NOTHING: dict[str, Callable[[Any], bool]] = {
 """Unsupported fields, and whether a value asks for nothing."""
 
 
-_HAVE_SCHEMAS = {"response_format": "schema", "tools": "parameters"}
+_KEPT = {"response_format": "schema", "tools": "parameters"}
 """Fields with JSON schemas inside, where null is a value, and what these are called."""
 
 
@@ -91,7 +91,14 @@ class StreamOptions(Fields):
 
     include_usage: bool = False
     include_obfuscation: bool = False
-    continuous_usage_stats: Literal[False] = False
+    continuous_usage_stats: bool = False
+
+    @field_validator("continuous_usage_stats")
+    @classmethod
+    def _has_none(cls, value: bool) -> bool:
+        if value:
+            raise PydanticCustomError("continuous_usage_stats", "usage is only sent at the end; leave the field out")
+        return value
 
 
 def _stops(value: Any) -> Any:
@@ -130,9 +137,11 @@ def _bias(value: Any) -> Any:
     return {int(token): bias for token, bias in value.items()}
 
 
-_TEXT, _IDS = {"type": "string"}, {"type": "array", "items": {"type": "integer"}}
-_STOPS = WithJsonSchema({"anyOf": [_TEXT, {"type": "array", "items": {"type": "string", "minLength": 1}, "maxItems": 64}]})
-_PROMPTS = WithJsonSchema({"anyOf": [_TEXT, {"type": "array", "items": _TEXT}, _IDS, {"type": "array", "items": _IDS}]})
+_TEXT, _IDS = {"type": "string", "minLength": 1}, {"type": "array", "items": {"type": "integer"}, "minItems": 1}
+_STOP_STRINGS = {"type": "array", "items": _TEXT, "maxItems": 64}
+_STOPS = WithJsonSchema({"anyOf": [{"type": "string"}, _STOP_STRINGS]})
+_SEVERAL = ({"type": "array", "items": one, "minItems": 1, "maxItems": 256} for one in (_TEXT, _IDS))
+_PROMPTS = WithJsonSchema({"anyOf": [_TEXT, _IDS, *_SEVERAL]})
 _BIASES = WithJsonSchema(
     {
         "type": "object",
@@ -227,6 +236,16 @@ class Part(BaseModel):
 class Message(Fields):
     """One message of a chat. Tool calls and their results go to the chat template as they are."""
 
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        json_schema_extra={
+            "anyOf": [
+                {"properties": {"role": {"enum": ["assistant", "tool", "function"]}}},
+                {"required": ["content"], "properties": {"content": {"not": {"type": "null"}}}},
+            ]
+        },
+    )
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | list[Part] | None = None
     name: str | None = None
@@ -320,8 +339,9 @@ def parse(body: Any, kind: type[Generating]) -> Any:
     if not isinstance(body, dict):
         raise BadField("body", f"want a JSON object, got {_shown(body)}")
     _check_size(body)
-    given = {name: value for name, value in body.items() if value is not None and name not in FOR_ACCOUNTS}
-    fields = {name: _without_nulls(value, _HAVE_SCHEMAS.get(name)) for name, value in given.items()}
+    given: dict[str, Any] = {name: value for name, value in body.items() if value is not None and name not in FOR_ACCOUNTS}
+    fields = {name: _without_nulls(value, _KEPT.get(name)) for name, value in given.items() if name != "logit_bias"}
+    fields |= {"logit_bias": given["logit_bias"]} if "logit_bias" in given else {}
     if not isinstance(fields.get("best_of"), bool) and fields.get("best_of") == fields.get("n", 1):
         fields.pop("best_of", None)
     for name, asks_nothing in _NOTHING.items():
