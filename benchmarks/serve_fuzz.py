@@ -160,7 +160,11 @@ async def attack(url: str, bodies: int, seed: int) -> tuple[collections.Counter[
 
     async def send(client: httpx.AsyncClient, route: str, body: bytes) -> None:
         async with gate:
-            answer = await client.post(f"/v1/{route}", content=body, headers=headers)
+            try:
+                answer = await client.post(f"/v1/{route}", content=body, headers=headers)
+            except httpx.TimeoutException:
+                wrong.append(f"no answer in 5 minutes to {body[:200]!r}")
+                return
         statuses[answer.status_code] += 1
         if answer.status_code >= 500:
             wrong.append(f"{answer.status_code} {answer.text[:200]} for {body[:200]!r}")
@@ -184,9 +188,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--bodies", type=int, default=1100)
+    parser.add_argument("--context", type=int, default=96, help="of the server: what a request that sets no limit may cost")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    command = [sys.executable, "-m", "quantkit", "serve", arguments.model, "--port", "0"]
+    command = [sys.executable, "-m", "quantkit", "serve", arguments.model, "--port", "0", "--context", str(arguments.context)]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None

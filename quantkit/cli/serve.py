@@ -178,6 +178,7 @@ def trace(
         print_json({kind: one.to_dict() for kind, one in found.items()})
     else:
         table(title, *trace_rows(found, price))
+        say(f"energy: {next(iter(found.values())).energy_source}")
     if html is not None:
         write_trace_html(html, found, price=price, title=f"{model}: {title}")
     if out is not None:
