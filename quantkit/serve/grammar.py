@@ -46,7 +46,7 @@ class Grammars:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None or not end_tokens:
             what = "it is not a fast tokenizer" if backend is None else "the model has no end-of-sequence token"
-            raise QuantkitError(f"answers of a given form need llguidance to read the model's tokenizer: {what}")
+            raise QuantkitError(what)
         text = json.loads(backend.to_str())
         text.update(padding=None, truncation=None)
         self._known = len(tokenizer)

@@ -57,7 +57,7 @@ class Accepted:
         grammar: the form that its answers must have; None for any.
         dialect: how tool calls are written in its answers; None if there can be none.
         forms: a constraint for each answer; empty without a grammar.
-        grammars: spells tokens, for log probabilities; None if these are not wanted, or the tokenizer is of an unknown kind.
+        grammars: spells tokens, for log probabilities; None if llguidance cannot read the tokenizer.
     """
 
     asked: Any
@@ -85,7 +85,7 @@ class Intake:
         self._bytes = 0  # of requests that are being read or wait for a thread
         self._quick, self._slow = (ThreadPoolExecutor(1, f"quantkit-intake-{name}") for name in ("quick", "slow"))
         self._compiler, self._compiling = ThreadPoolExecutor(1, "quantkit-intake-forms"), 0
-        self._grammars: Grammars | None = None
+        self._grammars, self._no_grammars = self._read_tokenizer()
         tokenizer("a")  # the first use may change settings, which is not safe while another thread uses them
 
     def close(self) -> None:
@@ -107,8 +107,8 @@ class Intake:
             QuantkitError: a prompt that is not text, too long for the model, or refused by its chat template; a schema that
                 is none, or too complicated.
         """
-        accepted = await self._receive(request, kind)
-        if accepted.grammar is None and accepted.asked.num_logprobs is None:
+        accepted = replace(await self._receive(request, kind), grammars=self._grammars)
+        if accepted.grammar is None:
             return accepted
         if self._compiling >= WAITING_FORMS:
             raise Refused(429, "too many requests with schemas at once; try again later", "rate_limit_error")
@@ -174,20 +174,23 @@ class Intake:
 
     def _form(self, accepted: Accepted) -> Accepted:
         """Compile the grammar of a request, once for all of its answers."""
-        try:
-            known = self._grammars = self._grammars or Grammars(self._tokenizer, self._ends)
-        except (QuantkitError, ValueError) as error:
-            if accepted.grammar is None:  # log probabilities spell tokens as the tokenizer does
-                return accepted
-            raise QuantkitError(f"llguidance cannot read this model's tokenizer: {error}") from error
-        if accepted.grammar is None:
-            return replace(accepted, grammars=known)
+        assert accepted.grammar is not None
+        known = self._grammars
+        if known is None:
+            raise QuantkitError(f"answers of a given form need llguidance to read the model's tokenizer: {self._no_grammars}")
         field = "tools" if accepted.dialect else "response_format"
         try:
             forms = [known.constraint(accepted.grammar) for _ in range(len(accepted.prompts) * accepted.asked.n)]
         except QuantkitError as error:
             raise Refused(400, f"{field}: {error}", param=field) from error
-        return replace(accepted, forms=forms, grammars=known)
+        return replace(accepted, forms=forms)
+
+    def _read_tokenizer(self) -> tuple[Grammars | None, str]:
+        """Return what compiles grammars, or why nothing does; made before the first request, since it holds up all others."""
+        try:
+            return Grammars(self._tokenizer, self._ends), ""
+        except (QuantkitError, ValueError) as error:  # such a model is served without forms
+            return None, str(error)
 
     def _encode(self, asked: Completion | Chat) -> list[list[int]]:
         if isinstance(asked, Chat):
