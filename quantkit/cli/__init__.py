@@ -39,6 +39,7 @@ _KEYS = {"overwrite": "output.overwrite", "resume": "run.resume"}
 _ARGUMENT = re.compile(r"""(?<![\w.\[])([a-z]\w*)=('[^']*'|"[^"]*"|[\w.+-]*\w)""")
 _SETTING = re.compile(r"\b[A-Z]\w+\((\w+)=([^()]*)\)(?=: )")
 _SUBJECT = re.compile(r"^(?:[a-z_]+\.)*([a-z_]+?)(s?)(?:\.\d+)?(?=: )")
+_TWICE = re.compile(r"^(?:--[\w-]+: (?=--))?(--[\w-]+ )(\S+): \w+ '\2': ")
 _CALL = re.compile(r",? ?(?:or )?quantkit\.\w+\(\.\.\., [^)]*\)(?: and give the model itself in place of its name)?")
 
 
@@ -63,7 +64,7 @@ def in_options(message: str, command: Any) -> str:
 
     plain = _SETTING.sub(lambda found: f"{found[1]}={found[2]}" if found[1] in options else found[0], _CALL.sub("", message))
     named = _SUBJECT.sub(lambda found: _option_for(found, options) or found[0], plain)
-    return _ARGUMENT.sub(option, named)
+    return _TWICE.sub(r"\1\2: ", _ARGUMENT.sub(option, named))
 
 
 def _option_for(subject: re.Match[str], options: dict[str, Any]) -> str | None:
@@ -206,4 +207,6 @@ def _settings(
 
 
 # The order is that of the commands in --help.
-from quantkit.cli import init, search, run, sweep, convert, export, chat, serve, inspect, collect, build  # noqa: E402, F401, I001
+from quantkit.cli import (  # noqa: E402, F401, I001
+    init, search, run, evaluate, sweep, convert, export, chat, serve, inspect, collect, build,
+)

@@ -168,63 +168,6 @@ def train(
         page(over=True)
 
 
-@app.command("eval")
-def evaluate(
-    model: Model,
-    base: Annotated[str | None, typer.Option(help="The model it should agree with, for KL and agreement.")] = None,
-    data: Data = None,
-    column: Column = None,
-    template: Template = None,
-    windows: int = 20,
-    length: Annotated[int, typer.Option(help="Tokens of a window.")] = 1024,
-    latency: Annotated[bool, typer.Option(help="Measure speed too.")] = True,
-    kv: Annotated[str | None, typer.Option(help="Read keys and values from a memory: float, int8 or int4.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Write the report here (JSON).")] = None,
-    html: Annotated[Path | None, typer.Option(help="Write a page with plots here.")] = None,
-    head: Head = "float",
-    compute: ComputeMode = "auto",
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    revision: Revision = None,
-    as_json: AsJson = False,
-    trust_remote_code: TrustRemoteCode = False,
-) -> None:
-    """Measure a model: perplexity, distance from a base model, speed, size."""
-    from quantkit.evaluation import evaluate as measure
-    from quantkit.mixed.recorded import PLAN_FILE
-    from quantkit.report import comparison_table, write_html
-
-    place: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
-    opened, tokenizer = load(model, revision=revision, compute=compute, head=head, **place)
-    with progress_bars() as progress:
-        report = measure(
-            opened,
-            load(base, **place)[0] if base else None,
-            data=data,
-            column=column,
-            template=template,
-            tokenizer=tokenizer,
-            windows=windows,
-            length=length,
-            latency=latency,
-            kv=kv,
-            label=Path(model).name,
-            base_label=base,
-            progress=progress,
-        )
-    if as_json:
-        print_json(report.to_dict())
-    else:
-        console().print(comparison_table([report]))
-    if out is not None:
-        report.save(out)
-        say(f"written: {out}", stderr=True)
-    if html is not None:
-        found = Path(model) / PLAN_FILE
-        write_html(html, [report], search=found if found.is_file() else None, training=Path(model))
-        say(f"written: {html} (open it in a browser)", stderr=True)
-
-
 @app.command()
 def bench(
     models: Annotated[list[str], typer.Argument(help="Models to time; speed-ups are against the first.")],

@@ -46,6 +46,9 @@ def serve(
     allow_origin: Annotated[
         list[str] | None, typer.Option(help="Let web pages of this origin use the server (http://localhost:3000, or *).")
     ] = None,
+    log_requests: Annotated[
+        bool, typer.Option("--log-requests", help="Write a line to standard error for each request, without what it says.")
+    ] = False,
     grace: Annotated[float, typer.Option(help="Seconds in which answers may go on after Ctrl-C or SIGTERM.")] = 5.0,
     kv: KeysAndValues = "float",
     drafter: DrafterName = None,
@@ -68,6 +71,8 @@ def serve(
     from quantkit.serve.run import check_port, open_server, run_server
 
     check_port(host, port)
+    if log_requests:
+        _log_requests()
     opened, tokenizer = load(
         model, device=device, dtype=dtype, revision=revision, compute=compute, head=head, trust_remote_code=trust_remote_code
     )
@@ -89,6 +94,17 @@ def serve(
         grace_s=grace,
     )
     run_server(server, lambda: _introduce(server, model, name or model, host, guarded=token is not None))
+
+
+def _log_requests() -> None:
+    """Let the server's lines about requests go to standard error."""
+    import logging
+
+    logger, handler = logging.getLogger("quantkit.serve.requests"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
 
 
 def _introduce(server: "Server", model: str, name: str, host: str, *, guarded: bool) -> None:
@@ -178,6 +194,7 @@ def trace(
         print_json({kind: one.to_dict() for kind, one in found.items()})
     else:
         table(title, *trace_rows(found, price))
+        say(f"energy: {next(iter(found.values())).energy_source}")
     if html is not None:
         write_trace_html(html, found, price=price, title=f"{model}: {title}")
     if out is not None:

@@ -31,6 +31,8 @@ class Span:
         ids: the tokens, at least one.
         table: page numbers of the sequence, enough for ``start + len(ids)`` tokens.
         num_logits: return logits after this many tokens at the end of the span; 0 inside a prompt.
+        scored: how many of these, at their start, are only to be compared with the tokens of a prompt; no token is chosen
+            after them. Backends need not look at it.
         fresh: whether this is the sequence's first span in its slot; what the slot held before belongs to another sequence.
     """
 
@@ -40,6 +42,12 @@ class Span:
     table: Sequence[int]
     num_logits: int
     fresh: bool = False
+    scored: int = 0
+
+    @property
+    def choices(self) -> int:
+        """Number of rows of logits after which a token is chosen."""
+        return self.num_logits - self.scored
 
 
 LAST_SAMPLED = -1
@@ -50,7 +58,7 @@ class RowSampling(NamedTuple):
     """How a backend samples the token after one row of logits.
 
     Attributes:
-        sampling: the parameters; repetition_penalty must be 1, and the seed in it is not used.
+        sampling: the parameters, without penalties and biases; the seed in it is not used.
         seed: seed of the noise.
     """
 

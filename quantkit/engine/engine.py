@@ -19,51 +19,30 @@ import collections.abc as abc
 import secrets
 import time
 from collections import Counter
-from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from quantkit.engine.backend import LAST_SAMPLED, Backend, LaunchedStep, Memory, SamplingBackend, Span
+from quantkit.engine.backend import LAST_SAMPLED, Backend, Memory, SamplingBackend, Span
+from quantkit.engine.constraint import Constraint
 from quantkit.engine.drafters.base import Drafter, DraftRequest
 from quantkit.engine.drafters.length import DraftCosts, DraftLength
 from quantkit.engine.pages import PageAllocator
-from quantkit.engine.request import Event, FinishReason, Limits, Logprob, QueueFull, Request, check_tokens
-from quantkit.engine.sampling import Sampling, not_finite
+from quantkit.engine.pending import PendingStep
+from quantkit.engine.request import (
+    Event,
+    FinishReason,
+    Limits,
+    Logprob,
+    QueueFull,
+    Request,
+    check_choice,
+    check_tokens,
+    resolve_limits,
+)
+from quantkit.engine.sampling import Sampling
 from quantkit.engine.scheduler import Scheduler, Sequence, Step
-from quantkit.engine.select_tokens import TokenRequest, choose_tokens, logprobs_of, row_samplings
+from quantkit.engine.select_tokens import TokenRequest, logprobs_of
 from quantkit.errors import QuantkitError
-
-KV_BUDGET_BYTES = 1 << 30
-"""Upper bound of the key/value memory if the limits do not give one."""
-UNKNOWN_CONTEXT_TOKENS = 4096
-"""Longest sequence if neither the limits nor the model give one."""
-
-
-@dataclass(slots=True)
-class PendingStep:
-    """A step that is planned, and then launched.
-
-    Attributes:
-        plan: the tokens that run.
-        rows: the request of every row of logits.
-        drafting_s: seconds spent on its drafts.
-        launched: its logits, or the asynchronous step of a :class:`SamplingBackend`; None before the launch.
-        started_s: time of the launch.
-    """
-
-    plan: Step
-    rows: list[TokenRequest]
-    drafting_s: float
-    launched: Tensor | LaunchedStep | None = None
-    started_s: float = 0.0
-
-    def outcome(self) -> tuple[list[int], Tensor | None]:
-        """Wait for the step; return the token of each row, and the logits if a request asked for log probabilities."""
-        assert self.launched is not None
-        if isinstance(self.launched, Tensor):
-            return choose_tokens(self.rows, self.launched), self.launched
-        asked = any(row.request.logprobs is not None for row in self.rows)
-        return self.launched.tokens(), self.launched.logits() if asked else None
 
 
 class TokenEngine:
@@ -83,7 +62,7 @@ class TokenEngine:
     """
 
     def __init__(self, backend: Backend, vocabulary: int, *, limits: Limits | None = None) -> None:
-        self.limits = limits = _resolve(limits or Limits(), backend)
+        self.limits = limits = resolve_limits(limits or Limits(), backend)
         assert limits.kv_tokens is not None
         pages = PageAllocator(limits.kv_tokens // limits.page_tokens, limits.page_tokens)
         self.memory = Memory(pages.count, limits.page_tokens, limits.running)
@@ -129,6 +108,8 @@ class TokenEngine:
         stop_tokens: abc.Collection[int] = (),
         watch: abc.Callable[[int], object] | None = None,
         logprobs: int | None = None,
+        scores_prompt: bool = False,
+        constraint: Constraint | None = None,
     ) -> Request:
         """Queue a prompt. Its answer arrives as events of later steps.
 
@@ -141,6 +122,8 @@ class TokenEngine:
             watch: called once with every token, in order, before the token is reported. A true result ends the answer. An
                 exception ends the request with reason ``"error"`` and is raised again by :meth:`step`.
             logprobs: report the log probability of each token, and of this many most likely tokens; None for none.
+            scores_prompt: also report those of the prompt's tokens.
+            constraint: restricts the tokens of the answer, which ends when it is complete; None for any.
 
         Returns:
             The request, which is updated by later steps.
@@ -149,8 +132,9 @@ class TokenEngine:
             QuantkitError: an argument out of range, a token id outside the vocabulary, or a request longer than the limits.
             QueueFull: too many requests are waiting.
         """
-        ids = [int(token) for token in prompt]
+        ids, sampling = [int(token) for token in prompt], sampling or Sampling()
         check_tokens(ids, max_new_tokens, min_new_tokens, stop_tokens, logprobs)
+        check_choice(sampling, self.vocabulary, logprobs, min_new_tokens, scores_prompt, constraint)
         if min(ids) < 0 or max(ids) >= self.vocabulary:
             raise QuantkitError(
                 f"the prompt has token ids from {min(ids)} to {max(ids)}, the model knows 0 to {self.vocabulary - 1}; "
@@ -159,7 +143,6 @@ class TokenEngine:
         self._check_fits(len(ids), max_new_tokens)
         if len(self.scheduler.waiting) >= self.limits.waiting:
             raise QueueFull(f"{self.limits.waiting} requests are waiting already; try again later, or raise Limits.waiting")
-        sampling = sampling or Sampling()
         request = Request(
             self._next_number,
             ids,
@@ -169,8 +152,9 @@ class TokenEngine:
             frozenset(stop_tokens),
             watch,
             logprobs,
+            constraint,
             secrets.randbits(63) if sampling.seed is None else sampling.seed,
-            Sequence(self._next_number, list(ids)),
+            Sequence(self._next_number, list(ids), scored=len(ids) - 1 if scores_prompt else 0),
         )
         self._next_number += 1
         self._requests[request.sequence] = request
@@ -220,7 +204,7 @@ class TokenEngine:
         self.stats["steps"] += 1
         self.stats["rows"] += sum(len(span.ids) for span in spans)
         self.stats["busy_us"] += int((step.drafting_s + step_s) * 1e6)
-        drafts = [span.num_logits - 1 for span in spans if span.num_logits == len(span.ids)]
+        drafts = [span.choices - 1 for span in spans if span.choices == len(span.ids)]
         if self._drafter is not None and len(drafts) == len(spans):
             self._costs.observe(len(drafts), sum(drafts), max(drafts), step.drafting_s, step_s)
         return events
@@ -231,20 +215,12 @@ class TokenEngine:
         self._propose_drafts()
         drafting_s = time.perf_counter() - started
         plan = self.scheduler.schedule()
-        return PendingStep(plan, self._token_requests(plan), drafting_s) if plan.spans else None
-
-    def _token_requests(self, plan: Step) -> list[TokenRequest]:
-        pairs = zip(plan.spans, plan.sequences, strict=True)
-        return [TokenRequest(self._requests[sequence], offset) for span, sequence in pairs for offset in range(span.num_logits)]
+        return PendingStep.of(plan, self._requests, drafting_s) if plan.spans else None
 
     def _launch(self, step: PendingStep) -> None:
-        """Start a step on the backend, with sampling on the device where that is possible."""
-        step.started_s, plan = time.perf_counter(), step.plan
-        samplings = row_samplings(step.rows)
-        if self._sampling_backend is not None and samplings:
-            step.launched = self._sampling_backend.launch(plan.spans, plan.copies, samplings)
-        else:
-            step.launched = self.backend.step(plan.spans, plan.copies)
+        """Start a step on the backend."""
+        step.started_s = time.perf_counter()
+        step.launch(self.backend, self._sampling_backend)
 
     def _launch_next(self, step: PendingStep) -> PendingStep | None:
         """Launch the step that follows ``step`` before the tokens of ``step`` are known, if it does not depend on them.
@@ -302,11 +278,13 @@ class TokenEngine:
             if count:
                 assert sequence.slot is not None
                 known = request.number, sequence.slot, sequence.ids, count, request.sampling, request.seed
-                requests.append(DraftRequest(*known, sequence.table if drafter.shares_memory else ()))
+                table = sequence.table if drafter.shares_memory else ()
+                requests.append(DraftRequest(*known, table, len(request.prompt)))
         proposed = drafter.propose(requests) if requests else []
         drafts = dict(zip((one.number for one in requests), proposed, strict=True))
         for sequence in self.scheduler.running:
-            sequence.drafts = drafts.get(sequence.number, [])
+            found, constraint = drafts.get(sequence.number, []), self._requests[sequence].constraint
+            sequence.drafts = found if constraint is None or not found else found[: constraint.fitting(found)]
 
     def _deliver(self, step: PendingStep, events: list[Event]) -> None:
         """Append the tokens of a finished step to their answers, drafts as far as they are confirmed."""
@@ -317,22 +295,22 @@ class TokenEngine:
         for span, sequence in zip(plan.spans, plan.sequences, strict=True):
             request, known = self._requests.get(sequence), len(sequence.ids)
             if request is None:  # has ended since the launch
-                row += span.num_logits
+                row += span.choices
                 continue
-            if not span.num_logits:
+            if not span.choices:
                 self.scheduler.advance(sequence, span.start + len(span.ids))
                 continue
-            drafts = list(span.ids)[len(span.ids) - span.num_logits + 1 :]
+            drafts = list(span.ids)[len(span.ids) - span.choices + 1 :]
             finish: FinishReason | None = None
-            for i in range(row, row + span.num_logits):
+            for i in range(row, row + span.choices):
                 if chosen[i] < 0:
-                    finish, request.error = "error", not_finite()
+                    finish, request.error = "error", request.no_token()
                     events.append(Event(request, None, finish))
                 else:
                     finish = self._append_token(request, chosen[i], logprobs.get(i), events)
                 if finish or request.finish_reason or i - row == len(drafts) or chosen[i] != drafts[i - row]:
                     break
-            row += span.num_logits
+            row += span.choices
             if request.finish_reason:  # cancelled by its own watch function
                 continue
             accepted = max(len(sequence.ids) - known - 1, 0)
@@ -350,6 +328,8 @@ class TokenEngine:
         self.stats["tokens"] += 1
         finish: FinishReason | None = "stop" if token in request.stop_tokens else None if request.remaining else "length"
         try:
+            if request.constraint is not None and request.constraint.accept(token):
+                finish = "stop"
             if request.watch is not None and request.watch(token):
                 finish = "stop"
         except BaseException as error:
@@ -379,20 +359,3 @@ class TokenEngine:
         if self._drafter is not None:
             self._drafter.forget(request.number)
         self.stats[reason] += 1
-
-
-def _resolve(limits: Limits, backend: Backend) -> Limits:
-    """Return ``limits`` with every None replaced, according to the backend."""
-    context = limits.context_tokens or backend.context_tokens or UNKNOWN_CONTEXT_TOKENS
-    context = min(context, backend.context_tokens or context)
-    size = limits.page_tokens
-    pages = -(-context // size) * limits.running
-    if limits.kv_tokens is not None:
-        pages = max(limits.kv_tokens // size, 1)
-    else:
-        empty = backend.bytes_for(Memory(0, size, limits.running))
-        page_bytes = backend.bytes_for(Memory(1, size, limits.running)) - empty
-        if page_bytes:
-            pages = max(min(pages, (KV_BUDGET_BYTES - empty) // page_bytes), 1)
-    step_tokens = max(limits.step_tokens, limits.running)
-    return replace(limits, kv_tokens=pages * size, context_tokens=min(context, pages * size), step_tokens=step_tokens)

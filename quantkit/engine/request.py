@@ -2,15 +2,23 @@
 
 import collections.abc as abc
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
-from quantkit.engine.sampling import Sampling
+from quantkit.engine.backend import Backend, Memory
+from quantkit.engine.constraint import Constraint
+from quantkit.engine.sampling import Sampling, not_finite
 from quantkit.engine.scheduler import Batching, Sequence
 from quantkit.errors import QuantkitError
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 """Why a request ended: a stop token or its ``watch`` function; the token limit; :meth:`cancel`; an error of this request."""
+
+
+KV_BUDGET_BYTES = 1 << 30
+"""Upper bound of the key/value memory if the limits do not give one."""
+UNKNOWN_CONTEXT_TOKENS = 4096
+"""Longest sequence if neither the limits nor the model give one."""
 
 
 class QueueFull(QuantkitError):
@@ -74,12 +82,13 @@ class Request:
     Attributes:
         number: number of the request, in order of arrival.
         prompt: token ids.
-        sampling, max_new_tokens, min_new_tokens, stop_tokens, watch, logprobs: as submitted.
+        sampling, max_new_tokens, min_new_tokens, stop_tokens, watch, logprobs, constraint: as submitted.
         seed: seed of the sampling noise: the one in ``sampling``, or a random one.
         sequence: the scheduler's view of the request.
         finish_reason: None until the request is finished.
         error: the error, if the reason is ``"error"``.
         logprob: one entry per token of the answer, if requested.
+        prompt_logprob: one entry per token of the prompt but the first, if requested; complete with the first event.
         submitted_s, token_s: ``time.perf_counter()`` at submission and at each token.
         drafted, accepted: draft tokens verified, and how many of them were accepted.
     """
@@ -92,11 +101,13 @@ class Request:
     stop_tokens: frozenset[int]
     watch: abc.Callable[[int], object] | None
     logprobs: int | None
+    constraint: Constraint | None
     seed: int
     sequence: Sequence
     finish_reason: FinishReason | None = None
     error: QuantkitError | None = None
     logprob: list[Logprob] = field(default_factory=list)
+    prompt_logprob: list[Logprob] = field(default_factory=list)
     submitted_s: float = field(default_factory=time.perf_counter)
     token_s: list[float] = field(default_factory=list)
     drafted: int = 0
@@ -116,6 +127,10 @@ class Request:
     def remaining(self) -> int:
         """Number of tokens that the answer may still get."""
         return self.max_new_tokens - self.answered
+
+    def no_token(self) -> QuantkitError:
+        """Return the error of a row of logits from which no token can be chosen."""
+        return (None if self.constraint is None else self.constraint.error) or not_finite()
 
 
 class Event(NamedTuple):
@@ -156,3 +171,42 @@ def check_tokens(
         raise QuantkitError(f"min_new_tokens={min_new_tokens} delays stop tokens, but there are none; leave it out")
     if logprobs is not None and logprobs < 0:
         raise QuantkitError(f"logprobs={logprobs}: want the number of alternatives to report, 0 or more, or None")
+
+
+def check_choice(
+    sampling: Sampling,
+    vocabulary: int,
+    logprobs: int | None,
+    min_new_tokens: int,
+    scores_prompt: bool,
+    constraint: Constraint | None,
+) -> None:
+    """Refuse a choice of tokens that this model, or the rest of a request, does not allow.
+
+    Raises:
+        QuantkitError: naming the argument and the values it may have.
+    """
+    beyond = [token for token in sampling.logit_bias if token >= vocabulary]
+    if beyond:
+        raise QuantkitError(f"logit_bias has token {max(beyond)}, the model knows 0 to {vocabulary - 1}")
+    if scores_prompt and logprobs is None:
+        raise QuantkitError("scores_prompt reports log probabilities, and logprobs is None; give their number")
+    if constraint is not None and min_new_tokens:
+        raise QuantkitError(f"min_new_tokens={min_new_tokens}: a constraint says when the answer may end; leave it out")
+
+
+def resolve_limits(limits: Limits, backend: Backend) -> Limits:
+    """Return ``limits`` with every None replaced, according to the backend."""
+    context = limits.context_tokens or backend.context_tokens or UNKNOWN_CONTEXT_TOKENS
+    context = min(context, backend.context_tokens or context)
+    size = limits.page_tokens
+    pages = -(-context // size) * limits.running
+    if limits.kv_tokens is not None:
+        pages = max(limits.kv_tokens // size, 1)
+    else:
+        empty = backend.bytes_for(Memory(0, size, limits.running))
+        page_bytes = backend.bytes_for(Memory(1, size, limits.running)) - empty
+        if page_bytes:
+            pages = max(min(pages, (KV_BUDGET_BYTES - empty) // page_bytes), 1)
+    step_tokens = max(limits.step_tokens, limits.running)
+    return replace(limits, kv_tokens=pages * size, context_tokens=min(context, pages * size), step_tokens=step_tokens)

@@ -37,6 +37,8 @@ class Sequence:
         preemptions: how often it was preempted.
         fresh: whether it has not run yet in its slot.
         node, published: tree node of its published prefix, and how many of its pages that prefix has.
+        scored: number of tokens at the start after which logits are wanted too, to compare them with what follows; they are
+            all computed, even if their keys and values are known from another sequence.
     """
 
     number: int
@@ -50,6 +52,7 @@ class Sequence:
     fresh: bool = True
     node: int = ROOT
     published: int = 0
+    scored: int = 0
 
     @property
     def decoding(self) -> bool:
@@ -214,7 +217,7 @@ class Scheduler:
     def _admit(self, sequence: Sequence, copies: list[Copy]) -> bool:
         """Move the first waiting sequence to the running ones if its tokens fit beside what those will need soon."""
         pages, limit = self.pages, len(sequence.ids) - 1  # the last token is always computed, because its logits are needed
-        match = pages.match(sequence.ids, limit) if self.share else None
+        match = pages.match(sequence.ids, limit) if self.share and not sequence.scored else None
         shared = match.pages if match is not None else []
         headroom = pages.page_tokens  # one more page for each running sequence; otherwise they would soon preempt this one
         owed = sum(max(pages.pages_for(len(s.ids) + headroom) - len(s.table), 0) for s in self.running)
@@ -250,6 +253,7 @@ def _span(sequence: Sequence, count: int) -> Span:
     """Return the next ``count`` tokens of a sequence, its drafts included."""
     end, known = sequence.computed + count, len(sequence.ids)
     tokens = sequence.ids[sequence.computed : end] + sequence.drafts[: max(end - known, 0)]
-    num_logits = max(end - known + 1, 0)
+    choices = max(end - known + 1, 0)
+    scored = count - choices if sequence.computed < sequence.scored else 0
     assert sequence.slot is not None
-    return Span(sequence.slot, sequence.computed, tokens, sequence.table, num_logits, sequence.fresh)
+    return Span(sequence.slot, sequence.computed, tokens, sequence.table, choices + scored, sequence.fresh, scored)

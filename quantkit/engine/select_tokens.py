@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from quantkit.engine.backend import RowSampling
+from quantkit.engine.constraint import forbid
 from quantkit.engine.request import Logprob, Request
-from quantkit.engine.sampling import choose
+from quantkit.engine.sampling import History, draw, penalize
 
 
 class TokenRequest(NamedTuple):
@@ -32,7 +34,8 @@ class TokenRequest(NamedTuple):
     def row_sampling(self) -> RowSampling | None:
         """How a backend would sample this row; None if the logits must be changed on the host first."""
         sampling = self.request.sampling
-        return None if self.delays_stop_tokens or sampling.repetition_penalty != 1 else RowSampling(sampling, self.request.seed)
+        on_host = self.delays_stop_tokens or sampling.changes_logits or self.request.constraint is not None
+        return None if on_host else RowSampling(sampling, self.request.seed)
 
 
 def row_samplings(rows: Sequence[TokenRequest]) -> list[RowSampling] | None:
@@ -65,16 +68,35 @@ def choose_tokens(rows: Sequence[TokenRequest], logits: Tensor) -> list[int]:
         logits = logits.clone()
         logits[[index for index, _ in delayed], [token for _, token in delayed]] = float("-inf")
     histories = [
-        [*request.sequence.ids, *request.sequence.drafts[:offset]] if request.sampling.repetition_penalty != 1 else []
+        History([*request.sequence.ids, *request.sequence.drafts[:offset]] if request.sampling.remembers else (), prompt)
         for request, offset in rows
+        for prompt in (len(request.prompt),)
     ]
-    return choose(
-        logits,
-        [request.sampling for request, _ in rows],
+    samplings = [request.sampling for request, _ in rows]
+    return draw(
+        _constrain(rows, penalize(logits, samplings, histories)),
+        samplings,
         [request.seed for request, _ in rows],
         [len(request.sequence.ids) + offset - 1 for request, offset in rows],
-        histories,
     )
+
+
+def _constrain(rows: Sequence[TokenRequest], logits: Tensor) -> Tensor:
+    """Set the logits of tokens that a request's constraint forbids to -inf."""
+    places: dict[Request, list[int]] = {}
+    for index, (request, _) in enumerate(rows):
+        if request.constraint is not None:
+            places.setdefault(request, []).append(index)
+    if not places:
+        return logits
+    bits = []
+    for request, indices in places.items():
+        assert request.constraint is not None
+        bits.append(request.constraint.allowed(request.sequence.drafts[: len(indices) - 1]))
+    where = [index for indices in places.values() for index in indices]
+    logits = logits.clone()
+    logits[where] = forbid(logits[where], np.concatenate(bits))
+    return logits
 
 
 def logprobs_of(rows: Sequence[TokenRequest], logits: Tensor, chosen: Sequence[int]) -> dict[int, Logprob]:

@@ -19,9 +19,11 @@ from quantkit.calibrate.chat import Passage
 from quantkit.calibrate.data import Batch, refuse_ids
 from quantkit.calibrate.texts import chosen_opening, encode_passages, read_texts, text_default
 from quantkit.errors import CalibrationError
+from quantkit.evaluation.continuations import PROMPT_TOKENS, Continuation, continuations
 from quantkit.evaluation.coverage import CoverageRow, summarise
 from quantkit.evaluation.footprint import Footprint, footprint
 from quantkit.evaluation.latency import Latency, compare_latency, measure_latency
+from quantkit.evaluation.protocols import protocol_windows
 from quantkit.evaluation.quality import Divergence, Quality, score
 from quantkit.evaluation.record import Environment, EvalReport, Protocol, describe_environment
 from quantkit.evaluation.reference import BaseLogits
@@ -56,13 +58,15 @@ class EvaluationOptions(TypedDict, total=False):
     batch_size: int
     base_label: str | None
     path: str | Path | None
+    protocol: str | None
+    samples: int
 
 
 _WINDOWS, _SCORING = (
-    frozenset({"windows", "length", "stride", "bos", "column", "template"}),
+    frozenset({"windows", "length", "stride", "bos", "column", "template", "protocol"}),
     frozenset({"kl_windows", "batch_size"}),
 )
-_COUNTS = frozenset({"windows", "length", "stride", "kl_windows", "batch_size"})
+_COUNTS = frozenset({"windows", "length", "stride", "kl_windows", "batch_size", "samples"})
 
 
 def evaluate(
@@ -102,6 +106,9 @@ def evaluate(
             ``kl_windows`` (None): compare with the base on the first windows only, this many; None for all.
             ``batch_size`` (1): windows per forward pass.
             ``base_label``: name of the base, by default like ``label``.
+            ``protocol`` (None): score as a paper or another program does, whose windows, lengths and BOS replace those above:
+            ``"gptq-2048"``, ``"llama.cpp-512"``; see :mod:`quantkit.evaluation.protocols`.
+            ``samples`` (0): let the model, and its base, continue so many prompts from the text, to be read in the report.
             ``path``: directory of the checkpoint, to report its size on the disk, for a model that is given as an object.
 
     Returns:
@@ -120,13 +127,19 @@ def evaluate(
     model, own_tokenizer = _load(model)
     base_name = options.get("base_label") or (None if base is None else _label(base))
     base = _load(base)[0] if isinstance(base, str | Path) else base
-    cut, source = choose_windows(data, tokenizer or own_tokenizer, max_positions(model), **take(options, _WINDOWS))
+    cut, source = _cut(data, tokenizer or own_tokenizer, model, take(options, _WINDOWS))
     _check_fit(cut, model)
     scored = model if kv is None else ThroughCache(model, kv)
     quality = score(scored, cut, base, progress=progress, **take(options, _SCORING))
     if latency is True:
         context = min(256, (max_positions(model) or 288) - 32)
         latency = measure_latency(model, prompt=cut.ids[0], context=max(context, 1), progress=progress)
+    written: tuple[Continuation, ...] = ()
+    if samples := options.get("samples", 0):
+        beside = base.model if isinstance(base, BaseLogits) else base
+        prompts = cut.ids[:: max(len(cut) // samples, 1), :PROMPT_TOKENS][:samples].tolist()
+        beside = beside if isinstance(beside, nn.Module) else None
+        written = continuations(model, beside, _reader(tokenizer or own_tokenizer), prompts)
     divergence = quality.divergence
     parameter = next(model.parameters())
     return EvalReport(
@@ -149,7 +162,15 @@ def evaluate(
         latency=latency or None,
         base=base_name,
         compute=describe_compute(model),
+        continuations=written,
     )
+
+
+def _reader(tokenizer: Any) -> Any:
+    """Return the tokenizer that continuations are read with."""
+    if tokenizer is None:
+        raise CalibrationError("samples are read as text: give a tokenizer, or samples=0")
+    return tokenizer
 
 
 def is_answer(
@@ -165,7 +186,7 @@ def is_answer(
     """Say whether a report is what :func:`evaluate` was asked for with these arguments: the same windows of the same text,
     compared with the same base, and timed if timing is wanted.
     """
-    cut, _ = choose_windows(data, tokenizer, max_positions(model), **take(options, _WINDOWS))
+    cut, _ = _cut(data, tokenizer, model, take(options, _WINDOWS))
     same = (report.protocol.fingerprint, report.base) == (cut.fingerprint(), base)
     return same and report.compute in ("", describe_compute(model)) and (not latency or bool(report.latency))
 
@@ -190,6 +211,17 @@ def _label(model: Any) -> str:
         return "base"
     specs = {module.spec.describe() for module in model.modules() if isinstance(module, QuantLinear | QuantWeight)}
     return " + ".join(sorted(specs)) or str(next(model.parameters()).dtype).removeprefix("torch.")
+
+
+def _cut(data: Any, tokenizer: Any, model: nn.Module, chosen: dict[str, Any]) -> tuple[Windows, str]:
+    """Return the windows that options choose: those of a protocol, or one's own."""
+    protocol = chosen.pop("protocol", None)
+    if protocol is None:
+        return choose_windows(data, tokenizer, max_positions(model), **chosen)
+    own = sorted(name for name in ("length", "stride", "bos") if chosen.pop(name, None) is not None)
+    if own:
+        raise CalibrationError(f"protocol {protocol} says what windows are: leave {', '.join(own)} out")
+    return protocol_windows(protocol, data, tokenizer, max_positions(model), chosen.pop("windows", None), **chosen)
 
 
 def choose_windows(

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from quantkit.errors import FormatError
+from quantkit.evaluation.continuations import Continuation
 from quantkit.evaluation.footprint import Footprint
 from quantkit.evaluation.latency import Latency
 from quantkit.evaluation.quality import Quality
@@ -99,6 +100,7 @@ class EvalReport:
         environment: machine and software.
         latency: timings, or None.
         base: label of the base model, or None.
+        continuations: what the model writes, beside what its base writes, if that was asked for.
         compute: how quantized layers multiplied while the quality was measured: ``"exact"``, or with int8 activations; empty
             for a float model, and where an older report does not say.
     """
@@ -111,10 +113,13 @@ class EvalReport:
     latency: Latency | None = None
     base: str | None = None
     compute: str = ""
+    continuations: tuple[Continuation, ...] = ()
 
     def summary(self) -> dict[str, str]:
         """Return the most important measurements as name and text, with units and one standard error."""
         found = {"perplexity": _with_error(self.quality.perplexity, self.quality.perplexity_se)}
+        if (interval := self.quality.perplexity_interval) is not None:
+            found["perplexity"] += f" (95 %: {interval[0]:.4g} to {interval[1]:.4g})"
         if (divergence := self.quality.divergence) is not None:
             found["KL"] = f"{_with_error(divergence.mean, divergence.mean_se)} nats from {self.base or 'the base'}"
             found["same top-1"] = f"{100 * divergence.same_top1:.1f} %"

@@ -54,6 +54,11 @@ class BaseLogits:
         self._kept: dict[tuple[torch.Size, bytes], Tensor] = {}
         self._replays = False if self._head is None else None
 
+    @property
+    def model(self) -> nn.Module | LogitsFunction | None:
+        """The base model; None after :meth:`release`."""
+        return self._model
+
     def __call__(self, ids: Tensor) -> Tensor:
         """Return the logits (B, T, V) for int64 ``ids`` (B, T).
 

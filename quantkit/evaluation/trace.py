@@ -28,6 +28,7 @@ from quantkit.engine.engine import TokenEngine
 from quantkit.engine.request import Request
 from quantkit.errors import QuantkitError
 from quantkit.evaluation.latency import Spread
+from quantkit.system.energy import Meter
 from quantkit.system.progress import Progress, ProgressCallback, ignore
 
 
@@ -59,6 +60,8 @@ class Served:
         answer_s: time from arrival to the last token, over requests.
         steps: steps of the model.
         preemptions: number of preemptions.
+        joules: energy of the processor or the GPU meanwhile; None if the machine does not tell it.
+        energy_source: who told it, or why nobody did.
     """
 
     requests: int
@@ -71,6 +74,8 @@ class Served:
     answer_s: Spread
     steps: int
     preemptions: int
+    joules: float | None = None
+    energy_source: str = ""
 
     def cost_per_million_tokens(self, price_per_hour: float) -> float:
         """Return the cost of a million new tokens at the throughput of this trace, for a machine at ``price_per_hour``."""
@@ -177,6 +182,8 @@ def serve_trace(
     start, coming, waiting, done = clock(), deque(trace), deque[Arrival](), 0
     submitted: dict[Request, Arrival] = {}
     tokens: dict[Request, list[float]] = {}
+    meter = Meter(str(engine.backend.device))
+    meter.start()
     while coming or waiting or engine.busy:
         while coming and coming[0].at_s <= clock() - start:
             waiting.append(coming.popleft())
@@ -199,6 +206,7 @@ def serve_trace(
                 times.append(now)
                 done += len(times) == submitted[event.request].new_tokens
         progress(Progress("trace", done, len(trace)))
+    meter.stop()
     waits = {request: start + arrival.at_s for request, arrival in submitted.items()}
     gaps = [(after - before) * 1e3 for times in tokens.values() for before, after in itertools.pairwise(times)]
     last = max(times[-1] for times in tokens.values())
@@ -214,4 +222,6 @@ def serve_trace(
         answer_s=Spread.of([times[-1] - waits[request] for request, times in tokens.items()]),
         steps=engine.stats["steps"] - steps,
         preemptions=engine.scheduler.preemptions - preemptions,
+        joules=meter.energy.joules,
+        energy_source=meter.energy.source,
     )

@@ -38,12 +38,13 @@ def is_several(prompt: Any) -> bool:
     )
 
 
-def encode_prompt(prompt: Prompt, tokenizer: Any = None) -> Tensor:
+def encode_prompt(prompt: Prompt, tokenizer: Any = None, tools: Sequence[Message] = ()) -> Tensor:
     """Return a prompt as int64 token ids (T,) on the CPU.
 
     Args:
         prompt: text, token ids (list, or tensor (T,) or (1, T)), or chat messages.
         tokenizer: needed for text and messages.
+        tools: functions that the model may call, as chat templates want them.
 
     Raises:
         QuantkitError: a prompt of another type or shape, text that is not Unicode, a missing tokenizer, a tokenizer without
@@ -72,10 +73,12 @@ def encode_prompt(prompt: Prompt, tokenizer: Any = None) -> Tensor:
         raise QuantkitError(f"prompt is a {type(prompt).__name__}: want text, token ids, or messages (a list of dicts)")
     if not getattr(tokenizer, "chat_template", None):
         raise QuantkitError("the tokenizer has no chat template, which messages need; give text instead")
-    for text in _texts(prompt):
+    for text in _texts([*prompt, *tools]):
         check_unicode(text, "a message")
     try:
-        encoded = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=True, return_dict=True)
+        encoded = tokenizer.apply_chat_template(
+            list(prompt), tools=list(tools) or None, add_generation_prompt=True, tokenize=True, return_dict=True
+        )
     except Exception as error:  # a template is a program of the model's authors: it may raise anything
         reason = str(error) or type(error).__name__
         raise QuantkitError(

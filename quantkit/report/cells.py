@@ -166,7 +166,7 @@ def columns(reports: Sequence[EvalReport]) -> list[Column]:
         if disk
         else ("MiB", "size of the weights in a checkpoint, tied ones counted once")
     )
-    weights = (
+    weights: tuple[Column, ...] = (
         Column("model", "name of the model", lambda r: r.label),
         Column(
             "bits per weight",
@@ -175,6 +175,9 @@ def columns(reports: Sequence[EvalReport]) -> list[Column]:
         ),
         Column(*size, lambda r: _size(r, disk)),
     )
+    if len({report.compute for report in reports if report.compute}) > 1:  # rows of two kinds
+        products = "how quantized layers multiplied while quality and speed were measured"
+        weights += (Column("products", products, lambda r: r.compute or "float"),)
     return [column for column in (*weights, *QUALITY, *SPEED) if any(column.cell(report) is not None for report in reports)]
 
 

@@ -18,6 +18,7 @@ from quantkit.report import plots, searched, trained
 from quantkit.report.cells import DASH, columns, mib, protocol_lines, significant, token_range
 from quantkit.report.findings import findings, headline
 from quantkit.report.render import render
+from quantkit.report.tables import continuation_rows
 from quantkit.system.files import write_atomic
 
 Losses = Mapping[str, float] | Sequence[Mapping[str, Any]]
@@ -93,6 +94,7 @@ def render_html(
         figures=_figures(reports),
         losses=loss_map and Markup(loss_map),
         worst=[(site, significant(loss)) for site, _, _, loss in sorted(rows, key=lambda row: -row[3])[:8]],
+        written=[(report.label, *continuation_rows(report.continuations)) for report in reports if report.continuations],
         coverage=_coverage(summarise(weights), shortfall(weights)) if coverage is not None else None,
     )
 

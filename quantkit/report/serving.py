@@ -23,6 +23,9 @@ def trace_rows(found: Mapping[str, Served], price: float | None = None) -> tuple
         [kind, f"{s.seconds:.1f}", f"{s.tokens_per_s:.1f}", _spread(s.first_token_ms, 0), _spread(s.token_ms, 1), str(s.steps)]
         for kind, s in found.items()
     ]
+    if all(s.joules is not None for s in found.values()):
+        columns.append("J per token")
+        rows = [[*row, f"{(s.joules or 0) / s.new_tokens:.3f}"] for row, s in zip(rows, found.values(), strict=True)]
     if price is None:
         return columns, rows
     costs = [f"{s.cost_per_million_tokens(price):.2f}" for s in found.values()]

@@ -7,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from quantkit.errors import CalibrationError
+from quantkit.evaluation.continuations import Continuation
 from quantkit.evaluation.coverage import CoverageRow, shortfall, summarise
 from quantkit.evaluation.record import EvalReport
 from quantkit.report.cells import DASH, columns, mib, protocol_lines, token_range
@@ -29,6 +30,16 @@ def comparison_table(reports: Sequence[EvalReport], title: str | None = None) ->
     for report in reports:
         table.add_row(*(Text((column.short or column.cell)(report) or DASH) for column in shown))
     return table
+
+
+def continuation_rows(found: Iterable[Continuation]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return the columns and rows of a table of what a model and its base write."""
+    rows = list[tuple[str, ...]]()
+    for one in found:
+        same = DASH if one.equal_tokens is None else f"{one.equal_tokens} of {one.tokens}"
+        rates = [DASH if rate is None else f"{100 * rate:.0f} %" for rate in (one.base_repetition, one.repetition)]
+        rows.append((one.prompt if len(one.prompt) < 80 else f"... {one.prompt[-76:]}", DASH if one.base_text is None else one.base_text, one.text, same, " / ".join(rates)))
+    return ("prompt", "base", "model", "same tokens", "repetition, base / model"), rows
 
 
 def coverage_table(rows: Iterable[CoverageRow], title: str | None = "Coverage") -> Table:

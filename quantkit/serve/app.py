@@ -14,15 +14,17 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from quantkit.engine.engine import TokenEngine
 from quantkit.engine.request import QueueFull
 from quantkit.errors import QuantkitError
+from quantkit.serve.describe import describe
 from quantkit.serve.guard import Guard
-from quantkit.serve.intake import Intake, Refused
-from quantkit.serve.metrics import counter, gauge
+from quantkit.serve.intake import Accepted, Intake, Refused
+from quantkit.serve.journal import Journal, note
+from quantkit.serve.metrics import Metrics
 from quantkit.serve.reply import Kind, Reply, failure, usage
 from quantkit.serve.wire import Chat, Completion, Generating
 from quantkit.serve.worker import Answer, Closed, Piece, Worker
@@ -30,6 +32,20 @@ from quantkit.serve.worker import Answer, Closed, Piece, Worker
 logger = logging.getLogger(__name__)
 
 SHUTTING_DOWN = "the server is shutting down"
+ABSENT = {
+    "embeddings": "embeddings need a model that was trained for them",
+    "responses": "use /v1/chat/completions",
+    "moderations": "this server judges no text",
+    "rerank": "ranking needs a model that was trained for it",
+    "images/generations": "this server makes no pictures",
+    "audio/speech": "this server makes no sound",
+    "audio/transcriptions": "this server hears no sound",
+    "audio/translations": "this server hears no sound",
+    "files": "this server keeps no files",
+    "batches": "send the requests at once; they run side by side",
+    "fine_tuning/jobs": "quantkit train does that",
+}
+"""Parts of OpenAI's API that this server does not have, and what to do instead."""
 UNCACHED = {"Cache-Control": "no-cache"}
 
 
@@ -76,12 +92,17 @@ def make_app(engine: TokenEngine, tokenizer: Any, settings: ServerSettings) -> S
         Route("/v1/models/{name:path}", server.guard(server.model)),
         Route("/metrics", server.guard(server.metrics)),
         Route("/health", server.health),
+        Route("/openapi.json", server.guard(server.description)),
+        *(Route(f"/v1/{name}", server.guard(server.absent), methods=["GET", "POST"]) for name in ABSENT),
     ]
-    guards = [Middleware(Guard, loopback=settings.loopback, hosts=settings.hosts, origins=settings.origins)]
+    guards = [
+        Middleware(Journal),
+        Middleware(Guard, loopback=settings.loopback, hosts=settings.hosts, origins=settings.origins),
+    ]
     if settings.origins:
         headers = ("Authorization", "Content-Type")
         pages = Middleware(CORSMiddleware, allow_origins=settings.origins, allow_methods=("GET", "POST"), allow_headers=headers)
-        guards.insert(0, pages)
+        guards.insert(1, pages)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -116,7 +137,9 @@ class _Server:
         limits = worker.engine.limits
         assert limits.context_tokens is not None
         self._context = limits.context_tokens
-        self.intake = Intake(worker.tokenizer, self._context, settings.body_bytes, min(settings.answers, limits.waiting))
+        answers = min(settings.answers, limits.waiting)
+        self.intake = Intake(worker.tokenizer, sorted(settings.end_tokens), self._context, settings.body_bytes, answers)
+        self._metrics = Metrics(worker)
 
     def guard(self, route: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
         """Return a handler that checks the token, calls ``route`` and converts its errors to responses."""
@@ -150,13 +173,13 @@ class _Server:
 
     async def complete(self, request: Request) -> Response:
         """POST /v1/completions."""
-        asked, prompts = await self.intake.read(request, Completion)
-        return await self._answer(request, asked, prompts, asked.max_tokens, "text")
+        accepted = await self.intake.read(request, Completion)
+        return await self._answer(request, accepted, accepted.asked.max_tokens, "text")
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
-        asked, prompts = await self.intake.read(request, Chat)
-        return await self._answer(request, asked, prompts, asked.max_completion_tokens or asked.max_tokens, "chat")
+        accepted = await self.intake.read(request, Chat)
+        return await self._answer(request, accepted, accepted.asked.max_completion_tokens or accepted.asked.max_tokens, "chat")
 
     async def models(self, request: Request) -> Response:
         """GET /v1/models."""
@@ -173,7 +196,17 @@ class _Server:
 
     async def metrics(self, request: Request) -> Response:
         """GET /metrics."""
-        return PlainTextResponse("\n".join(metric_lines(self.worker)) + "\n", media_type="text/plain; version=0.0.4")
+        text, kind = self._metrics.text(request.headers.get("accept", ""))
+        return Response(text, headers={"Content-Type": kind})
+
+    async def description(self, request: Request) -> Response:
+        """GET /openapi.json: the description of this server for programs."""
+        return JSONResponse(describe())
+
+    async def absent(self, request: Request) -> Response:
+        """Answer a request for a part of OpenAI's API that this server does not have."""
+        name = request.url.path.removeprefix("/v1/")
+        raise Refused(404, f"this server generates text and has no /v1/{name}: {ABSENT[name]}")
 
     def _model(self) -> dict[str, Any]:
         one = {"id": self.settings.model, "object": "model", "created": 0, "owned_by": "quantkit"}
@@ -184,17 +217,19 @@ class _Server:
             message = f"model {str(name)[:100]!r} does not exist; this server has {self.settings.model!r}"
             raise Refused(404, message, param="model")
 
-    async def _answer(
-        self, request: Request, asked: Generating, prompts: list[list[int]], max_tokens: int | None, kind: Kind
-    ) -> Response:
+    async def _answer(self, request: Request, accepted: Accepted, max_tokens: int | None, kind: Kind) -> Response:
         """Submit the prompts and return the response, complete or streamed."""
+        asked, prompts = accepted.asked, accepted.prompts
         self._check_model(asked.model)
         options = [self._options(asked, ids, max_tokens, choice) for ids in prompts for choice in range(asked.n)]
+        for option, form in zip(options, accepted.forms, strict=bool(accepted.forms)):
+            option["constraint"] = form
         ids = [ids for ids in prompts for _ in range(asked.n)]
         answers = await self.worker.submit(ids, asked.stop, options)
-        reply = Reply(kind, self.settings.model, self.worker.tokenizer)
+        note(request, answers)
+        reply = Reply(kind, self.settings.model, self.worker.tokenizer, accepted)
         if asked.stream:
-            events = self._stream(answers, reply, asked.stream_options.include_usage, prompts)
+            events = self._stream(answers, reply, accepted)
             return StreamingResponse(events, media_type="text/event-stream", headers=UNCACHED)
         choices = await self._collect(request, answers)
         for pieces in choices:
@@ -202,18 +237,21 @@ class _Server:
                 raise Refused(503, SHUTTING_DOWN, "server_error")
             if pieces[-1].error is not None:
                 raise Refused(500, pieces[-1].error, "server_error")
-        return JSONResponse(reply.whole(choices, _used(prompts, answers)))
+        return JSONResponse(reply.whole(answers, choices, _used(accepted, answers)))
 
     def _options(self, asked: Generating, ids: list[int], max_tokens: int | None, choice: int) -> dict[str, Any]:
         """Return the arguments of the engine's ``submit`` for one choice."""
         room = min(self.settings.default_tokens, self._context - len(ids))
         ends = frozenset() if asked.ignore_eos else self.settings.end_tokens
         return {
-            "max_new_tokens": max_tokens or max(room, 1),  # with 1, the engine refuses the request and says why
+            "max_new_tokens": max(room, 1)
+            if max_tokens is None
+            else max(max_tokens, 1),  # with 1, the engine refuses the request and says why
             "min_new_tokens": asked.min_tokens,
             "sampling": asked.sampling(choice),
             "stop_tokens": ends,
             "logprobs": asked.num_logprobs,
+            "scores_prompt": asked.num_logprobs is not None and getattr(asked, "echo", False),
         }
 
     async def _collect(self, request: Request, answers: list[Answer]) -> list[list[Piece]]:
@@ -238,9 +276,7 @@ class _Server:
                 task.cancel()
             self.worker.cancel(answers)
 
-    async def _stream(
-        self, answers: list[Answer], reply: Reply, with_usage: bool, prompts: list[list[int]]
-    ) -> AsyncIterator[str]:
+    async def _stream(self, answers: list[Answer], reply: Reply, accepted: Accepted) -> AsyncIterator[str]:
         """Yield server-sent events; cancel the answers if the client disconnects."""
         merged: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
 
@@ -261,10 +297,12 @@ class _Server:
                     message = piece.error or SHUTTING_DOWN
                     yield _event(failure(message, "server_error"))
                 elif piece.text or piece.finish or piece.logprob or index not in begun:
-                    yield _event(reply.part(index, piece, index not in begun))
+                    part = reply.part(index, piece, None if index in begun else answers[index].request)
+                    if part is not None:
+                        yield _event(part)
                 begun.add(index)
-            if with_usage:
-                yield _event(reply.last(_used(prompts, answers)))
+            if accepted.asked.stream_options.include_usage:
+                yield _event(reply.last(_used(accepted, answers)))
             yield "data: [DONE]\n\n"
         finally:
             for task in tasks:
@@ -272,37 +310,9 @@ class _Server:
             self.worker.cancel(answers)
 
 
-def metric_lines(worker: Worker) -> list[str]:
-    """Return the metrics as lines of Prometheus' text format."""
-    engine = worker.engine
-    pages, stats = engine.scheduler.pages, engine.stats
-    finished = {reason: float(stats[reason]) for reason in ("stop", "length", "cancelled", "error")}
-    found = [
-        counter("quantkit_requests_total", "Accepted requests.", stats["requests"]),
-        counter("quantkit_finished_total", "Finished requests by reason.", finished, "reason"),
-        counter("quantkit_prompt_tokens_total", "Tokens of accepted prompts.", worker.prompt_tokens),
-        counter("quantkit_cached_tokens_total", "Prompt tokens found in cached pages.", pages.hit_tokens),
-        counter("quantkit_tokens_total", "Generated tokens.", stats["tokens"]),
-        counter("quantkit_draft_tokens_total", "Verified draft tokens.", stats["drafted"]),
-        counter("quantkit_accepted_tokens_total", "Draft tokens accepted.", stats["accepted"]),
-        counter("quantkit_steps_total", "Steps of the model.", stats["steps"]),
-        counter("quantkit_step_seconds_total", "Time spent in steps.", stats["busy_us"] / 1e6),
-        counter("quantkit_step_failures_total", "Steps that raised an exception.", worker.failures),
-        counter("quantkit_preemptions_total", "Preemptions of running requests.", engine.scheduler.preemptions),
-        gauge("quantkit_running", "Running requests.", len(engine.scheduler.running)),
-        gauge("quantkit_waiting", "Waiting requests.", len(engine.scheduler.waiting)),
-        gauge("quantkit_pages", "Pages of the key/value memory.", pages.count),
-        gauge("quantkit_pages_used", "Pages in use.", pages.used),
-        gauge("quantkit_pages_cached", "Pages kept for later requests.", pages.cached),
-        gauge("quantkit_kv_bytes", "Bytes of the key/value memory.", engine.backend.bytes_for(engine.memory)),
-        worker.first_token_s.lines("quantkit_first_token_seconds", "Time from arrival to the first token."),
-        worker.token_s.lines("quantkit_token_seconds", "Time between tokens."),
-    ]
-    return [line for lines in found for line in lines]
-
-
-def _used(prompts: list[list[int]], answers: list[Answer]) -> dict[str, Any]:
-    tokens = sum(answer.request.answered for answer in answers)
+def _used(accepted: Accepted, answers: list[Answer]) -> dict[str, Any]:
+    prompts = accepted.prompts
+    tokens = 0 if accepted.asked.max_tokens == 0 else sum(answer.request.answered for answer in answers)
     cached = sum(answer.request.sequence.cached_tokens for answer in answers[:: max(len(answers) // len(prompts), 1)])
     return usage(sum(len(ids) for ids in prompts), cached, tokens)
 

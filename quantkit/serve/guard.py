@@ -6,6 +6,7 @@ Any page that a browser shows can send requests to programs on the same machine.
 - **Host.** A page can give its own domain name the address 127.0.0.1 (DNS rebinding), and then reads answers as if they were
   its own. A server that only listens on a loopback address therefore answers only to names of this machine.
 - **Content-Type.** Browsers send ``text/plain`` and forms to any server without asking it first, but not ``application/json``.
+  :mod:`quantkit.serve.intake` checks it where there is a body to read.
 """
 
 import ipaddress
@@ -36,14 +37,14 @@ class Guard:
         self._hosts = {host.lower() for host in hosts}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer with 403 or 415, or hand the request on."""
-        if scope["type"] == "http" and (found := self._reason(scope["method"], Headers(scope=scope))):
+        """Answer with 403, or hand the request on."""
+        if scope["type"] == "http" and (found := self._reason(Headers(scope=scope))):
             status, message = found
             await JSONResponse(failure(message), status)(scope, receive, send)
         else:
             await self._app(scope, receive, send)
 
-    def _reason(self, method: str, headers: Headers) -> tuple[int, str] | None:
+    def _reason(self, headers: Headers) -> tuple[int, str] | None:
         """Return status and message of a refusal; None for a request that is allowed."""
         for host in headers.getlist("host"):
             if self._loopback and not is_local(host_name(host)) and host_name(host) not in self._hosts:
@@ -56,9 +57,6 @@ class Guard:
                 return 403, (
                     f"pages of {origin[:100]!r} may not use this server; allow them with --allow-origin (or origins= in Python)"
                 )
-        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-        if method == "POST" and kind != "application/json":
-            return 415, f"Content-Type is {kind[:100]!r}, want application/json; send that header"
         return None
 
 

@@ -18,7 +18,7 @@ from quantkit.engine.engine import TokenEngine
 from quantkit.engine.request import Event, FinishReason, Logprob, Request
 from quantkit.errors import QuantkitError
 from quantkit.generation.text import TextStream
-from quantkit.serve.metrics import Histogram
+from quantkit.serve.metrics import FIRST_TOKEN_S, TOKEN_S, histogram
 
 logger = logging.getLogger(__name__)
 
@@ -86,8 +86,8 @@ class Worker:
     def __init__(self, engine: TokenEngine, tokenizer: Any) -> None:
         self.engine, self.tokenizer = engine, tokenizer
         self.closing = False
-        self.first_token_s = Histogram(0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
-        self.token_s = Histogram(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+        self.first_token_s = histogram("quantkit_first_token_seconds", "Time from arrival to the first token.", FIRST_TOKEN_S)
+        self.token_s = histogram("quantkit_token_seconds", "Time between tokens.", TOKEN_S)
         self.prompt_tokens = self.failures = 0
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._answers: dict[Request, Answer] = {}

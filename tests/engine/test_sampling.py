@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from quantkit.engine.sampling import (
+    History,
     Sampling,
     choose,
     penalize_repetition,
@@ -74,7 +75,7 @@ def test_all_filters_together_equal_transformers_in_order(seed, temperature, top
     chain.extend([TopKLogitsWarper(top_k)] if top_k is not None else [])
     chain.extend([TopPLogitsWarper(top_p)] if top_p is not None and top_p < 1 else [])
     chain.extend([MinPLogitsWarper(min_p)] if min_p is not None else [])
-    got = shape_logits(logits, [Sampling(temperature, top_k, top_p, min_p, penalty)] * 3, previous)
+    got = shape_logits(logits, [Sampling(temperature, top_k, top_p, min_p, penalty)] * 3, [History(ids) for ids in previous])
     assert torch.equal(got, chain(torch.tensor(previous), logits.clone()))
     assert torch.isfinite(got).any(-1).all()
 
@@ -85,7 +86,7 @@ def test_rows_have_their_own_parameters_and_do_not_see_each_other():
         Sampling(), Sampling(0.7, top_k=9, top_p=0.8, min_p=0.02), Sampling(1.3, top_k=3), Sampling(repetition_penalty=3.0),
         Sampling(0.5, top_p=0.6, repetition_penalty=1.5), Sampling(2.0, min_p=0.3),
     ]  # fmt: skip
-    histories = [[1], [2, 3], [4], [5, 6, 7, 5], [8, 8], [9]]
+    histories = [History(ids) for ids in ([1], [2, 3], [4], [5, 6, 7, 5], [8, 8], [9])]
     before = logits.clone()
     together = shape_logits(logits, samplings, histories)
     alone = [shape_logits(row[None], [s], [h]) for row, s, h in zip(logits, samplings, histories, strict=True)]

@@ -46,9 +46,12 @@ HARMLESS = [
 ]  # fmt: skip
 
 CHANGING = [
-    ("tools", [{"type": "function", "function": {"name": "f"}}]), ("tool_choice", "required"), ("functions", [{"name": "f"}]),
-    ("tool_choice", {"type": "function", "function": {"name": "f"}}), ("response_format", {"type": "json_object"}),
-    ("logit_bias", {"5": 1}), ("presence_penalty", 0.1), ("frequency_penalty", -0.1), ("modalities", ["text", "audio"]),
+    ("tools", [{"type": "function", "function": {"name": "f g"}}]), ("tool_choice", "required"), ("functions", [{"name": "f"}]),
+    ("tool_choice", {"type": "function", "function": {"name": "f"}}), ("response_format", {"type": "json_schema"}),
+    ("response_format", {"type": "json_object", "json_schema": {"schema": {}}}), ("response_format", "json_object"),
+    ("response_format", {"type": "grammar"}), ("tools", [{"type": "retrieval"}]), ("tools", "f"), ("parallel_tool_calls", 1),
+    ("logit_bias", {"5": 101}), ("logit_bias", {"five": 1}), ("logit_bias", {"-5": 1}), ("logit_bias", [5]),
+    ("presence_penalty", 2.1), ("frequency_penalty", -2.1), ("modalities", ["text", "audio"]),
     ("reasoning_effort", "high"), ("verbosity", "low"), ("web_search_options", {}), ("audio", {"voice": "alloy"}),
     ("best_of", 3), ("use_beam_search", True), ("stop_token_ids", [5]), ("length_penalty", 2), ("skip_special_tokens", False),
     ("guided_json", {"type": "object"}), ("chat_template_kwargs", {"enable_thinking": False}), ("never_heard_of", 1),

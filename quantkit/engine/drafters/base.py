@@ -8,7 +8,7 @@ from torch import Tensor
 
 from quantkit.engine.backend import Backend
 from quantkit.engine.request import Limits
-from quantkit.engine.sampling import Sampling, choose
+from quantkit.engine.sampling import History, Sampling, choose
 from quantkit.registry import Registry
 
 
@@ -25,6 +25,7 @@ class DraftRequest:
         seed: seed of the noise with which the engine chooses.
         table: for a drafter with :attr:`Drafter.shares_memory`, the sequence's pages, with room for ``count`` tokens after the
             last one of ``ids``; that last token has not been run yet. Otherwise empty.
+        prompt_tokens: how many of ``ids`` are the prompt.
     """
 
     number: int
@@ -34,6 +35,7 @@ class DraftRequest:
     sampling: Sampling
     seed: int
     table: Sequence[int] = ()
+    prompt_tokens: int = 0
 
 
 class Drafter(Protocol):
@@ -124,8 +126,9 @@ def choose_drafts(requests: Sequence[DraftRequest], written: dict[int, list[int]
     Returns:
         A token for each request; None where the largest logit is NaN or infinite.
     """
-    penalized = any(request.sampling.repetition_penalty != 1 for request in requests)
-    histories = [[*request.ids, *written[request.number]] for request in requests] if penalized else None
+    histories = None
+    if any(request.sampling.remembers for request in requests):
+        histories = [History([*request.ids, *written[request.number]], request.prompt_tokens) for request in requests]
     positions = [len(request.ids) + len(written[request.number]) - 1 for request in requests]
     samplings, seeds = [request.sampling for request in requests], [request.seed for request in requests]
     tokens = choose(logits, samplings, seeds, positions, histories)

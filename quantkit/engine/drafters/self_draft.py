@@ -55,7 +55,7 @@ class SelfDrafter:
     def propose(self, requests: Sequence[DraftRequest]) -> list[list[int]]:
         """See :class:`~quantkit.engine.drafters.base.Drafter`."""
         written: dict[int, list[int]] = {request.number: [] for request in requests}
-        greedy = all(request.sampling.greedy and request.sampling.repetition_penalty == 1 for request in requests)
+        greedy = all(request.sampling.greedy and not request.sampling.changes_logits for request in requests)
         active = list(requests)
         while active:
             spans = [self._span(request, written[request.number]) for request in active]

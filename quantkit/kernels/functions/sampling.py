@@ -52,8 +52,8 @@ class SamplingParameters(Protocol):
         ...
 
     @property
-    def repetition_penalty(self) -> float:
-        """Must be 1 here: a penalty needs the earlier tokens and is applied to the logits by the engine."""
+    def changes_logits(self) -> bool:
+        """Must be False here: penalties need the earlier tokens, and are applied to the logits by the engine."""
         ...
 
     @property
@@ -88,7 +88,7 @@ class Draw(NamedTuple):
 
     @classmethod
     def of(cls, samplings: Sequence[SamplingParameters], seeds: Sequence[int | None], device: torch.device | str) -> "Draw":
-        """Return sampling parameters as tensors. Repetition penalties are ignored; the engine applies them to the logits.
+        """Return sampling parameters as tensors. Penalties and biases are ignored; the engine applies them to the logits.
 
         Args:
             samplings: one per row.
@@ -109,12 +109,14 @@ class Draw(NamedTuple):
         """Overwrite the parameters in place. A row without a seed gets a random one.
 
         Raises:
-            KernelError: not one sampling per row, or a repetition penalty, which needs the earlier tokens.
+            KernelError: not one sampling per row, or a penalty, which needs the earlier tokens, or a bias.
         """
         if len(samplings) != len(self.seed):
             raise KernelError(f"{len(samplings)} samplings for {len(self.seed)} rows; want one per row")
-        if any(sampling.repetition_penalty != 1 for sampling in samplings):
-            raise KernelError("repetition_penalty cannot be applied on the device; want 1, or apply it to the logits before")
+        if any(sampling.changes_logits for sampling in samplings):
+            raise KernelError(
+                "penalties and biases cannot be applied on the device; leave them out, or apply them to the logits before"
+            )
         for tensor, numbers in zip(self, Draw.of(samplings, [sampling.seed for sampling in samplings], "cpu"), strict=True):
             tensor.copy_(numbers)
 
