@@ -81,7 +81,7 @@ struct Model {
       keep(linear(kKvHeads * kHeadDim, kHidden, quantized));
       a.qkv_count = 3;
       a.out = keep(linear(kHidden, kHeads * kHeadDim, quantized));
-      a.heads = kHeads, a.kv_heads = kKvHeads, a.head_dim = kHeadDim;
+      a.heads = kHeads, a.kv_heads = kKvHeads, a.head_dim = a.value_dim = kHeadDim;
       a.rotary = kind == 2 ? -1 : 0, a.window = kind == 0 ? 0 : 45, a.scale = 0.3f, a.softcap = kind == 1 ? 5.0f : 0.0f;
       if (kind == 0) a.q_norm = norm(kHeads * kHeadDim, false), a.k_norm = norm(kHeadDim, true);
       layer.attention_in = norm(kHidden, kind == 1);
