@@ -9,21 +9,28 @@ What one step shows may be wrong for others: :func:`write_tape` compares the tap
 its beginning on, and at the last positions that the model supports.
 """
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
-from quantkit.hf.cache import cache_argument
+from quantkit.errors import QuantkitError
+from quantkit.hf.cache import LENGTH_DEPENDENT_ROPE, cache_argument, rope_types
 from quantkit.hf.experts import expert_parameters, uses_experts_interface
 from quantkit.hf.lowering import tidy
 from quantkit.hf.lowering.operations import linear, lookup
+from quantkit.hf.lowering.plain_attention import Past, find
 from quantkit.hf.lowering.record import Ids, Recorder
-from quantkit.hf.lowering.trace import TOKENS, CannotWatch, MaskReader, interpose
+from quantkit.hf.lowering.lower import CannotLower
+from quantkit.hf.lowering.trace import FAR, TOKENS, CannotWatch, MaskReader, interpose
+from quantkit.hf.paged import context_tokens
+from quantkit.kernels.program import run_tape
 from quantkit.kernels.program.definition import Cache, Linear
 from quantkit.kernels.program.tape import (
     POSITION,
@@ -36,11 +43,73 @@ from quantkit.kernels.program.tape import (
     Store,
     Tape,
 )
+from quantkit.nn.block_calls import CANNOT_RUN
 from quantkit.nn.embedding import QuantEmbedding, input_table
+from quantkit.nn.install import float_activations
 from quantkit.nn.linear import QuantLinear, QuantWeight
+from quantkit.system.memory import return_freed_memory
 
 _BEFORE = 4
 """Tokens that the model has read before the step."""
+
+
+_TOLERANCE = {torch.float32: 2e-4, torch.float16: 5e-2}
+"""Largest accepted norm of the logits' error relative to the norm of the logits; 0.1 in bfloat16."""
+
+
+def write_tape(model: PreTrainedModel) -> Tape:
+    """Return a tape that predicts what ``model`` does, here and at the last positions that it supports.
+
+    Weights are shared with the model, except biases, norms and other small constants, which are copied in float32.
+
+    Raises:
+        CannotLower: it cannot be said as a tape, or the tape predicts something else.
+    """
+    try:
+        if types := rope_types(model.config.get_text_config(decoder=True)) & LENGTH_DEPENDENT_ROPE:
+            raise CannotWatch(f"its rotary frequencies change with the length of a sequence ({', '.join(types)})")
+        with float_activations(model):
+            tape = replace(record_step(model), max_tokens=context_tokens(model))
+            compare(tape, model, lambda ids, start: run_tape.logits(tape, ids, start), 0)
+            limit = min(tape.max_tokens or FAR // 4, FAR // 4)
+            if limit > 2 * TOKENS and "position_ids" in inspect.signature(model.forward).parameters:
+                compare(tape, model, lambda ids, start: run_tape.logits(tape, ids, start), limit - TOKENS)
+    except CannotWatch as error:
+        raise CannotLower(str(error)) from error
+    except QuantkitError as error:
+        raise error if isinstance(error, CannotLower) else CannotLower(str(error)) from error
+    except CANNOT_RUN as error:
+        raise CannotLower(f"recording a decode step failed: {type(error).__name__}: {error}") from error
+    return_freed_memory()
+    return tape
+
+
+def compare(tape: Tape, model: PreTrainedModel, predict: Callable[[Tensor, int], Tensor], start: int) -> None:
+    """Compare logits with the model's own for a few tokens.
+
+    In 16 bits, rounding changes the choice between experts of similar probability here and there; the better half of the
+    tokens counts for a mixture.
+
+    Args:
+        tape: the tape that is tested.
+        model: the model.
+        predict: returns logits (T, V) of tokens (T,) from a position on, of which nothing was seen before.
+        start: position of the first token.
+
+    Raises:
+        CannotWatch: they differ.
+    """
+    words, device = input_table(model)
+    ids = torch.randint(0, words, (TOKENS,), generator=torch.Generator().manual_seed(1)).to(device)
+    where = {"position_ids": start + torch.arange(TOKENS, device=device)[None]} if start else {}
+    with torch.inference_mode():
+        want = model(input_ids=ids[None], use_cache=False, return_dict=True, **where).logits[0]
+    dtype, want = want.dtype, want.float()
+    errors = (predict(ids, start).to(device) - want).norm(dim=1) / want.norm(dim=1).clamp_min(1e-30)
+    chosen = model.dtype != torch.float32 and any(isinstance(step, Mixture) for step in tape.body.steps)
+    error = float(errors.median() if chosen else errors.max())
+    if not error < _TOLERANCE.get(model.dtype, _TOLERANCE.get(dtype, 0.1)):
+        raise CannotWatch(f"logits from position {start} on differ from the model's by {error:.2g} of their norm")
 
 
 def record_step(model: PreTrainedModel) -> Tape:
@@ -49,24 +118,29 @@ def record_step(model: PreTrainedModel) -> Tape:
     Raises:
         CannotWatch: naming what a tape cannot say.
     """
-    words, device = input_table(model)
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, words, (TOKENS, _BEFORE + 1), generator=generator).to(device)
     watched = _Watched(model)
-    with ExitStack() as cleanup, torch.no_grad():
-        cache = watched.prefill(ids[:, :_BEFORE], cleanup)
-        watched.hook(cleanup, cache)
-        logits = watched.step(ids[:, _BEFORE:].clone(), cache)
-    return watched.tape(logits, words)
+    try:
+        return watched.record()
+    except _OwnAttention:
+        return _Watched(model, own=True).record()
+
+
+class _OwnAttention(Exception):
+    """The model asks its cache for keys and values, but attends to them itself."""
 
 
 class _Watched:
     """A model whose decode step is recorded."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        import inspect
-
+    def __init__(self, model: PreTrainedModel, own: bool = False) -> None:
         self.model, self.recorder = model, Recorder()
+        self.own = own  # whether the model attends itself
+        config: Any = model.config.get_text_config(decoder=True)
+        windows = [size for name, size in vars(config).items() if "window" in name and isinstance(size, int) and size > 1]
+        # A mask that the model makes itself is known as far as it is seen: beyond the window that the config names.
+        self.before = max(windows) + 3 if own and windows else _BEFORE
+        self.sees_windows = bool(windows)
+        self.past: list[Past] = []
         self.accepted = inspect.signature(model.forward).parameters
         self.argument = cache_argument(model, self.accepted)
         self.masks = MaskReader()
@@ -75,12 +149,42 @@ class _Watched:
         self.states: list[int] = []
         self.places: list[tuple[Any, Any]] = []  # container and key of every state
 
+    def record(self) -> Tape:
+        """Take a step and return its tape."""
+        words, device = input_table(self.model)
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, words, (TOKENS, self.before + 1), generator=generator).to(device)
+        with ExitStack() as cleanup, torch.no_grad():
+            cache = self.prefill(ids[:, : self.before], cleanup)
+            self.hook(cleanup, cache)
+            try:
+                logits = self.step(ids[:, self.before :].clone(), cache)
+            except (CannotWatch, *CANNOT_RUN):
+                if self.updates > len(self.kept) and not self.own:
+                    raise _OwnAttention from None
+                raise
+        if self.updates > len(self.kept) and not self.own and not any(isinstance(one, Attend) for one in self.recorder.steps):
+            raise _OwnAttention
+        for number, past in enumerate(self.past):
+            self.caches.append(Cache(past.k.shape[0], past.k.shape[1], past.v.shape[1]))
+            find(self.recorder, past, self.mask_value, self.masks, number, self.sees_windows)
+        return self.tape(logits, words)
+
     def prefill(self, ids: Tensor, cleanup: ExitStack) -> Any:
-        if self.argument is None:
-            raise CannotWatch("its cache is none of transformers'")
-        cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
-        self.model(input_ids=ids, use_cache=True, return_dict=True, **{self.argument: cache})
-        return cache
+        for holder in _attributes(self.model):  # the model is left as it was
+            for container, key, x in _states([holder], 1):
+                cleanup.callback(container.__setitem__, key, x)
+            for key in [key for key, held in holder.items() if held is None and not key.startswith("_")]:
+                cleanup.callback(holder.__setitem__, key, None)
+        if self.argument is not None:
+            cache: Any = DynamicCache(config=self.model.config.get_text_config(decoder=True))
+            self.model(input_ids=ids, use_cache=True, return_dict=True, **{self.argument: cache})
+            return cache
+        output = self.model(input_ids=ids, use_cache=True, return_dict=True)
+        for self.argument in ("cache", "past_key_values", "cache_params", "state"):
+            if self.argument in self.accepted and (cache := getattr(output, self.argument, None)) is not None:
+                return cache
+        raise CannotWatch("it has no cache")
 
     def hook(self, cleanup: ExitStack, cache: Any) -> None:
         interpose(self.model, self.attention, self.masks, cleanup)
@@ -94,7 +198,11 @@ class _Watched:
             if hasattr(module, "warn_if_padding_and_no_attention_mask"):  # looks at ids
                 module.warn_if_padding_and_no_attention_mask = lambda *args: None
                 cleanup.callback(module.__dict__.pop, "warn_if_padding_and_no_attention_mask", None)
-        cache.update = lambda keys, values, *args, **kwargs: (keys, values)
+        self.updates, self.mask_value = 0, None
+        if hasattr(cache, "update"):
+            cache.update = self._update
+        if self.own:
+            self.masks.made = self._mask
 
     def _replace(self, module: Any, by: Any, cleanup: ExitStack) -> None:
         own = module.forward
@@ -114,14 +222,15 @@ class _Watched:
 
     def step(self, ids: Tensor, cache: Any) -> Tensor:
         recorder = self.recorder
-        positions = _BEFORE + torch.arange(TOKENS, device=ids.device)[:, None]
+        positions = self.before + torch.arange(TOKENS, device=ids.device)[:, None]
         for number, x in ((TOKEN, ids), (POSITION, positions)):
             assert recorder.value(1) == number
             recorder.track(x, recorder.elements(number), 0)
         where = {"position_ids": positions} if "position_ids" in self.accepted else {}
-        for container, key, x in _states(cache):
-            if x.shape[:1] != (TOKENS,):
-                raise CannotWatch(f"a state of its cache has shape {tuple(x.shape)}")
+        own = [state for holder in _attributes(self.model) for state in _states([holder], 1)]
+        for container, key, x in (*_states([cache]), *own):
+            if recorder.tracks(x):
+                continue
             size = x[0].numel()
             out = recorder.value(size)
             recorder.steps.append(Load(len(self.states), out))
@@ -135,8 +244,8 @@ class _Watched:
             raise CannotWatch("the model returns no logits")
         for number, (container, key) in enumerate(self.places):
             x = container[key]
-            if not recorder.tracks(x):
-                raise CannotWatch("a state is not computed from what came before")
+            if not isinstance(x, Tensor) or not recorder.tracks(x) or x[0].numel() != self.states[number]:
+                raise CannotWatch("a state is not computed from what came before, or changes its size")
             ids_now = recorder.ids(x)[0]
             recorder.steps.append(Store(number, (recorder.run(ids_now),)))
         return logits
@@ -159,6 +268,30 @@ class _Watched:
         )
 
     # -- what is more than arithmetic
+
+    def _update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Stand in for the cache's update."""
+        self.updates += 1
+        if not self.own:
+            return keys, values
+        recorder, tokens = self.recorder, self.before + 1
+        found = []
+        for part in (keys, values):
+            with _disable_current_modes():
+                many = part.expand(-1, -1, tokens, -1).contiguous()
+            number = recorder.value(many[0].numel())
+            found.append((recorder.track(many, recorder.elements(number, many.shape[1:]), 0), number))
+        k, v = (recorder.ids(part)[0].squeeze(1) for part in (keys, values))
+        self.past.append(Past(k, v, found[0][1], found[1][1], tokens))
+        return found[0][0], found[1][0]
+
+    def _mask(self, mask: Tensor) -> Tensor:
+        """Let a mask be a value, so that what is done with it shows."""
+        with _disable_current_modes():
+            mask = mask.expand(TOKENS, -1, -1, -1).contiguous()
+        if self.mask_value is None:
+            self.mask_value = self.recorder.value(mask.shape[-1])
+        return self.recorder.track(mask, self.recorder.elements(self.mask_value).reshape(1, 1, -1), 0)
 
     def attention(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
@@ -268,14 +401,25 @@ def _experts(module: Any) -> Iterator[Expert]:
         yield Expert(*parts)
 
 
-def _states(cache: Any) -> Iterator[tuple[Any, Any, Tensor]]:
-    """Yield container, key and tensor of everything that a cache holds besides keys and values."""
-    for layer in cache.layers:
-        for name in ("conv_states", "recurrent_states"):
-            held = getattr(layer, name, None)
+def _states(holders: Iterable[Any], depth: int = 4) -> Iterator[tuple[Any, Any, Tensor]]:
+    """Yield container, key and tensor of everything with a row per sequence that a cache, or a module by itself, holds."""
+    seen: set[int] = set()
+    waiting = [(holder, depth) for holder in holders]
+    while waiting:
+        holder, left = waiting.pop(0)
+        if id(holder) in seen or not left:
+            continue
+        seen.add(id(holder))
+        container = holder if isinstance(holder, list | dict) else vars(holder)
+        for key, held in list(container.items() if isinstance(container, dict) else enumerate(container)):
             if isinstance(held, Tensor):
-                yield vars(layer), name, held
-            elif held is not None:
-                for key, x in list(held.items() if isinstance(held, dict) else enumerate(held)):
-                    if isinstance(x, Tensor):
-                        yield held, key, x
+                if held.shape[:1] == (TOKENS,) and held.is_floating_point():
+                    yield container, key, held
+            elif isinstance(held, list | dict) or type(held).__module__.startswith("transformers."):
+                if not isinstance(held, nn.Module | PreTrainedConfig):
+                    waiting.append((held, left - 1))
+
+
+def _attributes(model: nn.Module) -> list[dict[str, Any]]:
+    """Return the plain attributes of every module, in which some keep the state of one batch."""
+    return [vars(module) for module in model.modules()]

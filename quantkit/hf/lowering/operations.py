@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 from quantkit.hf.lowering.record import Ids, Recorder
 from quantkit.hf.lowering.trace import TOKENS, CannotWatch
 from quantkit.kernels.program.definition import Linear
-from quantkit.kernels.program.tape import Lookup, Product
+from quantkit.kernels.program.tape import POSITION, Lookup, Product
 
 Handler = Callable[[Recorder, Any, Any, Any], Any]
 HANDLERS: dict[str, Handler] = {}
@@ -25,7 +25,7 @@ _BINARY = {
     "ne": "ne", "pow": "pow", "bitwise_and": "mul", "logical_and": "mul", "bitwise_or": "max", "logical_or": "max",
 }  # fmt: skip
 _MOVES = (
-    "clone cat stack _to_copy repeat roll flip index_select constant_pad_nd slice_scatter select_scatter tril triu "
+    "clone cat stack _to_copy repeat roll flip constant_pad_nd slice_scatter select_scatter tril triu "
     "repeat_interleave unsqueeze_copy permute_copy view_copy expand_copy contiguous narrow_copy take_along_dim"
 ).split()
 _FACTORIES = (
@@ -159,7 +159,12 @@ def _binary(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
         at = Operands(recorder, func(*args, **kwargs), *args[:2])
         exact = recorder.map("div", at.ids(args[0]), at.ids(args[1]), shape=at.shape)
         return at.done(recorder.map("floor", exact, shape=at.shape))
-    at = Operands(recorder, func(*args, **kwargs), *args[:2])
+    out = func(*args, **kwargs)
+    if out.is_complex():
+        if name != "mul":
+            raise CannotWatch("it computes with complex numbers")
+        return _complex_product(recorder, out, *args[:2])
+    at = Operands(recorder, out, *args[:2])
     a, b = at.ids(args[0]), at.ids(args[1])
     if name == "pow" and not isinstance(args[1], Tensor) and float(args[1]) in _POWERS:
         return at.done(_power(recorder, a, float(args[1]), at.shape))
@@ -300,6 +305,8 @@ def _reduce(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
     out = func(*args, **kwargs)
     x = args[0]
     dims = _dims(args, kwargs, 2 if name == "linalg_vector_norm" else 1)
+    if name == "max" and dims is None and (recorder.ids(x)[0] == recorder.elements(POSITION)).all():
+        return out  # the length of a sequence, which nothing may hang on: the proof far from the beginning would notice
     rows = Rows(recorder, x, dims)
     ids = rows.rows()
     count = ids.shape[0]
@@ -313,7 +320,10 @@ def _reduce(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
         values = both[:count] if name == "max" else recorder.map("neg", both[:count], shape=(count,))
         return type(out)((rows.reduced(out[0], values), rows.reduced(out[1], both[count:])))
     if name == "linalg_vector_norm":
-        if (args[1] if len(args) > 1 else kwargs.get("ord", 2)) != 2:
+        order = args[1] if len(args) > 1 else kwargs.get("ord", 2)
+        if order == 1:
+            return rows.reduced(out, recorder.compute("sum", [recorder.map("abs", ids, shape=ids.shape)], count))
+        if order != 2:
             raise CannotWatch("it uses a norm of another kind")
         total = recorder.compute("sum", [recorder.map("square", ids, shape=ids.shape)], count)
         return rows.reduced(out, recorder.map("sqrt", total, shape=total.shape))
@@ -390,19 +400,21 @@ def _topk(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
 def _gather(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
     x, dim, index = args[:3]
     out = func(*args, **kwargs)
-    rows, picks = _two(recorder, x, index, dim)
-    ids, chosen = rows.rows(), picks.rows()
+    if not recorder.tracks(index):
+        raise CannotWatch("elements are picked by a constant")
+    picks = Rows(recorder, index, dim)
+    chosen = picks.rows()
+    if recorder.tracks(x):
+        rows = Rows(recorder, x, dim)
+        ids = rows.rows()
+        if rows.axis != picks.axis:
+            raise CannotWatch("elements are picked from other tokens")
+    else:
+        ids = picks.rows(recorder.constant_ids(x, picks.axis, picks.many))
+    if ids.shape[0] != chosen.shape[0]:
+        raise CannotWatch("elements are picked from a part of an array")
     made = recorder.compute("gather", [ids, chosen], chosen.size)
     return recorder.track(out, picks.back(made), picks.axis)
-
-
-def _two(recorder: Recorder, x: Tensor, index: Tensor, dim: int) -> tuple[Rows, Rows]:
-    if not recorder.tracks(index) or not recorder.tracks(x):
-        raise CannotWatch("elements are picked from a constant, or by one")
-    rows, picks = Rows(recorder, x, dim), Rows(recorder, index, dim)
-    if rows.outer != picks.outer or rows.axis != picks.axis:
-        raise CannotWatch("elements are picked from a part of an array")
-    return rows, picks
 
 
 @known("scatter", "scatter_", "scatter_add", "scatter_add_")
@@ -435,6 +447,47 @@ def _scatter(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
     func(*args)
     recorder.assign(x, made)
     return x
+
+
+# -- complex numbers: an axis of real and imaginary parts more, at the end
+
+
+@known("polar")
+def _polar(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
+    out = func(*args, **kwargs)
+    real = torch.view_as_real(out)
+    at = Operands(recorder, func(*args, **kwargs).real.clone(), *args)
+    size, angle = at.ids(args[0]), at.ids(args[1])
+    parts = [recorder.map("mul", size, recorder.map(op, angle, shape=at.shape), shape=at.shape) for op in ("cos", "sin")]
+    recorder.track(real, np.stack(parts, -1), at.axis)
+    return out
+
+
+def _complex_product(recorder: Recorder, out: Tensor, a: Any, b: Any) -> Tensor:
+    real = torch.view_as_real(out)
+    sides = [_as_pairs(part) for part in (a, b)]
+    at = Operands(recorder, real, *sides)
+    shape = at.shape[:-1]
+
+    def product(x: Ids, y: Ids) -> Ids:
+        return recorder.map("mul", x, y, shape=shape)
+
+    (ar, ai), (br, bi) = ((ids[..., 0], ids[..., 1]) for ids in (at.ids(side) for side in sides))
+    if not all(isinstance(part, Tensor) and part.is_complex() for part in (a, b)):
+        parts = [product(ar, br), product(ai, bi)]  # the real one's are both itself
+    else:
+        parts = [
+            recorder.map("sub", product(ar, br), product(ai, bi), shape=shape),
+            recorder.map("add", product(ar, bi), product(ai, br), shape=shape),
+        ]
+    recorder.track(real, np.stack(parts, -1), at.axis)
+    return out
+
+
+def _as_pairs(x: Any) -> Any:
+    if not isinstance(x, Tensor):
+        return x
+    return torch.view_as_real(x) if x.is_complex() else x.unsqueeze(-1)
 
 
 @known("native_layer_norm", "_fused_rms_norm")
@@ -497,10 +550,12 @@ def _small(recorder: Recorder, ids: Ids, weight: Tensor, bias: Tensor | None) ->
 
 @known("bmm", "baddbmm")
 def _bmm(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
-    added, a, b = args if len(args) == 3 else (None, *args)
-    if added is not None:
-        raise CannotWatch("it uses baddbmm, which programs do not have")
+    if len(args) == 3:
+        return _baddbmm(recorder, func, args, kwargs)
+    a, b = args
     out = func(*args, **kwargs)
+    if recorder.tracks(a) and recorder.tracks(b) and recorder.axis(a) != recorder.axis(b):
+        raise CannotWatch("a product mixes tokens")
     tracked = a if recorder.tracks(a) else b
     axis, many = recorder.axis(tracked)
     if axis != 0:
@@ -529,6 +584,18 @@ def _bmm(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
     return recorder.track(out, made if many > 1 else made[0], 0)
 
 
+def _baddbmm(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
+    added, a, b = args
+    out = func(*args, **kwargs)
+    product = _bmm(recorder, torch.ops.aten.bmm.default, (a, b), {})
+    at = Operands(recorder, out, product)
+    parts = []
+    for part, factor in ((product, kwargs.get("alpha", 1)), (added, kwargs.get("beta", 1))):
+        ids = at.ids(part)
+        parts.append(ids if factor == 1 else recorder.map("mul", ids, at.ids(factor), shape=at.shape))
+    return at.done(recorder.map("add", *parts, shape=at.shape))
+
+
 def _shared(recorder: Recorder, out: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """A batch (b, T, k) of a token's parts by constants (b, k, n)."""
     if recorder.tracks(b) or recorder.axis(a) != (1, 1):
@@ -546,16 +613,21 @@ def _convolution(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
     ids, axis, many = recorder.ids(x)
     if axis or many > 1 or x.ndim != 3 or transposed or list(stride) != [1] or list(dilation) != [1]:
         raise CannotWatch("it uses a convolution that programs do not have")
-    if groups != x.shape[1] or weight.shape[0] != groups:
-        raise CannotWatch("it uses a convolution over several channels")
     if padding[0]:
         zero = recorder.constant(torch.tensor(0.0), (ids.shape[0], padding[0]))
         ids = np.concatenate([zero, ids, zero], 1)
-    windows = np.lib.stride_tricks.sliding_window_view(ids, weight.shape[2], axis=1)  # (channels, places, size)
-    kernel = recorder.constant(weight[:, 0], (weight.shape[0], weight.shape[2]))[:, None]
-    product = recorder.map("mul", np.ascontiguousarray(windows), kernel, shape=windows.shape)
-    made = recorder.compute("sum", [product.reshape(-1, weight.shape[2])], windows.shape[0] * windows.shape[1])
-    made = made.reshape(windows.shape[:2])
+    size, per_group = weight.shape[2], weight.shape[1]
+    windows = np.lib.stride_tricks.sliding_window_view(ids, size, axis=1)  # (channels, places, size)
+    places = windows.shape[1]
+    if per_group == 1 and weight.shape[0] == groups:
+        kernel = recorder.constant(weight[:, 0], (groups, size))[:, None]
+        product = recorder.map("mul", np.ascontiguousarray(windows), kernel, shape=windows.shape)
+        made = recorder.compute("sum", [product.reshape(-1, size)], groups * places).reshape(groups, places)
+    else:
+        inputs = windows.reshape(groups, per_group, places, size).transpose(0, 2, 1, 3).reshape(groups, places, -1)
+        kernel = recorder.constant(weight, tuple(weight.shape)).reshape(groups, -1, per_group * size)
+        made = recorder.compute("contract", [inputs, kernel], weight.shape[0] * places)
+        made = made.reshape(groups, places, -1).transpose(0, 2, 1).reshape(-1, places)
     if bias is not None:
         made = recorder.map("add", made, recorder.constant(bias, bias.shape)[:, None], shape=made.shape)
     return recorder.track(out, made, 0)
@@ -641,7 +713,6 @@ def _take(recorder: Recorder, out: Tensor, moved: Tensor) -> None:
 @known("copy_")
 def _copy(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
     target, source = args[:2]
-    func(*args, **kwargs)
     if recorder.tracks(source):
         ids, axis, many = recorder.ids(source)
         axis += target.ndim - source.ndim
@@ -654,6 +725,7 @@ def _copy(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
     else:
         axis, many = recorder.axis(target)
         recorder.assign(target, recorder.constant_ids(source.expand_as(target), axis, many))
+    func(*args, **kwargs)
     return target
 
 
@@ -668,12 +740,24 @@ def _fill(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
     return target
 
 
+@known("index_select")
+def _index_select(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
+    x, dim, index = args
+    if recorder.tracks(index):
+        if recorder.tracks(x) or x.ndim != 2 or dim != 0:
+            raise CannotWatch("elements are picked by values")
+        return lookup(recorder, x.detach(), index, func(*args))
+    return _move(recorder, func, args, kwargs)
+
+
 @known("index")
 def _index(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
     x, indices = args
+    out = func(*args, **kwargs)
+    if len(indices) == 1 and not recorder.tracks(x) and recorder.tracks(indices[0]) and x.ndim == 2 and x.is_floating_point():
+        return lookup(recorder, x.detach(), indices[0], out)
     if any(one is not None and recorder.tracks(one) for one in indices):
         raise CannotWatch("elements are picked by values")
-    out = func(*args, **kwargs)
     moved = func(_number(recorder, x, recorder.axis(x)[0] - x.ndim), indices)
     _take(recorder, out, moved)
     return out

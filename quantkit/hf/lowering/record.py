@@ -123,6 +123,8 @@ class Recorder(TorchDispatchMode):
         return x
 
     def _write(self, memory: _Memory, offsets: Ids, ids: Ids) -> None:
+        if not offsets.size:
+            return
         most = int(offsets.max()) + 1
         if most > len(memory.ids):
             memory.ids = np.concatenate([memory.ids, np.full(most - len(memory.ids), -1, dtype=np.int64)])

@@ -284,10 +284,11 @@ class MaskReader:
     def __init__(self) -> None:
         self._known: dict[int, tuple[int | None, int | None] | CannotWatch] = {}
         self._masks: list[Tensor] = []  # keeps the memory alive
+        self.made: Callable[[Tensor], Tensor] = lambda mask: mask
 
     def __call__(self, *args: Any, **options: Any) -> Tensor:
-        """Return a mask in which everything is seen."""
-        mask = torch.ones(1, 1, options["q_length"], options["kv_length"], dtype=torch.bool)
+        """Return a mask that hides nothing: zeros, to be added to scores."""
+        mask = self.made(torch.zeros(1, 1, options["q_length"], options["kv_length"], device=options.get("device")))
         self._masks.append(mask)
         try:
             self._known[mask.untyped_storage()._cdata] = _span(options["mask_function"])
@@ -307,6 +308,18 @@ class MaskReader:
         if isinstance(found, CannotWatch):
             raise found
         return found
+
+
+    def only(self) -> tuple[int | None, int | None]:
+        """Return window and chunk of all masks that were made.
+
+        Raises:
+            CannotWatch: they are not the same.
+        """
+        found = {self.read(mask) for mask in self._masks}
+        if len(found) != 1:
+            raise CannotWatch("its own attention has several masks, or none of transformers' mask functions")
+        return found.pop()
 
 
 def _span(sees: Callable[..., Any]) -> tuple[int | None, int | None]:

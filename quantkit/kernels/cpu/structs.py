@@ -39,7 +39,7 @@ AttentionStruct = _struct(
     ("out", _POINTER),
     *_all(NormStruct, "q_norm k_norm"),
     *_all(_LONG, "heads kv_heads head_dim value_dim rotary window chunk"),
-    ("sinks", _POINTER),
+    *_all(_POINTER, "sinks slopes"),
     *_all(_FLOAT, "scale softcap"),
 )
 MlpStruct = _struct("MlpStruct", ("up", _POINTER), ("up_count", _LONG), ("down", _POINTER), *_all(_INT, "activation gated"))
@@ -183,6 +183,7 @@ class LaidOut:
             -1 if attention.rotary is None else attention.rotary,
             attention.window or 0,
             0,
+            None,
             None,
             attention.scale,
             attention.softcap or 0.0,

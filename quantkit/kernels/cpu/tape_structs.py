@@ -196,7 +196,7 @@ class LaidOutTape:
 
     def _attend(self, step: Attend) -> Any:
         none = NormStruct(None, None, 0, 0.0, 0)
-        sinks = None if step.sinks is None else self._keep(step.sinks.contiguous()).data_ptr()
+        extra = (None if one is None else self._keep(one.contiguous()).data_ptr() for one in (step.sinks, step.slopes))
         attention = AttentionStruct(
             None,
             0,
@@ -210,7 +210,7 @@ class LaidOutTape:
             -1,
             step.window or 0,
             step.chunk or 0,
-            sinks,
+            *extra,
             step.scale,
             step.softcap or 0.0,
         )

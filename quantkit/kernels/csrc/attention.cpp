@@ -112,7 +112,10 @@ struct Query {
   const float* q;
   int64_t first, last;  // the keys that it sees
   float* partial;
+  float slope;
 };
+
+float slope_of(const Attention& a, int64_t head) { return a.slopes ? a.slopes[head] : 0.0f; }
 
 // Convert the scores of a query in a chunk (from, to) to weights exp(score - m), 0 for keys it does not see; set m and their
 // sum s.
@@ -125,6 +128,8 @@ void weigh(const Attention& a, const Query& query, int64_t start, int64_t from, 
     Floats score = load(row + t) * a.scale;
     if (a.softcap > 0)
       for (int lane = 0; lane < kWidth; ++lane) score[lane] = a.softcap * tanhf(score[lane] / a.softcap);
+    if (query.slope != 0)
+      for (int lane = 0; lane < kWidth; ++lane) score[lane] += query.slope * static_cast<float>(t + lane + 1 - end);
     if (t < begin || t + kWidth > end)
       for (int lane = 0; lane < kWidth; ++lane)
         if (t + lane < begin || t + lane >= end) score[lane] = -INFINITY;
@@ -257,7 +262,8 @@ void split_share(const AttentionJob& job, const Member& me) {
           const int64_t count = group - g < kBlockQueries ? group - g : kBlockQueries;
           for (int64_t i = 0; i < count; ++i) {
             const int64_t head = kv_head * group + g + i;
-            queries[i] = {query_at(job, row, head), seen.first, seen.last, partial_at(job, row, head, c - seen.first_chunk)};
+            queries[i] = {query_at(job, row, head), seen.first, seen.last, partial_at(job, row, head, c - seen.first_chunk),
+                          slope_of(a, head)};
           }
           chunks<T>(job, context, c * kChunkTokens, queries, count, after);
         }
@@ -275,8 +281,8 @@ void block(const AttentionJob& job, int64_t row, int64_t rows, int64_t kv_head, 
   int64_t first_chunk = INT64_MAX, last_chunk = 0;
   for (int64_t i = 0; i < count; ++i) {
     const Span seen = span(job, row + i / per_row);
-    queries[i] = {query_at(job, row + i / per_row, kv_head * (a.heads / a.kv_heads) + g + i % per_row), seen.first, seen.last,
-                  fresh + i % kQueries * size};
+    const int64_t head = kv_head * (a.heads / a.kv_heads) + g + i % per_row;
+    queries[i] = {query_at(job, row + i / per_row, head), seen.first, seen.last, fresh + i % kQueries * size, slope_of(a, head)};
     running[i * size] = -INFINITY;
     for (int64_t d = 1; d < size; ++d) running[i * size + d] = 0;
     first_chunk = seen.first_chunk < first_chunk ? seen.first_chunk : first_chunk;

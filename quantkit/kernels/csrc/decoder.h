@@ -25,7 +25,7 @@ struct Attention {
   int64_t heads, kv_heads, head_dim, value_dim;
   int64_t rotary;  // index, or -1
   int64_t window, chunk;  // 0: all
-  const float* sinks;     // [heads]: a logit per head that has no value; or null
+  const float *sinks, *slopes;  // [heads]: a logit per head that has no value; what scores grow by per position; or null
   float scale, softcap;  // softcap 0: none
 };
 

@@ -194,6 +194,11 @@ class Program:
         return tuple(Cache(part.kv_heads, part.head_dim, part.head_dim) for part in parts)
 
     @property
+    def extent(self) -> str:
+        """How much it is, for messages."""
+        return f"{len(self.layers)} layers"
+
+    @property
     def states(self) -> tuple[int, ...]:
         """Sizes of what a sequence hands on besides keys and values: nothing."""
         return ()

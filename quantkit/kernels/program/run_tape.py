@@ -128,12 +128,7 @@ class _Run:
             case Compute():
                 return compute(step, parts)
             case Join():
-                width = sum(one.size for one in step.reads)
-                out = parts[0].new_empty(len(parts[0]), width)
-                for part, place in zip(parts, step.places, strict=True):
-                    strides = (width, *place.strides)
-                    out.as_strided(part.shape, strides, place.offset).copy_(part)
-                return out
+                return join(step, parts)
             case Product():
                 return linear(parts[0].flatten(1), step.linear)
             case Lookup():
@@ -161,6 +156,8 @@ class _Run:
         now = self.now[:, None]
         keys = self.positions[: len(k)]
         hidden = keys > now
+        if step.slopes is not None:
+            scores = scores + step.slopes.to(scores.device)[:, None, None] * (keys - now)
         if step.window is not None:
             hidden = hidden | (keys <= now - step.window)
         if step.chunk is not None:
@@ -195,6 +192,15 @@ def read(one: Read, values: dict[int, Tensor]) -> Tensor:
         return one.source.to(device).as_strided(one.shape, one.strides, one.offset).expand(tokens, *one.shape)
     x = values[one.source].contiguous()
     return x.as_strided((len(x), *one.shape), (x.shape[1], *one.strides), one.offset)
+
+
+def join(step: Join, parts: list[Tensor]) -> Tensor:
+    """Return pieces (T, *shape) in one value (T, width)."""
+    width = sum(one.size for one in step.reads)
+    out = parts[0].new_empty(len(parts[0]), width)
+    for part, place in zip(parts, step.places, strict=True):
+        out.as_strided(part.shape, (width, *place.strides), place.offset).copy_(part)
+    return out
 
 
 def compute(step: Compute, parts: list[Tensor]) -> Tensor:

@@ -119,6 +119,7 @@ class Attend:
         window: a token sees itself and the ``window - 1`` tokens before it; None for all.
         chunk: a token sees those of its own chunk of so many positions; None for no chunks.
         sinks: float32 (heads,), a logit per head in the softmax that has no value; None for none.
+        slopes: float32 (heads,): scores grow by this much per position (ALiBi, Press et al. 2022, arXiv:2108.12409).
     """
 
     reads: tuple[Read, Read, Read]
@@ -134,6 +135,7 @@ class Attend:
     chunk: int | None = None
     softcap: float | None = None
     sinks: Tensor | None = None
+    slopes: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -222,6 +224,11 @@ class Tape:
     def vocabulary(self) -> int:
         """Number of logits."""
         return self.head.shape[0]
+
+    @property
+    def extent(self) -> str:
+        """How much it is, for messages."""
+        return f"{len(self.body.steps)} recorded steps"
 
     def linears(self) -> Iterator[Linear]:
         """Yield all linears; the head is the last one."""
