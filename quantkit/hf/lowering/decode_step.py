@@ -10,7 +10,7 @@ its beginning on, and at the last positions that the model supports.
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -18,25 +18,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from quantkit.errors import QuantkitError
 from quantkit.hf.cache import LENGTH_DEPENDENT_ROPE, cache_argument, rope_types
-from quantkit.hf.experts import expert_parameters, uses_experts_interface
+from quantkit.hf.experts import uses_experts_interface
 from quantkit.hf.lowering import tidy
-from quantkit.hf.lowering.operations import linear, lookup
+from quantkit.hf.lowering.lower import CannotLower
+from quantkit.hf.lowering.operations.handle import handle
+from quantkit.hf.lowering.operations.products import linear, lookup
+from quantkit.hf.lowering.parts import attributes, experts_of, inside, states_in
 from quantkit.hf.lowering.plain_attention import Past, find
 from quantkit.hf.lowering.record import Ids, Recorder
-from quantkit.hf.lowering.lower import CannotLower
 from quantkit.hf.lowering.trace import FAR, TOKENS, CannotWatch, MaskReader, interpose
 from quantkit.hf.paged import context_tokens
 from quantkit.kernels.program import run_tape
-from quantkit.kernels.program.definition import Cache, Linear
+from quantkit.kernels.program.definition import Cache
 from quantkit.kernels.program.tape import (
     POSITION,
     TOKEN,
     Attend,
-    Expert,
     Load,
     Mixture,
     Steps,
@@ -46,7 +47,7 @@ from quantkit.kernels.program.tape import (
 from quantkit.nn.block_calls import CANNOT_RUN
 from quantkit.nn.embedding import QuantEmbedding, input_table
 from quantkit.nn.install import float_activations
-from quantkit.nn.linear import QuantLinear, QuantWeight
+from quantkit.nn.linear import QuantLinear
 from quantkit.system.memory import return_freed_memory
 
 _BEFORE = 4
@@ -133,7 +134,7 @@ class _Watched:
     """A model whose decode step is recorded."""
 
     def __init__(self, model: PreTrainedModel, own: bool = False) -> None:
-        self.model, self.recorder = model, Recorder()
+        self.model, self.recorder = model, Recorder(handle)
         self.own = own  # whether the model attends itself
         config: Any = model.config.get_text_config(decoder=True)
         windows = [size for name, size in vars(config).items() if "window" in name and isinstance(size, int) and size > 1]
@@ -171,8 +172,8 @@ class _Watched:
         return self.tape(logits, words)
 
     def prefill(self, ids: Tensor, cleanup: ExitStack) -> Any:
-        for holder in _attributes(self.model):  # the model is left as it was
-            for container, key, x in _states([holder], 1):
+        for holder in attributes(self.model):  # the model is left as it was
+            for container, key, x in states_in([holder], 1):
                 cleanup.callback(container.__setitem__, key, x)
             for key in [key for key, held in holder.items() if held is None and not key.startswith("_")]:
                 cleanup.callback(holder.__setitem__, key, None)
@@ -227,8 +228,8 @@ class _Watched:
             assert recorder.value(1) == number
             recorder.track(x, recorder.elements(number), 0)
         where = {"position_ids": positions} if "position_ids" in self.accepted else {}
-        own = [state for holder in _attributes(self.model) for state in _states([holder], 1)]
-        for container, key, x in (*_states([cache]), *own):
+        own = [state for holder in attributes(self.model) for state in states_in([holder], 1)]
+        for container, key, x in (*states_in([cache]), *own):
             if recorder.tracks(x):
                 continue
             size = x[0].numel()
@@ -359,67 +360,12 @@ class _Watched:
         if not all(recorder.tracks(part) for part in (x, index, weights)):
             raise CannotWatch("experts read constants")
         reads = tuple(recorder.run(recorder.ids(part)[0].reshape(-1)) for part in (x, index, weights))
-        experts = tuple(_experts(module))
-        inner = _inside(module._apply_gate if module.has_gate else module.act_fn, experts[0].up.shape[0], x)
+        experts = tuple(experts_of(module))
+        inner = inside(module._apply_gate if module.has_gate else module.act_fn, experts[0].up.shape[0], x)
         outer = None
         if getattr(module, "has_post_expert_norm", False):
-            outer = _inside(module.post_expert_norm, experts[0].down.shape[0], x)
+            outer = inside(module.post_expert_norm, experts[0].down.shape[0], x)
         number = recorder.value(out.shape[-1])
         recorder.steps.append(Mixture(experts, reads, number, inner, outer))  # type: ignore[arg-type]
         ids, axis, _ = recorder.ids(x)
         return recorder.track(out, recorder.elements(number).reshape(*ids.shape[:-1], -1), axis)
-
-
-def _inside(function: Any, width: int, like: Tensor) -> Steps:
-    """Return the steps that a function takes on a vector of ``width`` elements."""
-    recorder = Recorder()
-    first = recorder.value(width)
-    x = torch.randn(TOKENS, width, generator=torch.Generator().manual_seed(0)).to(like)
-    recorder.track(x, recorder.elements(first), 0)
-    with _disable_current_modes(), recorder:
-        y = function(x)
-    result = recorder.run(recorder.ids(y)[0].reshape(-1))
-    steps, _ = tidy.needed(recorder.steps, result, [])
-    return Steps(tuple(steps), recorder.widths, result)
-
-
-def _experts(module: Any) -> Iterator[Expert]:
-    """Yield every expert of a module."""
-    names = expert_parameters(module)
-    stacks = [getattr(module, name) for name in names]
-    biases = [getattr(module, f"{name}_bias").detach() if module.has_bias else None for name in names]
-    for expert in range(stacks[0].shape[0]):
-        parts = []
-        for stack, bias in zip(stacks, biases, strict=True):
-            own = None if bias is None else bias[expert]
-            if isinstance(stack, QuantWeight):
-                parts.append(Linear(stack, (stack.shape[1], stack.shape[2]), own, expert=expert))
-            else:
-                weight = stack.detach()[expert]
-                weight = weight.T if module.is_transposed else weight
-                parts.append(Linear(weight, (weight.shape[0], weight.shape[1]), own))
-        yield Expert(*parts)
-
-
-def _states(holders: Iterable[Any], depth: int = 4) -> Iterator[tuple[Any, Any, Tensor]]:
-    """Yield container, key and tensor of everything with a row per sequence that a cache, or a module by itself, holds."""
-    seen: set[int] = set()
-    waiting = [(holder, depth) for holder in holders]
-    while waiting:
-        holder, left = waiting.pop(0)
-        if id(holder) in seen or not left:
-            continue
-        seen.add(id(holder))
-        container = holder if isinstance(holder, list | dict) else vars(holder)
-        for key, held in list(container.items() if isinstance(container, dict) else enumerate(container)):
-            if isinstance(held, Tensor):
-                if held.shape[:1] == (TOKENS,) and held.is_floating_point():
-                    yield container, key, held
-            elif isinstance(held, list | dict) or type(held).__module__.startswith("transformers."):
-                if not isinstance(held, nn.Module | PreTrainedConfig):
-                    waiting.append((held, left - 1))
-
-
-def _attributes(model: nn.Module) -> list[dict[str, Any]]:
-    """Return the plain attributes of every module, in which some keep the state of one batch."""
-    return [vars(module) for module in model.modules()]

@@ -1,9 +1,10 @@
 """Find attention that a model computes itself, between the keys that its cache returns and the values.
 
-Some models multiply queries by keys, scale, add a bias and take the softmax in their own forward. While such a step is recorded,
-the cache returns a few tokens' keys and values, whose elements are those of a value that stands for the past. What is computed
-between the two products that read them is run on random scores: if every probability is the softmax of ``a * score + b``, with
-one a and a b that grows evenly from token to token (ALiBi) or not at all, it is attention and is written down as such.
+Some models multiply queries by keys, scale, add a bias and take the softmax in their own forward. While such a step is
+recorded, the cache returns a few tokens' keys and values, whose elements are those of a value that stands for the past. What is
+computed between the two products that read them is run on random scores: if every probability is the softmax of
+``a * score + b``, with one a and a b that grows evenly from token to token (ALiBi) or not at all, it is attention and is
+written down as such.
 
 A mask that the model makes itself, instead of asking transformers' mask functions, is refused: a few tokens do not show what it
 hides from many.

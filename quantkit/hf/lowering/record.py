@@ -46,31 +46,32 @@ class _Memory:
 class Recorder(TorchDispatchMode):
     """Write down what happens to tracked tensors.
 
+    Args:
+        handle: runs an operation with tracked arguments and records it.
+
     Attributes:
         steps: the steps so far.
         widths: number of elements of every value.
     """
 
-    def __init__(self, first: int = 0) -> None:
+    def __init__(self, handle: "Handler") -> None:
         super().__init__()
+        self._handle = handle
         self.steps: list[Step] = []
         self.widths: dict[int, int] = {}
         self._memory: dict[int, _Memory] = {}
         self._alive: list[Any] = []  # memory that is freed would be used again, and taken for what it held
         self._constants: dict[int, Tensor] = {}
         self._known: dict[Any, int] = {}
-        self._tables: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
-        self._next = first
+        self._next = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        from quantkit.hf.lowering.operations import handle
-
         kwargs = kwargs or {}
         tensors = [one for one in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
         if not any(self.tracks(one) for one in tensors):
             out = func(*args, **kwargs)
             return out.zero_() if func._schema.name.startswith("aten::empty") else out  # whose content might change
-        return handle(self, func, args, kwargs)
+        return self._handle(self, func, args, kwargs)
 
     # -- values
 

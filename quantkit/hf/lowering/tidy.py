@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from quantkit.hf.lowering.record import Ids, Recorder
@@ -91,9 +90,7 @@ def needed(steps: Sequence[Step], result: Read, states: Sequence[int]) -> tuple[
             break
         read_states = seen
     numbers = {old: new for new, old in enumerate(sorted(read_states))}
-    ordered = [
-        replace(step, state=numbers[step.state]) if isinstance(step, Load | Store) else step for step in reversed(kept)
-    ]
+    ordered = [replace(step, state=numbers[step.state]) if isinstance(step, Load | Store) else step for step in reversed(kept)]
     return ordered, [states[old] for old in sorted(read_states)]
 
 
@@ -102,6 +99,3 @@ def _unchanged(step: Store, made: dict[int, Step]) -> bool:
     read = step.reads[0]
     source = made.get(read.source) if isinstance(read.source, int) else None
     return isinstance(source, Load) and source.state == step.state and read.is_run and not read.offset
-
-
-__all__ = ["Head", "needed", "split_head", "torch"]

@@ -309,7 +309,6 @@ class MaskReader:
             raise found
         return found
 
-
     def only(self) -> tuple[int | None, int | None]:
         """Return window and chunk of all masks that were made.
 

@@ -14,7 +14,20 @@ from quantkit.kernels.cpu.stages import ROW, Stage, plan, plan_inside
 from quantkit.kernels.cpu.structs import AttentionStruct, NormStruct, _all, _array, _struct, prepacked
 from quantkit.kernels.program.definition import Linear
 from quantkit.kernels.program.run_tape import MAPS, ROWS
-from quantkit.kernels.program.tape import MOST_AXES, Attend, Compute, Join, Load, Lookup, Mixture, Product, Read, Step, Steps, Store, Tape
+from quantkit.kernels.program.tape import (
+    MOST_AXES,
+    Attend,
+    Compute,
+    Join,
+    Load,
+    Lookup,
+    Mixture,
+    Product,
+    Read,
+    Step,
+    Store,
+    Tape,
+)
 
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
 _ROW_KINDS, _JOIN, _LOOKUP, _LOAD, _STORE = 64, 96, 97, 98, 99
