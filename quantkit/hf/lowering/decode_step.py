@@ -53,6 +53,9 @@ from quantkit.system.memory import return_freed_memory
 _BEFORE = 4
 """Tokens that the model has read before the step."""
 
+_LONGEST = 600
+"""The longest window that is looked beyond, where a model makes its own mask."""
+
 
 _TOLERANCE = {torch.float32: 2e-4, torch.float16: 5e-2}
 """Largest accepted norm of the logits' error relative to the norm of the logits; 0.1 in bfloat16."""
@@ -139,8 +142,9 @@ class _Watched:
         config: Any = model.config.get_text_config(decoder=True)
         windows = [size for name, size in vars(config).items() if "window" in name and isinstance(size, int) and size > 1]
         # A mask that the model makes itself is known as far as it is seen: beyond the window that the config names.
-        self.before = max(windows) + 3 if own and windows else _BEFORE
-        self.sees_windows = bool(windows)
+        self.sees_windows = bool(windows) and max(windows) <= _LONGEST
+        self.before = max(windows) + 3 if own and self.sees_windows else _BEFORE
+        self.asked = False  # whether transformers' attention interface was called
         self.past: list[Past] = []
         self.accepted = inspect.signature(model.forward).parameters
         self.argument = cache_argument(model, self.accepted)
@@ -149,6 +153,7 @@ class _Watched:
         self.kept: list[tuple[Ids, Ids]] = []
         self.states: list[int] = []
         self.places: list[tuple[Any, Any]] = []  # container and key of every state
+        self.constant: dict[int, tuple[Tensor, int]] = {}  # what modules held before they read anything
 
     def record(self) -> Tape:
         """Take a step and return its tape."""
@@ -161,10 +166,10 @@ class _Watched:
             try:
                 logits = self.step(ids[:, self.before :].clone(), cache)
             except (CannotWatch, *CANNOT_RUN):
-                if self.updates > len(self.kept) and not self.own:
+                if self.updates and not self.asked and not self.own:
                     raise _OwnAttention from None
                 raise
-        if self.updates > len(self.kept) and not self.own and not any(isinstance(one, Attend) for one in self.recorder.steps):
+        if self.updates and not self.asked and not self.own:
             raise _OwnAttention
         for number, past in enumerate(self.past):
             self.caches.append(Cache(past.k.shape[0], past.k.shape[1], past.v.shape[1]))
@@ -175,6 +180,7 @@ class _Watched:
         for holder in attributes(self.model):  # the model is left as it was
             for container, key, x in states_in([holder], 1):
                 cleanup.callback(container.__setitem__, key, x)
+                self.constant[id(x)] = (x, x._version)
             for key in [key for key, held in holder.items() if held is None and not key.startswith("_")]:
                 cleanup.callback(holder.__setitem__, key, None)
         if self.argument is not None:
@@ -230,7 +236,7 @@ class _Watched:
         where = {"position_ids": positions} if "position_ids" in self.accepted else {}
         own = [state for holder in attributes(self.model) for state in states_in([holder], 1)]
         for container, key, x in (*states_in([cache]), *own):
-            if recorder.tracks(x):
+            if recorder.tracks(x) or self.constant.get(id(x), (x, None))[1] == x._version:
                 continue
             size = x[0].numel()
             out = recorder.value(size)
@@ -297,7 +303,7 @@ class _Watched:
     def attention(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
     ) -> tuple[Tensor, None]:
-        recorder = self.recorder
+        recorder, self.asked = self.recorder, True
         if not all(recorder.tracks(part) for part in (query, key, value)):
             raise CannotWatch("attention reads constants")
         if any(part.shape[2] != 1 for part in (query, key, value)):
