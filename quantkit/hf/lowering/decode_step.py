@@ -23,7 +23,7 @@ from transformers import DynamicCache, PreTrainedModel
 from quantkit.errors import QuantkitError
 from quantkit.hf.cache import LENGTH_DEPENDENT_ROPE, cache_argument, rope_types
 from quantkit.hf.experts import uses_experts_interface
-from quantkit.hf.lowering import tidy
+from quantkit.hf.lowering import norms, tidy
 from quantkit.hf.lowering.lower import CannotLower
 from quantkit.hf.lowering.operations.handle import handle
 from quantkit.hf.lowering.operations.products import linear, lookup
@@ -261,7 +261,7 @@ class _Watched:
         config: Any = self.model.config.get_text_config(decoder=True)
         recorder = self.recorder
         head = tidy.split_head(recorder, recorder.ids(logits)[0].reshape(-1))
-        steps, states = tidy.needed(recorder.steps, head.read, self.states)
+        steps, states = tidy.needed(norms.fuse(recorder.steps, head.read), head.read, self.states)
         return Tape(
             name=type(self.model).__name__,
             body=Steps(tuple(steps), recorder.widths, head.read),

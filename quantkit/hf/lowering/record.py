@@ -92,6 +92,8 @@ class Recorder(TorchDispatchMode):
         """Return the numbers of the elements of a constant, broadcast to ``shape`` without the token axis."""
         key = (x.untyped_storage()._cdata, x.storage_offset(), tuple(x.shape), x.stride(), x._version)
         key = ("number", float(x)) if x.numel() == 1 else key
+        if x.numel() >= _NODE >> 2:
+            raise CannotWatch(f"a constant of {x.numel()} elements would be copied")
         if key not in self._known:
             self._alive.append(x)
             flat = x.detach().reshape(-1).to("cpu", torch.float32, copy=True)
