@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING
 
-from quantkit import Engine, load, quantize
+from quantkit import Engine, Output, load, quantize
 from quantkit.engine.native import NativeBackend
 from quantkit.engine.request import Limits
 from quantkit.hf import native
@@ -20,9 +20,9 @@ from tests.tiny import FAMILIES, tiny_llama
 
 NAMES = (
     "gpt2 gpt_bigcode gptj gpt_neo gpt_neox codegen opt xglm bloom mpt falcon phi "  # biases, learned positions, ALiBi
-    "gpt_oss deepseek_v2 deepseek_v3 glm4_moe minimax_m2 dots1 qwen2_moe ernie4_5_moe phimoe "  # routers, latents
+    "gpt_oss llama4_text deepseek_v2 deepseek_v3 glm4_moe minimax_m2 dots1 qwen2_moe ernie4_5_moe phimoe "  # routers, latents
     "gemma3n_text gemma4_text nanochat apertus hunyuan_v1_dense modernbert-decoder "  # norms, shared keys, inputs per layer
-    "mamba mamba2 lfm2_moe qwen3_next recurrent_gemma zaya jamba minimax"  # states
+    "mamba mamba2 lfm2_moe qwen3_next recurrent_gemma zaya zamba jamba minimax"  # states
 )
 LENGTHS = (5, 24, 1, 9)
 
@@ -73,7 +73,7 @@ def test_a_family_says_what_transformers_says(name):
 
 @pytest.mark.parametrize("name", ["gpt2", "falcon", "gpt_oss", "deepseek_v3", "mamba2", "qwen3_next"])
 def test_quantized_ones_too(name, tmp_path):
-    quantize(made(name), "w4a16", out=tmp_path / "x", method="rtn", output={"format": "native"})
+    quantize(made(name), "w4a16", out=tmp_path / "x", method="rtn", output=Output(format="native"))
     model = load(tmp_path / "x", compute="exact")
     decoder = native_decoder(model)
     assert isinstance(decoder, NativeDecoder), decoder
@@ -133,7 +133,6 @@ def test_what_a_tape_cannot_say_is_refused(what, reason):
     model.model.layers[1].mlp = Added(model.model.layers[1].mlp, what)
     with pytest.raises(CannotLower, match=reason):
         write_tape(model)
-    assert reason in str(native_decoder(model)) or "layer 1" in str(native_decoder(model))
 
 
 def test_native_steps_that_are_wrong_are_not_taken(monkeypatch):

@@ -352,7 +352,7 @@ class _Watched:
 
     def _quant_linear(self, module: QuantLinear, out: Tensor, x: Tensor) -> Tensor:
         ids, axis, many = self.recorder.ids(x)
-        if many > 1 or ids.size != x.shape[-1]:
+        if many != 1 or ids.size != x.shape[-1]:
             raise CannotWatch("a quantized layer runs on several rows of a token")
         made = linear(self.recorder, ids.reshape(-1), module, module.bias)
         return self.recorder.track(out, made.reshape(*ids.shape[:-1], -1), axis)

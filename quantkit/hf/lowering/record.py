@@ -111,15 +111,16 @@ class Recorder(TorchDispatchMode):
         """Return whether a tensor's elements belong to tokens."""
         return x.untyped_storage()._cdata in self._memory
 
-    def track(self, x: Tensor, ids: Ids, axis: int) -> Tensor:
+    def track(self, x: Tensor, ids: Ids, axis: int, inner: bool = False) -> Tensor:
         """Register a tensor in memory of its own; ``ids`` are those of one token, ``axis`` that of the tokens.
 
-        If the axis is longer than :data:`TOKENS`, each token has several neighbours of it, and ``ids`` their number there.
+        If the axis is longer than :data:`TOKENS`, each token has several places on it, and ``ids`` their number: neighbours,
+        or one in each of several rounds of all tokens where ``inner``.
         """
         if not x.numel():
             return x
         many = x.shape[axis] // TOKENS
-        stride = x.stride(axis) * many
+        stride, many = (x.stride(axis), -many) if inner and many > 1 else (x.stride(axis) * many, many)
         self._memory[x.untyped_storage()._cdata] = memory = _Memory(stride, np.full(0, -1, dtype=np.int64))
         self._alive.append(x)
         self._write(memory, _offsets(x, axis, many), ids)
@@ -150,7 +151,10 @@ class Recorder(TorchDispatchMode):
         self.track(x, self.constant_ids(x, axis, 1), axis)
 
     def axis(self, x: Tensor) -> tuple[int, int]:
-        """Return the token axis of a tracked tensor, and how many neighbours there belong to one token."""
+        """Return the token axis of a tracked tensor, and how many places there belong to one token.
+
+        The number is negative where they are in different rounds of all tokens, instead of neighbours.
+        """
         stride = self._memory[x.untyped_storage()._cdata].stride
         for axis, (size, step) in enumerate(zip(x.shape, x.stride(), strict=True)):
             if size == TOKENS and step == stride:
@@ -158,6 +162,9 @@ class Recorder(TorchDispatchMode):
         for axis, (size, step) in enumerate(zip(x.shape, x.stride(), strict=True)):
             if size and size % TOKENS == 0 and step * (size // TOKENS) == stride:
                 return axis, size // TOKENS
+        for axis, (size, step) in enumerate(zip(x.shape, x.stride(), strict=True)):
+            if size > TOKENS and size % TOKENS == 0 and step == stride:
+                return axis, -(size // TOKENS)
         raise CannotWatch(f"an array of shape {tuple(x.shape)} has no axis of tokens")
 
     def ids(self, x: Tensor) -> tuple[Ids, int, int]:
@@ -178,9 +185,10 @@ class Recorder(TorchDispatchMode):
         if size == 1:
             part = x.select(axis, 0) if many == 1 else x
         else:
-            parts = x.unflatten(axis, (TOKENS, many)) if many > 1 else x
-            part = parts.select(axis, 0)
-            if parts.stride(axis) and not torch.equal(part.unsqueeze(axis).expand(parts.shape), parts):
+            parts = x if many == 1 else x.unflatten(axis, (TOKENS, many) if many > 1 else (-many, TOKENS))
+            along = axis + (many < 0)
+            part = parts.select(along, 0)
+            if parts.stride(along) and not torch.equal(part.unsqueeze(along).expand(parts.shape), parts):
                 raise CannotWatch("a constant differs from token to token")
         return self.constant(part, tuple(part.shape))
 
@@ -255,14 +263,14 @@ def _without(x: Tensor, axis: int, many: int) -> tuple[int, ...]:
     if many == 1:
         del shape[axis]
     else:
-        shape[axis] = many
+        shape[axis] = abs(many)
     return tuple(shape)
 
 
 def _offsets(x: Tensor, axis: int, many: int) -> Ids:
     """Return the place in memory of every element of the first token."""
     shape, strides = list(x.shape), list(x.stride())
-    shape[axis] = many
+    shape[axis], strides[axis] = abs(many), strides[axis] * (TOKENS if many < 0 else 1)
     if many == 1:
         del shape[axis], strides[axis]
     places = np.zeros(shape, dtype=np.int64)

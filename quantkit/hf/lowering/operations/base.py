@@ -39,10 +39,10 @@ class Operands:
         if len(found) != 1:
             raise CannotWatch("an operation mixes tokens")
         ((self.axis, self.many),) = found
-        if out.shape[self.axis] != TOKENS * self.many:
+        if out.shape[self.axis] != TOKENS * abs(self.many):
             raise CannotWatch("an operation mixes tokens")
         shape = list(out.shape)
-        shape[self.axis] = self.many
+        shape[self.axis] = abs(self.many)
         self._whole = tuple(shape)
         self.shape = tuple(shape[: self.axis] + shape[self.axis + 1 :]) if self.many == 1 else self._whole
 
@@ -54,18 +54,18 @@ class Operands:
         axis = self.axis - self.out.ndim + part.ndim
         if recorder.tracks(part):
             found = recorder.ids(part)[0]
-            whole = found if self.many > 1 else np.expand_dims(found, axis)
+            whole = found if self.many != 1 else np.expand_dims(found, axis)
         elif axis < 0 or part.shape[axis] == 1:
             whole = recorder.constant(part, tuple(part.shape))
         else:
             whole = recorder.constant_ids(part, axis, self.many)
-            whole = whole if self.many > 1 else np.expand_dims(whole, axis)
+            whole = whole if self.many != 1 else np.expand_dims(whole, axis)
         whole = np.broadcast_to(whole, self._whole)
-        return whole if self.many > 1 else whole.squeeze(self.axis)
+        return whole if self.many != 1 else whole.squeeze(self.axis)
 
     def done(self, ids: Ids) -> Tensor:
         """Track the output as these elements."""
-        return self.recorder.track(self.out, ids.reshape(self.shape), self.axis)
+        return self.recorder.track(self.out, ids.reshape(self.shape), self.axis, self.many < 0)
 
 
 class Rows:
@@ -76,7 +76,7 @@ class Rows:
         dims = range(x.ndim) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
         self.dims = sorted({dim % x.ndim for dim in dims})
         self.ids, self.axis, self.many = recorder.ids(x)
-        if self.axis in self.dims:
+        if self.axis in self.dims or self.many < 0:
             raise CannotWatch("an operation mixes tokens")
         own = [dim - (self.many == 1 and dim > self.axis) for dim in self.dims]
         self.own = own

@@ -42,6 +42,9 @@ def _number(recorder: Recorder, one: Any, axis_from_end: int) -> Any:
         ids, axis, many = recorder.ids(one)
         whole = torch.from_numpy(np.ascontiguousarray(ids))
         whole = whole.unsqueeze(axis) if many == 1 else whole
+        if many < 0:
+            places = tokens.repeat(-many).reshape([-1 if i == axis else 1 for i in range(one.ndim)])
+            return whole.repeat_interleave(TOKENS, axis) + places
         spread = tokens.repeat_interleave(many)
         repeats = [TOKENS if i == axis else 1 for i in range(one.ndim)]
         return whole.repeat(repeats) + spread.reshape([-1 if i == axis else 1 for i in range(one.ndim)])
@@ -69,6 +72,11 @@ def _take(recorder: Recorder, out: Tensor, moved: Tensor) -> None:
             first = (moved.narrow(axis, 0, many) % _VALUE).numpy()
             first = first if many > 1 else first.squeeze(axis)
             recorder.track(out, first, axis)
+            return
+        want = torch.arange(TOKENS).repeat(many).reshape([-1 if i == axis else 1 for i in range(moved.ndim)])
+        if torch.equal(want.expand_as(token), token):
+            rounds = moved.unflatten(axis, (many, TOKENS)).select(axis + 1, 0)
+            recorder.track(out, (rounds % _VALUE).numpy(), axis, inner=True)
             return
     raise CannotWatch("elements of different tokens are put into one")
 

@@ -12,6 +12,9 @@ from quantkit.hf.lowering.trace import CannotWatch
 from quantkit.kernels.program.definition import Linear
 from quantkit.kernels.program.tape import Lookup, Product
 
+_SMALL = 1 << 12
+"""Elements of a stack of constants up to which they are multiplied as such, and not each as a linear layer."""
+
 
 @known("mm", "addmm")
 def _mm(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
@@ -24,8 +27,8 @@ def _mm(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
     ids, axis, many = recorder.ids(a)
     if axis != 0:
         raise CannotWatch("a product mixes tokens")
-    if many > 1:
-        return recorder.track(out, _small(recorder, ids, b, bias), 0)
+    if many != 1:
+        return recorder.track(out, _small(recorder, ids, b, bias), 0, many < 0)
     return recorder.track(out, linear(recorder, ids, b.t(), bias), 0)
 
 
@@ -70,7 +73,7 @@ def _bmm(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
                 raise CannotWatch("a product mixes tokens")
         else:
             found = recorder.constant_ids(x, 0, many)
-        return found if many > 1 else found[None]
+        return found if many != 1 else found[None]
 
     m, n, k = a.shape[1], b.shape[2], a.shape[2]
     if not recorder.tracks(b) and many == 1 and m == 1 and k > 1:
@@ -78,12 +81,12 @@ def _bmm(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
         if b.stride(0) and not torch.equal(b[:1].expand_as(b), b):
             raise CannotWatch("a weight differs from token to token")
         return recorder.track(out, linear(recorder, recorder.ids(a)[0], weight, None).reshape(1, n), 0)
-    left, right = part(a), np.swapaxes(part(b), 1, 2)
+    left, right, batch = part(a), np.swapaxes(part(b), 1, 2), abs(many)
     if k == 1:
-        made = recorder.map("mul", left, np.swapaxes(right, 1, 2), shape=(many, m, n))
+        made = recorder.map("mul", left, np.swapaxes(right, 1, 2), shape=(batch, m, n))
     else:
-        made = recorder.compute("contract", [left, right], many * m * n).reshape(many, m, n)
-    return recorder.track(out, made if many > 1 else made[0], 0)
+        made = recorder.compute("contract", [left, right], batch * m * n).reshape(batch, m, n)
+    return recorder.track(out, made if many != 1 else made[0], 0, many < 0)
 
 
 def _baddbmm(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
@@ -103,6 +106,9 @@ def _shared(recorder: Recorder, out: Tensor, a: Tensor, b: Tensor) -> Tensor:
     if recorder.tracks(b) or recorder.axis(a) != (1, 1):
         raise CannotWatch("a product mixes tokens")
     ids = recorder.ids(a)[0]  # (b, k)
+    if b.numel() > _SMALL:
+        products = [linear(recorder, part, weight.t(), None) for part, weight in zip(ids, b, strict=True)]
+        return recorder.track(out, np.stack(products), 1)
     weight = recorder.constant(b.transpose(1, 2), (b.shape[0], b.shape[2], b.shape[1]))
     made = recorder.compute("contract", [ids[:, None], weight], b.shape[0] * b.shape[2])
     return recorder.track(out, made.reshape(b.shape[0], b.shape[2]), 1)
@@ -113,7 +119,7 @@ def _convolution(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
     x, weight, bias, stride, padding, dilation, transposed, _, groups = args
     out = func(*args, **kwargs)
     ids, axis, many = recorder.ids(x)
-    if axis or many > 1 or x.ndim != 3 or transposed or list(stride) != [1] or list(dilation) != [1]:
+    if axis or many != 1 or x.ndim != 3 or transposed or list(stride) != [1] or list(dilation) != [1]:
         raise CannotWatch("it uses a convolution that programs do not have")
     if padding[0]:
         zero = recorder.constant(torch.tensor(0.0), (ids.shape[0], padding[0]))
