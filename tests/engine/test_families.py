@@ -209,17 +209,17 @@ LINEAR = {"num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": ["lin
 
 
 @pytest.mark.parametrize(("family", "options"), [("deepseek_v3", LATENT), ("minimax", LINEAR)])
-def test_latent_and_linear_attention_are_counted_as_what_they_are_and_say_the_same(family, options):
+def test_latent_and_linear_attention_say_the_same_on_every_engine(family, options):
     model, prompt = build(family, **options), prompt_of(9)
     given = torch.tensor([prompt])
     told = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
     want = model.generate(given, attention_mask=torch.ones_like(given), **told)[0, 9:].tolist()
-    backends.FALLBACKS.clear()
-    engine = Engine(model, limits=Limits(running=2, kv_tokens=256), engine="modules")
-    assert any(notice.startswith(type(model).__name__) for notice in backends.FALLBACKS)
-    requests = [engine.submit(ids, max_new_tokens=8) for ids in (prompt, prompt_of(3))]
-    list(engine.run())
-    assert requests[0].ids == want
+    for engine in ("modules", "native"):
+        running = Engine(model, limits=Limits(running=2, kv_tokens=256), engine=engine)
+        assert running.backend.engine.startswith(engine)
+        requests = [running.submit(ids, max_new_tokens=8) for ids in (prompt, prompt_of(3))]
+        list(running.run())
+        assert requests[0].ids == want
 
 
 def test_frequencies_that_depend_on_the_length_stay_off_pages():
