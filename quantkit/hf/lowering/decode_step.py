@@ -10,6 +10,7 @@ its beginning on, and at the last positions that the model supports.
 """
 
 import inspect
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -53,6 +54,9 @@ from quantkit.system.memory import return_freed_memory
 _BEFORE = 4
 """Tokens that the model has read before the step."""
 
+_NOTHING = -1
+"""Number of no value."""
+
 _LONGEST = 600
 """The longest window that is looked beyond, where a model makes its own mask."""
 
@@ -76,6 +80,8 @@ def write_tape(model: PreTrainedModel) -> Tape:
             tape = replace(record_step(model), max_tokens=context_tokens(model))
             compare(tape, model, lambda ids, start: run_tape.logits(tape, ids, start), 0)
             limit = min(tape.max_tokens or FAR // 4, FAR // 4)
+            chunks = [step.chunk for step in tape.body.steps if isinstance(step, Attend) and step.chunk]
+            limit -= (limit - TOKENS) % math.lcm(*chunks)  # the model's own mask counts from its first token
             if limit > 2 * TOKENS and "position_ids" in inspect.signature(model.forward).parameters:
                 compare(tape, model, lambda ids, start: run_tape.logits(tape, ids, start), limit - TOKENS)
     except CannotWatch as error:
@@ -144,6 +150,7 @@ class _Watched:
         # A mask that the model makes itself is known as far as it is seen: beyond the window that the config names.
         self.sees_windows = bool(windows) and max(windows) <= _LONGEST
         self.before = max(windows) + 3 if own and self.sees_windows else _BEFORE
+        self.updates, self.mask_value = 0, _NOTHING
         self.asked = False  # whether transformers' attention interface was called
         self.past: list[Past] = []
         self.accepted = inspect.signature(model.forward).parameters
@@ -173,7 +180,14 @@ class _Watched:
             raise _OwnAttention
         for number, past in enumerate(self.past):
             self.caches.append(Cache(past.k.shape[0], past.k.shape[1], past.v.shape[1]))
-            find(self.recorder, past, self.mask_value, self.masks, number, self.sees_windows)
+            find(
+                self.recorder,
+                past,
+                None if self.mask_value == _NOTHING else self.mask_value,
+                self.masks,
+                number,
+                self.sees_windows,
+            )
         return self.tape(logits, words)
 
     def prefill(self, ids: Tensor, cleanup: ExitStack) -> Any:
@@ -205,7 +219,6 @@ class _Watched:
             if hasattr(module, "warn_if_padding_and_no_attention_mask"):  # looks at ids
                 module.warn_if_padding_and_no_attention_mask = lambda *args: None
                 cleanup.callback(module.__dict__.pop, "warn_if_padding_and_no_attention_mask", None)
-        self.updates, self.mask_value = 0, None
         if hasattr(cache, "update"):
             cache.update = self._update
         if self.own:
@@ -244,9 +257,10 @@ class _Watched:
             self.states.append(size)
             self.places.append((container, key))
             recorder.track(x, recorder.elements(out).reshape(x.shape[1:]), 0)
+        assert self.argument is not None
         with recorder:
             output = self.model(input_ids=ids, use_cache=True, return_dict=True, **{self.argument: cache}, **where)
-        logits = getattr(output, "logits", None)
+        logits: Tensor | None = getattr(output, "logits", None)
         if logits is None or not recorder.tracks(logits):
             raise CannotWatch("the model returns no logits")
         for number, (container, key) in enumerate(self.places):
@@ -296,7 +310,7 @@ class _Watched:
         """Let a mask be a value, so that what is done with it shows."""
         with _disable_current_modes():
             mask = mask.expand(TOKENS, -1, -1, -1).contiguous()
-        if self.mask_value is None:
+        if self.mask_value == _NOTHING:
             self.mask_value = self.recorder.value(mask.shape[-1])
         return self.recorder.track(mask, self.recorder.elements(self.mask_value).reshape(1, 1, -1), 0)
 

@@ -90,7 +90,7 @@ class Recorder(TorchDispatchMode):
 
     def constant(self, x: Tensor, shape: tuple[int, ...]) -> Ids:
         """Return the numbers of the elements of a constant, broadcast to ``shape`` without the token axis."""
-        key = (x.untyped_storage()._cdata, x.storage_offset(), tuple(x.shape), x.stride(), x._version)
+        key: Any = (x.untyped_storage()._cdata, x.storage_offset(), tuple(x.shape), x.stride(), x._version)
         key = ("number", float(x)) if x.numel() == 1 else key
         if x.numel() >= _NODE >> 2:
             raise CannotWatch(f"a constant of {x.numel()} elements would be copied")
@@ -276,7 +276,7 @@ def _offsets(x: Tensor, axis: int, many: int) -> Ids:
     places = np.zeros(shape, dtype=np.int64)
     for i, (size, stride) in enumerate(zip(shape, strides, strict=True)):
         places += (np.arange(size, dtype=np.int64) * stride).reshape([-1 if j == i else 1 for j in range(len(shape))])
-    return places + x.storage_offset()
+    return places + int(x.storage_offset())
 
 
 def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:

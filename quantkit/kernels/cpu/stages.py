@@ -141,10 +141,10 @@ def _places(tape: Tape, stages: Sequence[Stage]) -> tuple[dict[int, int], int]:
         time += 1
         for group in stage.products:
             blocks.append((time, [step.out for step in group]))
-        for other in (*stage.attends, *stage.mixtures):
-            blocks.append((time, [other.out]))
-        together = [step for group in stage.products for step in group]
-        for step in (*together, *stage.attends, *stage.mixtures):
+        others: list[Step] = [*stage.attends, *stage.mixtures]
+        blocks += [(time, [step.out]) for step in others]
+        together: list[Step] = [step for group in stage.products for step in group]
+        for step in together + others:
             last.update({one.source: time for one in step.reads if isinstance(one.source, int)})
     if isinstance(tape.body.result.source, int):
         last[tape.body.result.source] = time + 1

@@ -88,6 +88,7 @@ class LaidOutTape:
         self._tape, self._plan = tape, plan(tape)
         self.one_by_one = self._plan.one_by_one
         self.outside: list[tuple[Any, Any]] = []
+        self._pending: list[tuple[Any, tuple[Any, int]]] = []
         stages = self._keep(_array(TapeStageStruct, [self._stage(stage) for stage in self._plan.stages]))
         for module, (array, index) in self._pending:
             self.outside.append((module, array[index]))
@@ -127,10 +128,6 @@ class LaidOutTape:
     def lengthen(self, size: int) -> None:
         """Do nothing: a tape has no tables of positions."""
 
-    @property
-    def _pending(self) -> list[tuple[Any, tuple[Any, int]]]:
-        return self.__dict__.setdefault("_waiting", [])
-
     def _stage(self, stage: Stage) -> Any:
         products = _array(TapeProductsStruct, [self._products(group) for group in stage.products])
         attends = _array(TapeAttendStruct, [self._attend(step) for step in stage.attends])
@@ -141,7 +138,7 @@ class LaidOutTape:
         return TapeStageStruct(self._steps(stage.rows, self._plan.places, 0), *parts, stage.ordered)
 
     def _steps(self, steps: Sequence[Step], places: dict[int, int], result: int) -> Any:
-        structs, tables = [], []
+        structs, tables = list[Any](), list[tuple[Any, int]]()
         for step in steps:
             for struct in self._step(step, places):
                 if isinstance(step, Lookup) and not isinstance(step.table, Tensor):
@@ -177,7 +174,8 @@ class LaidOutTape:
                 table = self._keep(step.table.contiguous())
                 one.table, one.n, one.m = table.data_ptr(), table.shape[1], DTYPE_CODES[table.dtype]
             else:  # rows of this call, by number
-                one.n, one.m = step.table.shape[1], DTYPE_CODES[torch.float32]
+                module: Any = step.table
+                one.n, one.m = module.shape[1], DTYPE_CODES[torch.float32]
                 getattr(one, "in")[0].offset = ROW
         elif isinstance(step, Load | Store):
             one.kind = _LOAD if isinstance(step, Load) else _STORE
