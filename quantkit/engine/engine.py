@@ -90,7 +90,8 @@ class TokenEngine:
             QuantkitError: the backend cannot verify drafts.
         """
         if drafter is not None and not self.backend.rewinds:
-            raise QuantkitError(f"drafts cannot be verified: {self.backend.notice}; leave the drafter out")
+            why = self.backend.notice or "the model has a state that cannot go back to an earlier token"
+            raise QuantkitError(f"drafts cannot be verified: {why}; leave the drafter out")
         self._drafter = drafter
 
     @property

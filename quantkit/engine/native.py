@@ -28,7 +28,6 @@ class NativeBackend:
         engine: name of the implementation, for reports.
     """
 
-    shares_pages = rewinds = True
     notice = None
     device = torch.device("cpu")
 
@@ -43,6 +42,8 @@ class NativeBackend:
     ) -> None:
         self.decoder, self.exact, self.bfloat16, self.context_tokens = decoder, exact, bfloat16, context_tokens
         self.engine = "native" if exact else "native, int8 activations"
+        # A state is that after the last token, and a page of keys and values alone does not bring back an earlier one.
+        self.shares_pages = self.rewinds = not decoder.program.states
         self._dtype = kv
         self._kv: KvPages | None = None
 
@@ -57,14 +58,16 @@ class NativeBackend:
                 f"page_tokens={memory.page_tokens}: the native engine supports {PAGE_TOKENS} only; "
                 "leave page_tokens out, or use engine='modules'"
             )
-        self._kv = KvPages(self.decoder.program, memory.pages, dtype=self._dtype)
+        self._kv = KvPages(self.decoder.program, memory.pages, dtype=self._dtype, slots=memory.slots)
 
     def bytes_for(self, memory: Memory) -> int:
         """Return the number of bytes that :meth:`reserve` allocates for ``memory``."""
         per_head = 4 if self._dtype == "int8" else 0  # a float32 scale
-        heads = [(layer.attention.kv_heads, layer.attention.head_dim) for layer in self.decoder.program.layers]
-        per_token = sum(2 * count * (dim * KV_DTYPES[self._dtype].itemsize + per_head) for count, dim in heads)
-        return memory.pages * memory.page_tokens * per_token
+        size = KV_DTYPES[self._dtype].itemsize
+        program = self.decoder.program
+        per_token = sum(one.kv_heads * ((one.key_dim + one.value_dim) * size + 2 * per_head) for one in program.caches)
+        states = 4 * sum(program.states) * memory.slots
+        return memory.pages * memory.page_tokens * per_token + states
 
     @property
     def nbytes(self) -> int:
@@ -77,6 +80,9 @@ class NativeBackend:
         for source, target, _ in copies:
             for stored in (*pages.keys, *pages.values, *pages.key_scales, *pages.value_scales):
                 stored[target] = stored[source]
+        for span in spans:
+            if span.fresh:
+                pages.clear(span.slot)
         return self.decoder.run(_rows(spans), pages, exact=self.exact, bfloat16=self.bfloat16)
 
     def prepare_drafts(self) -> bool:
@@ -107,4 +113,4 @@ def _rows(spans: Sequence[Span]) -> Rows:
         positions += range(span.start, span.start + len(span.ids))
         slots += [slot] * len(span.ids)
         logit_rows += range(len(tokens) - span.num_logits, len(tokens))
-    return Rows(tokens, positions, slots, table, logit_rows)
+    return Rows(tokens, positions, slots, table, logit_rows, [span.slot for span in spans])

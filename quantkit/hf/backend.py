@@ -153,7 +153,7 @@ def describe_engine(model: PreTrainedModel) -> str:
     if isinstance(decoder, CudaDecoder):
         return f"cuda: {len(decoder.program.layers)} layers in one recorded step"
     if isinstance(decoder, NativeDecoder):
-        return f"native: {len(decoder.program.layers)} layers in one call per step"
+        return f"native: {decoder.program.extent} in one call per step"
     return f"modules: {decoder}"
 
 

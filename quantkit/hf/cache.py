@@ -77,7 +77,7 @@ class TransformersStep:
         accepted = inspect.signature(model.forward).parameters
         self._options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
         self._options["return_dict"] = True
-        self._cache_argument = _cache_argument(model, accepted) if self._way.cached else None
+        self._cache_argument = cache_argument(model, accepted) if self._way.cached else None
         self._rope_switch = _rope_switch(model.config)
         self.reset()
 
@@ -169,7 +169,7 @@ def _find_way(model: PreTrainedModel) -> _Way:
     scale = max(float(logits.abs().max()) for logits in plain.values()) or 1.0
     limit = (2e-3 if model.dtype == torch.float32 else 0.1) * scale
     accepted = inspect.signature(model.forward).parameters
-    if _cache_argument(model, accepted) is not None:
+    if cache_argument(model, accepted) is not None:
         told = (True, False) if "position_ids" in accepted else (False,)
         for single in (False, True):
             ways = [_Way(True, positions, single) for positions in told]
@@ -231,7 +231,7 @@ def warn_uncached(name: str) -> None:
     logger.warning("%s has no cache that quantkit can use: every new token runs the whole sequence again, which is slow", name)
 
 
-def _cache_argument(model: PreTrainedModel, accepted: Any) -> str | None:
+def cache_argument(model: PreTrainedModel, accepted: Any) -> str | None:
     """Return the name of the argument of ``model.forward`` that takes a DynamicCache; None if there is none."""
     supports = getattr(model, "_supports_default_dynamic_cache", None)
     if supports is not None and not supports():

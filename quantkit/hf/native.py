@@ -4,22 +4,29 @@ A parameter or buffer that was replaced or written to is detected by its identit
 weight that was replaced by its module's ``revision``.
 """
 
+import logging
 import weakref
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from quantkit.errors import KernelError
+from quantkit.hf.lowering.decode_step import compare, write_tape
 from quantkit.hf.lowering.lower import CannotLower, lower
-from quantkit.kernels.cpu.decoder import NativeDecoder, rejects
+from quantkit.hf.lowering.trace import CannotWatch
+from quantkit.kernels.cpu.decoder import KvPages, NativeDecoder, Rows, rejects
 from quantkit.kernels.cuda import decoder, nvcc
 from quantkit.kernels.cuda.decoder import CudaDecoder
 from quantkit.kernels.cuda.matmul import DTYPES
 from quantkit.kernels.program.definition import Program
+from quantkit.kernels.program.tape import Tape
 from quantkit.nn.linear import QuantModule
 from quantkit.system.memory import available_bytes, drop_pages, mapped_pages, return_freed_memory
+
+logger = logging.getLogger(__name__)
 
 _Mark = tuple[tuple[int, int, int], ...]
 Decoder = NativeDecoder | CudaDecoder
@@ -62,13 +69,38 @@ def device_types(model: PreTrainedModel) -> set[str]:
 
 
 def _make_on_cpu(model: PreTrainedModel) -> NativeDecoder | str:
-    program = lower(model)
+    program = _lower(model)
     if reason := rejects(program) or _too_large(program):
         return reason
     _release(model)
     decoder = NativeDecoder(program)
+    if isinstance(program, Tape):
+        try:
+            compare(program, model, lambda ids, _: _in_pieces(decoder, ids), 0)
+        except CannotWatch as error:
+            return f"native steps give other results than its modules: {error}"
     _release(model)
     return decoder
+
+
+def _lower(model: PreTrainedModel) -> Program | Tape:
+    """Return the program of a model of standard layers, else a tape."""
+    try:
+        return lower(model)
+    except CannotLower as reason:
+        logger.debug("%s: %s", type(model).__name__, reason)
+        return write_tape(model)
+
+
+def _in_pieces(decoder: NativeDecoder, ids: Tensor) -> Tensor:
+    """Return the logits (T, V) of a sequence that is read as a prompt, then token by token, then several at once."""
+    kv, found, start = KvPages(decoder.program, 1), [], 0
+    for count in (5, 1, 1, len(ids) - 7):
+        places = range(start, start + count)
+        rows = Rows(ids[start : start + count].tolist(), places, [0] * count, np.zeros((1, 1)), range(count))
+        found.append(decoder.run(rows, kv))
+        start += count
+    return torch.cat(found)
 
 
 def _make_on_cuda(model: PreTrainedModel) -> CudaDecoder | str:
@@ -101,7 +133,7 @@ def _release(model: PreTrainedModel) -> None:
     return_freed_memory()
 
 
-def _too_large(program: Program) -> str | None:
+def _too_large(program: Program | Tape) -> str | None:
     """Return a reason if a second copy of the float weights would take more than half of the available memory."""
     copied = sum(linear.weight.nbytes for linear in program.linears() if isinstance(linear.weight, Tensor))
     free = available_bytes()

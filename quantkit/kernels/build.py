@@ -73,6 +73,8 @@ _SIGNATURES: Final[dict[str, tuple[Any, list[Any]]]] = {
     "qk_linear": (_INT, [_POINTER] * 4 + [_LONG] * 2 + [_INT] * 2),
     "qk_decoder_bytes": (_LONG, [_POINTER] + [_LONG] * 2 + [_INT] * 2),
     "qk_decoder_run": (None, [_POINTER] * 4 + [_INT]),
+    "qk_tape_bytes": (_LONG, [_POINTER] + [_LONG] * 2 + [_INT] * 2),
+    "qk_tape_run": (None, [_POINTER] * 5 + [_INT]),
     "qk_search": (_INT, [_POINTER] * 5 + [_LONG] * 4 + [_INT] * 5),
     "qk_round": (_INT, [_POINTER] * 6 + [_LONG] * 4 + [_INT] * 5),
     "qk_sweep_rows": (_INT, []),

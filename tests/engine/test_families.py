@@ -25,10 +25,6 @@ SEQUENTIAL = {"falcon"}
 """Families whose attention does not go through transformers' registered functions."""
 
 
-NATIVE = [family for family in FAMILIES if family not in ("gpt2", "gpt_neox", "opt", "falcon", "gpt_oss")]
-"""Families that lower to a program."""
-
-
 @pytest.fixture(autouse=True)
 def free_drafts(monkeypatch):
     """Drafts cost nothing and are always wanted, so what happens hangs neither on the clock nor on how many were right."""
@@ -96,7 +92,7 @@ def test_a_drafter_may_know_fewer_ids_or_more(vocabulary, engine):
         assert sum(one.drafted for one in found) > 0
 
 
-@pytest.mark.parametrize("family", NATIVE)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_native_equals_transformers_in_a_ragged_batch_with_drafts_and_under_pressure(family):
     for drafter, kv_tokens in ((None, 512), ("ngram", 512), (FAMILIES[family](), 512), (None, 128)):
         engine = engine_of(family, drafter, "native", kv_tokens=kv_tokens, step_tokens=16, running=4)
@@ -193,17 +189,17 @@ def test_what_cannot_run_on_pages_says_so_once_and_is_counted(caplog):
     backends.FALLBACKS.clear()
     with caplog.at_level(logging.WARNING, logger="quantkit"):
         for _ in range(2):
-            backend = make_backend(model)
+            backend = make_backend(model, engine="modules")
     assert isinstance(backend, SequentialBackend)
-    native, paged = backends.FALLBACKS
-    assert backends.FALLBACKS[native] == backends.FALLBACKS[paged] == 2
-    assert native.startswith("MambaForCausalLM runs through its modules, not natively: ")
+    (paged,) = backends.FALLBACKS
+    assert backends.FALLBACKS[paged] == 2
     assert paged.startswith("MambaForCausalLM: it ")
-    assert len([r for r in caplog.records if r.name == "quantkit.hf.backend"]) == 2
+    assert len([r for r in caplog.records if r.name == "quantkit.hf.backend"]) == 1
     with pytest.raises(QuantkitError, match="needs paged keys and values, but MambaForCausalLM"):
-        make_backend(model, "int8")
-    with pytest.raises(QuantkitError, match="drafts cannot be verified"):
-        generate(model, [1, 2], drafter="ngram")
+        make_backend(model, "int8", engine="modules")
+    for engine, why in (("modules", "one after another|it "), ("native", "state that cannot go back")):
+        with pytest.raises(QuantkitError, match=f"drafts cannot be verified: .*({why})"):
+            generate(model, [1, 2], drafter="ngram", engine=engine)
 
 
 LATENT = {"head_dim": None, "num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 8}
@@ -213,17 +209,17 @@ LINEAR = {"num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": ["lin
 
 
 @pytest.mark.parametrize(("family", "options"), [("deepseek_v3", LATENT), ("minimax", LINEAR)])
-def test_latent_and_linear_attention_are_counted_as_what_they_are_and_say_the_same(family, options):
+def test_latent_and_linear_attention_say_the_same_on_every_engine(family, options):
     model, prompt = build(family, **options), prompt_of(9)
     given = torch.tensor([prompt])
     told = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
     want = model.generate(given, attention_mask=torch.ones_like(given), **told)[0, 9:].tolist()
-    backends.FALLBACKS.clear()
-    engine = Engine(model, limits=Limits(running=2, kv_tokens=256))
-    assert any(notice.startswith(type(model).__name__) for notice in backends.FALLBACKS)
-    requests = [engine.submit(ids, max_new_tokens=8) for ids in (prompt, prompt_of(3))]
-    list(engine.run())
-    assert requests[0].ids == want
+    for engine in ("modules", "native"):
+        running = Engine(model, limits=Limits(running=2, kv_tokens=256), engine=engine)
+        assert running.backend.engine.startswith(engine)
+        requests = [running.submit(ids, max_new_tokens=8) for ids in (prompt, prompt_of(3))]
+        list(running.run())
+        assert requests[0].ids == want
 
 
 def test_frequencies_that_depend_on_the_length_stay_off_pages():

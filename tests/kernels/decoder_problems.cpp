@@ -84,7 +84,7 @@ struct Model {
       static const qk::Inputs tokens{nullptr, 0, kHeads * kHeadDim, 0, 127}, stored{nullptr, 0, kHeads * kHeadDim, 0.01f, 127};
       if (kind) out.inputs = kind == 1 ? &tokens : &stored;  // rounded by a scheme
       a.out = keep(out);
-      a.heads = kHeads, a.kv_heads = kKvHeads, a.head_dim = kHeadDim;
+      a.heads = kHeads, a.kv_heads = kKvHeads, a.head_dim = a.value_dim = kHeadDim;
       a.rotary = kind == 2 ? -1 : 0, a.window = kind == 0 ? 0 : 45, a.scale = 0.3f, a.softcap = kind == 1 ? 5.0f : 0.0f;
       if (kind == 0) a.q_norm = norm(kHeads * kHeadDim, false), a.k_norm = norm(kHeadDim, true);
       layer.attention_in = norm(kHidden, kind == 1);

@@ -22,6 +22,7 @@ from quantkit.spec import QuantSpec
 from tests.tiny import FAMILIES, VOCAB, tiny_llama
 
 CLAIMED = [name for name in FAMILIES if name not in ("gpt2", "gpt_neox", "opt", "falcon", "gpt_oss")]
+"""Families of standard layers; the others are tapes, see test_tape_steps.py."""
 
 
 def quantize(model, spec: QuantSpec):

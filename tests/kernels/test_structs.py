@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from quantkit.kernels import build
-from quantkit.kernels.cpu import layout, structs, tables
+from quantkit.kernels.cpu import layout, structs, tables, tape_structs
 from quantkit.kernels.cuda import attention, calls, norms, nvcc, prefill, sampling
 from tests.cuda import emulated
 
@@ -23,6 +23,15 @@ CPU = {
     "qk::Program": structs.ProgramStruct,
     "qk::Kv": structs.KvStruct,
     "qk::Batch": structs.BatchStruct,
+    "qk::Operand": tape_structs.OperandStruct,
+    "qk::TapeStep": tape_structs.TapeStepStruct,
+    "qk::TapeProducts": tape_structs.TapeProductsStruct,
+    "qk::TapeAttend": tape_structs.TapeAttendStruct,
+    "qk::TapeSteps": tape_structs.TapeStepsStruct,
+    "qk::TapeMixture": tape_structs.TapeMixtureStruct,
+    "qk::TapeStage": tape_structs.TapeStageStruct,
+    "qk::Tape": tape_structs.TapeStruct,
+    "qk::TapeStates": tape_structs.TapeStatesStruct,
 }
 CUDA = {
     "append.cu": {"qk::Append": attention.AppendStruct},
@@ -56,7 +65,7 @@ def check(mirrors: Mirrors, include: str, flags: list[str], folder: Path) -> Non
 
 def test_structs_of_the_cpu_kernels(tmp_path):
     flags = ["-std=c++17", f"-I{build.sources()[0].parent}"]
-    check(CPU, "decoder.h", flags, tmp_path)
+    check(CPU, "tape.h", flags, tmp_path)
 
 
 def test_a_wrong_mirror_is_noticed(tmp_path):
@@ -75,7 +84,7 @@ def test_structs_of_the_cuda_kernels(source, tmp_path):
 
 def test_no_mirror_is_left_out():
     known = {mirror.__name__ for mirrors in (CPU, *CUDA.values()) for mirror in mirrors.values()}
-    modules = (layout, structs, tables, attention, calls, norms, prefill, sampling)
+    modules = (layout, structs, tables, tape_structs, attention, calls, norms, prefill, sampling)
     found = {value.__name__ for module in modules for value in vars(module).values() if _is_struct(value)}
     assert found == known
 

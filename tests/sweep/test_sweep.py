@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.sweep import engines
+from tests.sweep.engines import Engine
 from tests.sweep.models import TYPES
 from tests.sweep.run import records
 from tests.sweep.verdict import is_language_model, page, share, verdict
+from tests.tiny import FAMILIES
 
 FOLDER = os.environ.get("QUANTKIT_CONFIGS")
 CONFIGS = sorted(str(path) for path in Path(FOLDER).glob("*.json")) if FOLDER else []
@@ -53,3 +56,25 @@ def test_a_page_counts_what_passes_and_says_why_the_rest_does_not() -> None:
     assert "1 of 3 language models pass (33%)" in text
     assert "| `two` | fails | 20.0% | 20% of its linear layers and experts quantized: experts: odd (9) |" in text
     assert "bert" not in text
+
+
+def test_a_page_of_engines_counts_them_and_ranks_the_reasons() -> None:
+    found = {
+        "one": Engine("native", "layers"),
+        "two": Engine("native", "tape"),
+        "three": Engine("batched", "layer 3: odd"),
+        "four": Engine("alone", "layer 1: odd", "a | b"),
+    }
+    counts = "Of 4 types, 2 (50%) run natively (1 as layers, 1 as tapes), 3 (75%) in batches"
+    assert engines.summary(found) == counts
+    assert "   2  layer #: odd: three four" in engines.ranked(found)
+    text = engines.page(found, "Made today.")
+    assert f"{counts}. Made today." in text
+    assert "| `four` | alone | layer 1: odd · alone because a \\| b |" in text
+
+
+def test_a_standard_model_is_layers_and_another_a_tape() -> None:
+    assert [engines.engine_of(FAMILIES[name]()) for name in ("llama", "gpt2")] == [
+        Engine("native", "layers"),
+        Engine("native", "tape"),
+    ]

@@ -56,7 +56,8 @@ class ModelDrafter:
         vocabulary: tuple[int, int] | None = None,
     ) -> None:
         if not backend.rewinds:
-            raise QuantkitError(f"the draft model cannot go back to an earlier token: {backend.notice}")
+            why = backend.notice or "it has a state that is that of the last token"
+            raise QuantkitError(f"the draft model cannot go back to an earlier token: {why}")
         self._backend, self._step_tokens = backend, step_tokens
         self._own_vocabulary, self._target_vocabulary = vocabulary or (0, 0)
         self._context = min(context_tokens, backend.context_tokens or context_tokens)

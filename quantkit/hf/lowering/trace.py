@@ -138,7 +138,7 @@ def watch(model: PreTrainedModel, stack: nn.Module, start: int = 0) -> Trace:
     where = {"position_ids": start + torch.arange(TOKENS, device=ids.device)[None]} if start else {}
     with ExitStack() as cleanup, torch.no_grad():
         recorder.hook(model, stack, cleanup)
-        _interpose(model, recorder, cleanup)
+        interpose(model, recorder.attention, recorder.mask, cleanup)
         output = model(input_ids=ids, use_cache=False, return_dict=True, **where)
     logits = getattr(output, "logits", None)
     if logits is None:
@@ -278,11 +278,90 @@ def _window(sees: Callable[..., Any]) -> int | None:
 _numbers = itertools.count()
 
 
-def _interpose(model: PreTrainedModel, recorder: _Recorder, cleanup: ExitStack) -> None:
-    """Let the configs of the model select the recorder's functions until ``cleanup``."""
+class MaskReader:
+    """Replaces transformers' mask functions, and knows what a mask lets queries see."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[int | None, int | None] | CannotWatch] = {}
+        self._masks: list[Tensor] = []  # keeps the memory alive
+        self.made: Callable[[Tensor], Tensor] = lambda mask: mask
+
+    def __call__(self, *args: Any, **options: Any) -> Tensor:
+        """Return a mask that hides nothing: zeros, to be added to scores."""
+        mask = self.made(torch.zeros(1, 1, options["q_length"], options["kv_length"], device=options.get("device")))
+        self._masks.append(mask)
+        try:
+            self._known[mask.untyped_storage()._cdata] = _span(options["mask_function"])
+        except CannotWatch as error:
+            self._known[mask.untyped_storage()._cdata] = error
+        return mask
+
+    def read(self, mask: Tensor | None) -> tuple[int | None, int | None]:
+        """Return window and chunk of a mask; None is no limit.
+
+        Raises:
+            CannotWatch: it is another's mask, or neither.
+        """
+        found = None if mask is None else self._known.get(mask.untyped_storage()._cdata)
+        if found is None:
+            raise CannotWatch("attention is not called with a mask of transformers' mask functions")
+        if isinstance(found, CannotWatch):
+            raise found
+        return found
+
+    def only(self) -> tuple[int | None, int | None]:
+        """Return window and chunk of all masks that were made.
+
+        Raises:
+            CannotWatch: they are not the same.
+        """
+        found = {self.read(mask) for mask in self._masks}
+        if len(found) != 1:
+            raise CannotWatch("its own attention has several masks, or none of transformers' mask functions")
+        return found.pop()
+
+
+def _span(sees: Callable[..., Any]) -> tuple[int | None, int | None]:
+    """Return the window and the chunk of a mask function; see :func:`_window`."""
+    try:
+        return _window(sees), None
+    except CannotWatch:
+        counts = _counts(sees, range(FAR, FAR + 3))
+        if counts[1:] != [counts[0] + 1, counts[0] + 2] and 1 not in counts:
+            raise
+    # In chunks: find the next first token of one, and from there the length.
+    q = torch.arange(FAR, FAR + (1 << 14))
+    first = torch.as_tensor(sees(torch.tensor(0), torch.tensor(0), q, q - 1)).expand(q.shape)
+    begins = (~first).nonzero().flatten()
+    if len(begins) < 2:
+        raise CannotWatch("the attention mask is neither a causal window nor chunks")
+    chunk = int(begins[1] - begins[0])
+    if (FAR + int(begins[0])) % chunk:
+        raise CannotWatch("the attention mask is neither a causal window nor chunks")
+    for far in (FAR, FAR + chunk // 2, FAR + chunk - 1):
+        if _counts(sees, [far]) != [far % chunk + 1]:
+            raise CannotWatch("the attention mask is neither a causal window nor chunks")
+    return None, chunk
+
+
+def _counts(sees: Callable[..., Any], queries: Any) -> list[int]:
+    """Return how many keys queries see, which must be the last ones before them."""
+    counts = []
+    for far in queries:
+        kv = torch.arange(far + 8)
+        seen = torch.as_tensor(sees(torch.tensor(0), torch.tensor(0), torch.tensor(far), kv)).expand(kv.shape)
+        count = int(seen.sum())
+        if not bool(seen[far + 1 - count : far + 1].all()):
+            raise CannotWatch("the attention mask is not a causal window")
+        counts.append(count)
+    return counts
+
+
+def interpose(model: PreTrainedModel, attention: Callable[..., Any], mask: Callable[..., Any], cleanup: ExitStack) -> None:
+    """Let the configs of the model select these functions until ``cleanup``."""
     name = f"{NAME}_{next(_numbers)}"  # unique, because two threads may record two models
-    ALL_ATTENTION_FUNCTIONS.register(name, recorder.attention)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(name, recorder.mask)
+    ALL_ATTENTION_FUNCTIONS.register(name, attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(name, mask)
     cleanup.callback(ALL_ATTENTION_FUNCTIONS._global_mapping.pop, name, None)
     cleanup.callback(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping.pop, name, None)
     configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}

@@ -30,7 +30,9 @@ from quantkit.kernels.cpu import huge_pages, layout, structs
 from quantkit.kernels.cpu.layout import Prepacked
 from quantkit.kernels.cpu.matmul import BLOCK
 from quantkit.kernels.cpu.tables import rejects_inputs
+from quantkit.kernels.cpu.tape_structs import LaidOutTape
 from quantkit.kernels.program.definition import Program
+from quantkit.kernels.program.tape import Tape
 from quantkit.spec import QuantSpec
 
 PAGE_TOKENS: Final = 32
@@ -47,13 +49,13 @@ KV_DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8"
 """How keys and values can be stored, in the order of ``KvKind`` in decoder.h; int8 has a float32 scale per token and head."""
 
 
-def rejects(program: Program) -> str | None:
+def rejects(program: Program | Tape) -> str | None:
     """Return why the CPU kernels cannot run ``program``, or None if they can. Compiles the library on first use."""
     if program.rope_switch is not None:
         return f"its rotary tables depend on the length of a sequence (they change at {program.rope_switch} tokens)"
-    for index, layer in enumerate(program.layers):
-        if layer.attention.head_dim > MAX_HEAD_DIM:
-            return f"layer {index}: heads have {layer.attention.head_dim} channels, want at most {MAX_HEAD_DIM}"
+    for index, cache in enumerate(program.caches):
+        if (most := max(cache.key_dim, cache.value_dim)) > MAX_HEAD_DIM:
+            return f"layer {index}: heads have {most} channels, want at most {MAX_HEAD_DIM}"
     for linear in program.linears():
         weight: Any = linear.weight
         if weight.device.type != "cpu":
@@ -82,20 +84,25 @@ class KvPages:
         program: gives the number of layers and the sizes of heads.
         pages: number of pages.
         dtype: a key of :data:`KV_DTYPES`.
+        slots: sequences whose states there is room for.
 
     Attributes:
         keys, values: per layer, (pages, kv_heads, head_dim, PAGE_TOKENS) and (pages, kv_heads, PAGE_TOKENS, head_dim).
         key_scales, value_scales: per layer, float32 (pages, kv_heads, PAGE_TOKENS); empty lists unless int8.
+        states: of every state of the program, float32 (slots, size); zero for a new sequence (:meth:`clear`).
 
     Raises:
         KernelError: an unknown dtype.
     """
 
-    def __init__(self, program: Program, pages: int, *, dtype: str = "float32") -> None:
+    def __init__(self, program: Program | Tape, pages: int, *, dtype: str = "float32", slots: int = 1) -> None:
         if dtype not in KV_DTYPES:
             raise KernelError(f"keys and values stored as {dtype!r}: want one of {', '.join(KV_DTYPES)}")
         self.dtype, self.pages = dtype, 0
-        self._shapes = [(layer.attention.kv_heads, layer.attention.head_dim) for layer in program.layers]
+        self._caches = program.caches
+        self.states = [torch.zeros(slots, size) for size in program.states]
+        self.state_array = (ctypes.c_void_p * max(len(self.states), 1))(*(state.data_ptr() for state in self.states))
+        self.places = np.zeros(1, dtype=np.int32)
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self.key_scales: list[Tensor] = []
@@ -107,8 +114,8 @@ class KvPages:
         if pages <= self.pages:
             return
         stored = KV_DTYPES[self.dtype]
-        k_shapes = [(pages, heads, dim, PAGE_TOKENS) for heads, dim in self._shapes]
-        v_shapes = [(pages, heads, PAGE_TOKENS, dim) for heads, dim in self._shapes]
+        k_shapes = [(pages, one.kv_heads, one.key_dim, PAGE_TOKENS) for one in self._caches]
+        v_shapes = [(pages, one.kv_heads, PAGE_TOKENS, one.value_dim) for one in self._caches]
         scales = [shape[:2] + shape[-1:] for shape in k_shapes] if self.dtype == "int8" else []
         self.keys = _grown(self.keys, k_shapes, stored)
         self.values = _grown(self.values, v_shapes, stored)
@@ -126,8 +133,13 @@ class KvPages:
     @property
     def nbytes(self) -> int:
         """Bytes of all pages."""
-        parts = (*self.keys, *self.values, *self.key_scales, *self.value_scales)
+        parts = (*self.keys, *self.values, *self.key_scales, *self.value_scales, *self.states)
         return sum(tensor.nbytes for tensor in parts)
+
+    def clear(self, slot: int) -> None:
+        """Set the states of a slot to those of a new sequence."""
+        for state in self.states:
+            state[slot] = 0.0
 
 
 def _grown(old: list[Tensor], shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> list[Tensor]:
@@ -152,6 +164,7 @@ class Rows:
         tokens, positions, slots: one integer per row.
         block_table: integers (slots, pages per sequence); ``block_table[s, p // PAGE_TOKENS]`` is the page of position p.
         logit_rows: indices of the rows whose logits are returned, in this order.
+        states: where the states of each slot's sequence are; None for its own number. Rows of one sequence are in order.
     """
 
     tokens: Sequence[int] | Tensor
@@ -159,6 +172,7 @@ class Rows:
     slots: Sequence[int] | Tensor
     block_table: np.ndarray[Any, Any] | Tensor
     logit_rows: Sequence[int] | Tensor
+    states: Sequence[int] | None = None
 
 
 class NativeDecoder:
@@ -175,15 +189,14 @@ class NativeDecoder:
         KernelError: the program cannot run here (:func:`rejects` says why), or the library cannot be built.
     """
 
-    def __init__(self, program: Program, *, threads: int | None = None) -> None:
+    def __init__(self, program: Program | Tape, *, threads: int | None = None) -> None:
         if reason := rejects(program):
             raise KernelError(f"{program.name}: {reason}")
         self.program, self.threads = program, threads
         self._library = build.library()
         self._multiplies_bfloat16 = bool(self._library.qk_multiplies_bfloat16())
         self._lock = threading.Lock()  # one step at a time: they share the scratch memory
-        self._laid_out = structs.LaidOut(program)
-        self._struct = self._laid_out.struct
+        self._laid_out = _laid_out(program)
         self._planes = False
         self._tokens = 0
         self._scratch = torch.empty(0, dtype=torch.uint8)
@@ -218,35 +231,46 @@ class NativeDecoder:
         )
         table = np.ascontiguousarray(rows.block_table, dtype=np.int32)
         longest = self._check(tokens, positions, slots, logit_rows, table, kv)
-        looked_up = None
-        if not isinstance(self.program.embedding, Tensor):  # a quantized table: look the rows up here
-            looked_up, tokens = self.program.rows(torch.from_numpy(tokens).long()), np.arange(len(tokens), dtype=np.int32)
+        if self._laid_out.one_by_one and len(set(slots.tolist())) < len(slots):
+            options = {"exact": exact, "bfloat16": bfloat16, "argmax": argmax, "draft": draft}
+            return self._one_by_one(rows, tokens, positions, slots, logit_rows.tolist(), kv, options)
         logits = torch.empty(len(logit_rows), self.program.vocabulary)
         best = torch.empty(len(logit_rows), dtype=torch.int32)
         threads = self.threads or torch.get_num_threads()
         chunks = -(-longest // CHUNK_TOKENS) + 1
         kv.struct.block_table, kv.struct.table_stride = table.ctypes.data, table.shape[1]
-        batch = structs.BatchStruct(
-            len(tokens),
-            *(part.ctypes.data for part in (tokens, positions, slots, logit_rows)),
-            len(logit_rows),
-            self.program.vocabulary,
-            logits.data_ptr(),
-            best.data_ptr() if argmax else None,
-            chunks,
-            (0 if exact else _TO_INT8) | (_TO_BFLOAT16 if bfloat16 and self._multiplies_bfloat16 else 0),
-            BLOCK,
-            draft,
-        )
+        kv.places = np.ascontiguousarray(range(len(table)) if rows.states is None else rows.states, dtype=np.int32)
         with self._lock:
-            if looked_up is not None:
-                self._struct.embedding = looked_up.data_ptr()
-            self._lengthen(longest)
-            scratch = self._memory(len(tokens), chunks, threads)
-            self._library.qk_decoder_run(
-                ctypes.addressof(self._struct), ctypes.addressof(batch), ctypes.addressof(kv.struct), scratch, threads
+            tokens = self._laid_out.look_up(tokens)
+            batch = structs.BatchStruct(
+                len(tokens),
+                *(part.ctypes.data for part in (tokens, positions, slots, logit_rows)),
+                len(logit_rows),
+                self.program.vocabulary,
+                logits.data_ptr(),
+                best.data_ptr() if argmax else None,
+                chunks,
+                (0 if exact else _TO_INT8) | (_TO_BFLOAT16 if bfloat16 and self._multiplies_bfloat16 else 0),
+                BLOCK,
+                draft,
             )
+            self._lengthen(longest)
+            self._laid_out.run(self._library, batch, kv, self._memory(len(tokens), chunks, threads), threads)
         return best if argmax else logits
+
+    def _one_by_one(
+        self, rows: Rows, tokens: Any, positions: Any, slots: Any, wanted: list[int], kv: KvPages, options: dict[str, bool]
+    ) -> Tensor:
+        """Run calls with one row of every sequence, in order."""
+        turn = [int((slots[:i] == slot).sum()) for i, slot in enumerate(slots)]
+        found: dict[int, Tensor] = {}
+        for now in range(max(turn) + 1):
+            some = [i for i, own in enumerate(turn) if own == now]
+            asked = [i for i in wanted if turn[i] == now]
+            places = [some.index(i) for i in asked]
+            part = Rows(tokens[some], positions[some], slots[some], rows.block_table, places, rows.states)
+            found |= dict(zip(asked, self.run(part, kv, **options), strict=True))
+        return torch.stack([found[i] for i in wanted]) if wanted else torch.empty(0, self.program.vocabulary)
 
     def split_planes(self) -> bool:
         """Store 8-bit codes in two planes (:func:`quantkit.kernels.cpu.layout.split`), so that drafts read fewer bytes.
@@ -264,8 +288,7 @@ class NativeDecoder:
                 try:
                     self._planes = any([weight.split_planes() for weight in weights])
                 finally:
-                    self._laid_out = structs.LaidOut(self.program)
-                    self._struct, self._tokens = self._laid_out.struct, 0
+                    self._laid_out, self._tokens = _laid_out(self.program), 0
         return self._planes
 
     def _check(self, tokens: Any, positions: Any, slots: Any, logit_rows: Any, table: Any, kv: KvPages) -> int:
@@ -289,8 +312,8 @@ class NativeDecoder:
         used = table[slots, : -(-longest // PAGE_TOKENS)]
         if not self._pages_fit(used, positions, kv.pages):
             raise KernelError(f"the block table has pages outside 0 to {kv.pages - 1}")
-        if len(kv.keys) != len(self.program.layers):
-            raise KernelError(f"the pages have {len(kv.keys)} layers, the program has {len(self.program.layers)}")
+        if len(kv.keys) != len(self.program.caches):
+            raise KernelError(f"the pages have {len(kv.keys)} layers, the program has {len(self.program.caches)}")
         return longest
 
     @staticmethod
@@ -305,7 +328,7 @@ class NativeDecoder:
         had = self._scratch_size
         want = (max(rows, had[0]), max(chunks, had[1]), max(threads, had[2]))
         if want != had:
-            size = self._library.qk_decoder_bytes(ctypes.addressof(self._struct), *want[:2], BLOCK, want[2])
+            size = self._laid_out.bytes(self._library, *want[:2], BLOCK, want[2])
             self._scratch = huge_pages.allocate(size)
             self._scratch_size = want
         return self._scratch.data_ptr()
@@ -315,11 +338,9 @@ class NativeDecoder:
         if tokens <= self._tokens:
             return
         size = min(max(tokens, 2 * self._tokens, 2048), self.program.max_tokens or 1 << 31)
-        array = (structs.RotaryStruct * max(len(self.program.rotaries), 1))()
-        self._tables = [rotary.tables(size) for rotary in self.program.rotaries]
-        for struct, rotary, (cos, sin) in zip(array, self.program.rotaries, self._tables, strict=False):
-            struct.cos, struct.sin = cos.data_ptr(), sin.data_ptr()
-            struct.length, struct.dim, struct.interleaved = size, rotary.dim, rotary.interleaved
-        self._rotaries = array
-        self._struct.rotaries = ctypes.addressof(array)
+        self._laid_out.lengthen(size)
         self._tokens = size
+
+
+def _laid_out(program: Program | Tape) -> structs.LaidOut | LaidOutTape:
+    return LaidOutTape(program) if isinstance(program, Tape) else structs.LaidOut(program)

@@ -4,9 +4,10 @@
 """
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,7 +39,8 @@ AttentionStruct = _struct(
     ("qkv_count", _LONG),
     ("out", _POINTER),
     *_all(NormStruct, "q_norm k_norm"),
-    *_all(_LONG, "heads kv_heads head_dim rotary window"),
+    *_all(_LONG, "heads kv_heads head_dim value_dim rotary window chunk"),
+    *_all(_POINTER, "sinks slopes"),
     *_all(_FLOAT, "scale softcap"),
 )
 MlpStruct = _struct("MlpStruct", ("up", _POINTER), ("up_count", _LONG), ("down", _POINTER), *_all(_INT, "activation gated"))
@@ -83,8 +85,10 @@ class LaidOut:
     """A program's structs, together with all memory that they point to.
 
     Attributes:
-        struct: the ``qk::Program``. Its rotary tables are set later, by the decoder that runs it.
+        struct: the ``qk::Program``. Its rotary tables are set by :meth:`lengthen`.
     """
+
+    one_by_one = False
 
     def __init__(self, program: Program) -> None:
         self._program = program
@@ -96,6 +100,34 @@ class LaidOut:
     def weights(self) -> list[layout.Prepacked]:
         """All weights in the kernels' layout."""
         return [value for value in self._kept if isinstance(value, layout.Prepacked)]
+
+    def bytes(self, library: Any, *sizes: int) -> int:
+        """Return the bytes of scratch memory for rows, chunks, columns of an activation block and threads."""
+        return int(library.qk_decoder_bytes(ctypes.addressof(self.struct), *sizes))
+
+    def run(self, library: Any, batch: Any, kv: Any, memory: int, threads: int) -> None:
+        """Run one call."""
+        parts = (ctypes.addressof(self.struct), ctypes.addressof(batch), ctypes.addressof(kv.struct))
+        library.qk_decoder_run(*parts, memory, threads)
+
+    def look_up(self, tokens: Any) -> Any:
+        """Look up the rows of a quantized embedding; return what the native code takes for tokens then."""
+        if isinstance(self._program.embedding, Tensor):
+            return tokens
+        self._rows = self._program.rows(torch.from_numpy(tokens).long())
+        self.struct.embedding = self._rows.data_ptr()
+        return np.arange(len(tokens), dtype=np.int32)
+
+    def lengthen(self, size: int) -> None:
+        """Compute the rotary tables for ``size`` positions."""
+        rotaries = self._program.rotaries
+        array = (RotaryStruct * max(len(rotaries), 1))()
+        self._tables = [rotary.tables(size) for rotary in rotaries]
+        for struct, rotary, (cos, sin) in zip(array, rotaries, self._tables, strict=False):
+            struct.cos, struct.sin = cos.data_ptr(), sin.data_ptr()
+            struct.length, struct.dim, struct.interleaved = size, rotary.dim, rotary.interleaved
+        self._rotaries = array
+        self.struct.rotaries = ctypes.addressof(array)
 
     def _describe(self) -> Any:
         program = self._program
@@ -148,8 +180,12 @@ class LaidOut:
             attention.heads,
             attention.kv_heads,
             size,
+            size,
             -1 if attention.rotary is None else attention.rotary,
             attention.window or 0,
+            0,
+            None,
+            None,
             attention.scale,
             attention.softcap or 0.0,
         )
@@ -166,17 +202,7 @@ class LaidOut:
         return NormStruct(gain.data_ptr(), shift, len(gain), norm.eps, norm.center)
 
     def _linears(self, linears: tuple[Linear, ...]) -> int:
-        structs = []
-        for linear in linears:
-            bias = None if linear.bias is None else self._keep(linear.bias.detach().float().contiguous())
-            inputs, weight = None, linear.weight
-            activation: Any = None if isinstance(weight, Tensor) else weight.activation
-            if activation is not None:
-                module: Any = weight
-                inputs, mixing = inputs_struct(activation, linear.shape[1], module.input_scale(linear.expert or 0))
-                self._keep((inputs, mixing))
-            structs.append(self._keep(_prepacked(linear, self._arena)).struct(bias, inputs))
-        return ctypes.addressof(self._keep(_array(layout.LinearStruct, structs)))
+        return ctypes.addressof(self._keep(_array(layout.LinearStruct, linear_structs(linears, self._arena, self._keep))))
 
     def _keep(self, value: Any) -> Any:
         self._kept.append(value)
@@ -187,7 +213,22 @@ def _array(kind: Any, items: Sequence[Any]) -> Any:
     return (kind * len(items))(*items)
 
 
-def _prepacked(linear: Linear, arena: Arena) -> layout.Prepacked:
+def linear_structs(linears: Sequence[Linear], arena: Arena, keep: Callable[[Any], Any]) -> list[Any]:
+    """Return the C views of linears that share their input; ``keep`` is given all that they point to."""
+    structs = []
+    for linear in linears:
+        bias = None if linear.bias is None else keep(linear.bias.detach().float().contiguous())
+        inputs, weight = None, linear.weight
+        activation: Any = None if isinstance(weight, Tensor) else weight.activation
+        if activation is not None:
+            module: Any = weight
+            inputs, mixing = inputs_struct(activation, linear.shape[1], module.input_scale(linear.expert or 0))
+            keep((inputs, mixing))
+        structs.append(keep(prepacked(linear, arena)).struct(bias, inputs))
+    return structs
+
+
+def prepacked(linear: Linear, arena: Arena) -> layout.Prepacked:
     """Return a linear's weight in the kernels' layout, shared with the quantized module if that uses the same layout."""
     weight: Any = linear.weight
     if isinstance(weight, Tensor):

@@ -28,22 +28,22 @@ template <typename T>
 void append(const AttentionJob& job, int64_t row, int64_t kv_head) {
   const Attention& a = *job.a;
   const Kv& kv = *job.kv;
-  const int64_t position = job.batch->positions[row], d_count = a.head_dim, t = position % kPageTokens;
+  const int64_t position = job.batch->positions[row], d_count = a.head_dim, v_count = a.value_dim, t = position % kPageTokens;
   const int64_t page = kv.block_table[job.batch->slots[row] * kv.table_stride + position / kPageTokens];
   const int64_t at = page * a.kv_heads + kv_head;
-  const float *k = head_at(job, row, a.heads + kv_head), *v = head_at(job, row, a.heads + a.kv_heads + kv_head);
+  const float *k = key_at(job, row, kv_head), *v = value_at(job, row, kv_head);
   typename T::Stored* keys = static_cast<typename T::Stored*>(kv.keys[job.layer]) + at * kPageTokens * d_count;
-  typename T::Stored* values = static_cast<typename T::Stored*>(kv.values[job.layer]) + at * kPageTokens * d_count;
+  typename T::Stored* values = static_cast<typename T::Stored*>(kv.values[job.layer]) + at * kPageTokens * v_count;
   float k_inverse = 1, v_inverse = 1;
   if (kv.kind == kKvInt8) {
-    const float k_scale = scale_of(k, d_count), v_scale = scale_of(v, d_count);
+    const float k_scale = scale_of(k, d_count), v_scale = scale_of(v, v_count);
     kv.key_scales[job.layer][at * kPageTokens + t] = k_scale;
     kv.value_scales[job.layer][at * kPageTokens + t] = v_scale;
     k_inverse = k_scale > 0 ? 1 / k_scale : 0;
     v_inverse = v_scale > 0 ? 1 / v_scale : 0;
   }
   for (int64_t d = 0; d < d_count; ++d) keys[d * kPageTokens + t] = T::put(k[d], k_inverse);
-  for (int64_t d = 0; d < d_count; ++d) values[t * d_count + d] = T::put(v[d], v_inverse);
+  for (int64_t d = 0; d < v_count; ++d) values[t * v_count + d] = T::put(v[d], v_inverse);
 }
 
 void append_as(const AttentionJob& job, int64_t row, int64_t kv_head) {
@@ -69,7 +69,7 @@ void append_share(const AttentionJob& job, const Member& me) {
   }
   for (int64_t item = begin; item < end; ++item) {
     const int64_t row = item / heads, head = item % heads;
-    float* x = head_at(job, row, head);
+    float* x = head < a.heads ? query_at(job, row, head) : key_at(job, row, head - a.heads);
     const Norm& norm = head < a.heads ? a.q_norm : a.k_norm;
     if (norm.gain && norm.width == a.head_dim) normalize_row(norm, x, x);  // norms over all heads were applied before
     if (job.rotary) rotate(*job.rotary, job.batch->positions[row], x);

@@ -22,23 +22,23 @@ struct Context {
   const typename T::Stored *keys, *values;
   const float *key_scales, *value_scales;
   const int32_t* pages;
-  int64_t page_stride, scale_stride, head_dim;
+  int64_t key_stride, value_stride, scale_stride;
 
   Context(const AttentionJob& job, int64_t slot, int64_t head) {
     const Attention& a = *job.a;
     const Kv& kv = *job.kv;
-    head_dim = a.head_dim;
     scale_stride = a.kv_heads * kPageTokens;
-    page_stride = scale_stride * head_dim;
+    key_stride = scale_stride * a.head_dim;
+    value_stride = scale_stride * a.value_dim;
     pages = kv.block_table + slot * kv.table_stride;
-    keys = static_cast<const typename T::Stored*>(kv.keys[job.layer]) + head * kPageTokens * head_dim;
-    values = static_cast<const typename T::Stored*>(kv.values[job.layer]) + head * kPageTokens * head_dim;
+    keys = static_cast<const typename T::Stored*>(kv.keys[job.layer]) + head * kPageTokens * a.head_dim;
+    values = static_cast<const typename T::Stored*>(kv.values[job.layer]) + head * kPageTokens * a.value_dim;
     const bool scaled = kv.kind == kKvInt8;
     key_scales = scaled ? kv.key_scales[job.layer] + head * kPageTokens : nullptr;
     value_scales = scaled ? kv.value_scales[job.layer] + head * kPageTokens : nullptr;
   }
-  const typename T::Stored* keys_of(int64_t page) const { return keys + pages[page] * page_stride; }
-  const typename T::Stored* values_of(int64_t page) const { return values + pages[page] * page_stride; }
+  const typename T::Stored* keys_of(int64_t page) const { return keys + pages[page] * key_stride; }
+  const typename T::Stored* values_of(int64_t page) const { return values + pages[page] * value_stride; }
 };
 
 // Prefetch `bytes` of the next page, from byte `at` on. Pages may be anywhere; the hardware prefetches neighbouring memory
@@ -107,12 +107,15 @@ void add_values(const typename T::Stored* values, const void* next, int64_t head
       for (int64_t t = 0; t < tokens; ++t) acc[q][d] += T::one(values[t * head_dim + d]) * weights[q * kChunkTokens + t];
 }
 
-// The partial result of one query and chunk: m, s, then head_dim weighted values.
+// The partial result of one query and chunk: m, s, then value_dim weighted values.
 struct Query {
   const float* q;
   int64_t first, last;  // the keys that it sees
   float* partial;
+  float slope;
 };
+
+float slope_of(const Attention& a, int64_t head) { return a.slopes ? a.slopes[head] : 0.0f; }
 
 // Convert the scores of a query in a chunk (from, to) to weights exp(score - m), 0 for keys it does not see; set m and their
 // sum s.
@@ -125,6 +128,8 @@ void weigh(const Attention& a, const Query& query, int64_t start, int64_t from, 
     Floats score = load(row + t) * a.scale;
     if (a.softcap > 0)
       for (int lane = 0; lane < kWidth; ++lane) score[lane] = a.softcap * tanhf(score[lane] / a.softcap);
+    if (query.slope != 0)
+      for (int lane = 0; lane < kWidth; ++lane) score[lane] += query.slope * static_cast<float>(t + lane + 1 - end);
     if (t < begin || t + kWidth > end)
       for (int lane = 0; lane < kWidth; ++lane)
         if (t + lane < begin || t + lane >= end) score[lane] = -INFINITY;
@@ -158,7 +163,7 @@ void chunk(const AttentionJob& job, const Context<T>& context, int64_t start, co
     acc[i] = queries[i].partial + 2;
     low = queries[i].first < low ? queries[i].first : low;
     high = queries[i].last > high ? queries[i].last : high;
-    for (int64_t d = 0; d < a.head_dim; ++d) acc[i][d] = 0;
+    for (int64_t d = 0; d < a.value_dim; ++d) acc[i][d] = 0;
   }
   low = low > start ? low : start;
   high = high < start + kChunkTokens ? high : start + kChunkTokens;
@@ -184,7 +189,7 @@ void chunk(const AttentionJob& job, const Context<T>& context, int64_t start, co
         for (int64_t t = skipped; t < tokens; ++t) weights[i * kChunkTokens + t] *= scales[t];
     }
     const void* next = page + 1 < last_page ? context.values_of(page + 1) : after;
-    add_values<T, Q>(context.values_of(page) + skipped * a.head_dim, next, a.head_dim, tokens - skipped, weights + skipped, acc);
+    add_values<T, Q>(context.values_of(page) + skipped * a.value_dim, next, a.value_dim, tokens - skipped, weights + skipped, acc);
   }
 }
 
@@ -202,17 +207,21 @@ void chunks(const AttentionJob& job, const Context<T>& context, int64_t start, c
 }
 
 // Merge the partial result of a chunk into the running one; the first chunk is copied.
-void merge(float* running, const float* partial, int64_t head_dim) {
+void merge(float* running, const float* partial, int64_t value_dim) {
   if (partial[0] == -INFINITY) return;
   const float m = running[0] > partial[0] ? running[0] : partial[0];
   const float old = running[0] == -INFINITY ? 0.0f : expf(running[0] - m), fresh = expf(partial[0] - m);
   running[0] = m;
-  for (int64_t i = 1; i < head_dim + 2; ++i) running[i] = running[i] * old + partial[i] * fresh;
+  for (int64_t i = 1; i < value_dim + 2; ++i) running[i] = running[i] * old + partial[i] * fresh;
 }
 
-void finish(const float* running, float* out, int64_t head_dim) {
-  const float scale = 1.0f / running[1];
-  for (int64_t d = 0; d < head_dim; ++d) out[d] = running[2 + d] * scale;
+void finish(const Attention& a, int64_t head, const float* running, float* out) {
+  float scale = 1.0f / running[1];
+  if (a.sinks) {
+    const float sink = a.sinks[head], m = running[0] > sink ? running[0] : sink, own = expf(running[0] - m);
+    scale = own / (running[1] * own + expf(sink - m));
+  }
+  for (int64_t d = 0; d < a.value_dim; ++d) out[d] = running[2 + d] * scale;
 }
 
 struct Span {
@@ -222,12 +231,13 @@ struct Span {
 
 Span span(const AttentionJob& job, int64_t row) {
   const int64_t last = job.batch->positions[row] + 1, window = job.a->window;
-  const int64_t first = window > 0 && last > window ? last - window : 0;
+  int64_t first = window > 0 && last > window ? last - window : 0;
+  if (job.a->chunk > 0 && (last - 1) / job.a->chunk * job.a->chunk > first) first = (last - 1) / job.a->chunk * job.a->chunk;
   return {first, last, first / kChunkTokens, (last + kChunkTokens - 1) / kChunkTokens};
 }
 
 float* partial_at(const AttentionJob& job, int64_t row, int64_t head, int64_t chunk_index) {
-  return job.partial + ((row * job.a->heads + head) * job.batch->chunks + chunk_index) * (job.a->head_dim + 2);
+  return job.partial + ((row * job.a->heads + head) * job.batch->chunks + chunk_index) * (job.a->value_dim + 2);
 }
 
 constexpr int64_t kBlockQueries = 32;  // queries that read a chunk together, while it is in the cache
@@ -252,7 +262,8 @@ void split_share(const AttentionJob& job, const Member& me) {
           const int64_t count = group - g < kBlockQueries ? group - g : kBlockQueries;
           for (int64_t i = 0; i < count; ++i) {
             const int64_t head = kv_head * group + g + i;
-            queries[i] = {head_at(job, row, head), seen.first, seen.last, partial_at(job, row, head, c - seen.first_chunk)};
+            queries[i] = {query_at(job, row, head), seen.first, seen.last, partial_at(job, row, head, c - seen.first_chunk),
+                          slope_of(a, head)};
           }
           chunks<T>(job, context, c * kChunkTokens, queries, count, after);
         }
@@ -264,14 +275,14 @@ void split_share(const AttentionJob& job, const Member& me) {
 template <typename T>
 void block(const AttentionJob& job, int64_t row, int64_t rows, int64_t kv_head, int64_t g, int64_t per_row, const void* after) {
   const Attention& a = *job.a;
-  const int64_t size = a.head_dim + 2, count = rows * per_row;
+  const int64_t size = a.value_dim + 2, count = rows * per_row;
   alignas(64) float running[kBlockQueries * (kMaxHeadDim + 2)], fresh[kQueries * (kMaxHeadDim + 2)];
   Query queries[kBlockQueries];
   int64_t first_chunk = INT64_MAX, last_chunk = 0;
   for (int64_t i = 0; i < count; ++i) {
     const Span seen = span(job, row + i / per_row);
-    queries[i] = {head_at(job, row + i / per_row, kv_head * (a.heads / a.kv_heads) + g + i % per_row), seen.first, seen.last,
-                  fresh + i % kQueries * size};
+    const int64_t head = kv_head * (a.heads / a.kv_heads) + g + i % per_row;
+    queries[i] = {query_at(job, row + i / per_row, head), seen.first, seen.last, fresh + i % kQueries * size, slope_of(a, head)};
     running[i * size] = -INFINITY;
     for (int64_t d = 1; d < size; ++d) running[i * size + d] = 0;
     first_chunk = seen.first_chunk < first_chunk ? seen.first_chunk : first_chunk;
@@ -292,12 +303,12 @@ void block(const AttentionJob& job, int64_t row, int64_t rows, int64_t kv_head, 
           index[used++] = j;
         }
       chunks<T>(job, context, start, seeing, used, i + kQueries < count ? context.keys_of(start / kPageTokens) : further);
-      for (int64_t j = 0; j < used; ++j) merge(running + index[j] * size, seeing[j].partial, a.head_dim);
+      for (int64_t j = 0; j < used; ++j) merge(running + index[j] * size, seeing[j].partial, a.value_dim);
     }
   }
   for (int64_t i = 0; i < count; ++i) {
     const int64_t head = kv_head * (a.heads / a.kv_heads) + g + i % per_row;
-    finish(running + i * size, job.out + ((row + i / per_row) * a.heads + head) * a.head_dim, a.head_dim);
+    finish(a, head, running + i * size, job.out + (row + i / per_row) * job.out_stride + head * a.value_dim);
   }
 }
 
@@ -330,7 +341,7 @@ void attend(const AttentionJob& job, const Member& me) {
 
 }  // namespace
 
-int64_t attention_partial_floats(const Attention& a) { return a.heads * (a.head_dim + 2); }
+int64_t attention_partial_floats(const Attention& a) { return a.heads * (a.value_dim + 2); }
 
 void attention_share(const AttentionJob& job, const Member& me) {
   switch (job.kv->kind) {
@@ -346,10 +357,10 @@ void merge_row(const AttentionJob& job, int64_t row, float* out) {
   alignas(64) float running[kMaxHeadDim + 2];
   for (int64_t head = 0; head < a.heads; ++head) {
     running[0] = -INFINITY;
-    for (int64_t d = 1; d < a.head_dim + 2; ++d) running[d] = 0;
+    for (int64_t d = 1; d < a.value_dim + 2; ++d) running[d] = 0;
     for (int64_t c = seen.first_chunk; c < seen.last_chunk; ++c)
-      merge(running, partial_at(job, row, head, c - seen.first_chunk), a.head_dim);
-    finish(running, out + head * a.head_dim, a.head_dim);
+      merge(running, partial_at(job, row, head, c - seen.first_chunk), a.value_dim);
+    finish(a, head, running, out + head * a.value_dim);
   }
 }
 

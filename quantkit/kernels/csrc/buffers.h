@@ -51,6 +51,48 @@ struct Ready {
   }
 };
 
+// Sizes that the memory of a call depends on.
+struct Needs {
+  int64_t hidden = 0, input = 0, wide = 0, partial = 0, ready = 0, chosen = 1, arena = 0, inner = 0;
+
+  static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+  // The memory per row for the common input of some linears.
+  void fit(const Linear* linears, int64_t count, int64_t block) {
+    input = most(input, linears->columns);
+    for (int32_t rounding = 0; rounding < 8; rounding += 2) {  // what a call may ask for: kFormInt8, kFormBFloat16
+      Ready rows{};
+      rows.fit(1, linears, count, block, rounding);
+      int64_t total = 0;
+      for (int64_t i = 0; i < rows.kinds; ++i) total += round_up(rows_bytes(rows.rows[i]), 64) + 64;
+      ready = most(ready, total);
+    }
+  }
+
+  static Needs of(const Program& p, int64_t block) {
+    Needs n;
+    n.hidden = n.input = p.hidden;
+    n.fit(p.head, 1, block);
+    for (int64_t i = 0; i < p.layer_count; ++i) {
+      const Layer& layer = p.layers[i];
+      const Attention& a = layer.attention;
+      n.fit(a.qkv, a.qkv_count, block);
+      n.fit(a.out, 1, block);
+      n.wide = most(n.wide, most((a.heads + 2 * a.kv_heads) * a.head_dim, layer.experts));
+      n.partial = most(n.partial, attention_partial_floats(a));
+      if (layer.experts) n.fit(layer.router, 1, block);
+      n.chosen = most(n.chosen, layer.top_k);
+      for (int64_t e = 0; e < most(layer.experts, 1); ++e) {
+        const Mlp& mlp = layer.mlps[e];
+        n.fit(mlp.up, mlp.up_count, block);
+        n.fit(mlp.down, 1, block);
+        n.wide = most(n.wide, mlp.down->columns * (mlp.gated ? 2 : 1));
+      }
+    }
+    return n;
+  }
+};
+
 struct Buffers {
   struct Private {
     Ready ready;
@@ -58,24 +100,24 @@ struct Buffers {
     void* scratch;
   };
 
-  float *residual, *before, *wide, *narrow, *attended, *mixed, *partial, *weights;
+  float *residual, *before, *wide, *narrow, *attended, *mixed, *partial, *weights, *arena, *inner;
   int32_t *chosen, *best;
   Ready shared, active;  // the input of most linears, and that of down projections
   int64_t bytes = 0;
 
-  Buffers(const Program& program, int64_t rows, int64_t chunks, int64_t block, int64_t threads, char* memory)
-      : memory_(memory), rows_(rows) {
-    measure(program, block);
-    const int64_t choices = most_chosen_ > 1 ? most_chosen_ : 1;
-    residual = take<float>(rows * program.hidden);
-    before = take<float>(rows * program.hidden);
-    wide = take<float>(rows * wide_);
-    narrow = take<float>(rows * program.hidden);
-    attended = take<float>(rows * input_);
-    mixed = take<float>(rows * program.hidden);
-    partial = take<float>((rows < kSplitRows ? rows : kSplitRows) * chunks * partial_);
-    weights = take<float>(rows * choices);
-    chosen = take<int32_t>(rows * choices);
+  Buffers(const Needs& needs, int64_t rows, int64_t chunks, int64_t threads, char* memory)
+      : memory_(memory), rows_(rows), input_(needs.input), ready_bytes_(needs.ready) {
+    residual = take<float>(rows * needs.hidden);
+    before = take<float>(rows * needs.hidden);
+    wide = take<float>(rows * needs.wide);
+    narrow = take<float>(rows * needs.hidden);
+    attended = take<float>(rows * needs.input);
+    mixed = take<float>(rows * needs.hidden);
+    partial = take<float>((rows < kSplitRows ? rows : kSplitRows) * chunks * needs.partial);
+    weights = take<float>(rows * needs.chosen);
+    arena = take<float>(rows * needs.arena);
+    inner = take<float>(rows * needs.inner);
+    chosen = take<int32_t>(rows * needs.chosen);
     best = take<int32_t>(threads * rows);
     shared = take_ready(rows);
     active = take_ready(rows);
@@ -93,41 +135,6 @@ struct Buffers {
   }
 
  private:
-  static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-
-  void measure(const Program& p, int64_t block) {
-    input_ = p.hidden;
-    fit(p.head, 1, block);
-    for (int64_t i = 0; i < p.layer_count; ++i) {
-      const Layer& layer = p.layers[i];
-      const Attention& a = layer.attention;
-      fit(a.qkv, a.qkv_count, block);
-      fit(a.out, 1, block);
-      wide_ = most(wide_, most((a.heads + 2 * a.kv_heads) * a.head_dim, layer.experts));
-      partial_ = most(partial_, attention_partial_floats(a));
-      if (layer.experts) fit(layer.router, 1, block);
-      most_chosen_ = most(most_chosen_, layer.top_k);
-      for (int64_t e = 0; e < most(layer.experts, 1); ++e) {
-        const Mlp& mlp = layer.mlps[e];
-        fit(mlp.up, mlp.up_count, block);
-        fit(mlp.down, 1, block);
-        wide_ = most(wide_, mlp.down->columns * (mlp.gated ? 2 : 1));
-      }
-    }
-  }
-
-  // Measure the memory per row for the common input of some linears.
-  void fit(const Linear* linears, int64_t count, int64_t block) {
-    input_ = most(input_, linears->columns);
-    for (int32_t rounding = 0; rounding < 8; rounding += 2) {  // what a call may ask for: kFormInt8, kFormBFloat16
-      Ready ready{};
-      ready.fit(1, linears, count, block, rounding);
-      int64_t total = 0;
-      for (int64_t i = 0; i < ready.kinds; ++i) total += rows_bytes(ready.rows[i]) + 64;
-      ready_bytes_ = most(ready_bytes_, total);
-    }
-  }
-
   template <typename T>
   T* take(int64_t count) {
     T* piece = reinterpret_cast<T*>(memory_ + bytes);
@@ -151,7 +158,7 @@ struct Buffers {
   }
 
   char* memory_;
-  int64_t rows_, input_ = 0, wide_ = 0, partial_ = 0, ready_bytes_ = 0, most_chosen_ = 0, privates_ = 0, private_bytes_ = 0;
+  int64_t rows_, input_, ready_bytes_, privates_ = 0, private_bytes_ = 0;
 };
 
 }  // namespace qk

@@ -12,21 +12,19 @@
 #include <cmath>
 #include <cstring>
 
-#include "buffers.h"
+#include "worker.h"
 
 namespace qk {
 namespace {
-
-void copy(float* to, const float* from, int64_t count) { memcpy(to, from, static_cast<size_t>(count) * sizeof(float)); }
 
 constexpr int64_t kFusedRows = 8;    // up to this many rows, all inner activations of a network stay in the cache;
 constexpr int64_t kFusedBlocks = 2;  // with more rows, this many of their blocks do
 
 // One member's run through the program.
-class Run {
+class Run : Worker {
  public:
   Run(const Program& program, const Batch& batch, const Kv& kv, const Buffers& buffers, const Member& me)
-      : p_(program), batch_(batch), kv_(kv), b_(buffers), me_(me), mine_(buffers.member(me.index)) {}
+      : Worker(batch, kv, buffers, me), p_(program) {}
 
   void operator()() {
     embed();
@@ -36,57 +34,14 @@ class Run {
       attention(layer, i);
       feed_forward(layer);
     }
-    read_out();
+    read_out({p_.head, p_.logit_scale, p_.logit_softcap}, [&](int64_t row, float* to) {
+      const float* x = b_.residual + row * p_.hidden;
+      if (p_.final_norm.gain) normalize_row(p_.final_norm, x, to);
+      else copy(to, x, p_.hidden);
+    });
   }
 
  private:
-  // Fill rows of activations with fill(row, destination) and round them for `linears`. They are complete on return.
-  template <typename Fill>
-  const Ready& prepare(int64_t rows, const Linear* linears, int64_t count, Fill fill) {
-    const bool alone = rows <= kPrivateRows;
-    ready_ = alone ? mine_.ready : b_.shared;
-    ready_.fit(rows, linears, count, batch_.activation_block, batch_.rounding);
-    int64_t begin = 0, end = rows;
-    if (!alone) share(me_, rows, 1, &begin, &end);
-    for (int64_t row = begin; row < end; ++row) fill(row, ready_.x + row * linears->columns);
-    for (int64_t i = 0; i < ready_.kinds; ++i) prepare_rows(ready_.rows[i], begin, end);
-    if (!alone) me_.wait();
-    return ready_;
-  }
-
-  // A weight as this call reads it.
-  Linear as_read(Linear l) const {
-    if (batch_.draft && l.kind == kWeightPlanes) l.kind = kWeightHighPlane;
-    return l;
-  }
-
-  // My share of linears whose outputs are concatenated in rows of y; the shares of others may be incomplete on return.
-  void multiply(const Linear* linears, int64_t count, const Ready& ready, float* y, int64_t y_stride) {
-    int64_t total = 0, begin, end;
-    for (int64_t i = 0; i < count; ++i) total += linear_blocks(linears[i]);
-    share(me_, total, 1, &begin, &end);
-    for (int64_t i = 0, first = 0; i < count; ++i) {
-      const int64_t blocks = linear_blocks(linears[i]);
-      const int64_t from = begin > first ? begin - first : 0, to = end - first < blocks ? end - first : blocks;
-      if (from < to) {
-        const Linear linear = as_read(linears[i]);
-        linear_share(linear, ready.of(linear), y, y_stride, from, to, mine_.scratch);
-      }
-      first += blocks;
-      y += linears[i].rows;
-    }
-  }
-
-  // My share of an array (rows, columns): whole rows if there are enough, else some columns of every row.
-  template <typename F>
-  void each_part(int64_t rows, int64_t columns, F f) {
-    int64_t begin, end;
-    const bool by_row = rows >= me_.count;
-    share(me_, by_row ? rows : columns, by_row ? 1 : kWidth, &begin, &end);
-    for (int64_t row = by_row ? begin : 0; row < (by_row ? end : rows); ++row)
-      f(row, by_row ? 0 : begin, by_row ? columns : end);
-  }
-
   void embed() {
     each_part(batch_.rows, p_.hidden, [&](int64_t row, int64_t begin, int64_t end) {
       const int64_t token = batch_.tokens[row] * p_.hidden;
@@ -145,8 +100,9 @@ class Run {
     me_.wait();
     wide_norms(a, width);
     const bool split = batch_.rows <= kSplitRows;
-    const AttentionJob job{&a,      a.rotary < 0 ? nullptr : p_.rotaries + a.rotary, &batch_, &kv_, index, b_.wide,
-                           b_.attended, split ? b_.partial : nullptr};
+    float *keys = b_.wide + a.heads * a.head_dim, *values = keys + a.kv_heads * a.head_dim;
+    const AttentionJob job{&a,   a.rotary < 0 ? nullptr : p_.rotaries + a.rotary, &batch_, &kv_, index, b_.wide, keys, values,
+                           width, b_.attended, inner, split ? b_.partial : nullptr};
     append_share(job, me_);
     me_.wait();
     attention_share(job, me_);
@@ -278,65 +234,8 @@ class Run {
     for (int64_t i = 0; i < layer.top_k; ++i) weight[i] *= layer.expert_scale / (layer.normalize ? sum : 1.0f);
   }
 
-  void read_out() {
-    const int64_t count = batch_.logit_count, width = batch_.vocabulary;
-    if (!count) return;
-    const Ready& ready = prepare(count, p_.head, 1, [&](int64_t i, float* to) {
-      const float* x = b_.residual + batch_.logit_rows[i] * p_.hidden;
-      if (p_.final_norm.gain) normalize_row(p_.final_norm, x, to);
-      else copy(to, x, p_.hidden);
-    });
-    multiply(p_.head, 1, ready, batch_.logits, width);
-    int64_t begin, end;
-    share(me_, linear_blocks(*p_.head), 1, &begin, &end);
-    begin *= 16;
-    end = end * 16 < width ? end * 16 : width;
-    for (int64_t i = 0; i < count; ++i) finish(i, begin, end);
-    if (!batch_.argmax) return;
-    me_.wait();
-    for (int64_t i = 0; me_.index == 0 && i < count; ++i) {
-      int64_t best = b_.best[i];
-      for (int32_t t = 1; t < me_.count; ++t) {
-        const int64_t other = b_.best[t * batch_.rows + i];
-        if (other >= 0 && (best < 0 || batch_.logits[i * width + other] > batch_.logits[i * width + best])) best = other;
-      }
-      batch_.argmax[i] = static_cast<int32_t>(best);
-    }
-  }
-
-  // Scale and cap my logits of one row, and find the largest one.
-  void finish(int64_t row, int64_t begin, int64_t end) {
-    float* logits = batch_.logits + row * batch_.vocabulary;
-    const float cap = p_.logit_softcap;
-    if (p_.logit_scale != 1.0f || cap > 0)
-      for (int64_t i = begin; i < end; ++i) {
-        logits[i] *= p_.logit_scale;
-        if (cap > 0) logits[i] = cap * tanhf(logits[i] / cap);
-      }
-    int64_t i = begin, best = begin < end ? begin : -1;
-    if (batch_.argmax && best >= 0) {
-      Floats most = splat(-INFINITY);
-      for (; i + kWidth <= end; i += kWidth) {
-        const Floats values = load(logits + i);
-        most = values > most ? values : most;
-      }
-      float top = -INFINITY;
-      for (int lane = 0; lane < kWidth; ++lane) top = most[lane] > top ? most[lane] : top;
-      for (; i < end; ++i) top = logits[i] > top ? logits[i] : top;
-      for (i = begin; i < end && logits[i] != top; ++i) {
-      }
-      if (i < end) best = i;
-    }
-    b_.best[me_.index * batch_.rows + row] = static_cast<int32_t>(best);
-  }
-
   const Program& p_;
-  const Batch& batch_;
-  const Kv& kv_;
-  const Buffers& b_;
-  const Member& me_;
-  const Buffers::Private mine_;
-  Ready ready_, active_;
+  Ready active_;
 };
 
 struct Call {
@@ -358,12 +257,13 @@ void run(const Member& me, void* argument) {
 
 // Bytes of scratch memory (64-byte aligned) for calls of up to `rows` rows, contexts of `chunks`, and `threads` threads.
 QK_EXPORT int64_t qk_decoder_bytes(const qk::Program* program, int64_t rows, int64_t chunks, int32_t block, int32_t threads) {
-  return qk::Buffers(*program, rows, chunks, block, threads, nullptr).bytes;
+  return qk::Buffers(qk::Needs::of(*program, block), rows, chunks, threads, nullptr).bytes;
 }
 
 // Run one call. The arguments are not checked here; kernels/cpu/decoder.py has checked them.
 QK_EXPORT void qk_decoder_run(const qk::Program* program, const qk::Batch* batch, const qk::Kv* kv, void* scratch, int32_t threads) {
-  const qk::Buffers buffers(*program, batch->rows, batch->chunks, batch->activation_block, threads, static_cast<char*>(scratch));
+  const qk::Needs needs = qk::Needs::of(*program, batch->activation_block);
+  const qk::Buffers buffers(needs, batch->rows, batch->chunks, threads, static_cast<char*>(scratch));
   qk::Call call{*program, *batch, *kv, buffers};
   qk::run_team(threads, qk::run, &call);
 }

@@ -22,9 +22,10 @@ struct Attention {
   int64_t qkv_count;
   const Linear* out;
   Norm q_norm, k_norm;
-  int64_t heads, kv_heads, head_dim;
+  int64_t heads, kv_heads, head_dim, value_dim;
   int64_t rotary;  // index, or -1
-  int64_t window;  // 0: all
+  int64_t window, chunk;  // 0: all
+  const float *sinks, *slopes;  // [heads]: a logit per head that has no value; what scores grow by per position; or null
   float scale, softcap;  // softcap 0: none
 };
 
@@ -99,8 +100,10 @@ struct AttentionJob {
   const Batch* batch;
   const Kv* kv;
   int64_t layer;
-  float* qkv;            // [rows][(heads + 2 kv_heads) * head_dim]; queries are normalized and rotated in place
-  float* out;            // [rows][heads * head_dim]
+  float *q, *k, *v;      // [rows] at `stride`: heads one after another; queries and keys are normalized and rotated in place
+  int64_t stride;
+  float* out;            // [rows][heads * value_dim] at `out_stride`
+  int64_t out_stride;
   float* partial;        // [row][head][chunk]: see attention.cpp; null if contexts are not split
 };
 

@@ -25,10 +25,15 @@ struct Int8 {
   static Stored put(float v, float inverse) { return static_cast<int8_t>(lrintf(v * inverse)); }
 };
 
-// One head of a row's [q | k | v].
-inline float* head_at(const AttentionJob& job, int64_t row, int64_t head) {
-  const Attention& a = *job.a;
-  return job.qkv + (row * (a.heads + 2 * a.kv_heads) + head) * a.head_dim;
+// One head of a row's queries, keys and values.
+inline float* query_at(const AttentionJob& job, int64_t row, int64_t head) {
+  return job.q + row * job.stride + head * job.a->head_dim;
+}
+inline float* key_at(const AttentionJob& job, int64_t row, int64_t head) {
+  return job.k + row * job.stride + head * job.a->head_dim;
+}
+inline float* value_at(const AttentionJob& job, int64_t row, int64_t head) {
+  return job.v + row * job.stride + head * job.a->value_dim;
 }
 
 }  // namespace qk

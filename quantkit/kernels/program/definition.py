@@ -145,6 +145,15 @@ class Layer:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Cache:
+    """What one attention keeps per token: ``kv_heads`` keys of ``key_dim`` channels and as many values of ``value_dim``."""
+
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Program:
     """A whole decoder.
 
@@ -177,6 +186,22 @@ class Program:
     def hidden(self) -> int:
         """Number of channels of the residual stream."""
         return int(self.embedding.shape[1])  # type: ignore[index, arg-type]
+
+    @property
+    def caches(self) -> tuple[Cache, ...]:
+        """What the attention of every layer keeps."""
+        parts = (layer.attention for layer in self.layers)
+        return tuple(Cache(part.kv_heads, part.head_dim, part.head_dim) for part in parts)
+
+    @property
+    def extent(self) -> str:
+        """How much it is, for messages."""
+        return f"{len(self.layers)} layers"
+
+    @property
+    def states(self) -> tuple[int, ...]:
+        """Sizes of what a sequence hands on besides keys and values: nothing."""
+        return ()
 
     def rows(self, ids: Tensor) -> Tensor:
         """Return the embedding rows of int64 ``ids`` (...), float32 (..., hidden), without ``embedding_scale``."""

@@ -69,7 +69,8 @@ def linear(x: Tensor, weight: Linear) -> Tensor:
         return y if weight.bias is None else y + weight.bias.float()
     if weight.expert is None:
         return cast(Tensor, weight.weight(x))  # a QuantLinear adds its own bias, the same tensor
-    return cast(Tensor, cast(Any, weight.weight).matmul(x, weight.expert))
+    y = cast(Tensor, cast(Any, weight.weight).matmul(x, weight.expert))
+    return y if weight.bias is None else y + weight.bias.float()
 
 
 def normalize(x: Tensor, norm: Norm | None) -> Tensor:

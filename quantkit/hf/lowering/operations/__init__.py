@@ -1,0 +1,1 @@
+"""What each torch operation means for the elements of a token; see :mod:`quantkit.hf.lowering.record`."""
