@@ -208,5 +208,16 @@ def _settings(
 
 # The order is that of the commands in --help.
 from quantkit.cli import (  # noqa: E402, F401, I001
-    init, search, run, evaluate, sweep, convert, export, chat, serve, inspect, collect, build,
+    init,
+    search,
+    run,
+    evaluate,
+    sweep,
+    convert,
+    export,
+    chat,
+    serve,
+    inspect,
+    collect,
+    build,
 )

@@ -67,6 +67,10 @@ class Plan:
     one_by_one: bool
 
 
+TOGETHER = 3
+"""Most products of one input between two barriers: kForms of ``csrc/buffers.h``, as each may round it in a way of its own."""
+
+
 def plan(tape: Tape) -> Plan:
     """Arrange a tape."""
     levels, one_by_one = _levels(tape.body.steps)
@@ -90,6 +94,8 @@ def _add_product(groups: list[list[Product]], step: Product) -> None:
     read = step.reads[0]
     for group in groups:
         first = group[0].reads[0]
+        if len(group) == TOGETHER:
+            continue
         if (first.source, first.offset, first.shape) == (read.source, read.offset, read.shape):
             group.append(step)
             return
