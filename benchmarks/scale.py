@@ -3,8 +3,9 @@
     python benchmarks/scale.py --work /tmp/scale --cases 7b-4:rtn 7b-32:rtn 7b-2:gptq moe-1:gptq --samples 16 --json out.json
 
 A case is a shape, its number of blocks, and a method: ``7b`` is Llama's (hidden 4096, 11008 wide), ``1b`` has hidden 2048, 8192
-wide, ``moe`` is a mixture of 128 experts (hidden 2048, experts 768 wide, 8 of 128 chosen). Models are made once, in
-bfloat16, in shards of 400 MB, and kept in ``--work``. Weights are random, so qualities mean nothing, and are not printed.
+wide, ``moe`` is a mixture of 128 experts (hidden 2048, experts 768 wide, 8 of 128 chosen), ``tiny`` only tries this out.
+Models are made once, in bfloat16, in shards of 400 MB, and kept in ``--work``. Weights are random, so qualities mean nothing
+and are not printed.
 
 Processor seconds are those of :func:`quantkit.quantize`, checks, files and comparison included. Memory is the peak of the whole
 process: resident (what a limit counts that knows no difference), of which anonymous (what cannot be given back), and what
@@ -17,7 +18,6 @@ import contextlib
 import json
 import os
 import platform
-import resource
 import shutil
 import subprocess
 import sys
@@ -26,6 +26,7 @@ import time
 from pathlib import Path
 
 SHAPES = {
+    "tiny": {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 4},
     "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 16, "num_key_value_heads": 16},
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_key_value_heads": 32},
     "moe": {
@@ -159,18 +160,22 @@ def measure(source: Path, arguments: argparse.Namespace) -> dict:
     stop.set()
     watching.join()
     found = {"method": arguments.method, "bytes": sum(file.stat().st_size for file in source.glob("*.safetensors"))}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = memory("VmHWM")  # not from rusage, which also knows the process that started this one
     shutil.rmtree(out)
     return found | seen | {"cpu_seconds": cpu, "wall_seconds": wall, "peak": peak, "predicted": planned.estimate.peak_bytes}
+
+
+def memory(what: str) -> int:
+    """Return one of the system's figures of this process, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(what))
 
 
 def watch(seen: dict[str, int], stop: threading.Event, out: Path) -> None:
     """Note peaks until told to stop."""
     turns = 0
     while not stop.is_set():
-        status = Path("/proc/self/status").read_text()
-        anonymous = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon"))
-        seen["anonymous"] = max(seen["anonymous"], anonymous)
+        seen["anonymous"] = max(seen["anonymous"], memory("RssAnon"))
         if turns % 50 == 0:
             with contextlib.suppress(OSError):  # a file went between being found and looked at
                 seen["disk"] = max(seen["disk"], sum(f.stat().st_blocks * 512 for f in out.rglob("*") if f.is_file()))

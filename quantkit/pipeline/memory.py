@@ -116,10 +116,12 @@ class Memory:
         Raises:
             QuantkitError: nothing helps; the message says what is needed, and for what.
         """
+        if limit is None:
+            return self.usual
         spilling = self.usual._replace(spills=self.usual.spills or bool(self.calibrating))
         tries = (self.usual, self.usual._replace(lean=True), spilling, Ways(True, spilling.spills))
         for ways in tries:
-            if limit is None or self.peak(ways) * _MARGIN <= limit:
+            if self.peak(ways) * _MARGIN <= limit:
                 return ways
         least = min(tries, key=self.peak)
         needed = int(self.peak(least) * _MARGIN) + 1
