@@ -126,7 +126,7 @@ LLAMA_CALL = '{"name": "weather", "parameters": {"city": "Ur"}}'
         (HERMES, "auto", None, "the <tool cat", True),
         (HERMES, "auto", None, f"the {HERMES_CALL}\n{HERMES_CALL}", True),
         (HERMES, "auto", None, HERMES_CALL.replace("Ur", "Paris"), False),
-        (HERMES, "auto", None, HERMES_CALL.replace("weather", "rain"), False),
+        (HERMES, "auto", None, HERMES_CALL.replace("weather", "climate"), False),
         (HERMES, "required", None, HERMES_CALL, True),
         (HERMES, "required", None, "the cat", False),
         (HERMES, "auto", {"type": "array"}, "[1]", True),
