@@ -8,13 +8,14 @@ The process holds, at its widest moment, the sum of
   weights in another dtype than the files', a model that somebody else has loaded or that a step rewrites are held, and so are
   codes that go to no checkpoint, or that a step goes on with;
 
-and the largest of three stages:
+and the largest of four stages:
 
 - *looking*: the model is compared with itself. Of a large model one block and the tensors outside the blocks are in memory;
   a small one is there as a whole, in float, then as codes laid out for the kernels, twice (with the checkpoint that was read);
 - *rounding* a block without calibration: the widest layer, and the codes of the block three times;
 - *calibrating* a block: its weights in the dtype of the computation, the widest layer four times, four matrices of its inputs
-  (a second moment, a factor, what is made of them), the activations, and what the quantizer and the steps say they take.
+  (a second moment, a factor, what is made of them), the activations, and what the quantizer says it takes beside that;
+- *steps*: what the one that takes most says it takes, beside a block in float32.
 
 Activations are tokens x (8 hidden + 2 or 4 widest) bytes: every window waits in the middle of the block while a layer is
 quantized. Where they are more than :data:`SPILL_BYTES`, or do not fit, they lie in nameless files on the disk
@@ -78,7 +79,7 @@ class Memory:
     """What a run takes, in bytes; see the module.
 
     Attributes:
-        runtime, held, rounding, calibrating: as there; ``calibrating`` without activations, 0 without calibration.
+        runtime, held, rounding, steps, calibrating: as there; ``calibrating`` without activations, 0 without calibration.
         looking: with the whole model in memory.
         looking_lean: with a block at a time.
         activations, spilled: what activations take in memory, if they are there, and if they are on the disk.
@@ -91,6 +92,7 @@ class Memory:
     looking: int
     looking_lean: int
     rounding: int
+    steps: int = 0
     calibrating: int = 0
     activations: int = 0
     spilled: int = 0
@@ -103,6 +105,7 @@ class Memory:
         return {
             "comparing the models": self.looking_lean if ways.lean else self.looking,
             "rounding a block": self.rounding,
+            "steps": self.steps,
             "calibrating a block": self.calibrating and self.calibrating + activations,
         }
 
@@ -170,20 +173,20 @@ def memory_of(
     outside = floats - sum(blocks)
     logits = 12 * WINDOW * size.vocabulary
     widest = max((torch.Size(site.shape[-2:]).numel() for site in sites.values()), default=0)
+    costs = max((step.cost(size).nbytes for step in steps), default=0)
     found = Memory(
         runtime=RUNTIME_BYTES,
         held=(floats if rewritten else held_bytes(model)) + kept,
         looking=logits + max(floats, 3 * sum(codes.values()) + 2 * outside),
         looking_lean=4 * _SEEN * size.vocabulary + outside + block,
         rounding=8 * widest + max(3 * of_block, *(codes.get(site.name, 0) + 2 * site.numel for site in structure.after), 0),
+        steps=4 * size.block + costs if costs else 0,
         usual=Ways(floats >= LARGE_BYTES),
     )
-    return found if not size.tokens else _calibrating(found, size, method, steps, sites, widest)
+    return found if not size.tokens else _calibrating(found, size, method, sites, widest)
 
 
-def _calibrating(
-    found: Memory, size: RunSize, method: Quantizer, steps: Sequence[Step], sites: Mapping[str, Site], widest: int
-) -> Memory:
+def _calibrating(found: Memory, size: RunSize, method: Quantizer, sites: Mapping[str, Site], widest: int) -> Memory:
     """Add what calibration takes."""
     rounded = 2 if torch.cpu._is_avx512_bf16_supported() else 4
     batch = min(_BATCH * size.length, size.tokens)
@@ -192,11 +195,10 @@ def _calibrating(
     experts = max((site.shape[0] for site in sites.values() if len(site.shape) == 3), default=1)
     second = 4 * size.widest**2 * 4 + (min(experts * 4 * size.widest**2, 256 << 20) if experts > 1 else 0)
     own = 4 * size.block + max(16 * widest, 4 * stacks) + second + running
-    costs = max((step.cost(size).nbytes for step in steps), default=0)
     activations = size.tokens * (8 * size.hidden + rounded * size.widest)
     return replace(
         found,
-        calibrating=own + max(method.cost(size).nbytes, costs),
+        calibrating=own + method.cost(size).nbytes,
         activations=activations,
         spilled=size.tokens * 4 * size.hidden + (256 << 20),
         on_disk=size.tokens * (12 * size.hidden + rounded * size.widest),
