@@ -77,8 +77,16 @@ def block_walk(
         CalibrationError: some tokens do not count, and blocks are entangled.
     """
     if structure.entangled is None:
-        settings = {"with_float": with_float, "counted": counted, "weights": weights, "scratch": scratch}
-        return Chain(model, structure, batches, compute, **settings)
+        return Chain(
+            model,
+            structure,
+            batches,
+            compute,
+            with_float=with_float,
+            counted=counted,
+            weights=weights,
+            scratch=scratch,
+        )
     if any(marks is not None for marks in counted):
         raise CalibrationError("answers_only=True: the model can only run as a whole, where every token counts; leave it out")
     order = run_order(model, structure, batches[0][:1, :8].to(next(model.parameters()).device))

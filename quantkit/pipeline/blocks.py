@@ -141,8 +141,16 @@ def calibration_chain(
     weights = None
     if any(COLLECTORS.get(name).guided for name in method.needs):
         weights = token_weights(model, structure, batches, counted=counted, compute=compute, progress=progress)
-    settings = {"with_float": compares, "counted": counted, "weights": weights, "scratch": scratch}
-    return block_walk(model, structure, batches, compute, **settings)
+    return block_walk(
+        model,
+        structure,
+        batches,
+        compute,
+        with_float=compares,
+        counted=counted,
+        weights=weights,
+        scratch=scratch,
+    )
 
 
 def _split(marks: Tensor | None, size: int, rows: int) -> Sequence[Tensor | None]:
