@@ -38,7 +38,15 @@ def continuation_rows(found: Iterable[Continuation]) -> tuple[tuple[str, ...], l
     for one in found:
         same = DASH if one.equal_tokens is None else f"{one.equal_tokens} of {one.tokens}"
         rates = [DASH if rate is None else f"{100 * rate:.0f} %" for rate in (one.base_repetition, one.repetition)]
-        rows.append((one.prompt if len(one.prompt) < 80 else f"... {one.prompt[-76:]}", DASH if one.base_text is None else one.base_text, one.text, same, " / ".join(rates)))
+        rows.append(
+            (
+                one.prompt if len(one.prompt) < 80 else f"... {one.prompt[-76:]}",
+                DASH if one.base_text is None else one.base_text,
+                one.text,
+                same,
+                " / ".join(rates),
+            )
+        )
     return ("prompt", "base", "model", "same tokens", "repetition, base / model"), rows
 
 
