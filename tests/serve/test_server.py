@@ -180,6 +180,16 @@ def test_health_models_and_metrics(running):
     }
 
 
+def test_small_pieces_are_sent_at_once(running):
+    """Nagle's algorithm would hold back each piece of a stream until the one before it is acknowledged, 40 ms later."""
+    with httpx.Client() as client:
+        client.get(f"{running.url}/health")
+        connections = list(running.server.runner.server_state.connections)
+        sockets = [one.transport.get_extra_info("socket") for one in connections if one.transport is not None]
+        assert sockets
+        assert all(one.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) for one in sockets)
+
+
 def test_a_token_is_asked_for():
     with RunningServer(token="s3cret") as running:
         with pytest.raises(openai.AuthenticationError, match="needs a token"):
