@@ -112,7 +112,7 @@ def quantizers() -> str:
     """Return the table of quantizers."""
     from quantkit.quantizers.base import QUANTIZERS
 
-    rows = [[f"`{name}`", summary(one), ", ".join(one.needs) or "no text", options(one)] for name, one in QUANTIZERS]
+    rows = [[f"`{name}`", summary(one), ", ".join(one().needs) or "no text", options(one)] for name, one in QUANTIZERS]
     return table(["Name", "What it does", "Reads", "Options"], rows)
 
 
