@@ -49,5 +49,5 @@ class Onnx(Native):
     def load_config(self, config: Mapping[str, Any], dtype: str, tensors: Mapping[str, Held]) -> Matcher:
         """Reverse :meth:`dump_config`."""
         if config.get("accuracy_level", 0) != self.accuracy_level:
-            raise FormatError(f"quantization_config.accuracy_level is {config['accuracy_level']!r}; known: 0 and 4")
+            raise FormatError(f"quantization_config.accuracy_level is {config.get('accuracy_level')!r}; known: 0 and 4")
         return super().load_config(config, dtype, tensors)
