@@ -14,8 +14,6 @@ from typing import Any
 
 from torch import nn
 
-from quantkit.generation.generate import generate
-
 RUN = 4
 """Tokens of the runs whose repetition is counted."""
 PROMPT_TOKENS, NEW_TOKENS = 32, 48
@@ -59,6 +57,8 @@ def continuations(
         new_tokens: longest continuation.
     """
     given = [list(prompt) for prompt in prompts]
+    from quantkit.generation.generate import generate  # with transformers, which who only reads reports does without
+
     written = generate(model, given, tokenizer, max_new_tokens=new_tokens)
     others = generate(base, given, tokenizer, max_new_tokens=new_tokens) if base is not None else [None] * len(given)
     found = []

@@ -182,7 +182,7 @@ class ResumeStore:
     def on_disk(self, index: int, quantized: Mapping[str, Quantized]) -> dict[str, Quantized]:
         """Return the sites of a written block as they are in its file, compared bit for bit, and no longer in memory."""
         places = self.writer.on_disk(index, {name: one.qtensor for name, one in quantized.items()})
-        return {name: replace(one, qtensor=places[name]) for name, one in quantized.items()}
+        return {name: replace(one, qtensor=places.get(name, one.qtensor)) for name, one in quantized.items()}
 
     def load_chain(self) -> list[Tensor]:
         """Return the outputs of the last of the finished blocks."""

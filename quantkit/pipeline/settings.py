@@ -54,6 +54,8 @@ class Output:
     def __post_init__(self) -> None:
         if any(one.path is None or one.also for one in self.also):
             raise ValueError("several outputs want a path each, and stand in one list")
+        if not self.also:
+            return  # what is wrong with one path is said where it is opened
         places = [Path(str(one.path)).resolve() for one in (self, *self.also) if one.path is not None]
         if len(set(places)) < len(places):
             raise ValueError("two outputs have one path; give each a directory of its own")

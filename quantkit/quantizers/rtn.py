@@ -33,7 +33,8 @@ class RTN(Quantizer):
 
     def quantize_at_once(self, weight: Tensor, spec: QuantSpec) -> tuple[QTensor, float, float, int] | None:
         """Round a weight that a kernel rounds in one pass, on the grid of its range."""
-        done = rounding.round_to_nearest(weight, spec) if self.clip == "absmax" else None
+        own = type(self).quantize is not RTN.quantize  # who rounds in another way is asked
+        done = rounding.round_to_nearest(weight, spec) if self.clip == "absmax" and not own else None
         if done is None:
             return None
         qtensor = GridTensor(done.packed, done.scale, done.zero_point, spec, tuple(weight.shape))

@@ -201,7 +201,7 @@ def test_samplings_are_checked():
     draw = Draw.greedy(2, "cpu")
     with pytest.raises(KernelError, match="1 samplings for 2 rows"):
         draw.set([Sampling()])
-    with pytest.raises(KernelError, match="repetition_penalty"):
+    with pytest.raises(KernelError, match="penalties and biases"):
         draw.set([Sampling(), Sampling(repetition_penalty=1.1)])
     draw.set([Sampling(0.5), Sampling(0.5)])
     assert draw.seed[0] != draw.seed[1]

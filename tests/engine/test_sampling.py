@@ -176,5 +176,5 @@ def test_a_filter_that_could_do_nothing_is_an_error():
 
 
 def test_repetition_penalty_needs_the_tokens_so_far():
-    with pytest.raises(QuantkitError, match="needs histories"):
+    with pytest.raises(QuantkitError, match="need histories"):
         shape_logits(random_logits(0), [Sampling(repetition_penalty=1.2)] * 3)

@@ -9,7 +9,7 @@ from quantkit.checkpoint.read import open_checkpoint
 from quantkit.engine.backend import Memory
 from quantkit.errors import SpecError
 from quantkit.hf.backend import make_backend
-from quantkit.pipeline.estimate import RUNTIME_BYTES
+from quantkit.pipeline.memory import RUNTIME_BYTES
 from quantkit.pipeline.serving import Machine, Weights, kv_bytes, serving_table, weights_of
 from tests.tiny import FAMILIES, tiny_llama
 
