@@ -126,6 +126,7 @@ class Format:
         dialect: the config.
         foreign: engines read it, too, that run several layers as one (:mod:`quantkit.pipeline.fused`).
         packed: transformers loads it without unpacking the weights, with the faults that :mod:`quantkit.hf.reader` knows.
+        blocks: it holds the blocks of a GGUF file, as they are; no other format does.
         scale_dtype: dtype of all stored scales, where the format fixes one; None for the checkpoint's.
         usage: which other programs load it, and how, for the model card; after "With".
         also: returns what else its readers look for in config.json, of what the model's config says there.
@@ -141,6 +142,7 @@ class Format:
     dialect: Dialect
     foreign: bool = False
     packed: bool = False
+    blocks: bool = False
     scale_dtype: str | None = None
     usage: str = ""
     also: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda config: {}
@@ -150,6 +152,8 @@ class Format:
 
     def rejects(self, scheme: Scheme, shape: tuple[int, ...], dtype: str | None = None) -> str | None:
         """Say why a weight of ``shape`` (..., out, in) cannot be stored; see :meth:`Dialect.rejects`."""
+        if scheme.weight.blocks is not None and not self.blocks:
+            return f"blocks {scheme.weight.blocks} go into GGUF files; use format gguf"
         return self.dialect.rejects(scheme, shape, dtype)
 
     def claims(self, config: Mapping[str, Any]) -> bool:

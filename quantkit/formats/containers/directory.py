@@ -82,8 +82,10 @@ class SafetensorsDirectory:
         if not (path / CONFIG).is_file():
             return None
         config, twin = read_json(path / CONFIG), self.twin
-        if twin is None or isinstance(config.get("quantization_config"), dict):
+        if twin is None:
             return config
+        if isinstance(config.get("quantization_config"), dict):
+            return {key: value for key, value in config.items() if key != twin.name}  # it says the same, and is no model's
         found = read_json(path / twin.name) if twin.is_file and (path / twin.name).is_file() else config.get(twin.name)
         return {**config, "quantization_config": twin.load(found)} if isinstance(found, dict) else config
 
