@@ -86,7 +86,8 @@ def test_a_model_in_each_format_comes_back_from_the_disk(tmp_path: Path, name: s
     before = model(ids).logits
     quantize(model, name, out=tmp_path / "q", method="rtn", calibration=Calibration(data=[ids]), output=Output(format="native"))
     after = model(ids).logits
-    assert torch.equal(checkpoint.load(tmp_path / "q")(ids).logits, after)
+    loaded = checkpoint.load(tmp_path / "q", compute="exact")(ids).logits  # on kernels, which add in another order
+    assert torch.allclose(loaded, after, rtol=0, atol=2e-5)
     error = ((after - before).square().mean() / before.square().mean()).sqrt().item()
     assert 1e-4 < error < (0.15 if "fp8" in name else 0.5)
 
