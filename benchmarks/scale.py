@@ -1,6 +1,6 @@
 """How time and memory of quantizing grow with a model: random models of real shapes, one process each.
 
-    python benchmarks/scale.py --work /tmp/scale --cases 7b-4:rtn 7b-32:rtn 7b-2:gptq moe-1:gptq --samples 16 --json out.json
+    python benchmarks/scale.py --work FOLDER --cases 7b-4:rtn 7b-32:rtn 7b-2:gptq moe-1:gptq --samples 16 --json out.json
 
 A case is a shape, its number of blocks, and a method: ``7b`` is Llama's (hidden 4096, 11008 wide), ``1b`` has hidden 2048, 8192
 wide, ``moe`` is a mixture of 128 experts (hidden 2048, experts 768 wide, 8 of 128 chosen), ``tiny`` only tries this out.

@@ -59,6 +59,10 @@ class _Whole:
         self.float_model = sharing_copy(model) if with_float else None
         self.hidden: list[Tensor] = []
         self.float_hidden: list[Tensor] = []
+        self._begin()
+
+    def _begin(self) -> None:
+        """Make what a subclass runs the batches with."""
 
     @property
     def state(self) -> list[Tensor]:
@@ -90,18 +94,9 @@ class Flow(_Whole):
         float_hidden: the same in the float model; empty if not asked for.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        structure: Structure,
-        batches: Sequence[Tensor],
-        *,
-        with_float: bool = False,
-        weights: TokenWeights | None = None,
-    ) -> None:
-        super().__init__(model, structure, batches, with_float=with_float, weights=weights)
-        self._stream = _Stream(model, structure, self.batches, self.weights)
-        self._float = _Stream(self.float_model, structure, self.batches) if self.float_model is not None else None
+    def _begin(self) -> None:
+        self._stream = _Stream(self.model, self.structure, self.batches, self.weights)
+        self._float = _Stream(self.float_model, self.structure, self.batches) if self.float_model is not None else None
 
     def advance(self, index: int, sites: Sequence[Site], visit: Visit) -> None:
         """Let all batches go through block ``index``, and visit ``sites`` on the way."""

@@ -105,7 +105,6 @@ def walk_block(
     float_inputs: Sequence[dict[str, Tensor]] = (),
     products: torch.dtype | None = None,
     counted: Sequence[Tensor | None] = (),
-    weights: Sequence[Mapping[str, Tensor]] = (),
 ) -> list[Tensor]:
     """Run ``block`` once over all batches, visiting each site when all its inputs are known.
 
@@ -121,12 +120,11 @@ def walk_block(
             needed; emptied on the way.
         products: what the products of ``forwards`` round their inputs to, if they do; see :func:`collect`.
         counted: for every batch which of its tokens enter statistics, bool (B, T); None, or nothing, for all.
-        weights: for every batch layer name to how much its tokens count there, (B, T); nothing for all alike.
 
     Returns:
         The outputs of ``forwards``, in order.
     """
-    return run_batches(batches_of(forwards, float_inputs, counted, weights), block, block_name, sites, visit, products)
+    return run_batches(batches_of(forwards, float_inputs, counted), block, block_name, sites, visit, products)
 
 
 def batches_of(
@@ -135,7 +133,9 @@ def batches_of(
     counted: Sequence[Tensor | None] = (),
     weights: Sequence[Mapping[str, Tensor]] = (),
 ) -> list[Batch]:
-    """Return batches that have not begun; arguments as for :func:`walk_block`."""
+    """Return batches that have not begun; arguments as for :func:`walk_block`, and ``weights``: for every batch layer name to how
+    much its tokens count there, (B, T); nothing for all alike.
+    """
     batches = [Batch(run) for run in forwards]
     for batch, float_x in zip(batches, float_inputs, strict=False):
         batch.float_inputs = float_x
