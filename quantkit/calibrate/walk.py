@@ -133,8 +133,9 @@ def batches_of(
     counted: Sequence[Tensor | None] = (),
     weights: Sequence[Mapping[str, Tensor]] = (),
 ) -> list[Batch]:
-    """Return batches that have not begun; arguments as for :func:`walk_block`, and ``weights``: for every batch layer name to how
-    much its tokens count there, (B, T); nothing for all alike.
+    """Return batches that have not begun; arguments as for :func:`walk_block`.
+
+    ``weights`` is for every batch layer name to how much its tokens count there, (B, T); nothing for all alike.
     """
     batches = [Batch(run) for run in forwards]
     for batch, float_x in zip(batches, float_inputs, strict=False):
