@@ -54,7 +54,7 @@ _AVX512: Final = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"
 
 ISA_FLAGS: Final[dict[str, tuple[str, ...]]] = {
     "native": ("-mcpu=native",) if _ARM else ("-march=native",),
-    "avx512-amx": (*_AVX512, "-mavx512vnni", "-mamx-tile", "-mamx-int8"),
+    "avx512-amx": (*_AVX512, "-mavx512vnni", "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16"),
     "avx512-bf16": (*_AVX512, "-mavx512vnni", "-mavx512bf16"),
     "avx512-vnni": (*_AVX512, "-mavx512vnni"),
     "avx512": _AVX512,

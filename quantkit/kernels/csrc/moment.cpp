@@ -4,11 +4,20 @@
 // rows. A tile of 4 x 64 sums stays in registers while it moves down a panel. A product of
 // two bfloat16 numbers is exact in float32. Every tile is summed by one thread in order, so the
 // number of threads does not change results.
+//
+// With the tile registers of AMX, 32 x 32 sums stay in four of them. The left operand of a tile product has a column's pairs of
+// rows side by side: a panel is transposed before it is the left one. More rows go into a panel, because all sums are read and
+// written once per panel, which is what would take the time otherwise.
 #include <algorithm>
 #include <memory>
 
 #include "parallel.h"
+#include "tiles.h"
 #include "vector.h"
+
+#if defined(QK_HAS_TILES) && defined(__AMX_BF16__)
+#define QK_MOMENT_TILES
+#endif
 
 #define QK_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -16,19 +25,23 @@
 namespace qk {
 namespace {
 
-constexpr int64_t kPanel = 64, kTile = 4, kPairs = 64;  // a panel of kPairs pairs of rows is 16 KiB, half a first-level cache
+constexpr int64_t kPanel = 64, kTile = 4;
+constexpr int64_t kPairs = 64;       // pairs of rows of a panel: 16 KiB, half a first-level cache
+constexpr int64_t kTilePairs = 256;  // the same with tiles: 64 KiB, of which the second-level cache holds many
 
 struct Moment {
   const void *left, *right;  // (rows, columns)
   float* total;              // (columns, columns)
   uint32_t *left_panels, *right_panels;
-  int64_t rows, columns, panels, first;  // rows first .. first + 2 kPairs are packed
+  int64_t rows, columns, panels, pairs, first;  // rows first .. first + 2 pairs are packed
   int32_t dtype;
 };
 
-void pack_panel(const void* rows, int64_t count, int64_t columns, int64_t first, int32_t dtype, int64_t panel, uint32_t* to) {
+void pack_panel(const Moment& m, const void* rows, int64_t panel, uint32_t* to) {
+  const int64_t count = m.rows, columns = m.columns, first = m.first;
+  const int32_t dtype = m.dtype;
   const int64_t begin = panel * kPanel, width = std::min(kPanel, columns - begin);
-  for (int64_t pair = 0; pair < kPairs; ++pair, to += kPanel) {
+  for (int64_t pair = 0; pair < m.pairs; ++pair, to += kPanel) {
     const int64_t row = first + 2 * pair;
     if (row >= count || width < kPanel) std::fill(to, to + kPanel, 0u);
     for (int64_t half = 0; half < 2 && row + half < count; ++half) {
@@ -53,9 +66,9 @@ void pack_panel(const void* rows, int64_t count, int64_t columns, int64_t first,
 void pack_panels(const void* job, int64_t begin, int64_t end) {
   const Moment& m = *static_cast<const Moment*>(job);
   for (int64_t panel = begin; panel < end; ++panel) {
-    const int64_t at = panel * kPairs * kPanel;
-    pack_panel(m.right, m.rows, m.columns, m.first, m.dtype, panel, m.right_panels + at);
-    if (m.left_panels != m.right_panels) pack_panel(m.left, m.rows, m.columns, m.first, m.dtype, panel, m.left_panels + at);
+    const int64_t at = panel * m.pairs * kPanel;
+    pack_panel(m, m.right, panel, m.right_panels + at);
+    if (m.left_panels != m.right_panels) pack_panel(m, m.left, panel, m.left_panels + at);
   }
 }
 
@@ -98,6 +111,93 @@ void add_panels(const void* job, int64_t begin, int64_t end) {
   }
 }
 
+#if defined(QK_MOMENT_TILES)
+// Sums in tiles 0 to 3, two by two; 4 and 5 hold 16 columns of the left side each, 6 and 7 of the right side.
+struct MomentTiles {
+  MomentTiles() {
+    struct alignas(64) {
+      uint8_t palette, start_row, reserved[14];
+      uint16_t bytes[16];
+      uint8_t rows[16];
+    } shape{};
+    shape.palette = 1;
+    for (int i = 0; i < 8; ++i) shape.bytes[i] = kTileBytes, shape.rows[i] = kTileRows;
+    _tile_loadconfig(&shape);
+  }
+  MomentTiles(const MomentTiles&) = delete;
+  ~MomentTiles() { _tile_release(); }
+};
+
+// A panel [pair][column] as [16 pairs][column][pair of the 16]
+void transpose_panel(const uint32_t* from, int64_t pairs, uint32_t* to) {
+  for (int64_t block = 0; block < pairs; block += 16) {
+    for (int64_t column = 0; column < kPanel; ++column) {
+      for (int64_t pair = 0; pair < 16; ++pair) to[(block * kPanel) + column * 16 + pair] = from[(block + pair) * kPanel + column];
+    }
+  }
+}
+
+void add_sums(const float* sums, float* total, int64_t stride, int64_t height, int64_t width) {
+  for (int64_t i = 0; i < std::min<int64_t>(16, height); ++i) {
+    const int64_t count = std::min<int64_t>(16, width);
+    const __mmask16 mask = static_cast<__mmask16>((1u << count) - 1);
+    float* at = total + i * stride;
+    _mm512_mask_storeu_ps(at, mask, _mm512_add_ps(_mm512_maskz_loadu_ps(mask, at), _mm512_load_ps(sums + 16 * i)));
+  }
+}
+
+// total[32 rows][32 columns] += the sum over all pairs
+void add_tiles(const uint32_t* left, const uint32_t* right, int64_t pairs, float* total, int64_t stride, int64_t height, int64_t width) {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t block = 0; block < pairs; block += 16) {
+    const uint32_t *a = left + block * kPanel, *b = right + block * kPanel;
+    _tile_loadd(4, a, 64);
+    _tile_loadd(5, a + 256, 64);
+    _tile_loadd(6, b, 4 * kPanel);
+    _tile_loadd(7, b + 16, 4 * kPanel);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  alignas(64) float sums[4][256];
+  _tile_stored(0, sums[0], 64);
+  _tile_stored(1, sums[1], 64);
+  _tile_stored(2, sums[2], 64);
+  _tile_stored(3, sums[3], 64);
+  for (int i = 0; i < 2; ++i) {
+    for (int j = 0; j < 2; ++j) {
+      if (height > 16 * i && width > 16 * j) add_sums(sums[2 * i + j], total + 16 * i * stride + 16 * j, stride, height - 16 * i, width - 16 * j);
+    }
+  }
+}
+
+// Products of whole panels; a thread transposes the left panel that it works on.
+void add_panels_by_tiles(const void* job, int64_t begin, int64_t end) {
+  const Moment& m = *static_cast<const Moment*>(job);
+  const bool symmetric = m.left_panels == m.right_panels;
+  const int64_t size = m.pairs * kPanel;
+  const MomentTiles tiles;
+  std::unique_ptr<uint32_t[]> memory(new uint32_t[size]);
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t panel = m.panels - 1 - task, row = panel * kPanel;  // the largest one first
+    transpose_panel(m.left_panels + panel * size, m.pairs, memory.get());
+    for (int64_t other = symmetric ? panel : 0; other < m.panels; ++other) {
+      const int64_t column = other * kPanel;
+      for (int64_t i = 0; i < std::min(kPanel, m.columns - row); i += 32) {
+        for (int64_t j = 0; j < std::min(kPanel, m.columns - column); j += 32) {
+          add_tiles(memory.get() + 16 * i, m.right_panels + other * size + j, m.pairs, m.total + (row + i) * m.columns + column + j,
+                    m.columns, m.columns - row - i, m.columns - column - j);
+        }
+      }
+    }
+  }
+}
+#endif
+
 }  // namespace
 }  // namespace qk
 #endif
@@ -107,13 +207,18 @@ void add_panels(const void* job, int64_t begin, int64_t end) {
 QK_EXPORT int32_t qk_moment(const void* left, const void* right, float* total, int64_t rows, int64_t columns, int32_t dtype,
                             int32_t threads) {
 #if defined(__AVX512BF16__)
-  const int64_t panels = (columns + qk::kPanel - 1) / qk::kPanel, size = panels * qk::kPairs * qk::kPanel;
+  qk::RangeBody add = qk::add_panels;
+  int64_t pairs = qk::kPairs;
+#if defined(QK_MOMENT_TILES)
+  if (qk::tiles_granted()) add = qk::add_panels_by_tiles, pairs = qk::kTilePairs;
+#endif
+  const int64_t panels = (columns + qk::kPanel - 1) / qk::kPanel, size = panels * pairs * qk::kPanel;
   std::unique_ptr<uint32_t[]> memory(new uint32_t[left == right ? size : 2 * size]);
   uint32_t* other = left == right ? memory.get() : memory.get() + size;
-  for (int64_t first = 0; first < rows; first += 2 * qk::kPairs) {
-    qk::Moment job{left, right, total, other, memory.get(), rows, columns, panels, first, dtype};
+  for (int64_t first = 0; first < rows; first += 2 * pairs) {
+    qk::Moment job{left, right, total, other, memory.get(), rows, columns, panels, pairs, first, dtype};
     qk::parallel_for(panels, 1, threads, qk::pack_panels, &job);
-    qk::parallel_for(panels, 1, threads, qk::add_panels, &job);
+    qk::parallel_for(panels, 1, threads, add, &job);
   }
   return 0;
 #else
