@@ -8,6 +8,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import zip_longest
 
 import torch
@@ -71,6 +72,16 @@ class BlockRun:
     strict: bool = False
     keep: bool = False
 
+    @cached_property
+    def walked(self) -> int:
+        """Number of leading blocks that text runs through: behind the last with a planned layer nobody wants to know."""
+        planned = [index for index, block in enumerate(self.structure.blocks) if block_sites(block, self.plan)]
+        return planned[-1] + 1 if planned else 0
+
+    def chain_at(self, index: int) -> BlockWalk | None:
+        """Return what brings calibration text to a block; None if nothing there is quantized by it."""
+        return self.chain if index < self.walked else None
+
     def needs(self, name: str) -> tuple[str, ...]:
         """Return the statistics wanted of a layer's inputs."""
         corrections = self.corrections.get(name, ())
@@ -87,8 +98,8 @@ def quantize_blocks(run: BlockRun) -> dict[str, Quantized]:
     finished = store.finished() if store else 0
     if finished:
         told.info("continuing after block %d of %d", finished, len(structure.blocks))
-        if run.chain is not None and run.chain.state and store is not None:
-            run.chain.state = store.load_chain()
+        if (chain := run.chain_at(finished)) is not None and chain.state and store is not None:
+            chain.state = store.load_chain()
     results: dict[str, Quantized] = {}
     global_scales = shared_global_scales(model, structure, plan)
     drop_pages(mapped_pages(model.parameters()))  # what was read so far to check the model and to record its predictions
@@ -107,7 +118,8 @@ def quantize_blocks(run: BlockRun) -> dict[str, Quantized]:
         for site in sites:
             _write_bias(model, site, quantized[site.name])
         if store is not None and index >= finished:
-            store.save(index, quantized, run.chain.state if run.chain else [])
+            chain = run.chain_at(index + 1)
+            store.save(index, quantized, chain.state if chain else [])
         if store is not None and not run.keep:
             quantized = store.on_disk(index, quantized)
         for site in sites:
@@ -163,19 +175,20 @@ def _catch_up(run: BlockRun, index: int, quantized: Mapping[str, Quantized]) -> 
 
     A method that learns blocks starts anew after each of them anyway.
     """
-    if run.chain is None or run.chain.state or run.method.refines_blocks:
+    chain = run.chain_at(index)
+    if chain is None or chain.state or run.method.refines_blocks:
         return
     for site in block_sites(run.structure.blocks[index], quantized):
         _write_stored(run.model, site, run.plan[site.name], quantized[site.name].qtensor.dequantize())
         _write_bias(run.model, site, quantized[site.name])
-    with torch.no_grad(), run.chain.placed(index):
-        run.chain.advance(index, (), lambda site, gather: None)
+    with torch.no_grad(), chain.placed(index):
+        chain.advance(index, (), lambda site, gather: None)
 
 
 def _placed(run: BlockRun, index: int) -> contextlib.AbstractContextManager[object]:
     """Return the context in which a block is where it is quantized."""
-    if run.chain is not None:
-        return run.chain.placed(index)
+    if (chain := run.chain_at(index)) is not None:
+        return chain.placed(index)
     module = run.model.get_submodule(run.structure.blocks[index].name)
     here = all(parameter.device == run.compute.device for parameter in module.parameters())
     if here and run.compute.device.type == "cpu" and run.compute.dtype == torch.float32:
@@ -243,7 +256,7 @@ def _quantize_block(
     global_scales: Mapping[str, Tensor],
     report: Callable[[str, Quantized, int], None],
 ) -> dict[str, Quantized]:
-    chain = run.chain
+    chain = run.chain_at(index)
     refined = chain if run.method.refines_blocks and sites else None
     again = refined.rerunner(index) if refined is not None else None
     origin = {site.name: _weight_to_store(run.model, site, run.plan[site.name]) for site in sites} if refined else {}
