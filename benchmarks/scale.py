@@ -3,9 +3,9 @@
     python benchmarks/scale.py --work FOLDER --cases 7b-4:rtn 7b-32:rtn 7b-2:gptq moe-1:gptq --samples 16 --json out.json
 
 A case is a shape, its number of blocks, and a method; ``7b-32/4:gptq`` quantizes the first 4 of 32 blocks and leaves the others
-in float. ``135m`` is SmolLM2's shape, ``1b`` has hidden 2048, 8192 wide, ``3b`` hidden 3072, 8192 wide, ``7b`` is Llama's (hidden
-4096, 11008 wide), ``8b`` Llama 3's (14336 wide, 8 heads of keys), ``moe`` a mixture of 128 experts (hidden 2048, experts 768
-wide, 8 of 128 chosen), ``moe64`` one of 64, ``tiny`` only tries this out.
+in float. ``135m`` is SmolLM2's shape, ``1b`` has hidden 2048, 8192 wide, ``3b`` hidden 3072, 8192 wide, ``7b`` is Llama's
+(hidden 4096, 11008 wide), ``8b`` Llama 3's (14336 wide, 8 heads of keys), ``moe`` has 128 experts (hidden 2048, experts
+768 wide, 8 of 128 chosen), ``moe64`` one of 64, ``tiny`` only tries this out.
 Models are made once, in bfloat16, in shards of 400 MB, and kept in ``--work``. Weights are random, so qualities mean nothing
 and are not printed.
 

@@ -20,6 +20,7 @@ from quantkit.calibrate.collect import Gather
 from quantkit.calibrate.collectors import COLLECTORS
 from quantkit.calibrate.guidance import token_weights
 from quantkit.calibrate.walk import block_sites
+from quantkit.checkpoint.handed import Share
 from quantkit.errors import CalibrationError
 from quantkit.nn.install import install
 from quantkit.nn.quantized import Quantized
@@ -34,6 +35,7 @@ from quantkit.system.compute import Compute, on_device
 from quantkit.system.memory import drop_pages, mapped_pages, return_freed_memory
 from quantkit.system.progress import Progress, ProgressCallback, ignore, told
 from quantkit.system.scratch import MEMORY, Scratch
+from quantkit.system.workers import ALONE, Workers
 from quantkit.transforms.base import Correction
 from quantkit.transforms.scaling_groups import shared_global_scales
 
@@ -57,6 +59,7 @@ class BlockRun:
         progress: gets one event per layer.
         strict: a layer that falls back to plain rounding ends the run.
         keep: finished blocks stay in memory, for a step that goes on with them, although they are in a store.
+        workers: who carries out the run together.
     """
 
     model: nn.Module
@@ -71,6 +74,7 @@ class BlockRun:
     progress: ProgressCallback = ignore
     strict: bool = False
     keep: bool = False
+    workers: Workers = ALONE
 
     @cached_property
     def walked(self) -> int:
@@ -81,6 +85,12 @@ class BlockRun:
     def chain_at(self, index: int) -> BlockWalk | None:
         """Return what brings calibration text to a block; None if nothing there is quantized by it."""
         return self.chain if index < self.walked else None
+
+    @property
+    def share(self) -> Share:
+        """Which part of what blocks hand on is this process's."""
+        batches = len(self.chain.hidden) if self.chain is not None else 0
+        return Share(self.workers, batches) if self.workers.shares else Share()
 
     def needs(self, name: str) -> tuple[str, ...]:
         """Return the statistics wanted of a layer's inputs."""
@@ -95,11 +105,11 @@ def quantize_blocks(run: BlockRun) -> dict[str, Quantized]:
         The quantized layers by name, in model order.
     """
     model, structure, plan, store = run.model, run.structure, run.plan, run.store
-    finished = store.finished() if store else 0
+    finished = run.workers.least(store.finished() if store else 0)
     if finished:
         told.info("continuing after block %d of %d", finished, len(structure.blocks))
         if (chain := run.chain_at(finished)) is not None and chain.state and store is not None:
-            chain.state = store.load_chain()
+            chain.state = store.load_chain(len(chain.state))
     results: dict[str, Quantized] = {}
     global_scales = shared_global_scales(model, structure, plan)
     drop_pages(mapped_pages(model.parameters()))  # what was read so far to check the model and to record its predictions
@@ -112,9 +122,9 @@ def quantize_blocks(run: BlockRun) -> dict[str, Quantized]:
             quantized = {site.name: loaded[site.name] for site in sites}
             _catch_up(run, index, quantized)
         else:
-            report = _reporter(run, len(results))
-            with torch.no_grad(), _placed(run, index):
-                quantized = _quantize_block(run, index, sites, global_scales, report)
+            report = reporter(run, len(results))
+            with torch.no_grad(), placed(run, index):
+                quantized = quantize_block(run, index, sites, global_scales, report)
         for site in sites:
             _write_bias(model, site, quantized[site.name])
         if store is not None and index >= finished:
@@ -140,20 +150,17 @@ def calibration_chain(
     counted: Counted = (),
     progress: ProgressCallback = ignore,
     scratch: Scratch = MEMORY,
+    workers: Workers = ALONE,
 ) -> BlockWalk:
-    """Return the calibration batches (int64 (B, T), without padding) before the first block, as a quantizer wants them.
+    """Return the calibration batches (int64 (B, T), without padding) before the first block, as a quantizer compares them.
 
-    A quantizer whose statistics are guided has a backward pass run over them first.
+    A quantizer whose statistics are guided has a backward pass run over them first. ``workers`` have other batches.
     """
-    if method.batch_size is not None:
-        size = method.batch_size
-        counted = [part for ids, marks in zip_longest(batches, counted) for part in _split(marks, size, len(ids))]
-        batches = [part for ids in batches for part in ids.split(size)]
     compares = method.refines_blocks or any(COLLECTORS.get(name).paired for name in method.needs)
     weights = None
     if any(COLLECTORS.get(name).guided for name in method.needs):
         weights = token_weights(model, structure, batches, counted=counted, compute=compute, progress=progress)
-    return block_walk(
+    chain = block_walk(
         model,
         structure,
         batches,
@@ -163,6 +170,19 @@ def calibration_chain(
         weights=weights,
         scratch=scratch,
     )
+    chain.workers = workers
+    return chain
+
+
+def windows_of(
+    batches: Sequence[Tensor], counted: Counted, method: Quantizer, workers: Workers
+) -> tuple[list[Tensor], Counted]:
+    """Return the batches (int64 (B, T)) that this process runs, in the sizes that a quantizer wants, and their marks."""
+    if method.batch_size is not None:
+        size = method.batch_size
+        counted = [part for ids, marks in zip_longest(batches, counted) for part in _split(marks, size, len(ids))]
+        batches = [part for ids in batches for part in ids.split(size)]
+    return workers.share(batches), workers.share(counted)
 
 
 def _split(marks: Tensor | None, size: int, rows: int) -> Sequence[Tensor | None]:
@@ -185,7 +205,7 @@ def _catch_up(run: BlockRun, index: int, quantized: Mapping[str, Quantized]) -> 
         chain.advance(index, (), lambda site, gather: None)
 
 
-def _placed(run: BlockRun, index: int) -> contextlib.AbstractContextManager[object]:
+def placed(run: BlockRun, index: int) -> contextlib.AbstractContextManager[object]:
     """Return the context in which a block is where it is quantized."""
     if (chain := run.chain_at(index)) is not None:
         return chain.placed(index)
@@ -236,7 +256,14 @@ def _write_bias(model: nn.Module, site: Site, one: Quantized) -> None:
         bias.data = one.bias.to(bias.device, bias.dtype)  # the checkpoint's dtype, outside of the walk
 
 
-def _reporter(run: BlockRun, before: int) -> Callable[[str, Quantized, int], None]:
+def reporter(run: BlockRun, before: int) -> Callable[[str, Quantized, int], None]:
+    """Return what tells of a layer of a block (name, result, number of layers of the block that are done).
+
+    Args:
+        run: what is the same for all blocks.
+        before: number of layers in the blocks before.
+    """
+
     def report(name: str, one: Quantized, done: int) -> None:
         for note in one.notes:
             log.warning("%s: %s", name, note)
@@ -249,13 +276,22 @@ def _reporter(run: BlockRun, before: int) -> Callable[[str, Quantized, int], Non
     return report
 
 
-def _quantize_block(
+def quantize_block(
     run: BlockRun,
     index: int,
     sites: Sequence[Site],
     global_scales: Mapping[str, Tensor],
     report: Callable[[str, Quantized, int], None],
 ) -> dict[str, Quantized]:
+    """Quantize the layers of one block, which is :func:`placed`; where text runs, its outputs are the next block's inputs.
+
+    Args:
+        run: what is the same for all blocks.
+        index: of the block.
+        sites: its planned layers.
+        global_scales: layer name to a scale that several layers share.
+        report: see :func:`reporter`.
+    """
     chain = run.chain_at(index)
     refined = chain if run.method.refines_blocks and sites else None
     again = refined.rerunner(index) if refined is not None else None
@@ -286,7 +322,7 @@ def _quantize_layer(run: BlockRun, site: Site, statistics: SiteStatistics | None
     """Quantize one layer and, where calibration text runs, write it into the model, for later layers and blocks to see."""
     scheme = run.plan[site.name]
     weight = _weight_to_store(run.model, site, scheme)
-    one = quantize_site(run.method, site.name, weight, scheme.weight, statistics, global_scale)
+    one = quantize_site(run.method, site.name, weight, scheme.weight, statistics, global_scale, run.workers)
     if run.chain is not None:
         _write_stored(run.model, site, scheme, one.qtensor.dequantize())
     qtensor = one.qtensor.to("cpu")
