@@ -2,14 +2,17 @@
 
     python benchmarks/scale.py --work FOLDER --cases 7b-4:rtn 7b-32:rtn 7b-2:gptq moe-1:gptq --samples 16 --json out.json
 
-A case is a shape, its number of blocks, and a method: ``7b`` is Llama's (hidden 4096, 11008 wide), ``1b`` has hidden 2048, 8192
-wide, ``moe`` is a mixture of 128 experts (hidden 2048, experts 768 wide, 8 of 128 chosen), ``tiny`` only tries this out.
+A case is a shape, its number of blocks, and a method; ``7b-32/4:gptq`` quantizes the first 4 of 32 blocks and leaves the others
+in float. ``135m`` is SmolLM2's shape, ``1b`` has hidden 2048, 8192 wide, ``3b`` hidden 3072, 8192 wide, ``7b`` is Llama's
+(hidden 4096, 11008 wide), ``8b`` Llama 3's (14336 wide, 8 heads of keys), ``moe`` has 128 experts (hidden 2048, experts
+768 wide, 8 of 128 chosen), ``moe64`` one of 64, ``tiny`` only tries this out.
 Models are made once, in bfloat16, in shards of 400 MB, and kept in ``--work``. Weights are random, so qualities mean nothing
 and are not printed.
 
 Processor seconds are those of :func:`quantkit.quantize`, checks, files and comparison included. Memory is the peak of the whole
 process: resident (what a limit counts that knows no difference), of which anonymous (what cannot be given back), and what
-``quantkit plan`` predicts. ``disk`` is the most that the output's directory held at a time. ``--max-memory`` limits the runs.
+``quantkit plan`` predicts. ``disk`` is the most that the run held on the disk at a time, the output's directory and nameless
+files for activations together; ``target`` is what stays. ``--max-memory`` limits the runs.
 Peaks are sampled every 20 ms; the resident one is the system's own.
 """
 
@@ -27,15 +30,20 @@ from pathlib import Path
 
 SHAPES = {
     "tiny": {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 4},
+    "135m": {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3},
     "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 16, "num_key_value_heads": 16},
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_key_value_heads": 32},
+    "3b": {"hidden_size": 3072, "intermediate_size": 8192, "num_attention_heads": 24, "num_key_value_heads": 8},
+    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8},
     "moe": {
         "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768, "num_attention_heads": 32,
         "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True,
     },
 }  # fmt: skip
+SHAPES["moe64"] = SHAPES["moe"] | {"num_experts": 64}
 VOCABULARY, SHARD_BYTES = 32000, 400 << 20
 COLUMNS = ("case", "model MB", "method", "cpu s", "wall s", "peak MiB", "anonymous MiB", "predicted MiB", "off", "disk MB")
+COLUMNS = (*COLUMNS, "target MB")
 
 
 def main() -> None:
@@ -46,10 +54,12 @@ def main() -> None:
     rows = []
     for case in arguments.cases:
         name, method = case.split(":")
-        source = arguments.work / name
+        shape, _, first = name.partition("/")
+        source = arguments.work / shape
         if not (source / "model.safetensors.index.json").exists():
-            make(source, *name.split("-"))
-        command = [sys.executable, __file__, "--worker", str(source), "--method", method, *passed_on(arguments)]
+            make(source, *shape.split("-"))
+        options = ["--method", method, *(["--first", first] if first else []), *passed_on(arguments)]
+        command = [sys.executable, __file__, "--worker", str(source), *options]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
         row = json.loads(next(line for line in done.splitlines() if line.startswith("RESULT "))[7:])
         rows.append({"case": name, **row})
@@ -74,6 +84,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--method", help=argparse.SUPPRESS)
+    parser.add_argument("--first", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -86,7 +97,8 @@ def cells(row: dict) -> list[str]:
     mib = [f"{row[name] / 2**20:,.0f}" for name in ("peak", "anonymous", "predicted")]
     off = f"{row['predicted'] / row['peak'] - 1:+.0%}"
     times = [f"{row[name]:.0f}" for name in ("cpu_seconds", "wall_seconds")]
-    return [row["case"], f"{row['bytes'] / 1e6:,.0f}", row["method"], *times, *mib, off, f"{row['disk'] / 1e6:,.0f}"]
+    disk = [f"{row[name] / 1e6:,.0f}" for name in ("disk", "target")]
+    return [row["case"], f"{row['bytes'] / 1e6:,.0f}", row["method"], *times, *mib, off, *disk]
 
 
 def make(path: Path, shape: str, blocks: str) -> None:
@@ -147,7 +159,11 @@ def measure(source: Path, arguments: argparse.Namespace) -> dict:
     shutil.rmtree(out, ignore_errors=True)
     asked = {"samples": arguments.samples, "length": arguments.length}
     recipe = {"model": str(source), "scheme": arguments.scheme, "method": arguments.method, "output": {"path": str(out)}}
-    planned = plan_recipe(recipe_of({**recipe, "calibration": asked, "run": {"max_memory": arguments.max_memory}}))
+    blocks = json.loads((source / "config.json").read_text())["num_hidden_layers"]
+    left = range(blocks if arguments.first is None else arguments.first, blocks)
+    rules = [{"match": f"model.layers.{index}.*", "skip": True} for index in left]
+    recipe |= {"calibration": asked, "run": {"max_memory": arguments.max_memory}, "rules": rules}
+    planned = plan_recipe(recipe_of(recipe))
     ids = torch.randint(3, VOCABULARY, (arguments.samples, arguments.length), generator=torch.Generator().manual_seed(0))
     seen, stop = {"anonymous": 0, "disk": 0}, threading.Event()
     watching = threading.Thread(target=watch, args=(seen, stop, out), daemon=True)
@@ -155,11 +171,14 @@ def measure(source: Path, arguments: argparse.Namespace) -> dict:
     wall, cpu = time.perf_counter(), time.process_time()
     run = quantkit.Run(max_memory=arguments.max_memory)
     calibration = quantkit.Calibration(data=list(ids.split(8)))
-    quantkit.quantize(source, arguments.scheme, out=out, method=arguments.method, calibration=calibration, run=run)
+    ruled = [quantkit.Rule(**rule) for rule in rules]
+    settings = {"method": arguments.method, "rules": ruled, "calibration": calibration, "run": run}
+    quantkit.quantize(source, arguments.scheme, out=out, **settings)
     cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
     stop.set()
     watching.join()
     found = {"method": arguments.method, "bytes": sum(file.stat().st_size for file in source.glob("*.safetensors"))}
+    found["target"] = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     peak = memory("VmHWM")  # not from rusage, which also knows the process that started this one
     shutil.rmtree(out)
     return found | seen | {"cpu_seconds": cpu, "wall_seconds": wall, "peak": peak, "predicted": planned.estimate.peak_bytes}
@@ -171,6 +190,17 @@ def memory(what: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(what))
 
 
+def nameless() -> int:
+    """Return the bytes of mapped files that have no name any more: activations."""
+    sizes: dict[str, int] = {}
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if line.endswith("(deleted)") and "/.quantkit-" in line:
+            addresses, _, offset, _, inode, *_ = line.split()
+            start, end = (int(one, 16) for one in addresses.split("-"))
+            sizes[inode] = max(sizes.get(inode, 0), int(offset, 16) + end - start)
+    return sum(sizes.values())
+
+
 def watch(seen: dict[str, int], stop: threading.Event, out: Path) -> None:
     """Note peaks until told to stop."""
     turns = 0
@@ -178,7 +208,8 @@ def watch(seen: dict[str, int], stop: threading.Event, out: Path) -> None:
         seen["anonymous"] = max(seen["anonymous"], memory("RssAnon"))
         if turns % 50 == 0:
             with contextlib.suppress(OSError):  # a file went between being found and looked at
-                seen["disk"] = max(seen["disk"], sum(f.stat().st_blocks * 512 for f in out.rglob("*") if f.is_file()))
+                held = sum(f.stat().st_blocks * 512 for f in out.rglob("*") if f.is_file()) + nameless()
+                seen["disk"] = max(seen["disk"], held)
         turns += 1
         time.sleep(0.02)
 

@@ -46,6 +46,7 @@ API = {
         "RecipeError",
         "DiskError",
         "BusyError",
+        "WorkerError",
     ],
 }
 """Public names in the order of the reference; tests see to it that each stands here once."""

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         QuantkitError,
         RecipeError,
         SpecError,
+        WorkerError,
     )
     from quantkit.evaluation import BaseLogits, EvalReport, compare_latency, evaluate
     from quantkit.exports import export
@@ -125,6 +126,7 @@ _HOME = {
     "SweepResult": "sweeps.result",
     "SweepRow": "sweeps.rows",
     "Training": "pipeline.training.settings",
+    "WorkerError": "errors",
     "collect": "pipeline.quantize",
     "compare_latency": "evaluation",
     "comparison_table": "report",
@@ -207,6 +209,7 @@ __all__ = [
     "SweepResult",
     "SweepRow",
     "Training",
+    "WorkerError",
     "__version__",
     "collect",
     "compare_latency",

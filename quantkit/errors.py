@@ -59,6 +59,10 @@ class BusyError(QuantkitError):
     """Another process is at work where this one wants to write."""
 
 
+class WorkerError(QuantkitError):
+    """Another process of the same run is gone, or cannot do what this one does."""
+
+
 class DiskError(FormatError, OSError):
     """A file or directory that the system refuses to read, write or make. Also an :class:`OSError`, for who expects one."""
 

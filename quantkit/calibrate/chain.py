@@ -20,6 +20,7 @@ from quantkit.system.compute import Compute, on_device
 from quantkit.system.memory import drop_pages, mapped_pages
 from quantkit.system.progress import Progress, ProgressCallback
 from quantkit.system.scratch import MEMORY, Scratch
+from quantkit.system.workers import ALONE, Workers
 
 Visit = Callable[[Site, Gather], None]
 
@@ -31,8 +32,10 @@ class BlockWalk(Protocol):
         hidden: output of the last block, one (B, T, H) per batch.
         float_hidden: the same in the float model; empty if not asked for.
         state: what an interrupted run must find again.
+        workers: who has the other batches of the text; set before the first block.
     """
 
+    workers: Workers
     hidden: list[Tensor]
     float_hidden: list[Tensor]
     state: list[Tensor]
@@ -110,7 +113,10 @@ class Chain:
     Attributes:
         hidden: current input of the next block, one (B, T, H) per batch.
         float_hidden: the same in the float model; empty if not asked for.
+        workers: who has the other batches of the text; set before the first block.
     """
+
+    workers: Workers = ALONE
 
     def __init__(
         self,
@@ -193,7 +199,8 @@ class Chain:
             pending, self.hidden = self.hidden, []
             runs = [forward(pending, i) for i in range(len(self.calls))]
             walking = batches_of(runs, float_inputs, self.counted, self.weights)
-            outputs = run_batches(walking, module, block.name, sites, visit_exactly, self.compute.products, self.scratch)
+            products, scratch, workers = self.compute.products, self.scratch, self.workers
+            outputs = run_batches(walking, module, block.name, sites, visit_exactly, products, scratch, workers)
         if any(not bool(torch.isfinite(out.sum())) for out in outputs):
             raise CalibrationError(f"{block.name}: its output holds NaN or infinity; check the model and its dtype")
         self.hidden = outputs

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from quantkit.calibrate.collectors import COLLECTORS, Collector
+from quantkit.calibrate.together import together
 from quantkit.errors import CalibrationError
 from quantkit.nn.sites import Site, SiteStatistics
 from quantkit.numerics.inputs import UNCHANGED, InputQuantizer
 from quantkit.system.scratch import MEMORY, Scratch
+from quantkit.system.workers import ALONE, Workers
 
 SLICE_BYTES = 256 << 20
 """Most bytes of the statistics of a stack of experts that are in memory at a time, unless those of one expert are more."""
@@ -64,6 +66,7 @@ class _Gathering:
         inputs: one per batch.
         products, quantizer: see :func:`collect`.
         scratch: where the inputs lie.
+        workers: who has the other inputs.
     """
 
     site: Site
@@ -72,31 +75,41 @@ class _Gathering:
     products: torch.dtype | None
     quantizer: InputQuantizer
     scratch: Scratch
+    workers: Workers
 
     def collectors(self, experts: range) -> list[dict[str, Collector]]:
         """Return collectors that have seen all inputs of some experts; a 2-D layer has one."""
+        if self.workers.shares:
+            return together(self.site, self.needs, experts, lambda: self.shown(experts), self.workers)
         found = [{name: COLLECTORS.get(name)(self.site.in_features) for name in self.needs} for _ in experts]
-        for one in self.inputs:
-            for expert, rows in _rows_by_expert(one, experts):
-                self._show(one, rows, found[expert - experts.start])
-            self.scratch.check()
+        for expert, rows in self.shown(experts):
+            for name, seen in rows.items():
+                found[expert - experts.start][name].update(seen)
         return found
 
-    def _show(self, one: Inputs, rows: Tensor, collectors: Mapping[str, Collector]) -> None:
+    def shown(self, experts: range) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """Yield an expert and, for every collector, the rows that it is shown of one batch."""
+        for one in self.inputs:
+            for expert, rows in _rows_by_expert(one, experts):
+                yield expert, self._seen(one, rows)
+            self.scratch.check()
+
+    def _seen(self, one: Inputs, rows: Tensor) -> dict[str, Tensor]:
         rows = self.quantizer.prepare_input(rows)
         rows = rows if self.products is None else rows.to(self.products)
         if not torch.isfinite(rows.sum()):  # NaN and infinity survive a sum
             raise CalibrationError(f"{self.site.name}: calibration inputs hold NaN or infinity; check the model and its dtype")
-        roots = one.roots()
-        for collector in collectors.values():
+        roots, found = one.roots(), {}
+        for name in self.needs:
             seen = rows
-            if collector.paired:
+            if COLLECTORS.get(name).paired:
                 assert one.float_x is not None
                 float_x = one.rows(one.float_x)
                 seen = torch.cat([rows, self.quantizer.prepare_input(float_x).to(rows)], 1)
-            if collector.guided and roots is not None:
+            if COLLECTORS.get(name).guided and roots is not None:
                 seen = (seen * roots.to(seen.device)).to(seen.dtype)
-            collector.update(seen)
+            found[name] = seen
+        return found
 
 
 class ExpertStatistics(SiteStatistics):
@@ -153,6 +166,7 @@ def collect(
     *,
     quantizer: InputQuantizer = UNCHANGED,
     scratch: Scratch = MEMORY,
+    workers: Workers = ALONE,
 ) -> SiteStatistics:
     """Run the named collectors over all ``inputs`` of ``site``; those that compare with the float model only where its input is
     known.
@@ -164,15 +178,16 @@ def collect(
         products: what the product rounds its input to, and so what the collectors see; None leaves inputs as they are.
         quantizer: look at inputs in the basis that it rounds them in.
         scratch: where the inputs lie.
+        workers: who has the other inputs; all of them collect at the same time.
 
     Raises:
         CalibrationError: if an input holds NaN or infinity.
     """
-    float_inputs = all(one.float_x is not None for one in inputs)
+    float_inputs = workers.agree(all(one.float_x is not None for one in inputs))
     chosen = tuple(name for name in needs if float_inputs or not COLLECTORS.get(name).paired)
-    gathering = _Gathering(site, chosen, inputs, products, quantizer, scratch)
+    gathering = _Gathering(site, chosen, inputs, products, quantizer, scratch, workers)
     experts = site.shape[0] if len(site.shape) == 3 else 1
-    tokens = _tokens(inputs, experts)
+    tokens = _tokens(inputs, experts, workers)
     if len(site.shape) == 2:
         results = {name: one.result() for name, one in gathering.collectors(range(1))[0].items()}
         return SiteStatistics(results, tokens)
@@ -184,12 +199,13 @@ def collect(
     return found if step < experts else SiteStatistics({name: found.results[name] for name in chosen}, tokens)
 
 
-def _tokens(inputs: Sequence[Inputs], experts: int) -> tuple[int, ...]:
+def _tokens(inputs: Sequence[Inputs], experts: int, workers: Workers) -> tuple[int, ...]:
     """Return the number of rows that each expert sees."""
     total = torch.zeros(experts, dtype=torch.int64)
     for one in inputs:
         ids = one.expert_ids
         total += torch.tensor([one.rows(one.x).shape[0]]) if ids is None else torch.bincount(ids.cpu(), minlength=experts)
+    workers.add(total)
     return tuple(total.tolist())
 
 
@@ -227,6 +243,7 @@ def gatherer(
     known: dict[str, SiteStatistics],
     products: torch.dtype | None = None,
     scratch: Scratch = MEMORY,
+    workers: Workers = ALONE,
 ) -> Gather:
     """Return what runs collectors over ``inputs``; ``known`` remembers what has been computed of them."""
 
@@ -236,7 +253,7 @@ def gatherer(
             key += f" of {site.name}"
         if key in known:
             return known[key]
-        found = collect(site, needs, inputs, products, quantizer=quantizer, scratch=scratch)
+        found = collect(site, needs, inputs, products, quantizer=quantizer, scratch=scratch, workers=workers)
         if not isinstance(found, ExpertStatistics):  # which would keep the inputs
             known[key] = found
         return found

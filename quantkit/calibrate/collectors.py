@@ -8,7 +8,7 @@ collector: sequences are run without it.
 A member of the family registers itself with ``@COLLECTORS.register(name)``; quantizers and transforms name what they need.
 """
 
-from typing import ClassVar, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -26,10 +26,13 @@ class Collector(Protocol):
     Attributes:
         paired: rows are twice as wide: each as a layer sees it behind quantized ones and, beside it, as the float model has it.
         guided: rows have been multiplied by the root of how much their tokens count (:mod:`quantkit.calibrate.guidance`).
+        joined: how states of several processes become one: all their tensors are added, or the largest values taken; None if
+            several processes cannot collect it together. A sum is one of terms x_i x_j, x_i^2 or x_i of rows x.
     """
 
     paired: ClassVar[bool] = False
     guided: ClassVar[bool] = False
+    joined: ClassVar[Literal["sum", "maximum"] | None] = None
     state: dict[str, Tensor]
 
     def __init__(self, features: int) -> None: ...
@@ -53,6 +56,8 @@ _STRIP = 1024
 
 class _Sum(Collector, Protocol):
     """Base of collectors whose state is a sum over rows and the number of rows."""
+
+    joined: ClassVar[Literal["sum", "maximum"] | None] = "sum"
 
     def merge(self, other: Collector) -> None:
         """Add the other sums and counts."""
@@ -159,6 +164,7 @@ class GuidedHessian(Hessian):
     """
 
     guided: ClassVar[bool] = True
+    joined: ClassVar[Literal["sum", "maximum"] | None] = None  # the backward pass before it runs over all text
 
 
 @COLLECTORS.register("guided_drift")
@@ -166,11 +172,14 @@ class GuidedDrift(Drift):
     """Drift in which tokens count as much as the predictions care, E[w (x' - x) x^T]: float32 (features, features)."""
 
     guided: ClassVar[bool] = True
+    joined: ClassVar[Literal["sum", "maximum"] | None] = None
 
 
 @COLLECTORS.register("abs_max")
 class AbsMax(Collector):
     """Largest magnitude of every input channel: float32 (features,)."""
+
+    joined: ClassVar[Literal["sum", "maximum"] | None] = "maximum"
 
     def __init__(self, features: int) -> None:
         self.state = {"max": torch.zeros(features)}

@@ -32,6 +32,7 @@ from quantkit.errors import CalibrationError
 from quantkit.nn.block_calls import own_containers
 from quantkit.nn.probing import first_tensor, watch_block
 from quantkit.nn.sites import Site, SiteStatistics, Structure, sharing_copy
+from quantkit.system.workers import ALONE, Workers
 
 Visit = Callable[[Site, Gather], None]
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -43,6 +44,8 @@ class _Stopped(Exception):
 
 class _Whole:
     """What the two ways of running a whole model have in common; see :class:`quantkit.calibrate.chain.BlockWalk`."""
+
+    workers: Workers = ALONE  # no others can take part
 
     def __init__(
         self,

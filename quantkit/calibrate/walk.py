@@ -30,6 +30,7 @@ from quantkit.nn.probes import attach_probe
 from quantkit.nn.sites import Block, Site, SiteStatistics
 from quantkit.system.memory import HeapWatch
 from quantkit.system.scratch import MEMORY, Scratch
+from quantkit.system.workers import ALONE, Workers
 
 
 class Batch(greenlet.greenlet):
@@ -155,13 +156,15 @@ def run_batches(
     visit: Callable[[Site, Gather], None],
     products: torch.dtype | None = None,
     scratch: Scratch = MEMORY,
+    workers: Workers = ALONE,
 ) -> list[Tensor]:
     """Let ``batches`` run to their end and return their outputs; arguments as for :func:`walk_block`.
 
-    The inputs of batches that are suspended lie in ``scratch``.
+    The inputs of batches that are suspended lie in ``scratch``. Where ``workers`` have other batches of the same text, all of
+    them run this together: they visit the same sites at the same time, and statistics are of the inputs of all.
     """
     try:
-        walk_batches(batches, block, block_name, sites, visit, products, scratch)
+        walk_batches(batches, block, block_name, sites, visit, products, scratch, workers)
     finally:
         end_batches(batches)
     return [batch.output for batch in batches if batch.output is not None]
@@ -182,8 +185,9 @@ def walk_batches(
     visit: Callable[[Site, Gather], None],
     products: torch.dtype | None = None,
     scratch: Scratch = MEMORY,
+    workers: Workers = ALONE,
 ) -> None:
-    """Let ``batches`` go on until each has ended or is parked; arguments as for :func:`walk_block`."""
+    """Let ``batches`` go on until each has ended or is parked; arguments as for :func:`run_batches`."""
     order = {site.name: i for i, site in enumerate(sites)}
     done: set[str] = set()
     # The inputs of the site before, weakly: they must not be kept from being freed, and a dead one equals nothing.
@@ -209,23 +213,24 @@ def walk_batches(
         running, heap = [batch for batch in batches if not batch.dead], HeapWatch()
         for batch in running:
             batch.parked = False
-        while running:
+        while True:
             for batch in running:
                 batch.waiting = None
                 batch.switch()
                 heap.check()
                 scratch.check()
             waiting = [batch for batch in batches if not batch.dead and not batch.parked]
-            if not waiting:
+            place = workers.least(min((order[batch.waiting or ""] for batch in waiting), default=len(sites)))
+            if place == len(sites):
                 break
-            name = min({batch.waiting or "" for batch in waiting}, key=lambda n: order[n])
-            running = [batch for batch in waiting if batch.waiting == name]
-            site = sites[order[name]]
+            site = sites[place]
+            running = [batch for batch in waiting if batch.waiting == site.name]
             inputs = [batch.inputs for batch in running if batch.inputs is not None]
-            if len(inputs) != len(previous) or any(one.x is not ref() for one, ref in zip(inputs, previous, strict=True)):
+            same = len(inputs) == len(previous) and all(one.x is ref() for one, ref in zip(inputs, previous, strict=True))
+            if not workers.agree(same):
                 known = {}
-            visit(site, gatherer(site, inputs, known, products, scratch))
-            done.add(name)
+            visit(site, gatherer(site, inputs, known, products, scratch, workers))
+            done.add(site.name)
             previous = [weakref.ref(one.x) for one in inputs]
             for batch in running:
                 batch.inputs = None

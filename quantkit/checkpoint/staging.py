@@ -24,8 +24,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from quantkit.checkpoint import publish
+from quantkit.checkpoint import handed, publish
 from quantkit.checkpoint.digests import digest_of
+from quantkit.checkpoint.handed import Share
 from quantkit.checkpoint.publish import mark_incomplete
 from quantkit.checkpoint.state import EXPECTED, RUN, STAGE, Block, Key, State, has_state, read_state, start_over
 from quantkit.errors import FormatError
@@ -34,6 +35,8 @@ from quantkit.system.lock import lock
 from quantkit.system.tensors import write_tensors
 
 log = logging.getLogger(__name__)
+
+ALL = Share()
 
 
 @contextlib.contextmanager
@@ -144,7 +147,7 @@ class Stage:
         """Facts about the steps that have changed finished blocks, by the name of the step."""
         return dict(self._state.changes)
 
-    def record(self, index: int, digest: str, facts: Mapping[str, Any], chain: Sequence[Tensor]) -> None:
+    def record(self, index: int, digest: str, facts: Mapping[str, Any], chain: Sequence[Tensor], share: Share = ALL) -> None:
         """Record block ``index``, whose tensors are durable, as finished.
 
         Args:
@@ -152,31 +155,23 @@ class Stage:
             digest: of its tensors.
             facts: JSON-able; returned by :meth:`block`.
             chain: what the block hands on to the next one.
+            share: which part of that it is; the other workers call :func:`quantkit.checkpoint.handed.write`.
         """
-        handed = {f"{i:05d}": hidden.contiguous() for i, hidden in enumerate(chain)}
-        if handed:
-            write_tensors(self._chain(index), handed)
-        self._state.blocks[str(index)] = Block(digest, dict(facts), digest_of(handed) if handed else None)
+        files = handed.write(self.out, index, chain, share)
+        self._state.blocks[str(index)] = Block(digest, dict(facts), files[0] if files else None, files[1:])
         self._save()
-        with clear_errors(f"remove {self._chain(index - 1)}"):
-            self._chain(index - 1).unlink(missing_ok=True)
+        handed.remove(self.out, index - 1)
 
     def block(self, index: int) -> tuple[str, dict[str, Any]]:
         """Return digest and facts of a recorded block."""
         block = self._state.blocks[str(index)]
         return block.digest, block.facts
 
-    def chain(self) -> list[Tensor]:
-        """Return what the last of the finished blocks handed on.
-
-        Raises:
-            FormatError: it is not what was written.
-        """
-        path, wanted = self._chain(self.finished - 1), self._state.blocks[str(self.finished - 1)].chain
-        found, _ = self._read(path, copy=False)
-        if digest_of(found) != wanted:
-            raise FormatError(f"{path} is not what was written; the disk lost bits; {start_over(self.path)}")
-        return list(found.values())
+    @property
+    def handed(self) -> list[str]:
+        """Digests of the files of what the last of the finished blocks handed on."""
+        last = self._state.blocks[str(self.finished - 1)]
+        return [one for one in (last.chain, *last.others) if one]
 
     def plan_changes(self, step: str, facts: Any, tensors: Mapping[str, Tensor], digests: Mapping[int, str]) -> None:
         """Decide that finished blocks are changed.
@@ -243,20 +238,14 @@ class Stage:
         names = [*publish.container_files(self.path), *self._state.extras]
         publish.begin(self.out, self._state, key_file, names, replaced)
 
-    def _chain(self, index: int) -> Path:
-        return self._run / f"chain-{index:05d}.safetensors"
-
-    def _read(self, path: Path, *, copy: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return the tensors in a file of this run, in the order of their names, and what it says of its changes.
-
-        Without ``copy`` they are mapped from the file, which may be deleted meanwhile.
-        """
+    def _read(self, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return the tensors in a file of this run, in the order of their names, and what it says of its changes."""
         try:
             with safe_open(path, "pt") as file:
                 names = sorted(file.keys())
                 found = {name: file.get_tensor(name) for name in names}
                 changes = json.loads((file.metadata() or {}).get("changes", "{}"))
-                return {name: one.clone() if copy else one for name, one in found.items()}, changes
+                return {name: one.clone() for name, one in found.items()}, changes
         except (OSError, SafetensorError, ValueError) as error:
             raise FormatError(f"{path} is damaged ({error}); {start_over(self.path)}") from error
 

@@ -36,11 +36,19 @@ Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 @dataclass
 class Block:
-    """A finished block: digest of its tensors, facts about it, and the digest of what it handed on (None: nothing)."""
+    """A finished block.
+
+    Attributes:
+        digest: of its tensors.
+        facts: about it.
+        chain: digest of what it handed on; None: nothing.
+        others: the same of the other workers, by number, where several carried out the run.
+    """
 
     digest: Sha256
     facts: dict[str, Any]
     chain: Sha256 | None
+    others: list[Sha256] = field(default_factory=list)
 
 
 @dataclass

@@ -24,11 +24,12 @@ from quantkit.checkpoint.contents import (
 )
 from quantkit.checkpoint.digests import Digest
 from quantkit.checkpoint.extras import write_extras
+from quantkit.checkpoint.handed import Share
 from quantkit.checkpoint.on_disk import place_of
 from quantkit.checkpoint.publish import INCOMPLETE, container_files, mark_incomplete
 from quantkit.checkpoint.read import RECORD as SECTION
 from quantkit.checkpoint.record import RECORD, Record, tensor_sums
-from quantkit.checkpoint.staging import Stage
+from quantkit.checkpoint.staging import ALL, Stage
 from quantkit.checkpoint.state import Key
 from quantkit.checkpoint.verify import same_qtensor
 from quantkit.errors import FormatError
@@ -125,9 +126,10 @@ class CheckpointWriter:
                 found[entry.site.name] = found.get(entry.site.name, 0) + layout_bytes(self._layouts[entry.name])
         return found
 
-    def chain(self) -> list[Tensor]:
-        """Return what the last of the finished blocks handed on; see :meth:`write_block`."""
-        return self._stage.chain()
+    @property
+    def handed(self) -> list[str]:
+        """Digests of the files of what the last of the finished blocks handed on; see :mod:`quantkit.checkpoint.handed`."""
+        return self._stage.handed
 
     def write_block(
         self,
@@ -136,6 +138,7 @@ class CheckpointWriter:
         *,
         facts: Mapping[str, Any] | None = None,
         chain: Sequence[Tensor] = (),
+        share: Share = ALL,
     ) -> None:
         """Write block ``index`` (the number of blocks stands for everything outside them).
 
@@ -144,6 +147,7 @@ class CheckpointWriter:
             qtensors: site name to quantized weight, exactly the block's sites in the plan.
             facts: JSON-able, kept until :meth:`finish` and returned by :meth:`restore_block`.
             chain: tensors that a continued run wants to go on with after this block: its outputs. Only the newest are kept.
+            share: which part of them this is; the other workers write theirs.
 
         Raises:
             FormatError: a site is missing, or its grid or shape is not the plan's, or the disk is full.
@@ -162,7 +166,7 @@ class CheckpointWriter:
         pages.flush()
         if self._stage.key is not None and index < len(self.structure.blocks):
             self._files.flush()
-            self._stage.record(index, digest.hexdigest(), facts or {}, chain)
+            self._stage.record(index, digest.hexdigest(), facts or {}, chain, share)
         self._sums |= digest.sums
         self._written.add(index)
 

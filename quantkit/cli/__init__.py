@@ -109,7 +109,8 @@ class _Command(TyperCommand):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
-        if self.name in LOADING and not ctx.params.get("quiet"):
+        first = os.environ.get("RANK", "0") == "0"  # of several that a launcher has started
+        if self.name in LOADING and first and not ctx.params.get("quiet"):
             typer.secho("loading ...", fg=typer.colors.BRIGHT_BLACK, err=True)
         return super().invoke(ctx)
 

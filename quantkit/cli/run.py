@@ -1,5 +1,6 @@
 """Commands that work: demo, run, train, eval, bench, generate."""
 
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from quantkit.cli import app
-from quantkit.cli.console import console, facts, parse_settings, print_json, progress_bars, say, size, table
+from quantkit.cli.console import console, facts, hush, parse_settings, print_json, progress_bars, say, size, table
 from quantkit.cli.inspect import RecipeFile, Settings
 from quantkit.cli.options import (
     AsJson,
@@ -106,22 +107,43 @@ def run(
     as_json: AsJson = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Carry out a recipe: quantize, write, prove, measure. An interrupted run continues."""
+    """Carry out a recipe: quantize, write, prove, measure. An interrupted run continues.
+
+    Several processes do it together: torchrun --nproc-per-node N -m quantkit run RECIPE.
+    """
     from quantkit.recipe.schema import load_recipe
+    from quantkit.system.workers import launched
 
     asked = {"run.device": device} if device != "auto" else {}
     asked |= {"run.max_memory": max_memory} if max_memory is not None else {}
-    carry_out(load_recipe(recipe, asked | parse_settings(settings)), as_json, trust_remote_code)
+    with launched() as workers:
+        carry_out(load_recipe(recipe, asked | parse_settings(settings)), as_json, trust_remote_code, workers=workers)
 
 
-def carry_out(recipe: Any, json: bool, trust_remote_code: bool, after_event: Callable[[], None] | None = None) -> None:
-    """Carry out a checked recipe and show what became of it; ``after_event`` is called after every event of its progress."""
+def carry_out(
+    recipe: Any,
+    json: bool,
+    trust_remote_code: bool,
+    after_event: Callable[[], None] | None = None,
+    workers: Any = None,
+) -> None:
+    """Carry out a checked recipe and show what became of it; ``after_event`` is called after every event of its progress.
+
+    Of several ``workers`` (None: this process is alone) the one that writes shows something.
+    """
     from quantkit.hf.code import trust_code
     from quantkit.recipe.run import run_recipe
     from quantkit.report import comparison_table, coverage_table
+    from quantkit.system.workers import ALONE
 
+    workers = workers or ALONE
     if trust_remote_code:
         trust_code(recipe.model)
+    if not workers.writes:
+        hush(True)
+        logging.getLogger("quantkit").setLevel(logging.ERROR)
+        run_recipe(recipe, workers=workers)
+        return
     with progress_bars() as bars:
 
         def progress(event: Progress) -> None:
@@ -129,7 +151,7 @@ def carry_out(recipe: Any, json: bool, trust_remote_code: bool, after_event: Cal
             if after_event is not None:
                 after_event()
 
-        outcome = run_recipe(recipe, progress)
+        outcome = run_recipe(recipe, progress, workers)
     result, report = outcome.result, outcome.report
     if json:
         print_json(result.to_dict() | ({"evaluation": report.to_dict()} if report else {}))

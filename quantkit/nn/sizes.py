@@ -19,6 +19,7 @@ class RunSize:
         vocabulary: rows of the embedding.
         widest: inputs of the widest layer that will be quantized.
         weights: number of weights that will be quantized.
+        shared: several processes make one second moment of theirs.
     """
 
     tokens: int
@@ -29,3 +30,4 @@ class RunSize:
     vocabulary: int
     widest: int
     weights: int
+    shared: bool = False

@@ -79,8 +79,7 @@ def finished_result(
         )
     _write_missing(path, record.files, model, tokenizer)
     try:
-        facts = _FACTS.validate_python(record.run)
-        loaded: Any = checkpoint.load(path, compute="exact", verify=True)
+        found = read_back(model, tokenizer, path, verify=True)
     except (ValidationError, QuantkitError) as error:
         if output.overwrite and not replaced:
             log.warning("%s is made again: %s", path, error)
@@ -88,7 +87,19 @@ def finished_result(
         way_out = "" if replaced else "; to make it again, delete the directory or pass overwrite=True"
         raise FormatError(f"{path} is what this run wrote, but cannot be read back: {error}{way_out}") from error
     log.info("%s: already done", path)
-    model.__dict__ = loaded.__dict__  # the caller's model becomes the quantized one, as if it had been quantized now
+    return found
+
+
+def read_back(model: PreTrainedModel, tokenizer: Any, path: Path, *, verify: bool) -> QuantizeResult:
+    """Return what a finished run has left in ``path``; ``model`` becomes the quantized one, as if it had been quantized now.
+
+    Raises:
+        QuantkitError: it cannot be read, or, with ``verify``, is not what was written.
+    """
+    record = checkpoint.read_record(path)
+    facts = _FACTS.validate_python(record.run if record is not None else None)
+    loaded: Any = checkpoint.load(path, compute="exact", verify=verify)
+    model.__dict__ = loaded.__dict__
     with open_checkpoint(path) as opened:
         metadata, plan = dict(opened.config.get("quantkit", {})), opened.schemes
     metadata = {name: value for name, value in metadata.items() if name not in ("version", "format", "carried_over")}

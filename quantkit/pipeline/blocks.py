@@ -8,6 +8,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import zip_longest
 
 import torch
@@ -19,6 +20,7 @@ from quantkit.calibrate.collect import Gather
 from quantkit.calibrate.collectors import COLLECTORS
 from quantkit.calibrate.guidance import token_weights
 from quantkit.calibrate.walk import block_sites
+from quantkit.checkpoint.handed import Share
 from quantkit.errors import CalibrationError
 from quantkit.nn.install import install
 from quantkit.nn.quantized import Quantized
@@ -33,6 +35,7 @@ from quantkit.system.compute import Compute, on_device
 from quantkit.system.memory import drop_pages, mapped_pages, return_freed_memory
 from quantkit.system.progress import Progress, ProgressCallback, ignore, told
 from quantkit.system.scratch import MEMORY, Scratch
+from quantkit.system.workers import ALONE, Workers
 from quantkit.transforms.base import Correction
 from quantkit.transforms.scaling_groups import shared_global_scales
 
@@ -56,6 +59,7 @@ class BlockRun:
         progress: gets one event per layer.
         strict: a layer that falls back to plain rounding ends the run.
         keep: finished blocks stay in memory, for a step that goes on with them, although they are in a store.
+        workers: who carries out the run together.
     """
 
     model: nn.Module
@@ -70,6 +74,23 @@ class BlockRun:
     progress: ProgressCallback = ignore
     strict: bool = False
     keep: bool = False
+    workers: Workers = ALONE
+
+    @cached_property
+    def walked(self) -> int:
+        """Number of leading blocks that text runs through: behind the last with a planned layer nobody wants to know."""
+        planned = [index for index, block in enumerate(self.structure.blocks) if block_sites(block, self.plan)]
+        return planned[-1] + 1 if planned else 0
+
+    def chain_at(self, index: int) -> BlockWalk | None:
+        """Return what brings calibration text to a block; None if nothing there is quantized by it."""
+        return self.chain if index < self.walked else None
+
+    @property
+    def share(self) -> Share:
+        """Which part of what blocks hand on is this process's."""
+        batches = len(self.chain.hidden) if self.chain is not None else 0
+        return Share(self.workers, batches) if self.workers.shares else Share()
 
     def needs(self, name: str) -> tuple[str, ...]:
         """Return the statistics wanted of a layer's inputs."""
@@ -84,11 +105,11 @@ def quantize_blocks(run: BlockRun) -> dict[str, Quantized]:
         The quantized layers by name, in model order.
     """
     model, structure, plan, store = run.model, run.structure, run.plan, run.store
-    finished = store.finished() if store else 0
+    finished = run.workers.least(store.finished() if store else 0)
     if finished:
         told.info("continuing after block %d of %d", finished, len(structure.blocks))
-        if run.chain is not None and run.chain.state and store is not None:
-            run.chain.state = store.load_chain()
+        if (chain := run.chain_at(finished)) is not None and chain.state and store is not None:
+            chain.state = store.load_chain(len(chain.state))
     results: dict[str, Quantized] = {}
     global_scales = shared_global_scales(model, structure, plan)
     drop_pages(mapped_pages(model.parameters()))  # what was read so far to check the model and to record its predictions
@@ -101,13 +122,14 @@ def quantize_blocks(run: BlockRun) -> dict[str, Quantized]:
             quantized = {site.name: loaded[site.name] for site in sites}
             _catch_up(run, index, quantized)
         else:
-            report = _reporter(run, len(results))
-            with torch.no_grad(), _placed(run, index):
-                quantized = _quantize_block(run, index, sites, global_scales, report)
+            report = reporter(run, len(results))
+            with torch.no_grad(), placed(run, index):
+                quantized = quantize_block(run, index, sites, global_scales, report)
         for site in sites:
             _write_bias(model, site, quantized[site.name])
         if store is not None and index >= finished:
-            store.save(index, quantized, run.chain.state if run.chain else [])
+            chain = run.chain_at(index + 1)
+            store.save(index, quantized, chain.state if chain else [])
         if store is not None and not run.keep:
             quantized = store.on_disk(index, quantized)
         for site in sites:
@@ -128,20 +150,17 @@ def calibration_chain(
     counted: Counted = (),
     progress: ProgressCallback = ignore,
     scratch: Scratch = MEMORY,
+    workers: Workers = ALONE,
 ) -> BlockWalk:
-    """Return the calibration batches (int64 (B, T), without padding) before the first block, as a quantizer wants them.
+    """Return the calibration batches (int64 (B, T), without padding) before the first block, as a quantizer compares them.
 
-    A quantizer whose statistics are guided has a backward pass run over them first.
+    A quantizer whose statistics are guided has a backward pass run over them first. ``workers`` have other batches.
     """
-    if method.batch_size is not None:
-        size = method.batch_size
-        counted = [part for ids, marks in zip_longest(batches, counted) for part in _split(marks, size, len(ids))]
-        batches = [part for ids in batches for part in ids.split(size)]
     compares = method.refines_blocks or any(COLLECTORS.get(name).paired for name in method.needs)
     weights = None
     if any(COLLECTORS.get(name).guided for name in method.needs):
         weights = token_weights(model, structure, batches, counted=counted, compute=compute, progress=progress)
-    return block_walk(
+    chain = block_walk(
         model,
         structure,
         batches,
@@ -151,6 +170,19 @@ def calibration_chain(
         weights=weights,
         scratch=scratch,
     )
+    chain.workers = workers
+    return chain
+
+
+def windows_of(
+    batches: Sequence[Tensor], counted: Counted, method: Quantizer, workers: Workers
+) -> tuple[list[Tensor], Counted]:
+    """Return the batches (int64 (B, T)) that this process runs, in the sizes that a quantizer wants, and their marks."""
+    if method.batch_size is not None:
+        size = method.batch_size
+        counted = [part for ids, marks in zip_longest(batches, counted) for part in _split(marks, size, len(ids))]
+        batches = [part for ids in batches for part in ids.split(size)]
+    return workers.share(batches), workers.share(counted)
 
 
 def _split(marks: Tensor | None, size: int, rows: int) -> Sequence[Tensor | None]:
@@ -163,19 +195,20 @@ def _catch_up(run: BlockRun, index: int, quantized: Mapping[str, Quantized]) -> 
 
     A method that learns blocks starts anew after each of them anyway.
     """
-    if run.chain is None or run.chain.state or run.method.refines_blocks:
+    chain = run.chain_at(index)
+    if chain is None or chain.state or run.method.refines_blocks:
         return
     for site in block_sites(run.structure.blocks[index], quantized):
         _write_stored(run.model, site, run.plan[site.name], quantized[site.name].qtensor.dequantize())
         _write_bias(run.model, site, quantized[site.name])
-    with torch.no_grad(), run.chain.placed(index):
-        run.chain.advance(index, (), lambda site, gather: None)
+    with torch.no_grad(), chain.placed(index):
+        chain.advance(index, (), lambda site, gather: None)
 
 
-def _placed(run: BlockRun, index: int) -> contextlib.AbstractContextManager[object]:
+def placed(run: BlockRun, index: int) -> contextlib.AbstractContextManager[object]:
     """Return the context in which a block is where it is quantized."""
-    if run.chain is not None:
-        return run.chain.placed(index)
+    if (chain := run.chain_at(index)) is not None:
+        return chain.placed(index)
     module = run.model.get_submodule(run.structure.blocks[index].name)
     here = all(parameter.device == run.compute.device for parameter in module.parameters())
     if here and run.compute.device.type == "cpu" and run.compute.dtype == torch.float32:
@@ -223,7 +256,14 @@ def _write_bias(model: nn.Module, site: Site, one: Quantized) -> None:
         bias.data = one.bias.to(bias.device, bias.dtype)  # the checkpoint's dtype, outside of the walk
 
 
-def _reporter(run: BlockRun, before: int) -> Callable[[str, Quantized, int], None]:
+def reporter(run: BlockRun, before: int) -> Callable[[str, Quantized, int], None]:
+    """Return what tells of a layer of a block (name, result, number of layers of the block that are done).
+
+    Args:
+        run: what is the same for all blocks.
+        before: number of layers in the blocks before.
+    """
+
     def report(name: str, one: Quantized, done: int) -> None:
         for note in one.notes:
             log.warning("%s: %s", name, note)
@@ -236,14 +276,23 @@ def _reporter(run: BlockRun, before: int) -> Callable[[str, Quantized, int], Non
     return report
 
 
-def _quantize_block(
+def quantize_block(
     run: BlockRun,
     index: int,
     sites: Sequence[Site],
     global_scales: Mapping[str, Tensor],
     report: Callable[[str, Quantized, int], None],
 ) -> dict[str, Quantized]:
-    chain = run.chain
+    """Quantize the layers of one block, which is :func:`placed`; where text runs, its outputs are the next block's inputs.
+
+    Args:
+        run: what is the same for all blocks.
+        index: of the block.
+        sites: its planned layers.
+        global_scales: layer name to a scale that several layers share.
+        report: see :func:`reporter`.
+    """
+    chain = run.chain_at(index)
     refined = chain if run.method.refines_blocks and sites else None
     again = refined.rerunner(index) if refined is not None else None
     origin = {site.name: _weight_to_store(run.model, site, run.plan[site.name]) for site in sites} if refined else {}
@@ -273,7 +322,7 @@ def _quantize_layer(run: BlockRun, site: Site, statistics: SiteStatistics | None
     """Quantize one layer and, where calibration text runs, write it into the model, for later layers and blocks to see."""
     scheme = run.plan[site.name]
     weight = _weight_to_store(run.model, site, scheme)
-    one = quantize_site(run.method, site.name, weight, scheme.weight, statistics, global_scale)
+    one = quantize_site(run.method, site.name, weight, scheme.weight, statistics, global_scale, run.workers)
     if run.chain is not None:
         _write_stored(run.model, site, scheme, one.qtensor.dequantize())
     qtensor = one.qtensor.to("cpu")

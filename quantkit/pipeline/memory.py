@@ -194,6 +194,7 @@ def _calibrating(found: Memory, size: RunSize, method: Quantizer, sites: Mapping
     stacks = max((site.numel for site in sites.values() if len(site.shape) == 3), default=0)
     experts = max((site.shape[0] for site in sites.values() if len(site.shape) == 3), default=1)
     second = 4 * size.widest**2 * 4 + (min(experts * 4 * size.widest**2, 256 << 20) if experts > 1 else 0)
+    second += 8 * size.widest**2 if size.shared else 0
     own = 4 * size.block + max(16 * widest, 4 * stacks) + second + running
     activations = size.tokens * (8 * size.hidden + rounded * size.widest)
     return replace(

@@ -24,6 +24,9 @@ from quantkit.calibrate.data import fingerprint as data_fingerprint
 from quantkit.checkpoint import CheckpointWriter, Key
 from quantkit.checkpoint.digests import sums
 from quantkit.checkpoint.extras import write_extras
+from quantkit.checkpoint.handed import Share
+from quantkit.checkpoint.handed import read as read_handed
+from quantkit.checkpoint.staging import ALL
 from quantkit.formats.base import FORMATS
 from quantkit.hf.ledger import ledger_of
 from quantkit.hf.load import PreTrainedModel
@@ -156,10 +159,11 @@ class ResumeStore:
 
     Args:
         writer: of the checkpoint; opened with the run's :func:`run_key`.
+        share: which part of what blocks hand on is this process's.
     """
 
-    def __init__(self, writer: CheckpointWriter) -> None:
-        self.writer = writer
+    def __init__(self, writer: CheckpointWriter, share: Share = ALL) -> None:
+        self.writer, self.share = writer, share
 
     def finished(self) -> int:
         """Return how many leading blocks are finished."""
@@ -172,7 +176,7 @@ class ResumeStore:
             for name, one in quantized.items()
         }
         qtensors = {name: one.qtensor for name, one in quantized.items()}
-        self.writer.write_block(index, qtensors, facts=facts, chain=chain)
+        self.writer.write_block(index, qtensors, facts=facts, chain=chain, share=self.share)
 
     def load(self, index: int) -> dict[str, Quantized]:
         """Return the quantized sites of finished block ``index``; its other tensors, such as biases, go into the model."""
@@ -184,9 +188,9 @@ class ResumeStore:
         places = self.writer.on_disk(index, {name: one.qtensor for name, one in quantized.items()})
         return {name: replace(one, qtensor=places.get(name, one.qtensor)) for name, one in quantized.items()}
 
-    def load_chain(self) -> list[Tensor]:
-        """Return the outputs of the last of the finished blocks."""
-        return self.writer.chain()
+    def load_chain(self, count: int) -> list[Tensor]:
+        """Return the outputs of the last of the finished blocks, of which ``count`` are this process's."""
+        return read_handed(self.writer.path, self.finished() - 1, self.writer.handed, count, self.share)
 
     def changed(self, step: str) -> Any:
         """Return what was recorded of a step that changes finished blocks; None if it has not been carried out."""

@@ -12,6 +12,7 @@ from quantkit.formats.base import FORMATS
 from quantkit.system.compute import Compute, known_device
 from quantkit.system.progress import ProgressCallback, ignore
 from quantkit.system.settings import Flag, settings
+from quantkit.system.workers import ALONE, Workers
 
 
 def _known_format(name: str) -> str:
@@ -28,6 +29,12 @@ def _known_place(name: str) -> str:
     except SpecError as error:
         raise ValueError(str(error)) from None
     return name
+
+
+def _known_workers(value: object) -> object:
+    if not isinstance(value, Workers):
+        raise ValueError("want what quantkit.system.workers.launched() yields; a recipe says nothing about workers")
+    return value
 
 
 @settings(FormatError)
@@ -151,6 +158,8 @@ class Run:
             it, or is refused before it begins. None: blocks leave memory as they are done with, activations of more than 1 GiB
             lie on the disk, and what that takes is taken.
         progress: receives :class:`quantkit.Progress` events.
+        workers: the processes that carry out the run together (:mod:`quantkit.system.workers`), which call the same function
+            with the same arguments; the first writes.
     """
 
     strict: Flag = False
@@ -159,6 +168,7 @@ class Run:
     compute: Compute | None = None
     max_memory: Annotated[ByteSize, Field(gt=0)] | None = None
     progress: Any = ignore
+    workers: Annotated[Any, AfterValidator(_known_workers)] = ALONE
 
     @property
     def report(self) -> ProgressCallback:

@@ -1,6 +1,7 @@
 """What a quantizer is, and the one place that runs it on a layer."""
 
 import dataclasses
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
@@ -14,9 +15,11 @@ from quantkit.nn.sites import Site, SiteStatistics
 from quantkit.nn.sizes import RunSize
 from quantkit.numerics import grid
 from quantkit.qtensor import QTensor, concatenate
+from quantkit.quantizers.divide import Remarks, bring_together, granules, portions, spread
 from quantkit.registry import Registry
 from quantkit.spec import ActivationSpec, QuantSpec, Scheme
 from quantkit.system.compute import Compute
+from quantkit.system.workers import ALONE, Workers
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +65,13 @@ class Quantizer(Protocol):
         refines_blocks: it goes on with all layers of a block together: :meth:`refine_block`.
         by_rows: codes of one row (or of the rows that share scales) do not depend on the others, so that a weight may be
             handed over in slices of rows, which stay in the cache and need no memory of the weight's size.
+        divisible: the same, but a slice takes as long to prepare as the whole: it is only worth while for several processes.
     """
 
     any_grid: ClassVar[bool] = False
     refines_blocks: ClassVar[bool] = False
     by_rows: ClassVar[bool] = False
+    divisible: ClassVar[bool] = False
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -135,6 +140,7 @@ def quantize_site(
     spec: QuantSpec,
     statistics: SiteStatistics | None,
     global_scale: Tensor | None = None,
+    workers: Workers = ALONE,
 ) -> Quantized:
     """Quantize the weight (out, in) or (experts, out, in) of the layer called ``name``.
 
@@ -147,6 +153,7 @@ def quantize_site(
         spec: the grid.
         statistics: what the quantizer needs, or None.
         global_scale: (1,) that a grid with one shall have, because other layers have it too; None takes the weight's own.
+        workers: who does a part of it; all call this together, with the same weight and statistics, and get the same.
 
     Raises:
         SpecError: if the grid does not divide the weight.
@@ -159,11 +166,9 @@ def quantize_site(
     seen = statistics.tokens if statistics is not None else ()
     try:
         if weight.dim() == 2:
-            return dataclasses.replace(_quantize_matrix(quantizer, weight, spec, statistics, global_scale), tokens=seen)
-        parts = [
-            _quantize_matrix(quantizer, matrix, spec, statistics.expert(i) if statistics and statistics.tokens[i] else None)
-            for i, matrix in enumerate(weight)
-        ]
+            one = _quantize_matrix(quantizer, weight, spec, statistics, global_scale, workers)
+            return dataclasses.replace(one, tokens=seen)
+        parts = _quantize_experts(quantizer, weight, spec, statistics, workers)
     except QuantkitError as error:
         raise type(error)(f"{name}: {error}") from error
     loss = sum(part.loss for part in parts) / len(parts)
@@ -184,12 +189,39 @@ def _notes(parts: Sequence[Quantized]) -> tuple[str, ...]:
     )
 
 
+def _quantize_experts(
+    quantizer: Quantizer, weight: Tensor, spec: QuantSpec, statistics: SiteStatistics | None, workers: Workers
+) -> list[Quantized]:
+    """Quantize matrices (experts, out, in) one by one, workers in turn; statistics are computed by all together."""
+    done: dict[int, Quantized] = {}
+    for index, matrix in enumerate(weight):
+        own = statistics.expert(index) if statistics and statistics.tokens[index] else None
+        if index % workers.size == workers.rank:
+            done[index] = _quantize_matrix(quantizer, matrix, spec, own)
+    if not workers.shares:
+        return list(done.values())
+    facts = {index: (one.loss, one.notes, one.fell_back) for index, one in done.items()}
+    told = {int(index): said for text in workers.texts(json.dumps(facts)) for index, said in json.loads(text).items()}
+    parts = []
+    for index, matrix in enumerate(weight):
+        own_codes = done.pop(index).qtensor if index in done else None
+        qtensor = spread(own_codes, spec, tuple(matrix.shape), workers, index % workers.size)
+        loss, notes, fell_back = told[index]
+        parts.append(Quantized(qtensor, loss, tuple(notes), fell_back))
+    return parts
+
+
 def _quantize_matrix(
-    quantizer: Quantizer, weight: Tensor, spec: QuantSpec, statistics: SiteStatistics | None, global_scale: Tensor | None = None
+    quantizer: Quantizer,
+    weight: Tensor,
+    spec: QuantSpec,
+    statistics: SiteStatistics | None,
+    global_scale: Tensor | None = None,
+    workers: Workers = ALONE,
 ) -> Quantized:
     """Quantize one matrix; one of extreme numbers is brought to a usual size first, by a power of two, and its scales back.
 
-    Where rows do not depend on each other they are done slice by slice.
+    Where rows do not depend on each other they are done slice by slice, and by several workers.
     """
     largest = _largest(weight)
     shift = grid.exponent_shift(largest) if spec.blocks is None else 0  # float16 of a block holds no extreme numbers
@@ -197,25 +229,54 @@ def _quantize_matrix(
     if spec.has_global_scale:
         shared = None if global_scale is None else grid.shifted(global_scale.to(largest), -shift)
         own = shared if shared is not None else grid.choose_global_scale(grid.shifted(largest, shift).view(1), spec).to(largest)
+    shape = tuple(weight.shape)
+    rows = portions(spec, shape, workers, divisible=quantizer.by_rows or quantizer.divisible)
+    mine, part, remarks = rows[workers.rank], None, Remarks()
+    if mine.stop > mine.start or not workers.shares:
+        part, remarks = _quantize_portion(quantizer, weight[mine], spec, statistics, (shift, largest, own), workers)
+    if workers.shares or part is None:
+        part, remarks = bring_together(part, remarks, rows, shape[-1], spec, workers)
+    if lost := remarks.lost:
+        said = f"{lost} of {len(weight)} output channels become zero: they are far smaller than what shares their scale"
+        remarks.notes.append(said)
+    return Quantized(part, remarks.loss, tuple(remarks.notes), bool(quantizer.needs) and statistics is None)
+
+
+def _quantize_portion(
+    quantizer: Quantizer,
+    weight: Tensor,
+    spec: QuantSpec,
+    statistics: SiteStatistics | None,
+    usual: tuple[int, Tensor, Tensor | None],
+    workers: Workers,
+) -> tuple[QTensor, Remarks]:
+    """Quantize rows (n, in) of a matrix.
+
+    Args:
+        quantizer, spec, statistics: as for :func:`quantize_site`.
+        weight: the rows.
+        usual: of the whole matrix the power of two that brings it to a usual size, its largest magnitude, its global scale.
+        workers: who has other rows; then errors are summed in parts that do not depend on how many they are.
+    """
+    shift, largest, own = usual
     parts: list[QTensor] = []
-    notes: list[str] = []
-    lost, noise, signal = 0, 0.0, 0.0
-    if not shift and own is None and (done := quantizer.quantize_at_once(weight, spec)) is not None:
-        qtensor, noise, signal, lost = done
-        parts.append(qtensor)
-    for rows in () if parts else grid.row_slices(weight, spec) if quantizer.by_rows else [slice(0, len(weight))]:
-        part = weight[rows].float()
-        qtensor, said = _quantize_rows(quantizer, part, spec, statistics, shift, own)
+    remarks = Remarks()
+    everything = slice(0, len(weight))
+    for rows in granules(everything, spec, tuple(weight.shape), workers):
+        if shift or own is not None or (done := quantizer.quantize_at_once(weight[rows], spec)) is None:
+            break
+        parts.append(done[0])
+        remarks.add(Remarks([done[1]], [done[2]], done[3]))
+    for rows in () if parts else grid.row_slices(weight, spec) if quantizer.by_rows else [everything]:
+        piece = weight[rows].float()
+        qtensor, said = _quantize_rows(quantizer, piece, spec, statistics, shift, own)
         rounded = qtensor.dequantize()
-        lost += int(((part != 0).any(-1) & (rounded == 0).all(-1)).sum())
-        sizes = error_sizes(part, rounded, statistics, grid.exponent_shift(largest))
-        noise, signal = noise + sizes[0], signal + sizes[1]
+        lost = int(((piece != 0).any(-1) & (rounded == 0).all(-1)).sum())
+        within = granules(slice(0, len(piece)), spec, tuple(piece.shape), workers)
+        sizes = [error_sizes(piece[some], rounded[some], statistics, grid.exponent_shift(largest)) for some in within]
+        remarks.add(Remarks([noise for noise, _ in sizes], [signal for _, signal in sizes], lost, list(said)))
         parts.append(qtensor)
-        notes += [note for note in said if note not in notes]
-    if lost:
-        notes.append(f"{lost} of {len(weight)} output channels become zero: they are far smaller than what shares their scale")
-    whole = parts[0] if len(parts) == 1 else concatenate(parts)
-    return Quantized(whole, noise / max(signal, 1e-30), tuple(notes), bool(quantizer.needs) and statistics is None)
+    return parts[0] if len(parts) == 1 else concatenate(parts), remarks
 
 
 def _quantize_rows(

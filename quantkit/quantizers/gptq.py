@@ -23,7 +23,7 @@ Cost: out x in^2 / 2 multiply-adds, one factorisation and one triangular inverse
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -60,6 +60,7 @@ class GPTQ(Quantizer):
     clip: Literal["importance", "mse", "absmax"] = "importance"
     rounds: int = 1
     guided: bool = False
+    divisible: ClassVar[bool] = True
 
     @property
     def needs(self) -> tuple[str, ...]:

@@ -57,6 +57,7 @@ class ImportanceRTN(Quantizer):
     """Round to nearest on the grid that loses least when inputs are weighted by their second moment E[x^2]."""
 
     needs: ClassVar[tuple[str, ...]] = ("mean_square",)
+    divisible: ClassVar[bool] = True
 
     def rejects(self, scheme: Scheme) -> str | None:
         """Say why layers of a scheme cannot be quantized by this; None if they can."""

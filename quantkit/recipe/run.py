@@ -14,7 +14,7 @@ from quantkit.checkpoint.check import EVALUATION, dtype_name
 from quantkit.checkpoint.contents import Contents, contents_of
 from quantkit.checkpoint.open import open_model
 from quantkit.checkpoint.shared import shared_plan
-from quantkit.errors import FormatError, RecipeError
+from quantkit.errors import FormatError, RecipeError, WorkerError
 from quantkit.evaluation import EvalReport, evaluate, is_answer
 from quantkit.hf.source import load_config, locate
 from quantkit.mixed.recorded import Searched, guess
@@ -28,11 +28,13 @@ from quantkit.pipeline.plan import Resolution, check_plan, scale_dtype_for
 from quantkit.pipeline.prepare import check_training
 from quantkit.pipeline.quantize import quantize
 from quantkit.pipeline.result import QuantizeResult
+from quantkit.pipeline.settings import Output
 from quantkit.pipeline.steps import make_steps
 from quantkit.pipeline.train import train
 from quantkit.recipe.schema import Evaluation, Recipe
 from quantkit.recipe.searched import carried_out, searched
 from quantkit.system.progress import ProgressCallback, ignore
+from quantkit.system.workers import ALONE, Workers
 
 log = logging.getLogger(__name__)
 
@@ -109,23 +111,25 @@ class Outcome:
     report: EvalReport | None
 
 
-def run_recipe(recipe: Recipe, progress: ProgressCallback = ignore) -> Outcome:
+def run_recipe(recipe: Recipe, progress: ProgressCallback = ignore, workers: Workers = ALONE) -> Outcome:
     """Carry a recipe out; an interrupted run of the same recipe is continued.
 
     Args:
         recipe: the recipe.
         progress: receives the events of every stage.
+        workers: who carries it out together; the first of them also measures.
 
     Raises:
         QuantkitError: before long work wherever that is possible; see :func:`plan_recipe`.
     """
-    with claimed(recipe.output, "carrying out a recipe"):
+    _refuse_workers(recipe, workers)
+    with claimed(recipe.output if workers.writes else Output(), "carrying out a recipe"):
         preview = plan_recipe(recipe)
         for note in preview.resolution.notes:
             log.info(note)
         model: Any
         model, tokenizer = replaced_model(locate(recipe.model), recipe.output) or open_model(recipe.model, preview.dtype)
-        measure = recipe.evaluate
+        measure = recipe.evaluate if workers.writes else None
         against = measure is not None and measure.against == "base" and model.device.type != "meta"
         base = sharing_copy(model) if against else None  # quantize changes the model itself
         scheme = preview.resolution
@@ -139,12 +143,20 @@ def run_recipe(recipe: Recipe, progress: ProgressCallback = ignore) -> Outcome:
             steps=[one.build() for one in recipe.steps],
             calibration=recipe.calibration,
             output=recipe.output,
-            run=replace(recipe.run, progress=progress),
+            run=replace(recipe.run, progress=progress, workers=workers),
             tokenizer=tokenizer,
         )
-        carried_out(Path(str(recipe.output.path)))
+        if workers.writes:
+            carried_out(Path(str(recipe.output.path)))
         report = None if measure is None else _measure(recipe, measure, result, base, progress)
         return Outcome(preview, result, report)
+
+
+def _refuse_workers(recipe: Recipe, workers: Workers) -> None:
+    """Refuse what only one process carries out."""
+    alone = {"scheme.budget": isinstance(recipe.scheme, Searched), "train": recipe.train is not None}
+    if workers.shares and (name := next((name for name, asked in alone.items() if asked), None)):
+        raise WorkerError(f"{name}: workers calibrate and quantize together, and nothing else; run it as one process")
 
 
 def _measure(
