@@ -53,7 +53,7 @@ def open_model(
     check_choice(compute)
     device = known_device(device)
     dtype, place = float_dtype(dtype), locate(source)
-    if _is_quantized(named_path(place)):
+    if is_quantized(named_path(place)):
         if trust_remote_code:
             trust_code(place)
         model = checkpoint.load(place, dtype=dtype, device=device, compute=compute)
@@ -68,7 +68,7 @@ def open_model(
     return model, tokenizer
 
 
-def _is_quantized(path: Path) -> bool:
+def is_quantized(path: Path) -> bool:
     """Whether a directory is for :func:`quantkit.checkpoint.load`: also an unfinished one, so that it can say what is wrong."""
     if os.path.exists(path / checkpoint.INCOMPLETE):  # which, unlike Path.exists, is False for names that cannot be
         return True

@@ -94,7 +94,7 @@ def open_checkpoint(path: str | Path) -> Iterator[Opened]:
         where = path / rule.container.key_file
         contents = _contents(path, where, config, reader)
         matcher = _matcher(where, rule, config, reader)
-        stored = _match_entries(where, contents, matcher, rule.dialect.embeddings)
+        stored = _match_entries(where, contents, matcher, rule)
         carried = _carried(where, config)
         _check_tensors(path, contents, stored, reader, carried)
         yield Opened(path, config, name, contents, stored, reader, carried)
@@ -148,12 +148,12 @@ def _matcher(where: Path, rule: Format, config: Mapping[str, Any], reader: Reade
         raise FormatError(f"{where}: {error}") from error
 
 
-def _match_entries(where: Path, contents: Contents, matcher: Matcher, embeddings: bool) -> dict[str, Stored]:
+def _match_entries(where: Path, contents: Contents, matcher: Matcher, rule: Format) -> dict[str, Stored]:
     """Find which entries are quantized, and check that every site is so as a whole and fits its grid."""
     stored: dict[str, Stored] = {}
     seen: dict[str, Scheme | None] = {}
     for entry in contents.entries:
-        if entry.site is None or (entry.site == contents.structure.embedding and not embeddings):
+        if entry.site is None or (entry.site == contents.structure.embedding and not rule.dialect.embeddings):
             continue
         found = matcher(entry.module)
         scheme = found.scheme if found else None
@@ -164,7 +164,7 @@ def _match_entries(where: Path, contents: Contents, matcher: Matcher, embeddings
         if reason := found.scheme.weight.rejects(entry.weight_shape):
             raise FormatError(f"{where}: {entry.module}: {reason}")
         stored[entry.name] = found
-    if not stored:
+    if not stored and not rule.floats:
         raise FormatError(f"{where}: quantization_config names no weight of this model")
     return stored
 
@@ -291,7 +291,7 @@ def inspect(path: str | Path, *, verify: bool = False) -> dict[str, Any]:
             "parameters": every,
             "quantized_parameters": sum(weights.values()),
             "quantized_bytes": quantized_bytes,
-            "quantized_bits_per_weight": quantized_bytes * 8 / sum(weights.values()),
+            "quantized_bits_per_weight": quantized_bytes * 8 / sum(weights.values()) if weights else 0.0,
             "carried_over": {
                 "tensors": len(kept),
                 "bytes": sum(header.nbytes for header in kept.values()),

@@ -94,6 +94,8 @@ def open_source(path: Path, format: str, *, lossy: bool = False, dtype: torch.dt
         _prepare(opened, floats, everything=dtype is not None)
         plan: dict[str, Scheme] = {}
         again: list[str] = []
+        if not opened.schemes and not FORMATS.get(format).floats:
+            raise FormatError(f"{path} holds floats alone, and format {format} holds codes; quantize the float model instead")
         if format != FLOAT:
             name = str(next(opened.contents.model.parameters()).dtype).removeprefix("torch.")
             for site_name, scheme in opened.schemes.items():

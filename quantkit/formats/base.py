@@ -127,6 +127,7 @@ class Format:
         foreign: engines read it, too, that run several layers as one (:mod:`quantkit.pipeline.fused`).
         packed: transformers loads it without unpacking the weights, with the faults that :mod:`quantkit.hf.reader` knows.
         blocks: it holds the blocks of a GGUF file, as they are; no other format does.
+        floats: it also holds models in which no layer is quantized.
         scale_dtype: dtype of all stored scales, where the format fixes one; None for the checkpoint's.
         usage: which other programs load it, and how, for the model card; after "With".
         also: returns what else its readers look for in config.json, of what the model's config says there.
@@ -143,6 +144,7 @@ class Format:
     foreign: bool = False
     packed: bool = False
     blocks: bool = False
+    floats: bool = False
     scale_dtype: str | None = None
     usage: str = ""
     also: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda config: {}

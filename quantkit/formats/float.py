@@ -58,6 +58,7 @@ FORMATS.register("float")(
         lambda scheme: NoCodec(),
         SafetensorsDirectory("model"),
         Float(),
+        floats=True,
         usage="transformers, and everything that reads its directories.",
         recognises=lambda config: False,
     )

@@ -17,9 +17,11 @@ from pydantic import TypeAdapter, ValidationError
 from quantkit import checkpoint
 from quantkit.checkpoint.extras import write_extras
 from quantkit.checkpoint.read import open_checkpoint
+from quantkit.checkpoint.record import check_sums, matches
 from quantkit.checkpoint.state import EXPECTED
 from quantkit.errors import FormatError, QuantkitError
 from quantkit.evaluation.coverage import CoverageRow
+from quantkit.formats.base import FORMATS
 from quantkit.hf.load import PreTrainedModel, empty_model, load_tokenizer, read_config
 from quantkit.pipeline.result import QuantizeResult
 from quantkit.pipeline.settings import Output, Run
@@ -138,6 +140,25 @@ def _is_whole(file: Path) -> bool:
 def is_complete(path: Path) -> bool:
     """Return whether a directory holds a whole checkpoint that a run has written."""
     return checkpoint.read_record(path) is not None and not (path / checkpoint.INCOMPLETE).exists()
+
+
+def is_done(target: Path, key: checkpoint.Key, *, overwrite: bool) -> bool:
+    """Return whether a directory holds what a conversion with this key writes, whole.
+
+    One that is of another version of the software counts, too, unless it may be replaced.
+    """
+    record = checkpoint.read_record(target) if target.is_dir() else None
+    if record is None or not is_complete(target) or not matches(key, record, () if overwrite else EXPECTED):
+        return False
+    if missing := [name for name in record.files if not (target / name).is_file()]:
+        if overwrite:
+            return False
+        raise FormatError(
+            f"{target} is what this conversion wrote, but {missing[0]} is gone; delete it, or pass overwrite=True"
+        )
+    with FORMATS.get(record.format).container.reader(target) as reader:
+        check_sums(target, reader)
+    return True
 
 
 def replaced_model(source: str | Path, output: Output) -> tuple[PreTrainedModel, Any] | None:

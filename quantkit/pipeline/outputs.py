@@ -22,7 +22,8 @@ from quantkit.checkpoint.reformat import open_source
 from quantkit.checkpoint.shared import shared_plan
 from quantkit.evaluation.sanity import SanityCheck
 from quantkit.hf.load import PreTrainedModel
-from quantkit.pipeline.reformat import convert, is_done
+from quantkit.pipeline.again import is_done
+from quantkit.pipeline.reformat import convert
 from quantkit.pipeline.result import QuantizeResult
 from quantkit.pipeline.settings import Output
 from quantkit.spec import Plan

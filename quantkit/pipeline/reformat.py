@@ -13,15 +13,17 @@ from typing import Any
 import torch
 
 from quantkit import checkpoint
-from quantkit.checkpoint.record import check_sums, matches, tensor_sums
+from quantkit.checkpoint.open import is_quantized
+from quantkit.checkpoint.record import tensor_sums
 from quantkit.checkpoint.reformat import FLOAT, Source, open_source, write
-from quantkit.checkpoint.state import EXPECTED
 from quantkit.dtypes import float_dtype
 from quantkit.errors import FormatError
 from quantkit.evaluation.sanity import SanityCheck
 from quantkit.formats.base import FORMATS
 from quantkit.hf.load import load_tokenizer
-from quantkit.pipeline.again import is_complete
+from quantkit.hf.source import locate
+from quantkit.pipeline.again import is_done
+from quantkit.pipeline.floats import convert_floats
 from quantkit.pipeline.resume import code_digest, versions
 from quantkit.system.files import named_path, usable_path
 
@@ -37,21 +39,23 @@ def reformat(
     overwrite: bool = False,
     dtype: torch.dtype | str | None = None,
 ) -> dict[str, Any]:
-    """Write a quantized checkpoint in another format, number for number the same.
+    """Write a checkpoint in another format, number for number the same.
 
     Tensors are decoded and encoded one after the other, read back and compared bit for bit; then the directory gets its name.
     A conversion that was killed is continued when it is given again, and one that is done is not made twice.
     Zero points, scales and groups change their form where the format wants that and the numbers stay; where they would not, the
-    layer is refused by name.
+    layer is refused by name. A float model goes into the formats that hold floats: a directory (or hub id) becomes a GGUF file, a
+    GGUF file of anybody's a directory of transformers, its blocks as the floats that they stand for.
 
     Args:
-        path: directory of a checkpoint that :func:`quantkit.load` reads, whoever wrote it.
+        path: directory of a checkpoint that :func:`quantkit.load` reads, whoever wrote it; or a float model as for
+            :func:`quantkit.open_model`.
         format: name of a format, or ``"float"``: the weights that the codes stand for, as a plain directory of transformers.
         out: directory to write to, another than ``path``.
         lossy: round layers again whose numbers the format does not have, to the nearest of a grid that it has; the divergence
             (KL in nats per token) from the source on the built-in text is measured, recorded and returned.
         overwrite: replace a model that is in ``out`` already.
-        dtype: for ``"float"``, dtype of all weights; None keeps that of the checkpoint.
+        dtype: for ``"float"``, and of a float model, dtype of all weights; None keeps that of the checkpoint.
 
     Returns:
         A mapping: ``path``, ``format``, ``from`` (the format read), ``layers`` (how many were quantized), ``rounded`` (names of
@@ -60,11 +64,14 @@ def reformat(
     Raises:
         FormatError: the source cannot be read; the format cannot hold a layer; ``out`` is the source, or holds a model.
     """
-    source, target = named_path(path), usable_path(out)
+    source, target = named_path(locate(path)), usable_path(out)
     FORMATS.get(format)
     if source.resolve() == target.resolve():
         raise FormatError(f"{target} is the checkpoint that is to be converted; write to another directory")
     wanted = float_dtype(dtype)
+    if not is_quantized(source):
+        with checkpoint.claim(target, "converting a model"):
+            return convert_floats(source, format, target, dtype=wanted, overwrite=overwrite)
     if wanted is not None and format != FLOAT:
         raise FormatError(f"dtype={dtype!r} goes with format float; {format} keeps the dtype of the checkpoint")
     with open_source(source, format, lossy=lossy, dtype=wanted) as opened, checkpoint.claim(target, "converting a checkpoint"):
@@ -125,25 +132,6 @@ def key_of(opened: Source) -> checkpoint.Key:
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
         "code": code_digest(),
     }
-
-
-def is_done(target: Path, key: checkpoint.Key, *, overwrite: bool) -> bool:
-    """Return whether a directory holds what a conversion with this key writes, whole.
-
-    One that is of another version of the software counts, too, unless it may be replaced.
-    """
-    record = checkpoint.read_record(target) if target.is_dir() else None
-    if record is None or not is_complete(target) or not matches(key, record, () if overwrite else EXPECTED):
-        return False
-    if missing := [name for name in record.files if not (target / name).is_file()]:
-        if overwrite:
-            return False
-        raise FormatError(
-            f"{target} is what this conversion wrote, but {missing[0]} is gone; delete it, or pass overwrite=True"
-        )
-    with FORMATS.get(record.format).container.reader(target) as reader:
-        check_sums(target, reader)
-    return True
 
 
 def _recorded_quality(path: Path, format: str) -> Mapping[str, Any]:
