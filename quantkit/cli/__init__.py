@@ -25,10 +25,12 @@ RESUMABLE = ("demo", "quantize", "run", "sweep", "train")
 
 T = TypeVar("T", bound=Callable[..., Any])
 
-LOADING = ("bench", "chat", "demo", "eval", "generate", "quantize", "run", "search", "serve", "sweep", "trace", "train")
-"""Commands that load a model."""
+QUICK = ("init",)
+"""Commands that answer at once; the others import torch, which alone takes seconds."""
 _PANELS = {
-    "Quantize": ("demo", "quantize", "plan", "init", "run", "train", "search", "sweep", "convert", "export", "package"),
+    "Quantize": (
+        *("demo", "quantize", "plan", "init", "run", "train", "search", "sweep", "collect", "convert", "export", "package"),
+    ),
     "Use": ("chat", "generate", "serve"),
     "Measure": ("eval", "bench", "trace", "inspect"),
     "This machine": ("list", "doctor", "cache", "build-kernels"),
@@ -109,9 +111,16 @@ class _Command(TyperCommand):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
-        if self.name in LOADING and not ctx.params.get("quiet"):
-            typer.secho("loading ...", fg=typer.colors.BRIGHT_BLACK, err=True)
-        return super().invoke(ctx)
+        from quantkit.cli.bars import PULSE
+
+        if self.name in QUICK or ctx.params.get("quiet"):
+            return super().invoke(ctx)
+        typer.secho("loading ...", fg=typer.colors.BRIGHT_BLACK, err=True)
+        PULSE.begin("loading")
+        try:
+            return super().invoke(ctx)
+        finally:
+            PULSE.end()
 
 
 class _App(typer.Typer):

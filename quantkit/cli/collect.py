@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 
 from quantkit.cli import app
-from quantkit.cli.console import facts, progress_bars
+from quantkit.cli.bars import progress_bars
+from quantkit.cli.console import facts
 from quantkit.cli.options import Column, Data, Model, Template, TrustRemoteCode
 
 

@@ -6,7 +6,8 @@ from typing import Annotated, Any
 import typer
 
 from quantkit.cli import app
-from quantkit.cli.console import console, print_json, progress_bars, say, table
+from quantkit.cli.bars import progress_bars
+from quantkit.cli.console import console, print_json, say, table
 from quantkit.cli.options import (
     AsJson,
     Column,

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from quantkit.cli import app
-from quantkit.cli.console import console, facts, parse_settings, print_json, progress_bars, say, size, table
+from quantkit.cli.bars import progress_bars
+from quantkit.cli.console import console, facts, parse_settings, print_json, say, size, table
 from quantkit.cli.inspect import RecipeFile, Settings
 from quantkit.cli.options import (
     AsJson,

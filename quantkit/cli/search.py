@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quantkit.cli import app
-from quantkit.cli.console import facts, print_json, progress_bars, say, table
+from quantkit.cli.bars import progress_bars
+from quantkit.cli.console import facts, print_json, say, table
 from quantkit.cli.options import (
     AsJson,
     BudgetText,

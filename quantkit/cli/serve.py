@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quantkit.cli import app
-from quantkit.cli.console import console, facts, print_json, progress_bars, say, size, table
+from quantkit.cli.bars import progress_bars
+from quantkit.cli.console import console, facts, print_json, say, size, table
 from quantkit.cli.options import (
     AsJson,
     ComputeMode,

@@ -6,7 +6,8 @@ from typing import Annotated, Any
 import typer
 
 from quantkit.cli import app
-from quantkit.cli.console import console, facts, parse_settings, print_json, progress_bars, say
+from quantkit.cli.bars import progress_bars
+from quantkit.cli.console import console, facts, parse_settings, print_json, say
 from quantkit.cli.inspect import Settings, is_recipe
 from quantkit.cli.options import (
     AsJson,
