@@ -16,6 +16,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from quantkit.cli.groups import spread
 from quantkit.errors import QuantkitError
 from quantkit.version import __version__
 
@@ -131,7 +132,7 @@ class _App(typer.Typer):
             name = arguments[0] if arguments else function.__name__
             panel = next((title for title, names in _PANELS.items() if name in names), None)
             super(_App, self).command(*arguments, **{"cls": _Command, "rich_help_panel": panel, **options})(
-                _with_quiet(function)
+                _with_quiet(spread(function))
             )
             return function
 

@@ -175,6 +175,11 @@ def read_prompt(prompt: str | None) -> str:
     return text
 
 
+def engine_options(running: Any) -> dict[str, Any]:
+    """Return what :class:`quantkit.cli.groups.Running` says, as the library takes it."""
+    return {"kv": running.kv, "drafter": read_drafter(running.drafter), "engine": running.engine}
+
+
 def read_drafter(text: str | None) -> "DrafterChoice":
     """Return what ``--drafter`` selects: the name of a registered drafter, a model to open, or both as ``NAME=MODEL``.
 

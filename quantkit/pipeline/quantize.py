@@ -51,6 +51,7 @@ from quantkit.pipeline.steps import Learning, Steps, apply_transforms, correctio
 from quantkit.quantizers.base import QUANTIZERS, Quantizer
 from quantkit.spec import Plan, Scheme
 from quantkit.system.compute import Compute
+from quantkit.system.progress import Progress
 from quantkit.transforms.base import Correction, Step
 
 log = logging.getLogger(__name__)
@@ -308,7 +309,10 @@ def _carry_out(job: _Job, key: checkpoint.Key | None, batches: Sequence[Batch], 
     results, facts = learning.finish(model, structure, results)
     metadata = metadata_of(job.resolution, repr(job.method), batches, read, results) | job.steps.metadata(facts)
     writer = store.writer if store is not None else None
-    return Unfinished(model, job.tokenizer, structure, job.resolution, rows, sanity, writer).finish(results, metadata)
+    progress(Progress("prove", 0, 1))
+    done = Unfinished(model, job.tokenizer, structure, job.resolution, rows, sanity, writer).finish(results, metadata)
+    progress(Progress("prove", 1, 1))
+    return done
 
 
 def plan(

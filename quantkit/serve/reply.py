@@ -176,7 +176,7 @@ class Reply:
 
 
 def written(value: dict[str, Any]) -> str:
-    """Return JSON, written part by part, so that other threads get their turns; ``json.dumps`` would stop them all meanwhile."""
+    """Return JSON, written part by part, so that other threads get their turns; ``json.dumps`` stops them all meanwhile."""
     return "".join(_ENCODER.iterencode(value))
 
 
