@@ -16,6 +16,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from quantkit.cli.groups import spread
 from quantkit.errors import QuantkitError
 from quantkit.version import __version__
 
@@ -25,10 +26,12 @@ RESUMABLE = ("demo", "quantize", "run", "sweep", "train")
 
 T = TypeVar("T", bound=Callable[..., Any])
 
-LOADING = ("bench", "chat", "demo", "eval", "generate", "quantize", "run", "search", "serve", "sweep", "trace", "train")
-"""Commands that load a model."""
+QUICK = ("init",)
+"""Commands that answer at once; the others import torch, which alone takes seconds."""
 _PANELS = {
-    "Quantize": ("demo", "quantize", "plan", "init", "run", "train", "search", "sweep", "convert", "export", "package"),
+    "Quantize": (
+        *("demo", "quantize", "plan", "init", "run", "train", "search", "sweep", "collect", "convert", "export", "package"),
+    ),
     "Use": ("chat", "generate", "serve"),
     "Measure": ("eval", "bench", "trace", "inspect"),
     "This machine": ("list", "doctor", "cache", "build-kernels"),
@@ -109,10 +112,17 @@ class _Command(TyperCommand):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
+        from quantkit.cli.bars import PULSE
+
         first = os.environ.get("RANK", "0") == "0"  # of several that a launcher has started
-        if self.name in LOADING and first and not ctx.params.get("quiet"):
-            typer.secho("loading ...", fg=typer.colors.BRIGHT_BLACK, err=True)
-        return super().invoke(ctx)
+        if self.name in QUICK or not first or ctx.params.get("quiet"):
+            return super().invoke(ctx)
+        typer.secho("loading ...", fg=typer.colors.BRIGHT_BLACK, err=True)
+        PULSE.begin("loading")
+        try:
+            return super().invoke(ctx)
+        finally:
+            PULSE.end()
 
 
 class _App(typer.Typer):
@@ -123,7 +133,7 @@ class _App(typer.Typer):
             name = arguments[0] if arguments else function.__name__
             panel = next((title for title, names in _PANELS.items() if name in names), None)
             super(_App, self).command(*arguments, **{"cls": _Command, "rich_help_panel": panel, **options})(
-                _with_quiet(function)
+                _with_quiet(spread(function))
             )
             return function
 

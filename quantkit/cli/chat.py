@@ -7,27 +7,8 @@ import typer
 
 from quantkit.cli import app
 from quantkit.cli.console import say
-from quantkit.cli.options import (
-    ComputeMode,
-    Device,
-    DrafterName,
-    Dtype,
-    Engine,
-    Head,
-    KeysAndValues,
-    MaxNewTokens,
-    MinP,
-    Model,
-    RepetitionPenalty,
-    Revision,
-    Seed,
-    Temperature,
-    TopK,
-    TopP,
-    TrustRemoteCode,
-    load,
-    read_drafter,
-)
+from quantkit.cli.groups import Opening, Running, Sampled, values
+from quantkit.cli.options import MaxNewTokens, Model, engine_options, load
 from quantkit.errors import QuantkitError
 
 if TYPE_CHECKING:
@@ -42,31 +23,18 @@ def chat(
     model: Model,
     system: Annotated[str | None, typer.Option(help="What the model is told first, as in: You are terse.")] = None,
     max_new_tokens: MaxNewTokens = 1024,
-    temperature: Temperature = 0.0,
-    top_k: TopK = None,
-    top_p: TopP = None,
-    min_p: MinP = None,
-    repetition_penalty: RepetitionPenalty = 1.0,
-    seed: Seed = None,
-    kv: KeysAndValues = "float",
-    drafter: DrafterName = None,
-    engine: Engine = "auto",
-    compute: ComputeMode = "auto",
-    head: Head = "float",
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    revision: Revision = None,
-    trust_remote_code: TrustRemoteCode = False,
+    *,
+    sampled: Sampled,
+    running: Running,
+    opening: Opening,
 ) -> None:
     """Talk to a model. Lines of a pipe are turns, too: echo "Who are you?" | quantkit chat MODEL"""
     from quantkit.engine.sampling import Sampling
     from quantkit.generation.chat import Conversation
 
-    opened, tokenizer = load(
-        model, device=device, dtype=dtype, revision=revision, compute=compute, head=head, trust_remote_code=trust_remote_code
-    )
-    talk = Conversation(opened, tokenizer, system, drafter=read_drafter(drafter), kv=kv, engine=engine, compute=compute)
-    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    opened, tokenizer = load(model, **values(opening))
+    talk = Conversation(opened, tokenizer, system, compute=opening.compute, **engine_options(running))
+    sampling = Sampling(**values(sampled))
     say(f"{model}: {talk.runs}, up to {talk.context_tokens} tokens. {HELP}", stderr=True)
     while (line := _read()) is not None:
         if line == "/exit":

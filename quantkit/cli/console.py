@@ -1,18 +1,15 @@
 """How the command shows things: tables, facts, and progress bars fed by the library's one callback."""
 
-import contextlib
 import functools
 import json
 import logging
 import os
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from quantkit.errors import RecipeError
-from quantkit.system.progress import Progress, ProgressCallback
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,8 +17,6 @@ if TYPE_CHECKING:
 
 PIPE_COLUMNS = 140
 """Width of tables that go to a file or a pipe."""
-QUIET_S = 10.0
-"""Longest time without a line about a stage at work, where there is no terminal to show a bar on."""
 
 
 @functools.cache
@@ -98,45 +93,3 @@ def parse_settings(settings: Sequence[str] | None) -> dict[str, Any]:
             raise RecipeError(f"--set {setting}: want KEY=VALUE, e.g. --set calibration.samples=8")
         found[key] = read_value(value, f"--set {key}")
     return found
-
-
-@contextlib.contextmanager
-def progress_bars(*, again: bool = False) -> Iterator[ProgressCallback]:
-    """Yield a callback that shows one bar per stage; where there is no terminal, lines: per finished stage, and now and then.
-
-    Args:
-        again: a stage that begins again uses its bar again, for many runs in a row.
-    """
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bars
-
-    terminal = console(stderr=True)
-    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    bars = Bars(*columns, TextColumn("{task.fields[detail]}", markup=False), console=terminal, disable=not terminal.is_terminal)
-    tasks: dict[str, Any] = {}
-    started: dict[str, float] = {}
-    last_event = [time.monotonic()]  # a stage begins where the one before it ended
-    last_line = [time.monotonic()]
-
-    def show(event: Progress) -> None:
-        if event.stage not in tasks or event.done < bars.tasks[tasks[event.stage]].completed:
-            if again and event.stage in tasks:
-                bars.reset(tasks[event.stage], total=event.total)
-            else:
-                tasks[event.stage] = bars.add_task(event.stage, total=event.total, detail="")
-            started[event.stage] = last_event[0]
-        last_event[0] = time.monotonic()
-        detail = event.detail if event.loss is None else f"{event.detail}  loss {event.loss:.2e}"
-        bars.update(tasks[event.stage], completed=event.done, total=event.total, detail=detail)
-        if terminal.is_terminal or event.stage not in started:
-            return
-        finished, seconds = event.done == event.total, last_event[0] - started[event.stage]
-        if finished or last_event[0] - last_line[0] > QUIET_S:
-            steps = f"{event.total} steps" if finished else f"{event.done} of {event.total} steps"
-            terminal.print(f"{event.stage}: {steps} in {seconds:.1f} s", markup=False, highlight=False)
-            last_line[0] = last_event[0]
-        if finished:
-            del started[event.stage]
-
-    with bars:
-        yield show

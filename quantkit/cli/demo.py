@@ -30,6 +30,7 @@ from quantkit.pipeline.quantize import quantize
 from quantkit.pipeline.settings import Output, Run
 from quantkit.quantizers.base import QUANTIZERS
 from quantkit.spec import Scheme
+from quantkit.system.compute import known_device
 from quantkit.system.files import write_json
 from quantkit.system.progress import ProgressCallback, ignore
 
@@ -51,6 +52,7 @@ class DemoSettings:
         samples, length: calibration windows, and tokens of one.
         windows, window_length: evaluation windows, and tokens of one.
         rounds: timed rounds of every model.
+        device: where blocks are quantized, and where the models are compared and timed.
     """
 
     model: str = DEMO_MODEL
@@ -63,6 +65,7 @@ class DemoSettings:
     windows: int = 16
     window_length: int = 512
     rounds: int = 5
+    device: str = "auto"
 
     @property
     def calibration(self) -> Calibration:
@@ -123,7 +126,8 @@ def run_demo(settings: DemoSettings, variants: list[Variant] | None = None, prog
     from quantkit.report import write_html
 
     variants, out = variants or plan_demo(settings), Path(settings.out)
-    reference, tokenizer = open_model(settings.model, torch.float32)
+    device = known_device(settings.device)
+    reference, tokenizer = open_model(settings.model, torch.float32, device=device)
     base = BaseLogits(reference)
     plain = _in_dtype(reference)
     models: dict[str, nn.Module] = {"bf16": plain}
@@ -136,13 +140,13 @@ def run_demo(settings: DemoSettings, variants: list[Variant] | None = None, prog
             method=variant.quantizer,
             calibration=settings.calibration,
             output=Output(out / variant.folder, overwrite=True),
-            run=Run(progress=_labelled(progress, variant.label)),
+            run=Run(progress=_labelled(progress, variant.label), device=settings.device),
             tokenizer=tokenizer,
         )
         coverage, losses = done.coverage, done.losses
         del done
         gc.collect()  # the quantized model in memory; what is measured is the one on the disk
-        models[variant.label] = checkpoint.load(out / variant.folder)
+        models[variant.label] = checkpoint.load(out / variant.folder, device=device)
     reports = [
         evaluate(
             model,

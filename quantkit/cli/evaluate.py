@@ -6,21 +6,10 @@ from typing import Annotated, Any
 import typer
 
 from quantkit.cli import app
-from quantkit.cli.console import console, print_json, progress_bars, say, table
-from quantkit.cli.options import (
-    AsJson,
-    Column,
-    ComputeMode,
-    Data,
-    Device,
-    Dtype,
-    Head,
-    Model,
-    Revision,
-    Template,
-    TrustRemoteCode,
-    load,
-)
+from quantkit.cli.bars import progress_bars
+from quantkit.cli.console import console, print_json, say, table
+from quantkit.cli.groups import Opening, values
+from quantkit.cli.options import AsJson, Column, Data, Model, Template, load
 
 Tasks = Annotated[
     list[str] | None,
@@ -49,24 +38,21 @@ def evaluate(
     kv: Annotated[str | None, typer.Option(help="Read keys and values from a memory: float, int8 or int4.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the report here (JSON).")] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page with plots here.")] = None,
-    head: Head = "float",
-    compute: ComputeMode = "auto",
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    revision: Revision = None,
     as_json: AsJson = False,
-    trust_remote_code: TrustRemoteCode = False,
+    *,
+    opening: Opening,
 ) -> None:
     """Measure a model: perplexity, distance from a base model, speed, size; or tasks of lm-eval."""
-    place: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
-    opening = {"revision": revision, "compute": compute, "head": head, **place}
     if tasks:
-        _measure_tasks(model, tasks, {"shots": shots, "limit": limit, **({"kv": kv} if kv else {})}, opening, out, as_json)
+        _measure_tasks(
+            model, tasks, {"shots": shots, "limit": limit, **({"kv": kv} if kv else {})}, values(opening), out, as_json
+        )
         return
     from quantkit.evaluation import evaluate as measure
 
     chosen = {"windows": windows, "length": length, "protocol": protocol}
-    opened, tokenizer = load(model, **opening)
+    opened, tokenizer = load(model, **values(opening))
+    place = {"device": opening.device, "dtype": opening.dtype, "trust_remote_code": opening.trust_remote_code}
     with progress_bars() as progress:
         report = measure(
             opened,

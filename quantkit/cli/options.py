@@ -133,14 +133,17 @@ def load(
         QuantkitError: it cannot be opened.
     """
     from quantkit.checkpoint.open import open_model
+    from quantkit.cli.bars import PULSE
 
-    return open_model(
+    opened = open_model(
         at_revision(model, revision),
         None if dtype == "auto" else dtype,
         compute="exact" if compute == "float32" else compute,  # type: ignore[arg-type]  # a wrong word is refused there
         device=device,
         **options,
     )
+    PULSE.end()
+    return opened
 
 
 def at_revision(model: str, revision: str | None) -> str:
@@ -170,6 +173,11 @@ def read_prompt(prompt: str | None) -> str:
     if not text:
         raise QuantkitError("no prompt: standard input is empty")
     return text
+
+
+def engine_options(running: Any) -> dict[str, Any]:
+    """Return what :class:`quantkit.cli.groups.Running` says, as the library takes it."""
+    return {"kv": running.kv, "drafter": read_drafter(running.drafter), "engine": running.engine}
 
 
 def read_drafter(text: str | None) -> "DrafterChoice":

@@ -9,33 +9,20 @@ from typing import Annotated, Any
 import typer
 
 from quantkit.cli import app
-from quantkit.cli.console import console, facts, hush, parse_settings, print_json, progress_bars, say, size, table
+from quantkit.cli.bars import progress_bars
+from quantkit.cli.console import console, facts, hush, parse_settings, print_json, say, size, table
+from quantkit.cli.groups import Opening, Running, Sampled, Text, values
 from quantkit.cli.inspect import RecipeFile, Settings
 from quantkit.cli.options import (
     AsJson,
-    Column,
-    ComputeMode,
-    Data,
     Device,
-    DrafterName,
-    Dtype,
     Engine,
-    Head,
-    KeysAndValues,
     MaxMemory,
     MaxNewTokens,
-    MinP,
     Model,
-    RepetitionPenalty,
-    Revision,
-    Seed,
-    Temperature,
-    Template,
-    TopK,
-    TopP,
     TrustRemoteCode,
+    engine_options,
     load,
-    read_drafter,
     read_prompt,
 )
 from quantkit.system.progress import Progress
@@ -44,26 +31,22 @@ from quantkit.system.progress import Progress
 @app.command()
 def demo(
     model: Annotated[str, typer.Option(help="Hub id, directory, or demo for the embedded SmolLM2-135M-Instruct.")] = "demo",
-    data: Data = None,
-    column: Column = None,
-    template: Template = None,
     out: Annotated[Path, typer.Option(help="Where checkpoints and reports go; those of an earlier demo are replaced.")] = Path(
         "quantkit-demo"
     ),
-    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
-    length: Annotated[int, typer.Option(help="Tokens of a calibration window.")] = 512,
     windows: Annotated[int, typer.Option(help="Evaluation windows of 512 tokens.")] = 16,
     quick: Annotated[bool, typer.Option("--quick", help="Little data: does it work? Not enough to judge by.")] = False,
+    device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
+    *,
+    text: Text,
 ) -> None:
     """Quantize a model four ways, reload it, compare it with the original and time it."""
     from quantkit.cli.demo import DemoSettings, plan_demo, run_demo
     from quantkit.hf.code import trust_code
     from quantkit.report import comparison_table, coverage_table
 
-    settings = DemoSettings(
-        model=model, data=data, column=column, template=template, out=out, samples=samples, length=length, windows=windows
-    )
+    settings = DemoSettings(model=model, out=out, windows=windows, device=device, **values(text))
     settings = settings.quick() if quick else settings
     if trust_remote_code:
         trust_code(model)
@@ -197,20 +180,16 @@ def bench(
     new_tokens: Annotated[int, typer.Option(help="Tokens decoded per round.")] = 32,
     rounds: Annotated[int, typer.Option(help="Rounds in which every model is timed once.")] = 5,
     engine: Engine = "auto",
-    compute: ComputeMode = "auto",
-    head: Head = "float",
-    device: Device = "auto",
-    dtype: Dtype = "auto",
     as_json: AsJson = False,
-    trust_remote_code: TrustRemoteCode = False,
+    *,
+    opening: Opening,
 ) -> None:
     """Time several models in turn, round by round."""
     import dataclasses
 
     from quantkit.evaluation import compare_latency
 
-    place: dict[str, Any] = {"device": device, "dtype": dtype, "compute": compute, "head": head}
-    opened = {name: load(name, trust_remote_code=trust_remote_code, **place)[0] for name in models}
+    opened = {name: load(name, **values(opening))[0] for name in models}
     with progress_bars() as progress:
         found = compare_latency(
             opened,
@@ -218,7 +197,7 @@ def bench(
             new_tokens=new_tokens,
             rounds=rounds,
             engine=engine,
-            compute=compute,
+            compute=opening.compute,
             progress=progress,
         )
     if as_json:
@@ -245,23 +224,12 @@ def generate(
     model: Model,
     prompt: Annotated[str | None, typer.Argument(help="Text to continue; - or nothing reads it from a pipe.")] = None,
     max_new_tokens: MaxNewTokens = 128,
-    temperature: Temperature = 0.0,
-    top_k: TopK = None,
-    top_p: TopP = None,
-    min_p: MinP = None,
-    repetition_penalty: RepetitionPenalty = 1.0,
-    seed: Seed = None,
-    kv: KeysAndValues = "float",
-    drafter: DrafterName = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt through the model's chat template.")] = False,
-    engine: Engine = "auto",
-    compute: ComputeMode = "auto",
-    head: Head = "float",
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    revision: Revision = None,
     as_json: AsJson = False,
-    trust_remote_code: TrustRemoteCode = False,
+    *,
+    sampled: Sampled,
+    running: Running,
+    opening: Opening,
 ) -> None:
     """Continue a prompt and show the text as it comes."""
     import dataclasses
@@ -270,25 +238,16 @@ def generate(
     from quantkit.nn.install import describe_compute
 
     prompt = read_prompt(prompt)
-    opened, tokenizer = load(
-        model, device=device, dtype=dtype, revision=revision, compute=compute, head=head, trust_remote_code=trust_remote_code
-    )
+    opened, tokenizer = load(model, **values(opening))
     done = continue_text(
         opened,
         [{"role": "user", "content": prompt}] if chat else prompt,
         tokenizer,
         max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-        kv=kv,
-        drafter=read_drafter(drafter),
         stream=None if as_json else _show,
-        engine=engine,
-        compute=compute,
+        compute=opening.compute,
+        **values(sampled),
+        **engine_options(running),
     )
     if as_json:
         print_json(dataclasses.asdict(done))
@@ -296,7 +255,7 @@ def generate(
     typer.echo()
     later = sorted(done.decode_ms)
     speed = f", {later[len(later) // 2]:.1f} ms per token (median)" if later else ""
-    guessed = f", {done.accepted} of {done.drafted} drafts accepted" if drafter else ""
+    guessed = f", {done.accepted} of {done.drafted} drafts accepted" if running.drafter else ""
     first = f"first token after {done.prefill_ms:.0f} ms"
     rounds = describe_compute(opened)
     how = f"; {rounds}" if rounds not in ("", "exact") else ""

@@ -6,28 +6,21 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quantkit.cli import app
-from quantkit.cli.console import facts, print_json, progress_bars, say, table
+from quantkit.cli.bars import progress_bars
+from quantkit.cli.console import facts, print_json, say, table
+from quantkit.cli.groups import Place, Text, values
 from quantkit.cli.options import (
     AsJson,
     BudgetText,
     Choices,
-    Column,
-    Data,
-    Device,
-    Dtype,
     Format,
     Formats,
     Include,
-    Length,
     MaxMemory,
     Method,
     Model,
-    Revision,
-    Samples,
     Scheme,
     Steps,
-    Template,
-    TrustRemoteCode,
     at_revision,
     recipe_from,
     scheme_or_budget,
@@ -48,31 +41,24 @@ def quantize(
     include: Include = None,
     method: Method = "gptq",
     step: Steps = None,
-    data: Data = None,
-    column: Column = None,
-    template: Template = None,
-    samples: Samples = 128,
-    length: Length = 512,
     format: Formats = None,
-    dtype: Dtype = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is already there.")] = False,
     resume: Annotated[
         bool, typer.Option("--resume/--no-resume", help="Continue an interrupted run, or start over.", show_default=True)
     ] = True,
-    device: Device = "auto",
     max_memory: MaxMemory = None,
-    revision: Revision = None,
     as_json: AsJson = False,
-    trust_remote_code: TrustRemoteCode = False,
+    *,
+    text: Text,
+    place: Place,
 ) -> None:
     """Quantize a model with one scheme, or within a budget. An interrupted run continues."""
     chosen = scheme_or_budget(scheme, budget, choice, include)
     recipe = recipe_from(
-        at_revision(model, revision), out, chosen, method=method, steps=step or [], dtype=dtype, data=data, column=column,
-        template=template, samples=samples, length=length, formats=format, overwrite=overwrite,
-        run={"resume": resume, "device": device, "max_memory": max_memory},
+        at_revision(model, place.revision), out, chosen, method=method, steps=step or [], dtype=place.dtype, formats=format,
+        overwrite=overwrite, run={"resume": resume, "device": place.device, "max_memory": max_memory}, **values(text),
     )  # fmt: skip
-    carry_out(recipe, as_json, trust_remote_code)
+    carry_out(recipe, as_json, place.trust_remote_code)
 
 
 @app.command()
@@ -82,21 +68,15 @@ def search(
     choice: Choices = None,
     include: Include = None,
     method: Method = "gptq",
-    data: Data = None,
-    column: Column = None,
-    template: Template = None,
-    samples: Samples = 128,
-    length: Length = 512,
     windows: Annotated[int, typer.Option(help="Calibration windows that the scores are made from.")] = 8,
     format: Format = "compressed-tensors",
     out: Annotated[Path | None, typer.Option(help="Write the plan, why, and the frontier here (JSON).")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a picture of the plan and the frontier here (PNG or SVG).")] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page with which layer got what, and why, here.")] = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    revision: Revision = None,
     as_json: AsJson = False,
-    trust_remote_code: TrustRemoteCode = False,
+    *,
+    text: Text,
+    place: Place,
 ) -> None:
     """Find which layer gets how many bits within a budget, and what one more or less would change; nothing is quantized."""
     from quantkit.calibrate.data import Calibration
@@ -107,9 +87,8 @@ def search(
     from quantkit.pipeline.settings import Output, Run
     from quantkit.report import write_html
 
-    calibration = Calibration(data, samples, length, column=column, template=template)
-    place = at_revision(model, revision)
-    opened, tokenizer = load_float(locate(place), None if dtype == "auto" else dtype, trust_remote_code=trust_remote_code)
+    dtype, source = None if place.dtype == "auto" else place.dtype, locate(at_revision(model, place.revision))
+    opened, tokenizer = load_float(source, dtype, trust_remote_code=place.trust_remote_code)
     with progress_bars() as progress:
         found = find(
             opened,
@@ -117,10 +96,10 @@ def search(
             choice or CHOICES,
             method=method,
             include=include or (),
-            calibration=calibration,
+            calibration=Calibration(**values(text)),
             scoring=Scoring(windows=windows),
             output=Output(format=format),
-            run=Run(progress=progress, device=device),
+            run=Run(progress=progress, device=place.device),
             tokenizer=tokenizer,
         )
     if as_json:

@@ -6,22 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quantkit.cli import app
-from quantkit.cli.console import console, facts, print_json, progress_bars, say, size, table
-from quantkit.cli.options import (
-    AsJson,
-    ComputeMode,
-    Device,
-    DrafterName,
-    Dtype,
-    Engine,
-    Head,
-    KeysAndValues,
-    Model,
-    Revision,
-    TrustRemoteCode,
-    load,
-    read_drafter,
-)
+from quantkit.cli.bars import progress_bars
+from quantkit.cli.console import console, facts, print_json, say, size, table
+from quantkit.cli.groups import Opening, Running, values
+from quantkit.cli.options import AsJson, Engine, KeysAndValues, Model, engine_options, load
 from quantkit.errors import QuantkitError, nearest
 
 if TYPE_CHECKING:
@@ -50,21 +38,15 @@ def serve(
         bool, typer.Option("--log-requests", help="Write a line to standard error for each request, without what it says.")
     ] = False,
     grace: Annotated[float, typer.Option(help="Seconds in which answers may go on after Ctrl-C or SIGTERM.")] = 5.0,
-    kv: KeysAndValues = "float",
-    drafter: DrafterName = None,
     running: Annotated[int, typer.Option(help="Requests that run at the same time; others wait.")] = 16,
     waiting: Annotated[int, typer.Option(help="Requests that may wait; others are refused (429).")] = 1024,
     kv_tokens: Annotated[int | None, typer.Option(help="Tokens of key/value memory; default: at most 1 GiB.")] = None,
     context: Annotated[
         int | None, typer.Option(help="Longest prompt and answer in tokens; default: the model's limit.")
     ] = None,
-    engine: Engine = "auto",
-    compute: ComputeMode = "auto",
-    head: Head = "float",
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    revision: Revision = None,
-    trust_remote_code: TrustRemoteCode = False,
+    *,
+    options: Running,
+    opening: Opening,
 ) -> None:
     """Serve a model to OpenAI clients, in one process and for a few users. For many users, use vLLM."""
     from quantkit.engine.request import Limits
@@ -73,9 +55,7 @@ def serve(
     check_port(host, port)
     if log_requests:
         _log_requests()
-    opened, tokenizer = load(
-        model, device=device, dtype=dtype, revision=revision, compute=compute, head=head, trust_remote_code=trust_remote_code
-    )
+    opened, tokenizer = load(model, **values(opening))
     limits = Limits(running=running, waiting=waiting, kv_tokens=kv_tokens, context_tokens=context)
     server = open_server(
         opened,
@@ -84,11 +64,9 @@ def serve(
         host=host,
         port=port,
         token=token,
-        kv=kv,
-        drafter=read_drafter(drafter),
         limits=limits,
-        engine=engine,
-        compute=compute,
+        compute=opening.compute,
+        **engine_options(options),
         hosts=allow_host or (),
         origins=allow_origin or (),
         grace_s=grace,
@@ -140,18 +118,14 @@ def trace(
     running: Annotated[int, typer.Option(help="Requests that run at the same time.")] = 8,
     kv: KeysAndValues = "float",
     engine: Engine = "auto",
-    compute: ComputeMode = "auto",
     batching: Annotated[str, typer.Option(help="Kinds to compare: padded, static, continuous.")] = "padded,continuous",
     price: Annotated[float | None, typer.Option(help="Price of this machine per hour; adds the cost of tokens.")] = None,
     seed: int = 0,
     out: Annotated[Path | None, typer.Option(help="Write the numbers here (JSON).")] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page with plots here.")] = None,
-    head: Head = "float",
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    revision: Revision = None,
     as_json: AsJson = False,
-    trust_remote_code: TrustRemoteCode = False,
+    *,
+    opening: Opening,
 ) -> None:
     """Simulate requests and measure time to first token, time between tokens and throughput, for several kinds of batching."""
     import math
@@ -163,9 +137,7 @@ def trace(
     from quantkit.report import trace_rows, write_trace_html
     from quantkit.system.files import write_json
 
-    opened, _ = load(
-        model, device=device, dtype=dtype, revision=revision, compute=compute, head=head, trust_remote_code=trust_remote_code
-    )
+    opened, _ = load(model, **values(opening))
     arrivals = poisson_trace(
         requests,
         rate_per_s=rate or math.inf,
@@ -185,7 +157,7 @@ def trace(
             waiting=max(requests, 1),
             batching="continuous" if kind == "continuous" else "static",
         )
-        runner = Runner(opened, kv=kv, limits=limits, engine=engine, compute=compute)
+        runner = Runner(opened, kv=kv, limits=limits, engine=engine, compute=opening.compute)
         with progress_bars() as progress:
             found[kind] = serve_trace(runner, arrivals, padded=kind == "padded", progress=progress)
     pace = f"{rate} arrivals per second" if rate else "all at the start"

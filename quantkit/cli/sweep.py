@@ -6,21 +6,11 @@ from typing import Annotated, Any
 import typer
 
 from quantkit.cli import app
-from quantkit.cli.console import console, facts, parse_settings, print_json, progress_bars, say
+from quantkit.cli.bars import progress_bars
+from quantkit.cli.console import console, facts, parse_settings, print_json, say
+from quantkit.cli.groups import Place, Text, values
 from quantkit.cli.inspect import Settings, is_recipe
-from quantkit.cli.options import (
-    AsJson,
-    Column,
-    Data,
-    Device,
-    Dtype,
-    Length,
-    Revision,
-    Samples,
-    Template,
-    TrustRemoteCode,
-    at_revision,
-)
+from quantkit.cli.options import AsJson, at_revision
 from quantkit.errors import QuantkitError
 from quantkit.system.progress import Progress
 
@@ -35,11 +25,6 @@ def sweep(
     scheme: Annotated[list[str] | None, typer.Option(help="A scheme to compare; give it several times.")] = None,
     method: Annotated[list[str] | None, typer.Option(help="A quantizer to compare; gptq if none is given.")] = None,
     budget: Annotated[list[str] | None, typer.Option(help="A size to compare, such as 4.25 bpw or 100 MB.")] = None,
-    data: Data = None,
-    column: Column = None,
-    template: Template = None,
-    samples: Samples = 128,
-    length: Length = 512,
     windows: Annotated[int, typer.Option(help="Windows that rows are scored on, as long as those of calibration.")] = 16,
     eval_data: Annotated[
         str | None, typer.Option(help="Text that rows are scored on; default: text that every Python carries.")
@@ -47,17 +32,16 @@ def sweep(
     latency: Annotated[bool, typer.Option("--latency", help="Time decoding, too.")] = False,
     ray: Annotated[bool, typer.Option("--ray", help="Make rows as tasks of a Ray cluster (extra ray).")] = False,
     html: Annotated[Path | None, typer.Option(help="Write a page with the table and pictures here.")] = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    revision: Revision = None,
     as_json: AsJson = False,
-    trust_remote_code: TrustRemoteCode = False,
+    *,
+    text: Text,
+    place: Place,
 ) -> None:
     """Quantize a model in many ways from one calibration, and score all of them. An interrupted sweep continues."""
     from quantkit.hf.code import trust_code
     from quantkit.sweeps.run import run_sweep
 
-    run = {"run.device": device} if device != "auto" else {}
+    run = {"run.device": place.device} if place.device != "auto" else {}
     if is_recipe(recipe):
         loaded = _load(recipe, run | parse_settings(settings))
     else:
@@ -65,12 +49,13 @@ def sweep(
             raise QuantkitError(
                 f"a sweep of {recipe} wants --out and --scheme, the last several times: --scheme w4a16 --scheme w3a16"
             )
-        text = {"data": data, "column": column, "template": template, "samples": samples, "length": length}
-        scored = {"data": eval_data, "windows": windows, "length": length, "latency": latency}
+        scored = {"data": eval_data, "windows": windows, "length": text.length, "latency": latency}
         axes = {"schemes": scheme or [], "quantizers": method or ["gptq"], "budgets": budget or []}
-        output = {"output": {"path": str(out)}, "run": {"device": device}, "dtype": dtype}
-        loaded = _made({"model": at_revision(recipe, revision), **axes, "calibration": text, "evaluate": scored, **output})
-    if trust_remote_code:
+        output = {"output": {"path": str(out)}, "run": {"device": place.device}, "dtype": place.dtype}
+        loaded = _made(
+            {"model": at_revision(recipe, place.revision), **axes, "calibration": values(text), "evaluate": scored, **output}
+        )
+    if place.trust_remote_code:
         trust_code(loaded.model)
     with progress_bars(again=True) as bars:
 

@@ -113,6 +113,7 @@ def quantize_blocks(run: BlockRun) -> dict[str, Quantized]:
     results: dict[str, Quantized] = {}
     global_scales = shared_global_scales(model, structure, plan)
     drop_pages(mapped_pages(model.parameters()))  # what was read so far to check the model and to record its predictions
+    run.progress(Progress("quantize", 0, len(plan)))  # the first layer takes a while
     for index, block in enumerate(structure.blocks):
         sites = block_sites(block, plan)
         known = [one for site in sites if site.name in run.known for one in run.known[site.name].results.values()]

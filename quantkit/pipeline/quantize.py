@@ -47,6 +47,7 @@ from quantkit.pipeline.together import assist
 from quantkit.quantizers.base import QUANTIZERS, Quantizer
 from quantkit.spec import Plan, Scheme
 from quantkit.system.compute import Compute
+from quantkit.system.progress import Progress
 from quantkit.transforms.base import Step
 
 log = logging.getLogger(__name__)
@@ -158,7 +159,10 @@ def _carry_out(job: Job, key: checkpoint.Key | None, batches: Sequence[Batch], r
     results, facts = learning.finish(model, structure, results)
     metadata = metadata_of(job.resolution, repr(job.method), batches, read, results) | job.steps.metadata(facts)
     writer = store.writer if store is not None else None
-    return Unfinished(model, job.tokenizer, structure, job.resolution, rows, sanity, writer).finish(results, metadata)
+    progress(Progress("prove", 0, 1))
+    done = Unfinished(model, job.tokenizer, structure, job.resolution, rows, sanity, writer).finish(results, metadata)
+    progress(Progress("prove", 1, 1))
+    return done
 
 
 def _assist(job: Job, batches: Sequence[Batch]) -> QuantizeResult:

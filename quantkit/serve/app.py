@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import hmac
-import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from quantkit.serve.guard import Guard
 from quantkit.serve.intake import Accepted, Intake, Refused
 from quantkit.serve.journal import Journal, note
 from quantkit.serve.metrics import Metrics
-from quantkit.serve.reply import Kind, Reply, failure, usage
+from quantkit.serve.reply import Kind, Reply, failure, usage, written
 from quantkit.serve.wire import Chat, Completion, Generating
 from quantkit.serve.worker import Answer, Closed, Piece, Worker
 
@@ -237,7 +236,9 @@ class _Server:
                 raise Refused(503, SHUTTING_DOWN, "server_error")
             if pieces[-1].error is not None:
                 raise Refused(500, pieces[-1].error, "server_error")
-        return JSONResponse(reply.whole(answers, choices, _used(accepted, answers)))
+        # log probabilities make a long answer of a short request: it is written while the event loop serves others
+        body = await asyncio.to_thread(lambda: written(reply.whole(answers, choices, _used(accepted, answers))))
+        return Response(body, media_type="application/json")
 
     def _options(self, asked: Generating, ids: list[int], max_tokens: int | None, choice: int) -> dict[str, Any]:
         """Return the arguments of the engine's ``submit`` for one choice."""
@@ -297,7 +298,10 @@ class _Server:
                     message = piece.error or SHUTTING_DOWN
                     yield _event(failure(message, "server_error"))
                 elif piece.text or piece.finish or piece.logprob or index not in begun:
-                    part = reply.part(index, piece, None if index in begun else answers[index].request)
+                    if index in begun:
+                        part = reply.part(index, piece, None)
+                    else:  # with echo, it has the prompt and its log probabilities
+                        part = await asyncio.to_thread(reply.part, index, piece, answers[index].request)
                     if part is not None:
                         yield _event(part)
                 begun.add(index)
@@ -318,4 +322,4 @@ def _used(accepted: Accepted, answers: list[Answer]) -> dict[str, Any]:
 
 
 def _event(data: dict[str, Any]) -> str:
-    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+    return f"data: {written(data)}\n\n"

@@ -1,6 +1,7 @@
 """The formats of responses in OpenAI's API: complete, as chunks of a stream, and errors."""
 
 import codecs
+import json
 import time
 import uuid
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from quantkit.serve.tools import CallFinder
 from quantkit.serve.worker import Answer, Piece
 
 Kind = Literal["chat", "text"]
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 class Spelling:
@@ -171,6 +173,11 @@ class Reply:
         spelling = self._spellings.setdefault(index, Spelling(self._tokenizer, self._accepted))
         logprobs = (spelling.chat if self._kind == "chat" else spelling.text)(known) if known else None  # type: ignore[arg-type]
         return {"finish_reason": finish, "logprobs": logprobs}
+
+
+def written(value: dict[str, Any]) -> str:
+    """Return JSON, written part by part, so that other threads get their turns; ``json.dumps`` stops them all meanwhile."""
+    return "".join(_ENCODER.iterencode(value))
 
 
 def usage(prompt_tokens: int, cached_tokens: int, answer_tokens: int) -> dict[str, Any]:

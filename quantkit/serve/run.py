@@ -14,6 +14,7 @@ from quantkit.errors import QuantkitError
 from quantkit.generation.engine import Engine
 from quantkit.generation.generate import end_tokens
 from quantkit.generation.options import DrafterChoice, EngineOptions
+from quantkit.system.turns import short_turns
 
 BACKLOG = 2048
 """Connections that may wait to be accepted."""
@@ -116,7 +117,8 @@ def run_server(server: Server, started: Callable[[], None] | None = None) -> Non
     """
     if started is not None:
         server.runner.on_started = started
-    server.runner.run(sockets=[server.socket])
+    with short_turns():
+        server.runner.run(sockets=[server.socket])
 
 
 def check_port(host: str, port: int) -> None:

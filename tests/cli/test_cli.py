@@ -19,7 +19,8 @@ from typer.testing import CliRunner
 
 import quantkit
 from quantkit.cli import _shown_by_nobody, app
-from quantkit.cli.console import parse_settings, progress_bars, size
+from quantkit.cli.bars import progress_bars
+from quantkit.cli.console import parse_settings, size
 from quantkit.errors import RecipeError
 from quantkit.system.progress import Progress
 

@@ -16,6 +16,7 @@ import httpx
 import pytest
 
 from quantkit.serve.guard import host_name, is_local
+from quantkit.serve.reply import Reply, written
 from tests.serve.test_server import JSON, LIMITS, RunningServer
 
 ROOT = Path(__file__).parent.parent.parent
@@ -225,7 +226,7 @@ def test_a_stopping_server_ends_every_stream_with_an_event():
         texts = asyncio.run(storm())
     streams = [text for number, text in enumerate(texts) if number % 4]
     assert all(text.endswith("data: [DONE]\n\n") for text in streams)
-    assert all('"finish_reason": "' in text or "shutting down" in text for text in streams)
+    assert all('"finish_reason":"' in text or "shutting down" in text for text in streams)
     assert any("shutting down" in text for text in streams)
     whole = [json.loads(text) for number, text in enumerate(texts) if number % 4 == 0]
     assert all("choices" in one or "shutting down" in one["error"]["message"] for one in whole)
@@ -274,3 +275,33 @@ def test_a_signal_ends_the_process_without_tracebacks(signals, grace_s, code):
     assert "".join(texts).endswith("data: [DONE]")
     assert errors == ""
     assert process.returncode == code
+
+
+def test_long_answers_are_written_beside_the_event_loop(running, monkeypatch):
+    """Log probabilities make megabytes of a short request."""
+    loop = running.thread.name
+    threads = {"whole": set(), "part": set()}
+    for name in threads:
+        plain = getattr(Reply, name)
+
+        def noted(self, *arguments, name=name, plain=plain):
+            threads[name].add((threading.current_thread().name, name == "whole" or arguments[2] is not None))
+            return plain(self, *arguments)
+
+        monkeypatch.setattr(Reply, name, noted)
+    body = {"prompt": ["the cat"] * 4, "max_tokens": 3, "logprobs": 5, "echo": True, "n": 2, "temperature": 0}
+    whole = httpx.post(f"{running.url}/v1/completions", json=body, timeout=60).json()
+    assert len(whole["choices"]) == 8
+    streamed = httpx.post(f"{running.url}/v1/completions", json={**body, "stream": True}, timeout=60).text
+    parts = [json.loads(line[6:]) for line in streamed.splitlines() if line.startswith("data: {")]
+    text = ["".join(part["choices"][0]["text"] for part in parts if part["choices"][0]["index"] == one) for one in range(8)]
+    assert text == [choice["text"] for choice in whole["choices"]]
+    assert (loop, True) not in threads["whole"] | threads["part"]
+    assert threads["whole"]
+    assert {first for _, first in threads["part"]} == {True, False}
+
+
+def test_written_is_json():
+    value = {"a": [1, 2.5, None, True, "\ud7ff😀\n"], "b": {}, "c": []}
+    assert json.loads(written(value)) == value
+    assert written({"a": [1, "é"]}) == '{"a":[1,"é"]}'
