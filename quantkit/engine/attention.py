@@ -118,7 +118,7 @@ def attend(
         window: see :meth:`Layout.groups`.
         softcap: the c of the module's docstring; None for no cap.
         sinks: floating (heads,), logits without a value; None for none.
-        chosen: for each of the layout's groups without a window, the keys that a query may see, bool (S, 1, length, keys); None for all.
+        chosen: the keys that a query may see, for each of the groups without a window: bool (S, 1, length, keys); None for all.
 
     Returns:
         (M, heads, value_dim) in the query's dtype.

@@ -1,12 +1,15 @@
 """Indexed attention on pages: the keys by which a layer chooses the tokens that a query attends to.
 
-In DeepSeek's sparse attention (DeepSeek-V3.2, 2025, arXiv 2512.02556) a small *indexer* scores every earlier token for every query,
-and attention sees the ``index_topk`` tokens of highest score. transformers' indexers keep one key per token in the model's cache
-and score queries against all that the cache returns, under a mask.
+In DeepSeek's sparse attention (DeepSeek-V3.2, 2025, arXiv 2512.02556) a small *indexer* scores every earlier token for every
+query, and attention sees the ``index_topk`` tokens of highest score. transformers' indexers keep one key per token in the cache
+of the model and score queries against all that the cache returns, under a mask.
 
-A batch of packed rows gets such a cache from here: it stores the keys on pages and returns those of all sequences of the step, one
-after the other, with a mask under which a row sees the earlier tokens of its own sequence. So the indices that it chooses are
-places in that list. A step's scores take rows x tokens of all its sequences, in float32, for each head of the indexer.
+A batch of packed rows gets such a cache from here: it stores the keys on pages and returns those of all sequences of the step,
+one after the other, with a mask under which a row sees the earlier tokens of its own sequence. So the chosen indices are places
+in that list. A step's scores take rows x tokens of all its sequences, in float32, for each head of the indexer.
+
+Scores are sums of rectified products. Tokens whose score is exactly 0 are equal, and which of them are chosen is open, in
+transformers as here.
 """
 
 import inspect
