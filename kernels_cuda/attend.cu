@@ -9,14 +9,20 @@
 namespace qk {
 
 // Add up `count` parts of (16, D + 2) numbers (sums, then maximum and total of a head) in their order: element `d` of `head`.
-template <int D> __device__ inline void merge(const float* parts, int count, int head, int d, float& value, float& most, float& total) {
+// Parts of other blocks are in global memory and read as `fresh`, those of this block's warps in shared memory, where that faults.
+template <int D, bool kShared>
+__device__ inline void merge(const float* parts, int count, int head, int d, float& value, float& most, float& total) {
   constexpr int kRow = D + 2;
+  auto read = [](const float* x) {
+    if constexpr (kShared) return *x;
+    else return fresh(x);
+  };
   most = kNegativeInfinity, value = 0, total = 0;
-  for (int i = 0; i < count; ++i) most = fmaxf(most, fresh(parts + (i * kHeadRows + head) * kRow + D));
+  for (int i = 0; i < count; ++i) most = fmaxf(most, read(parts + (i * kHeadRows + head) * kRow + D));
   for (int i = 0; i < count; ++i) {
     const float* part = parts + (i * kHeadRows + head) * kRow;
-    const float fade = expf(fresh(part + D) - most);
-    value += fade * fresh(part + d), total += fade * fresh(part + D + 1);
+    const float fade = expf(read(part + D) - most);
+    value += fade * read(part + d), total += fade * read(part + D + 1);
   }
 }
 
@@ -72,7 +78,7 @@ template <class T, int D, int kKind> __global__ void __launch_bounds__(kAttendWa
   float* partial = a.partial + item * a.splits * kHeadRows * kRow;
   for (int at = threadIdx.x; at < heads * D; at += blockDim.x) {
     float value, most, total;
-    merge<D>(sums, kAttendWarps, at / D, at % D, value, most, total);
+    merge<D, true>(sums, kAttendWarps, at / D, at % D, value, most, total);
     if (a.splits == 1) {
       out[at] = from_float<T>(value / total);
       continue;
@@ -91,7 +97,7 @@ template <class T, int D, int kKind> __global__ void __launch_bounds__(kAttendWa
   __threadfence();
   for (int at = threadIdx.x; at < heads * D; at += blockDim.x) {
     float value, most, total;
-    merge<D>(partial, a.splits, at / D, at % D, value, most, total);
+    merge<D, false>(partial, a.splits, at / D, at % D, value, most, total);
     out[at] = from_float<T>(value / total);
   }
   if (threadIdx.x == 0) a.arrived[item] = 0;

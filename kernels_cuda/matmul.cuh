@@ -274,7 +274,7 @@ __device__ void finish(const Matmul& m, const float (&total)[kParts][kTokens8][4
       sum = add(sum, *reinterpret_cast<const float2*>(sums + (w * kTokens + token) * kPitch + row));
     return sum;
   };
-  __shared__ bool last;
+  bool& last = *reinterpret_cast<bool*>(sums + kTileRows);  // between two rows: static shared memory would cost a block per SM
   conclude<T, kTokens>(m, blockIdx.y, blockIdx.z, sum_of, first, count, threadIdx.x, blockDim.x, last);
 }
 

@@ -124,11 +124,11 @@ template <class T, int kBits> __global__ void __launch_bounds__(kGroups * kGroup
     for (int i = 0; i < 4; ++i)
       sums[(j * 8 + lane % 4 * 2 + i % 2) * kPitch + part * 16 + lane / 4 + i / 2 * 8] = d[j][i];
   __syncthreads();
-  __shared__ bool last[kGroups];
+  bool& last = *reinterpret_cast<bool*>(sums + kTileRows);  // between two rows: static shared memory would cost a block per SM
   const int first = blockIdx.x * kPromptTokens, count = own < tiles ? min(kPromptTokens, m.tokens - first) : 0;
   auto sum_of = [&](int token, int row) { return *reinterpret_cast<const float2*>(sums + token * kPitch + row); };
   const int size = kGroupWarps * kWarp;
-  conclude<T, kPromptTokens>(m, tile, blockIdx.z, sum_of, first, count, threadIdx.x % size, size, last[group]);
+  conclude<T, kPromptTokens>(m, tile, blockIdx.z, sum_of, first, count, threadIdx.x % size, size, last);
 }
 
 template <class T, int kBits> int launch_prompt(const Matmul& m, void* stream) {

@@ -25,7 +25,11 @@ from quantkit.errors import CalibrationError
 from quantkit.nn.block_calls import call_block, cast_call, finish, record_block_calls
 from quantkit.nn.sites import Site, Structure
 from quantkit.system.compute import Compute, on_device
+from quantkit.system.memory import return_freed_memory
 from quantkit.system.progress import Progress, ProgressCallback
+
+_TILE = 1 << 22
+"""Logits worked on at a time, so that the temporaries stay small."""
 
 Found = TypeVar("Found", covariant=True)
 
@@ -133,6 +137,7 @@ class Backward(Generic[Found]):
             inputs.append(hidden)
             with torch.no_grad(), on_device(model.get_submodule(block.name), compute):
                 hidden = [run(index, window, x).to("cpu", compute.dtype) for window, x in enumerate(hidden)]
+            return_freed_memory()
             self.progress(Progress(self.stage, index + 1, 2 * len(blocks), f"forward, {block.name}"))
         gradients = self._from_the_head(hidden, visit, generator)
         for index in reversed(range(len(blocks))):
@@ -150,6 +155,7 @@ class Backward(Generic[Found]):
                     gradients[window] = start.grad.to("cpu", compute.dtype)
             for site in sites:
                 visit(site, watch.found(site, self._tokens))
+            return_freed_memory()
             self.progress(Progress(self.stage, 2 * len(blocks) - index, 2 * len(blocks), f"backward, {blocks[index].name}"))
         table = self.structure.embedding
         if table is not None and table.name in self.names:
@@ -163,16 +169,18 @@ class Backward(Generic[Found]):
         tied = self.structure.tied and table is not None and table.name in self.names and head is not None
         if tied and table is not None and head is not None:
             outside.append(Site(head, head, "weight", table.shape))
-        watch, gradients = self.watcher(None), []
+        watch, gradients = self.watcher(self.compute.products), []
         if outside and watch.looks_ahead:
-            with watch.on(self.model, outside), torch.no_grad():
+            with watch.on(self.model, outside), torch.no_grad(), self.compute.rounding_products():
                 for row in (row for end in hidden for row in end.split(1)):
                     finish(self.model, self.structure, row)
         with watch.on(self.model, outside, forward=not watch.looks_ahead), torch.enable_grad():
             for window, end in enumerate(hidden):
                 rows = [row.detach().requires_grad_(True) for row in end.split(1)]
                 for row, marks in zip(rows, self._marks(window, len(rows)), strict=True):  # one by one: logits are large
-                    _drawn_loss(finish(self.model, self.structure, row), generator, marks).backward()  # type: ignore[no-untyped-call]
+                    with self.compute.rounding_products():
+                        logits = finish(self.model, self.structure, row)
+                    logits.backward(drawn_gradient(logits, generator, marks))  # type: ignore[no-untyped-call]
                 gradients.append(torch.cat([row.grad for row in rows if row.grad is not None]))
         for site in outside:
             own = table if tied and table is not None and site.name == head else site
@@ -198,7 +206,7 @@ class Backward(Generic[Found]):
                 for index, ids in enumerate(self.windows):
                     logits = self.model(input_ids=ids.to(device), use_cache=False).logits
                     marks = self.counted[index] if self.counted else None
-                    _drawn_loss(logits, generator, marks).backward()  # type: ignore[no-untyped-call]
+                    logits.backward(drawn_gradient(logits, generator, marks))  # type: ignore[no-untyped-call]
                     watch.gather(self.model, sites)
                     self.progress(Progress(self.stage, index + 1, len(self.windows), "forward and backward"))
         finally:
@@ -207,16 +215,29 @@ class Backward(Generic[Found]):
             visit(site, watch.found(site, self._tokens))
 
 
-def _drawn_loss(logits: Tensor, generator: torch.Generator, marks: Tensor | None = None) -> Tensor:
-    """Return minus the log-probability of tokens drawn from the predictions (B, T, vocabulary) themselves, summed.
+def drawn_gradient(logits: Tensor, generator: torch.Generator, marks: Tensor | None = None) -> Tensor:
+    """Draw a token from every prediction and return the gradient of minus its log-probability with respect to the logits.
 
-    With ``marks``, bool (B, T), only the predictions at these places count.
+    Args:
+        logits: (B, T, vocabulary), floating.
+        generator: decides what is drawn.
+        marks: bool (B, T), the predictions that count; None for all.
+
+    Returns:
+        The probabilities less one at the token drawn, and zero where nothing counts; of the logits' shape and dtype.
+
+    Raises:
+        CalibrationError: logits that are not finite.
     """
-    predicted = logits.float().log_softmax(-1)
-    if not bool(torch.isfinite(predicted.detach().amax(-1)).all()):
-        raise CalibrationError("logits are not finite; check the model and its dtype")
-    below = predicted.detach().flatten(0, 1).exp().cumsum_(-1)  # several times as fast as multinomial
-    place = torch.rand(len(below), 1, generator=generator).to(below) * below[:, -1:]
-    drawn = torch.searchsorted(below, place).clamp_(max=below.shape[1] - 1)
-    found = predicted.flatten(0, 1).gather(-1, drawn)
-    return -(found if marks is None else found[marks.flatten().to(found.device)]).sum()
+    flat = logits.detach().flatten(0, -2)
+    gradient, rows = torch.empty_like(flat), max(1, _TILE // flat.shape[-1])
+    places = torch.rand(len(flat), 1, generator=generator).to(flat.device)
+    for part in (slice(start, start + rows) for start in range(0, len(flat), rows)):
+        chances = flat[part].float().softmax(-1)
+        below = chances.cumsum(-1)  # several times as fast as multinomial
+        if not bool(torch.isfinite(below[:, -1]).all()):
+            raise CalibrationError("logits are not finite; check the model and its dtype")
+        drawn = torch.searchsorted(below, places[part] * below[:, -1:]).clamp_(max=below.shape[1] - 1)
+        chances.scatter_add_(-1, drawn, torch.full_like(below[:, :1], -1.0))
+        gradient[part] = chances if marks is None else chances.mul_(marks.flatten()[part].to(chances).unsqueeze(-1))
+    return gradient.view_as(logits)

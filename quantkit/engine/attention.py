@@ -105,6 +105,7 @@ def attend(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    chosen: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """Return the attention of packed rows over the keys and values of their sequences, which are in memory already.
 
@@ -117,6 +118,7 @@ def attend(
         window: see :meth:`Layout.groups`.
         softcap: the c of the module's docstring; None for no cap.
         sinks: floating (heads,), logits without a value; None for none.
+        chosen: the keys that a query may see, for each of the groups without a window: bool (S, 1, length, keys); None for all.
 
     Returns:
         (M, heads, value_dim) in the query's dtype.
@@ -124,13 +126,14 @@ def attend(
     if keys.rotation is not None:
         query = query @ keys.rotation.to(query.dtype)
     pieces = []
-    for group in layout.groups(window):
+    for i, group in enumerate(layout.groups(window)):
         key, value = keys.read(group.reading).to(query.dtype), values.read(group.reading).to(query.dtype)
         (sequences, _, shared, _), heads = key.shape, query.shape[1]
         length, stacked = (group.last - group.first) // sequences, heads // shared
         grouped = query[group.first : group.last].reshape(sequences, length, shared, stacked, -1)
         grouped = grouped.permute(0, 2, 3, 1, 4).flatten(2, 3)  # (S, kv_heads, stacked * length, dim)
-        mask = group.mask if length == 1 else group.mask.repeat(1, 1, stacked, 1)
+        seen = group.mask if chosen is None else group.mask & chosen[i]
+        mask = seen if length == 1 else seen.repeat(1, 1, stacked, 1)
         key, value = key.transpose(1, 2), value.transpose(1, 2)  # (S, kv_heads, keys, dim)
         if softcap is None and sinks is None:
             out = scaled_dot_product_attention(grouped, key, value, mask, scale=scale)

@@ -185,6 +185,8 @@ class CudaBackend:
         if memory == self._memory:
             return  # the pages may keep their content, and the captured graphs remain valid
         self._recorded, self.pages, self._memory = {}, [], memory
+        if self.device.type == "cuda":
+            self.pool = torch.cuda.graph_pool_handle()  # that of the graphs just dropped has no more use
         longest = min(self._longest, memory.pages * PAGE_TOKENS)
         self.decoder.lengthen(longest)
         self.pages = self.decoder.pages(memory.pages, self._kind)

@@ -5,8 +5,10 @@ keys and values. The one registered here writes keys and values to our own pages
 mix of rows of any sequences as one packed batch, without transformers' cache.
 
 This is correct for a model whose layers have no state other than keys and values, and whose attention depends on positions and
-windows only. The config must not indicate anything else. The result is then *verified*: a few tokens are run on pages, in
-chunks and together with another sequence, and their logits are compared with those of a plain forward pass.
+windows only. The config must not indicate anything else. Layers of *indexed attention* (DeepSeek V3.2, GLM-5) also keep the keys
+by which they choose the tokens that a query sees: on pages as well (:mod:`~quantkit.hf.indexed`). The result is then *verified*: a
+few tokens are run on pages, in chunks and together with another sequence, and their logits are compared with those of a plain
+forward pass.
 """
 
 import contextlib
@@ -28,6 +30,7 @@ from quantkit.engine.backend import Copy, Memory, Span
 from quantkit.engine.kvstore import Pool, make_pool, pool_bytes
 from quantkit.errors import QuantkitError
 from quantkit.hf.cache import LENGTH_DEPENDENT_ROPE, rope_types
+from quantkit.hf.indexed import INDEXED, IndexKeys, IndexPages, model_options
 from quantkit.hf.structure import towers
 from quantkit.nn.block_calls import running_alone
 from quantkit.nn.embedding import input_table
@@ -37,7 +40,7 @@ from quantkit.system.turns import turn
 
 _ATTENTION = "quantkit"
 _POSITIONS = re.compile(r"(^|\.)(wpe|pos_emb\w*|position_emb\w*|embed_positions)$")
-_KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+_KNOWN_LAYERS = {"full_attention", "sliding_attention", INDEXED}
 
 
 class _CannotPage(Exception):
@@ -45,7 +48,9 @@ class _CannotPage(Exception):
 
 
 class _Memory(Protocol):
-    """The key/value memory that the attention function uses during one forward pass."""
+    """The key/value memory that the attention function uses during one forward pass; ``index`` where layers have indexers."""
+
+    index: IndexKeys | None
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, options: dict[str, Any]) -> Tensor: ...
 
@@ -63,12 +68,13 @@ def _attention(
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Attend over the memory of the current step: query (1, heads, M, dim), result (1, M, heads, dim)."""
-    if attention_mask is not None or options.get("position_bias") is not None:
+    memory = _current.get(None)
+    own = memory is not None and memory.index is not None and attention_mask is memory.index.mask
+    if (attention_mask is not None and not own) or options.get("position_bias") is not None:
         raise _CannotPage("its attention uses a mask or a bias that does not follow from positions")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     queries, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (M, heads, dim)
     # contiguous, as transformers' own functions return it: models view it in other shapes
-    memory = _current.get(None)
     if memory is None:
         raise QuantkitError(
             "another thread generates with this model, whose attention is replaced meanwhile; run the model afterwards, or "
@@ -88,23 +94,27 @@ class LayerShape:
         kv_heads: number of keys, and of values.
         key_dim, value_dim: channels of a key and of a value.
         dtype: dtype of both.
+        index_dim: channels of the key by which an indexer chooses tokens; 0 if there is none.
     """
 
     kv_heads: int
     key_dim: int
     value_dim: int
     dtype: torch.dtype
+    index_dim: int = 0
 
 
 class _Shapes:
     """A memory that stores nothing and records the shapes and the sliding window of each layer."""
 
-    def __init__(self) -> None:
+    def __init__(self, index: IndexKeys | None) -> None:
         self.layers: list[LayerShape] = []
         self.windows: list[int | None] = []
+        self.index = index
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, options: dict[str, Any]) -> Tensor:
-        self.layers.append(LayerShape(key.shape[1], key.shape[2], value.shape[2], key.dtype))
+        index_dim = self.index.take_dim() if self.index is not None else 0
+        self.layers.append(LayerShape(key.shape[1], key.shape[2], value.shape[2], key.dtype, index_dim))
         self.windows.append(options.get("sliding_window"))
         return query.new_zeros(*query.shape[:2], value.shape[2])
 
@@ -132,6 +142,7 @@ class PagedBackend:
         accepted = inspect.signature(model.forward).parameters
         self._slices_logits = "logits_to_keep" in accepted
         self._pools: list[tuple[Pool, Pool]] = []
+        self.index = IndexPages([layer.index_dim for layer in layers]) if any(layer.index_dim for layer in layers) else None
         self._page_tokens = self._layer = 0
         self._layout: Layout | None = None
 
@@ -143,6 +154,8 @@ class PagedBackend:
             keys = make_pool(memory, (layer.kv_heads, layer.key_dim), layer.dtype, self.device, scheme.key, scheme)
             values = make_pool(memory, (layer.kv_heads, layer.value_dim), layer.dtype, self.device, scheme.value, scheme)
             self._pools.append((keys, values))
+        if self.index is not None:
+            self.index.reserve(memory, self.layers[0].dtype, self.device)
 
     def bytes_for(self, memory: Memory) -> int:
         """Return the number of bytes that :meth:`reserve` allocates for ``memory``."""
@@ -150,12 +163,13 @@ class PagedBackend:
         for layer in self.layers:
             for spec, dim in ((scheme.key, layer.key_dim), (scheme.value, layer.value_dim)):
                 total += pool_bytes(memory, (layer.kv_heads, dim), layer.dtype, spec, scheme.recent)
-        return total
+        return total + (self.index.bytes_for(memory, self.layers[0].dtype) if self.index is not None else 0)
 
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values that are allocated now."""
-        return sum(pool.nbytes for pools in self._pools for pool in pools)
+        own = sum(pool.nbytes for pools in self._pools for pool in pools)
+        return own + (self.index.nbytes if self.index is not None else 0)
 
     @torch.inference_mode()
     def step(self, spans: Sequence[Span], copies: Sequence[Copy] = ()) -> Tensor:
@@ -168,6 +182,8 @@ class PagedBackend:
             pool.copy(copies)
         ordered = [spans[i] for i in by_length(spans)]
         self._layout, self._layer = Layout(ordered, self._page_tokens, self.device), 0
+        if self.index is not None:
+            self.index.start(self._layout, copies)
         ends: dict[int, int] = {}
         row = 0
         for span in ordered:
@@ -188,6 +204,7 @@ class PagedBackend:
         assert self._layout is not None
         keys, values = self._pools[self._layer]
         self._layer += 1
+        indices = options.get("indices")
         keys.write(self._layout.rows, key)
         values.write(self._layout.rows, value)
         return attend(
@@ -199,6 +216,7 @@ class PagedBackend:
             window=options.get("sliding_window"),
             softcap=options.get("softcap"),
             sinks=options.get("s_aux"),
+            chosen=None if indices is None or self.index is None else self.index.chosen(indices[0]),
         )
 
 
@@ -247,7 +265,7 @@ def _verify(model: PreTrainedModel, kinds: list[str]) -> tuple[LayerShape, ...]:
             f"{type(model).__name__} returns no logits; load it with its language-modelling head (AutoModelForCausalLM)"
         )
     positions = torch.arange(len(ids), device=device)[None]
-    shapes = _Shapes()
+    shapes = _Shapes(IndexKeys(len(ids), device) if INDEXED in kinds else None)
     with torch.inference_mode(), _model_errors_as_reasons():
         _forward(model, _attention_configs(model), shapes, ids[None], positions, False, positions[0])
     config = model.config.get_text_config(decoder=True)
@@ -295,7 +313,9 @@ def _forward(
     """Run packed rows (1, M) on ``memory``; return the logits (R, V) of the rows ``keep`` (R,)."""
     before = [config._attn_implementation for config in configs]
     token = _current.set(memory)
-    options = {"logits_to_keep": keep} if slices_logits else {}
+    options: dict[str, Any] = {"logits_to_keep": keep} if slices_logits else {}
+    if memory.index is not None:
+        options |= model_options(model, memory.index)
     try:
         for config in configs:
             config._attn_implementation_internal = _ATTENTION

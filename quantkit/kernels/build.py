@@ -7,7 +7,7 @@ kernel.
 Libraries are cached in ``$XDG_CACHE_HOME/quantkit/kernels`` (``~/.cache`` by default). The name of a library is a hash of
 everything it depends on: sources, flags, compiler and its version, and the features of the CPU that it is compiled for. On x86
 it uses AVX2, AVX-512, VNNI and bfloat16 products, if the CPU has them; on 64-bit ARM, NEON with dotprod, i8mm and bf16 (tested
-under emulation; speed not measured). AMX tiles are tested with emulated instructions, but not on hardware.
+under emulation; speed not measured). With AMX, tiles multiply int8 from 32 rows on, and bfloat16 numbers from two rows on.
 
 A library is written to a temporary file and renamed, so several processes can build at the same time. The SHA-256 of its name
 and content is appended to the file (loaders ignore trailing bytes), so a damaged or exchanged file is detected before it is

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import quantkit
-from quantkit.calibrate.backward import Backward, _drawn_loss
+from quantkit.calibrate.backward import Backward, drawn_gradient
 from quantkit.calibrate.chain import collect_statistics
 from quantkit.calibrate.guidance import token_weights
 from quantkit.hf.structure import describe
@@ -45,10 +45,29 @@ def by_autograd(model, texts, counted=(None, None)):
             hook.remove()
         for row in range(len(ids)):  # drawn one row after the other
             own = None if marks is None else marks[row : row + 1]
-            _drawn_loss(logits[row : row + 1], generator, own).backward(retain_graph=True)
+            one = logits[row : row + 1]
+            one.backward(drawn_gradient(one, generator, own), retain_graph=True)
         for name in names:
             found.setdefault(name, []).append(outputs[name].grad.norm(dim=-1))
     return found, inputs
+
+
+def test_what_is_drawn_has_the_gradient_of_its_probability():
+    logits = torch.randn(2, 400, 30, generator=torch.Generator().manual_seed(2)).requires_grad_(True)
+    marks = torch.arange(800).view(2, 400) % 3 > 0
+    found = drawn_gradient(logits, torch.Generator().manual_seed(SEED), marks)
+    predicted = logits.log_softmax(-1)
+    drawn = (predicted.exp() - found).detach()[marks].argmax(-1)  # the one place where one was taken away
+    (-predicted[marks].gather(-1, drawn.unsqueeze(-1)).sum()).backward()
+    torch.testing.assert_close(found, logits.grad)
+    assert not found[~marks].any()
+    shares = torch.bincount(drawn_of(torch.arange(6.0).expand(1, 20_000, 6)), minlength=6) / 20_000
+    torch.testing.assert_close(shares, torch.arange(6.0).softmax(-1), rtol=0, atol=0.01)
+
+
+def drawn_of(logits):
+    gradient = drawn_gradient(logits, torch.Generator().manual_seed(SEED))
+    return (logits.softmax(-1) - gradient).flatten(0, 1).argmax(-1)
 
 
 def weights_of(model, texts, **settings):

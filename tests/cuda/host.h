@@ -133,7 +133,11 @@ inline void __syncthreads() { meet(block->everyone, int(block->fibers.size())); 
 inline void __syncwarp() { meet(block->warps[fiber->index / 32], 32); }
 inline void __threadfence() {}
 inline int atomicAdd(int* to, int value) { int old = *to; *to += value; return old; }
-template <class T> T fresh(const T* x) { return *x; }
+template <class T> T fresh(const T* x) {  // on a GPU such a load of shared memory is an illegal address
+  const char *at = reinterpret_cast<const char*>(x), *from = static_cast<const char*>(shared_memory());
+  if (at >= from && at < from + block->shared.size() * sizeof(uint4)) { fprintf(stderr, "fresh() of shared memory\n"); abort(); }
+  return *x;
+}
 
 struct Half { uint16_t bits; };
 struct BFloat16 { uint16_t bits; };

@@ -205,8 +205,12 @@ def test_experts_multiply_their_own_tokens():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kilobytes", [226, 2], ids=["kept", "read again"])  # of shared memory
 @pytest.mark.parametrize("n", [64, 77, 1100])
-def test_norms(n, dtype):
+def test_norms(n, dtype, kilobytes, request):
+    set_limit = emulated.library().qk_host_shared_limit
+    request.addfinalizer(lambda: set_limit(ctypes.c_long(226 * 1024)))
+    set_limit(ctypes.c_long(kilobytes * 1024))
     x, residual = torch.randn(3, n).to(dtype), torch.randn(3, n).to(dtype)
     gain, shift = torch.randn(n), torch.randn(n)
     for kind in (norms.NONE, norms.RMS, norms.LAYER):

@@ -9,7 +9,7 @@ from quantkit.kernels import build
 
 AVX512, AVX2 = {"avx512f", "avx512bw", "avx512vl", "avx512dq"}, {"avx2", "fma", "f16c"}
 NEEDED = {
-    "avx512-amx": AVX512 | {"avx512_vnni", "amx_tile", "amx_int8"},
+    "avx512-amx": AVX512 | {"avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16"},
     "avx512-bf16": AVX512 | {"avx512_vnni", "avx512_bf16"},
     "avx512-vnni": AVX512 | {"avx512_vnni"},
     "avx512": AVX512,

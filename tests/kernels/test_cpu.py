@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from quantkit.errors import KernelError
 from quantkit.kernels import KERNELS, build
 from quantkit.kernels.cpu import layout, ops
-from quantkit.kernels.cpu.matmul import BLOCK
+from quantkit.kernels.cpu.matmul import BLOCK, State
 from quantkit.numerics import grid
 from quantkit.numerics.fake import fake_quantize
 from quantkit.qtensor import GridTensor
@@ -23,7 +23,7 @@ from tests.qtensors import random_qtensor
 CPU, INT8 = KERNELS.get("cpu"), KERNELS.get("cpu-int8")
 BOTH = pytest.mark.parametrize("kernel", [CPU, INT8], ids=["float", "int8"])
 SAYS = {
-    "avx512-amx": "avx512 vnni amx",
+    "avx512-amx": "avx512 vnni bf16 amx",
     "avx512-bf16": "avx512 vnni bf16",
     "avx512-vnni": "avx512 vnni",
     "avx512": "avx512 maddubs",
@@ -120,6 +120,27 @@ def test_a_row_gives_the_same_bits_alone_and_in_a_batch(kernel, bits):
         whole = kernel.matmul(x, state, None)
         for rows in (1, 2, 3, 4, 5, 8, 9, 13, 24, 40):
             assert torch.equal(kernel.matmul(x[:rows], state, None), whole[:rows])
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("columns", [96, 576, 1000])  # 1000: not whole tiles
+def test_a_row_of_bfloat16_gives_the_same_bits_alone_and_in_a_batch(columns):
+    weight = torch.randn(50, columns).bfloat16()
+    plain = State(packed := layout.prepack_float(weight), packed.struct())
+    group = 32 if columns % 32 == 0 else 40
+    cases = [(plain, weight)]
+    for qtensor in (quantized(4, (50, columns), group=group), quantized(8, (50, columns), group=columns)):
+        cases.append((CPU.prepack(qtensor), qtensor.dequantize()))
+    x = torch.randn(67, columns).bfloat16()
+    x[5, 3] = float("inf")  # stays in its row, although tiles overlap
+    for state, numbers in cases:
+        whole = CPU.matmul(x, state, None)
+        fine = [row for row in range(67) if row != 5]
+        want = x[fine].double() @ numbers.double().T
+        torch.testing.assert_close(whole[fine].double(), want, rtol=2.0**-8, atol=1e-5 * want.abs().max().item())
+        assert not whole[5].isfinite().any()
+        for rows in (1, 2, 3, 8, 15, 16, 17, 33, 49):
+            assert torch.equal(CPU.matmul(x[-rows:], state, None), whole[-rows:])
 
 
 @BOTH

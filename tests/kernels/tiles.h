@@ -1,9 +1,10 @@
-// AMX's tile registers in plain C++, by its manual: what the int8 path's tiles are tested with where no processor has them.
+// AMX's tile registers in plain C++, by its manual: what tiles are tested with where no processor has them.
 // Included before everything else, it stands in for the intrinsics.
 #pragma once
 #include <immintrin.h>
 
 #include <atomic>
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -11,6 +12,8 @@
 
 #define __AMX_TILE__ 1
 #define __AMX_INT8__ 1
+#undef __AMX_BF16__
+#define __AMX_BF16__ 1
 #define QK_TILES_EMULATED
 
 namespace emulated {
@@ -55,16 +58,44 @@ inline void store(int i, void* base, int64_t stride) {
   for (int row = 0; row < shape.rows[i]; ++row) memcpy(static_cast<char*>(base) + row * stride, tile[i][row], shape.bytes[i]);
 }
 
-// sums[m][n] += the sum over k and j of a[m][4 k + j], signed, times b[k][4 n + j], unsigned
-inline void multiply_signed_unsigned(int sums, int a, int b) {
+inline void fit(int sums, int a, int b) {
   need(shape.rows[sums] == shape.rows[a] && shape.bytes[sums] == shape.bytes[b] && shape.bytes[a] == 4 * shape.rows[b], "shapes differ");
   ++products;
+}
+
+// sums[m][n] += the sum over k and j of a[m][4 k + j], signed, times b[k][4 n + j], of type B
+template <class B>
+inline void multiply_bytes(int sums, int a, int b) {
+  fit(sums, a, b);
   for (int m = 0; m < shape.rows[sums]; ++m)
     for (int n = 0; n < shape.bytes[sums] / 4; ++n) {
       int32_t sum;
       memcpy(&sum, &tile[sums][m][4 * n], 4);
       for (int k = 0; k < shape.rows[b]; ++k)
-        for (int j = 0; j < 4; ++j) sum += static_cast<int8_t>(tile[a][m][4 * k + j]) * tile[b][k][4 * n + j];
+        for (int j = 0; j < 4; ++j) sum += static_cast<int8_t>(tile[a][m][4 * k + j]) * static_cast<B>(tile[b][k][4 * n + j]);
+      memcpy(&tile[sums][m][4 * n], &sum, 4);
+    }
+}
+
+inline float bfloat(const uint8_t* bytes) {
+  uint16_t half;
+  memcpy(&half, bytes, 2);
+  const uint32_t word = static_cast<uint32_t>(half) << 16;
+  float value;
+  memcpy(&value, &word, 4);
+  return value;
+}
+
+// sums[m][n] += the sum over k of a[m][2 k] * b[k][2 n], plus that of a[m][2 k + 1] * b[k][2 n + 1], of bfloat16 numbers
+inline void multiply_bfloats(int sums, int a, int b) {
+  fit(sums, a, b);
+  for (int m = 0; m < shape.rows[sums]; ++m)
+    for (int n = 0; n < shape.bytes[sums] / 4; ++n) {
+      float sum, part[2] = {};
+      memcpy(&sum, &tile[sums][m][4 * n], 4);
+      for (int k = 0; k < shape.rows[b]; ++k)
+        for (int j = 0; j < 2; ++j) part[j] = fmaf(bfloat(&tile[a][m][4 * k + 2 * j]), bfloat(&tile[b][k][4 * n + 2 * j]), part[j]);
+      sum += part[0] + part[1];
       memcpy(&tile[sums][m][4 * n], &sum, 4);
     }
 }
@@ -75,9 +106,13 @@ inline void multiply_signed_unsigned(int sums, int a, int b) {
 #undef _tile_stored
 #undef _tile_zero
 #undef _tile_dpbsud
+#undef _tile_dpbssd
+#undef _tile_dpbf16ps
 #define _tile_loadconfig emulated::configure
 #define _tile_release emulated::release
 #define _tile_loadd emulated::load
 #define _tile_stored emulated::store
 #define _tile_zero emulated::zero
-#define _tile_dpbsud emulated::multiply_signed_unsigned
+#define _tile_dpbsud emulated::multiply_bytes<uint8_t>
+#define _tile_dpbssd emulated::multiply_bytes<int8_t>
+#define _tile_dpbf16ps emulated::multiply_bfloats

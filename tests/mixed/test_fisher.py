@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quantkit.calibrate.backward import Backward, _drawn_loss
+from quantkit.calibrate.backward import Backward, drawn_gradient
 from quantkit.calibrate.data import Calibration
 from quantkit.errors import SpecError
 from quantkit.hf.structure import describe
@@ -47,7 +47,8 @@ def by_autograd(model, rows, names):
     ]
     for row in rows:
         model.zero_grad()
-        _drawn_loss(model(input_ids=row[None]).logits, generator).backward()
+        logits = model(input_ids=row[None]).logits
+        logits.backward(drawn_gradient(logits, generator))
         for name in names:
             gradients[name].append(model.get_submodule(name).weight.grad.clone())
     for hook in hooks:

@@ -16,7 +16,6 @@
 namespace qk {
 namespace {
 
-constexpr int64_t kChunk = 256;          // columns of a long group that are summed separately
 constexpr int64_t kAliasFloats = 1024;
 constexpr int64_t kFloatAhead = 2048;    // words that are fetched ahead of their use
 

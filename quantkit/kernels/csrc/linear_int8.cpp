@@ -2,8 +2,7 @@
 // then total += (sum - zero * sum(q)) * (weight scale * activation scale) in float32, block after block; and the weight's offset
 // times sum(q) * activation scale, where there are offsets. Codes of a table are looked up: its numbers, as bytes.
 #include "dot.h"
-#include "tile.h"
-#include "tiles.h"
+#include "tile_share.h"
 
 namespace qk {
 namespace {
@@ -174,71 +173,96 @@ struct Int8Path {
 };
 
 #if defined(QK_HAS_TILES)
-// Columns of a chunk that tiles multiply at the same time; 0 if chunks differ in size, then vectors are used.
-inline int64_t tile_columns(const Chunks& chunks) {
-  const int64_t length = chunks.length;
-  if (chunks.padded % length || (length > kTileBytes && length % kTileBytes)) return 0;
-  return length < kTileBytes ? length : kTileBytes;
-}
-
-// The product of a panel with 16 rows of x, with tiles. The sums are integers, so they equal those of vectors, and so do the
-// totals.
-template <int SOURCE>
-inline void multiply_tiles(const Linear& l, const Rows& r, const Chunks& chunks, const Tile& t) {
-  const int64_t stride = rows_q_stride(r), piece = tile_columns(chunks);
-  const uint32_t* words = t.words;
-  const int8_t* q = r.q + t.row * stride + chunks.stored_column(t.first);
-  const float* x_scale = r.scale + t.first * r.m + t.row;
-  const int32_t* x_sum = r.sum + t.first * r.m + t.row;
-  const Zeros zeros(l);
-  for (Walk walk(chunks, t.first); walk.chunk < t.last; walk.next(), x_scale += r.m, x_sum += r.m) {
-    _tile_zero(0);
-    _tile_zero(1);
-    for (int64_t k = 0; k < chunks.length; k += piece, q += piece, words += piece / 4 * kPanelWidth) {
-      _tile_loadd(2, q, stride);
-      _tile_loadd(3, words, kPanelWidth * 4);
-      _tile_loadd(4, words + kWidth, kPanelWidth * 4);
-      _tile_dpbsud(0, 2, 3);
-      _tile_dpbsud(1, 2, 4);
-    }
-    alignas(64) int32_t sums[kPanelUnits][kTileRows][kWidth];
-    _tile_stored(0, sums[0], kTileBytes);
-    _tile_stored(1, sums[1], kTileBytes);
-    for (int u = 0; u < kPanelUnits; ++u) {
-      const Scales scales(l, unit_of(t, u));
-      const Floats scale = scales.scale(walk.group);
-      const Ints minus_zero = kMiddle<SOURCE> - load_bytes(zeros.at(scales.at) + walk.group * zeros.step);
-      for (int m = 0; m < kTileRows; ++m) {
-        const Ints all = *reinterpret_cast<const Ints*>(sums[u][m]) + minus_zero * x_sum[m];
-        FloatsAnywhere* total = reinterpret_cast<FloatsAnywhere*>(t.totals + (u * kTileRows + m) * kWidth);
-        *total = multiply_add(to_floats(all), scale * splat(x_scale[m]), *total);
-      }
-      if (l.offsets) add_offset<kTileRows>(scales.offset(walk.group), x_scale, x_sum, t.totals + u * kTileRows * kWidth);
-    }
-  }
-}
-
+// Products on tiles. Sums are whole numbers, so they equal those of vectors, and so do the totals. Codes of 4 bits lose their zero
+// points while they are unpacked and are signed from then on.
 template <int SOURCE>
 struct TilePath : Int8Path<SOURCE> {
-  static constexpr int kRows = kTileRows;
-  static constexpr int64_t kDirectRows = kFewRows;
+  static constexpr bool kSigned = SOURCE == kNibbles;
 
-  template <int M>
-  static void panel(const Linear& l, const Rows& r, const Chunks& chunks, const Tile& t) {
-    if constexpr (M == kTileRows) multiply_tiles<Int8Path<SOURCE>::kPanel>(l, r, chunks, t);
-    else Int8Path<SOURCE>::template panel<M>(l, r, chunks, t);
+  static Weights weights(const Linear& l, const Chunks& chunks, const Tile& t, uint32_t* panel) {
+    Int8Path<SOURCE>::unpack(l, chunks, t, panel);
+    if (kSigned) subtract_zeros(l, chunks, t, panel);
+    return {{panel, panel + kWidth}, kPanelWidth * 4};
+  }
+
+  static void subtract_zeros(const Linear& l, const Chunks& chunks, const Tile& t, uint32_t* panel) {
+    typedef int8_t Small __attribute__((vector_size(kWidth * 4), aligned(4)));
+    const Zeros zeros(l);
+    for (int u = 0; u < kPanelUnits; ++u) {
+      const uint8_t* zero = zeros.at(scale_of(l, unit_of(t, u)));
+      uint32_t* words = panel + u * kWidth;
+      for (Walk walk(chunks, t.first); walk.chunk < t.last; walk.next()) {
+        const Small four = (Small)((Words)load_bytes(zero + walk.group * zeros.step) * 0x01010101u);
+        for (int64_t k = 0; k < walk.columns(); k += 4, words += kPanelWidth) *reinterpret_cast<Small*>(words) -= four;
+      }
+    }
+  }
+
+  template <int R>
+  static void multiply(const void* x, int64_t stride, const Weights& w) {
+    load_tiles<R>(x, stride, w);
+    if constexpr (kSigned) {
+      _tile_dpbssd(0, 4, 6);
+      _tile_dpbssd(1, 4, 7);
+      if constexpr (R == 2) {
+        _tile_dpbssd(2, 5, 6);
+        _tile_dpbssd(3, 5, 7);
+      }
+    } else {
+      _tile_dpbsud(0, 4, 6);
+      _tile_dpbsud(1, 4, 7);
+      if constexpr (R == 2) {
+        _tile_dpbsud(2, 5, 6);
+        _tile_dpbsud(3, 5, 7);
+      }
+    }
+  }
+
+  // R tiles of `rows` rows of x.
+  template <int R>
+  static void tile(const Linear& l, const Rows& r, const Chunks& chunks, const Tile& t, Weights w, int rows) {
+    const int64_t stride = rows_q_stride(r), piece = tile_piece(chunks.length), words = piece / 4 * (w.step / 4);
+    const int8_t* q = r.q + t.row * stride + chunks.stored_column(t.first);
+    const float* x_scale = r.scale + t.first * r.m + t.row;
+    const int32_t* x_sum = r.sum + t.first * r.m + t.row;
+    const Zeros zeros(l);
+    Scales scales[kPanelUnits];
+    for (int u = 0; u < kPanelUnits; ++u) scales[u] = Scales(l, unit_of(t, u));
+    for (Walk walk(chunks, t.first); walk.chunk < t.last; walk.next(), x_scale += r.m, x_sum += r.m) {
+      zero_tiles<R>();
+      for (int64_t k = 0; k < walk.columns(); k += piece, q += piece, w.words[0] += words, w.words[1] += words)
+        multiply<R>(q, stride, w);
+      alignas(64) TileSums<int32_t> sums[R];
+      store_tiles<R, int32_t>(sums);
+      for (int u = 0; u < kPanelUnits; ++u) {
+        const Floats scale = scales[u].scale(walk.group);
+        const Ints minus_zero = kMiddle<SOURCE> - load_bytes(zeros.at(scales[u].at) + walk.group * zeros.step);
+        for (int i = 0; i < R; ++i) {
+          float* totals = t.totals + i * kTileFloats + u * rows * kWidth;
+#pragma GCC unroll 4
+          for (int m = 0; m < rows; ++m) {
+            Ints all = *reinterpret_cast<const Ints*>(sums[i][u][m]);
+            if (!kSigned) all = add_product(all, minus_zero & 0xffff, splat_int(x_sum[i * kTileRows + m]));
+            Floats* total = reinterpret_cast<Floats*>(totals + m * kWidth);
+            *total = multiply_add(to_floats(all), scale * splat(x_scale[i * kTileRows + m]), *total);
+          }
+          if (!l.offsets) continue;
+          const Floats offset = scales[u].offset(walk.group);
+          for (int m = 0; m < rows; ++m) add_offset<1>(offset, x_scale + i * kTileRows + m, x_sum + i * kTileRows + m, totals + m * kWidth);
+        }
+      }
+    }
   }
 };
 #endif
 
+constexpr int64_t kFewestTileRows = 2 * kTileRows;  // of x, with which tiles are faster than vectors
+
 template <int SOURCE>
 void share_codes(const Linear& l, const Rows& r, float* y, int64_t y_stride, int64_t begin, int64_t end, void* scratch) {
 #if defined(QK_HAS_TILES)
-  const int64_t columns = r.m < kTileRows || !tiles_granted() ? 0 : tile_columns(Chunks(l, r.block));
-  if (columns) {
-    const Tiles tiles(columns);
-    return share<TilePath<SOURCE>>(l, r, y, y_stride, begin, end, scratch);
-  }
+  if (r.m >= kFewestTileRows && tiles_granted() && fits_tiles(l.group, r.block, 1))
+    return tile_share<TilePath<SOURCE>>(l, r, y, y_stride, begin, end, scratch);
 #endif
   share<Int8Path<SOURCE>>(l, r, y, y_stride, begin, end, scratch);
 }

@@ -15,10 +15,6 @@
 #include "tiles.h"
 #include "vector.h"
 
-#if defined(QK_HAS_TILES) && defined(__AMX_BF16__)
-#define QK_MOMENT_TILES
-#endif
-
 #define QK_EXPORT extern "C" __attribute__((visibility("default")))
 
 #if defined(__AVX512BF16__)
@@ -111,23 +107,7 @@ void add_panels(const void* job, int64_t begin, int64_t end) {
   }
 }
 
-#if defined(QK_MOMENT_TILES)
-// Sums in tiles 0 to 3, two by two; 4 and 5 hold 16 columns of the left side each, 6 and 7 of the right side.
-struct MomentTiles {
-  MomentTiles() {
-    struct alignas(64) {
-      uint8_t palette, start_row, reserved[14];
-      uint16_t bytes[16];
-      uint8_t rows[16];
-    } shape{};
-    shape.palette = 1;
-    for (int i = 0; i < 8; ++i) shape.bytes[i] = kTileBytes, shape.rows[i] = kTileRows;
-    _tile_loadconfig(&shape);
-  }
-  MomentTiles(const MomentTiles&) = delete;
-  ~MomentTiles() { _tile_release(); }
-};
-
+#if defined(QK_HAS_TILES)
 // A panel [pair][column] as [16 pairs][column][pair of the 16]
 void transpose_panel(const uint32_t* from, int64_t pairs, uint32_t* to) {
   for (int64_t block = 0; block < pairs; block += 16) {
@@ -180,11 +160,12 @@ void add_panels_by_tiles(const void* job, int64_t begin, int64_t end) {
   const Moment& m = *static_cast<const Moment*>(job);
   const bool symmetric = m.left_panels == m.right_panels;
   const int64_t size = m.pairs * kPanel;
-  const MomentTiles tiles;
+  const Tiles tiles(kTileRows, kTileBytes);
   std::unique_ptr<uint32_t[]> memory(new uint32_t[size]);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t panel = m.panels - 1 - task, row = panel * kPanel;  // the largest one first
     transpose_panel(m.left_panels + panel * size, m.pairs, memory.get());
+    written(memory.get());
     for (int64_t other = symmetric ? panel : 0; other < m.panels; ++other) {
       const int64_t column = other * kPanel;
       for (int64_t i = 0; i < std::min(kPanel, m.columns - row); i += 32) {
@@ -209,7 +190,7 @@ QK_EXPORT int32_t qk_moment(const void* left, const void* right, float* total, i
 #if defined(__AVX512BF16__)
   qk::RangeBody add = qk::add_panels;
   int64_t pairs = qk::kPairs;
-#if defined(QK_MOMENT_TILES)
+#if defined(QK_HAS_TILES)
   if (qk::tiles_granted()) add = qk::add_panels_by_tiles, pairs = qk::kTilePairs;
 #endif
   const int64_t panels = (columns + qk::kPanel - 1) / qk::kPanel, size = panels * pairs * qk::kPanel;

@@ -16,6 +16,7 @@ constexpr int kPanelRows = kManyRegisters ? 12 : 4;        // its rows of x, at 
 constexpr int kFewRows = kManyRegisters ? 8 : 4;            // rows of x of a tile that reads the packed weight
 constexpr int64_t kSomeRows = kManyRegisters ? 64 : 4;      // up to this many rows, tiles read it: a unit stays in the cache
 constexpr int kDirectUnits = kParts < 2 ? kParts : 2;       // units of a tile that reads the packed weight: one stream
+constexpr int64_t kChunk = 256;                            // columns of a long group of floats that are summed separately
 constexpr int64_t kAhead = 1024;                           // words of the packed weight that are fetched ahead of their use
 constexpr int64_t kPanelBytes = kWidth == 4 ? 1 << 15 : 1 << 16;
 constexpr int64_t kSpareStride = kPanelBytes / 4 / kPanelWidth + 16;  // a panel's columns of float x, for a copy of them
@@ -137,9 +138,10 @@ struct Factors {
 };
 
 inline void store_tile(const Linear& l, const Factors& by, const Tile& t, int units, int rows, float* y, int64_t y_stride) {
-  for (int u = 0; u < units && t.unit + u < t.last_unit; ++u) {
-    const int64_t at = (t.unit + u) * kWidth, count = l.rows - at;
-    for (int m = 0; m < rows; ++m) {
+  const int own = static_cast<int>(t.last_unit - t.unit < units ? t.last_unit - t.unit : units);
+  for (int m = 0; m < rows; ++m) {  // a row's units are neighbours in memory
+    for (int u = 0; u < own; ++u) {
+      const int64_t at = (t.unit + u) * kWidth, count = l.rows - at;
       Floats total = *reinterpret_cast<const FloatsAnywhere*>(t.totals + (u * rows + m) * kWidth) * by.all;
       if (by.row) total *= by.row[t.row + m];
       float* out = y + (t.row + m) * y_stride + at;
