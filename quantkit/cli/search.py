@@ -66,13 +66,16 @@ def quantize(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Quantize a model with one scheme, or within a budget. An interrupted run continues."""
-    chosen = scheme_or_budget(scheme, budget, choice, include)
-    recipe = recipe_from(
-        at_revision(model, revision), out, chosen, method=method, steps=step or [], dtype=dtype, data=data, column=column,
-        template=template, samples=samples, length=length, formats=format, overwrite=overwrite,
-        run={"resume": resume, "device": device, "max_memory": max_memory},
-    )  # fmt: skip
-    carry_out(recipe, as_json, trust_remote_code)
+    from quantkit.system.workers import launched
+
+    with launched() as workers:
+        chosen = scheme_or_budget(scheme, budget, choice, include)
+        recipe = recipe_from(
+            at_revision(model, revision), out, chosen, method=method, steps=step or [], dtype=dtype, data=data, column=column,
+            template=template, samples=samples, length=length, formats=format, overwrite=overwrite,
+            run={"resume": resume, "device": device, "max_memory": max_memory},
+        )  # fmt: skip
+        carry_out(recipe, as_json, trust_remote_code, workers)
 
 
 @app.command()
