@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from quantkit.calibrate.collectors import COLLECTORS, Collector
+from quantkit.errors import CalibrationError
 from quantkit.nn.sites import Site
 from quantkit.system.workers import Workers
 
@@ -40,7 +41,7 @@ def together(site: Site, needs: Sequence[str], experts: range, shown: Shown, wor
         workers: call this together.
     """
     found = [{name: COLLECTORS.get(name)(site.in_features) for name in needs} for _ in experts]
-    steps = _steps(needs, shown, workers)
+    steps = _steps(site, needs, shown, workers)
     totals: dict[tuple[int, str, str], Tensor] = {}
     for expert, rows in shown():
         for name, seen in rows.items():
@@ -65,7 +66,7 @@ def together(site: Site, needs: Sequence[str], experts: range, shown: Shown, wor
     return found
 
 
-def _steps(needs: Sequence[str], shown: Shown, workers: Workers) -> dict[str, float]:
+def _steps(site: Site, needs: Sequence[str], shown: Shown, workers: Workers) -> dict[str, float]:
     """Return to what multiple the sums of every collector are rounded."""
     largest = torch.zeros(len(needs), dtype=torch.float64)
     batches = torch.zeros(1, dtype=torch.int64)
@@ -73,6 +74,8 @@ def _steps(needs: Sequence[str], shown: Shown, workers: Workers) -> dict[str, fl
         batches += 1
         for index, name in enumerate(needs):
             squares = torch.linalg.vector_norm(rows[name], dim=0, dtype=torch.float32).amax().double() ** 2
+            if not torch.isfinite(squares):  # as a second moment in float32, too
+                raise CalibrationError(f"{site.name}: the squares of calibration inputs overflow float32; check the model")
             # 4: of a difference of two; 2: of norms rounded to float32; the number of rows: of sums of x itself
             largest[index] = torch.maximum(largest[index], torch.clamp(8 * squares.cpu(), min=float(len(rows[name]))))
     workers.maximum(largest)

@@ -100,26 +100,20 @@ def run(
     asked = {"run.device": device} if device != "auto" else {}
     asked |= {"run.max_memory": max_memory} if max_memory is not None else {}
     with launched() as workers:
-        carry_out(load_recipe(recipe, asked | parse_settings(settings)), as_json, trust_remote_code, workers=workers)
+        carry_out(load_recipe(recipe, asked | parse_settings(settings)), as_json, trust_remote_code, workers)
 
 
 def carry_out(
-    recipe: Any,
-    json: bool,
-    trust_remote_code: bool,
-    after_event: Callable[[], None] | None = None,
-    workers: Any = None,
+    recipe: Any, json: bool, trust_remote_code: bool, workers: Any, after_event: Callable[[], None] | None = None
 ) -> None:
     """Carry out a checked recipe and show what became of it; ``after_event`` is called after every event of its progress.
 
-    Of several ``workers`` (None: this process is alone) the one that writes shows something.
+    Of several ``workers`` the one that writes shows something.
     """
     from quantkit.hf.code import trust_code
     from quantkit.recipe.run import run_recipe
     from quantkit.report import comparison_table, coverage_table
-    from quantkit.system.workers import ALONE
 
-    workers = workers or ALONE
     if trust_remote_code:
         trust_code(recipe.model)
     if not workers.writes:
@@ -162,13 +156,15 @@ def train(
     from quantkit.errors import RecipeError
     from quantkit.recipe.schema import load_recipe
     from quantkit.report.trained import LivePage
+    from quantkit.system.workers import launched
 
     asked = {"run.device": device} if device != "auto" else {}
     loaded = load_recipe(recipe, asked | parse_settings(settings))
     if loaded.train is None:
         raise RecipeError(f"{recipe}: there is no section train; add one, such as train: {{steps: 200}}, or use quantkit run")
     page = LivePage(Path(str(loaded.output.path)), html, f"{loaded.model}: training") if html is not None else None
-    carry_out(loaded, as_json, trust_remote_code, page)
+    with launched() as workers:
+        carry_out(loaded, as_json, trust_remote_code, workers, page)
     if page is not None:
         page(over=True)
 

@@ -53,12 +53,16 @@ def quantize(
     place: Place,
 ) -> None:
     """Quantize a model with one scheme, or within a budget. An interrupted run continues."""
-    chosen = scheme_or_budget(scheme, budget, choice, include)
-    recipe = recipe_from(
-        at_revision(model, place.revision), out, chosen, method=method, steps=step or [], dtype=place.dtype, formats=format,
-        overwrite=overwrite, run={"resume": resume, "device": place.device, "max_memory": max_memory}, **values(text),
-    )  # fmt: skip
-    carry_out(recipe, as_json, place.trust_remote_code)
+    from quantkit.system.workers import launched
+
+    with launched() as workers:
+        chosen = scheme_or_budget(scheme, budget, choice, include)
+        recipe = recipe_from(
+            at_revision(model, place.revision), out, chosen, method=method, steps=step or [], dtype=place.dtype,
+            formats=format, overwrite=overwrite,
+            run={"resume": resume, "device": place.device, "max_memory": max_memory}, **values(text),
+        )  # fmt: skip
+        carry_out(recipe, as_json, place.trust_remote_code, workers)
 
 
 @app.command()

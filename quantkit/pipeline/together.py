@@ -12,6 +12,7 @@ can be continued, by any number of workers.
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -97,6 +98,7 @@ def assist(run: BlockRun, out: Path | None, share: Share) -> None:
     if finished and (chain := run.chain_at(finished)) is not None and chain.state:
         chain.state = handed.read(Path(str(out)), finished - 1, [], len(chain.state), share)
     global_scales = shared_global_scales(model, run.structure, run.plan)
+    owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     done = sum(len(block_sites(block, run.plan)) for block in blocks[:finished])
     drop_pages(mapped_pages(model.parameters()))
     for index, block in enumerate(blocks[finished:], start=finished):
@@ -110,6 +112,7 @@ def assist(run: BlockRun, out: Path | None, share: Share) -> None:
         for site in sites:  # its codes are with the first worker, and nobody here wants the layer again
             module = model.get_submodule(site.module)
             parameter = getattr(module, site.parameter)
-            parameter.data = parameter.data.new_empty(0)
+            if owners[id(parameter)] == 1:
+                parameter.data = parameter.data.new_empty(0)
         drop_pages(mapped)
         return_freed_memory()

@@ -14,7 +14,7 @@ SCHEMA_FILE = "quantkit.schema.json"
 """Name under which the starter recipe looks for the schema, beside itself."""
 
 
-_PYTHON_ONLY = {"Run": ("compute", "progress"), "SchemeChoice": ("full",)}
+_PYTHON_ONLY = {"Run": ("compute", "progress", "workers"), "SchemeChoice": ("full",)}
 """Settings that no text can say."""
 
 

@@ -118,7 +118,7 @@ class Group(Workers):
         try:
             yield
         except (RuntimeError, ValueError, OSError) as error:
-            reason = str(error).partition("\n")[0].rpartition("] ")[2]
+            reason = str(error).partition("\n")[0].rpartition("] ")[2].partition(". ")[0]
             raise WorkerError(
                 f"a worker of this run is gone, and the others end with it (seen by {self.rank} of {self.size}: {reason}); "
                 f"{_WAY_OUT}"

@@ -37,6 +37,7 @@ from tests.tiny import FAMILIES, tiny_llama
 ROOT = Path(__file__).parents[2]
 IDS = [torch.randint(3, 190, (2, 24), generator=torch.Generator().manual_seed(i)) for i in range(5)]
 CASES = {"llama": "gptq", "qwen3_moe": "gptq", "llama_tied": "gptaq", "qwen2": "rtn"}
+SCHEME = preset("w4a16-asym-g32", [64, 96])
 DEADLY = "REHEARSE_DEATH"
 
 
@@ -67,7 +68,8 @@ def test_the_bytes_do_not_depend_on_the_number_of_workers_nor_on_a_death(tmp_pat
         assert [code for code, _ in finish(processes)] == [0] * count
     for family in CASES:
         assert weights(tmp_path / "1" / family) == weights(tmp_path / "2" / family), family
-        assert json.loads((tmp_path / "2" / f"{family}.json").read_text())["equal"], "the other worker reads what was written"
+        apart = json.loads((tmp_path / "2" / f"{family}.json").read_text())["apart"]
+        assert apart < 1e-4, "the other worker reads what was written"
     first, second = finish(start(2, tmp_path / "killed", **{DEADLY: "1"}))
     assert second[0] == -signal.SIGKILL
     assert first[0] == 3
@@ -102,7 +104,7 @@ def worker(out: Path) -> int:
             mine = logits.detach().clone()
             workers.spread(logits.detach(), 0)
             if workers.rank == workers.size - 1:
-                (out / f"{family}.json").write_text(json.dumps({"equal": bool(torch.equal(mine, logits))}))
+                (out / f"{family}.json").write_text(json.dumps({"apart": float((mine - logits).abs().max())}))
             workers.wait()
     return 0
 
@@ -159,14 +161,15 @@ def test_sums_are_exact_so_that_their_order_does_not_matter(kind: str) -> None:
     exact = [summed(parts, kind) for parts in ways]
     assert exact[0].dtype == torch.float64
     assert all(torch.equal(one, exact[0]) for one in exact)
-    torch.testing.assert_close(exact[0], collector.state["sum"].double(), rtol=1e-6, atol=1e-5)
+    wanted = collector.state["sum"].double()
+    torch.testing.assert_close(exact[0], wanted, rtol=0, atol=1e-6 * float(wanted.abs().max()))
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 40])
 @pytest.mark.parametrize("rows", [1, 64, 65, 200, 1000])
 def test_portions_hold_every_row_once_in_whole_granules(size: int, rows: int) -> None:
     workers = Several(0, size)
-    spec = preset("w4a16-asym-g32").weight
+    spec = SCHEME.weight
     found = portions(spec, (rows, 64), workers, divisible=True)
     assert len(found) == size
     assert [row for part in found for row in range(rows)[part]] == list(range(rows))
@@ -179,7 +182,7 @@ def test_a_part_of_a_weight_is_what_it_is_in_the_whole() -> None:
     hessian = COLLECTORS.get("hessian")(96)
     hessian.update(x)
     statistics = SiteStatistics({"hessian": hessian.result()}, (64,))
-    spec = preset("w4a16-asym-g32").weight
+    spec = SCHEME.weight
     whole = quantize_site(GPTQ(), "s", weight, spec, statistics).qtensor
     for part in portions(spec, (200, 96), Several(0, 3), divisible=True):
         some = quantize_site(GPTQ(), "s", weight[part], spec, statistics).qtensor
@@ -241,7 +244,7 @@ def test_a_recipe_says_nothing_about_workers() -> None:
 def test_memory_of_a_worker_holds_the_exact_sums() -> None:
     model = tiny_llama()
     structure = describe(model)
-    plan = dict.fromkeys((site.name for site in structure.sites), preset("w4a16-asym-g32"))
+    plan = dict.fromkeys((site.name for site in structure.sites), SCHEME)
     size = run_size(model, structure, structure.sites, 64, 32)
     alone, shared = (memory_of(model, structure, plan, one, GPTQ()) for one in (size, replace(size, shared=True)))
     assert shared.calibrating - alone.calibrating == 8 * 96**2
