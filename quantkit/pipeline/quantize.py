@@ -302,6 +302,7 @@ def _carry_out(job: _Job, key: checkpoint.Key | None, batches: Sequence[Batch], 
         progress,
         job.run.strict,
         keep=bool(job.steps.after),
+        formats=job.output.formats,
     )
     with all_experts_shown(model, job.calibration.all_experts):
         results = quantize_blocks(blocks)
@@ -312,7 +313,11 @@ def _carry_out(job: _Job, key: checkpoint.Key | None, batches: Sequence[Batch], 
 
 
 def plan(
-    model: nn.Module | str | Path, scheme: str | Scheme | SchemeChoice = "w4a16", *, rules: Sequence[Rule] = ()
+    model: nn.Module | str | Path,
+    scheme: str | Scheme | SchemeChoice = "w4a16",
+    *,
+    rules: Sequence[Rule] = (),
+    format: str | None = None,
 ) -> Resolution:
     """Decide for every layer what :func:`quantize` would do with it, without reading a weight.
 
@@ -320,6 +325,7 @@ def plan(
         model: a transformers model, or a hub id, directory or ``"demo"``, of which only the config is read.
         scheme: preset name or scheme of the layers that no rule decides.
         rules: see :class:`quantkit.Rule`.
+        format: what will be written, where that wants scales of a dtype of its own (``"modelopt"``).
 
     Returns:
         The plan, the layers left in float and why, and what was chosen for you. :func:`quantize` takes it as its scheme.
@@ -329,7 +335,8 @@ def plan(
     """
     if not isinstance(model, nn.Module):
         model = contents_of(load_config(model), weights=model).model
-    return make_plan(describe(model), scheme, rules, scale_dtype=scale_dtype_for(next(model.parameters()).dtype))
+    dtype = scale_dtype_for(next(model.parameters()).dtype, *([format] if format else []))
+    return make_plan(describe(model), scheme, rules, scale_dtype=dtype)
 
 
 def collect(

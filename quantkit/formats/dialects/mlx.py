@@ -5,9 +5,8 @@
 modes (``mxfp4``, ``nvfp4``, ``mxfp8``) are not read.
 
 An embedding table is quantized like a linear layer, and so is a tied head. mlx-lm stacks experts as it loads them. It does so
-with codes and scales where they have Mixtral's names (``block_sparse_moe.experts.0.w1``; ``sanitize`` in ``models/mixtral.py`` and
-``models/phimoe.py`` of mlx-lm 0.32), so that those are representable, the experts of a layer with one grid; of others (Qwen) it
-stacks the weights alone.
+with codes and scales where they have Mixtral's names (``block_sparse_moe.experts.0.w1``; ``sanitize`` in ``models/mixtral.py`` of
+mlx-lm 0.32), so that those are representable, the experts of a layer with one grid; of others (Qwen) it stacks the weights alone.
 """
 
 import logging
@@ -84,7 +83,7 @@ class Mlx:
             if stack is None:
                 return f"{name}: mlx-lm looks for experts as stacks under names of its own; leave them in float, or use native"
             if grids.setdefault(stack, _entry(scheme.weight)) != _entry(scheme.weight):
-                return f"{name}: mlx-lm stacks the experts of a layer, and so wants one grid for them; it is {scheme.describe()}"
+                return f"{name}: mlx-lm stacks the experts of a layer, so that they want one grid; it is {scheme.describe()}"
         return None
 
     def dump_config(self, plan: Mapping[str, Scheme], ignore: Sequence[str], dtype: str) -> dict[str, Any]:
