@@ -1,11 +1,6 @@
-"""Continue a prompt with llama.cpp and return its logits, or make a file with llama-quantize; see ``benchmarks/interop.py``.
-
-``LLAMA_CPP`` is the folder of llama.cpp's programs (``llama-quantize``) and libraries.
-"""
+"""Continue a prompt with llama.cpp and return its logits, or let it quantize a file; see ``benchmarks/interop.py``."""
 
 import json
-import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -19,9 +14,11 @@ def main(job: dict) -> None:
     path = Path(job["path"])
     if make := job.get("options", {}).get("make"):
         source = path.parent / "gguf-F16" / "model.gguf"
-        if not path.exists():
-            tool = str(Path(os.environ["LLAMA_CPP"], "llama-quantize"))
-            subprocess.run([tool, str(source), str(path), make, "1"], check=True)
+        if not path.exists():  # what the program llama-quantize calls
+            settings = llama_cpp.llama_model_quantize_default_params()
+            settings.ftype, settings.nthread = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{make}"), 1
+            status = llama_cpp.llama_model_quantize(str(source).encode(), str(path).encode(), settings)
+            assert status == 0, f"llama_model_quantize: {status}"
     file = path if path.suffix == ".gguf" else path / "model.gguf"
     started = time.perf_counter()
     model = llama_cpp.Llama(str(file), n_ctx=256, n_threads=1, n_threads_batch=1, logits_all=True, verbose=False)

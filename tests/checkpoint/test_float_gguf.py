@@ -86,7 +86,7 @@ def test_what_has_no_place_is_refused_before_anything_is_written(tmp_path: Path)
     model = FAMILIES["llama"]()
     model.model.layers[0].mlp.up_proj.weight.data[0, 0] = 1e6
     model.save_pretrained(tmp_path / "large")
-    with pytest.raises(FormatError, match="up_proj.weight holds NaN or infinity in torch.float16.*use bfloat16"):
+    with pytest.raises(FormatError, match=r"up_proj.weight holds NaN or infinity in torch.float16.*use bfloat16"):
         reformat(tmp_path / "large", "gguf", tmp_path / "x", dtype="float16")
     assert not any((tmp_path / "x").glob("*.gguf"))
     reformat(source, "gguf", tmp_path / "gguf")
