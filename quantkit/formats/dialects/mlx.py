@@ -5,8 +5,8 @@
 modes (``mxfp4``, ``nvfp4``, ``mxfp8``) are not read.
 
 An embedding table is quantized like a linear layer, and so is a tied head. mlx-lm stacks experts as it loads them: codes and
-scales where they have Mixtral's names (``block_sparse_moe.experts.0.w1``; ``sanitize`` in its ``models/mixtral.py``, 0.32), so that
-those are representable, the experts of a layer with one grid; of others (Qwen) the weights alone.
+scales where they have Mixtral's names (``block_sparse_moe.experts.0.w1``; ``sanitize`` in its ``models/mixtral.py``, 0.32), so
+that those are representable, the experts of a layer with one grid; of others (Qwen) the weights alone.
 """
 
 import logging
