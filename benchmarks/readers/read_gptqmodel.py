@@ -4,15 +4,20 @@ import importlib.metadata
 import json
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
-from gptqmodel import BACKEND, GPTQModel
+from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 
 
 @torch.no_grad()
 def main(job: dict) -> None:
-    """Answer one job."""
+    """Answer one job; with ``make``, first let GPTQModel quantize the float model."""
+    if (make := job.get("options", {}).get("make")) and not Path(job["path"], "config.json").exists():
+        maker = GPTQModel.load(job["model"], QuantizeConfig(bits=make["bits"], group_size=make["group"]), device="cpu")
+        maker.quantize([{"input_ids": job["prompt"], "attention_mask": [1] * len(job["prompt"])}] * 8, batch_size=1)
+        maker.save(job["path"])
     started = time.perf_counter()
     model = GPTQModel.load(job["path"], device="cpu", backend=BACKEND.TORCH, dtype=getattr(torch, job["dtype"])).model.eval()
     load_s = time.perf_counter() - started

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, CompressedTensorsConfig
 
 
 @torch.no_grad()
@@ -23,7 +23,8 @@ def main(job: dict) -> None:
         made = AutoModelForCausalLM.from_pretrained(job["model"], quantization_config=how, device_map="cpu", dtype=job["dtype"])
         made.save_pretrained(job["path"])
     started = time.perf_counter()
-    model = AutoModelForCausalLM.from_pretrained(job["path"], dtype=job["dtype"], device_map="cpu").eval()
+    told = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if options.get("dequantize") else {}
+    model = AutoModelForCausalLM.from_pretrained(job["path"], dtype=job["dtype"], device_map="cpu", **told).eval()
     load_s = time.perf_counter() - started
     step, past, tokens, logits = list(job["prompt"]), None, [], []
     for _ in range(job["tokens"]):

@@ -128,6 +128,7 @@ class Format:
         packed: transformers loads it without unpacking the weights, with the faults that :mod:`quantkit.hf.reader` knows.
         blocks: it holds the blocks of a GGUF file, as they are; no other format does.
         floats: it also holds models in which no layer is quantized.
+        nearest: returns a weight with the nearest scales that it stores exactly, of those that a quantizer chose.
         scale_dtype: dtype of all stored scales, where the format fixes one; None for the checkpoint's.
         usage: which other programs load it, and how, for the model card; after "With".
         also: returns what else its readers look for in config.json, of what the model's config says there.
@@ -145,6 +146,7 @@ class Format:
     packed: bool = False
     blocks: bool = False
     floats: bool = False
+    nearest: Callable[[QTensor], QTensor] = lambda qtensor: qtensor
     scale_dtype: str | None = None
     usage: str = ""
     also: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda config: {}

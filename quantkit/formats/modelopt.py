@@ -4,7 +4,7 @@ Scales are float32: where this format is named, schemes get such scales from the
 """
 
 from quantkit.formats.base import FORMATS, Format
-from quantkit.formats.codecs.modelopt import codec_of
+from quantkit.formats.codecs.modelopt import codec_of, invertible
 from quantkit.formats.containers.directory import SafetensorsDirectory, Twin
 from quantkit.formats.dialects.modelopt import FILE, ModelOpt, twin, untwin
 
@@ -15,6 +15,7 @@ FORMATS.register("modelopt")(
         SafetensorsDirectory("model", Twin(FILE, twin, untwin)),
         _DIALECT,
         foreign=True,
+        nearest=invertible,
         scale_dtype="float32",
         usage="vLLM, SGLang or TensorRT-LLM on a GPU that computes in FP8 or FP4: `vllm serve path/to/this/directory`.",
         recognises=_DIALECT.recognises,

@@ -155,10 +155,9 @@ def choose_qparams(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | No
 def choose_global_scale(largest: Tensor, spec: QuantSpec) -> Tensor:
     """Return what a weight whose largest magnitude is ``largest`` (...) is multiplied by so that its scales use all of FP8.
 
-    That is 448 * max v / largest (NVIDIA's NVFP4 recipe), float32 in ``largest``'s shape; 1 for a weight of zeros. Some formats
-    divide by it and some multiply by its inverse: it is a number that is the inverse of its own inverse in float32.
+    That is 448 * max v / largest (NVIDIA's NVFP4 recipe), float32 in ``largest``'s shape; 1 for a weight of zeros.
     """
-    wanted = 1 / (1 / (FP8_LARGEST * DTYPES[spec.dtype].largest / largest.float()))
+    wanted = FP8_LARGEST * DTYPES[spec.dtype].largest / largest.float()
     return torch.where(largest > 0, wanted, torch.ones_like(wanted))
 
 

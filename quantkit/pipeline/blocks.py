@@ -22,12 +22,14 @@ from quantkit.calibrate.guidance import token_weights
 from quantkit.calibrate.walk import block_sites
 from quantkit.checkpoint.handed import Share
 from quantkit.errors import CalibrationError
+from quantkit.formats.base import FORMATS
 from quantkit.nn.install import install
 from quantkit.nn.quantized import Quantized
 from quantkit.nn.sites import Block, Site, SiteStatistics, Structure, read_weight, write_weight
 from quantkit.numerics import grid
 from quantkit.numerics.inputs import InputQuantizer, static_scale
 from quantkit.pipeline.resume import ResumeStore
+from quantkit.qtensor import QTensor
 from quantkit.quantizers.base import QuantizedBlock, Quantizer, quantize_site
 from quantkit.quantizers.rtn import RTN
 from quantkit.spec import ActivationSpec, Plan, Scheme
@@ -60,6 +62,7 @@ class BlockRun:
         strict: a layer that falls back to plain rounding ends the run.
         keep: finished blocks stay in memory, for a step that goes on with them, although they are in a store.
         workers: who carries out the run together.
+        formats: what will be written, which have a say in the last digits of scales.
     """
 
     model: nn.Module
@@ -74,6 +77,7 @@ class BlockRun:
     progress: ProgressCallback = ignore
     strict: bool = False
     keep: bool = False
+    formats: Sequence[str] = ()
     workers: Workers = ALONE
 
     @cached_property
@@ -324,6 +328,7 @@ def _quantize_layer(run: BlockRun, site: Site, statistics: SiteStatistics | None
     scheme = run.plan[site.name]
     weight = _weight_to_store(run.model, site, scheme)
     one = quantize_site(run.method, site.name, weight, scheme.weight, statistics, global_scale, run.workers)
+    one = replace(one, qtensor=nearest_stored(one.qtensor, run.formats))
     if run.chain is not None:
         _write_stored(run.model, site, scheme, one.qtensor.dequantize())
     qtensor = one.qtensor.to("cpu")
@@ -336,6 +341,13 @@ def _quantize_layer(run: BlockRun, site: Site, statistics: SiteStatistics | None
         one = correction.correct(run.model.get_submodule(site.module), weight, one, statistics)
         _write_bias(run.model, site, one)
     return one
+
+
+def nearest_stored(qtensor: QTensor, formats: Sequence[str]) -> QTensor:
+    """Return a weight with the nearest scales that all formats hold; see :attr:`quantkit.formats.base.Format.nearest`."""
+    for name in formats:
+        qtensor = FORMATS.get(name).nearest(qtensor)
+    return qtensor
 
 
 def _refine(
@@ -388,7 +400,7 @@ def _quantize_outside(run: BlockRun, results: dict[str, Quantized]) -> dict[str,
         ends = site.name in run.structure.ends
         method = RTN("mse" if scheme.weight.bits < 8 else "absmax") if ends else run.method
         one = quantize_site(method, site.name, weight, scheme.weight, None)
-        results[site.name] = replace(one, qtensor=one.qtensor.to("cpu"))
+        results[site.name] = replace(one, qtensor=nearest_stored(one.qtensor, run.formats).to("cpu"))
         for note in one.notes:
             log.warning("%s: %s", site.name, note)
         install(run.model, site, results[site.name].qtensor, scheme.activation)

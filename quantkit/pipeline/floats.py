@@ -1,7 +1,7 @@
 """A float model in another file: a directory of transformers as a GGUF file, and a GGUF file of anybody's as a directory.
 
-What :func:`quantkit.reformat` does with a model that has no codes, or whose codes its format alone knows. Numbers stay what they
-are, or become those of another dtype where that was asked for; a number that is too large for it is refused.
+What :func:`quantkit.reformat` does with a model that has no codes, or whose codes its format alone knows. Numbers stay what
+they are, or become those of another dtype where that was asked for; a number that is too large for it is refused.
 """
 
 import hashlib
@@ -51,8 +51,8 @@ def convert_floats(source: Path, format: str, target: Path, *, dtype: torch.dtyp
         able = " and ".join(name for name, one in FORMATS if one.floats)
         what = "is read as floats" if source.suffix == GGUF else "is a float model"
         raise FormatError(
-            f"{source} {what}, and format {format} holds codes; make some: quantkit quantize {source} --format {format}; floats "
-            f"go into the formats {able}"
+            f"{source} {what}, and format {format} holds codes; make some: quantkit quantize {source} --format {format}; "
+            f"floats go into the formats {able}"
         )
     origin = "gguf" if source.suffix == GGUF else "float"
     model, tokenizer = load_float(source, dtype)

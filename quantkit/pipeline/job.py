@@ -179,6 +179,7 @@ class Job:
             strict=run.strict,
             keep=bool(self.steps.after),
             workers=run.workers,
+            formats=self.output.formats,
         )
 
     def key(self, batches: Sequence[Batch]) -> checkpoint.Key | None:

@@ -30,6 +30,7 @@ from quantkit.nn.install import install
 from quantkit.nn.linear import QuantModule
 from quantkit.nn.sites import Site, Structure, read_weight
 from quantkit.numerics.inputs import InputQuantizer
+from quantkit.pipeline.blocks import nearest_stored
 from quantkit.pipeline.checks import check_model
 from quantkit.pipeline.plan import Resolution, check_plan, resolve, scale_dtype_for
 from quantkit.pipeline.result import QuantizeResult
@@ -53,6 +54,7 @@ def prepare(
     share: float = 1.0,
     learn_zero: bool = False,
     kv: str | None = None,
+    format: str | None = None,
 ) -> nn.Module:
     """Put trainable stand-ins where the layers of a float model are, in place; :func:`convert` makes quantized layers of them.
 
@@ -66,6 +68,7 @@ def prepare(
         share: how far weights go, inside the cells of their codes, from the codes' own values to the float weight: 0 to 1.
         learn_zero: learn zero points, too.
         kv: None, or ``"float"``; keys and values cannot be trained behind rounding.
+        format: what the model will be saved in, where that wants scales of a dtype of its own (``"modelopt"``).
 
     Returns:
         ``model``. Every parameter that required a gradient still does, and so do the weights and scales of the stand-ins.
@@ -87,7 +90,7 @@ def prepare(
     model = adopt(cast(PreTrainedModel, model))
     structure = describe(model)
     begin = None if start is None else started(start)
-    plan = planned(model, structure, scheme, begin, rules)
+    plan = planned(model, structure, scheme, begin, rules, format)
     check_training(structure, plan, begin is not None)
     check_model(model)
     sites = {site.name: site for site in (*structure.sites, *structure.after) if site.name in plan}
@@ -95,7 +98,8 @@ def prepare(
         model.__dict__ = (begin if isinstance(start, str | Path) else copy.deepcopy(begin)).__dict__
         fake.trainable(model, {}, how)
         return model
-    qtensors = _nearest(model, structure, plan) if begin is None else installed(begin)
+    formats = [format] if format else []
+    qtensors = _nearest(model, structure, plan, formats) if begin is None else installed(begin)
     origins: dict[str, Tensor] = {}
     for name, site in sites.items():
         activation = plan[name].activation
@@ -147,20 +151,22 @@ def planned(
     scheme: str | Scheme | SchemeChoice | Plan | Resolution | None,
     begin: PreTrainedModel | None,
     rules: Sequence[Rule] = (),
+    format: str | None = None,
 ) -> dict[str, Scheme]:
     """Return layer name to scheme: what a user asks for, which is also what the start has.
 
     Raises:
         SpecError: the two differ, or neither is given.
     """
+    scales = scale_dtype_for(model.dtype, *([format] if format else []))
     if begin is None:
         if scheme is None:
             raise SpecError("scheme=None without start=: say which scheme is trained, such as 'w4a16-asym-g64'")
-        return resolve(structure, scheme, rules, scale_dtype_for(model.dtype)).plan
+        return resolve(structure, scheme, rules, scales).plan
     own = dict(installed_plan(begin))
     if scheme is None and not rules:
         return own
-    asked = resolve(structure, "w4a16" if scheme is None else scheme, rules, scale_dtype_for(model.dtype)).plan
+    asked = resolve(structure, "w4a16" if scheme is None else scheme, rules, scales).plan
     if odd := next((name for name in {**own, **asked} if own.get(name) != asked.get(name)), None):
         names = [one.describe() if (one := plan.get(odd)) else "float" for plan in (own, asked)]
         raise SpecError(f"{odd}: the start has {names[0]}, the scheme says {names[1]}; give one of them, or make them agree")
@@ -198,7 +204,7 @@ def check_training(structure: Structure, plan: Plan, has_start: bool) -> None:
             )
 
 
-def _nearest(model: PreTrainedModel, structure: Structure, plan: Plan) -> dict[str, QTensor]:
+def _nearest(model: PreTrainedModel, structure: Structure, plan: Plan, formats: Sequence[str]) -> dict[str, QTensor]:
     """Return every planned layer rounded to nearest."""
     scales = shared_global_scales(model, structure, plan)
     found = {}
@@ -207,7 +213,8 @@ def _nearest(model: PreTrainedModel, structure: Structure, plan: Plan) -> dict[s
             scheme = plan[site.name]
             weight = InputQuantizer(scheme.activation).prepare_weight(read_weight(model, site))
             method = RTN("mse" if scheme.weight.is_integer and scheme.weight.bits < 8 else "absmax")
-            found[site.name] = quantize_site(method, site.name, weight, scheme.weight, None, scales.get(site.name)).qtensor
+            one = quantize_site(method, site.name, weight, scheme.weight, None, scales.get(site.name)).qtensor
+            found[site.name] = nearest_stored(one, formats)
     return found
 
 

@@ -181,7 +181,11 @@ def _assist(job: Job, batches: Sequence[Batch]) -> QuantizeResult:
 
 
 def plan(
-    model: nn.Module | str | Path, scheme: str | Scheme | SchemeChoice = "w4a16", *, rules: Sequence[Rule] = ()
+    model: nn.Module | str | Path,
+    scheme: str | Scheme | SchemeChoice = "w4a16",
+    *,
+    rules: Sequence[Rule] = (),
+    format: str | None = None,
 ) -> Resolution:
     """Decide for every layer what :func:`quantize` would do with it, without reading a weight.
 
@@ -189,6 +193,7 @@ def plan(
         model: a transformers model, or a hub id, directory or ``"demo"``, of which only the config is read.
         scheme: preset name or scheme of the layers that no rule decides.
         rules: see :class:`quantkit.Rule`.
+        format: what will be written, where that wants scales of a dtype of its own (``"modelopt"``).
 
     Returns:
         The plan, the layers left in float and why, and what was chosen for you. :func:`quantize` takes it as its scheme.
@@ -198,7 +203,8 @@ def plan(
     """
     if not isinstance(model, nn.Module):
         model = contents_of(load_config(model), weights=model).model
-    return make_plan(describe(model), scheme, rules, scale_dtype=scale_dtype_for(next(model.parameters()).dtype))
+    dtype = scale_dtype_for(next(model.parameters()).dtype, *([format] if format else []))
+    return make_plan(describe(model), scheme, rules, scale_dtype=dtype)
 
 
 def collect(

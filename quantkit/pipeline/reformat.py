@@ -44,8 +44,8 @@ def reformat(
     Tensors are decoded and encoded one after the other, read back and compared bit for bit; then the directory gets its name.
     A conversion that was killed is continued when it is given again, and one that is done is not made twice.
     Zero points, scales and groups change their form where the format wants that and the numbers stay; where they would not, the
-    layer is refused by name. A float model goes into the formats that hold floats: a directory (or hub id) becomes a GGUF file, a
-    GGUF file of anybody's a directory of transformers, its blocks as the floats that they stand for.
+    layer is refused by name. A float model goes into the formats that hold floats: a directory becomes a GGUF file, a GGUF
+    file of anybody's a directory of transformers, its blocks as the floats that they stand for.
 
     Args:
         path: directory of a checkpoint that :func:`quantkit.load` reads, whoever wrote it; or a float model as for

@@ -115,6 +115,20 @@ def test_experts_are_converted_one_by_one(tmp_path: Path) -> None:
     assert not (tmp_path / "mlx" / "config.json").exists()
 
 
+def test_mixtral_goes_to_mlx_with_stacks_named_as_mlx_has_them(tmp_path: Path) -> None:
+    rule = quantkit.Rule("*layers.0.mlp.experts.down_proj", scheme="w8a16-g32")
+    output = Output(tmp_path / "source", format="native")
+    model = FAMILIES["mixtral"]()
+    quantkit.quantize(model, "w4a16-g32", method="rtn", rules=[rule], output=output, tokenizer=tiny_tokenizer())
+    reformat(tmp_path / "source", "mlx", tmp_path / "mlx")
+    assert torch.equal(logits(tmp_path / "mlx"), logits(tmp_path / "source"))
+    said = json.loads((tmp_path / "mlx" / "config.json").read_text())["quantization"]
+    assert said["bits"] == 4
+    assert said["model.layers.0.block_sparse_moe.switch_mlp.down_proj"]["bits"] == 8
+    grids = {f"m.0.block_sparse_moe.experts.{i}.w1": Scheme(QuantSpec(f"int{bits}", (1, 32))) for i, bits in enumerate((4, 8))}
+    assert "stacks the experts of a layer" in str(FORMATS.get("mlx").rejects_plan(grids, ()))
+
+
 def test_what_a_format_does_not_hold_is_refused_by_name_with_those_that_do(tmp_path: Path) -> None:
     source = made(tmp_path / "source", "w3a16-asym-g32")
     with pytest.raises(FormatError, match=r"format awq: model\.layers\.0.*formats that hold it: .*gptq-v2.*native.*--lossy"):

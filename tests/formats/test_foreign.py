@@ -310,11 +310,17 @@ def test_modelopt_is_what_vllm_registers_and_reads_back(algo: str) -> None:
         assert found.scheme == scheme
 
 
-def test_global_scales_survive_their_inverse() -> None:
-    from quantkit.numerics import grid
-
-    found = grid.choose_global_scale(torch.rand(10_000) * 10, SCHEMES["W4A16_NVFP4"].weight)
-    assert torch.equal(1 / (1 / found), found)
+def test_only_modelopt_wants_global_scales_that_survive_their_inverse() -> None:
+    spec = SCHEMES["W4A16_NVFP4"].weight
+    tensors = [random_qtensor(spec, (16, 32), seed).with_parts({"global_scale": 7 + torch.rand(1)}) for seed in range(64)]
+    kept = {name: [FORMATS.get(name).nearest(one).parts()["global_scale"] for one in tensors] for name in FORMATS.names()}
+    asked = kept.pop("modelopt")
+    assert all(torch.equal(1 / (1 / one), one) for one in asked)
+    own = [one.parts()["global_scale"] for one in tensors]
+    assert all(torch.equal(a, b) for found in kept.values() for a, b in zip(found, own, strict=True))
+    odd = next(one for one, asks, has in zip(tensors, asked, own, strict=True) if not torch.equal(asks, has))
+    with pytest.raises(FormatError, match=r"does not give this global scale back.*format modelopt among the outputs"):
+        FORMATS.get("modelopt").codec(Scheme(spec)).encode(odd)
 
 
 @pytest.mark.parametrize("nested", [False, True])

@@ -7,8 +7,8 @@
 
 Names, dtypes and shapes are those that vLLM 0.32 registers (``model_executor/layers/quantization/modelopt.py``:
 KFp8StaticTensor, KFp8StaticChannel, KNvfp4Static). A :class:`~quantkit.qtensor.GridTensor` divides by its global scale, the
-inverse of ``weight_scale_2``. Inverting twice gives the same float32 number where the first inverse was rounded from another
-number; ours are chosen so (:func:`quantkit.numerics.grid.choose_global_scale`), and others are refused when they are written.
+inverse of ``weight_scale_2``. Inverting twice does not always give the same float32 number, but a third time changes nothing:
+where this format is named, the second is taken (:func:`invertible`). Others are refused when they are written.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from quantkit.formats.base import Codec, check_layout
 from quantkit.formats.codecs.gptq import matrix
 from quantkit.formats.containers.base import Layout
 from quantkit.numerics.pack import as_bytes
-from quantkit.qtensor import GridTensor
+from quantkit.qtensor import GridTensor, QTensor
 from quantkit.spec import ActivationSpec, QuantSpec, Scheme, token_activations
 
 _TENSOR = QuantSpec("fp8_e4m3", (-1, -1), True, "float32")
@@ -92,7 +92,8 @@ class NvFp4:
         inverse = 1 / qtensor.global_scale
         if not torch.equal(1 / inverse, qtensor.global_scale):
             raise FormatError(
-                "weight_scale_2 is an inverse that does not give this global scale back; quantize again, or use native"
+                "weight_scale_2 is an inverse that does not give this global scale back, in float32's last digit; quantize "
+                "with format modelopt among the outputs, or use native"
             )
         return {
             "weight": as_bytes(qtensor.packed).view(*qtensor.packed.shape[:-1], -1),
@@ -109,6 +110,12 @@ class NvFp4:
         return GridTensor(
             tensors["weight"].contiguous().view(torch.int32), tensors["weight_scale"], None, spec, shape, 1 / second
         )
+
+
+def invertible(qtensor: QTensor) -> QTensor:
+    """Return a weight whose global scale is the inverse of its own inverse in float32: the same, or another last digit."""
+    scale = qtensor.parts().get("global_scale")
+    return qtensor if scale is None else qtensor.with_parts({"global_scale": 1 / (1 / scale)})
 
 
 def algorithm(scheme: Scheme) -> str | None:

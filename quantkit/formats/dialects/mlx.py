@@ -4,11 +4,13 @@
 ``false`` if it stays in float. What the config cannot say, whether zero points are codes, is read from the biases. The other
 modes (``mxfp4``, ``nvfp4``, ``mxfp8``) are not read.
 
-Not representable: mixtures of experts, whose stacks have names of MLX's own; an embedding table is quantized like a linear
-layer, and so is a tied head.
+An embedding table is quantized like a linear layer, and so is a tied head. mlx-lm stacks experts as it loads them: codes and
+scales where they have Mixtral's names (``block_sparse_moe.experts.0.w1``; ``sanitize`` in its ``models/mixtral.py``, 0.32), so
+that those are representable, the experts of a layer with one grid; of others (Qwen) the weights alone.
 """
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -27,6 +29,7 @@ log = logging.getLogger(__name__)
 KEY = "quantization"
 """Where config.json has it first."""
 
+_STACKED = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 _DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
 
@@ -71,15 +74,25 @@ class Mlx:
         return rejects_scales(scheme.weight, dtype)
 
     def rejects_plan(self, plan: Mapping[str, Scheme], ignore: Sequence[str]) -> str | None:
-        """Reject experts."""
-        odd = next((name for name in plan if ".experts." in name), None)
-        return odd and f"{odd}: mlx-lm looks for experts as stacks under names of its own; leave them in float, or use native"
+        """Reject experts that mlx-lm does not stack."""
+        grids: dict[str, dict[str, Any]] = {}
+        for name, scheme in plan.items():
+            if not re.search(r"\.experts\.\d+\.", name):  # another layer, or a stack by its name in memory
+                continue
+            stack = _stack(name)
+            if stack is None:
+                return f"{name}: mlx-lm looks for experts as stacks under names of its own; leave them in float, or use native"
+            if grids.setdefault(stack, _entry(scheme.weight)) != _entry(scheme.weight):
+                return f"{name}: mlx-lm stacks the experts of a layer, so that they want one grid; it is {scheme.describe()}"
+        return None
 
     def dump_config(self, plan: Mapping[str, Scheme], ignore: Sequence[str], dtype: str) -> dict[str, Any]:
         """Write the commonest grid, and an entry for each layer with another."""
         grids = {name: _entry(scheme.weight) for name, scheme in plan.items()}
         usual = Counter(tuple(entry.items()) for entry in grids.values()).most_common(1)[0][0]
-        return {**dict(usual), **{name: entry for name, entry in grids.items() if tuple(entry.items()) != usual}}
+        others = {name: entry for name, entry in grids.items() if tuple(entry.items()) != usual}
+        stacks = {stack: entry for name, entry in others.items() if (stack := _stack(name)) is not None}
+        return {**dict(usual), **others, **stacks}
 
     def load_config(self, config: Mapping[str, Any], dtype: str, tensors: Mapping[str, Held]) -> Matcher:
         """Read our own and other writers' configs."""
@@ -97,6 +110,12 @@ class Mlx:
             return _stored(module, bits, group, tensors)
 
         return match
+
+
+def _stack(name: str) -> str | None:
+    """Return what mlx-lm calls the stack that an expert goes into; None where it makes none."""
+    found = re.fullmatch(r"(.+\.block_sparse_moe)\.experts\.\d+\.(w[123])", name)
+    return found and f"{found[1]}.switch_mlp.{_STACKED[found[2]]}"
 
 
 def _entry(spec: QuantSpec) -> dict[str, Any]:

@@ -13,4 +13,6 @@ from quantkit.formats.gguf.codec import BlockCodec
 from quantkit.formats.gguf.container import GgufFile
 from quantkit.formats.gguf.dialect import Gguf
 
-FORMATS.register("gguf")(Format(lambda scheme: BlockCodec(), GgufFile(), Gguf(), blocks=True, floats=True, refuses=refuse_model))
+FORMATS.register("gguf")(
+    Format(lambda scheme: BlockCodec(), GgufFile(), Gguf(), blocks=True, floats=True, refuses=refuse_model)
+)
