@@ -30,7 +30,21 @@ QUICK = ("init",)
 """Commands that answer at once; the others import torch, which alone takes seconds."""
 _PANELS = {
     "Quantize": (
-        *("demo", "quantize", "plan", "init", "run", "train", "search", "sweep", "collect", "convert", "export", "package"),
+        *(
+            "demo",
+            "quantize",
+            "plan",
+            "init",
+            "run",
+            "train",
+            "search",
+            "sweep",
+            "collect",
+            "convert",
+            "export",
+            "package",
+            "push",
+        ),
     ),
     "Use": ("chat", "generate", "serve"),
     "Measure": ("eval", "bench", "trace", "inspect"),
