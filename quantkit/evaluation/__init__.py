@@ -36,7 +36,7 @@ from quantkit.nn.install import describe_compute
 from quantkit.nn.linear import QuantLinear, QuantWeight
 from quantkit.spec import KVScheme
 from quantkit.system.keywords import check_names, take
-from quantkit.system.progress import ProgressCallback, ignore
+from quantkit.system.progress import ProgressChoice, callback
 
 __all__ = [
     "BaseLogits", "CoverageRow", "Divergence", "Environment", "EvalReport", "Footprint", "Latency", "Protocol", "Quality",
@@ -82,7 +82,7 @@ def evaluate(
     latency: bool | Latency = True,
     kv: str | KVScheme | None = None,
     label: str | None = None,
-    progress: ProgressCallback = ignore,
+    progress: ProgressChoice = "auto",
     **options: Unpack[EvaluationOptions],
 ) -> EvalReport:
     """Measure a model, and its divergence from ``base`` if one is given.
@@ -99,7 +99,7 @@ def evaluate(
         kv: score the model while it reads its keys and values from a memory that stores them this way (``"int8"``, ``"int4"``,
             ``"float"``, or a :class:`~quantkit.spec.KVScheme`); None scores plain forward passes. The base is not affected.
         label: name of the model in tables; by default the name of its path, or the format of its weights.
-        progress: receives the stages ``"evaluate"`` and ``"latency"``.
+        progress: ``"auto"`` for bars, None for silence, or a function that receives ``"evaluate"`` and ``"latency"``.
         **options: any of the following keyword arguments.
             ``windows`` (20): number of windows to score, spread evenly over the text; None for all.
             ``length`` (1024): tokens per window, at most the number of positions of the model; the report has the length used.
@@ -130,6 +130,7 @@ def evaluate(
         value: Any = options.get(name)
         if value is not None and (isinstance(value, bool) or not hasattr(value, "__index__")):
             raise CalibrationError(f"evaluate: {name}={value!r}: want a whole number")
+    progress = callback(progress)
     path, named = (options.get("path"), False) if isinstance(model, nn.Module) else (model, True)
     model, own_tokenizer = _load(model)
     base_name = options.get("base_label") or (None if base is None else _label(base))

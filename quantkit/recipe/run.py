@@ -32,7 +32,7 @@ from quantkit.pipeline.steps import make_steps
 from quantkit.pipeline.train import train
 from quantkit.recipe.schema import Evaluation, Recipe
 from quantkit.recipe.searched import carried_out, searched
-from quantkit.system.progress import ProgressCallback, ignore
+from quantkit.system.progress import ProgressCallback, ProgressChoice, callback
 
 log = logging.getLogger(__name__)
 
@@ -109,16 +109,17 @@ class Outcome:
     report: EvalReport | None
 
 
-def run_recipe(recipe: Recipe, progress: ProgressCallback = ignore) -> Outcome:
+def run_recipe(recipe: Recipe, progress: ProgressChoice = "auto") -> Outcome:
     """Carry a recipe out; an interrupted run of the same recipe is continued.
 
     Args:
         recipe: the recipe.
-        progress: receives the events of every stage.
+        progress: ``"auto"`` for bars, None for silence, or a function that receives the events of every stage.
 
     Raises:
         QuantkitError: before long work wherever that is possible; see :func:`plan_recipe`.
     """
+    progress = callback(progress)
     with claimed(recipe.output, "carrying out a recipe"):
         preview = plan_recipe(recipe)
         for note in preview.resolution.notes:

@@ -12,7 +12,7 @@ from quantkit.evaluation.coverage import CoverageRow, shortfall, summarise
 from quantkit.evaluation.instructions import Followed
 from quantkit.evaluation.long_context import Stretch
 from quantkit.evaluation.record import EvalReport
-from quantkit.report.cells import DASH, columns, mib, protocol_lines, token_range
+from quantkit.report.cells import DASH, bases, columns, mib, protocol_lines, token_range
 
 
 def comparison_table(reports: Sequence[EvalReport], title: str | None = None) -> Table:
@@ -29,6 +29,8 @@ def comparison_table(reports: Sequence[EvalReport], title: str | None = None) ->
     shown = [column for column in columns(reports) if not column.wide]
     for i, column in enumerate(shown):
         table.add_column(column.title.replace(" ", "\n"), justify="right" if i else "left", overflow="fold", vertical="bottom")
+    for base in bases(reports):
+        table.add_row(*(Text(base.get(column.title, DASH)) for column in shown), style="dim")
     for report in reports:
         table.add_row(*(Text((column.short or column.cell)(report) or DASH) for column in shown))
     return table
