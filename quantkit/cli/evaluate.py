@@ -31,9 +31,9 @@ def evaluate(
     length: Annotated[int | None, typer.Option(help="Tokens of a window; default: 1024.")] = None,
     protocol: Protocol = None,
     samples: Annotated[int, typer.Option(help="Prompts that the model and its base continue, to be read.")] = 3,
-    instructions: Annotated[
-        bool, typer.Option(help="Let both answer twenty prompts whose form is checked, if there is a chat template.")
-    ] = True,
+    no_instructions: Annotated[
+        bool, typer.Option("--no-instructions", help="Leave out the twenty prompts that models with a chat template answer.")
+    ] = False,
     long_context: Annotated[int, typer.Option(help="Score one window of so many tokens too, in parts; 0 for none.")] = 0,
     tasks: Tasks = None,
     shots: Annotated[int | None, typer.Option(help="Worked examples in each prompt of a task; default: what it says.")] = None,
@@ -66,7 +66,7 @@ def evaluate(
             template=template,
             tokenizer=tokenizer,
             samples=samples,
-            instructions=instructions,
+            instructions=not no_instructions,
             long_context=long_context,
             latency=latency,
             kv=kv,
