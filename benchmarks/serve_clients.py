@@ -16,15 +16,15 @@ CALLS = '''
 import sys
 
 from langchain_openai import ChatOpenAI
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 url, name = sys.argv[1:]
-chat = ChatOpenAI(base_url=f"{url}/v1", api_key="none", model=name, temperature=0, max_tokens=48, max_retries=0)
+chat = ChatOpenAI(base_url=f"{url}/v1", api_key="none", model=name, temperature=0, max_tokens=96, max_retries=0)
 
 
 class Person(BaseModel):
-    name: str
-    age: int
+    name: str = Field(max_length=12)
+    age: int = Field(ge=0, le=150)
 
 
 def add(a: int, b: int) -> int:
