@@ -56,7 +56,7 @@ def evaluate(
 
     chosen = {"windows": windows, "length": length, "protocol": protocol}
     opened, tokenizer = load(model, **values(opening))
-    place = {"device": opening.device, "dtype": opening.dtype, "trust_remote_code": opening.trust_remote_code}
+    place: dict[str, Any] = {"device": opening.device, "dtype": opening.dtype, "trust_remote_code": opening.trust_remote_code}
     with progress_bars() as progress:
         report = measure(
             opened,

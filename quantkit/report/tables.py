@@ -57,13 +57,15 @@ def continuation_rows(found: Iterable[Continuation]) -> tuple[tuple[str, ...], l
 def instruction_rows(found: Sequence[Followed]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Return the columns and rows of a table of prompts whose answers have a form that can be checked."""
     said = {True: "yes", False: "no", None: DASH}
-    rows = [(one.prompt, one.base_answer or DASH, one.answer, said[one.base_followed], said[one.followed]) for one in found]
+    rows: list[tuple[str, ...]] = [
+        (one.prompt, one.base_answer or DASH, one.answer, said[one.base_followed], said[one.followed]) for one in found
+    ]
     return ("prompt", "base", "model", "base does it", "model does it"), rows
 
 
 def distance_rows(found: Sequence[Stretch]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Return the columns and rows of a table of one long window, in parts."""
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (
             f"{one.first:,} to {one.last - 1:,}",
             f"{one.perplexity:.4g}",

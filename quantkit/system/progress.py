@@ -50,7 +50,8 @@ class Bars:
     """
 
     def __init__(self) -> None:
-        self._stage, self._bar = "", None
+        self._stage = ""
+        self._bar: Any = None
 
     def __call__(self, event: Progress) -> None:
         """Show an event."""
