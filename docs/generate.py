@@ -30,7 +30,7 @@ API = {
     "What a run is told": ["Calibration", "Output", "Run", "Rule", "SchemeChoice", "Compute", "Progress"],
     "Quantizers": ["RTN", "ImportanceRTN", "HQQ", "GPTQ", "GPTAQ", "AutoRound"],
     "Steps": ["AWQ", "SmoothQuant", "Rotate", "BiasCorrection", "Distill"],
-    "Checkpoints": ["load", "save", "inspect", "reformat", "open_model", "export", "package"],
+    "Checkpoints": ["load", "save", "inspect", "reformat", "open_model", "export", "package", "push_to_hub"],
     "Generate": ["generate", "Generation", "Engine", "Limits", "Sampling"],
     "Measure": ["evaluate", "EvalReport", "BaseLogits", "compare_latency", "comparison_table", "write_html"],
     "Compare": ["sweep", "SweepResult", "SweepRow", "SweepRecipe", "load_sweep", "run_sweep"],

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     )
     from quantkit.evaluation import BaseLogits, EvalReport, compare_latency, evaluate
     from quantkit.exports import export
+    from quantkit.exports.hub import push_to_hub
     from quantkit.exports.serving import package
     from quantkit.generation.engine import Engine
     from quantkit.generation.generate import Generation, generate
@@ -146,6 +147,7 @@ _HOME = {
     "plan_recipe": "recipe.run",
     "prepare": "pipeline.prepare",
     "preset": "presets",
+    "push_to_hub": "exports.hub",
     "quantize": "pipeline.quantize",
     "reformat": "pipeline.reformat",
     "run_recipe": "recipe.run",
@@ -230,6 +232,7 @@ __all__ = [
     "plan_recipe",
     "prepare",
     "preset",
+    "push_to_hub",
     "quantize",
     "reformat",
     "run_recipe",

@@ -126,7 +126,7 @@ def describe() -> str:
     """Say in a line what the cache holds."""
     used = sum(size for _, size, _ in _entries())
     state = "" if enabled() else "off, "
-    return f"{state}{len(files())} files, {used / 2**20:.0f} MiB (limit {LIMIT_BYTES >> 20} MiB) in {directory()}"
+    return f"{state}{len(files())} files, {used / 1e6:.1f} MB (limit {LIMIT_BYTES / 1e9:.1f} GB) in {directory()}"
 
 
 def key_of(weights: Iterable[Path], config: Mapping[str, Any], dtype: torch.dtype | None) -> str:

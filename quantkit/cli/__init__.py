@@ -30,7 +30,21 @@ QUICK = ("init",)
 """Commands that answer at once; the others import torch, which alone takes seconds."""
 _PANELS = {
     "Quantize": (
-        *("demo", "quantize", "plan", "init", "run", "train", "search", "sweep", "collect", "convert", "export", "package"),
+        *(
+            "demo",
+            "quantize",
+            "plan",
+            "init",
+            "run",
+            "train",
+            "search",
+            "sweep",
+            "collect",
+            "convert",
+            "export",
+            "package",
+            "push",
+        ),
     ),
     "Use": ("chat", "generate", "serve"),
     "Measure": ("eval", "bench", "trace", "inspect"),
@@ -42,6 +56,7 @@ _KEYS = {"overwrite": "output.overwrite", "resume": "run.resume"}
 _ARGUMENT = re.compile(r"""(?<![\w.\[])([a-z]\w*)=('[^']*'|"[^"]*"|[\w.+-]*\w)""")
 _SETTING = re.compile(r"\b[A-Z]\w+\((\w+)=([^()]*)\)(?=: )")
 _SUBJECT = re.compile(r"^(?:[a-z_]+\.)*([a-z_]+?)(s?)(?:\.\d+)?(?=: )")
+_PLACE = re.compile(r"(?<=which goes under )(\w+?)(s?)(?=;)")
 _TWICE = re.compile(r"^(?:--[\w-]+: (?=--))?(--[\w-]+ )(\S+): \w+ '\2': ")
 _CALL = re.compile(r",? ?(?:or )?quantkit\.\w+\(\.\.\., [^)]*\)(?: and give the model itself in place of its name)?")
 
@@ -66,7 +81,9 @@ def in_options(message: str, command: Any) -> str:
         return f"--set {_KEYS[name]}={value.lower()}" if "settings" in options and name in _KEYS else found[0]
 
     plain = _SETTING.sub(lambda found: f"{found[1]}={found[2]}" if found[1] in options else found[0], _CALL.sub("", message))
-    named = _SUBJECT.sub(lambda found: _option_for(found, options) or found[0], plain)
+    named = plain
+    for pattern in (_SUBJECT, _PLACE):
+        named = pattern.sub(lambda found: _option_for(found, options) or found[0], named)
     return _TWICE.sub(r"\1\2: ", _ARGUMENT.sub(option, named))
 
 

@@ -31,6 +31,10 @@ def evaluate(
     length: Annotated[int | None, typer.Option(help="Tokens of a window; default: 1024.")] = None,
     protocol: Protocol = None,
     samples: Annotated[int, typer.Option(help="Prompts that the model and its base continue, to be read.")] = 3,
+    no_instructions: Annotated[
+        bool, typer.Option("--no-instructions", help="Leave out the twenty prompts that models with a chat template answer.")
+    ] = False,
+    long_context: Annotated[int, typer.Option(help="Score one window of so many tokens too, in parts; 0 for none.")] = 0,
     tasks: Tasks = None,
     shots: Annotated[int | None, typer.Option(help="Worked examples in each prompt of a task; default: what it says.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only so many examples of each task.")] = None,
@@ -52,7 +56,7 @@ def evaluate(
 
     chosen = {"windows": windows, "length": length, "protocol": protocol}
     opened, tokenizer = load(model, **values(opening))
-    place = {"device": opening.device, "dtype": opening.dtype, "trust_remote_code": opening.trust_remote_code}
+    place: dict[str, Any] = {"device": opening.device, "dtype": opening.dtype, "trust_remote_code": opening.trust_remote_code}
     with progress_bars() as progress:
         report = measure(
             opened,
@@ -62,6 +66,8 @@ def evaluate(
             template=template,
             tokenizer=tokenizer,
             samples=samples,
+            instructions=not no_instructions,
+            long_context=long_context,
             latency=latency,
             kv=kv,
             label=Path(model).name,
@@ -73,8 +79,9 @@ def evaluate(
 
 
 def _show(report: Any, model: str, out: Path | None, html: Path | None, as_json: bool) -> None:
+    from quantkit.evaluation.instructions import summary
     from quantkit.mixed.recorded import PLAN_FILE
-    from quantkit.report import comparison_table, continuation_rows, write_html
+    from quantkit.report import comparison_table, continuation_rows, distance_rows, write_html
 
     if as_json:
         print_json(report.to_dict())
@@ -82,6 +89,10 @@ def _show(report: Any, model: str, out: Path | None, html: Path | None, as_json:
         console().print(comparison_table([report]))
         if report.continuations:
             table("greedy continuations", *continuation_rows(report.continuations))
+        if report.long_context:
+            table("one long window, in parts", *distance_rows(report.long_context))
+        if report.instructions:
+            say(f"instructions followed: {summary(report.instructions)} (--html shows the answers)")
     if out is not None:
         report.save(out)
         say(f"written: {out}", stderr=True)

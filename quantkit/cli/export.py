@@ -1,4 +1,4 @@
-"""Commands that hand a checkpoint on: export, package."""
+"""Commands that hand a checkpoint on: export, package, push."""
 
 import json
 from pathlib import Path
@@ -44,3 +44,22 @@ def package(
         return
     for file in written:
         say(f"written: {file}")
+
+
+@app.command()
+def push(
+    path: Annotated[str, typer.Argument(help="Directory of a finished checkpoint.")],
+    name: Annotated[str, typer.Argument(help="owner/name of the repository on the hub; made if there is none.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to write to; the main one if none is given.")] = None,
+    message: Annotated[str | None, typer.Option(help="Message of the commit.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Upload a checkpoint with its card to the Hugging Face hub, after every tensor was compared with its checksum."""
+    from quantkit.exports.hub import push_to_hub
+
+    url = push_to_hub(path, name, private=private, revision=revision, message=message)
+    if as_json:
+        typer.echo(json.dumps({"url": url}))
+        return
+    say(f"uploaded to {url}")

@@ -96,7 +96,7 @@ def values(group: Any) -> dict[str, Any]:
 def spread(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return a command that has the options of its groups in place of them."""
     known = signature(function)
-    groups = {name: one.annotation for name, one in known.parameters.items() if is_dataclass(one.annotation)}
+    groups: dict[str, Any] = {name: one.annotation for name, one in known.parameters.items() if is_dataclass(one.annotation)}
     if not groups:
         return function
     options: list[Parameter] = []

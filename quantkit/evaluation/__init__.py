@@ -22,7 +22,9 @@ from quantkit.errors import CalibrationError
 from quantkit.evaluation.continuations import PROMPT_TOKENS, Continuation, continuations
 from quantkit.evaluation.coverage import CoverageRow, summarise
 from quantkit.evaluation.footprint import Footprint, footprint
+from quantkit.evaluation.instructions import Followed, follows
 from quantkit.evaluation.latency import Latency, compare_latency, measure_latency
+from quantkit.evaluation.long_context import Stretch, by_distance
 from quantkit.evaluation.protocols import protocol_windows
 from quantkit.evaluation.quality import Divergence, Quality, score
 from quantkit.evaluation.record import Environment, EvalReport, Protocol, describe_environment
@@ -34,7 +36,7 @@ from quantkit.nn.install import describe_compute
 from quantkit.nn.linear import QuantLinear, QuantWeight
 from quantkit.spec import KVScheme
 from quantkit.system.keywords import check_names, take
-from quantkit.system.progress import ProgressCallback, ignore
+from quantkit.system.progress import ProgressChoice, callback
 
 __all__ = [
     "BaseLogits", "CoverageRow", "Divergence", "Environment", "EvalReport", "Footprint", "Latency", "Protocol", "Quality",
@@ -60,13 +62,15 @@ class EvaluationOptions(TypedDict, total=False):
     path: str | Path | None
     protocol: str | None
     samples: int
+    instructions: bool
+    long_context: int
 
 
 _WINDOWS, _SCORING = (
     frozenset({"windows", "length", "stride", "bos", "column", "template", "protocol"}),
     frozenset({"kl_windows", "batch_size"}),
 )
-_COUNTS = frozenset({"windows", "length", "stride", "kl_windows", "batch_size", "samples"})
+_COUNTS = frozenset({"windows", "length", "stride", "kl_windows", "batch_size", "samples", "long_context"})
 
 
 def evaluate(
@@ -78,7 +82,7 @@ def evaluate(
     latency: bool | Latency = True,
     kv: str | KVScheme | None = None,
     label: str | None = None,
-    progress: ProgressCallback = ignore,
+    progress: ProgressChoice = "auto",
     **options: Unpack[EvaluationOptions],
 ) -> EvalReport:
     """Measure a model, and its divergence from ``base`` if one is given.
@@ -95,7 +99,7 @@ def evaluate(
         kv: score the model while it reads its keys and values from a memory that stores them this way (``"int8"``, ``"int4"``,
             ``"float"``, or a :class:`~quantkit.spec.KVScheme`); None scores plain forward passes. The base is not affected.
         label: name of the model in tables; by default the name of its path, or the format of its weights.
-        progress: receives the stages ``"evaluate"`` and ``"latency"``.
+        progress: ``"auto"`` for bars, None for silence, or a function that receives ``"evaluate"`` and ``"latency"``.
         **options: any of the following keyword arguments.
             ``windows`` (20): number of windows to score, spread evenly over the text; None for all.
             ``length`` (1024): tokens per window, at most the number of positions of the model; the report has the length used.
@@ -109,6 +113,9 @@ def evaluate(
             ``protocol`` (None): score as a paper or another program does, whose windows, lengths and BOS replace those above:
             ``"gptq-2048"``, ``"llama.cpp-512"``; see :mod:`quantkit.evaluation.protocols`.
             ``samples`` (0): let the model, and its base, continue so many prompts from the text, to be read in the report.
+            ``instructions`` (False): let both answer twenty prompts whose form is checked; see
+            :mod:`quantkit.evaluation.instructions`.
+            ``long_context`` (0): score one window of so many tokens, in parts; see :mod:`quantkit.evaluation.long_context`.
             ``path``: directory of the checkpoint, to report its size on the disk, for a model that is given as an object.
 
     Returns:
@@ -123,6 +130,7 @@ def evaluate(
         value: Any = options.get(name)
         if value is not None and (isinstance(value, bool) or not hasattr(value, "__index__")):
             raise CalibrationError(f"evaluate: {name}={value!r}: want a whole number")
+    progress = callback(progress)
     path, named = (options.get("path"), False) if isinstance(model, nn.Module) else (model, True)
     model, own_tokenizer = _load(model)
     base_name = options.get("base_label") or (None if base is None else _label(base))
@@ -134,12 +142,11 @@ def evaluate(
     if latency is True:
         context = min(256, (max_positions(model) or 288) - 32)
         latency = measure_latency(model, prompt=cut.ids[0], context=max(context, 1), progress=progress)
-    written: tuple[Continuation, ...] = ()
-    if samples := options.get("samples", 0):
-        beside = base.model if isinstance(base, BaseLogits) else base
-        prompts = cut.ids[:: max(len(cut) // samples, 1), :PROMPT_TOKENS][:samples].tolist()
-        beside = beside if isinstance(beside, nn.Module) else None
-        written = continuations(model, beside, _reader(tokenizer or own_tokenizer), prompts)
+    written, followed = _generated(model, base, tokenizer or own_tokenizer, cut, options)
+    stretches: tuple[Stretch, ...] = ()
+    if longest := options.get("long_context", 0):
+        one, _ = choose_windows(data, tokenizer or own_tokenizer, max_positions(model), windows=1, length=longest)
+        stretches = by_distance(scored, base, one.ids[0])
     divergence = quality.divergence
     parameter = next(model.parameters())
     return EvalReport(
@@ -163,7 +170,22 @@ def evaluate(
         base=base_name,
         compute=describe_compute(model),
         continuations=written,
+        instructions=followed,
+        long_context=stretches,
     )
+
+
+def _generated(
+    model: nn.Module, base: Any, tokenizer: Any, cut: Windows, options: EvaluationOptions
+) -> tuple[tuple[Continuation, ...], tuple[Followed, ...]]:
+    """Return what the model and its base write, as far as that is asked for."""
+    known = base.model if isinstance(base, BaseLogits) else base
+    beside = known if isinstance(known, nn.Module) else None
+    written: tuple[Continuation, ...] = ()
+    if samples := options.get("samples", 0):
+        prompts = cut.ids[:: max(len(cut) // samples, 1), :PROMPT_TOKENS][:samples].tolist()
+        written = continuations(model, beside, _reader(tokenizer), prompts)
+    return written, follows(model, beside, tokenizer) if options.get("instructions", False) else ()
 
 
 def _reader(tokenizer: Any) -> Any:

@@ -22,7 +22,7 @@ from quantkit.errors import CalibrationError
 from quantkit.evaluation.footprint import peak_memory_bytes, reset_peak_memory
 from quantkit.nn.embedding import input_table, max_positions
 from quantkit.system.compute import evaluation_mode
-from quantkit.system.progress import Progress, ProgressCallback, ignore
+from quantkit.system.progress import Progress, ProgressChoice, callback
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ def measure_latency(
     rounds: int = 3,
     engine: str = "auto",
     compute: str = "auto",
-    progress: ProgressCallback = ignore,
+    progress: ProgressChoice = "auto",
 ) -> Latency:
     """Measure one model; arguments as in :func:`compare_latency`."""
     return compare_latency(
@@ -116,7 +116,7 @@ def compare_latency(
     rounds: int = 3,
     engine: str = "auto",
     compute: str = "auto",
-    progress: ProgressCallback = ignore,
+    progress: ProgressChoice = "auto",
 ) -> dict[str, Latency]:
     """Measure several models alternately, in one run.
 
@@ -129,7 +129,7 @@ def compare_latency(
             times.
         engine, compute: see :func:`quantkit.hf.backend.make_backend`. "auto" may choose different backends for the models; the
             results name them.
-        progress: receives the stage ``"latency"`` after every model and round.
+        progress: ``"auto"`` for bars, None for silence, or a function that receives the stage ``"latency"``.
 
     Returns:
         Name to timings.
@@ -137,6 +137,7 @@ def compare_latency(
     Raises:
         CalibrationError: a number below 1, or more tokens than a model has positions.
     """
+    progress = callback(progress)
     if not models or min(context, new_tokens, rounds) < 1:
         raise CalibrationError(
             f"{len(models)} models, context={context}, new_tokens={new_tokens}, rounds={rounds}: want at least 1 of each"

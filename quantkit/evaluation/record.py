@@ -17,7 +17,9 @@ import torch
 from quantkit.errors import FormatError
 from quantkit.evaluation.continuations import Continuation
 from quantkit.evaluation.footprint import Footprint
+from quantkit.evaluation.instructions import Followed, summary
 from quantkit.evaluation.latency import Latency
+from quantkit.evaluation.long_context import Stretch
 from quantkit.evaluation.quality import Quality
 from quantkit.system.files import write_json
 from quantkit.system.tables import facts_html
@@ -101,6 +103,8 @@ class EvalReport:
         latency: timings, or None.
         base: label of the base model, or None.
         continuations: what the model writes, beside what its base writes, if that was asked for.
+        instructions: how often the model does what it is told, beside its base, if that was asked for.
+        long_context: perplexity and divergence in parts of one long window, if that was asked for.
         compute: how quantized layers multiplied while the quality was measured: ``"exact"``, or with int8 activations; empty
             for a float model, and where an older report does not say.
     """
@@ -114,6 +118,8 @@ class EvalReport:
     base: str | None = None
     compute: str = ""
     continuations: tuple[Continuation, ...] = ()
+    instructions: tuple[Followed, ...] = ()
+    long_context: tuple[Stretch, ...] = ()
 
     def summary(self) -> dict[str, str]:
         """Return the most important measurements as name and text, with units and one standard error."""
@@ -123,6 +129,8 @@ class EvalReport:
         if (divergence := self.quality.divergence) is not None:
             found["KL"] = f"{_with_error(divergence.mean, divergence.mean_se)} nats from {self.base or 'the base'}"
             found["same top-1"] = f"{100 * divergence.same_top1:.1f} %"
+        if self.instructions:
+            found["instructions followed"] = summary(self.instructions)
         if self.compute:
             found["measured with"] = f"{self.compute} products" if self.compute == "exact" else self.compute
         found["bits per weight"] = f"{self.footprint.bits_per_weight:.2f}"

@@ -100,7 +100,7 @@ def refuse_saving(*_arguments: Any, **_options: Any) -> NoReturn:
     """
     raise QuantkitError(
         "save_pretrained and push_to_hub would write files of a quantized model that nothing can load; write a checkpoint with "
-        "quantkit.save(model, path), and push that directory (huggingface_hub.upload_folder)"
+        "quantkit.save(model, path), and push that directory with quantkit.push_to_hub(path, 'owner/name')"
     )
 
 

@@ -144,7 +144,10 @@ def resolve(
     if isinstance(scheme, Resolution):
         return scheme
     if not isinstance(scheme, Mapping) or not all(isinstance(one, Scheme) for one in scheme.values()):
-        raise SpecError(f"scheme={scheme!r}: want a name such as 'w4a16', a Scheme, or layer names with their schemes")
+        raise SpecError(
+            f"scheme={scheme!r}: want a name such as 'w4a16', a Scheme, or layer names with their Schemes; patterns and "
+            "names of schemes go into rules=[Rule('*.mlp.*', 'w4a16')]"
+        )
     return Resolution(dict(scheme))
 
 

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, Strict
 from quantkit.errors import FormatError, QuantkitError, SpecError
 from quantkit.formats.base import FORMATS
 from quantkit.system.compute import Compute, known_device
-from quantkit.system.progress import ProgressCallback, ignore
+from quantkit.system.progress import ProgressCallback, callback
 from quantkit.system.settings import Flag, settings
 from quantkit.system.workers import ALONE, Workers
 
@@ -21,6 +21,14 @@ def _known_format(name: str) -> str:
     except FormatError as error:
         raise ValueError(str(error)) from None
     return name
+
+
+def _known_progress(choice: Any) -> Any:
+    try:
+        callback(choice)
+    except QuantkitError as error:
+        raise ValueError(str(error)) from None
+    return choice
 
 
 def _known_place(name: str) -> str:
@@ -157,7 +165,8 @@ class Run:
         max_memory: most memory that the process may take (its resident size), such as ``"4GiB"``, or bytes; the run keeps to
             it, or is refused before it begins. None: blocks leave memory as they are done with, activations of more than 1 GiB
             lie on the disk, and what that takes is taken.
-        progress: receives :class:`quantkit.Progress` events.
+        progress: ``"auto"`` shows a bar for each stage, on a terminal and in a notebook; None shows nothing; a function
+            receives :class:`quantkit.Progress` events.
         workers: the processes that carry out the run together (:mod:`quantkit.system.workers`), which call the same function
             with the same arguments; the first writes.
     """
@@ -167,11 +176,10 @@ class Run:
     device: Annotated[str, Strict(), AfterValidator(_known_place)] = "auto"
     compute: Compute | None = None
     max_memory: Annotated[ByteSize, Field(gt=0)] | None = None
-    progress: Any = ignore
+    progress: Annotated[Any, AfterValidator(_known_progress)] = "auto"
     workers: Annotated[Any, AfterValidator(_known_workers)] = ALONE
 
     @property
     def report(self) -> ProgressCallback:
-        """The progress callback, typed."""
-        callback: ProgressCallback = self.progress
-        return callback
+        """A callback for one operation."""
+        return callback(self.progress)

@@ -33,7 +33,7 @@ from quantkit.pipeline.steps import make_steps
 from quantkit.pipeline.train import train
 from quantkit.recipe.schema import Evaluation, Recipe
 from quantkit.recipe.searched import carried_out, searched
-from quantkit.system.progress import ProgressCallback, ignore
+from quantkit.system.progress import ProgressCallback, ProgressChoice, callback
 from quantkit.system.workers import ALONE, Workers
 
 log = logging.getLogger(__name__)
@@ -111,17 +111,18 @@ class Outcome:
     report: EvalReport | None
 
 
-def run_recipe(recipe: Recipe, progress: ProgressCallback = ignore, workers: Workers = ALONE) -> Outcome:
+def run_recipe(recipe: Recipe, progress: ProgressChoice = "auto", workers: Workers = ALONE) -> Outcome:
     """Carry a recipe out; an interrupted run of the same recipe is continued.
 
     Args:
         recipe: the recipe.
-        progress: receives the events of every stage.
+        progress: ``"auto"`` for bars, None for silence, or a function that receives the events of every stage.
         workers: who carries it out together; the first of them also measures.
 
     Raises:
         QuantkitError: before long work wherever that is possible; see :func:`plan_recipe`.
     """
+    progress = callback(progress)
     _refuse_workers(recipe, workers)
     with claimed(recipe.output if workers.writes else Output(), "carrying out a recipe"):
         preview = plan_recipe(recipe)

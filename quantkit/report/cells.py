@@ -181,6 +181,23 @@ def columns(reports: Sequence[EvalReport]) -> list[Column]:
     return [column for column in (*weights, *QUALITY, *SPEED) if any(column.cell(report) is not None for report in reports)]
 
 
+def bases(reports: Sequence[EvalReport]) -> list[dict[str, str]]:
+    """Return a row, column to text, for each model that others are compared with and that has no row of its own.
+
+    Its perplexity is known from the comparison, if all tokens were compared.
+    """
+    rows: dict[str, dict[str, str]] = {}
+    for report in reports:
+        divergence = report.quality.divergence
+        if report.base is None or divergence is None or report.base in rows or report.base in {one.label for one in reports}:
+            continue
+        found = {"model": report.base, "KL": "0", "top-1 %": "100.0"}
+        if divergence.tokens == report.quality.tokens:
+            found["perplexity"] = significant(divergence.base_perplexity, 4)
+        rows[report.base] = found
+    return list(rows.values())
+
+
 def protocol_lines(reports: Sequence[EvalReport]) -> list[str]:
     """Return sentences that say how the rows were measured; the first one is a warning if rows cannot be compared."""
     lines = []

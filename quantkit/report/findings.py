@@ -29,12 +29,12 @@ def headline(reports: Sequence[EvalReport]) -> str:
     base, same = hero.base or "the base", 100 * divergence.same_top1
     return (
         f"{sentence}; it ranks the same token first as {base} for {same:.1f} % of tokens (KL {significant(divergence.mean)} "
-        f"nats), and perplexity goes from {divergence.base_perplexity:.2f} to {_perplexity_on_base(hero)}."
+        f"nats), and perplexity goes from {significant(divergence.base_perplexity, 4)} to {_perplexity_on_base(hero)}."
     )
 
 
 def findings(reports: Sequence[EvalReport]) -> list[str]:
-    """Return a sentence per model that was compared with a base, and one per pair of neighbouring rows of similar size."""
+    """Return a sentence per model that was compared with a base, and one per pair of neighbouring rows of similar bits."""
     lines = []
     for report in reports:
         found = ppl_increase(report)
@@ -50,15 +50,18 @@ def findings(reports: Sequence[EvalReport]) -> list[str]:
 
 
 def _rivals(reports: Sequence[EvalReport]) -> list[str]:
-    """Return a sentence for each pair of neighbouring rows whose sizes differ by less than 5 %."""
+    """Return a sentence for each pair of neighbouring rows whose bits per quantized weight differ by less than 5 %.
+
+    Sizes of whole models are no measure: an embedding in float makes 8 bits and 4 nearly equal.
+    """
     rows = [r for r in reports if r.footprint.quantized_share > 0 and r.quality.divergence is not None]
     lines = []
     for one, other in itertools.pairwise(rows):
         a, b = sorted((one, other), key=_loss)
         kl_a, kl_b = _loss(a), _loss(b)
-        sizes = a.footprint.stored_bytes / b.footprint.stored_bytes
-        if 0.95 < sizes < 1.05 and 0 < kl_a < kl_b and a.protocol.fingerprint == b.protocol.fingerprint:
-            lines.append(f"{a.label} has {100 * (1 - kl_a / kl_b):.0f} % less KL than {b.label} at the same size.")
+        bits = a.footprint.bits_per_weight / b.footprint.bits_per_weight
+        if 0.95 < bits < 1.05 and 0 < kl_a < kl_b and a.protocol.fingerprint == b.protocol.fingerprint:
+            lines.append(f"{a.label} has {100 * (1 - kl_a / kl_b):.0f} % less KL than {b.label} at the same bits per weight.")
     return lines
 
 
@@ -74,5 +77,5 @@ def _perplexity_on_base(report: EvalReport) -> str:
     found = ppl_increase(report)
     divergence = report.quality.divergence
     if divergence is None or found is None:
-        return f"{report.quality.perplexity:.2f}"
+        return significant(report.quality.perplexity, 4)
     return significant(divergence.base_perplexity * (1 + found[0] / 100), 4)

@@ -11,14 +11,15 @@ from typing import Any
 
 from quantkit.errors import CalibrationError
 from quantkit.evaluation.coverage import KINDS, CoverageRow, CoverageSummary, shortfall, summarise
+from quantkit.evaluation.instructions import summary
 from quantkit.evaluation.record import EvalReport
 from quantkit.mixed.recorded import SearchRecord
 from quantkit.mixed.result import SearchResult
 from quantkit.report import plots, searched, trained
-from quantkit.report.cells import DASH, columns, mib, protocol_lines, significant, token_range
+from quantkit.report.cells import DASH, bases, columns, mib, protocol_lines, significant, token_range
 from quantkit.report.findings import findings, headline
 from quantkit.report.render import render
-from quantkit.report.tables import continuation_rows
+from quantkit.report.tables import continuation_rows, distance_rows, instruction_rows
 from quantkit.system.files import write_atomic
 
 Losses = Mapping[str, float] | Sequence[Mapping[str, Any]]
@@ -90,11 +91,18 @@ def render_html(
         search=record and searched.section(record),
         training=course and trained.section(course),
         columns=[(column.title, column.meaning) for column in shown],
-        cells=[[column.cell(report) for column in shown] for report in reports],
+        cells=[[base.get(column.title) for column in shown] for base in bases(reports)]
+        + [[column.cell(report) for column in shown] for report in reports],
         figures=_figures(reports),
         losses=loss_map and Markup(loss_map),
         worst=[(site, significant(loss)) for site, _, _, loss in sorted(rows, key=lambda row: -row[3])[:8]],
         written=[(report.label, *continuation_rows(report.continuations)) for report in reports if report.continuations],
+        told=[
+            (f"{report.label}: {summary(report.instructions)}", *instruction_rows(report.instructions))
+            for report in reports
+            if report.instructions
+        ],
+        far=[(report.label, *distance_rows(report.long_context)) for report in reports if report.long_context],
         coverage=_coverage(summarise(weights), shortfall(weights)) if coverage is not None else None,
     )
 

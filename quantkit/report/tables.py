@@ -9,8 +9,10 @@ from rich.text import Text
 from quantkit.errors import CalibrationError
 from quantkit.evaluation.continuations import Continuation
 from quantkit.evaluation.coverage import CoverageRow, shortfall, summarise
+from quantkit.evaluation.instructions import Followed
+from quantkit.evaluation.long_context import Stretch
 from quantkit.evaluation.record import EvalReport
-from quantkit.report.cells import DASH, columns, mib, protocol_lines, token_range
+from quantkit.report.cells import DASH, bases, columns, mib, protocol_lines, token_range
 
 
 def comparison_table(reports: Sequence[EvalReport], title: str | None = None) -> Table:
@@ -27,6 +29,8 @@ def comparison_table(reports: Sequence[EvalReport], title: str | None = None) ->
     shown = [column for column in columns(reports) if not column.wide]
     for i, column in enumerate(shown):
         table.add_column(column.title.replace(" ", "\n"), justify="right" if i else "left", overflow="fold", vertical="bottom")
+    for base in bases(reports):
+        table.add_row(*(Text(base.get(column.title, DASH)) for column in shown), style="dim")
     for report in reports:
         table.add_row(*(Text((column.short or column.cell)(report) or DASH) for column in shown))
     return table
@@ -48,6 +52,29 @@ def continuation_rows(found: Iterable[Continuation]) -> tuple[tuple[str, ...], l
             )
         )
     return ("prompt", "base", "model", "same tokens", "repetition, base / model"), rows
+
+
+def instruction_rows(found: Sequence[Followed]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return the columns and rows of a table of prompts whose answers have a form that can be checked."""
+    said = {True: "yes", False: "no", None: DASH}
+    rows: list[tuple[str, ...]] = [
+        (one.prompt, one.base_answer or DASH, one.answer, said[one.base_followed], said[one.followed]) for one in found
+    ]
+    return ("prompt", "base", "model", "base does it", "model does it"), rows
+
+
+def distance_rows(found: Sequence[Stretch]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return the columns and rows of a table of one long window, in parts."""
+    rows: list[tuple[str, ...]] = [
+        (
+            f"{one.first:,} to {one.last - 1:,}",
+            f"{one.perplexity:.4g}",
+            DASH if one.base_perplexity is None else f"{one.base_perplexity:.4g}",
+            DASH if one.kl is None else f"{one.kl:.3g}",
+        )
+        for one in found
+    ]
+    return ("tokens", "perplexity", "base", "KL"), rows
 
 
 def coverage_table(rows: Iterable[CoverageRow], title: str | None = "Coverage") -> Table:

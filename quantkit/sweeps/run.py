@@ -31,7 +31,7 @@ from quantkit.sweeps.rows import SweepRow
 from quantkit.sweeps.schema import Keep, Scoring, SweepRecipe
 from quantkit.sweeps.store import Store
 from quantkit.system.keywords import check_names
-from quantkit.system.progress import Progress, ProgressCallback, ignore
+from quantkit.system.progress import Progress, ProgressChoice
 from quantkit.transforms.base import Step
 
 log = logging.getLogger(__name__)
@@ -129,9 +129,7 @@ def sweep(
         return result if output.path is not None else dataclasses.replace(result, directory=None)
 
 
-def run_sweep(
-    recipe: SweepRecipe, progress: ProgressCallback = ignore, *, ray: bool | Mapping[str, Any] = False
-) -> SweepResult:
+def run_sweep(recipe: SweepRecipe, progress: ProgressChoice = "auto", *, ray: bool | Mapping[str, Any] = False) -> SweepResult:
     """Carry out a sweep that was read by :func:`load_sweep`; an interrupted one is continued."""
     return sweep(
         recipe.model,

@@ -258,7 +258,7 @@ def test_what_killed_processes_left_is_counted_and_goes_when_it_is_old(tmp_path)
     for left in (young, old):
         left.write_bytes(bytes(3 << 20))
     os.utime(old, (0, 0))
-    assert "0 files, 6 MiB" in prepacked.describe()
+    assert "0 files, 6.3 MB" in prepacked.describe()
     checkpoint.load(path)
     assert young.exists()
     assert not old.exists()

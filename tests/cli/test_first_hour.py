@@ -179,6 +179,7 @@ def test_a_device_or_dtype_that_is_none_is_an_error_in_the_commands_words(tiny_q
         ("Output(kv=None): want a name", "--kv None: want a name"),
         ("Output(path=3): want a name", "Output(path=3): want a name"),
         ("there GPTQ(a=1, kv=2), kv=2", "there GPTQ(a=1, kv=2), --kv 2"),
+        ("it is a step, which goes under engines; known", "it is a step, which goes under --engine; known"),
         ("output.kv: unknown 'x'", "--kv: unknown 'x'"),
         ("engines.0: unknown 'x'", "--engine: unknown 'x'"),
         ("it is; say --kv, or quantkit.load(..., kv='x') and give the model itself in place of its name", "it is; say --kv"),

@@ -239,7 +239,7 @@ def test_findings_weigh_differences_against_their_paired_error(reports):
         "W8: perplexity +0.23 ± 0.06 % against float32, beyond noise.",
         "W4 RTN g64: perplexity +28.0 ± 0.9 % against float32, beyond noise.",
         "W4 GPTQ g64: perplexity +18.4 ± 0.6 % against float32, beyond noise.",
-        "W4 GPTQ g64 has 46 % less KL than W4 RTN g64 at the same size.",
+        "W4 GPTQ g64 has 46 % less KL than W4 RTN g64 at the same bits per weight.",
     ]
 
 
