@@ -52,6 +52,7 @@ def prepare(
     rules: Sequence[Rule] = (),
     share: float = 1.0,
     learn_zero: bool = False,
+    adapters: int = 0,
     kv: str | None = None,
 ) -> nn.Module:
     """Put trainable stand-ins where the layers of a float model are, in place; :func:`convert` makes quantized layers of them.
@@ -65,6 +66,8 @@ def prepare(
         rules: as for :func:`quantkit.quantize`, beside a scheme that is no plan.
         share: how far weights go, inside the cells of their codes, from the codes' own values to the float weight: 0 to 1.
         learn_zero: learn zero points, too.
+        adapters: rank of low-rank changes that are learned in place of weights, and folded in by :func:`convert`; 0 learns
+            weights.
         kv: None, or ``"float"``; keys and values cannot be trained behind rounding.
 
     Returns:
@@ -77,7 +80,9 @@ def prepare(
     refuse_kv(kv)
     if not 0 <= share <= 1:
         raise SpecError(f"share={share}: want 0 (the codes' own values) to 1 (as close to the float weight as their cells go)")
-    how = Learned(share, learn_zero)
+    how = Learned(share, learn_zero, adapters)
+    if adapters < 0:
+        raise SpecError(f"adapters={adapters}: want a rank, or 0 for none")
     if any(isinstance(part, QuantModule) for part in model.modules()):
         if scheme is not None or start is not None:
             raise SpecError("the model is quantized already, and is its own start; leave scheme and start out")
@@ -88,7 +93,7 @@ def prepare(
     structure = describe(model)
     begin = None if start is None else started(start)
     plan = planned(model, structure, scheme, begin, rules)
-    check_training(structure, plan, begin is not None)
+    check_training(structure, plan, begin is not None, adapters)
     check_model(model)
     sites = {site.name: site for site in (*structure.sites, *structure.after) if site.name in plan}
     if begin is not None and not _same_rest(model, begin, sites):
@@ -171,7 +176,7 @@ _ALIKE = {"Q4_0": "w4a16-g32", "Q5_0": "w5a16-g32", "Q8_0": "w8a16-g32"}
 """The schemes whose numbers are those of blocks with one scale each."""
 
 
-def check_training(structure: Structure, plan: Plan, has_start: bool) -> None:
+def check_training(structure: Structure, plan: Plan, has_start: bool, adapters: int = 0) -> None:
     """Refuse layers that cannot be trained, by name.
 
     Raises:
@@ -185,6 +190,11 @@ def check_training(structure: Structure, plan: Plan, has_start: bool) -> None:
             raise SpecError(
                 f"{site.name}: {blocks}: scales of a GGUF file's blocks are not trained; train {_ALIKE.get(blocks, 'w4a16')} "
                 "and write that as GGUF with quantkit convert"
+            )
+        if adapters >= min(site.shape[-2:]):
+            raise SpecError(
+                f"{site.name}: adapters of rank {adapters} for a weight {site.shape} are no fewer numbers than it; use a rank "
+                f"below {min(site.shape[-2:])}, or adapters=0"
             )
         if site.read:
             raise SpecError(

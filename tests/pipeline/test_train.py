@@ -18,6 +18,7 @@ from quantkit.pipeline.training.loop import rise_and_fall
 from quantkit.pipeline.training.loss import Losses, Objective
 from quantkit.pipeline.training.picture import smoothed
 from quantkit.pipeline.training.settings import Training
+from quantkit.pipeline.training.teacher import Live
 from quantkit.report.cells import significant
 from quantkit.report.trained import LivePage
 from quantkit.system.progress import Progress
@@ -83,7 +84,7 @@ def test_the_checkpoint_is_the_best_that_was_seen_and_is_known_again(whole: Path
     facts = again.metadata["training"]
     assert not (whole / "training").exists()
     held = [row for i, row in enumerate(TEXT.data[0]) if i in (2, 6)]
-    kl = Objective(tiny_llama(), 0.0, 1).evaluate(quantkit.load(whole), held).kl
+    kl = Objective(Live(tiny_llama()), 0.0, 1).evaluate(quantkit.load(whole), held).kl
     assert kl == pytest.approx(min(one["kl"] for one in facts["evaluations"]), rel=1e-3)
     with pytest.raises(FormatError, match="of another run"):
         trained(whole, dataclasses.replace(SETTINGS, rate=0.02))
@@ -168,7 +169,7 @@ def test_accumulated_gradients_are_those_of_all_windows_together() -> None:
     found = []
     for together in (1, 2, 4):
         model = quantkit.prepare(tiny_llama(), "w4a16-asym-g32")
-        losses = Objective(tiny_llama(), 0.3, together).add_gradient(model, windows)
+        losses = Objective(Live(tiny_llama()), 0.3, together).add_gradient(model, windows)
         found.append((losses, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
     for losses, gradients in found[1:]:
         assert losses.kl == pytest.approx(found[0][0].kl, rel=1e-4)
@@ -178,7 +179,7 @@ def test_accumulated_gradients_are_those_of_all_windows_together() -> None:
 
 def test_the_gradient_of_the_mixed_loss_is_that_of_torch() -> None:
     model, teacher, ids = tiny_llama(), tiny_llama(seed=3), TEXT.data[0][:1]
-    losses = Objective(teacher, 0.25, 1).add_gradient(model, list(ids))
+    losses = Objective(Live(teacher), 0.25, 1).add_gradient(model, list(ids))
     want = tiny_llama()
     log_q = want(input_ids=ids).logits.log_softmax(-1)
     p = teacher(input_ids=ids).logits.softmax(-1).detach()

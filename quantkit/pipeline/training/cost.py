@@ -1,9 +1,16 @@
 """What training takes, estimated from a model's config before it starts."""
 
+from collections.abc import Iterable
+
 import torch
 
+from quantkit.nn.fake import NARROW
+from quantkit.nn.sites import Site
 from quantkit.nn.sizes import RunSize
+from quantkit.numerics import grid
 from quantkit.pipeline.training.settings import Training
+from quantkit.qtensor import empty_qtensor
+from quantkit.spec import Plan
 from quantkit.transforms.base import StepCost
 
 _PER_WEIGHT = 16
@@ -12,6 +19,26 @@ _PER_WEIGHT = 16
 _PER_TOKEN = (20, 8)
 """Numbers that a block keeps for its backward, in hidden sizes and in widths of its widest layer: inputs and outputs of its
 layers, norms, attention."""
+
+
+def trained_numbers(training: Training, sites: Iterable[Site], plan: Plan) -> int:
+    """Return how many numbers an optimizer changes: weights or adapters, and scales and zero points where they are learned."""
+    total = 0
+    for site in sites:
+        spec, (out, features) = plan[site.name].weight, site.shape[-2:]
+        experts = site.numel // (out * features)
+        rows, columns = grid.block_size(spec, site.shape)
+        total += experts * training.adapters * (out + features) if training.adapters else site.numel
+        per_scale = (spec.scale_dtype not in NARROW) + (training.learn_zero and not spec.symmetric and spec.is_integer)
+        total += per_scale * site.numel // (rows * columns)
+    return total
+
+
+def state_bytes(training: Training, sites: Iterable[Site], plan: Plan) -> int:
+    """Return the size of a state of training: what is learned, two moments of each number, and the best codes so far."""
+    sites = list(sites)
+    codes = sum(empty_qtensor(plan[site.name].weight, site.shape).nbytes for site in sites)
+    return 3 * 4 * trained_numbers(training, sites, plan) + codes
 
 
 def training_cost(training: Training, size: RunSize) -> StepCost:
