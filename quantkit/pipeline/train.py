@@ -42,12 +42,13 @@ from quantkit.pipeline.rules import Rule, SchemeChoice
 from quantkit.pipeline.settings import Output, Run, as_output
 from quantkit.pipeline.steps import make_steps
 from quantkit.pipeline.training.blocks import refuse_entangled, train_blocks
-from quantkit.pipeline.training.cost import state_bytes
+from quantkit.pipeline.training.cost import scratch_bytes
 from quantkit.pipeline.training.loop import Learner, SaveState, carry_out, narrowed
 from quantkit.pipeline.training.loss import Objective
 from quantkit.pipeline.training.settings import START_WINDOWS, Training
 from quantkit.pipeline.training.state import TrainingState
-from quantkit.pipeline.training.teacher import Live, Stored, Teacher, refuse_another_stream, stored_bytes
+from quantkit.pipeline.training.teacher import Live, Stored, Teacher, refuse_another_stream
+from quantkit.pipeline.training.updates import seen
 from quantkit.quantizers.base import QUANTIZERS, Quantizer, relative_error
 from quantkit.quantizers.rtn import RTN
 from quantkit.spec import Plan, Scheme
@@ -130,7 +131,7 @@ def train(
                 format=target.format,
                 overwrite=target.overwrite,
                 key=key if run.resume else None,
-                scratch=job.scratch_bytes(batches),
+                scratch=scratch_bytes(training, job.sites.values(), job.plan, sum(ids.numel() for ids in unpadded(batches))),
             )
             check_others(target, model, resolution.plan, key, tokenizer, resume=run.resume)
         return with_others(_carry_out(job, key, batches, read), target, key, resume=run.resume)
@@ -197,11 +198,6 @@ class _Job:
         beginning.check()
         method = beginning.method if beginning.start is None else RTN()
         refuse_run(self.structure, self.resolution, method, beginning.steps, output=self.output, strict=self.run.strict)
-
-    def scratch_bytes(self, batches: Sequence[Batch]) -> int:
-        """Return what lies on the disk beside the checkpoint: two states, since one is written before the other goes."""
-        tokens = sum(ids.numel() for ids in unpadded(batches)) if self.training.teacher == "stored" else 0
-        return 2 * state_bytes(self.training, self.sites.values(), self.plan) + stored_bytes(self.training.top_k, tokens)
 
     def split(self, batches: Sequence[Batch]) -> tuple[list[Tensor], list[Tensor]]:
         """Return the windows (T,) to train on, and those that are held out, spread evenly over the text.
@@ -295,7 +291,7 @@ def _objective(
     teacher: Teacher | None = None
     if training.teacher == "stored":
         place = (None, None) if state is None else (state.teacher, state.key)
-        teacher = stored = Stored([*windows, *held_out], training.top_k, *place)
+        teacher = stored = Stored([*seen(training, windows), *held_out], training.top_k, *place)
         if stored.missing():
             stored.make(float_model or _float_model(job), job.run.report)
     elif training.asks_teacher and float_model is not None:

@@ -94,7 +94,7 @@ class Killed(BaseException):
     """Stands for a signal."""
 
 
-@pytest.mark.parametrize("moment", ["at the start", "in a step", "in an update", "while saving", "after saving", "at the end"])
+@pytest.mark.parametrize("moment", ["at the start", "in a step", "in an update", "while saving", "while saving the last", "after saving", "at the end"])
 def test_a_killed_run_goes_on_to_the_same_bytes(
     moment: str, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,6 +105,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
             "in a step": (Objective, "add_gradient", 6),
             "in an update": (torch.optim.AdamW, "zero_grad", 5),
             "while saving": ("quantkit.pipeline.training.state", "write_json", 4),
+            "while saving the last": ("quantkit.pipeline.training.state", "write_json", 9),
             "after saving": (loop.Learner, "step", 6),
             "at the end": ("quantkit.pipeline.train", "_written", 1),
         }[moment]

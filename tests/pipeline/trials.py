@@ -210,7 +210,7 @@ TRAININGS: dict[str, dict[str, Any]] = {
 
 def training_recipe(place: Path, kind: str) -> Path:
     """Write a recipe that trains the model in ``place``, and return its file."""
-    settings = {"steps": 12, "windows": 2, "evaluate_every": 4, "held_out": 2, "rate": 0.05, "save_every_s": 0.0}
+    settings = {"steps": 8, "windows": 2, "evaluate_every": 4, "held_out": 2, "rate": 0.05, "save_every_s": 0.0}
     values = {
         "model": "./model",
         "scheme": "w3a16-asym-g32",

@@ -24,7 +24,7 @@ from quantkit.nn.block_calls import why_entangled
 from quantkit.nn.sites import Structure
 from quantkit.pipeline.training.loop import Learner, SaveState
 from quantkit.pipeline.training.loss import by_length
-from quantkit.pipeline.training.updates import Updates, order_of, rise_and_fall
+from quantkit.pipeline.training.updates import Updates, order_of, rise_and_fall, seen
 from quantkit.system.compute import Compute
 from quantkit.system.progress import Progress, ProgressCallback
 
@@ -59,7 +59,7 @@ def train_blocks(
         return
     if not history.evaluations:
         learner.evaluate()
-    batches = by_length(_windows(learner), training.together)
+    batches = by_length(seen(training, learner.windows, training.block_steps), training.together)
     device = next(learner.model.parameters()).device
     compute = Compute(device, training.compute_dtype(device))
     mine, theirs = (Chain(model, structure, batches, compute) for model in (learner.model, teacher))
@@ -117,10 +117,3 @@ def _add_gradient(chain: Chain, index: int, chosen: Sequence[int], targets: Sequ
 @torch.no_grad()
 def _outputs(chain: Chain, index: int) -> list[Tensor]:
     return [chain.call(index, batch, hidden) for batch, hidden in enumerate(chain.hidden)]
-
-
-def _windows(learner: Learner) -> list[Tensor]:
-    """Return the windows that blocks are trained on: as many as their updates see, at most all."""
-    training, count = learner.training, len(learner.windows)
-    order = order_of(count, training.seed, 0)
-    return [learner.windows[i] for i in order[: training.block_steps * training.windows]]

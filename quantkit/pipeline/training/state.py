@@ -1,7 +1,8 @@
 """Training on the disk: ``<out>/training``, from which an interrupted run goes on.
 
     training/state.json                  what decides the result, the history so far, and which file holds the tensors
-    training/step-00000120.safetensors   weights, scales, AdamW's moments after that many updates, and the best codes so far
+    training/step-00000120-0-5.safetensors   weights, scales, AdamW's moments after that many updates, blocks and evaluations,
+                                             and the best codes so far
     training/teacher/                    predictions of the float model (:mod:`quantkit.pipeline.training.teacher`)
     training/start/                      the quantized model that training began with, a checkpoint of its own
 
@@ -106,9 +107,10 @@ class TrainingState(SaveState):
     def __call__(self, learner: Learner) -> None:
         """Write the state of ``learner``: all of it, or after a kill nothing."""
         tensors: Mapping[str, Tensor] = {name: value.detach().cpu().contiguous() for name, value in learner.tensors().items()}
-        name = f"step-{learner.done:08d}.safetensors"
+        history = learner.history  # of what happened at one step nothing overwrites the file that state.json still names
+        name = f"step-{learner.done:08d}-{len(history.blocks)}-{len(history.evaluations)}.safetensors"
         write_tensors(self.path / name, tensors)
-        facts = {"key": self.key, "file": name, "digest": digest_of(tensors), "history": dataclasses.asdict(learner.history)}
+        facts = {"key": self.key, "file": name, "digest": digest_of(tensors), "history": dataclasses.asdict(history)}
         write_json(self.path / STATE, facts)
         with clear_errors(f"write to {self.path}"):
             for old in self.path.glob(_PATTERN):

@@ -1,7 +1,7 @@
 """AdamW on what trainable layers learn: rates in steps of their grids, and scales that take their weights along."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -91,3 +91,9 @@ def order_of(count: int, seed: int, round_: int) -> list[int]:
     """Return the order of so many windows in a round through them."""
     order: list[int] = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + round_)).tolist()
     return order
+
+
+def seen(training: Training, windows: Sequence[Tensor], steps: int | None = None) -> list[Tensor]:
+    """Return the windows that so many steps, or all, take from the text, in the order of the first round through it."""
+    order = order_of(len(windows), training.seed, 0)
+    return [windows[i] for i in order[: (steps or training.steps) * training.windows]]
