@@ -246,7 +246,12 @@ BLOCKS = dataclasses.replace(SETTINGS, steps=4, block_steps=12, rate=0.02)
 
 
 STATE = "quantkit.pipeline.training.state"
-KILLS = [(blocks.__name__, "_add_gradient", 20), (STATE, "write_json", 2), (Objective, "add_gradient", 2), (Objective, "evaluate", 2)]
+KILLS = [
+    (blocks.__name__, "_add_gradient", 20),
+    (STATE, "write_json", 2),
+    (Objective, "add_gradient", 2),
+    (Objective, "evaluate", 2),
+]
 
 
 @pytest.fixture(scope="module")

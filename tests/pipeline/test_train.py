@@ -94,7 +94,10 @@ class Killed(BaseException):
     """Stands for a signal."""
 
 
-@pytest.mark.parametrize("moment", ["at the start", "in a step", "in an update", "while saving", "while saving the last", "after saving", "at the end"])
+MOMENTS = ("at the start", "in a step", "in an update", "while saving", "while saving the last", "after saving", "at the end")
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
 def test_a_killed_run_goes_on_to_the_same_bytes(
     moment: str, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
