@@ -309,6 +309,13 @@ def test_the_expected_time_counts_every_product_once(monkeypatch: pytest.MonkeyP
     alone = dataclasses.replace(training, loss="next-token")
     want = timing.REST * (30 * (once + back) + 3 * 2 * once)
     assert timing.training_seconds(alone, contents.model, sites, 16) == pytest.approx(want)
+    stored = dataclasses.replace(training, teacher="stored")
+    want = timing.REST * (30 * (once + back) + 3 * 2 * once + (4 + 2) * once)
+    assert timing.training_seconds(stored, contents.model, sites, 16, 4) == pytest.approx(want)
+    blocks = dataclasses.replace(training, block_steps=5)
+    there, both = weights + 10, 3 * weights + 30
+    want = timing.REST * (30 * (2 * once + back) + 4 * 2 * 2 * once + 15 * both + 4 * 6 * there)
+    assert timing.training_seconds(blocks, contents.model, sites, 16, 6) == pytest.approx(want)
 
 
 def test_parts_of_a_step_are_really_timed() -> None:
