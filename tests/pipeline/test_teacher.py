@@ -249,7 +249,7 @@ def test_the_size_of_a_state_is_known_before(training: Training, tmp_path: Path,
 )
 def test_numbers_that_are_learned_are_counted_exactly(family: str, scheme: str, training: Training) -> None:
     structure = describe(FAMILIES[family]())
-    plan = resolve(structure, scheme).plan
+    plan = resolve(structure, scheme, (), "float16").plan
     model = quantkit.prepare(FAMILIES[family](), scheme, learn_zero=training.learn_zero, adapters=training.adapters)
     layers = [part for part in model.modules() if isinstance(part, FakeModule)]
     counted = trained_numbers(training, [site for site in structure.sites if site.name in plan], plan)
