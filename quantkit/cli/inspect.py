@@ -150,7 +150,7 @@ def _training_time(preview: "Preview") -> dict[str, str]:
     if recipe.train is None:
         return {}
     sites = [site for site in contents.structure.sites if site.name in preview.resolution.plan]
-    seconds = training_seconds(recipe.train, contents.model, sites, recipe.calibration.length)
+    seconds = training_seconds(recipe.train, contents.model, sites, recipe.calibration.length, recipe.calibration.samples)
     if seconds is None:
         return {}
     each = seconds / recipe.train.steps

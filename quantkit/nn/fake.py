@@ -13,6 +13,7 @@ Memory: what a float32 layer takes, and while gradients are computed a copy of t
 """
 
 import dataclasses
+import zlib
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -22,6 +23,7 @@ from torch.nn import functional as F
 
 from quantkit.errors import SpecError
 from quantkit.kernels.functions.fake import register, spec_key
+from quantkit.nn.adapters import AdaptedWeight, Frozen, new_adapter
 from quantkit.nn.embedding import QuantEmbedding
 from quantkit.nn.install import SAVING, forbid_saving
 from quantkit.nn.linear import QuantLinear, QuantModule, QuantWeight
@@ -41,10 +43,14 @@ class Learned:
     Attributes:
         share: how far weights go from their codes' own values towards the float weight at the start, 0 to 1.
         learn_zero: learn the zero points of asymmetric integer grids, too (LSQ+).
+        adapters: rank of low-rank changes that are learned in place of weights (:mod:`quantkit.nn.adapters`); 0 for weights.
+        seed: decides the directions in which adapters begin.
     """
 
     share: float = 1.0
     learn_zero: bool = False
+    adapters: int = 0
+    seed: int = 0
 
 
 class FakeModule(nn.Module):
@@ -56,7 +62,9 @@ class FakeModule(nn.Module):
         how: what is learned.
 
     Attributes:
-        weight: float32 (out, in) or (experts, out, in), a parameter.
+        weight: float32 (out, in) or (experts, out, in), a parameter; frozen beside adapters.
+        adapter_in: float32 (..., rank, in), a parameter, or None without adapters; ``adapter_out`` (..., out, rank) likewise.
+        first_scale: the scales that adapters began with, a buffer; or None.
         scale: float32 (..., out_blocks, in_blocks), a parameter; frozen if its stored dtype is one of :data:`NARROW`.
         zero_point: uint8 of that shape; a float32 parameter where it is learned; None for a symmetric grid.
         global_scale: float32 (..., 1), or None; fixed.
@@ -65,6 +73,9 @@ class FakeModule(nn.Module):
     """
 
     weight: nn.Parameter
+    adapter_in: nn.Parameter | None
+    adapter_out: nn.Parameter | None
+    first_scale: Tensor | None
     scale: nn.Parameter
     zero_point: Tensor | None
     global_scale: Tensor | None
@@ -79,7 +90,7 @@ class FakeModule(nn.Module):
         self.spec, self.shape, self.activation, self.tied_to = qtensor.spec, qtensor.shape, module.activation, module.tied_to
         self._key = spec_key(self.spec)
         self._input_key = spec_key(self.activation.grid) if self.activation is not None else ""
-        self.weight = nn.Parameter(_start(qtensor, origin, how.share))
+        self.weight = nn.Parameter(_start(qtensor, origin, how.share), requires_grad=not how.adapters)
         self.scale = nn.Parameter(qtensor.scale.float(), requires_grad=self.learns_scale)
         zero = None if qtensor.zero_point is None else qtensor.zero_point.clone()
         if zero is not None and how.learn_zero:
@@ -87,6 +98,10 @@ class FakeModule(nn.Module):
         else:
             self.register_buffer("zero_point", zero)
         self.register_buffer("global_scale", qtensor.global_scale)
+        inner, outer = new_adapter(self.shape, how.adapters, how.seed) if how.adapters else (None, None)
+        self.register_parameter("adapter_in", None if inner is None else nn.Parameter(inner))
+        self.register_parameter("adapter_out", None if outer is None else nn.Parameter(outer))
+        self.register_buffer("first_scale", qtensor.scale.float() if how.adapters else None)
         given = qtensor.input_scale
         self.register_parameter("input_scale", None if given is None else nn.Parameter(given.float()))
 
@@ -97,15 +112,31 @@ class FakeModule(nn.Module):
 
     def share(self, other: "FakeModule") -> None:
         """Have the weight and the grid of another layer, which is tied to this one."""
-        for name in ("weight", "scale", "zero_point", "global_scale"):
+        for name in ("weight", "scale", "zero_point", "global_scale", "adapter_in", "adapter_out", "first_scale"):
             setattr(self, name, getattr(other, name))
 
     def tensor(self, dtype: torch.dtype, expert: int | None = None) -> Tensor:
         """Return what the codes of the weight (of one expert) stand for, in ``dtype``; differentiable."""
-        parts = (self.weight, self.scale, self.zero_point, self.global_scale)
+        names = ("weight", "scale", "zero_point", "global_scale", "first_scale", "adapter_in", "adapter_out")
+        found = [getattr(self, name) for name in names]
         if expert is not None:
-            parts = tuple(None if part is None else part[expert] for part in parts)  # type: ignore[assignment]
+            found = [None if part is None else part[expert] for part in found]
+        *parts, first, inner, outer = found
+        if first is not None:
+            weight, scale, zero, global_scale = parts
+            frozen = Frozen(weight, first, global_scale, self.spec, self._key)
+            return AdaptedWeight.apply(inner, outer, scale, zero, frozen, dtype)  # type: ignore[no-any-return, no-untyped-call]
         return torch.ops.quantkit.fake_weight(*parts, self._key, dtype)  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def whole(self) -> Tensor:
+        """Return the weight that is rounded, float32, with adapters folded in."""
+        if self.first_scale is None:
+            return self.weight
+        frozen = Frozen(self.weight, self.first_scale, self.global_scale, self.spec, self._key)
+        assert self.adapter_in is not None
+        assert self.adapter_out is not None
+        return frozen.whole(self.adapter_in, self.adapter_out, self.scale)
 
     @torch.no_grad()
     def result(self) -> GridTensor:
@@ -114,11 +145,12 @@ class FakeModule(nn.Module):
         Raises:
             SpecError: it holds NaN or infinity.
         """
-        if not bool(torch.isfinite(self.weight).all() and torch.isfinite(self.scale).all()):
+        weight = self.whole()
+        if not bool(torch.isfinite(weight).all() and torch.isfinite(self.scale).all()):
             raise SpecError("the weight or its scales hold NaN or infinity; train with a lower learning rate")
         stored = stored_grid(self.scale, self.zero_point, self.global_scale, self.spec)
         scale, zero, global_scale = stored
-        qtensor = GridTensor.from_codes(weight_codes(self.weight, stored, self.spec), scale, zero, self.spec, global_scale)
+        qtensor = GridTensor.from_codes(weight_codes(weight, stored, self.spec), scale, zero, self.spec, global_scale)
         return dataclasses.replace(qtensor, input_scale=self._stored_input_scale())
 
     def quantized(self, qtensor: GridTensor) -> QuantModule:
@@ -243,7 +275,8 @@ class _Prepare(_Swap):
 
     def other(self, name: str, module: QuantModule) -> nn.Module:
         owner = self.by_name.get(module.tied_to or name)
-        made = KINDS[type(module)](module, self.origins.get(module.tied_to or name), self.how)
+        how = dataclasses.replace(self.how, seed=zlib.crc32(name.encode()))
+        made = KINDS[type(module)](module, self.origins.get(module.tied_to or name), how)
         assert isinstance(made, FakeModule)
         if owner is not None:
             made.share(owner)

@@ -17,7 +17,7 @@ from quantkit.hf.ledger import ledger_of
 from quantkit.nn.sites import Structure
 from quantkit.pipeline.blocks import needs_of
 from quantkit.pipeline.memory import memory_of, run_size
-from quantkit.pipeline.training.cost import training_cost
+from quantkit.pipeline.training.cost import Trained, scratch_bytes, trained_numbers, training_cost
 from quantkit.pipeline.training.settings import START_WINDOWS, Training
 from quantkit.qtensor import empty_qtensor
 from quantkit.quantizers.base import Quantizer
@@ -102,11 +102,15 @@ def estimate(
     carried = layout_bytes(carried_layout(ledger_of(model)))
     float_bytes = nbytes(contents.entries, {})
     calibrates = any(needs_of(method, scheme) for scheme in plan.values()) or any(step.needs for step in steps)
+    windows = calibration.samples
     if training is not None:
         calibration = replace(calibration, samples=min(calibration.samples, START_WINDOWS))
     tokens = calibration.samples * calibration.length if calibrates else 0
     size = run_size(model, structure, sites, tokens, calibration.length)
-    costs = [step.cost(size) for step in steps] + ([training_cost(training, size)] if training is not None else [])
+    costs = [step.cost(size) for step in steps]
+    if training is not None:
+        trained = Trained(trained_numbers(training, sites, plan), codes, model.dtype, windows)
+        costs.append(training_cost(training, size, trained))
     passes = [text for cost in costs for text in cost.first]
     if size.tokens:
         forward = f"one forward of {size.tokens:,} tokens, {calibration.batch_size} windows at a time"
@@ -118,6 +122,8 @@ def estimate(
     peak = max(memory.peak(ways), memory.runtime + float_bytes + costs[-1].nbytes if training is not None else 0)
     quantized, rest = nbytes(chosen, plan), nbytes(kept, plan) + carried
     handed = 2 * size.tokens * size.hidden * 4 + (memory.on_disk if ways.spills else 0)
+    if training is not None:  # the start is a checkpoint of its own
+        handed = max(handed, quantized + rest + scratch_bytes(training, sites, plan, windows * calibration.length))
     return Estimate(
         schemes=_tally((plan[site.name].weight.describe(), site.numel) for site in sites),
         weights=weights,

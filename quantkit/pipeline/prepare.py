@@ -53,6 +53,7 @@ def prepare(
     rules: Sequence[Rule] = (),
     share: float = 1.0,
     learn_zero: bool = False,
+    adapters: int = 0,
     kv: str | None = None,
     format: str | None = None,
 ) -> nn.Module:
@@ -67,6 +68,8 @@ def prepare(
         rules: as for :func:`quantkit.quantize`, beside a scheme that is no plan.
         share: how far weights go, inside the cells of their codes, from the codes' own values to the float weight: 0 to 1.
         learn_zero: learn zero points, too.
+        adapters: rank of low-rank changes that are learned in place of weights, and folded in by :func:`convert`; 0 learns
+            weights.
         kv: None, or ``"float"``; keys and values cannot be trained behind rounding.
         format: what the model will be saved in, where that wants scales of a dtype of its own (``"modelopt"``).
 
@@ -80,7 +83,9 @@ def prepare(
     refuse_kv(kv)
     if not 0 <= share <= 1:
         raise SpecError(f"share={share}: want 0 (the codes' own values) to 1 (as close to the float weight as their cells go)")
-    how = Learned(share, learn_zero)
+    how = Learned(share, learn_zero, adapters)
+    if adapters < 0:
+        raise SpecError(f"adapters={adapters}: want a rank, or 0 for none")
     if any(isinstance(part, QuantModule) for part in model.modules()):
         if scheme is not None or start is not None:
             raise SpecError("the model is quantized already, and is its own start; leave scheme and start out")
@@ -91,7 +96,7 @@ def prepare(
     structure = describe(model)
     begin = None if start is None else started(start)
     plan = planned(model, structure, scheme, begin, rules, format)
-    check_training(structure, plan, begin is not None)
+    check_training(structure, plan, begin is not None, adapters)
     check_model(model)
     sites = {site.name: site for site in (*structure.sites, *structure.after) if site.name in plan}
     if begin is not None and not _same_rest(model, begin, sites):
@@ -177,7 +182,7 @@ _ALIKE = {"Q4_0": "w4a16-g32", "Q5_0": "w5a16-g32", "Q8_0": "w8a16-g32"}
 """The schemes whose numbers are those of blocks with one scale each."""
 
 
-def check_training(structure: Structure, plan: Plan, has_start: bool) -> None:
+def check_training(structure: Structure, plan: Plan, has_start: bool, adapters: int = 0) -> None:
     """Refuse layers that cannot be trained, by name.
 
     Raises:
@@ -191,6 +196,11 @@ def check_training(structure: Structure, plan: Plan, has_start: bool) -> None:
             raise SpecError(
                 f"{site.name}: {blocks}: scales of a GGUF file's blocks are not trained; train {_ALIKE.get(blocks, 'w4a16')} "
                 "and write that as GGUF with quantkit convert"
+            )
+        if adapters >= min(site.shape[-2:]):
+            raise SpecError(
+                f"{site.name}: adapters of rank {adapters} for a weight {site.shape} are no fewer numbers than it; use a rank "
+                f"below {min(site.shape[-2:])}, or adapters=0"
             )
         if site.read:
             raise SpecError(

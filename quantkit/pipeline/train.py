@@ -41,10 +41,14 @@ from quantkit.pipeline.resume import run_key
 from quantkit.pipeline.rules import Rule, SchemeChoice
 from quantkit.pipeline.settings import Output, Run, as_output
 from quantkit.pipeline.steps import make_steps
+from quantkit.pipeline.training.blocks import refuse_entangled, train_blocks
+from quantkit.pipeline.training.cost import scratch_bytes
 from quantkit.pipeline.training.loop import Learner, SaveState, carry_out, narrowed
 from quantkit.pipeline.training.loss import Objective
 from quantkit.pipeline.training.settings import START_WINDOWS, Training
 from quantkit.pipeline.training.state import TrainingState
+from quantkit.pipeline.training.teacher import Live, Stored, Teacher, refuse_another_stream
+from quantkit.pipeline.training.updates import seen
 from quantkit.quantizers.base import QUANTIZERS, Quantizer, relative_error
 from quantkit.quantizers.rtn import RTN
 from quantkit.spec import Plan, Scheme
@@ -107,7 +111,7 @@ def train(
         refuse_absent(model, empty=True)
         structure = describe(model)
         resolution = resolve(structure, scheme, rules, scale_dtype_for(next(model.parameters()).dtype, *target.formats))
-        check_training(structure, resolution.plan, has_start=True)
+        check_training(structure, resolution.plan, True, training.adapters)
         job = _Job(
             model, tokenizer, structure, resolution, training, _Beginning(quantizer, todo.all, start), calibration, target, run
         )
@@ -127,7 +131,7 @@ def train(
                 format=target.format,
                 overwrite=target.overwrite,
                 key=key if run.resume else None,
-                scratch=2 * job.state_bytes,  # one state is written before the other goes
+                scratch=scratch_bytes(training, job.sites.values(), job.plan, sum(ids.numel() for ids in unpadded(batches))),
             )
             check_others(target, model, resolution.plan, key, tokenizer, resume=run.resume)
         return with_others(_carry_out(job, key, batches, read), target, key, resume=run.resume)
@@ -195,11 +199,6 @@ class _Job:
         method = beginning.method if beginning.start is None else RTN()
         refuse_run(self.structure, self.resolution, method, beginning.steps, output=self.output, strict=self.run.strict)
 
-    @property
-    def state_bytes(self) -> int:
-        """Size of a state of training: weights, and two moments of each."""
-        return 3 * 4 * sum(site.numel for site in self.sites.values())
-
     def split(self, batches: Sequence[Batch]) -> tuple[list[Tensor], list[Tensor]]:
         """Return the windows (T,) to train on, and those that are held out, spread evenly over the text.
 
@@ -251,17 +250,20 @@ def _carry_out(job: _Job, key: checkpoint.Key | None, batches: Sequence[Batch], 
         name: InputQuantizer(job.plan[name].activation).prepare_weight(read_weight(model, site))
         for name, site in job.sites.items()
     }
-    dtype = training.compute_dtype(model.device)
-    wants_teacher = training.next_token_share < 1
-    narrow: nn.Module = model if dtype == model.dtype or not wants_teacher else copy.deepcopy(model)
-    teacher = (sharing_copy(model) if narrow is model else narrow.to(dtype)) if wants_teacher else None
     windows, held_out = job.split(batches)
-    prepare(model, start=job.begin(state, windows), share=training.share, learn_zero=training.learn_zero)
+    objective, float_model = _objective(job, state, windows, held_out)
+    learned = {"share": training.share, "learn_zero": training.learn_zero, "adapters": training.adapters}
+    prepare(model, start=job.begin(state, windows), **learned)
+    if float_model is not None:
+        refuse_another_stream(float_model, model, job.structure.blocks[0].name, windows[0])
     before = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    learner = Learner(model, Objective(teacher, training.next_token_share, training.together), training, windows, held_out)
+    learner = Learner(model, objective, training, windows, held_out)
     if state is not None and state.restore(learner):
         told.info("continuing after step %d of %d", learner.done, training.steps)
-    with narrowed(model, dtype):
+    with narrowed(model, training.compute_dtype(model.device)):
+        if float_model is not None and training.block_steps:
+            train_blocks(learner, float_model, job.structure, state or SaveState(), job.run.report)
+        del float_model
         carry_out(learner, state or SaveState(), job.run.report)
     if state is not None:
         state(learner)  # what is left to do takes a while, too
@@ -275,6 +277,33 @@ def _carry_out(job: _Job, key: checkpoint.Key | None, batches: Sequence[Batch], 
     if state is not None:
         state.clear()
     return done
+
+
+def _objective(
+    job: _Job, state: TrainingState | None, windows: Sequence[Tensor], held_out: Sequence[Tensor]
+) -> tuple[Objective, nn.Module | None]:
+    """Return what is minimised, and the float model, which ``job.model`` still is, if blocks are compared with its own."""
+    training, compares = job.training, bool(job.training.block_steps or job.training.hidden)
+    if training.block_steps:
+        refuse_entangled(job.model, job.structure)
+    float_model = _float_model(job) if compares or (training.asks_teacher and training.teacher == "live") else None
+    blocks = tuple(block.name for block in job.structure.blocks) if training.hidden else ()
+    teacher: Teacher | None = None
+    if training.teacher == "stored":
+        place = (None, None) if state is None else (state.teacher, state.key)
+        teacher = stored = Stored([*seen(training, windows), *held_out], training.top_k, *place)
+        if stored.missing():
+            stored.make(float_model or _float_model(job), job.run.report)
+    elif training.asks_teacher and float_model is not None:
+        teacher = Live(float_model, blocks)
+    objective = Objective(teacher, training.next_token_share, training.together, training.hidden, blocks)
+    return objective, float_model if compares else None
+
+
+def _float_model(job: _Job) -> nn.Module:
+    """Return the float model in the dtype of the products, which stays what it is when ``job.model`` is trained."""
+    dtype = job.training.compute_dtype(job.model.device)
+    return sharing_copy(job.model) if dtype == job.model.dtype else copy.deepcopy(job.model).to(dtype)
 
 
 def _installed_best(model: nn.Module, learner: Learner, origins: Mapping[str, Tensor]) -> dict[str, Quantized]:

@@ -81,7 +81,7 @@ def plan_recipe(recipe: Recipe) -> Preview:
     steps, method = make_steps([one.build() for one in recipe.steps]).all, recipe.method.build()
     refuse_combinations(resolution.plan, contents.structure, method, steps, None)
     if recipe.train is not None:
-        check_training(contents.structure, resolution.plan, has_start=True)
+        check_training(contents.structure, resolution.plan, True, recipe.train.adapters)
     refused = checkpoint.rejections(contents.model, resolution.plan, recipe.output.format)
     if refused:
         name, reason = next(iter(refused.items()))

@@ -94,6 +94,11 @@ method: gptq                     # quantkit list names the others: rtn needs no 
 #   - {{match: "*.mlp.down_proj", scheme: w8a16}}
 #   - {{match: "model.layers.0.*", skip: true}}
 
+# train:                         # behind the rounding, with quantkit train {name}
+#   steps: 200                   # updates of 4 windows; block_steps: 50 trains every block by itself first
+#   adapters: 16                 # low-rank changes in place of weights, which takes less memory
+#   teacher: stored              # the float model runs once; pays where windows are seen more than once
+
 calibration:                     # text like what the model will read
   {data}
   samples: 128                   # windows

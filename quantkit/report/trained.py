@@ -61,8 +61,10 @@ def section(course: Course) -> dict[str, Any]:
 def _reached(course: Course) -> tuple[str, float | None, float | None]:
     """Return the name of the loss, and its value on the held-out windows at the start and at its best."""
     key, name = shown_loss(course)
-    found = {one["steps"]: one[key] for one in course["evaluations"]}
-    return name, found.get(0), found.get(course["best_after"])
+    evaluations = course["evaluations"]
+    first = next((one[key] for one in evaluations if one["steps"] == 0), None)
+    found = [one[key] for one in evaluations if one["steps"] == course["best_after"] and one[key] is not None]
+    return name, first, min(found, default=None)
 
 
 @plots.styled

@@ -18,6 +18,7 @@ from quantkit.pipeline.training.loop import rise_and_fall
 from quantkit.pipeline.training.loss import Losses, Objective
 from quantkit.pipeline.training.picture import smoothed
 from quantkit.pipeline.training.settings import Training
+from quantkit.pipeline.training.teacher import Live
 from quantkit.report.cells import significant
 from quantkit.report.trained import LivePage
 from quantkit.system.progress import Progress
@@ -83,7 +84,7 @@ def test_the_checkpoint_is_the_best_that_was_seen_and_is_known_again(whole: Path
     facts = again.metadata["training"]
     assert not (whole / "training").exists()
     held = [row for i, row in enumerate(TEXT.data[0]) if i in (2, 6)]
-    kl = Objective(tiny_llama(), 0.0, 1).evaluate(quantkit.load(whole), held).kl
+    kl = Objective(Live(tiny_llama()), 0.0, 1).evaluate(quantkit.load(whole), held).kl
     assert kl == pytest.approx(min(one["kl"] for one in facts["evaluations"]), rel=1e-3)
     with pytest.raises(FormatError, match="of another run"):
         trained(whole, dataclasses.replace(SETTINGS, rate=0.02))
@@ -93,7 +94,10 @@ class Killed(BaseException):
     """Stands for a signal."""
 
 
-@pytest.mark.parametrize("moment", ["at the start", "in a step", "in an update", "while saving", "after saving", "at the end"])
+MOMENTS = ("at the start", "in a step", "in an update", "while saving", "while saving the last", "after saving", "at the end")
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
 def test_a_killed_run_goes_on_to_the_same_bytes(
     moment: str, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -104,6 +108,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
             "in a step": (Objective, "add_gradient", 6),
             "in an update": (torch.optim.AdamW, "zero_grad", 5),
             "while saving": ("quantkit.pipeline.training.state", "write_json", 4),
+            "while saving the last": ("quantkit.pipeline.training.state", "write_json", 9),
             "after saving": (loop.Learner, "step", 6),
             "at the end": ("quantkit.pipeline.train", "_written", 1),
         }[moment]
@@ -168,7 +173,7 @@ def test_accumulated_gradients_are_those_of_all_windows_together() -> None:
     found = []
     for together in (1, 2, 4):
         model = quantkit.prepare(tiny_llama(), "w4a16-asym-g32")
-        losses = Objective(tiny_llama(), 0.3, together).add_gradient(model, windows)
+        losses = Objective(Live(tiny_llama()), 0.3, together).add_gradient(model, windows)
         found.append((losses, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
     for losses, gradients in found[1:]:
         assert losses.kl == pytest.approx(found[0][0].kl, rel=1e-4)
@@ -178,7 +183,7 @@ def test_accumulated_gradients_are_those_of_all_windows_together() -> None:
 
 def test_the_gradient_of_the_mixed_loss_is_that_of_torch() -> None:
     model, teacher, ids = tiny_llama(), tiny_llama(seed=3), TEXT.data[0][:1]
-    losses = Objective(teacher, 0.25, 1).add_gradient(model, list(ids))
+    losses = Objective(Live(teacher), 0.25, 1).add_gradient(model, list(ids))
     want = tiny_llama()
     log_q = want(input_ids=ids).logits.log_softmax(-1)
     p = teacher(input_ids=ids).logits.softmax(-1).detach()
@@ -304,6 +309,13 @@ def test_the_expected_time_counts_every_product_once(monkeypatch: pytest.MonkeyP
     alone = dataclasses.replace(training, loss="next-token")
     want = timing.REST * (30 * (once + back) + 3 * 2 * once)
     assert timing.training_seconds(alone, contents.model, sites, 16) == pytest.approx(want)
+    stored = dataclasses.replace(training, teacher="stored")
+    want = timing.REST * (30 * (once + back) + 3 * 2 * once + (4 + 2) * once)
+    assert timing.training_seconds(stored, contents.model, sites, 16, 4) == pytest.approx(want)
+    blocks = dataclasses.replace(training, block_steps=5)
+    there, both = weights + 10, 3 * weights + 30
+    want = timing.REST * (30 * (2 * once + back) + 4 * 2 * 2 * once + 15 * both + 4 * 6 * there)
+    assert timing.training_seconds(blocks, contents.model, sites, 16, 6) == pytest.approx(want)
 
 
 def test_parts_of_a_step_are_really_timed() -> None:

@@ -2,6 +2,7 @@
 
     python -m tests.pipeline.trials kills 100
     python -m tests.pipeline.trials sweeps 20
+    python -m tests.pipeline.trials trainings 20
     python -m tests.pipeline.trials races 50
     python -m tests.pipeline.trials loads 20
 
@@ -198,6 +199,56 @@ def kill_sweep(place: Path, draw: random.Random) -> tuple[str, str | None]:
     return f"killed {killed}", None if found == wanted else f"another table: {found}"
 
 
+TRAININGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "blocks, adapters": {"block_steps": 6, "adapters": 4},
+    "stored": {"teacher": "stored", "top_k": 32},
+    "hidden": {"hidden": 0.3, "learn_zero": True},
+}
+"""Kinds of training, as the section ``train`` of a recipe; a state is written after every update."""
+
+
+def training_recipe(place: Path, kind: str) -> Path:
+    """Write a recipe that trains the model in ``place``, and return its file."""
+    settings = {"steps": 8, "windows": 2, "evaluate_every": 4, "held_out": 2, "rate": 0.05, "save_every_s": 0.0}
+    values = {
+        "model": "./model",
+        "scheme": "w3a16-asym-g32",
+        "method": "gptq",
+        "train": {**settings, **TRAININGS[kind]},
+        "calibration": {"data": "text.txt", "samples": 8, "length": 64},
+        "output": {"path": "./out"},
+    }
+    file = place / f"training-{kind}.yaml".replace(", ", "-")
+    file.write_text(yaml.safe_dump(values))
+    return file
+
+
+@functools.cache
+def undisturbed_training(kind: str) -> tuple[dict[str, str], float]:
+    """Return the checksums of what a training gives when nothing happens, and the seconds it takes."""
+    with own_place() as place:
+        began = time.monotonic()
+        if finish(start(training_recipe(place, kind), place / "log", "train")):
+            raise RuntimeError(f"the training alone fails: {(place / 'log').read_text()}")
+        return weights(place / "out"), time.monotonic() - began
+
+
+def kill_training(place: Path, draw: random.Random) -> tuple[str, str | None]:
+    """Kill a training up to three times at random moments, fresh and continued; then let the same command end."""
+    kind = draw.choice(list(TRAININGS))
+    wanted, took = undisturbed_training(kind)
+    file, log = training_recipe(place, kind), place / "log"
+    killed = kill_some(file, log, took, draw, "train")
+    said = f"{kind}, killed {killed}"
+    if code := finish(start(file, log, "train")):
+        return said, f"exit {code}: {log.read_text()[-600:]}"
+    if (place / "out/training").exists():
+        return said, "the state of training is left behind"
+    found = weights(place / "out")
+    return said, None if found == wanted else f"other files: {sorted(set(found.items()) ^ set(wanted.items()))}"
+
+
 def race(place: Path, draw: random.Random) -> tuple[str, str | None]:
     """Start two runs into one directory, 0 to 0.2 s apart, of one recipe or of two."""
     out, logs = place / "out", [place / "log0", place / "log1"]
@@ -262,7 +313,7 @@ def loads(place: Path, draw: random.Random) -> tuple[str, str | None]:
     return "equal", None
 
 
-TRIALS: dict[str, Trial] = {"kills": kill, "sweeps": kill_sweep, "races": race, "loads": loads}
+TRIALS: dict[str, Trial] = {"kills": kill, "sweeps": kill_sweep, "trainings": kill_training, "races": race, "loads": loads}
 
 
 @contextlib.contextmanager

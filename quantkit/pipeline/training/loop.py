@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 from quantkit.errors import CalibrationError
 from quantkit.nn.fake import FakeModule
-from quantkit.numerics import grid
-from quantkit.numerics.fake import whole_scale_gradient
 from quantkit.pipeline.training.loss import Losses, Objective
 from quantkit.pipeline.training.settings import Training
+from quantkit.pipeline.training.updates import Updates, order_of, rise_and_fall
 from quantkit.qtensor import GridTensor
 from quantkit.system.progress import Progress, ProgressCallback
 
-_BETAS, _EPS = (0.9, 0.95), 1e-12
+Row = tuple[float | None, float | None, float | None]
+"""The losses kl, nll and hidden; None for what was not computed."""
 
 
 @dataclass
@@ -32,13 +32,15 @@ class History:
     """What has happened so far, JSON-able.
 
     Attributes:
-        steps: (kl, nll) of every update's windows before it, None for what was not computed.
-        evaluations: (updates before it, kl, nll) on the held-out windows.
+        blocks: of every block that was trained by itself, the distance of its output from the float model's before and after.
+        steps: (kl, nll, hidden) of every update's windows before it, None for what was not computed.
+        evaluations: (updates before it, kl, nll, hidden) on the held-out windows.
         best: position of the best evaluation.
     """
 
-    steps: list[tuple[float | None, float | None]] = field(default_factory=list)
-    evaluations: list[tuple[int, float | None, float | None]] = field(default_factory=list)
+    blocks: list[tuple[float, float]] = field(default_factory=list)
+    steps: list[Row] = field(default_factory=list)
+    evaluations: list[tuple[int, float | None, float | None, float | None]] = field(default_factory=list)
     best: int = 0
 
     def facts(self) -> dict[str, Any]:
@@ -46,9 +48,11 @@ class History:
         return {
             "steps": len(self.steps),
             "best_after": self.evaluations[self.best][0] if self.evaluations else 0,
-            "kl": [kl for kl, _ in self.steps],
-            "nll": [nll for _, nll in self.steps],
-            "evaluations": [{"steps": steps, "kl": kl, "nll": nll} for steps, kl, nll in self.evaluations],
+            "kl": [kl for kl, _, _ in self.steps],
+            "nll": [nll for _, nll, _ in self.steps],
+            "evaluations": [{"steps": steps, "kl": kl, "nll": nll} for steps, kl, nll, _ in self.evaluations],
+            **({"blocks": [list(one) for one in self.blocks]} if self.blocks else {}),
+            **({"hidden": [one for _, _, one in self.steps]} if any(one is not None for _, _, one in self.steps) else {}),
         }
 
 
@@ -72,10 +76,8 @@ class Learner:
         self.layers = {name: one for name, one in model.named_modules() if isinstance(one, FakeModule)}
         for parameter in model.parameters():
             parameter.requires_grad_(False)
-        groups = [group for layer in self.layers.values() for group in _groups(layer, training)]
-        self._rates = [group["lr"] for group in groups]
+        self.updates = Updates(self.layers.values(), training)
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(groups, betas=_BETAS, eps=_EPS, fused=True)
 
     @property
     def done(self) -> int:
@@ -97,37 +99,18 @@ class Learner:
         """
         factor = rise_and_fall(self.done, self.training.steps, self.training.warm_steps)
         losses = self.objective.add_gradient(self.model, self._windows_of(self.done))
-        if not math.isfinite(losses.total(self.objective.next_token_share)):
+        if not math.isfinite(self.objective.total(losses)):
             raise CalibrationError(
                 f"training: the loss of step {self.done + 1} is not finite; use lower rates, or dtype float32"
             )
-        scales = self._move_along()
-        if self.training.clip:
-            torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.training.clip, foreach=True)
-        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
-            group["lr"] = rate * factor
-        self.optimizer.step()
-        for layer, scale in scales:
-            layer.weight.data.mul_(grid.expand(layer.scale.detach() / scale, layer.spec, layer.shape))
-        self.optimizer.zero_grad()
-        self.history.steps.append((_known(losses.kl), _known(losses.nll)))
+        self.updates.carry_out(factor)
+        self.history.steps.append(_row(losses))
         return losses
-
-    def _move_along(self) -> list[tuple[FakeModule, Tensor]]:
-        """Give learned scales the gradient they have if weights move along; return their layers and present values."""
-        found = [layer for layer in self.layers.values() if layer.tied_to is None and layer.scale.grad is not None]
-        for layer in found:
-            assert layer.scale.grad is not None
-            assert layer.weight.grad is not None
-            layer.scale.grad = whole_scale_gradient(
-                layer.scale.grad, layer.weight.grad, layer.weight.detach(), layer.scale.detach(), layer.spec
-            )
-        return [(layer, layer.scale.detach().clone()) for layer in found]
 
     def evaluate(self) -> Losses:
         """Measure the losses on the held-out windows; keep what the model is if it was never better."""
         found, history = self.objective.evaluate(self.model, self.held_out), self.history
-        history.evaluations.append((self.done, _known(found.kl), _known(found.nll)))
+        history.evaluations.append((self.done, *_row(found)))
         if len(history.evaluations) == 1 or self._total(len(history.evaluations) - 1) < self._total(history.best):
             history.best = len(history.evaluations) - 1
             self.best = {name: layer.result() for name, layer in self.layers.items() if layer.tied_to is None}
@@ -142,7 +125,7 @@ class Learner:
         """Return everything that changes, by name; the tensors themselves, no copies."""
         found = {f"parameter.{name}": p.detach() for name, p in self.parameters.items()}
         for name, parameter in self.parameters.items():
-            for key, value in self.optimizer.state[parameter].items():
+            for key, value in self.updates.optimizer.state[parameter].items():
                 found[f"{key}.{name}"] = value
         for name, qtensor in self.best.items():
             found |= {f"best.{name}.{part}": value for part, value in qtensor.parts().items()}
@@ -162,18 +145,17 @@ class Learner:
         for name, parameter in self.parameters.items():
             parameter.copy_(tensors[f"parameter.{name}"])
             keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in tensors]
-            self.optimizer.state[parameter] = {key: tensors[f"{key}.{name}"].clone() for key in keys}
+            self.updates.optimizer.state[parameter] = {key: tensors[f"{key}.{name}"].clone() for key in keys}
 
     def _windows_of(self, step: int) -> list[Tensor]:
         """Return the windows of a step: the text round after round, each in an order of its own."""
         count, first = len(self.windows), step * self.training.windows
         places = range(first, first + self.training.windows)
-        return [self.windows[_order(count, self.training.seed, at // count)[at % count]] for at in places]
+        return [self.windows[order_of(count, self.training.seed, at // count)[at % count]] for at in places]
 
     def _total(self, evaluation: int) -> float:
-        _, kl, nll = self.history.evaluations[evaluation]
-        nan = float("nan")
-        return Losses(nan if kl is None else kl, nan if nll is None else nll).total(self.objective.next_token_share)
+        _, *losses = self.history.evaluations[evaluation]
+        return self.objective.total(Losses(*(float("nan") if one is None else one for one in losses)))
 
 
 def carry_out(learner: Learner, save: "SaveState", progress: ProgressCallback) -> None:
@@ -194,9 +176,9 @@ def carry_out(learner: Learner, save: "SaveState", progress: ProgressCallback) -
                 break
             losses = learner.step()
             speed = (learner.done - first) * tokens_per_step / (time.monotonic() - began)
-            _, kl, nll = learner.history.evaluations[learner.history.best]
+            _, kl, nll, _ = learner.history.evaluations[learner.history.best]
             best = f"best {kl:.4f}" if kl is not None else f"best {nll:.4f}"
-            total = losses.total(learner.objective.next_token_share)
+            total = learner.objective.total(losses)
             progress(Progress("train", learner.done, training.steps, f"{best}, {speed:.0f} tokens/s", total))
             if time.monotonic() - last_saved >= training.save_every_s:
                 save(learner)
@@ -208,14 +190,6 @@ class SaveState:
 
     def __call__(self, learner: Learner) -> None:
         """Write the state of ``learner``."""
-
-
-def rise_and_fall(step: int, steps: int, warm_steps: int) -> float:
-    """Return the factor of the rates at ``step`` of ``steps``: a straight rise, then half a cosine down to almost zero."""
-    if step < warm_steps:
-        return (step + 1) / (warm_steps + 1)
-    rest = max(1, steps - warm_steps)
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warm_steps) / rest)))
 
 
 @contextlib.contextmanager
@@ -238,28 +212,6 @@ def narrowed(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
             part.like = like
 
 
-def _groups(layer: FakeModule, training: Training) -> list[dict[str, Any]]:
-    """Return what AdamW changes of a layer, each with its rate: a share of the layer's mean step."""
-    if layer.tied_to is not None:
-        return []
-    scale = float(layer.scale.detach().abs().mean())
-    step = scale if layer.global_scale is None else scale / float(layer.global_scale.mean())
-    parts: list[tuple[Any, float, float]] = [(layer.weight, training.rate * step, training.weight_decay)]
-    if layer.learns_scale:
-        parts.append((layer.scale, training.scale_rate * scale, 0.0))
-    if isinstance(layer.zero_point, nn.Parameter):
-        parts.append((layer.zero_point, training.rate, 0.0))
-    if layer.input_scale is not None:
-        parts.append((layer.input_scale, training.scale_rate * float(layer.input_scale.detach().abs().mean()), 0.0))
-    for parameter, _, _ in parts:
-        parameter.requires_grad_(True)
-    return [{"params": [parameter], "lr": rate, "weight_decay": decay} for parameter, rate, decay in parts]
-
-
-def _order(count: int, seed: int, round_: int) -> list[int]:
-    order: list[int] = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + round_)).tolist()
-    return order
-
-
-def _known(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def _row(losses: Losses) -> Row:
+    kl, nll, hidden = (one if math.isfinite(one) else None for one in (losses.kl, losses.nll, losses.hidden))
+    return kl, nll, hidden

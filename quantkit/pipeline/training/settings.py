@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, Strict
+from pydantic_core import PydanticCustomError
 
 from quantkit.errors import CalibrationError
 from quantkit.system.settings import Flag, Positive, settings
@@ -36,8 +37,15 @@ class Training:
         loss: ``"distill"``: the KL divergence from the float model's predictions; ``"next-token"``: the text's own tokens;
             ``"mixed"``: both.
         mix: share of the next token in a mixed loss.
+        hidden: share of the loss that is the distance of every block's output from the float model's, relative to its size.
+        teacher: ``"live"``: the float model runs beside every update; ``"stored"``: it runs once over the windows, and its
+            ``top_k`` likeliest tokens are kept on the disk. Later rounds through the text, and continued runs, do not need it.
+        top_k: tokens that are kept of a stored prediction; all others count as one. 8 bytes each.
         share: see :func:`quantkit.prepare`.
         learn_zero: learn zero points, too.
+        adapters: rank of low-rank changes that are learned in place of weights, which stay frozen; 0 learns weights. They are
+            folded in before rounding, and only they and scales have an optimizer's state.
+        block_steps: updates of every block against the float model's, before the first update of the whole; 0 for none.
         evaluate_every: updates between two evaluations on windows that are not trained on; the best is kept.
         held_out: so many windows of the text are only evaluated on.
         patience: stop after so many evaluations without a better one; 0 never does.
@@ -59,14 +67,34 @@ class Training:
     clip: Annotated[float, Field(ge=0)] = 1.0
     loss: Literal["distill", "next-token", "mixed"] = "distill"
     mix: Share = 0.5
+    hidden: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    teacher: Literal["live", "stored"] = "live"
+    top_k: Positive = 128
     share: Share = 0.5
     learn_zero: Flag = False
+    adapters: Count = 0
+    block_steps: Count = 0
     evaluate_every: Positive = 25
     held_out: Positive = 4
     patience: Count = 0
     save_every_s: Annotated[float, Field(ge=0)] = 120.0
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     seed: Annotated[int, Strict()] = 0
+
+    def __post_init__(self) -> None:
+        if self.teacher == "stored" and self.hidden:
+            raise PydanticCustomError(
+                "teacher",
+                "hidden={h} with teacher='stored': outputs of blocks are not stored; use teacher='live'",
+                {"h": self.hidden},
+            )
+        if self.teacher == "stored" and not self.asks_teacher:
+            raise PydanticCustomError("teacher", "teacher='stored' with a loss that asks no teacher; use loss='distill'", {})
+
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether the float model is needed while updates are made."""
+        return self.next_token_share < 1 or self.hidden > 0
 
     @property
     def next_token_share(self) -> float:

@@ -1,7 +1,9 @@
 """Training on the disk: ``<out>/training``, from which an interrupted run goes on.
 
     training/state.json                  what decides the result, the history so far, and which file holds the tensors
-    training/step-00000120.safetensors   weights, scales, AdamW's moments after that many updates, and the best codes so far
+    training/step-00000120-0-5.safetensors   weights, scales, AdamW's moments after that many updates, blocks and evaluations,
+                                             and the best codes so far
+    training/teacher/                    predictions of the float model (:mod:`quantkit.pipeline.training.teacher`)
     training/start/                      the quantized model that training began with, a checkpoint of its own
 
 A file of tensors is written under a new name and is durable before state.json names it; the file before it goes last. So
@@ -25,13 +27,14 @@ from quantkit.checkpoint import Key
 from quantkit.checkpoint.digests import digest_of
 from quantkit.checkpoint.state import EXPECTED
 from quantkit.errors import FormatError
+from quantkit.pipeline.training import teacher
 from quantkit.pipeline.training.loop import History, Learner, SaveState
 from quantkit.system.files import clear_errors, read_json, remove_temporaries, write_json
 from quantkit.system.tensors import write_tensors
 
 log = logging.getLogger(__name__)
 
-FOLDER, STATE, START = "training", "state.json", "start"
+FOLDER, STATE, START, TEACHER = "training", "state.json", "start", "teacher"
 _PATTERN = "step-*.safetensors"
 _LIBRARY_TEMPORARY = ".tmp??????"
 """What safetensors calls a file while it writes it."""
@@ -76,6 +79,11 @@ class TrainingState(SaveState):
         """Where the quantized model goes that training begins with."""
         return self.path / START
 
+    @property
+    def teacher(self) -> Path:
+        """Where predictions of the float model lie."""
+        return self.path / TEACHER
+
     def restore(self, learner: Learner) -> bool:
         """Bring a fresh learner to the state on the disk; say whether there is one.
 
@@ -99,9 +107,10 @@ class TrainingState(SaveState):
     def __call__(self, learner: Learner) -> None:
         """Write the state of ``learner``: all of it, or after a kill nothing."""
         tensors: Mapping[str, Tensor] = {name: value.detach().cpu().contiguous() for name, value in learner.tensors().items()}
-        name = f"step-{learner.done:08d}.safetensors"
+        history = learner.history  # of what happened at one step nothing overwrites the file that state.json still names
+        name = f"step-{learner.done:08d}-{len(history.blocks)}-{len(history.evaluations)}.safetensors"
         write_tensors(self.path / name, tensors)
-        facts = {"key": self.key, "file": name, "digest": digest_of(tensors), "history": dataclasses.asdict(learner.history)}
+        facts = {"key": self.key, "file": name, "digest": digest_of(tensors), "history": dataclasses.asdict(history)}
         write_json(self.path / STATE, facts)
         with clear_errors(f"write to {self.path}"):
             for old in self.path.glob(_PATTERN):
@@ -117,6 +126,11 @@ class TrainingState(SaveState):
             for file in self.path.glob(_PATTERN):
                 file.unlink()
             self._remove_leftovers()
+            if self.teacher.is_dir():
+                for file in self.teacher.glob(teacher.PATTERN):
+                    file.unlink()
+                with contextlib.suppress(OSError):  # something of the user's is in it
+                    self.teacher.rmdir()
             if (self.start / "config.json").is_file() or (self.start / "incomplete").is_dir():
                 shutil.rmtree(self.start)
             with contextlib.suppress(OSError):  # something of the user's is in it
@@ -124,9 +138,11 @@ class TrainingState(SaveState):
 
     def _remove_leftovers(self) -> None:
         """Remove what a run that was killed while it wrote left half written."""
-        remove_temporaries(self.path)
-        for file in self.path.glob(_LIBRARY_TEMPORARY):
-            file.unlink(missing_ok=True)
+        for folder in (self.path, self.teacher):
+            if folder.is_dir():
+                remove_temporaries(folder)
+                for file in folder.glob(_LIBRARY_TEMPORARY):
+                    file.unlink(missing_ok=True)
 
 
 def course_so_far(out: Path) -> dict[str, Any] | None:

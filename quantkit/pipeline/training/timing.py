@@ -25,14 +25,20 @@ _MOST_PRODUCTS = 1 << 31
 _ROUNDS = 4
 
 
-def training_seconds(training: Training, model: nn.Module, sites: Iterable[Site], length: int) -> float | None:
+def training_seconds(
+    training: Training, model: nn.Module, sites: Iterable[Site], length: int, text: int | None = None
+) -> float | None:
     """Return the expected seconds of all updates and evaluations; None for a mixture whose tokens' experts are not known.
+
+    Predictions that are stored cost a forward of every window that is seen; blocks that are trained by themselves two forwards
+    of theirs and the float model's, beside their updates.
 
     Args:
         training: the settings.
         model: an empty model; its config has the sizes.
         sites: the layers of its blocks that are trained.
         length: tokens per window.
+        text: windows of the text; None for as many as are needed.
     """
     config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
     shapes = Counter[tuple[int, int]]()
@@ -42,7 +48,7 @@ def training_seconds(training: Training, model: nn.Module, sites: Iterable[Site]
             return None
         shapes[(site.shape[-2], site.shape[-1])] += config.num_experts_per_tok if stacked else 1
     dtype = training.compute_dtype(torch.device("cpu"))
-    rows, teacher = training.together * length, training.next_token_share < 1
+    rows = training.together * length
     forward = backward = 0.0
     for (out, features), count in shapes.items():
         once = _timed_product(rows, out, features, dtype)
@@ -50,11 +56,18 @@ def training_seconds(training: Training, model: nn.Module, sites: Iterable[Site]
     vocabulary, hidden = model.get_input_embeddings().weight.shape  # type: ignore[operator]
     head = _timed_product(rows, vocabulary, hidden, dtype)
     there, back = _timed_attention(config, training.together, length, dtype)
-    forward, backward = forward + head + there, backward + head + back
-    forwards = forward * (2 if teacher else 1)
+    blocks_forward, blocks_backward = forward + there, backward + back
+    forward, backward = blocks_forward + head, blocks_backward + head
     windows = training.steps * training.windows
-    evaluated = (1 + -(-training.steps // training.evaluate_every)) * training.held_out
-    return REST * (windows * (forwards + backward) + evaluated * forwards) / training.together
+    stored = training.teacher == "stored"
+    forwards = forward * (2 if training.asks_teacher and not stored else 1)
+    evaluated = (1 + bool(training.block_steps) + -(-training.steps // training.evaluate_every)) * training.held_out
+    total = windows * (forwards + backward) + evaluated * forwards
+    if stored:
+        total += (min(text or windows, windows) + training.held_out) * forward
+    alone = training.block_steps * training.windows
+    total += alone * (blocks_forward + blocks_backward) + 4 * min(text or alone, alone) * blocks_forward
+    return REST * total / training.together
 
 
 def _timed_product(rows: int, out: int, features: int, dtype: torch.dtype) -> float:
