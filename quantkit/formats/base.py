@@ -189,3 +189,10 @@ def group_by_scheme(plan: Mapping[str, Scheme]) -> dict[Scheme, list[str]]:
     for name, scheme in plan.items():
         groups.setdefault(scheme, []).append(name)
     return groups
+
+
+def nearest_stored(qtensor: QTensor, formats: Sequence[str]) -> QTensor:
+    """Return a weight with the nearest scales that all formats hold; see :attr:`Format.nearest`."""
+    for name in formats:
+        qtensor = FORMATS.get(name).nearest(qtensor)
+    return qtensor

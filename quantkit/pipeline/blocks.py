@@ -22,14 +22,13 @@ from quantkit.calibrate.guidance import token_weights
 from quantkit.calibrate.walk import block_sites
 from quantkit.checkpoint.handed import Share
 from quantkit.errors import CalibrationError
-from quantkit.formats.base import FORMATS
+from quantkit.formats.base import nearest_stored
 from quantkit.nn.install import install
 from quantkit.nn.quantized import Quantized
 from quantkit.nn.sites import Block, Site, SiteStatistics, Structure, read_weight, write_weight
 from quantkit.numerics import grid
 from quantkit.numerics.inputs import InputQuantizer, static_scale
 from quantkit.pipeline.resume import ResumeStore
-from quantkit.qtensor import QTensor
 from quantkit.quantizers.base import QuantizedBlock, Quantizer, quantize_site
 from quantkit.quantizers.rtn import RTN
 from quantkit.spec import ActivationSpec, Plan, Scheme
@@ -341,13 +340,6 @@ def _quantize_layer(run: BlockRun, site: Site, statistics: SiteStatistics | None
         one = correction.correct(run.model.get_submodule(site.module), weight, one, statistics)
         _write_bias(run.model, site, one)
     return one
-
-
-def nearest_stored(qtensor: QTensor, formats: Sequence[str]) -> QTensor:
-    """Return a weight with the nearest scales that all formats hold; see :attr:`quantkit.formats.base.Format.nearest`."""
-    for name in formats:
-        qtensor = FORMATS.get(name).nearest(qtensor)
-    return qtensor
 
 
 def _refine(

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from quantkit import checkpoint
 from quantkit.checkpoint.verify import installed, installed_plan
 from quantkit.errors import SpecError
+from quantkit.formats.base import nearest_stored
 from quantkit.hf.experts import enable_experts
 from quantkit.hf.load import PreTrainedModel, adopt
 from quantkit.hf.structure import describe
@@ -30,7 +31,6 @@ from quantkit.nn.install import install
 from quantkit.nn.linear import QuantModule
 from quantkit.nn.sites import Site, Structure, read_weight
 from quantkit.numerics.inputs import InputQuantizer
-from quantkit.pipeline.blocks import nearest_stored
 from quantkit.pipeline.checks import check_model
 from quantkit.pipeline.plan import Resolution, check_plan, resolve, scale_dtype_for
 from quantkit.pipeline.result import QuantizeResult
