@@ -115,7 +115,7 @@ class Mlx:
 def _stack(name: str) -> str | None:
     """Return what mlx-lm calls the stack that an expert goes into; None where it makes none."""
     found = re.fullmatch(r"(.+\.block_sparse_moe)\.experts\.\d+\.(w[123])", name)
-    return found and f"{found[1]}.switch_mlp.{_STACKED[found[2]]}"
+    return f"{found[1]}.switch_mlp.{_STACKED[found[2]]}" if found is not None else None
 
 
 def _entry(spec: QuantSpec) -> dict[str, Any]:
