@@ -11,6 +11,8 @@ import argparse
 import re
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 CALLS = '''
 import sys
@@ -91,7 +93,8 @@ def main() -> None:
                 "--phases",
                 "examples,coverage,fuzzing",
             ]
-            codes.append(subprocess.run([*run, *limits], check=False).returncode)
+            with tempfile.TemporaryDirectory() as place:  # which it fills with what it finds
+                codes.append(subprocess.run([*run, *limits], check=False, cwd=place).returncode)
     finally:
         server.terminate()
         server.wait(30)
