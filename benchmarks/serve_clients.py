@@ -85,7 +85,7 @@ def main() -> None:
         if arguments.only != "langchain":
             limits = ["--max-examples", str(arguments.examples), "--request-timeout", "120", "--workers", "1"]
             run = [
-                arguments.python,
+                str(Path(arguments.python).absolute()),
                 "-m",
                 "schemathesis.cli",
                 "run",
