@@ -11,6 +11,8 @@ import argparse
 import re
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 CALLS = '''
 import sys
@@ -83,7 +85,7 @@ def main() -> None:
         if arguments.only != "langchain":
             limits = ["--max-examples", str(arguments.examples), "--request-timeout", "120", "--workers", "1"]
             run = [
-                arguments.python,
+                str(Path(arguments.python).absolute()),
                 "-m",
                 "schemathesis.cli",
                 "run",
@@ -91,7 +93,8 @@ def main() -> None:
                 "--phases",
                 "examples,coverage,fuzzing",
             ]
-            codes.append(subprocess.run([*run, *limits], check=False).returncode)
+            with tempfile.TemporaryDirectory() as place:  # which it fills with what it finds
+                codes.append(subprocess.run([*run, *limits], check=False, cwd=place).returncode)
     finally:
         server.terminate()
         server.wait(30)

@@ -57,7 +57,7 @@ class QuantizeResult:
             "layers": ", ".join(f"{count} {kind}" for kind, count in kinds.items()),
             "schemes": ", ".join(f"{count} x {name}" for name, count in self.metadata.get("schemes", {}).items()),
             "bits per weight": f"{self.metadata.get('bits_per_weight', 0):.3f} in quantized layers",
-            "weights": f"{after / 2**20:.1f} MiB, {before / 2**20:.1f} MiB before",
+            "weights": f"{after / 1e6:.1f} MB, {before / 1e6:.1f} MB before",
         }
         if "kl_mean" in quality:
             found["KL to the float model"] = f"{quality['kl_mean']:.4f} nats on {quality['tokens']} tokens ({quality['text']})"

@@ -7,7 +7,7 @@ client that requests beams or a voice must not get something else.
 """
 
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     BaseModel,
@@ -350,10 +350,17 @@ def parse(body: Any, kind: type[Generating]) -> Any:
     for name in fields:
         if name not in kind.model_fields:
             raise BadField(_cut(name), f"quantkit does not know this field; {nearest(_cut(name), kind.model_fields)}")
+    for name, value in fields.items():
+        if isinstance(value, float) and value.is_integer() and _takes_integers(kind.model_fields[name].annotation):
+            fields[name] = int(value)  # in JSON, 2.0 is an integer, too
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
         raise _explain(error) from error
+
+
+def _takes_integers(annotation: Any) -> bool:
+    return annotation is int or any(map(_takes_integers, get_args(annotation)))
 
 
 def _check_size(body: dict[str, Any]) -> None:

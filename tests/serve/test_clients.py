@@ -187,3 +187,14 @@ def test_half_of_an_emoji_is_refused_with_the_reason(running):
     found = httpx.post(f"{running.url}/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
     assert found.status_code == 400
     assert "surrogate" in found.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("name", ["n", "max_tokens", "seed", "top_k", "min_tokens", "logprobs"])
+def test_a_number_without_a_fraction_is_an_integer_in_json(name):
+    value = 3.0 if name != "min_tokens" else 0.0
+    found = getattr(parse({"prompt": "a", name: value}, Completion), name)
+    assert (found, type(found)) == (int(value), int)
+    with pytest.raises(BadField, match=name):
+        parse({"prompt": "a", name: 2.5}, Completion)
+    with pytest.raises(BadField, match=name):
+        parse({"prompt": "a", name: True}, Completion)
