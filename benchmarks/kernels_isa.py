@@ -1,8 +1,8 @@
-"""The CPU kernels on several instruction sets of one machine: ``python benchmarks/kernels_isa.py --isa avx512-bf16 avx512-amx``.
+"""The CPU kernels on several instruction sets of one machine: ``benchmarks/kernels_isa.py --isa avx512-bf16 avx512-amx``.
 
 Every round runs each instruction set once, in turn, on one thread and distinct weights; the smallest processor time over rounds
-counts, so that other processes disturb it least. ``exact`` has bfloat16 activations, ``int8`` rounds them to int8; weights have 4
-bits in groups of 64 with zero points, or are bfloat16. torch's own bfloat16 product runs beside them.
+counts, so that other processes disturb it least. ``exact`` has bfloat16 activations, ``int8`` rounds them to int8; weights have
+4 bits in groups of 64 with zero points, or are bfloat16. torch's own bfloat16 product runs beside them.
 """
 
 import argparse
