@@ -5,8 +5,8 @@ keys and values. The one registered here writes keys and values to our own pages
 mix of rows of any sequences as one packed batch, without transformers' cache.
 
 This is correct for a model whose layers have no state other than keys and values, and whose attention depends on positions and
-windows only. The config must not indicate anything else. Layers of *indexed attention* (DeepSeek V3.2, GLM-5) also keep the keys
-by which they choose the tokens that a query sees: on pages as well (:mod:`~quantkit.hf.indexed`). The result is then *verified*: a
+windows only. The config must not indicate anything else. Layers of *indexed attention* (DeepSeek V3.2, GLM-5) also keep keys by
+which they choose the tokens that a query sees: on pages as well (:mod:`~quantkit.hf.indexed`). The result is then *verified*: a
 few tokens are run on pages, in chunks and together with another sequence, and their logits are compared with those of a plain
 forward pass.
 """
