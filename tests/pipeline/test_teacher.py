@@ -294,9 +294,7 @@ def test_a_block_that_gets_no_closer_stays_what_it_was() -> None:
     assert any(after == before for before, after in facts["blocks"])
 
 
-@pytest.mark.parametrize(
-    ("place", "name", "call"), [(blocks, "_add_gradient", 20), (Objective, "add_gradient", 2), (Objective, "evaluate", 2)]
-)
+@pytest.mark.parametrize(("place", "name", "call"), KILLS)
 def test_a_run_that_is_killed_among_its_blocks_ends_in_the_same_bytes(
     place: object, name: str, call: int, blockwise: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
