@@ -16,7 +16,7 @@ import torch
 from quantkit import checkpoint
 from quantkit.checkpoint.check import config_json, config_of
 from quantkit.checkpoint.contents import contents_of, float_tensor, same_bits
-from quantkit.checkpoint.record import sums
+from quantkit.checkpoint.digests import sums
 from quantkit.checkpoint.write import CheckpointWriter
 from quantkit.errors import FormatError
 from quantkit.formats.base import FORMATS
