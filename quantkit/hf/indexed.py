@@ -127,8 +127,8 @@ class _PassingCache(Cache):
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         return key_states, value_states
 
-    def update_indexer(self, keys: Tensor, *_: Any, **__: Any) -> Tensor:
-        return self._index.update(keys)
+    def update_indexer(self, indexer_key_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        return self._index.update(indexer_key_states)
 
 
 def model_options(model: PreTrainedModel, index: IndexKeys) -> dict[str, Any]:

@@ -50,7 +50,8 @@ class _CannotPage(Exception):
 class _Memory(Protocol):
     """The key/value memory that the attention function uses during one forward pass; ``index`` where layers have indexers."""
 
-    index: IndexKeys | None
+    @property
+    def index(self) -> IndexKeys | None: ...
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, options: dict[str, Any]) -> Tensor: ...
 

@@ -252,8 +252,8 @@ def _carry_out(job: _Job, key: checkpoint.Key | None, batches: Sequence[Batch], 
     }
     windows, held_out = job.split(batches)
     objective, float_model = _objective(job, state, windows, held_out)
-    learned = {"share": training.share, "learn_zero": training.learn_zero, "adapters": training.adapters}
-    prepare(model, start=job.begin(state, windows), **learned)
+    begin = job.begin(state, windows)
+    prepare(model, start=begin, share=training.share, learn_zero=training.learn_zero, adapters=training.adapters)
     if float_model is not None:
         refuse_another_stream(float_model, model, job.structure.blocks[0].name, windows[0])
     before = {parameter: parameter.requires_grad for parameter in model.parameters()}
@@ -303,7 +303,8 @@ def _objective(
 def _float_model(job: _Job) -> nn.Module:
     """Return the float model in the dtype of the products, which stays what it is when ``job.model`` is trained."""
     dtype = job.training.compute_dtype(job.model.device)
-    return sharing_copy(job.model) if dtype == job.model.dtype else copy.deepcopy(job.model).to(dtype)
+    model: nn.Module = job.model
+    return sharing_copy(model) if dtype == job.model.dtype else copy.deepcopy(model).to(dtype)
 
 
 def _installed_best(model: nn.Module, learner: Learner, origins: Mapping[str, Tensor]) -> dict[str, Quantized]:
