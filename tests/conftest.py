@@ -105,3 +105,18 @@ def tiny_quantized(tiny_float, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("quantized") / "w4"
     quantize(tiny_float, "w4a16", method="rtn", out=path)
     return path
+
+
+@pytest.fixture(scope="session")
+def first_blocks(tmp_path_factory):
+    """The real model up to its second block: real weights, tokenizer and text at a fraction of the time."""
+    from quantkit.checkpoint.open import open_model
+
+    path = tmp_path_factory.mktemp("real") / "model"
+    model, tokenizer = open_model("demo")
+    del model.model.layers[2:]
+    model.config.num_hidden_layers = 2
+    model.config.layer_types = getattr(model.config, "layer_types", None) and model.config.layer_types[:2]
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path

@@ -79,19 +79,6 @@ def test_the_model_is_read_once_and_the_base_is_what_it_was(transforms, tiny_flo
     assert again.quality.divergence.mean > 0
 
 
-@pytest.fixture(scope="module")
-def first_blocks(tmp_path_factory):
-    """The real model up to its second block: real weights, tokenizer and text at a fraction of the time."""
-    path = tmp_path_factory.mktemp("real") / "model"
-    model, tokenizer = open_model("demo")
-    del model.model.layers[2:]
-    model.config.num_hidden_layers = 2
-    model.config.layer_types = getattr(model.config, "layer_types", None) and model.config.layer_types[:2]
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_runs_on_the_real_model(path, first_blocks, tmp_path):

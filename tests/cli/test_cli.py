@@ -33,7 +33,7 @@ COMMANDS = (
 def call(*arguments: object, code: int = 0) -> str:
     result = CliRunner(env={"COLUMNS": "160"}).invoke(app, [str(a) for a in arguments])
     assert result.exit_code == code, (result.output, result.exception)
-    return result.output
+    return result.output.removeprefix("loading ...\n")  # the sign of life, on standard error
 
 
 @pytest.fixture

@@ -229,7 +229,7 @@ def test_bias_correction_continues_and_refuses(tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match="pass data= instead"):
         quantize(FAMILIES["opt"](), "w4a16", steps=["bias-correction"], calibration=Calibration(statistics=known))
 
-    def correct(out: Path, stop: str = "") -> dict[str, bytes]:
+    def correct(out: Path, stop: str | None = None) -> dict[str, bytes]:
         def progress(event: Progress) -> None:
             if event.detail == stop:
                 raise KeyboardInterrupt

@@ -86,7 +86,7 @@ def test_files_for_servers(tmp_path: Path, server: str) -> None:
     source = made(tmp_path / 'Tiny "model": 1', "Q8_0" if format == "gguf" else "w4a16-g32", format=format)
     done = CliRunner().invoke(app, ["package", str(source), "--for", server, "--json"])
     assert done.exit_code == 0, done.output
-    files = [Path(name) for name in json.loads(done.output)]
+    files = [Path(name) for name in json.loads(done.stdout)]
     assert all(file.is_relative_to(source) for file in files)
     texts = {file.name: file.read_text() for file in files}
     for name, text in texts.items():

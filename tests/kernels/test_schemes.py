@@ -78,7 +78,7 @@ def test_every_scheme_runs_natively(name):
     else:  # a difference of the last bit is now and then rounded the other way
         with float_activations(model):
             far = (reference.logits(program, torch.tensor(ids)) - want).abs().mean()
-        allowed = 0.01 * want.abs().mean() if scheme.rotated else 0.2 * far
+        allowed = 0.02 * want.abs().mean() if scheme.rotated else 0.2 * far
     for options in ({}, {"exact": False}, {"bfloat16": True}):
         whole = read(native, ids, **options)
         assert (whole - want).abs().mean() < allowed, options
