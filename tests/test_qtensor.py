@@ -75,3 +75,16 @@ def test_what_does_not_fit_is_refused() -> None:
         GridTensor(a.packed, a.scale, a.zero_point[:2], a.spec, a.shape)  # type: ignore[index]
     with pytest.raises(SpecError, match="is not a multiple"):
         GridTensor(a.packed, a.scale, a.zero_point, QuantSpec("int3", (1, 10), symmetric=False), a.shape)
+
+
+@pytest.mark.parametrize("name", ["w4a16-g32", "w4a16-asym-g32", "nvfp4", "fp8"])
+def test_a_large_stack_of_experts_is_dequantized_one_by_one_to_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from quantkit.presets import preset
+    from quantkit.quantizers.base import quantize_site
+    from quantkit.quantizers.rtn import RTN
+
+    stack = quantize_site(RTN(), "experts", torch.randn(5, 32, 64), preset(name, [64]).weight, None).qtensor
+    whole = stack.dequantize()
+    monkeypatch.setattr(grid, "_AT_ONCE", 100)
+    assert torch.equal(stack.dequantize(), whole)
+    assert torch.equal(stack.dequantize(torch.bfloat16), whole.bfloat16())

@@ -26,13 +26,14 @@ from transformers import (
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from quantkit.dtypes import float_dtype
-from quantkit.errors import FormatError, QuantkitError, shorten
+from quantkit.errors import DiskError, FormatError, QuantkitError, shorten
 from quantkit.hf.account import account
 from quantkit.hf.building import building, parameters_on_meta
 from quantkit.hf.code import know_code, trust_code
 from quantkit.hf.gguf import load_gguf
 from quantkit.hf.guard import names_source
 from quantkit.hf.ledger import Ledger, keep_ledger, ledger_of
+from quantkit.hf.made import lies_on_disk, made_in
 from quantkit.hf.mend import mend
 from quantkit.hf.sizes import check_config_of, check_sizes
 from quantkit.hf.source import directory_of, locate, own_code
@@ -61,6 +62,7 @@ def load_float(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     trust_remote_code: bool = False,
+    scratch: Path | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Load an unquantized language model, as the class that its config names, in evaluation mode on the CPU.
 
@@ -72,6 +74,8 @@ def load_float(
         dtype: dtype of the weights, or its name; None keeps the checkpoint's (float32 for GGUF files that do not name one).
         tokenizer: returned instead of the source's own.
         trust_remote_code: run the code that the source brings with it; see :func:`quantkit.hf.code.trust_code`.
+        scratch: a directory for what is made as the model is loaded and is too much for memory (:mod:`quantkit.hf.made`);
+            None keeps it in memory whatever it is.
 
     Returns:
         The model, and its tokenizer or None.
@@ -102,7 +106,9 @@ def load_float(
             raise QuantkitError(
                 f"{source} is already quantized, want a float model; load it with quantkit.load, or give the float model"
             )
-        model = _load_directory(directory, config, dtype, trusts_code=trust_remote_code)
+        model = _load_directory(directory, config, dtype, scratch, trusts_code=trust_remote_code)
+    except DiskError:
+        raise
     except (OSError, ValueError, RuntimeError) as error:
         raise QuantkitError(own_code(source, error) or f"cannot load a model from {source}: {error}") from error
     model.train(False)
@@ -112,15 +118,19 @@ def load_float(
     return model, tokenizer or load_tokenizer(directory, trust_remote_code=trust_remote_code)
 
 
-def _load_directory(path: Path, config: PretrainedConfig, dtype: torch.dtype | None, *, trusts_code: bool) -> PreTrainedModel:
+def _load_directory(
+    path: Path, config: PretrainedConfig, dtype: torch.dtype | None, scratch: Path | None, *, trusts_code: bool
+) -> PreTrainedModel:
     """Account for the tensors in a directory, and then load them."""
     if (path / "adapter_config.json").is_file():
         raise QuantkitError(f"{path} holds an adapter (adapter_config.json); merge it into its model and give that")
-    ledger = account(path, empty_model(config))
+    empty = empty_model(config)
+    ledger = account(path, empty)
+    folder = scratch if lies_on_disk(empty, ledger) else None
     load: Any = class_of(config)
     options = {"trust_remote_code": False}  # never left to a prompt
     model: PreTrainedModel
-    with building:
+    with building, made_in(folder, ledger):
         model, info = load.from_pretrained(path, config=config, dtype=dtype or "auto", output_loading_info=True, **options)
     parameters = {name for name, _ in model.named_parameters()}
     if random := sorted(parameters & set(info["missing_keys"])):

@@ -203,12 +203,22 @@ def zero_dtype(spec: QuantSpec) -> torch.dtype:
     return SCALE_DTYPES[spec.scale_dtype] if spec.offset else torch.uint8
 
 
+_AT_ONCE = 1 << 26
+"""Codes of a stack of experts that are looked at in one go: a float copy of all may be gigabytes, and it takes three."""
+
+
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
     """Return ``(codes - zero_point) * scale`` in float32, same shape as ``codes`` (..., out, in).
 
     Where the grid has an offset, ``zero_point`` is that: ``codes * scale + zero_point``.
     """
     shape = tuple(codes.shape)
+    if codes.ndim == 3 and codes.numel() > _AT_ONCE:
+        found = torch.empty(shape, device=codes.device)
+        for expert, part in enumerate(found):
+            zero_of = None if zero_point is None else zero_point[expert]
+            part.copy_(dequantize(codes[expert], scale[expert], zero_of, spec))
+        return found
     if spec.offset and zero_point is not None:
         return codes.float().mul_(expand(scale, spec, shape).float()).add_(expand(zero_point, spec, shape).float())
     if not spec.is_integer:

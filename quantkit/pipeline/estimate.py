@@ -14,6 +14,7 @@ from quantkit.calibrate.data import Calibration
 from quantkit.checkpoint.check import layout_bytes, layout_of
 from quantkit.checkpoint.contents import Contents, Entry, carried_layout
 from quantkit.hf.ledger import ledger_of
+from quantkit.hf.made import lies_on_disk, made_bytes
 from quantkit.nn.sites import Structure
 from quantkit.pipeline.blocks import needs_of
 from quantkit.pipeline.memory import memory_of, run_size
@@ -121,7 +122,7 @@ def estimate(
     ways = memory.choose(max_memory)
     peak = max(memory.peak(ways), memory.runtime + float_bytes + costs[-1].nbytes if training is not None else 0)
     quantized, rest = nbytes(chosen, plan), nbytes(kept, plan) + carried
-    handed = 2 * size.tokens * size.hidden * 4 + (memory.on_disk if ways.spills else 0)
+    handed = 2 * size.tokens * size.hidden * 4 + (memory.on_disk if ways.spills else 0) + _made_on_disk(model)
     if training is not None:  # the start is a checkpoint of its own
         handed = max(handed, quantized + rest + scratch_bytes(training, sites, plan, windows * calibration.length))
     return Estimate(
@@ -136,6 +137,11 @@ def estimate(
         passes=tuple(passes),
         kept=_kept(model, structure, plan, reasons or {}),
     )
+
+
+def _made_on_disk(model: nn.Module) -> int:
+    ledger = ledger_of(model)
+    return made_bytes(model, ledger) if ledger is not None and lies_on_disk(model, ledger) else 0
 
 
 def _kept(model: nn.Module, structure: Structure, plan: Plan, reasons: Mapping[str, str]) -> dict[str, tuple[int, int]]:

@@ -4,9 +4,10 @@ The process holds, at its widest moment, the sum of
 
 - *runtime*: Python, torch and transformers, before any weight is read;
 - *held*: what stays in memory all the time. A model that lies in safetensors files and is quantized into a checkpoint holds
-  nothing: its blocks are read from the mapped files and leave memory when they are done with. Experts that transformers joins,
-  weights in another dtype than the files', a model that somebody else has loaded or that a step rewrites are held, and so are
-  codes that go to no checkpoint, or that a step goes on with;
+  nothing: its blocks are read from the mapped files and leave memory when they are done with. Experts that transformers joins
+  and weights in another dtype than the files' are held unless they are so much that they lie on the disk
+  (:mod:`quantkit.hf.made`); a model that somebody else has loaded or that a step rewrites is held, and so are codes that go to
+  no checkpoint, or that a step goes on with;
 
 and the largest of four stages:
 
@@ -33,6 +34,7 @@ from torch import nn
 
 from quantkit.errors import QuantkitError
 from quantkit.hf.ledger import ledger_of
+from quantkit.hf.made import lies_on_disk, made_bytes
 from quantkit.nn.sites import Site, Structure
 from quantkit.nn.sizes import WINDOW, RunSize
 from quantkit.qtensor import empty_qtensor
@@ -195,7 +197,7 @@ def _calibrating(found: Memory, size: RunSize, method: Quantizer, sites: Mapping
     experts = max((site.shape[0] for site in sites.values() if len(site.shape) == 3), default=1)
     second = 4 * size.widest**2 * 4 + (min(experts * 4 * size.widest**2, 256 << 20) if experts > 1 else 0)
     second += 8 * size.widest**2 if size.shared else 0
-    own = 4 * size.block + max(16 * widest, 4 * stacks) + second + running
+    own = 4 * size.block + max(16 * widest, 6 * stacks) + second + running
     activations = size.tokens * (8 * size.hidden + rounded * size.widest)
     return replace(
         found,
@@ -220,12 +222,7 @@ def held_bytes(model: nn.Module) -> int:
         return max(0, _nbytes(parameters.values()) - mapped)
     if ledger is None:
         return sum(parameter.nbytes for parameter in parameters.values() if parameter.ndim > 2)
-    whole = {
-        name
-        for name, one in parameters.items()
-        if len(ledger.fills.get(name, ())) == 1 and ledger.source_dtype(name) == one.dtype
-    }
-    return sum(parameter.nbytes for name, parameter in parameters.items() if name not in whole)
+    return 0 if lies_on_disk(model, ledger) else made_bytes(model, ledger)
 
 
 def run_size(model: nn.Module, structure: Structure, sites: Iterable[Site], tokens: int, length: int) -> RunSize:
@@ -247,7 +244,10 @@ def run_size(model: nn.Module, structure: Structure, sites: Iterable[Site], toke
 
 def scratch_in(out: str | Path | None, spills: bool) -> Scratch:
     """Return where activations lie: in memory, or on the disk of the checkpoint, else that of temporary files."""
-    if not spills:
-        return Scratch()
+    return Scratch(scratch_folder(out) if spills else None)
+
+
+def scratch_folder(out: str | Path | None) -> Path:
+    """Return the directory that exists for what goes to ``out``, or for temporary files."""
     folder = Path(out) if out is not None else Path(tempfile.gettempdir())
-    return Scratch(next(one for one in (folder, *folder.absolute().parents) if one.is_dir()))
+    return next(one for one in (folder, *folder.absolute().parents) if one.is_dir())

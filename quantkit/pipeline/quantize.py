@@ -37,6 +37,7 @@ from quantkit.pipeline.checks import (
 )
 from quantkit.pipeline.finish import Unfinished, metadata_of
 from quantkit.pipeline.job import Job
+from quantkit.pipeline.memory import scratch_folder
 from quantkit.pipeline.outputs import claimed, with_others
 from quantkit.pipeline.plan import Resolution, make_plan, resolve, scale_dtype_for
 from quantkit.pipeline.result import QuantizeResult
@@ -248,5 +249,6 @@ def open_float(model: nn.Module | str | Path, tokenizer: Any, output: Output = D
     if isinstance(model, nn.Module):
         return adopt(cast(PreTrainedModel, model)), tokenizer
     place = locate(model)
-    loaded, found = replaced_model(place, output) or load_float(place)
+    scratch = None if output.path is None else scratch_folder(output.path)
+    loaded, found = replaced_model(place, output) or load_float(place, scratch=scratch)
     return loaded, tokenizer if tokenizer is not None else found

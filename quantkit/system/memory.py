@@ -99,6 +99,12 @@ def drop_pages(pages: Iterable[tuple[int, int]]) -> None:
                 advise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
 
 
+def drop_files(files: Iterable[Path]) -> None:
+    """Drop from memory what this process has read of some mapped files, given by their resolved paths."""
+    wanted = {str(file) for file in files}
+    drop_pages((start, end) for start, end, path in _mappings() if path in wanted)
+
+
 class PageRelease:
     """Drop the pages of mapped tensors as they are done with, in lots: asking costs as much as reading a megabyte."""
 
@@ -123,11 +129,16 @@ class PageRelease:
 
 def _file_regions() -> list[tuple[int, int]]:
     """Return (start, end) of the file mappings of this process in ascending order; an empty list without /proc."""
+    return [(start, end) for start, end, _ in _mappings()]
+
+
+def _mappings() -> list[tuple[int, int, str]]:
+    """Return (start, end, path) of the file mappings of this process in ascending order; an empty list without /proc."""
     regions = []
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/maps").read_text().splitlines():
-            addresses, _, _, _, inode, *_ = line.split(maxsplit=5)
+            addresses, _, _, _, inode, *path = line.split(maxsplit=5)
             if inode != "0":
                 start, end = addresses.split("-")
-                regions.append((int(start, 16), int(end, 16)))
+                regions.append((int(start, 16), int(end, 16), path[0] if path else ""))
     return regions

@@ -42,7 +42,7 @@ class Scratch:
         if self.folder is None or tensor.device.type != "cpu" or tensor.nbytes < max(self.LEAST_BYTES, 1):
             return tensor
         with (
-            clear_errors(f"write {tensor.nbytes:,} bytes of activations to {self.folder}"),
+            clear_errors(f"write {tensor.nbytes:,} bytes to {self.folder}"),
             tempfile.TemporaryFile(dir=self.folder, prefix=".quantkit-") as file,
         ):
             if hasattr(os, "posix_fallocate"):

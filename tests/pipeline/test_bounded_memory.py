@@ -17,6 +17,7 @@ from quantkit.calibrate import collect as gathering
 from quantkit.calibrate.collect import ExpertStatistics
 from quantkit.calibrate.data import Calibration
 from quantkit.errors import FormatError, QuantkitError
+from quantkit.hf import made
 from quantkit.nn import lean
 from quantkit.nn.linear import QuantModule
 from quantkit.nn.on_disk import OnDisk
@@ -51,6 +52,7 @@ def bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Treat everything as too large for memory."""
     monkeypatch.setattr(memory, "LARGE_BYTES", 0)
     monkeypatch.setattr(memory, "SPILL_BYTES", 0)
+    monkeypatch.setattr(made, "LARGE_BYTES", 0)
     monkeypatch.setattr(Scratch, "LEAST_BYTES", 0)
     monkeypatch.setattr(Scratch, "STEP_BYTES", 0)
     monkeypatch.setattr(gathering, "SLICE_BYTES", 0)
@@ -178,7 +180,7 @@ def test_a_scratch_tensor_is_used_like_any_other_and_leaves_no_file(tmp_path: Pa
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(QuantkitError, match=r"cannot write 30 bytes of activations to .*free some space"):
+    with pytest.raises(QuantkitError, match=r"cannot write 30 bytes to .*free some space"):
         scratch.keep(original)
 
 
