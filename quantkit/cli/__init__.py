@@ -6,6 +6,7 @@ printed as it is, without a traceback and in the words of the command that was g
 """
 
 import functools
+import gc
 import logging
 import os
 import re
@@ -28,6 +29,8 @@ T = TypeVar("T", bound=Callable[..., Any])
 
 QUICK = ("init",)
 """Commands that answer at once; the others import torch, which alone takes seconds."""
+BRIEF = ("plan", "inspect", "list", "doctor")
+"""Commands that hold no weights, and whose time goes into imports: an eighth of it is Python looking for garbage."""
 _PANELS = {
     "Quantize": (
         *(
@@ -136,10 +139,15 @@ class _Command(TyperCommand):
             return super().invoke(ctx)
         typer.secho("loading ...", fg=typer.colors.BRIGHT_BLACK, err=True)
         PULSE.begin("loading")
+        collecting = gc.isenabled()
+        if self.name in BRIEF:
+            gc.disable()
         try:
             return super().invoke(ctx)
         finally:
             PULSE.end()
+            if collecting:
+                gc.enable()
 
 
 class _App(typer.Typer):

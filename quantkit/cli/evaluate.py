@@ -13,7 +13,7 @@ from quantkit.cli.options import AsJson, Column, Data, Model, Template, load
 
 Tasks = Annotated[
     list[str] | None,
-    typer.Option(help="A task of lm-eval instead: a file (.yaml) or a name; give it several times. Extra quantkit[eval]."),
+    typer.Option(help="A task of lm-eval instead: a file (.yaml) or a name; give it several times. Needs the extra eval."),
 ]
 Protocol = Annotated[
     str | None, typer.Option(help="Score as others do: gptq-2048 (most papers) or llama.cpp-512; needs their --data.")
