@@ -5,6 +5,7 @@ printed as it is, without a traceback and in the words of the command that was g
 ``quantkit --debug ...`` shows the traceback. Ctrl-C exits with 130 and says how to go on.
 """
 
+import atexit
 import functools
 import gc
 import logging
@@ -239,6 +240,8 @@ def _settings(
     logging.getLogger("quantkit").setLevel(level)
     logging.getLogger("huggingface_hub").setLevel(level if debug or verbose else logging.ERROR)  # a line per retry
     logging.getLogger("quantkit.told").setLevel(min(level, logging.INFO))
+    atexit.unregister(gc.freeze)
+    atexit.register(gc.freeze)  # else Python looks for garbage in all it has imported, for seconds, before it ends
     os.environ.setdefault("TQDM_DISABLE", "1")  # bars of the libraries below would fight with ours
 
 
