@@ -5,8 +5,8 @@
 Starts ``quantkit serve`` on a free local port, and after every round waits for it to fall idle and reads what it holds: pages,
 requests running and waiting (all must be back at zero), and its resident memory, which must not grow from round to round (the
 first one fills buffers that stay). At last all clients ask for long streams, and the server is told to stop (SIGTERM) in the
-middle: every stream must end whole or with an event that says why. Exits with 1 if anything is left, an answer was cut, or a bad
-request got through.
+middle: every stream must end whole or with an event that says why. Exits with 1 if anything is left, an answer was cut, or a
+bad request got through.
 """
 
 import argparse
