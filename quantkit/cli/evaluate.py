@@ -53,7 +53,10 @@ def evaluate(
         )
         return
     from quantkit.evaluation import evaluate as measure
+    from quantkit.hf.source import locate, refuse_mistyped
 
+    if base:
+        refuse_mistyped(locate(base))  # before the model is loaded
     chosen = {"windows": windows, "length": length, "protocol": protocol}
     opened, tokenizer = load(model, **values(opening))
     place: dict[str, Any] = {"device": opening.device, "dtype": opening.dtype, "trust_remote_code": opening.trust_remote_code}

@@ -31,8 +31,8 @@ UNREAD_S = 30.0
 UNASKED_S = 30.0
 """Longest time that a client may take to send the head of a request."""
 KEPT_S = 20.0
-"""Time that a connection stays open between two requests. Clients keep theirs for 5 s (httpx, and with it OpenAI's) to 15 s: who
-closes first must be the client, or its next request may be on its way to a connection that the server has just closed."""
+"""Time that a connection stays open between two requests. Clients keep theirs for 5 s (httpx, and with it OpenAI's) to 15 s.
+The client must close first, or its next request may be on its way to a connection that the server has just closed."""
 WATCH_S = 1.0
 """Time between two looks at the connections."""
 ACCEPTED = 64

@@ -7,7 +7,7 @@ client that requests beams or a voice must not get something else.
 """
 
 from collections.abc import Callable
-from typing import Annotated, Any, Final, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     BaseModel,
@@ -286,17 +286,8 @@ def _with_values(call: dict[str, Any]) -> dict[str, Any]:
         return call
 
 
-_TOP_NEEDS_LOGPROBS: Final = {
-    "if": {"properties": {"top_logprobs": {"type": "integer", "minimum": 1}}, "required": ["top_logprobs"]},
-    "then": {"properties": {"logprobs": {"const": True}}, "required": ["logprobs"]},
-}
-"""What OpenAI's reference says of these two, as JSON schema, for the server's description."""
-
-
 class Chat(Generating):
     """A request to /v1/chat/completions."""
-
-    model_config = ConfigDict(json_schema_extra=_TOP_NEEDS_LOGPROBS)
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
