@@ -341,3 +341,13 @@ def test_a_command_without_weights_leaves_the_collector_of_garbage_as_it_was():
     assert gc.isenabled()
     assert CliRunner().invoke(app, ["list"]).exit_code == 0
     assert gc.isenabled()
+
+
+def test_a_mistyped_base_is_refused_before_the_model_is_loaded(tiny_quantized, monkeypatch):
+    def never(*arguments, **options):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("quantkit.cli.evaluate.load", never)
+    result = CliRunner().invoke(app, ["eval", str(tiny_quantized), "--base", "./not-there"])
+    assert result.exit_code == 2, result.output
+    assert "cannot load a model from ./not-there" in result.output
