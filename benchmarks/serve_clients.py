@@ -83,7 +83,8 @@ def main() -> None:
         if arguments.only != "schemathesis":
             codes.append(subprocess.run([arguments.python, "-c", CALLS, url, "served"], check=False).returncode)
         if arguments.only != "langchain":
-            limits = ["--max-examples", str(arguments.examples), "--request-timeout", "120", "--workers", "1"]
+            # 256 answers that fill the context are a valid request, and minutes of work
+            limits = ["--max-examples", str(arguments.examples), "--request-timeout", "900", "--workers", "1"]
             run = [
                 str(Path(arguments.python).absolute()),
                 "-m",

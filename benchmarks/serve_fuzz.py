@@ -13,6 +13,7 @@ import asyncio
 import collections
 import copy
 import json
+import math
 import random
 import re
 import subprocess
@@ -170,7 +171,11 @@ async def watch(client: httpx.AsyncClient, found: list[float]) -> None:
     """Ask for /health every 20 ms, and note how long it takes in milliseconds."""
     while True:
         begun = time.perf_counter()
-        (await client.get("/health")).raise_for_status()
+        try:
+            (await client.get("/health")).raise_for_status()
+        except httpx.TransportError:
+            found.append(math.inf)
+            return
         found.append((time.perf_counter() - begun) * 1000)
         await asyncio.sleep(0.02)
 
@@ -189,6 +194,9 @@ async def attack(
                 answer = await client.post(f"/v1/{route}", content=body, headers=headers)
             except httpx.TimeoutException:
                 wrong.append(f"no answer in 5 minutes to {body[:200]!r}")
+                return
+            except httpx.TransportError as error:  # it has fallen over, or hung up
+                wrong.append(f"{type(error).__name__} instead of an answer to {body[:2000]!r}")
                 return
         statuses[answer.status_code] += 1
         if answer.status_code >= 500:
@@ -232,7 +240,8 @@ def main() -> None:
     finally:
         idle.terminate()
         server.terminate()
-        server.wait(30)
+        code = server.wait(30)
+    print("the server ended with", code)
     print("statuses:", dict(sorted(statuses.items())))
     for name, taken in health.items():
         ordered = sorted(taken)

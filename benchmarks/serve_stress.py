@@ -4,7 +4,9 @@
 
 Starts ``quantkit serve`` on a free local port, and after every round waits for it to fall idle and reads what it holds: pages,
 requests running and waiting (all must be back at zero), and its resident memory, which must not grow from round to round (the
-first one fills buffers that stay). Exits with 1 if anything is left, an answer was cut, or a bad request got through.
+first one fills buffers that stay). At last all clients ask for long streams, and the server is told to stop (SIGTERM) in the
+middle: every stream must end whole or with an event that says why. Exits with 1 if anything is left, an answer was cut, or a
+bad request got through.
 """
 
 import argparse
@@ -70,6 +72,34 @@ async def storm(url: str, clients: int, tokens: int) -> collections.Counter[str]
         return collections.Counter(await asyncio.gather(*jobs))
 
 
+async def farewell(url: str, server: "subprocess.Popen[str]", clients: int) -> collections.Counter[str]:
+    """Open a long stream for every client, stop the server in the middle, and say how the streams end."""
+    begun = 0
+
+    async def listen(client: httpx.AsyncClient, number: int) -> str:
+        nonlocal begun
+        body = {"prompt": f"Client {number} asks:", "max_tokens": 2000, "ignore_eos": True, "stream": True, "seed": number}
+        last, failed = "", False
+        try:
+            async with client.stream("POST", "/v1/completions", json=body) as reply:
+                begun += 1  # the head of the answer is there, whether its turn has come or not
+                async for line in reply.aiter_lines():
+                    last, failed = line or last, failed or line.startswith('data: {"error"')
+        except httpx.TransportError as error:
+            return f"cut: {type(error).__name__}"
+        done = last == "data: [DONE]"
+        return "ended with an event" if failed else "whole" if done else f"cut after {last[:60]!r}"
+
+    async with httpx.AsyncClient(base_url=url, limits=httpx.Limits(max_connections=clients), timeout=600) as client:
+        jobs = [asyncio.ensure_future(listen(client, number)) for number in range(clients)]
+        until = time.monotonic() + 120
+        while begun < clients and time.monotonic() < until:
+            await asyncio.sleep(0.1)
+        await asyncio.sleep(1)
+        server.terminate()
+        return collections.Counter(await asyncio.gather(*jobs))
+
+
 def held(url: str, pid: int) -> dict[str, float]:
     """Wait until nothing runs, and return what the server holds."""
     until = time.monotonic() + 60
@@ -115,11 +145,14 @@ def main() -> None:
             print(rounds[-1], flush=True)
             if arguments.json:
                 write_json(arguments.json, {"clients": arguments.clients, "tokens": arguments.tokens, "rounds": rounds})
+        ended = asyncio.run(farewell(url, server, arguments.clients))
+        print("told to stop with", arguments.clients, "open streams:", dict(ended), flush=True)
     finally:
         server.terminate()
         code = server.wait(30)
     left = [one for one in rounds if one["running"] or one["waiting"] or one["pages_used"]]
     wrong = {result for one in rounds for result in one["results"]} - {"whole", "left", "refused"}
+    wrong |= ended.keys() - {"whole", "ended with an event"}
     growth = rounds[-1]["resident_mib"] - rounds[min(1, len(rounds) - 1)]["resident_mib"]
     print(f"memory grew by {growth:.1f} MiB after the second round; the server ended with {code}")
     if left or wrong or growth > GROWTH_MIB or code not in (0, -15, 130):

@@ -5,7 +5,9 @@ printed as it is, without a traceback and in the words of the command that was g
 ``quantkit --debug ...`` shows the traceback. Ctrl-C exits with 130 and says how to go on.
 """
 
+import atexit
 import functools
+import gc
 import logging
 import os
 import re
@@ -28,6 +30,8 @@ T = TypeVar("T", bound=Callable[..., Any])
 
 QUICK = ("init",)
 """Commands that answer at once; the others import torch, which alone takes seconds."""
+BRIEF = ("plan", "inspect", "list", "doctor")
+"""Commands that hold no weights, and whose time goes into imports: an eighth of it is Python looking for garbage."""
 _PANELS = {
     "Quantize": (
         *(
@@ -136,10 +140,15 @@ class _Command(TyperCommand):
             return super().invoke(ctx)
         typer.secho("loading ...", fg=typer.colors.BRIGHT_BLACK, err=True)
         PULSE.begin("loading")
+        collecting = gc.isenabled()
+        if self.name in BRIEF:
+            gc.disable()
         try:
             return super().invoke(ctx)
         finally:
             PULSE.end()
+            if collecting:
+                gc.enable()
 
 
 class _App(typer.Typer):
@@ -231,6 +240,8 @@ def _settings(
     logging.getLogger("quantkit").setLevel(level)
     logging.getLogger("huggingface_hub").setLevel(level if debug or verbose else logging.ERROR)  # a line per retry
     logging.getLogger("quantkit.told").setLevel(min(level, logging.INFO))
+    atexit.unregister(gc.freeze)
+    atexit.register(gc.freeze)  # else Python looks for garbage in all it has imported, for seconds, before it ends
     os.environ.setdefault("TQDM_DISABLE", "1")  # bars of the libraries below would fight with ours
 
 

@@ -13,7 +13,7 @@ from quantkit.cli.options import AsJson, Column, Data, Model, Template, load
 
 Tasks = Annotated[
     list[str] | None,
-    typer.Option(help="A task of lm-eval instead: a file (.yaml) or a name; give it several times. Extra quantkit[eval]."),
+    typer.Option(help="A task of lm-eval instead: a file (.yaml) or a name; give it several times. Needs the extra eval."),
 ]
 Protocol = Annotated[
     str | None, typer.Option(help="Score as others do: gptq-2048 (most papers) or llama.cpp-512; needs their --data.")
@@ -53,7 +53,10 @@ def evaluate(
         )
         return
     from quantkit.evaluation import evaluate as measure
+    from quantkit.hf.source import locate, refuse_mistyped
 
+    if base:
+        refuse_mistyped(locate(base))  # before the model is loaded
     chosen = {"windows": windows, "length": length, "protocol": protocol}
     opened, tokenizer = load(model, **values(opening))
     place: dict[str, Any] = {"device": opening.device, "dtype": opening.dtype, "trust_remote_code": opening.trust_remote_code}

@@ -163,7 +163,7 @@ def _training_time(preview: "Preview") -> dict[str, str]:
 
 @app.command()
 def inspect(
-    path: Path,
+    path: Annotated[Path, typer.Argument(help="Directory or GGUF file of a quantized checkpoint, whoever wrote it.")],
     verify: Annotated[bool, typer.Option("--verify", help="Compare every tensor with its checksum.")] = False,
     layers: Annotated[bool, typer.Option("--layers", help="What became of every layer, and why some stayed in float.")] = False,
     as_json: AsJson = False,

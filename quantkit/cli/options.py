@@ -20,8 +20,8 @@ Engine = Annotated[str, typer.Option(help="native (one native call per step), mo
 ComputeMode = Annotated[
     str,
     typer.Option(
-        help="Inputs of products on a CPU: exact; int8, twice as fast; auto, int8 where the checkpoint records that it costs "
-        "next to nothing; or float32, exact even in a bfloat16 model."
+        help="What a CPU multiplies with: exact, inputs as they are; int8, inputs rounded, twice as fast; auto, int8 where the "
+        "checkpoint records that it costs next to nothing; float32, as exact, even in a bfloat16 model."
     ),
 ]
 Head = Annotated[str, typer.Option(help="float, or int8: round the output head in memory, which is faster.")]
@@ -29,8 +29,8 @@ KeysAndValues = Annotated[str, typer.Option("--kv", help="How keys and values ar
 Data = Annotated[
     str | None,
     typer.Option(
-        help="File or folder of text, JSON, JSON lines, CSV, TSV or Parquet, or a name of datasets; default: text that every "
-        "Python carries."
+        help="File or folder of text, JSON, JSON lines, CSV, TSV or Parquet, or a name of datasets; default: the "
+        "documentation that comes with Python, enough to try."
     ),
 ]
 Column = Annotated[str | None, typer.Option(help="Column of the data that is read: a text, messages, or prompt+response.")]

@@ -120,7 +120,7 @@ def trace(
     engine: Engine = "auto",
     batching: Annotated[str, typer.Option(help="Kinds to compare: padded, static, continuous.")] = "padded,continuous",
     price: Annotated[float | None, typer.Option(help="Price of this machine per hour; adds the cost of tokens.")] = None,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same requests.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Write the numbers here (JSON).")] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page with plots here.")] = None,
     as_json: AsJson = False,

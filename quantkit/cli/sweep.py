@@ -27,7 +27,7 @@ def sweep(
     budget: Annotated[list[str] | None, typer.Option(help="A size to compare, such as 4.25 bpw or 100 MB.")] = None,
     windows: Annotated[int, typer.Option(help="Windows that rows are scored on, as long as those of calibration.")] = 16,
     eval_data: Annotated[
-        str | None, typer.Option(help="Text that rows are scored on; default: text that every Python carries.")
+        str | None, typer.Option(help="Text that rows are scored on; default: the documentation that comes with Python.")
     ] = None,
     latency: Annotated[bool, typer.Option("--latency", help="Time decoding, too.")] = False,
     ray: Annotated[bool, typer.Option("--ray", help="Make rows as tasks of a Ray cluster (extra ray).")] = False,

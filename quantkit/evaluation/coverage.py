@@ -85,9 +85,9 @@ class Coverage(list[CoverageRow]):
         return "\n".join([f"Coverage of {len(self)} weights", *lines])
 
     def _repr_html_(self) -> str:
-        heads = ("", "module", "scheme", "tensors", "weights", "MiB before", "MiB after", "reason")
+        heads = ("", "module", "scheme", "tensors", "weights", "MB before", "MB after", "reason")
         rows = [
-            (g.kind, g.module_type, g.scheme, g.count, g.parameters, g.bytes_before / 2**20, g.bytes_after / 2**20, g.reason)
+            (g.kind, g.module_type, g.scheme, g.count, g.parameters, g.bytes_before / 1e6, g.bytes_after / 1e6, g.reason)
             for g in summarise(self)
         ]
         return table_html(heads, rows)

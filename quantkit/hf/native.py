@@ -124,7 +124,7 @@ def _too_large_for_cuda(program: Program, device: torch.device) -> str | None:
     free = torch.cuda.mem_get_info(device)[0] + unused
     if sum(sizes) < 0.9 * free:
         return None
-    return f"a second copy of its weights takes {sum(sizes) / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free on the device"
+    return f"a second copy of its weights takes {sum(sizes) / 1e9:.1f} GB, {free / 1e9:.1f} GB are free on the device"
 
 
 def _release(model: PreTrainedModel) -> None:
@@ -139,7 +139,7 @@ def _too_large(program: Program | Tape) -> str | None:
     free = available_bytes()
     if free is None or copied < free / 2:
         return None
-    return f"a second copy of its float weights takes {copied / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are available"
+    return f"a second copy of its float weights takes {copied / 1e9:.1f} GB, {free / 1e9:.1f} GB are available"
 
 
 def _mark(model: PreTrainedModel) -> _Mark:

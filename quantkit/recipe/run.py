@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantkit import checkpoint
-from quantkit.checkpoint.check import EVALUATION, dtype_name
+from quantkit.checkpoint.check import EVALUATION, dtype_name, rejections_in
 from quantkit.checkpoint.contents import Contents, contents_of
 from quantkit.checkpoint.open import open_model
 from quantkit.checkpoint.shared import shared_plan
@@ -82,7 +81,7 @@ def plan_recipe(recipe: Recipe) -> Preview:
     refuse_combinations(resolution.plan, contents.structure, method, steps, None)
     if recipe.train is not None:
         check_training(contents.structure, resolution.plan, True, recipe.train.adapters)
-    refused = checkpoint.rejections(contents.model, resolution.plan, recipe.output.format)
+    refused = rejections_in(contents, resolution.plan, recipe.output.format, dtype_name(contents.model))
     if refused:
         name, reason = next(iter(refused.items()))
         raise RecipeError(f"output.format {recipe.output.format}: {name}: {reason} ({len(refused)} sites in all)")

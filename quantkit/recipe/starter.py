@@ -146,7 +146,7 @@ def starter(
         name: of the file, for the commands in it.
     """
     chosen = _SCHEME.format(scheme=_quoted(scheme)) if budget is None else _BUDGET.format(budget=_quoted(budget))
-    text = "# data: texts/                 # a file, a folder, a name of datasets; default: text that every Python carries"
+    text = "# data: texts/                 # a file, a folder, a name of datasets; default: Python's own documentation"
     return _TEXT.format(
         schema=SCHEMA_FILE,
         name=name,

@@ -11,7 +11,7 @@ from quantkit.evaluation.quality import Divergence
 from quantkit.evaluation.record import EvalReport
 
 T = TypeVar("T")
-MIB = 1 << 20
+MB = 1e6
 DASH = "\N{EN DASH}"  # for an empty cell
 
 
@@ -57,9 +57,9 @@ def plus_minus(value: float, error: float | None, least: int = 0) -> str:
     return f"{value:.{decimals}f} ± {error:.{decimals}f}"
 
 
-def mib(size: float) -> str:
-    """Format bytes as MiB, with one decimal below 1000 MiB."""
-    return f"{size / MIB:,.1f}" if size < 1000 * MIB else f"{size / MIB:,.0f}"
+def megabytes(size: float) -> str:
+    """Format bytes as MB (powers of ten, like disks), with one decimal below 1000 MB."""
+    return f"{size / MB:,.1f}" if size < 1000 * MB else f"{size / MB:,.0f}"
 
 
 def token_range(group: CoverageSummary) -> str:
@@ -102,7 +102,7 @@ def _speedup(latency: Latency) -> str | None:
 
 def _size(report: EvalReport, disk: bool) -> str:
     found = report.footprint
-    return mib(found.disk_bytes if disk and found.disk_bytes is not None else found.stored_bytes)
+    return megabytes(found.disk_bytes if disk and found.disk_bytes is not None else found.stored_bytes)
 
 
 QUALITY = (
@@ -151,9 +151,9 @@ SPEED = (
         _latency(lambda t: f"{t.prefill_tokens_per_s.median:,.0f}"),
     ),
     Column(
-        "peak MiB",
+        "peak MB",
         "peak memory of the process while this model was timed, including other loaded models",
-        _latency(lambda t: f"{t.peak_bytes / MIB:,.0f}"),
+        _latency(lambda t: f"{t.peak_bytes / MB:,.0f}"),
     ),
 )
 
@@ -162,9 +162,9 @@ def columns(reports: Sequence[EvalReport]) -> list[Column]:
     """Return the columns that have a value for at least one report."""
     disk = all(report.footprint.disk_bytes is not None for report in reports)
     size = (
-        ("MiB on disk", "size of the directory")
+        ("MB on disk", "size of the directory")
         if disk
-        else ("MiB", "size of the weights in a checkpoint, tied ones counted once")
+        else ("MB", "size of the weights in a checkpoint, tied ones counted once")
     )
     weights: tuple[Column, ...] = (
         Column("model", "name of the model", lambda r: r.label),

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Sequence
 
 from quantkit.evaluation.record import EvalReport
-from quantkit.report.cells import mib, plus_minus, ppl_increase, significant
+from quantkit.report.cells import megabytes, plus_minus, ppl_increase, significant
 
 
 def headline(reports: Sequence[EvalReport]) -> str:
@@ -13,10 +13,10 @@ def headline(reports: Sequence[EvalReport]) -> str:
     plain = next((report for report in reports if report.footprint.quantized_share == 0), None)
     if not quantized:
         best = min(reports, key=lambda r: r.quality.nll)
-        return f"{best.label} has perplexity {_perplexity(best)} and takes {mib(best.footprint.stored_bytes)} MiB."
+        return f"{best.label} has perplexity {_perplexity(best)} and takes {megabytes(best.footprint.stored_bytes)} MB."
     small = min(report.footprint.stored_bytes for report in quantized)
     hero = min((r for r in quantized if r.footprint.stored_bytes <= 1.05 * small), key=_loss)
-    sentence = f"{hero.label} takes {mib(hero.footprint.stored_bytes)} MiB"
+    sentence = f"{hero.label} takes {megabytes(hero.footprint.stored_bytes)} MB"
     if plain is not None:
         ratio = plain.footprint.stored_bytes / hero.footprint.stored_bytes
         sentence += f", {ratio:.1f} times less than {plain.label}"

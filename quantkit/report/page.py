@@ -16,7 +16,7 @@ from quantkit.evaluation.record import EvalReport
 from quantkit.mixed.recorded import SearchRecord
 from quantkit.mixed.result import SearchResult
 from quantkit.report import plots, searched, trained
-from quantkit.report.cells import DASH, bases, columns, mib, protocol_lines, significant, token_range
+from quantkit.report.cells import DASH, bases, columns, megabytes, protocol_lines, significant, token_range
 from quantkit.report.findings import findings, headline
 from quantkit.report.render import render
 from quantkit.report.tables import continuation_rows, distance_rows, instruction_rows
@@ -158,7 +158,7 @@ def _coverage(groups: Sequence[CoverageSummary], warning: str | None) -> dict[st
     rows = [
         (
             *(g.kind, g.module_type, g.scheme or DASH, f"{g.count:,}", f"{g.parameters:,}"),
-            *(mib(g.bytes_before), mib(g.bytes_after), token_range(g)),
+            *(megabytes(g.bytes_before), megabytes(g.bytes_after), token_range(g)),
         )
         for g in groups
     ]
@@ -166,6 +166,6 @@ def _coverage(groups: Sequence[CoverageSummary], warning: str | None) -> dict[st
     return {
         "shares": [(kind, kind.replace(" ", "-"), f"{p:.3f}", f"{p:.1f}") for kind, p in percent.items() if p],
         "rows": [(*row, group.reason or "") for row, group in zip(rows, groups, strict=True)],
-        "total": ("total", "", "", f"{total[0]:,}", f"{total[1]:,}", mib(total[2]), mib(total[3]), "", ""),
+        "total": ("total", "", "", f"{total[0]:,}", f"{total[1]:,}", megabytes(total[2]), megabytes(total[3]), "", ""),
         "warning": warning,
     }

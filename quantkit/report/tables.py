@@ -12,7 +12,7 @@ from quantkit.evaluation.coverage import CoverageRow, shortfall, summarise
 from quantkit.evaluation.instructions import Followed
 from quantkit.evaluation.long_context import Stretch
 from quantkit.evaluation.record import EvalReport
-from quantkit.report.cells import DASH, bases, columns, mib, protocol_lines, token_range
+from quantkit.report.cells import DASH, bases, columns, megabytes, protocol_lines, token_range
 
 
 def comparison_table(reports: Sequence[EvalReport], title: str | None = None) -> Table:
@@ -89,8 +89,8 @@ def coverage_table(rows: Iterable[CoverageRow], title: str | None = "Coverage") 
         title = f"{title or 'Coverage'}: {warning}"
     table = Table(title=title and Text(title), box=box.SIMPLE_HEAD, show_footer=True, collapse_padding=True, pad_edge=False)
     totals = [sum(getattr(group, name) for group in groups) for name in ("count", "parameters", "bytes_before", "bytes_after")]
-    feet = ["total", "", "", f"{totals[0]:,}", f"{totals[1]:,}", mib(totals[2]), mib(totals[3]), "", ""]
-    heads = ["", "module", "scheme", "tensors", "weights", "MiB before", "MiB after", "tokens", "reason"]
+    feet = ["total", "", "", f"{totals[0]:,}", f"{totals[1]:,}", megabytes(totals[2]), megabytes(totals[3]), "", ""]
+    heads = ["", "module", "scheme", "tensors", "weights", "MB before", "MB after", "tokens", "reason"]
     for head, foot in zip(heads, feet, strict=True):
         left = head in ("", "module", "scheme", "reason")
         table.add_column(head, footer=foot, justify="left" if left else "right", no_wrap=head != "reason")
@@ -102,8 +102,8 @@ def coverage_table(rows: Iterable[CoverageRow], title: str | None = "Coverage") 
             g.scheme or DASH,
             f"{g.count:,}",
             f"{g.parameters:,}",
-            mib(g.bytes_before),
-            mib(g.bytes_after),
+            megabytes(g.bytes_before),
+            megabytes(g.bytes_after),
             token_range(g),
         ]
         table.add_row(*(Text(cell) for cell in (*cells, g.reason or "")), style=styles[g.kind])

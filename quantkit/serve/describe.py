@@ -12,6 +12,11 @@ from quantkit.serve.wire import Chat, Completion
 from quantkit.version import __version__
 
 REFERENCE = "#/components/schemas/{model}"
+TOP_NEEDS_LOGPROBS = {
+    "if": {"properties": {"top_logprobs": {"type": "integer", "minimum": 1}}, "required": ["top_logprobs"]},
+    "then": {"properties": {"logprobs": {"const": True}}, "required": ["logprobs"]},
+}
+"""What OpenAI's reference says of these two fields of a chat."""
 
 
 @functools.cache
@@ -19,6 +24,7 @@ def describe() -> dict[str, Any]:
     """Return the description."""
     _, found = models_json_schema([(Chat, "validation"), (Completion, "validation")], ref_template=REFERENCE)
     schemas = {name: _nullable(schema) for name, schema in found["$defs"].items()}
+    schemas["Chat"] |= TOP_NEEDS_LOGPROBS
     return {
         "openapi": "3.1.0",
         "info": {"title": "quantkit", "version": __version__, "description": "One language model, with OpenAI's API."},

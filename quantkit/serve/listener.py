@@ -30,6 +30,9 @@ UNREAD_S = 30.0
 """Longest time that a client may take none of the bytes that wait for it."""
 UNASKED_S = 30.0
 """Longest time that a client may take to send the head of a request."""
+KEPT_S = 20.0
+"""Time that a connection stays open between two requests. Clients keep theirs for 5 s (httpx, and with it OpenAI's) to 15 s.
+The client must close first, or its next request may be on its way to a connection that the server has just closed."""
 WATCH_S = 1.0
 """Time between two looks at the connections."""
 ACCEPTED = 64
@@ -64,7 +67,13 @@ class Listener(uvicorn.Server):
         # h11 bounds the head of a request, which other parsers that uvicorn would choose if they are installed do not
         super().__init__(
             uvicorn.Config(
-                app, log_level="warning", timeout_graceful_shutdown=graceful_s, http="h11", ws="none", backlog=ACCEPTED
+                app,
+                log_level="warning",
+                timeout_graceful_shutdown=graceful_s,
+                timeout_keep_alive=round(KEPT_S),
+                http="h11",
+                ws="none",
+                backlog=ACCEPTED,
             )
         )
         self._worker, self._grace_s = worker, grace_s

@@ -295,7 +295,7 @@ class Chat(Generating):
     tool_choice: Literal["none", "auto", "required"] | ChosenTool = "auto"
     parallel_tool_calls: bool = True
     logprobs: bool = False
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20, description="Needs logprobs: true, unless it is 0.")] | None = None
 
     @field_validator("top_logprobs")
     @classmethod

@@ -1,5 +1,6 @@
 """What a newcomer meets first: chat, init, prompts from a pipe, common options, and errors in the command's own words."""
 
+import gc
 import json
 import shutil
 from types import SimpleNamespace
@@ -326,3 +327,27 @@ def test_plan_says_what_fits_this_machine(tiny_float, tiny_quantized, tmp_path):
     of_scheme = json.loads(call("plan", tiny_float, *options, "--scheme", "w3a16", "--json").stdout)
     assert {row["weights"] for row in of_scheme["rows"]} == {"float32", "w3a16"}
     assert "the model takes 512 tokens at most" in call("plan", tiny_float, "--serve", "--context", 9999, code=2).stderr
+
+
+def test_every_option_and_argument_is_explained_in_words_that_reach_the_screen():
+    for name, command in get_command(app).commands.items():
+        for parameter in command.params:
+            said = parameter.help or ""
+            assert said, f"{name} {parameter.name} says nothing"
+            assert "[" not in said, f"{name} {parameter.name}: what stands in brackets is taken for a style and left out"
+
+
+def test_a_command_without_weights_leaves_the_collector_of_garbage_as_it_was():
+    assert gc.isenabled()
+    assert CliRunner().invoke(app, ["list"]).exit_code == 0
+    assert gc.isenabled()
+
+
+def test_a_mistyped_base_is_refused_before_the_model_is_loaded(tiny_quantized, monkeypatch):
+    def never(*arguments, **options):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("quantkit.cli.evaluate.load", never)
+    result = CliRunner().invoke(app, ["eval", str(tiny_quantized), "--base", "./not-there"])
+    assert result.exit_code == 2, result.output
+    assert "cannot load a model from ./not-there" in result.output

@@ -17,11 +17,11 @@ from quantkit.evaluation.latency import Speedup, Spread
 from quantkit.evaluation.quality import QUANTILES
 from quantkit.evaluation.record import describe_environment
 from quantkit.report import comparison_table, coverage_table, render_html, write_html
-from quantkit.report.cells import columns, mib, plus_minus, ppl_increase, protocol_lines, significant
+from quantkit.report.cells import columns, megabytes, plus_minus, ppl_increase, protocol_lines, significant
 from quantkit.report.findings import findings, headline
 from quantkit.report.page import site_losses
 
-MIB = 1 << 20
+MB = 1_000_000
 EVIL = "<script>alert(1)</script> --> $x_$ [red]&\"'"
 
 
@@ -50,11 +50,9 @@ def make(
         label,
         Quality(20460, 20, math.log(ppl), 0.05, ppl, ppl * 0.05, 0.42, divergence),
         Protocol("some text", "ab" * 32, 1024, 1024, False, 20, 24, 20460, 20, 20460),
-        Footprint(
-            134_515_008, int(size * MIB), int(size * MIB), bits, bits, 0.0 if bits == 16 else 0.79, int((size + 2.5) * MIB)
-        ),
+        Footprint(134_515_008, int(size * MB), int(size * MB), bits, bits, 0.0 if bits == 16 else 0.79, int((size + 2.5) * MB)),
         describe_environment(torch.bfloat16, torch.device("cpu")),
-        Latency(256, 32, 5, 2, "cpu", spread(820.0), spread(decode), 612 * MIB, faster),
+        Latency(256, 32, 5, 2, "cpu", spread(820.0), spread(decode), 612 * MB, faster),
         base,
     )
 
@@ -224,10 +222,10 @@ def test_no_report_is_an_error(tmp_path):
 
 def test_the_headline_names_the_smallest_model_with_the_least_loss(reports):
     assert headline(reports) == (
-        "W4 GPTQ g64 takes 108.9 MiB, 2.4 times less than bf16, and decodes 2.73 times as fast; it ranks the same token first "
+        "W4 GPTQ g64 takes 108.9 MB, 2.4 times less than bf16, and decodes 2.73 times as fast; it ranks the same token first "
         "as float32 for 79.4 % of tokens (KL 0.174 nats), and perplexity goes from 19.10 to 22.62."
     )
-    assert headline(reports[:1]) == "bf16 has perplexity 19.12 ± 0.96 and takes 256.0 MiB."
+    assert headline(reports[:1]) == "bf16 has perplexity 19.12 ± 0.96 and takes 256.0 MB."
     assert "times" not in headline(reports[1:2])
     alone = dataclasses.replace(reports[3], quality=dataclasses.replace(reports[3].quality, divergence=None))
     assert headline([alone]).endswith("its perplexity is 22.62 ± 1.13.")
@@ -334,4 +332,4 @@ def test_values_with_errors(arguments, text):
 
 
 def test_mebibytes():
-    assert (mib(256.04 * MIB), mib(15_258.6 * MIB)) == ("256.0", "15,259")
+    assert (megabytes(256.04 * MB), megabytes(15_258.6 * MB)) == ("256.0", "15,259")

@@ -4,6 +4,7 @@ import json
 import time
 
 import httpx
+import jsonschema
 import numpy as np
 import openai
 import pytest
@@ -12,9 +13,11 @@ from quantkit.engine.request import Limits
 from quantkit.errors import QuantkitError
 from quantkit.generation.generate import end_tokens
 from quantkit.serve import grammar
+from quantkit.serve.describe import describe
 from quantkit.serve.forms import ChosenTool, Function, Named, Tool
 from quantkit.serve.grammar import Grammars
 from quantkit.serve.tools import HERMES, LLAMA, CallFinder, dialect_of, form_grammar
+from quantkit.serve.wire import Chat, parse
 from tests.serve.test_server import RunningServer
 from tests.tiny import tiny_llama, tiny_tokenizer
 
@@ -303,3 +306,25 @@ def test_the_log_has_a_line_for_each_request_and_no_content(running, caplog):
     assert " 200 " in lines[0]
     assert " + 3 tokens, length, first token" in lines[1]
     assert " 400 " in lines[2]
+
+
+@pytest.mark.parametrize(
+    ("asked", "taken"),
+    [
+        ({"top_logprobs": 2}, False),
+        ({"top_logprobs": 2, "logprobs": False}, False),
+        ({"top_logprobs": 2, "logprobs": True}, True),
+        ({"top_logprobs": 0}, True),
+        ({"top_logprobs": None}, True),
+        ({}, True),
+    ],
+)
+def test_the_description_and_the_server_agree_on_what_top_logprobs_needs(asked, taken):
+    body = {"messages": [{"role": "user", "content": "a"}], **asked}
+    described = jsonschema.Draft202012Validator({**describe(), "$ref": "#/components/schemas/Chat"})
+    assert described.is_valid(body) == taken
+    if taken:
+        assert parse(body, Chat).num_logprobs == (asked["top_logprobs"] if asked.get("logprobs") else None)
+    else:
+        with pytest.raises(QuantkitError, match="top_logprobs: needs logprobs: true"):
+            parse(body, Chat)

@@ -112,3 +112,10 @@ def test_a_client_that_leaves_is_not_in_the_log(caplog, stream, reset):
             running.settle()
         assert running.server.engine.stats["cancelled"] > 0
     assert [record.getMessage() for record in caplog.records] == []
+
+
+def test_a_client_gives_up_an_idle_connection_before_the_server_does():
+    theirs = httpx.Limits().keepalive_expiry
+    assert theirs is not None
+    with RunningServer() as running:
+        assert running.server.runner.config.timeout_keep_alive > 2 * theirs
