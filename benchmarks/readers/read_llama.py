@@ -13,7 +13,7 @@ def main(job: dict) -> None:
     """Answer one job; with ``make``, first let llama-quantize make a file of that type from a float one beside it."""
     path = Path(job["path"])
     if make := job.get("options", {}).get("make"):
-        source = path.parent / "gguf-F16" / "model.gguf"
+        source = path.with_name(f"{path.name.partition('gguf')[0]}gguf-F16") / "model.gguf"
         if not path.exists():  # what the program llama-quantize calls
             settings = llama_cpp.llama_model_quantize_default_params()
             settings.ftype, settings.nthread = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{make}"), 1
