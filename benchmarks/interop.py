@@ -52,10 +52,6 @@ ENVIRONMENT = {
     "GPTQMODEL_CPU_WORKERS": "2",  # it wants two, and takes half of the cores
 }
 ERROR = re.compile(r"\b\w+Error: .+(?:\n.*\bReason.*|\n.*not supported by.*)?")
-EXPERTS = {
-    "mixtral": {"num_local_experts": 4},
-    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "norm_topk_prob": True},
-}
 TIMEOUT_S = 1200
 WANTED, GAP = 0.01, 0.01
 """Largest median difference of a passing row, and of the two likeliest logits where the reader chooses another token."""
@@ -72,7 +68,12 @@ class Case(NamedTuple):
     mixture: str = ""
 
 
-LLAMA = {"limit": 0.05}  # llama.cpp rounds the inputs of products with blocks to 8 bits
+EXPERTS = {
+    "mixtral": {"num_local_experts": 4},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "norm_topk_prob": True},
+}
+LLAMA = {"closed": "llama.cpp rounds the inputs of products with blocks to 8 bits; see the row of weights that it decodes"}
+DECODED = {"decode": True}
 MADE = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K", "IQ4_NL", "IQ4_XS")  # by llama-quantize
 INT8 = "bitsandbytes rounds the inputs of products to 8 bits; see the row of weights that it decodes"
 COMPRESSED = ("compressed-tensors",)
@@ -97,13 +98,11 @@ CASES = (
     Case("gguf", None, "llama"),
     Case("gguf", "Q8_0", "llama", LLAMA),
     Case("gguf", "Q4_K_M", "llama", LLAMA),
-    Case("gguf", None, "llama", mixture="mixtral"),
-    Case("gguf", "Q4_0", "llama", LLAMA, mixture="mixtral"),
-    Case("gguf", None, "llama", mixture="qwen3_moe"),
-    Case("gguf", "Q4_K_M", "llama", LLAMA, mixture="qwen3_moe"),
-    *(Case("gguf by llama-quantize", None, "llama", {**LLAMA, "make": make}) for make in MADE),
-    Case("gguf by llama-quantize", None, "llama", {**LLAMA, "make": "Q4_K_M"}, mixture="mixtral"),
-    Case("gguf by llama-quantize", None, "llama", {**LLAMA, "make": "Q3_K_M"}, mixture="qwen3_moe"),
+    *(Case("gguf", scheme, "llama", DECODED) for scheme in MADE),
+    *(Case("gguf", None, "llama", mixture=kind) for kind in EXPERTS),
+    *(Case("gguf", scheme, "llama", DECODED, mixture=kind) for scheme in ("Q4_0", "Q4_K_M") for kind in EXPERTS),
+    *(Case("gguf by llama-quantize", None, "llama", {**DECODED, "make": make}) for make in MADE),
+    *(Case("gguf by llama-quantize", None, "llama", {**DECODED, "make": "Q4_K_M"}, mixture=kind) for kind in EXPERTS),
     Case("gptq", "w4a16", "gptqmodel"),
     Case("gptq", "w3a16", "gptqmodel"),
     Case("gptq-v2", "w4a16-asym", "gptqmodel"),
@@ -148,14 +147,17 @@ def written(case: Case, model: str, work: Path) -> Path:
     prefix = f"{case.mixture}-" * bool(case.mixture)
     if case.scheme is None and case.format != "gguf":
         made = re.sub(r"[^\w-]+", "-", f"{prefix}{case.format} {case.options['make']}").strip("-")
-        return work / f"{made}.gguf" if case.reader == "llama" else work / made
+        if case.reader == "llama":
+            written(Case("gguf", None, "llama", mixture=case.mixture), model, work)  # what it is made of
+            return work / f"{made}.gguf"
+        return work / made
     out = work / f"{prefix}{case.format}-{case.scheme or 'F16'}"
     if case.reader == "openvino":
         if not (out / "openvino_model.xml").exists():
             quantkit.export(work / f"onnx-{case.scheme}", "openvino", out)
         return out
     if case.scheme is None:
-        quantkit.reformat(model, "gguf", out, dtype="float16")
+        quantkit.reformat(model, "gguf", out, dtype="float16")  # done at once where it is there
     elif not (out / "config.json").exists():
         float_model, tokenizer = quantkit.open_model(model, "float16")
         output = quantkit.Output(out, format=case.format)
