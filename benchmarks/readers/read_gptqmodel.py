@@ -15,8 +15,10 @@ from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 def main(job: dict) -> None:
     """Answer one job; with ``make``, first let GPTQModel quantize the float model."""
     if (make := job.get("options", {}).get("make")) and not Path(job["path"], "config.json").exists():
-        maker = GPTQModel.load(job["model"], QuantizeConfig(bits=make["bits"], group_size=make["group"]), device="cpu")
-        maker.quantize([{"input_ids": job["prompt"], "attention_mask": [1] * len(job["prompt"])}] * 8, batch_size=1)
+        maker = GPTQModel.load(job["model"], QuantizeConfig(**make), device="cpu")
+        order = torch.Generator().manual_seed(0)
+        ids = torch.randint(maker.model.config.vocab_size, (8, 128), generator=order).tolist()
+        maker.quantize([{"input_ids": one, "attention_mask": [1] * len(one)} for one in ids], batch_size=1)
         maker.save(job["path"])
     started = time.perf_counter()
     model = GPTQModel.load(job["path"], device="cpu", backend=BACKEND.TORCH, dtype=getattr(torch, job["dtype"])).model.eval()

@@ -1,4 +1,8 @@
-"""Continue a prompt with llama.cpp and return its logits, or let it quantize a file; see ``benchmarks/interop.py``."""
+"""Continue a prompt with llama.cpp and return its logits, or let it quantize a file; see ``benchmarks/interop.py``.
+
+With ``decode`` it first makes a file of float32 of the one to read: its products then round nothing, and what is compared is how it
+decodes blocks.
+"""
 
 import json
 import sys
@@ -9,17 +13,25 @@ import llama_cpp
 import numpy as np
 
 
+def quantize(source: Path, path: Path, kind: str) -> None:
+    """Do what the program ``llama-quantize`` does."""
+    settings = llama_cpp.llama_model_quantize_default_params()
+    settings.ftype, settings.nthread, settings.allow_requantize = getattr(llama_cpp, f"LLAMA_FTYPE_{kind}"), 1, True
+    status = llama_cpp.llama_model_quantize(str(source).encode(), str(path).encode(), settings)
+    assert status == 0, f"llama_model_quantize: {status}"
+
+
 def main(job: dict) -> None:
     """Answer one job; with ``make``, first let llama-quantize make a file of that type from a float one beside it."""
     path = Path(job["path"])
     if make := job.get("options", {}).get("make"):
-        source = path.parent / "gguf-F16" / "model.gguf"
+        source = path.with_name(f"{path.name.partition('gguf')[0]}gguf-F16") / "model.gguf"
         if not path.exists():  # what the program llama-quantize calls
-            settings = llama_cpp.llama_model_quantize_default_params()
-            settings.ftype, settings.nthread = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{make}"), 1
-            status = llama_cpp.llama_model_quantize(str(source).encode(), str(path).encode(), settings)
-            assert status == 0, f"llama_model_quantize: {status}"
+            quantize(source, path, f"MOSTLY_{make}")
     file = path if path.suffix == ".gguf" else path / "model.gguf"
+    if job["options"].get("decode"):
+        file, source = Path("decoded.gguf"), file  # in the folder that this runs in
+        quantize(source, file, "ALL_F32")
     started = time.perf_counter()
     model = llama_cpp.Llama(str(file), n_ctx=256, n_threads=1, n_threads_batch=1, logits_all=True, verbose=False)
     load_s = time.perf_counter() - started

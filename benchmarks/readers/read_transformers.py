@@ -25,6 +25,7 @@ def main(job: dict) -> None:
     started = time.perf_counter()
     told = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if options.get("dequantize") else {}
     model = AutoModelForCausalLM.from_pretrained(job["path"], dtype=job["dtype"], device_map="cpu", **told).eval()
+    model = model.dequantize() if options.get("decode") else model
     load_s = time.perf_counter() - started
     step, past, tokens, logits = list(job["prompt"]), None, [], []
     for _ in range(job["tokens"]):

@@ -43,8 +43,18 @@ from quantkit.system.files import (
 LIMIT_BYTES: Final = 1 << 30
 """Largest dequantized weights that are kept."""
 
-_ACCOUNT: Final = "every tensor accounted for, rotary scaling read"
+_ACCOUNT: Final = "every tensor accounted for, rotary scaling and sizes read"
 """What was asked of a file before what it says was kept."""
+
+_SIZES: Final = {
+    "attention.key_length": "head_dim",
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+}
+"""Keys of a file, after its architecture's name, and what a config calls them."""
+
+_SIZED: Final = ("llama", "qwen2", "qwen2moe", "qwen3", "qwen3moe")
+"""Architectures whose files mean that by it; Gemma 4 has two sizes of heads, which transformers reads itself."""
 
 log = logging.getLogger(__name__)
 
@@ -89,10 +99,20 @@ def _read(what: Any, path: Path) -> Any:
         raise QuantkitError(f"cannot read {path}: {error or type(error).__name__}") from error
     if what is AutoConfig:
         try:
-            stretch(_header(path, path.stat().st_mtime_ns), found)
+            header = _header(path, path.stat().st_mtime_ns)
+            _resize(header, found)
+            stretch(header, found)
         except QuantkitError as error:
             raise QuantkitError(f"{path}: {error}; give the model that the file was made from") from error
     return found
+
+
+def _resize(reader: Any, config: Any) -> None:
+    """Write into a config how wide heads and experts are, which transformers derives, or takes from its defaults."""
+    kind = reader.fields["general.architecture"].contents()
+    for key, attribute in _SIZES.items() if kind in _SIZED else ():
+        if (field := reader.fields.get(f"{kind}.{key}")) is not None and hasattr(config, attribute):
+            setattr(config, attribute, int(field.contents()))
 
 
 def load_gguf(path: Path, dtype: torch.dtype | None) -> tuple[Any, Mapping[str, Tensor], PreTrainedTokenizerBase]:

@@ -50,8 +50,17 @@ def test_a_float_model_is_the_same_in_a_gguf_file(family: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("family", "config"),  # transformers' reader of the file alone does not know other sizes of heads, nor these biases
-    [("llama", {}), ("qwen2", {}), ("qwen3", {"head_dim": 128})],
+    ("family", "config"),
+    [
+        ("llama", {}),
+        ("llama", {"head_dim": 32}),
+        ("mistral", {"head_dim": 32, "sliding_window": None}),
+        ("qwen2", {}),
+        ("qwen3", {"head_dim": 128}),
+        ("qwen3", {"head_dim": 32}),
+        ("qwen3_moe", {"moe_intermediate_size": 96}),
+        ("qwen3_moe", {"moe_intermediate_size": 32, "head_dim": 32}),
+    ],
 )
 def test_a_gguf_file_alone_becomes_a_directory(family: str, config: dict[str, Any], tmp_path: Path) -> None:
     source = saved(tmp_path / "source", family, **config)

@@ -45,7 +45,7 @@ def test_every_pair_of_formats_that_share_a_grid_goes_there_and_back(data: st.Da
         data.draw(st.booleans()),
         data.draw(st.sampled_from(["float16", "bfloat16", "float32"])),
     )
-    there, back = data.draw(st.sampled_from(WRITTEN)), data.draw(st.sampled_from(WRITTEN))
+    there, back = (data.draw(st.sampled_from((*WRITTEN, "onnx", "onnx-int8", "onnx-qdq"))) for _ in range(2))
     shape, scheme = (64, 128), Scheme(spec)
     if FORMATS.get(there).rejects(scheme, shape, "float32") or FORMATS.get(back).rejects(scheme, shape, "float32"):
         return
@@ -87,6 +87,38 @@ def test_zero_points_stay_zero_points(tmp_path: Path) -> None:
         with open_checkpoint(source) as a, open_checkpoint(tmp_path / to) as b:
             for name in a.schemes:
                 assert_same(b.qtensor(b.contents.sites[name]), a.qtensor(a.contents.sites[name]))
+
+
+def even(path: Path) -> Path:
+    """Write a checkpoint with zero points that are all the middle code, so that it looks like one without."""
+    source = made(path.with_name("symmetric"), "w4a16-g32")
+    reformat(source, "awq", path)
+    return path
+
+
+@pytest.mark.parametrize("to", ["mlx", "gptq-v2", "compressed-tensors", "native", "onnx-qdq"])
+def test_zero_points_that_are_all_the_middle_go_there_and_back(tmp_path: Path, to: str) -> None:
+    source = even(tmp_path / "source")
+    reformat(source, to, tmp_path / "there")
+    quantkit.load(tmp_path / "there", verify=True)
+    assert torch.equal(logits(tmp_path / "there"), logits(source))
+    reformat(tmp_path / "there", "awq", tmp_path / "back")
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
+
+
+def test_a_model_whose_zero_points_are_all_the_middle_is_quantized_into_mlx(tmp_path: Path) -> None:
+    model = FAMILIES["llama"](num_hidden_layers=1)
+    with torch.no_grad():
+        for parameter in model.model.layers.parameters():
+            if parameter.ndim == 2:
+                parameter.copy_((torch.arange(parameter.numel()).reshape(parameter.shape) % 16 - 8) * 2.0**-8)
+    outputs = [Output(tmp_path / name, format=name) for name in ("native", "mlx")]
+    quantkit.quantize(model, "w4a16-asym-g32", method="rtn", output=outputs, tokenizer=tiny_tokenizer())
+    with open_checkpoint(tmp_path / "native") as opened:
+        found = opened.qtensor(opened.contents.sites["model.layers.0.mlp.up_proj"])
+        assert bool((found.parts()["zero_point"] == 8).all())
+    quantkit.load(tmp_path / "mlx", verify=True)
+    assert torch.equal(logits(tmp_path / "mlx"), logits(tmp_path / "native"))
 
 
 @pytest.mark.parametrize("family", ["mixtral", "llama_tied", "qwen3_moe"])

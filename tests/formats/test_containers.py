@@ -69,7 +69,9 @@ def test_a_tensor_file_refuses_what_has_no_place(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("limit", [40, 1 << 40], ids=["files", "file"])
-@pytest.mark.parametrize("name", sorted(CONTAINERS.keys() - {"gguf", "onnx", "onnx-int8"}))  # have tests of their own
+@pytest.mark.parametrize(
+    "name", sorted(CONTAINERS.keys() - {"gguf", "onnx", "onnx-int8", "onnx-qdq"})
+)  # have tests of their own
 def test_a_container_gives_back_what_it_was_given(
     name: str, limit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -63,6 +63,47 @@ def relative(got: torch.Tensor, want: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize(
+    ("family", "scheme"),
+    [
+        ("llama", "w4a16-g32"),
+        ("llama_tied", "w4a16-asym-g32"),
+        ("qwen3", Scheme(QuantSpec("int8", (1, 16), False))),
+        ("mistral", "w8a16-g32"),
+    ],
+)
+def test_weights_that_onnx_itself_decodes_are_the_same(tmp_path: Path, family: str, scheme: Any) -> None:
+    path = made(tmp_path / "out", family, scheme, "onnx-qdq")
+    with torch.no_grad():
+        want = quantkit.load(path, compute="exact")(input_ids=IDS).logits
+    assert relative(run(path, [IDS[:, :7], *IDS[:, 7:].split(1, 1)]), want) < 1e-5
+    import onnx
+
+    kinds = {node.op_type for node in onnx.load(path / "model.onnx", load_external_data=False).graph.node}
+    assert "DequantizeLinear" in kinds
+    assert "MatMulNBits" not in kinds
+    reformat(path, "onnx", tmp_path / "other")
+    reformat(tmp_path / "other", "onnx-qdq", tmp_path / "back")
+    assert (path / "onnx.safetensors").read_bytes() == (tmp_path / "back" / "onnx.safetensors").read_bytes()
+
+
+def test_zero_points_of_an_odd_number_of_groups_have_no_padding(tmp_path: Path) -> None:
+    spec = QuantSpec("int4", (1, 16), symmetric=False)
+    qtensor = random_qtensor(spec, (6, 48))
+    tensors = FORMATS.get("onnx-qdq").codec(Scheme(spec)).encode(qtensor)
+    assert tensors["zero_points"].shape == (9,)
+    low, high = tensors["zero_points"] & 15, tensors["zero_points"] >> 4
+    assert qtensor.zero_point is not None
+    assert torch.equal(torch.stack([low, high], 1).flatten(), qtensor.zero_point.flatten())
+    assert_same(FORMATS.get("onnx-qdq").codec(Scheme(spec)).decode(tensors, spec, (6, 48)), qtensor)
+
+
+def test_two_bits_and_half_bytes_of_zero_points_are_refused_by_name() -> None:
+    dialect = FORMATS.get("onnx-qdq").dialect
+    assert "use format onnx" in str(dialect.rejects(Scheme(QuantSpec("int2", (1, 16), False)), (8, 64)))
+    assert "do not fill whole bytes" in str(dialect.rejects(Scheme(QuantSpec("int4", (1, 16), False)), (3, 48)))
+
+
+@pytest.mark.parametrize(
     ("family", "scheme", "config"),
     [
         ("llama", "w4a16-g32", {"num_hidden_layers": 3}),

@@ -144,10 +144,10 @@ def _stored(module: str, bits: int, group: int, tensors: Mapping[str, Held]) -> 
     points = zero_points(scale, bias, bits)
     if points is None:
         return Stored(Scheme(QuantSpec(f"int{bits}", (1, group), False, _DTYPES[scale.dtype], True)), MlxCodec())
-    middle = 1 << (bits - 1)
-    if bool((points == middle).all()):
-        return Stored(Scheme(QuantSpec(f"int{bits}", (1, group), True, _DTYPES[scale.dtype])), MlxCodec())
     narrow = _narrowest(scale) if scale.dtype == WIDE else None
+    if bool((points == 1 << (bits - 1)).all()):  # with zero points or without: the file does not say
+        spec = QuantSpec(f"int{bits}", (1, group), True, narrow or _DTYPES[scale.dtype])
+        return Stored(Scheme(spec), MlxCodec(wide=narrow is not None))
     if narrow is None:
         return Stored(Scheme(QuantSpec(f"int{bits}", (1, group), False, _DTYPES[scale.dtype], True)), MlxCodec())
     return Stored(Scheme(QuantSpec(f"int{bits}", (1, group), False, narrow)), MlxCodec())

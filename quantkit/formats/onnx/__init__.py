@@ -6,20 +6,24 @@
 - :mod:`.dialect` lists the modules, for quantkit, which reads these files without the onnx package.
 
 ``onnx`` leaves inputs of products in float32; ``onnx-int8`` asks ONNX Runtime to round them to 8 bits (``accuracy_level`` 4),
-which is faster and less accurate. The weights are the same.
+which is faster and less accurate. The weights are the same. ``onnx-qdq`` has ONNX's own ``DequantizeLinear`` and ``MatMul`` in place
+of ``MatMulNBits``, for programs that know those alone.
 """
 
 from quantkit.formats.base import FORMATS, Format
-from quantkit.formats.onnx.codec import MatMulNBits
+from quantkit.formats.onnx.codec import DequantizeLinear, MatMulNBits
 from quantkit.formats.onnx.container import OnnxDirectory
-from quantkit.formats.onnx.dialect import Onnx
+from quantkit.formats.onnx.dialect import Onnx, OnnxQdq
 from quantkit.formats.onnx.graph import refuse_model
 
-for _name, _level in (("onnx", 0), ("onnx-int8", 4)):
-    _dialect = Onnx(_level)
+for _name, _codec, _dialect in (
+    ("onnx", MatMulNBits(), Onnx(0)),
+    ("onnx-int8", MatMulNBits(), Onnx(4)),
+    ("onnx-qdq", DequantizeLinear(), OnnxQdq()),
+):
     FORMATS.register(_name)(
         Format(
-            lambda scheme: MatMulNBits(),
+            lambda scheme, codec=_codec: codec,
             OnnxDirectory(),
             _dialect,
             usage="onnxruntime-genai: `onnxruntime_genai.Model('path/to/this/directory')`; or onnxruntime, file `model.onnx`.",

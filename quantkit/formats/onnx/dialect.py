@@ -1,4 +1,4 @@
-"""The dialect of ``onnx``: modules by scheme, as in ``native``, and how exactly ONNX Runtime shall multiply.
+"""The dialects of ``onnx``: modules by scheme, as in ``native``, and how exactly ONNX Runtime shall multiply.
 
 The config is there for quantkit; ONNX Runtime reads the graph, and onnxruntime-genai its ``genai_config.json``.
 """
@@ -9,7 +9,7 @@ from typing import Any
 from quantkit.errors import FormatError
 from quantkit.formats.base import Codec, Held, Matcher
 from quantkit.formats.dialects.native import Native
-from quantkit.formats.onnx.codec import MatMulNBits, rejects
+from quantkit.formats.onnx.codec import DequantizeLinear, MatMulNBits, rejects
 from quantkit.spec import Scheme
 
 
@@ -51,3 +51,27 @@ class Onnx(Native):
         if config.get("accuracy_level", 0) != self.accuracy_level:
             raise FormatError(f"quantization_config.accuracy_level is {config.get('accuracy_level')!r}; known: 0 and 4")
         return super().load_config(config, dtype, tensors)
+
+
+def _qdq_codec(scheme: Scheme) -> Codec:
+    return DequantizeLinear()
+
+
+class OnnxQdq(Onnx):
+    """The dialect of ``onnx-qdq``: weights are decoded by an operator of ONNX's own."""
+
+    quant_method = "onnx-qdq"
+    codec = staticmethod(_qdq_codec)
+
+    def __init__(self) -> None:
+        super().__init__(accuracy_level=0)
+
+    def rejects(self, scheme: Scheme, shape: tuple[int, ...], dtype: str | None = None) -> str | None:
+        """Reject what the operator has no place for."""
+        if reason := super().rejects(scheme, shape, dtype):
+            return reason
+        try:
+            DequantizeLinear().layout(scheme.weight, shape)
+        except FormatError as error:
+            return str(error)
+        return None

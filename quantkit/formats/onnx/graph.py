@@ -116,6 +116,7 @@ class _Graph:
         self.onnx, self.places = package(), places
         self.specs = {name: group["scheme"]["weight"] for group in quantization["groups"] for name in group["modules"]}
         self.level = int(quantization.get("accuracy_level", 0))
+        self.decoded = quantization.get("quant_method") == "onnx-qdq"
         self.nodes: list[Any] = []
         self.tensors: dict[str, Any] = {}
 
@@ -130,11 +131,12 @@ class _Graph:
         )
         return name
 
-    def stored(self, name: str) -> str:
-        """Add a tensor of the checkpoint; return its name."""
+    def stored(self, name: str, kind: int | None = None, shape: tuple[int, ...] = ()) -> str:
+        """Add a tensor of the checkpoint, read as another kind and shape where they are given; return its name."""
         if name not in self.tensors:
             place = self.places[name]
-            tensor = self.onnx.TensorProto(name=name, dims=place.shape, data_type=self._type(place.dtype))
+            data_type = self._type(place.dtype) if kind is None else kind
+            tensor = self.onnx.TensorProto(name=name, dims=shape or place.shape, data_type=data_type)
             tensor.data_location = self.onnx.TensorProto.EXTERNAL
             nbytes = place.dtype.itemsize * torch.Size(place.shape).numel()
             for key, value in (("location", place.file), ("offset", place.begin), ("length", nbytes)):
@@ -175,6 +177,9 @@ class _Graph:
             found = self.node(
                 "FusedMatMul", value, self.floats(f"{module}.weight"), output=product, domain=_CONTRIB, transB=1, alpha=1.0
             )
+        elif self.decoded:
+            weight = self.node("Transpose", self._decoded(module, spec), perm=[1, 0])
+            found = self.node("MatMul", value, weight, output=product)
         else:
             parts = [self.stored(f"{module}.{part}") for part in ("codes", "scales")]
             parts += [] if spec["symmetric"] else [self.stored(f"{module}.zero_points")]
@@ -183,6 +188,17 @@ class _Graph:
             given |= {"accuracy_level": self.level} if self.level else {}
             found = self.node("MatMulNBits", value, *parts, output=product, domain=_CONTRIB, **given)
         return self.node("Add", found, self.floats(f"{module}.bias"), output=output) if bias else found
+
+    def _decoded(self, module: str, spec: Mapping[str, Any]) -> str:
+        """Return a quantized weight (out, in) in float32, decoded by ONNX's own operator."""
+        kinds, size = self.onnx.TensorProto, int(spec["block"][1])
+        rows, blocks, nbytes = self.places[f"{module}.codes"].shape
+        wide = nbytes == size
+        signed, unsigned = (kinds.INT8, kinds.UINT8) if wide else (kinds.INT4, kinds.UINT4)
+        kind = int(signed if spec["symmetric"] else unsigned)
+        parts = [self.stored(f"{module}.codes", kind, (rows, blocks * size)), self.stored(f"{module}.scales")]
+        parts += [] if spec["symmetric"] else [self.stored(f"{module}.zero_points", kind, (rows, blocks))]
+        return self.node("DequantizeLinear", *parts, axis=1, block_size=size)
 
     def _type(self, dtype: torch.dtype) -> int:
         kinds = self.onnx.TensorProto
