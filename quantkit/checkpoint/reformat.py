@@ -184,8 +184,8 @@ def write(
 def _same(wanted: QTensor, found: QTensor) -> bool:
     """Say whether a weight was read back bit for bit.
 
-    A file without a name for its grid may be read on another one with the same numbers: one of ``mlx`` whose zero points are all
-    the middle code looks like a symmetric one.
+    A file without a name for its grid may be read on another one with the same numbers: one of ``mlx`` whose zero points are
+    all the middle code looks like a symmetric one.
     """
     here = regridded(found, wanted.spec)
     return here is not None and all(same_bits(part, here.parts().get(key)) for key, part in wanted.parts().items())

@@ -6,8 +6,8 @@
 - :mod:`.dialect` lists the modules, for quantkit, which reads these files without the onnx package.
 
 ``onnx`` leaves inputs of products in float32; ``onnx-int8`` asks ONNX Runtime to round them to 8 bits (``accuracy_level`` 4),
-which is faster and less accurate. The weights are the same. ``onnx-qdq`` has ONNX's own ``DequantizeLinear`` and ``MatMul`` in place
-of ``MatMulNBits``, for programs that know those alone.
+which is faster and less accurate. The weights are the same. ``onnx-qdq`` has ONNX's own ``DequantizeLinear`` and ``MatMul`` in
+place of ``MatMulNBits``, for programs that know those alone.
 """
 
 from quantkit.formats.base import FORMATS, Format

@@ -11,7 +11,8 @@ Tensors of a weight (out, in) in blocks of b input channels, n = in / b:
 ``w = (code - zero point) * scale``. b is a power of two from 16 on, bits are 2, 4 or 8.
 
 ``DequantizeLinear`` (ONNX 1.16, opset 21) has blocks along an axis, too, but signed numbers for a symmetric grid, and no
-padding between the rows of zero points: (out, n) of 4 bits are ceil(out * n / 2) bytes. Its 2 bits need opset 25 and are not written.
+padding between the rows of zero points: (out, n) of 4 bits are ceil(out * n / 2) bytes. Its 2 bits need opset
+25 and are not written.
 """
 
 import math
