@@ -11,19 +11,14 @@ place of ``MatMulNBits``, for programs that know those alone.
 """
 
 from quantkit.formats.base import FORMATS, Format
-from quantkit.formats.onnx.codec import DequantizeLinear, MatMulNBits
 from quantkit.formats.onnx.container import OnnxDirectory
 from quantkit.formats.onnx.dialect import Onnx, OnnxQdq
 from quantkit.formats.onnx.graph import refuse_model
 
-for _name, _codec, _dialect in (
-    ("onnx", MatMulNBits(), Onnx(0)),
-    ("onnx-int8", MatMulNBits(), Onnx(4)),
-    ("onnx-qdq", DequantizeLinear(), OnnxQdq()),
-):
+for _name, _dialect in (("onnx", Onnx(0)), ("onnx-int8", Onnx(4)), ("onnx-qdq", OnnxQdq())):
     FORMATS.register(_name)(
         Format(
-            lambda scheme, codec=_codec: codec,
+            _dialect.codec,
             OnnxDirectory(),
             _dialect,
             usage="onnxruntime-genai: `onnxruntime_genai.Model('path/to/this/directory')`; or onnxruntime, file `model.onnx`.",
