@@ -164,6 +164,8 @@ class GridTensor:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the weight this stands for, computed in float32 and rounded once to ``dtype``."""
+        if len(self.shape) == 3 and self.numel > grid.AT_ONCE:
+            return grid.one_by_one(self.shape, dtype, self.device, lambda expert: self[expert].dequantize(dtype))
         scale = self.scale
         if self.global_scale is not None:
             scale = scale.float() / self.global_scale.unsqueeze(-1)

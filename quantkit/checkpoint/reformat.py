@@ -30,7 +30,7 @@ from quantkit.hf.ledger import Ledger, keep_ledger
 from quantkit.hf.load import read_generation_config
 from quantkit.nn.sites import Site
 from quantkit.qtensor import QTensor
-from quantkit.spec import Scheme
+from quantkit.spec import QuantSpec, Scheme
 
 FLOAT = "float"
 """The format without codes."""
@@ -187,8 +187,10 @@ def _same(wanted: QTensor, found: QTensor) -> bool:
     A file without a name for its grid may be read on another one with the same numbers: one of ``mlx`` whose zero points are
     all the middle code looks like a symmetric one.
     """
-    here = regridded(found, wanted.spec)
-    return here is not None and all(same_bits(part, here.parts().get(key)) for key, part in wanted.parts().items())
+    here = regridded(found, wanted.spec) if isinstance(wanted.spec, QuantSpec) and wanted.spec != found.spec else found
+    if here is None or here.spec != wanted.spec:
+        return False
+    return all(same_bits(part, here.parts().get(key)) for key, part in wanted.parts().items())
 
 
 def _verify(source: Source, stage: Path, format: str) -> None:

@@ -16,7 +16,7 @@ of two (MXFP4) follow the OCP rule, :math:`s = 2^{\lfloor\log_2 \max|w|\rfloor -
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -203,8 +203,16 @@ def zero_dtype(spec: QuantSpec) -> torch.dtype:
     return SCALE_DTYPES[spec.scale_dtype] if spec.offset else torch.uint8
 
 
-_AT_ONCE = 1 << 26
-"""Codes of a stack of experts that are looked at in one go: a float copy of all may be gigabytes, and it takes three."""
+AT_ONCE = 1 << 26
+"""Weights of a stack of experts that are decoded in one go: a float copy of all may be gigabytes, and it takes three."""
+
+
+def one_by_one(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, of: Callable[[int], Tensor]) -> Tensor:
+    """Return a stack (experts, out, in) whose matrices are made in turn."""
+    found = torch.empty(shape, dtype=dtype, device=device)
+    for expert, part in enumerate(found):
+        part.copy_(of(expert))
+    return found
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
@@ -213,12 +221,6 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, spec: Qu
     Where the grid has an offset, ``zero_point`` is that: ``codes * scale + zero_point``.
     """
     shape = tuple(codes.shape)
-    if codes.ndim == 3 and codes.numel() > _AT_ONCE:
-        found = torch.empty(shape, device=codes.device)
-        for expert, part in enumerate(found):
-            zero_of = None if zero_point is None else zero_point[expert]
-            part.copy_(dequantize(codes[expert], scale[expert], zero_of, spec))
-        return found
     if spec.offset and zero_point is not None:
         return codes.float().mul_(expand(scale, spec, shape).float()).add_(expand(zero_point, spec, shape).float())
     if not spec.is_integer:

@@ -1,4 +1,7 @@
-"""Every ordered pair of formats that share a grid: there, the same numbers; and back, the same bytes."""
+"""Every ordered pair of formats that share a grid: there, the same numbers; and back, the same bytes.
+
+``awq`` has no symmetric grid: what comes back from it is the same numbers on an asymmetric one.
+"""
 
 import itertools
 from pathlib import Path
@@ -24,7 +27,11 @@ SHARED = {
 }
 """Formats by the grid that they share; others hold none of it, or as blocks of another grid."""
 
-ONLY_READ = {"bitsandbytes"}
+RENAMED = {("w4a16-g32", "awq")}
+"""Grids that a format holds under another name: the way back from it ends in other bytes, which stand for the same numbers."""
+
+OTHERS = {"bitsandbytes", "float"}
+"""One is only read, the other holds no codes."""
 CASES = [(scheme, one) for scheme, formats in SHARED.items() for one in formats]
 
 
@@ -66,14 +73,18 @@ def test_conversion_keeps_every_number_and_the_way_back_every_byte(
         assert got.keys() == want.keys()
         assert all(torch.equal(got[name], weight) for name, weight in want.items()), to
         reformat(tmp_path / to, source, tmp_path / f"{to}-back")
-        assert stored(tmp_path / f"{to}-back") == stored(own), to
+        if (scheme, to) in RENAMED:
+            back = weights(tmp_path / f"{to}-back")
+            assert all(torch.equal(back[name], weight) for name, weight in want.items()), to
+        else:
+            assert stored(tmp_path / f"{to}-back") == stored(own), to
 
 
 def test_no_pair_is_left_out() -> None:
     """A format that is added is in a row above, or says why it shares nothing."""
     pairs = {pair for formats in SHARED.values() for pair in itertools.permutations(formats, 2)}
     known = {name for pair in pairs for name in pair}
-    assert known | ONLY_READ == set(FORMATS.keys())
+    assert known | OTHERS == set(FORMATS.names())
     apart = set(itertools.permutations(known, 2)) - pairs
     assert {frozenset(pair) for pair in apart} == {
         frozenset(("modelopt", other)) for other in known - {"modelopt", "compressed-tensors", "native"}
