@@ -58,8 +58,9 @@ CHOICES: tuple[str, ...] = (
 )
 """What is chosen from when nobody says: integers of two to eight bits."""
 
-HEADER_BYTES = 300
-"""Bytes that a tensor takes beside its numbers: names in headers and in config.json, and its checksum."""
+HEADER_BYTES = 2000
+"""Bytes that a matrix takes beside its numbers: up to four tensors in headers and checksums, its place in config.json, what the
+run found out about it, and its row in the record of the search."""
 
 
 _TRUST, _MOST = 0.7, 10.0
@@ -206,7 +207,8 @@ def beside_tensors(model: PreTrainedModel, tokenizer: Any) -> int:
     with tempfile.TemporaryDirectory() as directory:
         write_extras(Path(directory), model, tokenizer)
         written = sum(file.stat().st_size for file in Path(directory).rglob("*") if file.is_file())
-    return written + 16_000 + 4 * HEADER_BYTES * sum(1 for _ in model.named_parameters())
+    matrices = sum(len(parameter) if parameter.ndim == 3 else 1 for parameter in model.parameters())
+    return written + 16_000 + HEADER_BYTES * matrices
 
 
 @dataclass(frozen=True, slots=True)
