@@ -8,7 +8,6 @@ import ast
 import dataclasses
 import inspect
 import re
-import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Iterable, Iterator
@@ -252,8 +251,14 @@ def default(value: object) -> str:
 
 def command() -> str:
     """Return the reference of the command line, from its help."""
-    line = [sys.executable, "-m", "typer", "quantkit.cli", "utils", "docs", "--name", "quantkit"]
-    text = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    import typer
+    from typer.cli import get_docs_for_click
+    from typer.main import get_command
+
+    from quantkit.cli import app
+
+    group = get_command(app)
+    text = get_docs_for_click(obj=group, ctx=typer.Context(group), name="quantkit")
     return text.partition("\n")[2].replace("```console", "```text").replace("\n#", "\n")
 
 

@@ -129,6 +129,17 @@ def test_schemes_and_recipe_keys_are_all_there(generate):
     assert all(f"| `{name}` |" in recipe for name in (*quantkit.Recipe.model_fields, "samples", "format", "strict", "match"))
 
 
+def test_the_reference_of_the_command_line_has_every_command(generate):
+    from typer.main import get_command
+
+    from quantkit.cli import app
+
+    text = generate.command()
+    for name, command in get_command(app).commands.items():
+        assert f"# `quantkit {name}`" in text
+        assert all(option in text for param in command.params for option in param.opts if option.startswith("--"))
+
+
 def test_docstrings_become_markdown(generate):
     assert generate.plain("a :class:`~quantkit.spec.Scheme` or ``None``") == "a `Scheme` or `None`"
     assert generate.fill("<!-- generated: caches -->").startswith("| Name | Keys and values |")
