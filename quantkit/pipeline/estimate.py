@@ -14,7 +14,7 @@ from quantkit.calibrate.data import Calibration
 from quantkit.checkpoint.check import layout_bytes, layout_of
 from quantkit.checkpoint.contents import Contents, Entry, carried_layout
 from quantkit.hf.ledger import ledger_of
-from quantkit.hf.made import lies_on_disk, made_bytes
+from quantkit.hf.made import lies_on_disk, written_bytes
 from quantkit.nn.sites import Structure
 from quantkit.pipeline.blocks import needs_of
 from quantkit.pipeline.memory import memory_of, run_size
@@ -141,7 +141,7 @@ def estimate(
 
 def _made_on_disk(model: nn.Module) -> int:
     ledger = ledger_of(model)
-    return made_bytes(model, ledger) if ledger is not None and lies_on_disk(model, ledger) else 0
+    return written_bytes(model, ledger) if ledger is not None and lies_on_disk(model, ledger) else 0
 
 
 def _kept(model: nn.Module, structure: Structure, plan: Plan, reasons: Mapping[str, str]) -> dict[str, tuple[int, int]]:

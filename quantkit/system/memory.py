@@ -74,10 +74,9 @@ def mapped_pages(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
     for tensor in tensors:
         if tensor.device.type != "cpu" or not tensor.numel() or not tensor.is_contiguous():
             continue
-        region = bisect_right(starts, tensor.data_ptr()) - 1
-        if region >= 0:
-            end = min(tensor.data_ptr() + tensor.nbytes, regions[region][1])
-            first, last = -(-tensor.data_ptr() // PAGE_BYTES) * PAGE_BYTES, end // PAGE_BYTES * PAGE_BYTES
+        begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+        for start, stop in regions[max(0, bisect_right(starts, begin) - 1) : bisect_right(starts, end - 1)]:
+            first, last = -(-max(begin, start) // PAGE_BYTES) * PAGE_BYTES, min(end, stop) // PAGE_BYTES * PAGE_BYTES
             if first < last:
                 pages.append((first, last))
     return pages

@@ -11,10 +11,12 @@ from safetensors.torch import load_file
 from quantkit.calibrate.data import Calibration
 from quantkit.errors import DiskError
 from quantkit.hf import made
+from quantkit.hf.ledger import ledger_of
 from quantkit.hf.load import load_float
 from quantkit.pipeline.memory import held_bytes
 from quantkit.pipeline.quantize import quantize
-from quantkit.system.memory import mapped_pages
+from quantkit.system import joined
+from quantkit.system.memory import PAGE_BYTES, drop_pages, mapped_pages
 from quantkit.system.scratch import Scratch
 from tests.tiny import FAMILIES, tiny_llama
 
@@ -53,6 +55,110 @@ def test_joined_experts_are_views_of_a_file_and_can_leave_memory(tmp_path: Path)
         large = {name: one for name, one in experts.items() if one.nbytes >= 2 * os.sysconf("SC_PAGE_SIZE")}
         assert large
         assert all(bool(mapped_pages([one])) == here for one in large.values())
+
+
+@pytest.mark.usefixtures("large")
+@pytest.mark.parametrize("shard", ["1GB", "60KB", "100KB"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_joined_experts_are_views_of_the_source_and_take_no_disk(
+    tmp_path: Path, shard: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _whole_pages().to(dtype).save_pretrained(tmp_path / "source", max_shard_size=shard)
+    plain, _ = load_float(tmp_path / "source")
+    empty = _plan_of(tmp_path / "source")
+    ledger = ledger_of(empty)
+    assert ledger is not None
+    written, experts = made.written_bytes(empty, ledger), sum(one.nbytes for one in plain.parameters() if one.ndim == 3)
+    assert made.made_bytes(empty, ledger) == experts
+    assert written == 0 if shard == "1GB" else written < experts / 2
+    monkeypatch.setattr(Scratch, "keep", lambda _, tensor: tensor if tensor.ndim < 3 else pytest.fail("written to the disk"))
+    model, _ = load_float(tmp_path / "source", scratch=tmp_path)
+    for (name, one), other in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert torch.equal(one, other), name
+        assert one.dtype == other.dtype == dtype
+        if one.ndim == 3:
+            pages = mapped_pages([one])
+            assert sum(end - start for start, end in pages) >= one.nbytes - 2 * PAGE_BYTES
+            drop_pages(pages)
+            assert torch.equal(one, other), name
+    if shard == "1GB":
+        assert not [file for file in tmp_path.rglob("*") if file.parent != tmp_path / "source" and file.is_file()]
+
+
+@pytest.mark.usefixtures("large")
+def test_writing_to_joined_experts_leaves_the_source_alone(tmp_path: Path) -> None:
+    _whole_pages().save_pretrained(tmp_path / "source")
+    before = (tmp_path / "source" / "model.safetensors").read_bytes()
+    model, _ = load_float(tmp_path / "source", scratch=tmp_path)
+    experts = [one for one in model.parameters() if one.ndim == 3]
+    for one in experts:
+        one.data.add_(1)
+    kept = [one.clone() for one in experts]
+    drop_pages(mapped_pages(experts))
+    assert all(torch.equal(one, own) for one, own in zip(experts, kept, strict=True))
+    assert (tmp_path / "source" / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.usefixtures("large")
+@pytest.mark.parametrize("fault", ["no room", "all alike", "other bytes"])
+def test_experts_that_cannot_be_views_of_the_source_are_written(
+    tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = _whole_pages()
+    if fault == "all alike":
+        for one in model.parameters():
+            one.data.fill_(0.25)
+    model.save_pretrained(tmp_path / "source")
+    if fault == "no room":
+        monkeypatch.setattr(joined, "_SHARE_OF_MAPPINGS", 0.0)
+    if fault == "other bytes":  # as if transformers had changed something behind the beginnings
+        monkeypatch.setattr(made, "join", lambda pieces, dtype, shape, _: torch.zeros(*shape, dtype=dtype))
+    written: list[int] = []
+    keep = Scratch.keep
+    monkeypatch.setattr(Scratch, "keep", lambda self, tensor: written.append(tensor.ndim) or keep(self, tensor))
+    found, _ = load_float(tmp_path / "source", scratch=tmp_path)
+    assert 3 in written
+    assert all(torch.equal(one, other) for one, other in zip(found.parameters(), model.parameters(), strict=True))
+
+
+def test_pieces_of_any_place_and_order_are_joined(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for index, places in enumerate([(8, 8, 8), (0, 0), (4088, 8, 4088), (96, 200, 300, 96, 96)]):
+        pieces, wanted = [], []
+        for number, place in enumerate(places):
+            data = torch.randint(0, 256, (PAGE_BYTES * (1 + number % 2),), dtype=torch.uint8, generator=generator)
+            path = tmp_path / f"{index}-{number}"
+            path.write_bytes(bytes(place + PAGE_BYTES) + bytes(data.tolist()))
+            pieces.append(joined.Piece(path, place + PAGE_BYTES, len(data)))
+            wanted.append(data)
+        found = joined.join(pieces, torch.uint8, (sum(map(len, wanted)),), tmp_path)
+        assert found is not None
+        for piece in pieces:
+            piece.path.unlink()
+        assert torch.equal(found, torch.cat(wanted))
+    assert not list(tmp_path.iterdir())
+
+
+def test_pieces_that_would_have_to_be_copied_need_a_place_for_it(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(4 * PAGE_BYTES))
+    pieces = [joined.Piece(tmp_path / "file", begin, PAGE_BYTES) for begin in (0, 8)]
+    assert joined.copied_bytes(pieces) == PAGE_BYTES
+    assert joined.join(pieces, torch.uint8, (2 * PAGE_BYTES,), None) is None
+    assert joined.join([pieces[0], pieces[0]], torch.uint8, (2 * PAGE_BYTES,), None) is not None
+
+
+def test_a_file_that_is_gone_or_short_is_one_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(DiskError, match="gone"):
+        joined.join([joined.Piece(tmp_path / "gone", 0, PAGE_BYTES)], torch.uint8, (PAGE_BYTES,), tmp_path)
+    (tmp_path / "short").write_bytes(bytes(PAGE_BYTES))
+    pieces = [joined.Piece(tmp_path / "short", begin, PAGE_BYTES) for begin in (0, 8)]
+    with pytest.raises(DiskError, match="ends before"):
+        joined.join(pieces, torch.uint8, (2 * PAGE_BYTES,), tmp_path)
+
+
+def _whole_pages() -> Any:
+    """Return a tiny mixture whose experts' matrices are whole pages long, in float32 and in bfloat16."""
+    return FAMILIES["qwen3_moe"](hidden_size=64, moe_intermediate_size=128, num_experts=4)
 
 
 @pytest.mark.usefixtures("large")
