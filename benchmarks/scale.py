@@ -6,7 +6,7 @@ A case is a shape, its number of blocks, and a method; ``7b-32/4:gptq`` quantize
 in float. ``135m`` is SmolLM2's shape, ``1b`` has hidden 2048, 8192 wide, ``3b`` hidden 3072, 8192 wide, ``7b`` is Llama's
 (hidden 4096, 11008 wide), ``8b`` Llama 3's (14336 wide, 8 heads of keys), ``moe`` has 128 experts (hidden 2048, experts
 768 wide, 8 of 128 chosen), ``moe64`` one of 64, ``tiny`` only tries this out.
-Models are made once, in bfloat16, in shards of 400 MB, and kept in ``--work``. Weights are random, so qualities mean nothing
+Models are made once, in bfloat16, in shards of 2 GiB, and kept in ``--work``. Weights are random, so qualities mean nothing
 and are not printed.
 
 Processor seconds are those of :func:`quantkit.quantize`, checks, files and comparison included. Memory is the peak of the whole
@@ -41,7 +41,7 @@ SHAPES = {
     },
 }  # fmt: skip
 SHAPES["moe64"] = SHAPES["moe"] | {"num_experts": 64}
-VOCABULARY, SHARD_BYTES = 32000, 400 << 20
+VOCABULARY, SHARD_BYTES = 32000, 2 << 30
 COLUMNS = ("case", "model MB", "method", "cpu s", "wall s", "peak MiB", "anonymous MiB", "predicted MiB", "off", "disk MB")
 COLUMNS = (*COLUMNS, "target MB")
 

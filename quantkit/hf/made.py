@@ -17,7 +17,7 @@ from quantkit.formats.containers.directory import Place, places_of
 from quantkit.hf.building import parameters_kept
 from quantkit.hf.ledger import Ledger
 from quantkit.system.joined import Piece, copied_bytes, join
-from quantkit.system.memory import PAGE_BYTES, drop_files, mapped_pages
+from quantkit.system.memory import PAGE_BYTES, PageRelease, drop_files, mapped_pages
 from quantkit.system.scratch import Scratch
 
 LARGE_BYTES = 1 << 30
@@ -67,10 +67,9 @@ def made_in(folder: Path | None, ledger: Ledger) -> Iterator[None]:
     def keep(made: Tensor) -> Tensor:
         if made.nbytes < Scratch.LEAST_BYTES or mapped_pages([made]):
             return made
-        kept = joins.found(made)
-        kept = scratch.keep(made) if kept is None else kept
         drop_files(sources)
-        return kept
+        kept = joins.found(made)
+        return scratch.keep(made) if kept is None else kept
 
     with parameters_kept(keep):
         yield
@@ -102,7 +101,7 @@ class _Joins:
             if (order := self._in_order(made, pieces)) is None:
                 continue
             joined = join(order, made.dtype, made.shape, self.folder)
-            if joined is not None and torch.equal(joined.view(torch.uint8), made.view(torch.uint8)):
+            if joined is not None and _equal(joined, made):
                 waiting.remove(pieces)
                 return joined
         return None
@@ -117,6 +116,25 @@ class _Joins:
         parts = made.view(torch.uint8).view(len(pieces), -1)[:, : self.BEGINNING_BYTES]
         order = [beginnings.get(bytes(part.tolist())) for part in parts]
         return None if None in order or len(set(order)) != len(pieces) else [piece for piece in order if piece is not None]
+
+
+def _equal(mapped: Tensor, made: Tensor) -> bool:
+    """Say whether two tensors have the same bytes, with little of the mapped one in memory at a time."""
+    release = PageRelease()
+    for one, other in zip(*(tensor.view(torch.uint8).view(-1).split(_COMPARED) for tensor in (mapped, made)), strict=True):
+        if not torch.equal(one, other):
+            return False
+        release.add(one)
+    release.flush()
+    return True
+
+
+_COMPARED = 16 << 20
+
+
+def largest_made(model: nn.Module, ledger: Ledger) -> int:
+    """Return the bytes of the largest parameter of an empty model that consists of several tensors of the files."""
+    return max((one.nbytes for name, one in model.named_parameters() if len(ledger.fills.get(name, ())) > 1), default=0)
 
 
 def _places(ledger: Ledger) -> Mapping[str, Place]:

@@ -9,8 +9,9 @@ The process holds, at its widest moment, the sum of
   (:mod:`quantkit.hf.made`); a model that somebody else has loaded or that a step rewrites is held, and so are codes that go to
   no checkpoint, or that a step goes on with;
 
-and the largest of four stages:
+and the largest of five stages:
 
+- *loading*: the largest of what transformers joins of several tensors of the files: its parts, the whole, the files' pages;
 - *looking*: the model is compared with itself. Of a large model one block and the tensors outside the blocks are in memory;
   a small one is there as a whole, in float, then as codes laid out for the kernels, twice (with the checkpoint that was read);
 - *rounding* a block without calibration: the widest layer, and the codes of the block three times;
@@ -34,7 +35,7 @@ from torch import nn
 
 from quantkit.errors import QuantkitError
 from quantkit.hf.ledger import ledger_of
-from quantkit.hf.made import lies_on_disk, made_bytes
+from quantkit.hf.made import largest_made, lies_on_disk, made_bytes
 from quantkit.nn.sites import Site, Structure
 from quantkit.nn.sizes import WINDOW, RunSize
 from quantkit.qtensor import empty_qtensor
@@ -81,7 +82,8 @@ class Memory:
     """What a run takes, in bytes; see the module.
 
     Attributes:
-        runtime, held, rounding, steps, calibrating: as there; ``calibrating`` without activations, 0 without calibration.
+        runtime, held, rounding, steps, loading, calibrating: as there; ``calibrating`` without activations, 0 without
+            calibration.
         looking: with the whole model in memory.
         looking_lean: with a block at a time.
         activations, spilled: what activations take in memory, if they are there, and if they are on the disk.
@@ -95,6 +97,7 @@ class Memory:
     looking_lean: int
     rounding: int
     steps: int = 0
+    loading: int = 0
     calibrating: int = 0
     activations: int = 0
     spilled: int = 0
@@ -105,6 +108,7 @@ class Memory:
         """Return what each stage takes beside what is there all the time."""
         activations = self.spilled if ways.spills else self.activations
         return {
+            "loading": self.loading,
             "comparing the models": self.looking_lean if ways.lean else self.looking,
             "rounding a block": self.rounding,
             "steps": self.steps,
@@ -183,6 +187,7 @@ def memory_of(
         looking_lean=4 * _SEEN * size.vocabulary + outside + block,
         rounding=8 * widest + max(3 * of_block, *(codes.get(site.name, 0) + 2 * site.numel for site in structure.after), 0),
         steps=4 * size.block + costs if costs else 0,
+        loading=0 if (ledger := ledger_of(model)) is None else 3 * largest_made(model, ledger),
         usual=Ways(floats >= LARGE_BYTES),
     )
     return found if not size.tokens else _calibrating(found, size, method, sites, widest)
