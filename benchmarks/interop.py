@@ -79,6 +79,7 @@ LLAMA = {"closed": "llama.cpp rounds the inputs of products with blocks to 8 bit
 DECODED = {"decode": True}
 MADE = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K", "IQ4_NL", "IQ4_XS")  # by llama-quantize
 BLOCKS = (*MADE, "Q4_1", "Q5_0", "Q5_1")
+IMATRIX = "gguf by llama-quantize --imatrix"  # of files that `quantkit collect --imatrix` wrote; put into the folder by hand
 INT8 = "bitsandbytes rounds the inputs of products to 8 bits; see the row of weights that it decodes"
 COMPRESSED = ("compressed-tensors",)
 CASES = (
@@ -103,11 +104,12 @@ CASES = (
     Case("gguf", "Q8_0", "llama", LLAMA),
     Case("gguf", "Q4_K_M", "llama", LLAMA),
     *(Case("gguf", scheme, "llama", DECODED) for scheme in MADE),
-    *(Case("gguf", scheme, "llama", DECODED, mixture="llama") for scheme in BLOCKS),
+    *(Case("gguf", scheme, "llama", DECODED, mixture="llama") for scheme in (*BLOCKS, "mxfp4")),
     *(Case("gguf", None, "llama", mixture=kind) for kind in EXPERTS),
     *(Case("gguf", scheme, "llama", DECODED, mixture=kind) for scheme in ("Q4_0", "Q4_K_M") for kind in EXPERTS),
     *(Case("gguf by llama-quantize", None, "llama", {**DECODED, "make": make}) for make in MADE),
     *(Case("gguf by llama-quantize", None, "llama", {**DECODED, "make": make}, mixture="llama") for make in BLOCKS),
+    *(Case(IMATRIX, None, "llama", {**DECODED, "make": make}) for make in ("Q4_K_M", "Q2_K")),
     *(Case("gguf by llama-quantize", None, "llama", {**DECODED, "make": "Q4_K_M"}, mixture=kind) for kind in EXPERTS),
     Case("gptq", "w4a16", "gptqmodel"),
     Case("gptq", "w3a16", "gptqmodel"),
