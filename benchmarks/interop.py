@@ -81,6 +81,7 @@ MADE = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K", "IQ4_NL", 
 BLOCKS = (*MADE, "Q4_1", "Q5_0", "Q5_1")
 IMATRIX = "gguf by llama-quantize --imatrix"  # of files that `quantkit collect --imatrix` wrote; put into the folder by hand
 INT8 = "bitsandbytes rounds the inputs of products to 8 bits; see the row of weights that it decodes"
+EXPERTS8 = "vLLM's CPUExpertsInt4 'internally uses int8 compute via fused_experts_cpu with INT4_W4A8'"  # experts/cpu_moe.py
 COMPRESSED = ("compressed-tensors",)
 CASES = (
     Case("gptq", "w4a16", "vllm"),
@@ -93,7 +94,7 @@ CASES = (
     Case("modelopt", "nvfp4", "vllm"),
     Case("modelopt", "fp8-dynamic", "vllm"),
     Case("compressed-tensors", "w4a16-g32", "vllm", mixture="mixtral"),
-    Case("gptq", "w4a16-g32", "vllm", mixture="mixtral"),
+    Case("gptq", "w4a16-g32", "vllm", {"closed": EXPERTS8}, mixture="mixtral"),
     Case("compressed-tensors", "w4a16", "transformers", packages=COMPRESSED),
     Case("compressed-tensors", "w4a16-asym", "transformers", {"dequantize": True}, COMPRESSED),
     Case("compressed-tensors", "w4a16-g32", "transformers", packages=COMPRESSED, mixture="mixtral"),
