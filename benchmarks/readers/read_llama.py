@@ -21,6 +21,21 @@ def quantize(source: Path, path: Path, kind: str) -> None:
     assert status == 0, f"llama_model_quantize: {status}"
 
 
+def perplexity(file: Path, windows: list[list[int]]) -> float:
+    """Score the second half of every window, as the program ``llama-perplexity`` does."""
+    size = len(windows[0])
+    model = llama_cpp.Llama(str(file), n_ctx=size, n_batch=size, n_threads=1, n_threads_batch=1, logits_all=True, verbose=False)
+    losses = []
+    for window in windows:
+        model.reset()
+        model.eval(window)
+        logits = np.array(model.scores[size // 2 : size - 1], np.float64)
+        logits -= logits.max(-1, keepdims=True)
+        chosen = logits[np.arange(len(logits)), window[size // 2 + 1 :]]
+        losses.append(np.log(np.exp(logits).sum(-1)) - chosen)
+    return float(np.exp(np.mean(losses)))
+
+
 def main(job: dict) -> None:
     """Answer one job; with ``make``, first let llama-quantize make a file of that type from a float one beside it."""
     path = Path(job["path"])
@@ -32,6 +47,9 @@ def main(job: dict) -> None:
     if job["options"].get("decode"):
         file, source = Path("decoded.gguf"), file  # in the folder that this runs in
         quantize(source, file, "ALL_F32")
+    if job.get("windows"):
+        np.savez(job["out"], perplexity=perplexity(file, job["windows"]), version=f"llama-cpp-python {llama_cpp.__version__}")
+        return
     started = time.perf_counter()
     model = llama_cpp.Llama(str(file), n_ctx=256, n_threads=1, n_threads_batch=1, logits_all=True, verbose=False)
     load_s = time.perf_counter() - started

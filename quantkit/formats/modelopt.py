@@ -17,7 +17,7 @@ FORMATS.register("modelopt")(
         foreign=True,
         nearest=invertible,
         scale_dtype="float32",
-        usage="vLLM, SGLang or TensorRT-LLM on a GPU that computes in FP8 or FP4: `vllm serve path/to/this/directory`.",
+        usage="vLLM on a GPU that computes in FP8 or FP4: `vllm serve path/to/this/directory`.",
         recognises=_DIALECT.recognises,
         rejects_plan=_DIALECT.rejects_plan,
     )

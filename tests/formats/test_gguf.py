@@ -244,6 +244,22 @@ def test_an_importance_matrix_has_every_weight_and_every_expert(tmp_path: Path) 
     assert len(tensors) == 2 * 2 * 7
 
 
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_mxfp4_is_read_by_the_gguf_package_and_comes_from_compressed_tensors(family: str, tmp_path: Path) -> None:
+    model = FAMILIES[family]()
+    outputs = [quantkit.Output(tmp_path / "x", format="gguf"), quantkit.Output(tmp_path / "native", format="native")]
+    result = quantkit.quantize(model, "mxfp4", method="rtn", output=outputs, tokenizer=tiny_tokenizer())
+    loaded = checkpoint.load(tmp_path / "x", dtype=torch.float32, compute="exact")
+    assert torch.equal(logits(loaded), logits(checkpoint.load(tmp_path / "native", dtype=torch.float32, compute="exact")))
+    name = "blk.0.ffn_down.weight" if family == "llama" else "blk.0.ffn_down_exps.weight"
+    stored = next(one for one in gguf.GGUFReader(tmp_path / "x" / FILE).tensors if one.name == name)
+    assert stored.tensor_type == gguf.GGMLQuantizationType.MXFP4
+    theirs = torch.from_numpy(gguf.dequantize(stored.data, stored.tensor_type).copy())
+    layers = [layer for where, layer in result.model.named_modules() if ".0." in where and where.endswith(("down_proj", "w2"))]
+    ours = torch.stack([layer.dequantize() for layer in layers]) if family == "mixtral" else layers[0].dequantize()
+    assert torch.equal(theirs.view_as(ours), ours)
+
+
 def test_a_file_is_loaded_as_floats(tmp_path: Path) -> None:
     result = write(tmp_path / "x", tiny_llama(num_hidden_layers=1), "Q8_0")
     assert torch.allclose(logits(quantkit.load(tmp_path / "x" / FILE)), logits(result.model), atol=1e-4)

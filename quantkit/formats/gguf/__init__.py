@@ -9,10 +9,8 @@
 
 from quantkit.formats.base import FORMATS, Format
 from quantkit.formats.gguf.architectures import refuse_model
-from quantkit.formats.gguf.codec import BlockCodec
+from quantkit.formats.gguf.codec import codec_of
 from quantkit.formats.gguf.container import GgufFile
 from quantkit.formats.gguf.dialect import Gguf
 
-FORMATS.register("gguf")(
-    Format(lambda scheme: BlockCodec(), GgufFile(), Gguf(), blocks=True, floats=True, refuses=refuse_model)
-)
+FORMATS.register("gguf")(Format(codec_of, GgufFile(), Gguf(), blocks=True, floats=True, refuses=refuse_model))

@@ -19,9 +19,8 @@ from quantkit.errors import FormatError
 from quantkit.formats.containers.base import UNFINISHED, Header, Layout, Reader, Writer
 from quantkit.formats.containers.directory import CONFIG, DirectoryWriter
 from quantkit.formats.gguf.architectures import Target, add_keys, architecture_of, extra_tensors, targets, turned
-from quantkit.formats.gguf.file import FLOATS, GgufHeader, Planned, write_gguf
+from quantkit.formats.gguf.file import BLOCKS, FLOATS, GgufHeader, Planned, write_gguf
 from quantkit.formats.gguf.tokenizer import add_tokenizer
-from quantkit.numerics.ggml import BLOCK_TYPES
 from quantkit.system.files import read_json, sync_directory, sync_file, write_json
 
 FILE: Final = "model.gguf"
@@ -147,8 +146,8 @@ class GgufWriter:
             raise FormatError(f"{name}: experts {experts[:8]} are not all of a layer's")
         (dtype, shape), kind = next(iter(layouts)), next(iter(kinds))
         if kind is not None:
-            block = BLOCK_TYPES[kind]
-            shape = (*shape[:-1], shape[-1] // block.nbytes * block.size)
+            _, size, nbytes = BLOCKS[kind]
+            shape = (*shape[:-1], shape[-1] // nbytes * size)
         elif len(shape) < 2 or name.endswith("ffn_gate_inp.weight"):
             kind = "F32"  # what llama.cpp's operations want of norms, biases and routers
         else:
@@ -196,8 +195,9 @@ class GgufReader:
             raise FormatError(f"{self._file.path}: {target.name} {stored.shape} has no expert {target.expert}")
         if target.heads is not None and (target.heads < 1 or not shape or shape[0] % (2 * target.heads)):
             raise FormatError(f"{self._file.path}: {target.name} {shape} does not divide into {target.heads} heads")
-        if (block := BLOCK_TYPES.get(stored.type)) is not None:
-            return Header(FILE, torch.uint8, (*shape[:-1], shape[-1] // block.size * block.nbytes))
+        if (block := BLOCKS.get(stored.type)) is not None:
+            _, size, nbytes = block
+            return Header(FILE, torch.uint8, (*shape[:-1], shape[-1] // size * nbytes))
         if dtype not in _DTYPES:
             raise FormatError(f"{self._file.path}: {target.name} is {stored.type}, config.json says {dtype}")
         return Header(FILE, _DTYPES[dtype], shape)

@@ -8,8 +8,8 @@ from typing import Any
 
 from quantkit.errors import FormatError, SpecError
 from quantkit.formats.base import Held, Matcher, Stored, group_by_scheme
-from quantkit.formats.gguf.codec import BlockCodec
-from quantkit.spec import BLOCK_GRIDS, Scheme, block_spec
+from quantkit.formats.gguf.codec import codec_of, spec_of, type_of
+from quantkit.spec import BLOCK_GRIDS, Scheme
 
 VERSION = 1
 
@@ -23,9 +23,9 @@ class Gguf:
 
     def rejects(self, scheme: Scheme, shape: tuple[int, ...], dtype: str | None = None) -> str | None:
         """Reject everything but blocks of ggml, and rounded inputs."""
-        if scheme.weight.blocks is None:
+        if type_of(scheme.weight) is None:
             return (
-                f"a GGUF file holds blocks ({', '.join(BLOCK_GRIDS)}), not {scheme.weight.describe()}; "
+                f"a GGUF file holds blocks ({', '.join(BLOCK_GRIDS)}, MXFP4), not {scheme.weight.describe()}; "
                 "use a scheme such as Q4_K_M, or format native or compressed-tensors"
             )
         if scheme.activation is not None:
@@ -34,7 +34,7 @@ class Gguf:
 
     def dump_config(self, plan: Mapping[str, Scheme], ignore: Sequence[str], dtype: str) -> dict[str, Any]:
         """List the modules of every type of blocks."""
-        types = {str(scheme.weight.blocks): names for scheme, names in group_by_scheme(plan).items()}
+        types = {str(type_of(scheme.weight)): names for scheme, names in group_by_scheme(plan).items()}
         return {"quant_method": self.quant_method, "version": VERSION, "types": types}
 
     def load_config(self, config: Mapping[str, Any], dtype: str, tensors: Mapping[str, Held]) -> Matcher:
@@ -46,7 +46,8 @@ class Gguf:
         stored: dict[str, Stored] = {}
         try:
             for name, modules in config["types"].items():
-                stored.update(dict.fromkeys(modules, Stored(Scheme(block_spec(name)), BlockCodec())))
+                scheme = Scheme(spec_of(name))
+                stored.update(dict.fromkeys(modules, Stored(scheme, codec_of(scheme))))
         except (KeyError, TypeError, AttributeError, SpecError) as error:
             raise FormatError(f"quantization_config.types is malformed: {error!r}") from error
         return stored.get

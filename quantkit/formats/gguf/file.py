@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import FormatError
+from quantkit.formats.gguf.codec import MXFP4_BLOCK
 from quantkit.numerics.ggml import BLOCK_TYPES
 from quantkit.numerics.pack import as_bytes
 from quantkit.system.files import clear_errors
@@ -28,9 +29,12 @@ FLOATS: Final = {"F32": (0, torch.float32), "F16": (1, torch.float16), "BF16": (
 
 _SCALARS: Final = ("B", "b", "H", "h", "I", "i", "f", "?", None, None, "Q", "q", "d")
 _STRING, _ARRAY = 8, 9
-_NAMES: Final = {number: name for name, (number, _) in FLOATS.items()} | {k.number: k.name for k in BLOCK_TYPES.values()}
+BLOCKS: Final = {k.name: (k.number, k.size, k.nbytes) for k in BLOCK_TYPES.values()} | {"MXFP4": MXFP4_BLOCK}
+"""Number, weights and bytes of a block, by the name of its type."""
+
+_NAMES: Final = {number: name for name, (number, *_) in (*FLOATS.items(), *BLOCKS.items())}
 _SIZES: Final = {number: (1, dtype.itemsize) for number, dtype in FLOATS.values()} | {
-    kind.number: (kind.size, kind.nbytes) for kind in BLOCK_TYPES.values()
+    number: (size, nbytes) for number, size, nbytes in BLOCKS.values()
 }
 """Weights and bytes of a block, by the type's number."""
 
@@ -201,9 +205,7 @@ def write_gguf(
     fill(writer)
     numbers = {name: number for number, name in _NAMES.items()}
     for name, (kind, shape) in tensors.items():
-        size, nbytes = (
-            (BLOCK_TYPES[kind].size, BLOCK_TYPES[kind].nbytes) if kind in BLOCK_TYPES else (1, FLOATS[kind][1].itemsize)
-        )
+        size, nbytes = BLOCKS[kind][1:] if kind in BLOCKS else (1, FLOATS[kind][1].itemsize)
         whole = torch.Size(shape).numel() // size * nbytes
         writer.add_tensor_info(name, shape, None, whole, gguf.GGMLQuantizationType(numbers[kind]))
     with clear_errors(f"write {path}"):
