@@ -32,7 +32,7 @@ _STRING, _ARRAY = 8, 9
 BLOCKS: Final = {k.name: (k.number, k.size, k.nbytes) for k in BLOCK_TYPES.values()} | {"MXFP4": MXFP4_BLOCK}
 """Number, weights and bytes of a block, by the name of its type."""
 
-_NAMES: Final = {number: name for name, (number, *_) in (*FLOATS.items(), *BLOCKS.items())}
+_NAMES: Final = {value[0]: name for name, value in FLOATS.items()} | {value[0]: name for name, value in BLOCKS.items()}
 _SIZES: Final = {number: (1, dtype.itemsize) for number, dtype in FLOATS.values()} | {
     number: (size, nbytes) for number, size, nbytes in BLOCKS.values()
 }
