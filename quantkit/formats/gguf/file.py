@@ -32,8 +32,10 @@ _STRING, _ARRAY = 8, 9
 BLOCKS: Final = {k.name: (k.number, k.size, k.nbytes) for k in BLOCK_TYPES.values()} | {"MXFP4": MXFP4_BLOCK}
 """Number, weights and bytes of a block, by the name of its type."""
 
-_NAMES: Final = {value[0]: name for name, value in FLOATS.items()} | {value[0]: name for name, value in BLOCKS.items()}
-_SIZES: Final = {number: (1, dtype.itemsize) for number, dtype in FLOATS.values()} | {
+_NAMES: Final[dict[int, str]] = {number: name for name, (number, _) in FLOATS.items()} | {
+    number: name for name, (number, _, _) in BLOCKS.items()
+}
+_SIZES: Final[dict[int, tuple[int, int]]] = {number: (1, dtype.itemsize) for number, dtype in FLOATS.values()} | {
     number: (size, nbytes) for number, size, nbytes in BLOCKS.values()
 }
 """Weights and bytes of a block, by the type's number."""
