@@ -65,8 +65,6 @@ class GgufHeader:
 
     def __init__(self, path: Path, *, every: bool = False) -> None:
         self.path = path
-        self._known: dict[int, str]
-        self._sizes: dict[int, tuple[int, int]]
         self._known, self._sizes = _types_of_the_package() if every else (_NAMES, _SIZES)
         self.keys: dict[str, Any] = {}
         self.tensors: dict[str, Stored] = {}
