@@ -23,6 +23,9 @@ from quantkit.system.scratch import Scratch
 LARGE_BYTES = 1 << 30
 """What is made of more than this lies on the disk."""
 
+_BEGINNING_BYTES, _COMPARED = 256, 16 << 20
+"""Bytes by which tensors are told apart, and that are compared at a time."""
+
 
 def made_bytes(model: nn.Module, ledger: Ledger) -> int:
     """Return the bytes of the parameters of an empty model that are no views of the files that it is loaded from."""
@@ -82,40 +85,38 @@ class _Joins:
     are looked for in the parameter where they would be, and then all of it is compared.
     """
 
-    BEGINNING_BYTES = 256
-
     def __init__(self, ledger: Ledger, folder: Path) -> None:
         self.folder = folder
         places = _places(ledger)
         fills = {names for names in ledger.fills.values() if len(names) > 1 and all(name in places for name in names)}
-        self.waiting: dict[tuple[torch.dtype, int], list[tuple[Piece, ...]]] = {}
+        self.waiting: dict[tuple[torch.dtype, int], list[dict[bytes, Piece]]] = {}
         for names in sorted(fills):
             dtype, total = places[names[0]].dtype, sum(ledger.headers[name].nbytes for name in names)
             if (pieces := _pieces(names, dtype, total, places, ledger.path)) is not None:
-                self.waiting.setdefault((dtype, total), []).append(tuple(pieces))
+                beginnings = {_beginning(piece): piece for piece in pieces}
+                if len(beginnings) == len(pieces):  # else their order cannot be told
+                    self.waiting.setdefault((dtype, total), []).append(beginnings)
 
     def found(self, made: Tensor) -> Tensor | None:
         """Return a view of the source's files that equals a parameter; None if there is none."""
         waiting = self.waiting.get((made.dtype, made.nbytes), [])
-        for pieces in waiting if made.is_contiguous() else ():
-            if (order := self._in_order(made, pieces)) is None:
+        for beginnings in waiting if made.is_contiguous() else ():
+            parts = made.view(torch.uint8).view(len(beginnings), -1)[:, :_BEGINNING_BYTES]
+            order = [beginnings.get(bytes(part.tolist())) for part in parts]
+            pieces = [piece for piece in order if piece is not None]
+            if len(set(pieces)) != len(beginnings):
                 continue
-            joined = join(order, made.dtype, made.shape, self.folder)
+            joined = join(pieces, made.dtype, made.shape, self.folder)
             if joined is not None and _equal(joined, made):
-                waiting.remove(pieces)
+                waiting.remove(beginnings)
                 return joined
         return None
 
-    def _in_order(self, made: Tensor, pieces: Sequence[Piece]) -> list[Piece] | None:
-        """Return the pieces in the order in which their beginnings are in ``made``; None if they are not."""
-        beginnings: dict[bytes, Piece] = {}
-        for piece in pieces:
-            with piece.path.open("rb") as file:
-                file.seek(piece.begin)
-                beginnings[file.read(self.BEGINNING_BYTES)] = piece
-        parts = made.view(torch.uint8).view(len(pieces), -1)[:, : self.BEGINNING_BYTES]
-        order = [beginnings.get(bytes(part.tolist())) for part in parts]
-        return None if None in order or len(set(order)) != len(pieces) else [piece for piece in order if piece is not None]
+
+def _beginning(piece: Piece) -> bytes:
+    with piece.path.open("rb") as file:
+        file.seek(piece.begin)
+        return file.read(_BEGINNING_BYTES)
 
 
 def _equal(mapped: Tensor, made: Tensor) -> bool:
@@ -127,9 +128,6 @@ def _equal(mapped: Tensor, made: Tensor) -> bool:
         release.add(one)
     release.flush()
     return True
-
-
-_COMPARED = 16 << 20
 
 
 def largest_made(model: nn.Module, ledger: Ledger) -> int:

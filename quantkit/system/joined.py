@@ -6,6 +6,7 @@ nameless file first. A page in which one part ends and the next begins is a priv
 """
 
 import ctypes
+import functools
 import mmap
 import os
 import tempfile
@@ -74,6 +75,8 @@ def join(pieces: Sequence[Piece], dtype: torch.dtype, shape: Sequence[int], fold
     at = start
     for piece in pieces:
         with clear_errors(f"map {piece.path}"), piece.path.open("rb") as source:
+            if os.fstat(source.fileno()).st_size < piece.begin + piece.nbytes:  # reading beyond it would be a signal
+                raise OSError(f"{piece.path} ends before byte {piece.begin + piece.nbytes}")
             fits = piece.begin % PAGE_BYTES == place
             with source if fits else _copied(piece, source.fileno(), place, folder) as file:
                 head = ctypes.string_at(at - place, place) if at > start else b""  # the end of the piece before
@@ -92,12 +95,7 @@ def _copied(piece: Piece, source: int, place: int, folder: Path | None) -> IO[by
     """Return a nameless file that holds a piece at ``place`` of its first page."""
     file = tempfile.TemporaryFile(dir=folder, prefix=".quantkit-")  # noqa: SIM115  # the caller closes it
     os.posix_fallocate(file.fileno(), 0, _whole_pages(place + piece.nbytes))  # a full disk shall be an error, not a signal
-    done = 0
-    while done < piece.nbytes:
-        part = os.pread(source, min(1 << 24, piece.nbytes - done), piece.begin + done)
-        if not part:
-            raise OSError(f"{piece.path} ends before byte {piece.begin + piece.nbytes}")
-        done += os.pwrite(file.fileno(), part, place + done)
+    os.pwrite(file.fileno(), os.pread(source, piece.nbytes, piece.begin), place)
     return file
 
 
@@ -115,6 +113,7 @@ def _has_room(count: int) -> bool:
         return False
 
 
+@functools.cache
 def _libc() -> ctypes.CDLL:
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype, libc.munmap.restype = ctypes.c_void_p, ctypes.c_int

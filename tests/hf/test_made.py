@@ -151,9 +151,10 @@ def test_a_file_that_is_gone_or_short_is_one_clear_error(tmp_path: Path) -> None
     with pytest.raises(DiskError, match="gone"):
         joined.join([joined.Piece(tmp_path / "gone", 0, PAGE_BYTES)], torch.uint8, (PAGE_BYTES,), tmp_path)
     (tmp_path / "short").write_bytes(bytes(PAGE_BYTES))
-    pieces = [joined.Piece(tmp_path / "short", begin, PAGE_BYTES) for begin in (0, 8)]
-    with pytest.raises(DiskError, match="ends before"):
-        joined.join(pieces, torch.uint8, (2 * PAGE_BYTES,), tmp_path)
+    for begins in ((0, 8), (0, PAGE_BYTES)):  # one that is copied, and one that is mapped
+        pieces = [joined.Piece(tmp_path / "short", begin, PAGE_BYTES) for begin in begins]
+        with pytest.raises(DiskError, match="ends before"):
+            joined.join(pieces, torch.uint8, (2 * PAGE_BYTES,), tmp_path)
 
 
 def _whole_pages() -> Any:
